@@ -1,0 +1,1 @@
+"""Grouped-query attention with RoPE, QK norm, temperature, chunks and a KV cache of fixed capacity."""

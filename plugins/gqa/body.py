@@ -1,0 +1,132 @@
+"""Grouped-query attention as an ONNX function of standard operators, so that any runtime of opset 24 executes it.
+
+The attributes shape the body (a layer without RoPE has no rotation to skip), so each set of attributes has a body of
+its own, an overload of the function. The cache is written with `TensorScatter`, which a runtime may do in place.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from ..nodes import Nodes, function, ints, number
+from . import op
+from .op import Attributes
+
+INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
+
+
+def body(attributes: Attributes, head_dim: int, rope: bool, dtype: ir.DataType, overload: str) -> ir.Function:
+    """The function body for one set of attributes.
+
+    Args:
+        attributes: As on the nodes that call it.
+        head_dim: D.
+        rope: Whether the nodes have `inv_freq`.
+        dtype: Type of query, key, value and caches.
+        overload: Name that tells this body from those of other attributes.
+    """
+
+    def write(
+        nodes: Nodes,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        key_cache: ir.Value,
+        value_cache: ir.Value,
+        past_lengths: ir.Value,
+        inv_freq: ir.Value | None = None,
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        past_B = nodes.Cast(past_lengths, to=INT64)
+        steps_S = steps(nodes, query)
+        positions_BS = nodes.Add(nodes.Unsqueeze(past_B, ints(1)), steps_S)
+        slot_B = nodes.Mod(past_B, number(attributes.chunk, np.int64)) if attributes.chunk else past_B
+
+        query, key = prepare(nodes, query, key, positions_BS, inv_freq, attributes, head_dim, dtype)
+        value = split_heads(nodes, value, attributes.kv_heads, head_dim)
+        present_key = nodes.TensorScatter(key_cache, key, slot_B, axis=2, mode="linear")
+        present_value = nodes.TensorScatter(value_cache, value, slot_B, axis=2, mode="linear")
+
+        slots_BS1 = nodes.Unsqueeze(nodes.Add(nodes.Unsqueeze(slot_B, ints(1)), steps_S), ints(1, 3))
+        capacity = nodes.Squeeze(nodes.Shape(key_cache, start=2, end=3))
+        slots_C = nodes.Range(number(0, np.int64), capacity, number(1, np.int64))
+        seen_B1SC = nodes.LessOrEqual(slots_C, slots_BS1)
+        attended_BQSD = nodes.Attention(query, present_key, present_value, seen_B1SC, scale=attributes.scale)
+        return merge_heads(nodes, attended_BQSD), present_key, present_value
+
+    inputs = op.INPUTS if rope else op.INPUTS[:-1]
+    return function(op.DOMAIN, op.NAME, overload, inputs, op.OUTPUTS, write)
+
+
+def prepare(
+    nodes: Nodes,
+    query: ir.Value,
+    key: ir.Value,
+    positions_BS: ir.Value,
+    inv_freq: ir.Value | None,
+    attributes: Attributes,
+    head_dim: int,
+    dtype: ir.DataType,
+) -> tuple[ir.Value, ir.Value]:
+    """Splits heads, rotates, normalises and scales: [B, S, N·D] each to [B, N, S, D] each, shared by the lowerings."""
+    query = split_heads(nodes, query, attributes.heads, head_dim)
+    key = split_heads(nodes, key, attributes.kv_heads, head_dim)
+    if inv_freq is not None:
+        angle = nodes.Mul(nodes.Unsqueeze(nodes.Cast(positions_BS, to=FLOAT), ints(2)), inv_freq)
+        cos, sin = nodes.Cos(angle), nodes.Sin(angle)
+        query, key = (rotate(nodes, x, cos, sin, dtype) for x in (query, key))
+    if attributes.qk_norm_eps:
+        query, key = (normalise(nodes, x, attributes.qk_norm_eps, head_dim, dtype) for x in (query, key))
+    if attributes.temperature_scale:
+        query = tune_temperature(nodes, query, positions_BS, attributes, dtype)
+    return query, key
+
+
+def steps(nodes: Nodes, query: ir.Value) -> ir.Value:
+    """The numbers 0 … S-1."""
+    length = nodes.Squeeze(nodes.Shape(query, start=1, end=2))
+    steps_S: ir.Value = nodes.Range(number(0, np.int64), length, number(1, np.int64))
+    return steps_S
+
+
+def split_heads(nodes: Nodes, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
+    """[B, S, N·D] to [B, N, S, D]."""
+    split: ir.Value = nodes.Transpose(nodes.Reshape(x, ints(0, 0, heads, head_dim)), perm=[0, 2, 1, 3])
+    return split
+
+
+def merge_heads(nodes: Nodes, x: ir.Value) -> ir.Value:
+    """[B, N, S, D] to [B, S, N·D]."""
+    merged: ir.Value = nodes.Reshape(nodes.Transpose(x, perm=[0, 2, 1, 3]), ints(0, 0, -1))
+    return merged
+
+
+def rotate(nodes: Nodes, x: ir.Value, cos: ir.Value, sin: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Rotates interleaved pairs in float32 by the angles [B, S, D/2], and casts back."""
+    rotated = nodes.RotaryEmbedding(cast(nodes, x, dtype, FLOAT), cos, sin, interleaved=1)
+    return cast(nodes, rotated, FLOAT, dtype)
+
+
+def normalise(nodes: Nodes, x: ir.Value, eps: float, head_dim: int, dtype: ir.DataType) -> ir.Value:
+    """Weightless RMS norm over a head in float32, cast back."""
+    ones = np.ones(head_dim, dtype=np.float32)
+    wide = nodes.RMSNormalization(cast(nodes, x, dtype, FLOAT), ones, epsilon=eps)
+    return cast(nodes, wide, FLOAT, dtype)
+
+
+def tune_temperature(
+    nodes: Nodes, query: ir.Value, positions_BS: ir.Value, attributes: Attributes, dtype: ir.DataType
+) -> ir.Value:
+    """Scales queries [B, Q, S, D] by their position's temperature in float32, and casts back."""
+    ahead_BS = nodes.Cast(nodes.Add(positions_BS, number(1, np.int64)), to=FLOAT)
+    steps_BS = nodes.Floor(nodes.Div(ahead_BS, number(attributes.temperature_floor)))
+    log_BS = nodes.Log(nodes.Add(steps_BS, number(1)))
+    factor_BS = nodes.Add(nodes.Mul(log_BS, number(attributes.temperature_scale)), number(1))
+    scaled = nodes.Mul(cast(nodes, query, dtype, FLOAT), nodes.Unsqueeze(factor_BS, ints(1, 3)))
+    return cast(nodes, scaled, FLOAT, dtype)
+
+
+def cast(nodes: Nodes, x: ir.Value, source: ir.DataType, target: ir.DataType) -> ir.Value:
+    """A Cast, or nothing where the types are equal."""
+    if source == target:
+        return x
+    converted: ir.Value = nodes.Cast(x, to=target)
+    return converted

@@ -1,0 +1,198 @@
+"""The frozen dataclasses that travel between the stages, and their JSON.
+
+Standard library only: every room imports this one, and the runtime must stay thin.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from .errors import FolderError
+
+SCHEMA = 1
+"""Version of `spec.json`. A folder with a newer one is refused."""
+
+DType = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Llama 3's frequency scaling, as Scout uses it (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """What one decoder layer is made of.
+
+    Attributes:
+        rope: Whether queries and keys are rotated; a NoPE layer has its temperature tuned instead.
+        chunk: Attention stays within chunks of this many positions; 0 is full attention.
+        experts: Whether the feed-forward is a mixture of experts.
+    """
+
+    rope: bool
+    chunk: int
+    experts: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """The geometry of a Llama 4 text decoder, in the words of its `config.json`.
+
+    Attributes:
+        experts_per_token: Experts that each token is sent to (top-k).
+        expert_size: Width of one expert and of the shared expert (I).
+        dense_size: Width of the feed-forward in layers without experts.
+        qk_norm: Whether rotated queries and keys are normalised.
+        temperature_scale: Strength of the NoPE layers' temperature tuning; 0 is none.
+        temperature_floor: Positions per step of that tuning.
+        tied_embeddings: Whether the LM head is the embedding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    experts_per_token: int
+    expert_size: int
+    dense_size: int
+    norm_eps: float
+    qk_norm: bool
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    max_positions: int
+    temperature_scale: float
+    temperature_floor: float
+    tied_embeddings: bool = False
+    dtype: DType
+
+    def __post_init__(self) -> None:
+        assert self.heads % self.kv_heads == 0
+        assert self.head_dim % 2 == 0
+        assert 1 <= self.experts_per_token <= self.experts
+
+    @property
+    def chunk(self) -> int:
+        """Positions that no piece may cross: the chunk of the chunked layers, 0 where every layer is full."""
+        return max((layer.chunk for layer in self.layers), default=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightFile:
+    """A safetensors file that a folder's graph reads in place.
+
+    Attributes:
+        name: File name, which is also its `location` in the ONNX graph.
+        path: Absolute path where it was found, or empty where it lies in the folder itself.
+        size: Bytes.
+        identity: `shards.identity` of the file: its header and samples of its data.
+    """
+
+    name: str
+    path: str
+    size: int
+    identity: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weight:
+    """One tensor that the runtime hands to a lowered graph, as a region of a weight file.
+
+    Attributes:
+        name: The graph's name for it.
+        file: Name of its `WeightFile`.
+        offset: First byte in the file.
+        shape: Dimensions, row-major.
+        dtype: Type in the file.
+        convert: Type the graph wants; equal to `dtype` where the file's bytes are used as they lie.
+    """
+
+    name: str
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: DType
+    convert: DType
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderSpec:
+    """`spec.json`: what a folder is, made from what, by which version.
+
+    Attributes:
+        kind: `model` (canonical graph) or `bundle` (one target's artifact).
+        version: Arriero's version that wrote it.
+        model: The decoder's geometry.
+        target: What a bundle was built for; empty in a model.
+        graph: File name of the decoder's graph.
+        source: The checkpoint or model it was made from.
+        source_hashes: SHA-256 of the small files it was made from, by name.
+        weight_files: The safetensors files that the graph reads in place.
+        weights: What the runtime hands to a bundle's graph; empty in a model, whose graph says it itself.
+        tools: Versions of the libraries that wrote it.
+        session: Flags that the graph needs from its session.
+    """
+
+    kind: Literal["model", "bundle"]
+    version: str
+    model: ModelSpec
+    target: str = ""
+    graph: str = "decoder.onnx"
+    source: str = ""
+    source_hashes: dict[str, str] = field(default_factory=dict)
+    weight_files: tuple[WeightFile, ...] = ()
+    weights: tuple[Weight, ...] = ()
+    tools: dict[str, str] = field(default_factory=dict)
+    session: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """The text of `spec.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads `spec.json`.
+
+        Raises:
+            FolderError: The text is not a folder's spec, or one of a newer schema.
+        """
+        try:
+            fields = json.loads(text)
+            schema = fields["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise FolderError(f"spec.json is damaged ({error!r}): write the folder again") from error
+        if schema != SCHEMA:
+            raise FolderError(f"spec.json has schema {schema!r}, this Arriero reads {SCHEMA}: use matching versions")
+        try:
+            return typing.cast(Self, _decode(cls, fields))
+        except (TypeError, ValueError, AssertionError) as error:
+            raise FolderError(f"spec.json is damaged ({error}): write the folder again") from error
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    """Rebuilds a value of an annotated type from plain JSON; unknown or missing fields are errors."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind)
+        if unknown := sorted(set(value) - set(hints)):
+            raise ValueError(f"unknown field {unknown[0]!r} in {kind.__name__}")
+        return kind(**{name: _decode(hints[name], item) for name, item in value.items()})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return tuple(_decode(arguments[0], item) for item in value)
+    if origin is types.UnionType:
+        return None if value is None else _decode(arguments[0], value)
+    if origin is Literal and value not in arguments:
+        raise ValueError(f"{value!r} is none of {', '.join(map(repr, arguments))}")
+    return value
