@@ -166,7 +166,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         """[B, S, H] → [B, S, H]."""
-        x_TH = x_BSH.flatten(0, 1)
+        x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
         routed_TH = moe_dispatch(
             x_TH,
             self.router(x_TH),
@@ -175,7 +175,7 @@ class MixtureOfExperts(nn.Module):
             self.attributes.top_k,
             self.attributes.activation,
         )
-        return (self.shared_expert(x_TH) + routed_TH).view_as(x_BSH)
+        return self.shared_expert(x_BSH) + routed_TH.view_as(x_BSH)
 
 
 class DecoderLayer(nn.Module):

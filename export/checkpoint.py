@@ -1,0 +1,171 @@
+"""A Hugging Face checkpoint folder, opened and checked against the Llama 4 that its configuration describes.
+
+Enters: a folder of `config.json` and safetensors shards, perhaps symlinks into a hub cache. Leaves: a `Checkpoint`
+whose every text tensor is present, of the right shape and of one dtype. No tensor's data is read.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..shards import Region, Shard, open_shard
+from ..spec import DType, ModelSpec
+from .config import model_spec
+
+DTYPE_NAMES: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+VISION = ("vision_model.", "multi_modal_projector.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """A tensor of a checkpoint: the shard it lies in and where."""
+
+    shard: Shard
+    region: Region
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checked checkpoint.
+
+    Attributes:
+        folder: Where it lies, absolute, symlinks kept.
+        spec: The text decoder's geometry; its dtype is the one stored.
+        prefix: What the text decoder's tensor names begin with (`""` or `"language_model."`).
+        tensors: The text decoder's tensors by their full names.
+        vision_tensors: How many tensors of a vision tower the checkpoint holds besides.
+    """
+
+    folder: Path
+    spec: ModelSpec
+    prefix: str
+    tensors: dict[str, Tensor]
+    vision_tensors: int
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards that hold text tensors, in order of their names."""
+        found = {tensor.shard.path: tensor.shard for tensor in self.tensors.values()}
+        return [found[path] for path in sorted(found)]
+
+
+def open_checkpoint(folder: Path, *, any_dtype: bool = False) -> Checkpoint:
+    """Opens a checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        any_dtype: Whether tensors may be of another dtype than the configuration says, since they will be converted.
+
+    Raises:
+        CheckpointError: What is missing, damaged, misshapen or unknown, with the file or tensor it is about.
+    """
+    folder = folder.absolute()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: give the folder that holds config.json and the safetensors")
+    config = read_json(folder / "config.json")
+    spec = model_spec(config)
+    found = _find_tensors(folder)
+    prefix = "language_model." if any(name.startswith("language_model.") for name in found) else ""
+    vision = {name for name in found if name.startswith(VISION)}
+    text = {name: tensor for name, tensor in found.items() if name not in vision}
+    _check_tensors(text, expected_tensors(spec, prefix), spec, any_dtype=any_dtype)
+    return Checkpoint(folder=folder, spec=spec, prefix=prefix, tensors=text, vision_tensors=len(vision))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of a checkpoint.
+
+    Raises:
+        CheckpointError: It is missing or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}: a checkpoint needs this file") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}): restore the file") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object: restore the file")
+    return value
+
+
+def expected_tensors(spec: ModelSpec, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a text decoder's tensors."""
+    hidden, query, kv = spec.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}model.embed_tokens.weight": (spec.vocab_size, hidden)}
+    for index, layer in enumerate(spec.layers):
+        name = f"{prefix}model.layers.{index}"
+        shapes[f"{name}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{name}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{name}.self_attn.q_proj.weight"] = (query, hidden)
+        shapes[f"{name}.self_attn.k_proj.weight"] = (kv, hidden)
+        shapes[f"{name}.self_attn.v_proj.weight"] = (kv, hidden)
+        shapes[f"{name}.self_attn.o_proj.weight"] = (hidden, query)
+        mlp, size = f"{name}.feed_forward", spec.dense_size
+        if layer.experts:
+            shapes[f"{mlp}.router.weight"] = (spec.experts, hidden)
+            shapes[f"{mlp}.experts.gate_up_proj"] = (spec.experts, hidden, 2 * spec.expert_size)
+            shapes[f"{mlp}.experts.down_proj"] = (spec.experts, spec.expert_size, hidden)
+            mlp, size = f"{mlp}.shared_expert", spec.expert_size
+        shapes[f"{mlp}.gate_proj.weight"] = (size, hidden)
+        shapes[f"{mlp}.up_proj.weight"] = (size, hidden)
+        shapes[f"{mlp}.down_proj.weight"] = (hidden, size)
+    shapes[f"{prefix}model.norm.weight"] = (hidden,)
+    if not spec.tied_embeddings:
+        shapes[f"{prefix}lm_head.weight"] = (spec.vocab_size, hidden)
+    return shapes
+
+
+def _find_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the folder's shards, as the index names them, or of the single file."""
+    index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index_path.exists():
+        if not single.exists():
+            raise CheckpointError(f"{folder}: neither {single.name} nor {index_path.name}: download the weights")
+        shard = open_shard(single)
+        return {name: Tensor(shard=shard, region=region) for name, region in shard.tensors.items()}
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index_path}: weight_map is no object of file names: restore the file")
+    if escaping := sorted(file for file in weight_map.values() if Path(file).name != file):
+        raise CheckpointError(f"{index_path}: names the shard {escaping[0]!r}, expected a plain file name")
+    shards = {file: open_shard(folder / file) for file in sorted(set(weight_map.values()))}
+    tensors = {}
+    for name, file in weight_map.items():
+        if name not in shards[file].tensors:
+            raise CheckpointError(f"{folder / file}: lacks {name!r}, which the index puts there: download it again")
+        tensors[name] = Tensor(shard=shards[file], region=shards[file].tensors[name])
+    for file, shard in shards.items():
+        if unlisted := sorted(name for name in shard.tensors if weight_map.get(name) != file):
+            raise CheckpointError(f"{index_path}: does not list {unlisted[0]!r} of {file}: restore the index")
+    return tensors
+
+
+def _check_tensors(
+    found: dict[str, Tensor], expected: dict[str, tuple[int, ...]], spec: ModelSpec, *, any_dtype: bool
+) -> None:
+    if missing := [name for name in expected if name not in found]:
+        raise CheckpointError(
+            f"tensor {missing[0]!r} is missing{_and_more(missing)}: the shards do not belong to this config.json"
+        )
+    if unexpected := [name for name in found if name not in expected]:
+        raise CheckpointError(
+            f"unexpected tensor {unexpected[0]!r}{_and_more(unexpected)}: no Llama 4 of this config.json has it"
+        )
+    for name, shape in expected.items():
+        region = found[name].region
+        if region.shape != shape:
+            raise CheckpointError(f"tensor {name!r} has shape {list(region.shape)}, config.json makes it {list(shape)}")
+        dtype = DTYPE_NAMES.get(region.dtype)
+        if dtype is None:
+            raise CheckpointError(f"tensor {name!r} is {region.dtype}, expected one of {', '.join(DTYPE_NAMES)}")
+        if dtype != spec.dtype and not any_dtype:
+            raise CheckpointError(
+                f"tensor {name!r} is {dtype}, config.json says {spec.dtype}: choose with --dtype, which converts"
+            )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

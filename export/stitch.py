@@ -1,0 +1,203 @@
+"""The canonical decoder graph: traced layers cloned and joined, embedding before them, norm and LM head behind.
+
+Leaves: an onnx-ir model in the contract's inputs and outputs, its initializers named as in the checkpoint and read in
+place from safetensors. Nothing in it is particular to a target.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ..plugins.gqa import op as gqa
+from ..plugins.gqa.body import body as gqa_body
+from ..plugins.moe import op as moe
+from ..plugins.moe.body import body as moe_body
+from ..plugins.nodes import OPSET, Nodes, ints
+from ..shards import Region
+from ..spec import LayerSpec, ModelSpec
+from .llama4 import attention_attributes, inverse_frequencies
+from .trace import trace_layer
+
+IR_VERSION = 11
+DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+REGION_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+
+Locate = Callable[[str], tuple[str, Region]]
+"""The shard's file name and the region of a tensor, by its checkpoint name."""
+
+Progress = Callable[[str, int, int], None]
+"""Told the phase, the steps done, and the steps in all."""
+
+
+def stitch_decoder(spec: ModelSpec, prefix: str, locate: Locate, progress: Progress) -> ir.Model:
+    """Builds the decoder graph.
+
+    Args:
+        spec: Geometry; its dtype is the graph's.
+        prefix: What the checkpoint's tensor names begin with.
+        locate: Finds a tensor in the shards.
+        progress: Told of each layer.
+    """
+    return Stitcher(spec, prefix, locate).stitch(progress)
+
+
+class Stitcher:
+    """The graph under construction."""
+
+    def __init__(self, spec: ModelSpec, prefix: str, locate: Locate) -> None:
+        self.spec, self.prefix, self.locate = spec, prefix, locate
+        self.dtype = DTYPES[spec.dtype]
+        self.traced: dict[LayerSpec, ir.Graph] = {}
+        self.initializers: dict[str, ir.Value] = {}
+        self.inv_freq = self._constant("rope.inv_freq", inverse_frequencies(spec).numpy())
+        self.functions: dict[str, ir.Function] = {}
+
+    def stitch(self, progress: Progress) -> ir.Model:
+        """Joins the pieces in order."""
+        spec = self.spec
+        input_ids = ir.val("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+        past_lengths = ir.val("past_lengths", ir.DataType.INT32, ["batch"])
+        logit_positions = ir.val("logit_positions", ir.DataType.INT64, ["batch", "logit_positions"])
+        first = Nodes("embed_tokens/")
+        embedding = self.weight("model.embed_tokens.weight")
+        x = first.Gather(embedding, input_ids, axis=0)
+        nodes, caches, presents = first.list, [], []
+        for index, layer in enumerate(spec.layers):
+            progress("layers", index, len(spec.layers))
+            past = self._caches(index, layer, "past")
+            present = self._caches(index, layer, "present")
+            x, added = self._add_layer(index, layer, x, past_lengths, past, present)
+            nodes, caches, presents = nodes + added, caches + past, presents + present
+        progress("layers", len(spec.layers), len(spec.layers))
+        logits, head = self._head(x, logit_positions, embedding)
+        graph = ir.Graph(
+            [input_ids, past_lengths, logit_positions, *caches],
+            [logits, *presents],
+            nodes=nodes + head,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET, gqa.DOMAIN: gqa.VERSION},
+            name="decoder",
+            doc_string="Llama 4 text decoder; one graph for prefill and decode, its caches updated in place.",
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="arriero", functions=self.functions.values())
+
+    def weight(self, name: str) -> ir.Value:
+        """The initializer of a checkpoint's tensor, which lies where the shard has it."""
+        name = self.prefix + name
+        if name not in self.initializers:
+            file, region = self.locate(name)
+            tensor = ir.ExternalTensor(
+                file,
+                region.offset,
+                region.size,
+                REGION_DTYPES[region.dtype],
+                shape=ir.Shape(region.shape),
+                name=name,
+                base_dir=Path("."),
+            )
+            self.initializers[name] = ir.Value(
+                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self.initializers[name]
+
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.initializers[name] = value
+        return value
+
+    def _caches(self, index: int, layer: LayerSpec, when: str) -> list[ir.Value]:
+        slots = "chunk_slots" if layer.chunk else "slots"
+        shape = ["batch", self.spec.kv_heads, slots, self.spec.head_dim]
+        return [ir.val(f"{when}.{index}.{kind}", self.dtype, shape) for kind in ("key", "value")]
+
+    def _add_layer(
+        self,
+        index: int,
+        layer: LayerSpec,
+        x: ir.Value,
+        past_lengths: ir.Value,
+        past: list[ir.Value],
+        present: list[ir.Value],
+    ) -> tuple[ir.Value, list[ir.Node]]:
+        """Clones the traced layer of this kind onto the given values. Returns its output and its nodes."""
+        if layer not in self.traced:
+            self.traced[layer] = trace_layer(self.spec, layer)
+        traced = self.traced[layer]
+        mapped: dict[ir.Value, ir.Value] = dict(zip(traced.inputs, [x, past_lengths, *past], strict=True))
+        for name, value in traced.initializers.items():
+            parameter = name.removeprefix("layer.")
+            is_rope = parameter == "self_attn.inv_freq"
+            mapped[value] = self.inv_freq if is_rope else self.weight(f"model.layers.{index}.{parameter}")
+        outputs = dict(zip(traced.outputs[1:], present, strict=True))
+        nodes = [self._clone(node, index, layer, mapped, outputs) for node in traced]
+        return mapped[traced.outputs[0]], nodes
+
+    def _clone(
+        self,
+        node: ir.Node,
+        index: int,
+        layer: LayerSpec,
+        mapped: dict[ir.Value, ir.Value],
+        outputs: dict[ir.Value, ir.Value],
+    ) -> ir.Node:
+        values = []
+        for old in node.outputs:
+            new = outputs.get(old) or ir.Value(name=f"layers.{index}/{old.name}")
+            if old not in outputs:
+                new.shape, new.type = self._named_shape(old.shape), old.type
+            mapped[old] = new
+            values.append(new)
+        return ir.Node(
+            node.domain,
+            node.op_type,
+            [mapped[value] if value is not None else None for value in node.inputs],
+            attributes=[attribute for attribute in node.attributes.values()],
+            overload=self._function(node, layer) if node.domain == gqa.DOMAIN else "",
+            outputs=values,
+            name=f"layers.{index}/{self._node_name(node)}",
+        )
+
+    def _named_shape(self, shape: ir.Shape | None) -> ir.Shape | None:
+        """A traced shape with the contract's names for its dimensions, or nothing where a name would be a sum."""
+        if shape is None or any(not isinstance(dim, int) for dim in shape.dims[2:]) or len(shape) != 3:
+            return None
+        return ir.Shape(["batch", "sequence", *shape.dims[2:]])
+
+    @staticmethod
+    def _node_name(node: ir.Node) -> str:
+        """A linear is named by its weight, a custom op by its type, anything else as traced."""
+        if node.op_type == "MatMul" and (source := node.inputs[1].producer()) is not None:
+            return str(source.inputs[0].name).removeprefix("layer.").removesuffix(".weight")
+        if node.domain == gqa.DOMAIN or node.op_type == "RMSNormalization":
+            weight = "" if node.domain else f"/{node.inputs[1].name.removeprefix('layer.').removesuffix('.weight')}"
+            return f"{node.op_type}{weight}"
+        return str(node.name).removeprefix("node_")
+
+    def _function(self, node: ir.Node, layer: LayerSpec) -> str:
+        """Adds the function body of a custom op's node, once a kind. Returns the overload that the node calls."""
+        if node.op_type == moe.NAME:
+            overload, body = "", moe_body(moe.Attributes(top_k=self.spec.experts_per_token), self.dtype)
+        else:
+            overload = f"{'rope' if layer.rope else 'nope'}_{'chunked' if layer.chunk else 'full'}"
+            attributes = attention_attributes(self.spec, layer)
+            assert {name: attribute.value for name, attribute in node.attributes.items()}.keys() == {
+                field.name for field in dataclasses.fields(attributes)
+            }
+            body = gqa_body(attributes, self.spec.head_dim, layer.rope, self.dtype, overload)
+        self.functions.setdefault(f"{node.op_type}:{overload}", body)
+        return overload
+
+    def _head(self, x: ir.Value, logit_positions: ir.Value, embedding: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
+        """Norm and LM head of the positions asked for, in float32 at the end."""
+        nodes = Nodes("lm_head/")
+        chosen = nodes.GatherND(x, nodes.Unsqueeze(logit_positions, ints(2)), batch_dims=1)
+        normed = nodes.RMSNormalization(chosen, self.weight("model.norm.weight"), epsilon=self.spec.norm_eps)
+        weight = embedding if self.spec.tied_embeddings else self.weight("lm_head.weight")
+        logits = nodes.MatMul(normed, nodes.Transpose(weight, perm=[1, 0]))
+        output = ir.val("logits", ir.DataType.FLOAT, ["batch", "logit_positions", self.spec.vocab_size])
+        nodes.node("Cast", [logits], outputs=[output], attributes={"to": ir.DataType.FLOAT})
+        return output, nodes.list

@@ -1,0 +1,164 @@
+"""One decoder layer of each kind, traced from PyTorch into ONNX with the custom ops as single nodes.
+
+The layer lives on the meta device: its weights have shapes and no bytes, so the cost does not depend on their size.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript import opset23 as onnx_ops
+from onnxscript.values import Opset
+from torch import Tensor, nn
+
+from ..plugins import schemas
+from ..plugins.gqa.op import DOMAIN, VERSION
+from ..spec import LayerSpec, ModelSpec
+from .llama4 import Cache, DecoderLayer
+
+INPUTS = ("x", "past_lengths", "key_cache", "value_cache")
+OUTPUTS = ("y", "present_key", "present_value")
+
+
+class Step(nn.Module):
+    """A layer's cached step with plain tensors in and out."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, x: Tensor, past_lengths: Tensor, key_cache: Tensor, value_cache: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """X [B, S, H], past_lengths [B], caches [B, K, C, D] → y and the caches."""
+        y, cache = self.layer(x, Cache(key_cache, value_cache, past_lengths))
+        return y, cache.key, cache.value
+
+
+def trace_layer(spec: ModelSpec, layer: LayerSpec) -> ir.Graph:
+    """Traces one kind of layer.
+
+    Returns:
+        A graph of inputs `INPUTS` and outputs `OUTPUTS` whose initializers are named `layer.<parameter>` and hold no
+        data.
+    """
+    schemas.register()
+    dtype = getattr(torch, spec.dtype)
+    module = meta_layer(spec, layer)
+    with torch.device("meta"):
+        cache = torch.empty(2, spec.kv_heads, 4, spec.head_dim, dtype=dtype)
+        arguments = (
+            torch.empty(2, 3, spec.hidden_size, dtype=dtype),
+            torch.empty(2, dtype=torch.int32),
+            cache,
+            torch.empty_like(cache),
+        )
+    batch, sequence, slots = (torch.export.Dim(name) for name in ("batch", "sequence", "slots"))
+    of_cache = {0: batch, 2: slots}
+    with quiet():
+        program = torch.export.export(
+            Step(module), arguments, dynamic_shapes=({0: batch, 1: sequence}, {0: batch}, of_cache, of_cache)
+        )
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=23,
+            input_names=list(INPUTS),
+            output_names=list(OUTPUTS),
+            custom_translation_table=translations(),
+            optimize=False,
+            verbose=False,
+        )
+    assert exported is not None
+    graph: ir.Graph = exported.model.graph
+    simplify_reshapes(graph)
+    return graph
+
+
+def meta_layer(spec: ModelSpec, layer: LayerSpec) -> DecoderLayer:
+    """A layer in the spec's dtype whose parameters have no bytes."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, spec.dtype))
+    try:
+        with torch.device("meta"):
+            return DecoderLayer(spec, layer).eval()
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def translations() -> dict[Any, Any]:
+    """What the exporter writes for Arriero's PyTorch ops, and for those whose own translation is less readable."""
+    arriero = Opset(DOMAIN, VERSION)
+
+    def grouped_query_attention(  # type: ignore[no-untyped-def]
+        query, key, value, key_cache, value_cache, past_lengths, inv_freq,
+        heads, kv_heads, scale, chunk, qk_norm_eps, temperature_scale, temperature_floor,
+    ):  # fmt: skip
+        inputs = [query, key, value, key_cache, value_cache, past_lengths]
+        return arriero.GroupedQueryAttention(
+            *(inputs if inv_freq is None else [*inputs, inv_freq]),
+            heads=heads,
+            kv_heads=kv_heads,
+            scale=scale,
+            chunk=chunk,
+            qk_norm_eps=qk_norm_eps,
+            temperature_scale=temperature_scale,
+            temperature_floor=temperature_floor,
+        )
+
+    def moe_dispatch(hidden, router_logits, gate_up, down, top_k, activation):  # type: ignore[no-untyped-def]
+        return arriero.MoeDispatch(hidden, router_logits, gate_up, down, top_k=top_k, activation=activation)
+
+    def rms_norm(x, weight, eps):  # type: ignore[no-untyped-def]
+        return onnx_ops.RMSNormalization(x, weight, epsilon=eps)
+
+    def linear(x, weight, bias=None):  # type: ignore[no-untyped-def]
+        assert bias is None
+        return onnx_ops.MatMul(x, onnx_ops.Transpose(weight, perm=[1, 0]))
+
+    ops = torch.ops
+    return {
+        ops.arriero.grouped_query_attention.default: grouped_query_attention,
+        ops.arriero.moe_dispatch.default: moe_dispatch,
+        ops.arriero.rms_norm.default: rms_norm,
+        ops.aten.linear.default: linear,
+    }
+
+
+def simplify_reshapes(graph: ir.Graph) -> None:
+    """Gives each Reshape the plainest shape input: the exporter computes every dimension by itself.
+
+    A flattening to tokens [B·S, H] takes the constant [-1, H]; the way back takes the shape of the layer's input.
+    """
+    x = graph.inputs[0]
+    for node in [node for node in graph if node.op_type == "Reshape" and node.outputs[0].shape is not None]:
+        shape = node.outputs[0].shape
+        if len(shape) == 2:
+            plain = ir.node("Constant", [], {"value_ints": [-1, int(shape[1])]})
+        elif shape == x.shape:
+            plain = ir.node("Shape", [x])
+        else:
+            continue
+        graph.insert_before(node, plain)
+        node.replace_input_with(1, plain.outputs[0])
+        node.attributes.pop("allowzero", None)
+    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=11))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the exporter's remarks about packages that are not needed here off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

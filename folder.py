@@ -1,0 +1,138 @@
+"""Folders that are complete or not there: how a stage reads the one before it and writes its own.
+
+A folder is written as a hidden sibling and renamed when whole, so that a full disk, an error or a kill leaves nothing
+under the final name, and an output that is replaced stays until the new one is ready.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import ArrieroError, FolderError
+from .spec import FolderSpec
+
+SPEC = "spec.json"
+
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""Small files that every stage hands on unchanged."""
+
+
+def read_spec(folder: Path) -> FolderSpec:
+    """Reads a folder's `spec.json`.
+
+    Raises:
+        FolderError: The folder is not one of Arriero's, or of a newer version.
+    """
+    path = folder / SPEC
+    try:
+        text = path.read_text("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        if (folder / "config.json").exists():
+            raise FolderError(f"{folder} is a checkpoint: make a model of it with `arriero export` first") from None
+        found = "holds no spec.json" if folder.is_dir() else "is no folder"
+        raise FolderError(f"{folder} {found}: give a folder that `arriero export` wrote") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FolderError(f"{path}: cannot be read ({error}): write the folder again") from error
+    return FolderSpec.from_json(text)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes `out` when the block ends without an error.
+
+    Args:
+        out: Final path. Its parent is created where missing.
+        force: Whether an existing folder of Arriero's at `out` is replaced.
+
+    Raises:
+        FolderError: `out` exists and may not be replaced, or it cannot be written.
+    """
+    out = out.absolute()
+    check_free(out, force=force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise FolderError(f"{out}: cannot be created ({error.strerror}): choose another output") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        replace_folder(temporary, out)
+    except OSError as error:
+        where = f" at {error.filename}" if error.filename else ""
+        raise FolderError(f"{out}: writing failed ({error.strerror or error}){where}; nothing was changed") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(out: Path, *, force: bool) -> None:
+    """Refuses an output that exists, unless `force` allows to replace it and it is one of Arriero's or empty."""
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise FolderError(f"{out} exists: choose another output, or --force to replace it")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / SPEC).exists()):
+        raise FolderError(f"{out} exists and is no folder of Arriero's: it is not replaced, choose another output")
+
+
+def replace_folder(new: Path, out: Path) -> None:
+    """Renames `new` to `out`; what was there goes when the new one stands."""
+    if not os.path.lexists(out):
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=".partial", dir=out.parent))
+    out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes the temporary siblings of writers that were killed."""
+    for leftover in out.parent.glob(f".{out.name}.*.partial"):
+        writer = leftover.name.removeprefix(f".{out.name}.").partition(".")[0]
+        if writer.isdigit() and not Path(f"/proc/{writer}").exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copies the small files that travel with a model: tokenizer, chat template, generation config."""
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def copy_sparse(source: Path, target: Path) -> None:
+    """Copies a file's data and keeps its holes, so that a sparse file stays as small as it is."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        size = os.fstat(reader.fileno()).st_size
+        os.truncate(writer.fileno(), size)
+        position = 0
+        while position < size:
+            try:
+                position = os.lseek(reader.fileno(), position, os.SEEK_DATA)
+            except OSError:
+                break  # nothing but a hole up to the end
+            end = os.lseek(reader.fileno(), position, os.SEEK_HOLE)
+            os.lseek(writer.fileno(), position, os.SEEK_SET)
+            while position < end:
+                moved = os.sendfile(writer.fileno(), reader.fileno(), position, min(end - position, 1 << 30))
+                if not moved:
+                    raise ArrieroError(f"{source}: shrank while it was copied: copy again")
+                position += moved

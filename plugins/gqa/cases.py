@@ -1,0 +1,83 @@
+"""The cases over which every implementation of grouped-query attention is held against its meaning."""
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .op import Attributes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One call of the op: its attributes and the numbers that fix its inputs' shapes.
+
+    Attributes:
+        past: Tokens already in each row's cache.
+        length: Tokens of the padded piece (S).
+        capacity: Slots of the cache (C).
+        rope: Whether queries and keys are rotated.
+    """
+
+    name: str
+    attributes: Attributes
+    past: tuple[int, ...]
+    length: int
+    capacity: int
+    head_dim: int = 8
+    rope: bool = True
+
+    def inputs(self) -> dict[str, np.ndarray[Any, Any] | None]:
+        """The op's inputs by name, in float32; the same for each call."""
+        rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+        a, batch = self.attributes, len(self.past)
+
+        def normal(*shape: int) -> np.ndarray[Any, Any]:
+            return rng.standard_normal(shape).astype(np.float32)
+
+        exponent = np.arange(0, self.head_dim, 2) / self.head_dim
+        return {
+            "query": normal(batch, self.length, a.heads * self.head_dim),
+            "key": normal(batch, self.length, a.kv_heads * self.head_dim),
+            "value": normal(batch, self.length, a.kv_heads * self.head_dim),
+            "key_cache": normal(batch, a.kv_heads, self.capacity, self.head_dim),
+            "value_cache": normal(batch, a.kv_heads, self.capacity, self.head_dim),
+            "past_lengths": np.array(self.past, dtype=np.int32),
+            "inv_freq": (1 / 10000**exponent).astype(np.float32) if self.rope else None,
+        }
+
+
+def _attributes(heads: int = 4, kv_heads: int = 2, head_dim: int = 8, **other: Any) -> Attributes:
+    return Attributes(heads=heads, kv_heads=kv_heads, scale=head_dim**-0.5, **other)
+
+
+CHUNKED = _attributes(chunk=16, qk_norm_eps=1e-5)
+FULL = _attributes(temperature_scale=0.1, temperature_floor=4.0)
+
+CASES = (
+    Case(name="first piece, chunked", attributes=CHUNKED, past=(0,), length=7, capacity=16),
+    Case(name="first piece of a whole chunk", attributes=CHUNKED, past=(0, 0), length=16, capacity=16),
+    Case(name="later piece, chunked", attributes=CHUNKED, past=(5,), length=6, capacity=16),
+    Case(name="piece that fills its chunk", attributes=CHUNKED, past=(42,), length=6, capacity=16),
+    Case(name="piece that starts a chunk", attributes=CHUNKED, past=(32,), length=9, capacity=16),
+    Case(name="decode, chunked, ragged", attributes=CHUNKED, past=(0, 3, 15, 16, 31, 100), length=1, capacity=16),
+    Case(name="ragged pieces with slack for pads", attributes=CHUNKED, past=(3, 16, 26), length=5, capacity=20),
+    Case(name="no norm, as in Maverick", attributes=_attributes(chunk=16), past=(17, 2), length=4, capacity=16),
+    Case(name="rope in a full layer", attributes=_attributes(), past=(9,), length=4, capacity=32),
+    Case(name="first piece, full", attributes=FULL, past=(0, 0), length=12, capacity=24, rope=False),
+    Case(name="later piece, full", attributes=FULL, past=(30,), length=9, capacity=64, rope=False),
+    Case(name="decode, full, ragged", attributes=FULL, past=(0, 1, 3, 4, 47), length=1, capacity=48, rope=False),
+    Case(name="ragged pieces, full", attributes=FULL, past=(0, 11, 40), length=6, capacity=48, rope=False),
+    Case(name="no temperature", attributes=_attributes(), past=(20,), length=3, capacity=32, rope=False),
+    Case(name="as many kv heads as heads", attributes=_attributes(3, 3, chunk=8), past=(8, 4), length=4, capacity=8),
+    Case(name="one kv head", attributes=_attributes(5, 1), past=(6, 0), length=3, capacity=16, rope=False),
+    Case(
+        name="wide heads, far position",
+        attributes=_attributes(4, 1, 128, chunk=64, qk_norm_eps=1e-5),
+        past=(1_000_000,),
+        length=3,
+        capacity=64,
+        head_dim=128,
+    ),
+)

@@ -1,0 +1,90 @@
+"""Mixture-of-experts dispatch for ONNX Runtime's CPU: one `If` an expert, so that only chosen experts are computed.
+
+Each expert's weights are initializers of their own, matrices that lie in the checkpoint as they are used: nothing is
+copied, gathered or laid out anew. An expert without tokens costs one branch. The branches return their tokens' outputs,
+which are put back in order by one scatter.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from ..nodes import OPSET, Nodes, ints, number
+from .body import route
+from .op import Attributes
+
+INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
+
+
+def lower(
+    nodes: Nodes,
+    hidden: ir.Value,
+    router_logits: ir.Value,
+    experts: Sequence[tuple[ir.Value, ir.Value]],
+    output: ir.Value,
+    attributes: Attributes,
+) -> None:
+    """Writes the nodes of one layer in float32.
+
+    Args:
+        nodes: Where they go.
+        hidden: [T, H].
+        router_logits: [T, E].
+        experts: Each expert's gate_up [H, 2I] and down [I, H].
+        output: The value to produce, [T, H].
+        attributes: The op's.
+    """
+    count = len(experts)
+    scores_TK, experts_TK = route(nodes, router_logits, attributes, FLOAT)
+    chosen_TKE = nodes.OneHot(experts_TK, number(count, np.int64), ints(0, 1))
+    busy_E = nodes.Greater(nodes.ReduceSum(chosen_TKE, ints(0, 1), keepdims=0), number(0, np.int64))
+    busy = nodes.Split(busy_E, axis=0, num_outputs=count, outputs=count) if count > 1 else [busy_E]
+    hidden_size = int(experts[0][1].shape[1])  # type: ignore[index,arg-type]
+    parts = [
+        nodes.If(
+            busy[index],
+            outputs=2,
+            then_branch=_expert(f"{nodes.prefix}expert.{index}/", index, hidden, scores_TK, experts_TK, *experts[index]),
+            else_branch=_nothing(f"{nodes.prefix}expert.{index}/idle/", hidden_size),
+        )
+        for index in range(count)
+    ]
+    tokens_N1 = nodes.Concat(*(tokens for tokens, _ in parts), axis=0)
+    outputs_NH = nodes.Concat(*(outputs for _, outputs in parts), axis=0)
+    zeros_TH = nodes.Mul(hidden, number(0))
+    nodes.node(
+        "ScatterND", [zeros_TH, tokens_N1, outputs_NH], outputs=[output], attributes={"reduction": "add"}
+    )
+
+
+def _expert(
+    prefix: str,
+    index: int,
+    hidden: ir.Value,
+    scores_TK: ir.Value,
+    experts_TK: ir.Value,
+    gate_up: ir.Value,
+    down: ir.Value,
+) -> ir.Graph:
+    """The branch of an expert that has tokens: their numbers [N, 1] and outputs [N, H]."""
+    nodes = Nodes(prefix)
+    pairs_2N = nodes.NonZero(nodes.Equal(experts_TK, number(index, np.int64)))
+    pairs_N2 = nodes.Transpose(pairs_2N, perm=[1, 0])
+    tokens_N1 = nodes.Slice(pairs_N2, ints(0), ints(1), ints(1))
+    scores_N1 = nodes.Unsqueeze(nodes.GatherND(scores_TK, pairs_N2), ints(1))
+    expert_input_NH = nodes.Mul(nodes.GatherND(hidden, tokens_N1), scores_N1)
+    gate_NI, up_NI = nodes.Split(nodes.MatMul(expert_input_NH, gate_up), axis=1, num_outputs=2, outputs=2)
+    activated_NI = nodes.Mul(up_NI, nodes.Mul(gate_NI, nodes.Sigmoid(gate_NI)))
+    return _branch(prefix, nodes, tokens_N1, nodes.MatMul(activated_NI, down))
+
+
+def _nothing(prefix: str, hidden_size: int) -> ir.Graph:
+    """The branch of an expert without tokens."""
+    nodes = Nodes(prefix)
+    tokens_N1 = nodes.constant(np.empty((0, 1), dtype=np.int64))
+    return _branch(prefix, nodes, tokens_N1, nodes.constant(np.empty((0, hidden_size), dtype=np.float32)))
+
+
+def _branch(prefix: str, nodes: Nodes, *outputs: ir.Value) -> ir.Graph:
+    return ir.Graph([], outputs, nodes=nodes.list, opset_imports={"": OPSET}, name=prefix.rstrip("/"))
