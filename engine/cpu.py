@@ -107,7 +107,9 @@ class _Lowering:
                 case "", _:
                     self._copy(nodes, node)
                 case _:
-                    raise BuildError(f"{node.domain}.{node.op_type} has no lowering for the CPU: export with this version")
+                    raise BuildError(
+                        f"{node.domain}.{node.op_type} has no lowering for the CPU: export with this version"
+                    )
             self.nodes.extend(nodes.list)
         return ir.Graph(
             inputs,
@@ -176,7 +178,9 @@ class _Lowering:
         tensor = self._initializer(value)
         if not isinstance(tensor, ir.ExternalTensor):
             name = str(value.name)
-            self.initializers.setdefault(name, ir.Value(name=name, shape=tensor.shape, type=value.type, const_value=tensor))
+            self.initializers.setdefault(
+                name, ir.Value(name=name, shape=tensor.shape, type=value.type, const_value=tensor)
+            )
             return self.initializers[name]
         stored = DTYPES[tensor.dtype]
         convert: DType = "float32" if widened else stored

@@ -155,7 +155,7 @@ class Stitcher:
             node.domain,
             node.op_type,
             [mapped[value] if value is not None else None for value in node.inputs],
-            attributes=[attribute for attribute in node.attributes.values()],
+            attributes=list(node.attributes.values()),
             overload=self._function(node, layer) if node.domain == gqa.DOMAIN else "",
             outputs=values,
             name=f"layers.{index}/{self._node_name(node)}",

@@ -85,6 +85,8 @@ def function(
     """A model-local function whose body is what `write(nodes, *inputs)` writes and returns.
 
     Args:
+        domain: The op's domain.
+        name: The op's name.
         overload: Tells bodies of the same op apart, where attributes change their structure.
         inputs: Names of the inputs, in order.
         outputs: Names of the outputs, in order.

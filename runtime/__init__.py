@@ -1,0 +1,5 @@
+"""From a bundle to tokens and text. Imports no torch, no onnx and no transformers."""
+
+from .session import Generated, Session, State
+
+__all__ = ["Generated", "Session", "State"]

@@ -24,7 +24,7 @@ INT32, INT64, FLOAT = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
 class Shared:
     """What all layers of a graph compute alike, computed once."""
 
-    positions_BS: ir.Value | None = None
+    positions: ir.Value | None = None
     turns: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     lengths: dict[int, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     temperatures: dict[tuple[float, float], ir.Value] = field(default_factory=dict)
@@ -43,12 +43,15 @@ def lower(
         shared: Values of earlier layers; extended here.
     """
     query, key, value, key_cache, value_cache, past_lengths, *rest = inputs
-    assert query is not None and key is not None and past_lengths is not None and key_cache is not None
+    assert query is not None
+    assert key is not None
+    assert past_lengths is not None
+    assert key_cache is not None
     head_dim = int(key_cache.shape[3])  # type: ignore[index,arg-type]
     inv_freq = rest[0] if rest else None
-    if shared.positions_BS is None:
+    if shared.positions is None:
         past_B = nodes.Cast(past_lengths, to=INT64)
-        shared.positions_BS = nodes.Add(nodes.Unsqueeze(past_B, ints(1)), steps(nodes, query))
+        shared.positions = nodes.Add(nodes.Unsqueeze(past_B, ints(1)), steps(nodes, query))
     if inv_freq is not None:
         cos, sin = _turn(nodes, inv_freq, shared)
         query = nodes.RotaryEmbedding(query, cos, sin, interleaved=1, num_heads=attributes.heads)
@@ -76,7 +79,7 @@ def lower(
 def _turn(nodes: Nodes, inv_freq: ir.Value, shared: Shared) -> tuple[ir.Value, ir.Value]:
     """Cosine and sine of each position's angles, [B, S, D/2]."""
     if inv_freq not in shared.turns:
-        positions = nodes.Unsqueeze(nodes.Cast(shared.positions_BS, to=FLOAT), ints(2))
+        positions = nodes.Unsqueeze(nodes.Cast(shared.positions, to=FLOAT), ints(2))
         angle = nodes.Mul(positions, inv_freq)
         shared.turns[inv_freq] = nodes.Cos(angle), nodes.Sin(angle)
     return shared.turns[inv_freq]
@@ -86,7 +89,7 @@ def _temperature(nodes: Nodes, attributes: Attributes, shared: Shared) -> ir.Val
     """Each position's factor on the query, [B, S, 1]."""
     tuning = (attributes.temperature_scale, attributes.temperature_floor)
     if tuning not in shared.temperatures:
-        ahead = nodes.Cast(nodes.Add(shared.positions_BS, number(1, np.int64)), to=FLOAT)
+        ahead = nodes.Cast(nodes.Add(shared.positions, number(1, np.int64)), to=FLOAT)
         floors = nodes.Floor(nodes.Div(ahead, number(attributes.temperature_floor)))
         log = nodes.Log(nodes.Add(floors, number(1)))
         factor = nodes.Add(nodes.Mul(log, number(attributes.temperature_scale)), number(1))

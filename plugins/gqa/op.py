@@ -49,4 +49,6 @@ class Attributes:
     temperature_floor: float = 1.0
 
     def __post_init__(self) -> None:
-        assert self.heads % self.kv_heads == 0 and self.chunk >= 0 and self.temperature_floor > 0
+        assert self.heads % self.kv_heads == 0
+        assert self.chunk >= 0
+        assert self.temperature_floor > 0

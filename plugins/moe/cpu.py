@@ -45,7 +45,9 @@ def lower(
         nodes.If(
             busy[index],
             outputs=2,
-            then_branch=_expert(f"{nodes.prefix}expert.{index}/", index, hidden, scores_TK, experts_TK, *experts[index]),
+            then_branch=_expert(
+                f"{nodes.prefix}expert.{index}/", index, hidden, scores_TK, experts_TK, *experts[index]
+            ),
             else_branch=_nothing(f"{nodes.prefix}expert.{index}/idle/", hidden_size),
         )
         for index in range(count)
@@ -53,9 +55,7 @@ def lower(
     tokens_N1 = nodes.Concat(*(tokens for tokens, _ in parts), axis=0)
     outputs_NH = nodes.Concat(*(outputs for _, outputs in parts), axis=0)
     zeros_TH = nodes.Mul(hidden, number(0))
-    nodes.node(
-        "ScatterND", [zeros_TH, tokens_N1, outputs_NH], outputs=[output], attributes={"reduction": "add"}
-    )
+    nodes.node("ScatterND", [zeros_TH, tokens_N1, outputs_NH], outputs=[output], attributes={"reduction": "add"})
 
 
 def _expert(

@@ -31,4 +31,5 @@ class Attributes:
     activation: str = "silu"
 
     def __post_init__(self) -> None:
-        assert self.top_k >= 1 and self.activation == "silu"
+        assert self.top_k >= 1
+        assert self.activation == "silu"

@@ -1,0 +1,88 @@
+"""Full-size Llama 4 checkpoints that take no disk: safetensors files whose data is one hole.
+
+The geometries are those of the published configurations (Scout 17B-16E, Maverick 17B-128E), text part.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from arriero.export.checkpoint import expected_tensors
+from arriero.export.config import model_spec
+
+SHARED = {
+    "model_type": "llama4_text",
+    "architectures": ["Llama4ForCausalLM"],
+    "dtype": "bfloat16",
+    "hidden_size": 5120,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "num_experts_per_tok": 1,
+    "vocab_size": 202048,
+    "rope_theta": 500000.0,
+    "attention_chunk_size": 8192,
+    "attn_temperature_tuning": True,
+    "floor_scale": 8192,
+    "attn_scale": 0.1,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 200000,
+    "eos_token_id": [200001, 200007, 200008],
+}
+SCOUT = {
+    **SHARED,
+    "num_local_experts": 16,
+    "interleave_moe_layer_step": 1,
+    "use_qk_norm": True,
+    "max_position_embeddings": 10485760,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+MAVERICK = {
+    **SHARED,
+    "num_local_experts": 128,
+    "interleave_moe_layer_step": 2,
+    "use_qk_norm": False,
+    "max_position_embeddings": 1048576,
+    "rope_scaling": None,
+}
+ITEM_SIZE = 2
+SHARD_SIZE = 5 << 30
+"""Bytes at which a new shard begins, about as in the published checkpoints."""
+
+
+def write_sparse_checkpoint(config: dict[str, Any], folder: Path) -> int:
+    """Writes a bf16 checkpoint of zeros that are never stored. Returns the bytes of weights it stands for."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in expected_tensors(model_spec(config)).items():
+        if sum(map(math.prod, shards[-1].values())) * ITEM_SIZE > SHARD_SIZE:
+            shards.append({})
+        shards[-1][name] = shape
+    weight_map, total = {}, 0
+    for number, tensors in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        header, end = {}, 0
+        for name, shape in tensors.items():
+            start, end = end, end + math.prod(shape) * ITEM_SIZE
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as shard:
+            shard.write(len(text).to_bytes(8, "little") + text)
+            shard.truncate(8 + len(text) + end)
+        total += end
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total

@@ -1,0 +1,56 @@
+"""A folder as a running session, whichever stage wrote it.
+
+The rooms are imported when they are needed, so that importing `arriero` is instant.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .folder import read_spec
+from .spec import FolderSpec, Weight
+
+if TYPE_CHECKING:
+    from .runtime.session import Session
+
+
+def load(
+    folder: str | Path,
+    *,
+    max_seq: int | None = None,
+    max_batch: int | None = None,
+    threads: int | None = None,
+    weights: str | Path | None = None,
+) -> "Session":
+    """Loads a model or bundle folder. A model is lowered for the CPU in memory first, which needs onnx.
+
+    Args:
+        folder: What `arriero export` or `arriero build` wrote.
+        max_seq: Positions that a sequence may hold; None takes the model's context, at most 16,384.
+        max_batch: Rows at once at most; None is no limit.
+        threads: Threads of one operator; None takes the processors that this process may use.
+        weights: Folder of the weight files, where they have moved.
+
+    Raises:
+        ArrieroError: The folder, its weights or a setting is not as it must be.
+    """
+    from .runtime.decoder import Decoder
+    from .runtime.session import Session
+    from .runtime.text import Text, read_defaults
+    from .runtime.weights import find_files, map_weights
+
+    path = Path(folder)
+    spec = read_spec(path)
+    files = find_files(path, spec.weight_files, None if weights is None else Path(weights))
+    graph, regions, flags = _graph(path, spec)
+    decoder = Decoder(graph, map_weights(regions, files), path, spec.model, flags, threads)
+    return Session(decoder, Text(path), read_defaults(path), spec, max_seq, max_batch)
+
+
+def _graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
+    """The graph for the CPU, the weights that it is given, and its session's flags."""
+    if spec.kind == "bundle":
+        return (path / spec.graph).read_bytes(), spec.weights, spec.session
+    from .engine.cpu import lower_for_cpu
+
+    lowered = lower_for_cpu(path, spec)
+    return lowered.graph, lowered.weights, lowered.session

@@ -1,0 +1,121 @@
+"""The decoder graph on ONNX Runtime, its KV caches, and the step that runs one piece of tokens over them.
+
+Invariant: a graph's caches are updated in place; past and present are bound to one buffer.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ..errors import SessionError
+from ..spec import ModelSpec
+
+PROVIDER = "CPUExecutionProvider"
+
+
+class Caches:
+    """KV buffers of a batch of sequences, zeros at first: key, value [B, K, C, D] float32 of each layer.
+
+    Args:
+        spec: Geometry.
+        batch: Rows (B).
+        positions: Positions that a row can hold; a chunked layer's buffers hold one chunk at most.
+    """
+
+    def __init__(self, spec: ModelSpec, batch: int, positions: int) -> None:
+        self.batch, self.positions = batch, positions
+        self.buffers: dict[str, NDArray[np.float32]] = {}
+        for index, layer in enumerate(spec.layers):
+            # One slot more than positions: a row that is full still takes the pad of a step that others go on with.
+            slots = min(layer.chunk or positions + 1, positions + 1)
+            for kind in ("key", "value"):
+                shape = (batch, spec.kv_heads, slots, spec.head_dim)
+                self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=np.float32)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+class Decoder:
+    """A lowered graph with its weights, ready to run.
+
+    Args:
+        graph: Serialized ONNX.
+        weights: Initializers by name.
+        folder: The model's or bundle's folder.
+        spec: Geometry.
+        session: Session configuration entries that the graph needs.
+        threads: Threads of one operator; None takes the processors that this process may use.
+
+    Raises:
+        SessionError: ONNX Runtime does not accept the graph.
+    """
+
+    def __init__(
+        self,
+        graph: bytes,
+        weights: Mapping[str, ort.OrtValue],
+        folder: Path,
+        spec: ModelSpec,
+        session: Mapping[str, str],
+        threads: int | None = None,
+    ) -> None:
+        self.spec = spec
+        self.weights = weights  # kept: the session reads the memory that these own
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+        for name, value in session.items():
+            options.add_session_config_entry(name, value)
+        for name, weight in weights.items():
+            options.add_initializer(name, weight)
+        try:
+            self.session = ort.InferenceSession(graph, options, providers=[PROVIDER])
+        except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
+            raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error
+
+    def bind(self, caches: Caches, rows: slice | None = None) -> "Binding":
+        """Binds caches, or some of their rows, for any number of steps."""
+        return Binding(self, caches, rows or slice(0, caches.batch))
+
+
+class Binding:
+    """A decoder bound to the caches of some rows."""
+
+    def __init__(self, decoder: Decoder, caches: Caches, rows: slice) -> None:
+        self.session = decoder.session
+        self.io = self.session.io_binding()
+        self.kept = []
+        for name, buffer in caches.buffers.items():
+            value = ort.OrtValue.ortvalue_from_numpy(buffer[rows])
+            self.kept.append((buffer, value))
+            self.io.bind_ortvalue_input(f"past.{name}", value)
+            self.io.bind_ortvalue_output(f"present.{name}", value)
+
+    def step(
+        self, ids_BS: NDArray[np.int64], past_B: NDArray[np.int32], positions_BR: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Runs one piece and writes it to the caches.
+
+        Args:
+            ids_BS: Token ids, right-padded.
+            past_B: Tokens in each row's cache before the piece.
+            positions_BR: Positions of the piece that get logits.
+
+        Returns:
+            Logits [B, R, V].
+        """
+        for name, array in (("input_ids", ids_BS), ("past_lengths", past_B), ("logit_positions", positions_BR)):
+            self.io.bind_cpu_input(name, np.ascontiguousarray(array))
+        self.io.bind_output("logits", "cpu")
+        self.session.run_with_iobinding(self.io)
+        logits: NDArray[np.float32] = self.io.get_outputs()[-1].numpy()
+        return logits

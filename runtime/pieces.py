@@ -1,0 +1,40 @@
+"""How the tokens of a batch are cut into pieces that the graph may take.
+
+Invariants: no row's piece crosses a boundary of its chunk; a piece of several tokens over a filled cache is one row
+alone (the CPU's attention asks for it); pads are written only where the row's own tokens come later.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows' next tokens: `lengths[i]` tokens of row `rows.start + i`, padded to the longest."""
+
+    rows: slice
+    lengths: tuple[int, ...]
+
+
+def cut(past: Sequence[int], new: Sequence[int], chunk: int, longest: int) -> Iterator[Piece]:
+    """Cuts each row's new tokens into pieces, in the order to run them.
+
+    Args:
+        past: Tokens already in each row's cache.
+        new: Tokens to add to each row.
+        chunk: Positions that no piece may cross; 0 where there are none.
+        longest: Tokens of a row's piece at most.
+    """
+    past, left = list(past), list(new)
+    if len(past) > 1 and not any(past):
+        longest_first = min(longest, chunk) if chunk else longest
+        lengths = tuple(min(tokens, longest_first) for tokens in left)
+        yield Piece(slice(0, len(past)), lengths)
+        past = list(lengths)
+        left = [tokens - length for tokens, length in zip(left, lengths, strict=True)]
+    for row, tokens in enumerate(left):
+        while tokens:
+            length = min(tokens, longest, chunk - past[row] % chunk if chunk else tokens)
+            yield Piece(slice(row, row + 1), (length,))
+            past[row] += length
+            tokens -= length

@@ -1,0 +1,330 @@
+"""A session: prompts in, tokens and text out.
+
+Underneath is a stateful step over a batch of sequences (`start`, `prefill`, `decode`); `logits`, `generate` and
+`stream` are written with it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import SessionError
+from ..spec import FolderSpec, ModelSpec
+from .decoder import Binding, Caches, Decoder
+from .pieces import cut
+from .sampling import Sampler, Sampling
+from .stopping import StopText
+from .text import Defaults, Message, Text
+
+LONGEST_PIECE = 512
+"""Tokens of a row that prefill computes at once; bounds the memory of attention and of the experts."""
+
+DEFAULT_MAX_SEQ = 16384
+"""Positions that a session holds where neither the caller nor a shorter context says otherwise."""
+
+Prompt = str | Sequence[int] | Sequence[Message]
+Finish = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """New tokens and their text; as a piece of a stream, what came since the last piece.
+
+    Attributes:
+        ids: New token ids, an end-of-sequence token included.
+        text: Their text, without special tokens, up to a stop string.
+        finish: Why it ended: an end-of-sequence token, a stop string, or the length; None where it goes on.
+    """
+
+    ids: list[int]
+    text: str
+    finish: Finish | None
+
+
+class State:
+    """Sequences in progress: their caches and how many tokens each row's hold."""
+
+    def __init__(self, decoder: Decoder, batch: int, positions: int) -> None:
+        self.caches = Caches(decoder.spec, batch, positions)
+        self.past_B = np.zeros(batch, dtype=np.int32)
+        self.decoder = decoder
+        self._bindings: dict[tuple[int, int], Binding] = {}
+
+    def binding(self, rows: slice) -> Binding:
+        """The decoder bound to some rows, made once."""
+        key = (rows.start, rows.stop)
+        if key not in self._bindings:
+            self._bindings[key] = self.decoder.bind(self.caches, rows)
+        return self._bindings[key]
+
+
+class Session:
+    """A loaded model.
+
+    Args:
+        decoder: The graph.
+        text: The tokenizer and chat template.
+        defaults: The checkpoint's generation defaults.
+        folder: What the folder's spec says.
+        max_seq: Positions that a sequence may hold; None takes the context, at most `DEFAULT_MAX_SEQ`.
+        max_batch: Rows at once at most; None is no limit.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        text: Text,
+        defaults: Defaults,
+        folder: FolderSpec,
+        max_seq: int | None = None,
+        max_batch: int | None = None,
+    ) -> None:
+        self.decoder, self.text, self.defaults, self.folder = decoder, text, defaults, folder
+        context = self.spec.max_positions
+        if max_seq is not None and not 1 <= max_seq <= context:
+            raise SessionError(f"max_seq is {max_seq}, expected 1 to {context}, the model's context")
+        if max_batch is not None and max_batch < 1:
+            raise SessionError(f"max_batch is {max_batch}, expected a whole number from 1 up")
+        self.max_seq = max_seq or min(context, DEFAULT_MAX_SEQ)
+        self.max_batch = max_batch
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's geometry."""
+        return self.decoder.spec
+
+    def start(self, batch: int = 1, positions: int | None = None) -> State:
+        """Starts sequences of no tokens.
+
+        Args:
+            batch: Rows.
+            positions: Tokens that each row can hold; None takes `max_seq`.
+        """
+        if self.max_batch is not None and batch > self.max_batch:
+            raise SessionError(f"{batch} rows are more than max_batch {self.max_batch}: load with a larger one")
+        positions = self.max_seq if positions is None else positions
+        if positions > self.max_seq:
+            limit = f"the model's context is {self.spec.max_positions}"
+            raise SessionError(f"{positions} tokens are more than max_seq {self.max_seq}: load with more ({limit})")
+        return State(self.decoder, batch, positions)
+
+    def prefill(self, state: State, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Adds tokens to each row, at least one. Returns the logits [B, V] after each row's last."""
+        logits_BV = np.empty((len(rows), self.spec.vocab_size), dtype=np.float32)
+        for row, _, logits_SV in self._run(state, rows, last_only=True):
+            logits_BV[row] = logits_SV[-1]
+        return logits_BV
+
+    def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
+        """Adds one token to every row. Returns the logits [B, V] after it."""
+        if int(state.past_B.max()) >= state.caches.positions:
+            raise SessionError(f"a sequence is full at {state.caches.positions} tokens: start it with more positions")
+        self._check_ids(tokens_B)
+        ids_B1 = np.asarray(tokens_B, dtype=np.int64)[:, None]
+        logits = state.binding(slice(0, len(ids_B1))).step(ids_B1, state.past_B, np.zeros_like(ids_B1))
+        state.past_B += 1
+        return logits[:, 0]
+
+    def logits(self, ids_BS: ArrayLike, lengths_B: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Teacher-forced logits of whole sequences.
+
+        Args:
+            ids_BS: Token ids [B, S], right-padded where rows are shorter.
+            lengths_B: Real tokens of each row, 1 to S; None is all.
+
+        Returns:
+            Logits [B, S, V] in float32, after each token; zeros at pads.
+
+        Raises:
+            SessionError: Wrong shapes, ids outside the vocabulary, or more tokens than the session holds.
+        """
+        ids = np.asarray(ids_BS)
+        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise SessionError(f"ids are {ids.dtype} {list(ids.shape)}, expected whole numbers [B, S]")
+        batch, length = ids.shape
+        lengths = np.full(batch, length) if lengths_B is None else np.asarray(lengths_B)
+        if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > length:
+            raise SessionError(f"lengths are {lengths.tolist()}, expected {batch} numbers from 1 to {length}")
+        state = self.start(batch, length)
+        logits_BSV = np.zeros((batch, length, self.spec.vocab_size), dtype=np.float32)
+        rows = [row[:count].tolist() for row, count in zip(ids, lengths, strict=True)]
+        for row, start, logits_SV in self._run(state, rows, last_only=False):
+            logits_BSV[row, start : start + len(logits_SV)] = logits_SV
+        return logits_BSV
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        seed: int | None = None,
+    ) -> Generated:
+        """Continues a prompt; the arguments are those of `stream`. Returns the new tokens and their text."""
+        pieces = list(
+            self.stream(
+                prompt,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                eos_token_id=eos_token_id,
+                stop_strings=stop_strings,
+                seed=seed,
+            )
+        )
+        ids = [token for piece in pieces for token in piece.ids]
+        return Generated(ids, "".join(piece.text for piece in pieces), pieces[-1].finish if pieces else "length")
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        seed: int | None = None,
+    ) -> Iterator[Generated]:
+        """Continues a prompt piece by piece.
+
+        Args:
+            prompt: A text, token ids taken as they are, or messages for the chat template.
+            max_new_tokens: New tokens at most; None is until the end of the sequence or of `max_seq`.
+            temperature: 0 is greedy. Like the other settings, None takes the checkpoint's generation config.
+            top_k: See `sampling.Sampling`, as for the next three.
+            top_p: Nucleus.
+            min_p: Share of the largest probability.
+            repetition_penalty: Penalty on tokens that occurred.
+            eos_token_id: Tokens that end the sequence; an empty list is none.
+            stop_strings: Texts that end it; the text returned ends before them.
+            seed: Of the draws.
+
+        Raises:
+            SessionError: The prompt is empty, too long, or not in the vocabulary, or a setting is out of range.
+        """
+        ids = self.prompt_ids(prompt)
+        defaults = self.defaults
+        sampler = Sampler(
+            Sampling(
+                temperature=defaults.temperature if temperature is None else temperature,
+                top_k=defaults.top_k if top_k is None else top_k,
+                top_p=defaults.top_p if top_p is None else top_p,
+                min_p=defaults.min_p if min_p is None else min_p,
+                repetition_penalty=defaults.repetition_penalty if repetition_penalty is None else repetition_penalty,
+                seed=seed,
+            )
+        )
+        if eos_token_id is None:
+            ends = set(defaults.eos_token_ids)
+        else:
+            ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+        room = self.max_seq - len(ids)
+        if max_new_tokens is not None and max_new_tokens < 0:
+            raise SessionError(f"max_new_tokens is {max_new_tokens}, expected a whole number from 0 up")
+        count = room if max_new_tokens is None else min(max_new_tokens, room)
+        return self._stream(ids, count, sampler, ends, StopText(stop_strings))
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """A prompt's token ids, checked against the vocabulary and the session's length."""
+        if isinstance(prompt, str):
+            ids = self.text.encode(prompt)
+        elif len(prompt) and isinstance(prompt[0], dict):
+            ids = self.text.encode_chat(prompt)  # type: ignore[arg-type]
+        else:
+            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+        if not ids:
+            raise SessionError("the prompt holds no tokens: give some text or ids")
+        self._check_ids(ids)
+        if len(ids) > self.max_seq:
+            raise SessionError(
+                f"the prompt has {len(ids)} tokens, the session holds {self.max_seq}: shorten it, or load with a "
+                f"larger max_seq (the model's context is {self.spec.max_positions})"
+            )
+        return ids
+
+    def _stream(
+        self, ids: list[int], count: int, sampler: Sampler, ends: set[int], stop: StopText
+    ) -> Iterator[Generated]:
+        has_text = self.text.tokenizer is not None
+        tokens = self._tokens(ids, count, sampler, ends)
+        pieces = self.text.stream(tokens) if has_text else ((token, "") for token in tokens)
+        for produced, (token, text) in enumerate(pieces, start=1):
+            text, stopped = stop.take(text)
+            finish: Finish | None = "stop" if stopped else "eos" if token in ends else None
+            if finish is None and produced == count:
+                finish = "length"
+            if finish in ("eos", "length"):
+                text += stop.rest()
+            yield Generated([token], text, finish)
+            if finish is not None:
+                return
+
+    def _tokens(self, ids: list[int], count: int, sampler: Sampler, ends: set[int]) -> Iterator[int]:
+        """Prefills the prompt, then draws tokens until an end or the count."""
+        if count == 0:
+            return
+        state = self.start(1, len(ids) + count)
+        logits_BV = self.prefill(state, [ids])
+        seen = list(ids)
+        for produced in range(1, count + 1):
+            token = sampler(logits_BV[0], seen)
+            seen.append(token)
+            yield token
+            if token in ends or produced == count:
+                return
+            logits_BV = self.decode(state, [token])
+
+    def _run(
+        self, state: State, rows: Sequence[Sequence[int]], *, last_only: bool
+    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Adds tokens piece by piece.
+
+        Yields:
+            Row, the number of its new tokens before the piece, and logits [S, V] of the piece's tokens (of its last
+            one only where `last_only`; then only those of the last piece count).
+        """
+        if len(rows) != state.caches.batch or not all(len(row) for row in rows):
+            raise SessionError(f"expected tokens for each of {state.caches.batch} rows")
+        for row, tokens in enumerate(rows):
+            self._check_ids(tokens)
+            total = int(state.past_B[row]) + len(tokens)
+            if total > state.caches.positions:
+                raise SessionError(f"row {row} would have {total} tokens, its caches hold {state.caches.positions}")
+        done = [0] * len(rows)
+        for piece in cut(state.past_B.tolist(), [len(row) for row in rows], self.spec.chunk, LONGEST_PIECE):
+            first, width = piece.rows.start, max(piece.lengths)
+            ids_BS = np.zeros((len(piece.lengths), width), dtype=np.int64)
+            for index, length in enumerate(piece.lengths):
+                start = done[first + index]
+                ids_BS[index, :length] = rows[first + index][start : start + length]
+            lengths_B = np.array(piece.lengths, dtype=np.int32)
+            positions_BR = (
+                lengths_B[:, None].astype(np.int64) - 1
+                if last_only
+                else np.broadcast_to(np.arange(width, dtype=np.int64), ids_BS.shape)
+            )
+            logits = state.binding(piece.rows).step(ids_BS, state.past_B[piece.rows], positions_BR)
+            state.past_B[piece.rows] += lengths_B
+            for index, length in enumerate(piece.lengths):
+                yield first + index, done[first + index], logits[index] if last_only else logits[index, :length]
+                done[first + index] += length
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if outside := [token for token in (min(ids), max(ids)) if not 0 <= token < self.spec.vocab_size]:
+            raise SessionError(f"token id {outside[0]} is outside the vocabulary of {self.spec.vocab_size}")

@@ -1,0 +1,158 @@
+"""Text in and out: the tokenizer, the chat template, and the defaults of generation, from a folder's own files."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from ..errors import FolderError, SessionError
+
+Message = dict[str, str]
+"""One turn of a conversation: `role` and `content`."""
+
+
+class Text:
+    """A folder's tokenizer and chat template.
+
+    Args:
+        folder: The model or bundle.
+
+    Raises:
+        FolderError: A file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / "tokenizer.json"
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else None
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise FolderError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
+        self.config = read_json(folder / "tokenizer_config.json")
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with BOS where the tokenizer puts one.
+
+        Args:
+            text: Any text; special tokens written in it become those tokens.
+            special_tokens: Whether the tokenizer adds its own (BOS).
+        """
+        ids: list[int] = self._tokenizer().encode(text, add_special_tokens=special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        text: str = self._tokenizer().decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation in the checkpoint's chat template, up to where the assistant speaks next."""
+        return self.encode(self.render_chat(messages), special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """A conversation as the chat template writes it.
+
+        Raises:
+            SessionError: There is no template, or it does not take these messages.
+        """
+        template = self._chat_template()
+        if template is None:
+            raise SessionError(f"{self.folder} has no chat template: give a plain prompt instead")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        special = {name: _token(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+        try:
+            return environment.from_string(template).render(
+                messages=list(messages), add_generation_prompt=True, **special
+            )
+        except (TemplateError, TypeError, KeyError) as error:
+            raise SessionError(f"the chat template does not take these messages: {error}") from error
+
+    def stream(self, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """Yields each id with the text that it completes, which is empty while a character is unfinished."""
+        tokenizer = self._tokenizer()
+        decoder = DecodeStream(skip_special_tokens=True)
+        for token in ids:
+            yield token, decoder.step(tokenizer, token) or ""
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise SessionError(f"{self.folder} has no tokenizer.json: give token ids instead of text")
+        return self.tokenizer
+
+    def _chat_template(self) -> str | None:
+        path = self.folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text("utf-8")
+        template = read_json(self.folder / "chat_template.json").get("chat_template", self.config.get("chat_template"))
+        if isinstance(template, list):  # several named templates
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        return template
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Defaults:
+    """What a checkpoint's generation config says where a caller says nothing."""
+
+    eos_token_ids: tuple[int, ...]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+
+
+def read_defaults(folder: Path) -> Defaults:
+    """Reads `generation_config.json`; without `do_sample` in it, the largest logit is taken."""
+    config = read_json(folder / "generation_config.json")
+
+    def get(name: str, default: Any) -> Any:
+        value = config.get(name)
+        return default if value is None else value
+
+    samples = bool(config.get("do_sample"))
+    eos = get("eos_token_id", [])
+    return Defaults(
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+        temperature=get("temperature", 1.0) if samples else 0.0,
+        top_k=get("top_k", 0),
+        top_p=get("top_p", 1.0),
+        min_p=get("min_p", 0.0),
+        repetition_penalty=get("repetition_penalty", 1.0),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file is missing.
+
+    Raises:
+        FolderError: The file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
+    if not isinstance(value, dict):
+        raise FolderError(f"{path}: not a JSON object: export again from an intact checkpoint")
+    return value
+
+
+def _token(value: Any) -> str:
+    """A special token's text; tokenizer configs write it plainly or as an object."""
+    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)

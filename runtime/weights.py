@@ -1,0 +1,81 @@
+"""Weight files found, checked, mapped into memory, and handed to a session by name.
+
+A tensor whose stored type the graph takes is a view of the mapped file: its pages are read when they are used and
+belong to the page cache. Others are widened to float32 in memory of their own, a piece at a time.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from ..errors import CheckpointError, FolderError
+from ..shards import identity
+from ..spec import Weight, WeightFile
+
+NUMPY_DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
+PIECE = 1 << 20
+"""Elements widened at a time, so that the piece stays in the processor's cache."""
+
+
+def find_files(folder: Path, files: Iterable[WeightFile], weights: Path | None = None) -> dict[str, Path]:
+    """Finds each weight file: in the folder given, in the model's own, or where it lay at export.
+
+    Args:
+        folder: The model or bundle.
+        files: What its spec lists.
+        weights: Folder of the weights after a move.
+
+    Raises:
+        FolderError: A file is missing, or another than the one exported.
+    """
+    found = {}
+    for file in files:
+        places = [weights / file.name] if weights else [folder / file.name, *([Path(file.path)] if file.path else [])]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise FolderError(f"weight file {file.name} is not at {places[-1]}: give its folder with --weights")
+        try:
+            same = path.stat().st_size == file.size and identity(path) == file.identity
+        except CheckpointError:
+            same = False
+        if not same:
+            raise FolderError(f"{path} is not the file that was exported (size or content differs): export again")
+        found[file.name] = path
+    return found
+
+
+def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> dict[str, ort.OrtValue]:
+    """Maps the weights as ONNX Runtime values by initializer name. The files stay mapped as long as the values live."""
+    maps = {name: np.memmap(path, dtype=np.uint8, mode="r") for name, path in files.items()}
+    return {weight.name: _value(weight, maps[weight.file]) for weight in weights}
+
+
+def _value(weight: Weight, file: np.ndarray) -> ort.OrtValue:
+    stored = NUMPY_DTYPES[weight.dtype]
+    count = math.prod(weight.shape)
+    data = file[weight.offset : weight.offset + count * stored.itemsize]
+    if weight.offset % stored.itemsize:
+        data = data.copy()  # a view of misaligned elements is not one that kernels may read
+    array = data.view(stored).reshape(weight.shape)
+    if weight.dtype != weight.convert:
+        array = widen(array, weight.dtype)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX_TYPES[weight.convert])
+
+
+def widen(array: np.ndarray, dtype: str) -> np.ndarray:
+    """A float16 array, or a bfloat16 one given as uint16, in float32; exact."""
+    wide = np.empty(array.shape, dtype=np.float32)
+    source, target = array.reshape(-1), wide.reshape(-1)
+    for start in range(0, source.size, PIECE):
+        piece = source[start : start + PIECE]
+        if dtype == "bfloat16":
+            bits = target[start : start + PIECE].view(np.uint32)
+            bits[:] = piece
+            bits <<= 16
+        else:
+            target[start : start + PIECE] = piece
+    return wide
