@@ -10,7 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import CheckpointError
 
@@ -137,7 +137,7 @@ def _region(path: Path, name: str, entry: Any, start: int) -> Region:
     return Region(dtype, tuple(shape), start + offsets[0], size)
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 

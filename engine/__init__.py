@@ -1,0 +1,5 @@
+"""From a model to what one target needs: a lowered graph or an engine, in a bundle."""
+
+from .bundle import build_bundle
+
+__all__ = ["build_bundle"]

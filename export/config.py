@@ -4,7 +4,7 @@ Enters: the parsed JSON of a text-only (`llama4_text`) or multimodal (`llama4`) 
 `transformers` 4 and 5. Leaves: a `ModelSpec` whose every number has been checked.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import CheckpointError
 from ..spec import DType, LayerSpec, ModelSpec, RopeScaling
@@ -103,7 +103,7 @@ class Fields:
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.refuse(name, "a whole number from 1 up")
-        return int(value)
+        return value
 
     def positive(self, name: str, default: float | None = None) -> float:
         """A number above 0."""
@@ -113,7 +113,7 @@ class Fields:
             self.refuse(name, "a number above 0")
         return float(value)
 
-    def refuse(self, name: str, expected: str) -> None:
+    def refuse(self, name: str, expected: str) -> NoReturn:
         """Raises the error for a value out of range."""
         found = repr(self.values[name]) if name in self.values else "missing"
         raise CheckpointError(f"config.json: {name} is {found}, expected {expected}")

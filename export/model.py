@@ -7,6 +7,8 @@ they are safetensors files of the same names beside the graph.
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,7 +18,8 @@ from ..errors import ExportError
 from ..folder import SPEC, carry_files, check_free, copy_sparse, new_folder
 from ..shards import Region, Shard, identity, open_shard
 from ..spec import DType, FolderSpec, WeightFile
-from .checkpoint import DTYPE_NAMES, Checkpoint, open_checkpoint
+from .checkpoint import DTYPE_NAMES, Checkpoint, open_checkpoint, read_json
+from .config import DTYPES, text_config
 from .convert import convert_shard
 from .stitch import Progress, stitch_decoder
 
@@ -31,6 +34,7 @@ def export_checkpoint(
     copy_weights: bool = False,
     force: bool = False,
     progress: Progress = lambda phase, done, total: None,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Exports a Llama 4 checkpoint's text decoder.
 
@@ -41,6 +45,7 @@ def export_checkpoint(
         copy_weights: Whether the weights are copied into the folder, so that it stands alone.
         force: Whether an existing model folder at `out` is replaced.
         progress: Told the phase, the steps done and the steps in all.
+        notice: Told what a person should know, a line each.
 
     Returns:
         The model folder.
@@ -50,16 +55,21 @@ def export_checkpoint(
         FolderError: `out` exists, or cannot be written.
     """
     source, target = Path(checkpoint).absolute(), Path(out).absolute()
+    if dtype is not None and dtype not in DTYPES:
+        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     check_free(target, force=force)
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise ExportError(f"{target} lies in the checkpoint, which is left as it is: choose an output beside it")
     opened = open_checkpoint(source, any_dtype=dtype is not None)
+    if opened.vision_tensors:
+        notice(f"The {opened.vision_tensors} tensors of the vision tower are left out: the text decoder is exported.")
     with new_folder(target, force=force) as folder:
         weight_files, places = _place_weights(opened, folder, dtype, copy_weights, progress)
         spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
         model = stitch_decoder(spec, opened.prefix, places.__getitem__, progress)
         ir.save(model, folder / GRAPH)
         carry_files(source, folder)
+        _write_generation_config(source, folder)
         record = FolderSpec(
             kind="model",
             version=__version__,
@@ -106,6 +116,14 @@ def _place_weights(
 
 def _stored_dtypes(shard: Shard, checkpoint: Checkpoint) -> set[DType]:
     return {DTYPE_NAMES[region.dtype] for name, region in shard.tensors.items() if name in checkpoint.tensors}
+
+
+def _write_generation_config(source: Path, folder: Path) -> None:
+    """Where a checkpoint has no generation config, its end-of-sequence tokens stand in `config.json`."""
+    if not (folder / "generation_config.json").exists():
+        config = text_config(read_json(source / "config.json"))
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+        (folder / "generation_config.json").write_text(json.dumps(ids, indent=1) + "\n", "utf-8")
 
 
 def _hashes(source: Path) -> dict[str, str]:

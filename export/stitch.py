@@ -64,7 +64,9 @@ class Stitcher:
         first = Nodes("embed_tokens/")
         embedding = self.weight("model.embed_tokens.weight")
         x = first.Gather(embedding, input_ids, axis=0)
-        nodes, caches, presents = first.list, [], []
+        nodes = first.list
+        caches: list[ir.Value] = []
+        presents: list[ir.Value] = []
         for index, layer in enumerate(spec.layers):
             progress("layers", index, len(spec.layers))
             past = self._caches(index, layer, "past")
@@ -82,7 +84,7 @@ class Stitcher:
             name="decoder",
             doc_string="Llama 4 text decoder; one graph for prefill and decode, its caches updated in place.",
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="arriero", functions=self.functions.values())
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="arriero", functions=list(self.functions.values()))
 
     def weight(self, name: str) -> ir.Value:
         """The initializer of a checkpoint's tensor, which lies where the shard has it."""
@@ -98,20 +100,16 @@ class Stitcher:
                 name=name,
                 base_dir=Path("."),
             )
-            self.initializers[name] = ir.Value(
-                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
+            self.initializers[name] = _initializer(name, tensor)
         return self.initializers[name]
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.initializers[name] = value
-        return value
+        self.initializers[name] = _initializer(name, ir.tensor(array, name=name))
+        return self.initializers[name]
 
     def _caches(self, index: int, layer: LayerSpec, when: str) -> list[ir.Value]:
         slots = "chunk_slots" if layer.chunk else "slots"
-        shape = ["batch", self.spec.kv_heads, slots, self.spec.head_dim]
+        shape: list[int | str | None] = ["batch", self.spec.kv_heads, slots, self.spec.head_dim]
         return [ir.val(f"{when}.{index}.{kind}", self.dtype, shape) for kind in ("key", "value")]
 
     def _add_layer(
@@ -158,7 +156,7 @@ class Stitcher:
             attributes=list(node.attributes.values()),
             overload=self._function(node, layer) if node.domain == gqa.DOMAIN else "",
             outputs=values,
-            name=f"layers.{index}/{self._node_name(node)}",
+            name=f"layers.{index}/{_node_name(node)}",
         )
 
     def _named_shape(self, shape: ir.Shape | None) -> ir.Shape | None:
@@ -166,16 +164,6 @@ class Stitcher:
         if shape is None or any(not isinstance(dim, int) for dim in shape.dims[2:]) or len(shape) != 3:
             return None
         return ir.Shape(["batch", "sequence", *shape.dims[2:]])
-
-    @staticmethod
-    def _node_name(node: ir.Node) -> str:
-        """A linear is named by its weight, a custom op by its type, anything else as traced."""
-        if node.op_type == "MatMul" and (source := node.inputs[1].producer()) is not None:
-            return str(source.inputs[0].name).removeprefix("layer.").removesuffix(".weight")
-        if node.domain == gqa.DOMAIN or node.op_type == "RMSNormalization":
-            weight = "" if node.domain else f"/{node.inputs[1].name.removeprefix('layer.').removesuffix('.weight')}"
-            return f"{node.op_type}{weight}"
-        return str(node.name).removeprefix("node_")
 
     def _function(self, node: ir.Node, layer: LayerSpec) -> str:
         """Adds the function body of a custom op's node, once a kind. Returns the overload that the node calls."""
@@ -201,3 +189,18 @@ class Stitcher:
         output = ir.val("logits", ir.DataType.FLOAT, ["batch", "logit_positions", self.spec.vocab_size])
         nodes.node("Cast", [logits], outputs=[output], attributes={"to": ir.DataType.FLOAT})
         return output, nodes.list
+
+
+def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+
+def _node_name(node: ir.Node) -> str:
+    """A product or a norm is named by its weight, a custom op by its type, anything else as traced."""
+    weight = node.inputs[1] if node.op_type in ("MatMul", "RMSNormalization") else None
+    source = weight.producer() if weight is not None else None
+    weight = source.inputs[0] if source is not None else weight
+    if weight is not None:
+        return str(weight.name).removeprefix("layer.").removesuffix(".weight")
+    return node.op_type if node.domain else str(node.name).removeprefix("node_")

@@ -138,8 +138,8 @@ def simplify_reshapes(graph: ir.Graph) -> None:
     x = graph.inputs[0]
     for node in [node for node in graph if node.op_type == "Reshape" and node.outputs[0].shape is not None]:
         shape = node.outputs[0].shape
-        if len(shape) == 2:
-            plain = ir.node("Constant", [], {"value_ints": [-1, int(shape[1])]})
+        if shape is not None and len(shape) == 2:
+            plain = ir.node("Constant", [], {"value_ints": [-1, int(str(shape[1]))]})
         elif shape == x.shape:
             plain = ir.node("Shape", [x])
         else:

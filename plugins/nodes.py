@@ -69,6 +69,13 @@ class Nodes:
         return value
 
 
+def dims(value: ir.Value | None) -> tuple[int, ...]:
+    """A value's shape, all of whose dimensions are known."""
+    assert value is not None
+    assert value.shape is not None
+    return value.shape.numpy()
+
+
 def ints(*values: int) -> np.ndarray:
     """An int64 vector: shapes, axes, permutations."""
     return np.array(values, dtype=np.int64)

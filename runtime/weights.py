@@ -7,6 +7,7 @@ belong to the page cache. Others are widened to float32 in memory of their own, 
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -15,7 +16,11 @@ from ..errors import CheckpointError, FolderError
 from ..shards import identity
 from ..spec import Weight, WeightFile
 
-NUMPY_DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
 ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 PIECE = 1 << 20
 """Elements widened at a time, so that the piece stays in the processor's cache."""

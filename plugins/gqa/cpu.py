@@ -31,7 +31,7 @@ class Shared:
 
 
 def lower(
-    nodes: Nodes, inputs: list[ir.Value | None], outputs: list[ir.Value], attributes: Attributes, shared: Shared
+    nodes: Nodes, inputs: list[ir.Value], outputs: list[ir.Value], attributes: Attributes, shared: Shared
 ) -> None:
     """Writes the nodes of one layer in float32.
 
@@ -43,11 +43,7 @@ def lower(
         shared: Values of earlier layers; extended here.
     """
     query, key, value, key_cache, value_cache, past_lengths, *rest = inputs
-    assert query is not None
-    assert key is not None
-    assert past_lengths is not None
-    assert key_cache is not None
-    head_dim = int(key_cache.shape[3])  # type: ignore[index,arg-type]
+    head_dim = cache_head_dim(key_cache)
     inv_freq = rest[0] if rest else None
     if shared.positions is None:
         past_B = nodes.Cast(past_lengths, to=INT64)
@@ -74,6 +70,14 @@ def lower(
             "do_rotary": 0,
         },
     )
+
+
+def cache_head_dim(cache: ir.Value) -> int:
+    """D of a cache [B, K, C, D], the only dimension that is known besides K."""
+    assert cache.shape is not None
+    head_dim = cache.shape[3]
+    assert isinstance(head_dim, int)
+    return head_dim
 
 
 def _turn(nodes: Nodes, inv_freq: ir.Value, shared: Shared) -> tuple[ir.Value, ir.Value]:

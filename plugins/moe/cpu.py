@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..nodes import OPSET, Nodes, ints, number
+from ..nodes import OPSET, Nodes, dims, ints, number
 from .body import route
 from .op import Attributes
 
@@ -40,7 +40,7 @@ def lower(
     chosen_TKE = nodes.OneHot(experts_TK, number(count, np.int64), ints(0, 1))
     busy_E = nodes.Greater(nodes.ReduceSum(chosen_TKE, ints(0, 1), keepdims=0), number(0, np.int64))
     busy = nodes.Split(busy_E, axis=0, num_outputs=count, outputs=count) if count > 1 else [busy_E]
-    hidden_size = int(experts[0][1].shape[1])  # type: ignore[index,arg-type]
+    hidden_size = dims(experts[0][1])[1]
     parts = [
         nodes.If(
             busy[index],

@@ -1,0 +1,265 @@
+"""The command line: one verb a stage, a thin skin over the Python interface.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 2 could not, 130 interrupted.
+"""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import ArrieroError
+
+if TYPE_CHECKING:
+    from .runtime import Generated, Session
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Takes a Llama 4 checkpoint to the machines that serve it: export, build, run.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder of Arriero's.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a Hugging Face Llama 4 checkpoint; only read.")],
+    output: Output,
+    dtype: Annotated[
+        str | None, typer.Option(help="Convert the weights to float32, float16 or bfloat16.", show_default="as stored")
+    ] = None,
+    copy_weights: Annotated[
+        bool, typer.Option("--copy-weights", help="Copy the weights, so that the folder stands alone.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Export a checkpoint to ONNX: the model folder. The weights stay where they are."""
+    with errors_shown(debug), progress_shown("Exporting") as progress:
+        from .export import export_checkpoint
+
+        started = time.perf_counter()
+        model = export_checkpoint(
+            checkpoint,
+            output,
+            dtype=dtype,  # type: ignore[arg-type]
+            copy_weights=copy_weights,
+            force=force,
+            progress=progress,
+            notice=lambda line: print(line, file=sys.stderr),
+        )
+        report_folder(model, time.perf_counter() - started, as_json)
+
+
+@app.command()
+def build(
+    model: Annotated[Path, typer.Argument(help="Model folder that `arriero export` wrote.")],
+    output: Output,
+    target: Annotated[str, typer.Option(help="What to build for: cpu.")] = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Build a model for one target: the bundle folder."""
+    with errors_shown(debug):
+        from .engine import build_bundle
+
+        started = time.perf_counter()
+        report_folder(build_bundle(model, output, target=target, force=force), time.perf_counter() - started, as_json)
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(help="Model or bundle folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads it from stdin.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation, one line a turn.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. As the next four: default from the generation config.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep so many of the likeliest; 0 keeps all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest that make up this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep those with this share of the likeliest's.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random draws.")] = None,
+    stop_string: Annotated[list[str] | None, typer.Option(help="Text that ends it; may be repeated.")] = None,
+    eos_token_id: Annotated[list[int] | None, typer.Option(help="Token that ends it; may be repeated.")] = None,
+    max_seq: Annotated[
+        int | None, typer.Option(help="Tokens that a sequence may hold.", show_default="the context, at most 16384")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a model: stream the continuation of a prompt, or chat."""
+    with errors_shown(debug):
+        from .errors import SessionError
+        from .loading import load
+
+        if not chat and prompt is None:
+            raise SessionError("there is nothing to say: give --prompt TEXT, --prompt - for stdin, or --chat")
+        if system is not None and not chat:
+            raise SessionError("--system is the first message of a conversation: add --chat")
+        started = time.perf_counter()
+        session = load(folder, max_seq=max_seq, threads=threads, weights=weights)
+        loaded = time.perf_counter() - started
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "stop_strings": stop_string or (),
+            "eos_token_id": eos_token_id,
+        }
+        if chat:
+            converse(session, system, prompt, settings, as_json)
+        else:
+            text = sys.stdin.read() if prompt == "-" else str(prompt)
+            answer(session, text, settings, as_json, {"load_seconds": loaded})
+
+
+def answer(session: "Session", prompt: Any, settings: dict[str, Any], as_json: bool, measured: dict[str, float]) -> str:
+    """Streams one continuation to stdout, or prints it as JSON. Returns its text."""
+    started = time.perf_counter()
+    pieces: list[Generated] = []
+    first = None
+    for piece in session.stream(prompt, **settings):
+        first = first or time.perf_counter() - started
+        pieces.append(piece)
+        if not as_json:
+            print(piece.text, end="", flush=True)
+    seconds = time.perf_counter() - started
+    text = "".join(piece.text for piece in pieces)
+    count = len(pieces)
+    rate = (count - 1) / (seconds - first) if first and count > 1 else 0.0
+    if as_json:
+        result = {
+            "text": text,
+            "ids": [token for piece in pieces for token in piece.ids],
+            "finish": pieces[-1].finish if pieces else "length",
+            **measured,
+            "first_token_seconds": first,
+            "tokens_per_second": rate,
+        }
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print()
+        if first is not None:
+            print(f"[{count} tokens, the first after {first:.2f} s, then {rate:.0f} tokens/s]", file=sys.stderr)
+    return text
+
+
+def converse(
+    session: "Session", system: str | None, first: str | None, settings: dict[str, Any], as_json: bool
+) -> None:
+    """Takes a line a turn from stdin and answers in the conversation so far, until stdin ends."""
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    for line in turns(first):
+        messages.append({"role": "user", "content": line})
+        text = answer(session, messages, settings, as_json, {})
+        messages.append({"role": "assistant", "content": text})
+
+
+def turns(first: str | None) -> Iterator[str]:
+    """The user's lines: the one given, then those typed."""
+    if first is not None:
+        yield first
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def report_folder(folder: Path, seconds: float, as_json: bool) -> None:
+    """Says what was written."""
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    if as_json:
+        print(json.dumps({"folder": str(folder), "bytes": size, "seconds": round(seconds, 3)}))
+    else:
+        print(f"Wrote {folder} ({size / 1e6:.1f} MB) in {seconds:.1f} s", file=sys.stderr)
+
+
+@contextmanager
+def errors_shown(debug: bool) -> Iterator[None]:
+    """Turns errors into one line on stderr and exit code 2; the traceback is shown where asked for."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders are removed
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise typer.Exit(0) from None
+    except Exception as error:
+        if debug:
+            raise
+        print(f"arriero: {one_line(error)}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def one_line(error: Exception) -> str:
+    """An error's message in one line, with the remedy for those that are not Arriero's own."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ArrieroError):
+        return text
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text}: this verb needs an extra, pip install 'arriero[export]'"
+    return f"internal error, {type(error).__name__}: {text} (--debug shows where)"
+
+
+@contextmanager
+def progress_shown(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr where that is a terminal. Yields what stages report to: phase, done, total."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda phase, done, total: bar.update(task, description=f"{title} {phase}", completed=done, total=total)
+
+
+def show_version(value: bool) -> None:
+    """Prints the version and ends."""
+    if value:
+        print(f"arriero {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Takes a Llama 4 checkpoint to the machines that serve it: export, build, run."""
+
+
+def main() -> None:
+    """The entry point of the `arriero` command."""
+    app()
