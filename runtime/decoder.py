@@ -113,8 +113,10 @@ class Binding:
         Returns:
             Logits [B, R, V].
         """
-        for name, array in (("input_ids", ids_BS), ("past_lengths", past_B), ("logit_positions", positions_BR)):
-            self.io.bind_cpu_input(name, np.ascontiguousarray(array))
+        inputs = {"input_ids": ids_BS, "past_lengths": past_B, "logit_positions": positions_BR}
+        inputs = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # alive until the step is done
+        for name, array in inputs.items():
+            self.io.bind_cpu_input(name, array)
         self.io.bind_output("logits", "cpu")
         self.session.run_with_iobinding(self.io)
         logits: NDArray[np.float32] = self.io.get_outputs()[-1].numpy()

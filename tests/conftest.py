@@ -1,0 +1,122 @@
+"""Checkpoints for the tests: random ones of any geometry from `transformers`, and the trained tiny Llama 4."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+TINY = Path(__file__).parent.parent / "examples" / "tiny-llama4"
+
+SCOUT_LIKE = {
+    "interleave_moe_layer_step": 1,
+    "use_qk_norm": True,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+MAVERICK_LIKE = {
+    "interleave_moe_layer_step": 2,
+    "use_qk_norm": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+
+
+def llama4(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Llama4ForCausalLM:
+    """A random small Llama 4 of `transformers`, its weights large enough that every part matters."""
+    settings: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "intermediate_size_mlp": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "max_position_embeddings": 512,
+        "attention_chunk_size": 16,
+        "floor_scale": 4,
+        "initializer_range": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        **SCOUT_LIKE,
+        **overrides,
+    }
+    torch.manual_seed(seed)
+    return Llama4ForCausalLM(Llama4TextConfig(**settings)).eval().to(dtype)
+
+
+def random_overrides(seed: int) -> dict[str, Any]:
+    """A geometry drawn at random: heads, experts, top-k, chunk, scaling, norm, temperature, MoE step."""
+    rng = random.Random(seed)
+    kv_heads = rng.choice([1, 2, 4])
+    llama3 = {**SCOUT_LIKE["rope_parameters"], "high_freq_factor": rng.choice([1.0, 4.0])}  # type: ignore[dict-item]
+    return {
+        "hidden_size": rng.choice([32, 64, 80]),
+        "intermediate_size": rng.choice([16, 48, 64]),
+        "intermediate_size_mlp": rng.choice([32, 96]),
+        "num_hidden_layers": rng.choice([1, 2, 4, 5]),
+        "num_attention_heads": kv_heads * rng.choice([1, 2, 3]),
+        "num_key_value_heads": kv_heads,
+        "head_dim": rng.choice([8, 16, 32]),
+        "num_local_experts": rng.choice([2, 4, 8]),
+        "num_experts_per_tok": rng.choice([1, 2]),
+        "interleave_moe_layer_step": rng.choice([1, 2]),
+        "attention_chunk_size": rng.choice([4, 8, 16]),
+        "attn_temperature_tuning": rng.choice([True, False]),
+        "floor_scale": rng.choice([2, 4, 64]),
+        "use_qk_norm": rng.choice([True, False]),
+        "rope_parameters": rng.choice([MAVERICK_LIKE["rope_parameters"], llama3]),
+    }
+
+
+@pytest.fixture(scope="session")
+def make_llama4() -> Callable[..., Llama4ForCausalLM]:
+    return llama4
+
+
+@pytest.fixture(scope="session")
+def draw_overrides() -> Callable[[int], dict[str, Any]]:
+    return random_overrides
+
+
+@pytest.fixture(scope="session")
+def maverick_like() -> dict[str, Any]:
+    return MAVERICK_LIKE
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama 4, exported once."""
+    from arriero.export import export_checkpoint
+
+    return export_checkpoint(TINY, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A small random checkpoint in two shards with an index, free to be damaged."""
+    folder = tmp_path / "checkpoint"
+    llama4(num_hidden_layers=2).save_pretrained(folder, max_shard_size="100KB")
+    return folder

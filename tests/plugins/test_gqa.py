@@ -1,0 +1,157 @@
+"""Every implementation of grouped-query attention against its meaning, over the op's table of cases."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from arriero.plugins import schemas
+from arriero.plugins.gqa import cpu, op
+from arriero.plugins.gqa.body import body
+from arriero.plugins.gqa.cases import CASES, Case
+from arriero.plugins.gqa.meaning import grouped_query_attention
+from arriero.plugins.gqa.torch_op import attend_whole
+from arriero.plugins.nodes import OPSET, Nodes
+
+TYPES = {"past_lengths": ir.DataType.INT32}
+Outputs = list[np.ndarray[Any, Any]]
+
+
+def graph_of(case: Case, write: Callable[[list[ir.Value], list[ir.Value]], list[ir.Node]]) -> ir.Graph:
+    arrays = case.inputs()
+    heads = case.attributes.kv_heads
+    cache = ["batch", heads, "slots", case.head_dim]
+    inputs = [
+        ir.val(name, TYPES.get(name, ir.DataType.FLOAT), cache if "cache" in name else [None] * array.ndim)
+        for name, array in arrays.items()
+        if array is not None
+    ]
+    outputs = [ir.val("output", ir.DataType.FLOAT, [None] * 3)]
+    outputs += [ir.val(name, ir.DataType.FLOAT, cache) for name in op.OUTPUTS[1:]]
+    imports = {"": OPSET, op.DOMAIN: op.VERSION, "com.microsoft": 1}
+    return ir.Graph(inputs, outputs, nodes=write(inputs, outputs), opset_imports=imports, name="case")
+
+
+def run(model: ir.Model, case: Case) -> Outputs:
+    proto = ir.to_proto(model)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    values = {
+        name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in case.inputs().items() if array is not None
+    }
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("output", "cpu")
+    for present, past in zip(op.OUTPUTS[1:], ("key_cache", "value_cache"), strict=True):
+        binding.bind_ortvalue_output(present, values[past])  # in place, as a session binds them
+    session.run_with_iobinding(binding)
+    return [value.numpy().copy() for value in binding.get_outputs()]
+
+
+def by_function(case: Case) -> Outputs:
+    def call(inputs: list[ir.Value], outputs: list[ir.Value]) -> list[ir.Node]:
+        attributes = ir.convenience.convert_attributes(dataclasses.asdict(case.attributes))
+        return [ir.Node(op.DOMAIN, op.NAME, inputs, attributes, overload="case", outputs=outputs)]
+
+    schemas.register()
+    function = body(case.attributes, case.head_dim, case.rope, ir.DataType.FLOAT, "case")
+    model = ir.Model(graph_of(case, call), ir_version=11, functions=[function])
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    return run(model, case)
+
+
+def by_cpu_lowering(case: Case) -> Outputs:
+    def lower(inputs: list[ir.Value], outputs: list[ir.Value]) -> list[ir.Node]:
+        nodes = Nodes()
+        cpu.lower(nodes, inputs, outputs, case.attributes, cpu.Shared())
+        return nodes.list
+
+    return run(ir.Model(graph_of(case, lower), ir_version=11), case)
+
+
+def by_torch(case: Case) -> Outputs:
+    tensors = [None if array is None else torch.from_numpy(array) for array in case.inputs().values()]
+    outputs = torch.ops.arriero.grouped_query_attention(*tensors, *dataclasses.astuple(case.attributes))
+    return [output.numpy() for output in outputs]
+
+
+def meaning_of(case: Case) -> Outputs:
+    return list(grouped_query_attention(**case.inputs(), attributes=case.attributes))  # type: ignore[arg-type]
+
+
+def worst_difference(found: Outputs, expected: Outputs) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", [by_torch, by_function, by_cpu_lowering], ids=lambda each: each.__name__)
+def test_an_implementation_equals_the_meaning(implementation: Callable[[Case], Outputs], case: Case) -> None:
+    filled = any(case.past) and case.length > 1 and len(case.past) > 1
+    if implementation is by_cpu_lowering and filled:
+        # The lowering's promise: pieces over filled caches come row by row.
+        for row in range(len(case.past)):
+            alone = OneRow(case, row)
+            assert worst_difference(by_cpu_lowering(alone), meaning_of(alone)) < 3e-6  # type: ignore[arg-type]
+        return
+    far = 5e-2 if max(case.past) > 100_000 else 0  # float32 holds an angle of 10⁶ radians to 0.06
+    assert worst_difference(implementation(case), meaning_of(case)) < 3e-6 + far
+
+
+class OneRow:
+    """A case's row by itself."""
+
+    def __init__(self, case: Case, row: int) -> None:
+        self.attributes, self.head_dim, self.rope, self.length = case.attributes, case.head_dim, case.rope, case.length
+        self.past = (case.past[row],)
+        self.arrays = {
+            name: array if array is None or name == "inv_freq" else array[row : row + 1]
+            for name, array in case.inputs().items()
+        }
+
+    def inputs(self) -> dict[str, Any]:
+        return self.arrays
+
+
+def test_the_cache_keeps_what_the_piece_does_not_write() -> None:
+    case = next(case for case in CASES if case.name == "later piece, chunked")
+    before = case.inputs()["key_cache"]
+    assert before is not None
+    _, after, _ = by_torch(case)
+    assert np.array_equal(after[:, :, :5], before[:, :, :5])
+    assert np.array_equal(after[:, :, 11:], before[:, :, 11:])
+    assert not np.array_equal(after[:, :, 5:11], before[:, :, 5:11])
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_whole_sequences_equal_pieces_over_a_cache(chunk: int) -> None:
+    attributes = op.Attributes(heads=4, kv_heads=2, scale=0.3, chunk=chunk, qk_norm_eps=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 21, heads * 8, generator=generator) for heads in (4, 2, 2))
+    inv_freq = 1 / 100 ** (torch.arange(4) / 4)
+    whole = attend_whole(query, key, value, inv_freq, attributes)
+    key_cache = value_cache = torch.zeros(1, 2, chunk or 21, 8)
+    pieces = []
+    for start, end in ((0, 5), (5, 8), (8, 16), (16, 17), (17, 21)):
+        part = slice(start, end)
+        output, key_cache, value_cache = torch.ops.arriero.grouped_query_attention(
+            query[:, part], key[:, part], value[:, part], key_cache, value_cache,
+            torch.tensor([start], dtype=torch.int32), inv_freq, *dataclasses.astuple(attributes),
+        )  # fmt: skip
+        pieces.append(output)
+    assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-6)
+
+
+def test_the_op_passes_torchs_own_checks() -> None:
+    case = CASES[2]
+    tensors = [None if array is None else torch.from_numpy(array) for array in case.inputs().values()]
+    arguments = (*tensors, *dataclasses.astuple(case.attributes))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.arriero.grouped_query_attention.default, arguments, test_utils=checks)

@@ -1,0 +1,109 @@
+"""Every implementation of mixture-of-experts dispatch against its meaning, over the op's table of cases."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from arriero.plugins import schemas
+from arriero.plugins.moe import cpu, op
+from arriero.plugins.moe.body import body
+from arriero.plugins.moe.cases import CASES, Case
+from arriero.plugins.moe.meaning import moe_dispatch
+from arriero.plugins.moe.torch_op import moe_dispatch as torch_moe_dispatch
+from arriero.plugins.nodes import OPSET, Nodes
+
+Array = np.ndarray[Any, Any]
+
+
+def run(graph: ir.Graph, case: Case, functions: list[ir.Function]) -> Array:
+    model = ir.to_proto(ir.Model(graph, ir_version=11, functions=functions))
+    onnx.checker.check_model(model)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = {value.name for value in graph.inputs}
+    output: Array = session.run(None, {name: array for name, array in case.inputs().items() if name in names})[0]
+    return output
+
+
+def graph_of(inputs: list[ir.Value], output: ir.Value, nodes: list[ir.Node], **initializers: Any) -> ir.Graph:
+    imports = {"": OPSET, op.DOMAIN: op.VERSION}
+    return ir.Graph(inputs, [output], nodes=nodes, opset_imports=imports, name="case", **initializers)
+
+
+def by_function(case: Case) -> Array:
+    schemas.register()
+    inputs = [ir.val(name, ir.DataType.FLOAT, [None] * array.ndim) for name, array in case.inputs().items()]
+    output = ir.val("output", ir.DataType.FLOAT, [None, None])
+    attributes = ir.convenience.convert_attributes(dataclasses.asdict(case.attributes))
+    node = ir.Node(op.DOMAIN, op.NAME, inputs, attributes, outputs=[output])
+    return run(graph_of(inputs, output, [node]), case, [body(case.attributes, ir.DataType.FLOAT)])
+
+
+def by_cpu_lowering(case: Case) -> Array:
+    arrays = case.inputs()
+    inputs = [ir.val(name, ir.DataType.FLOAT, arrays[name].shape) for name in ("hidden", "router_logits")]
+    output = ir.val("output", ir.DataType.FLOAT, [None, None])
+    experts = [
+        tuple(initializer(f"{name}.{index}", arrays[name][index]) for name in ("gate_up", "down"))
+        for index in range(case.experts)
+    ]
+    nodes = Nodes()
+    cpu.lower(nodes, *inputs, experts, output, case.attributes)  # type: ignore[arg-type]
+    weights = [weight for pair in experts for weight in pair]
+    return run(graph_of(inputs, output, nodes.list, initializers=weights), case, [])
+
+
+def initializer(name: str, array: Array) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    shape = ir.Shape(array.shape)
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
+
+
+def by_torch(case: Case) -> Array:
+    tensors = [torch.from_numpy(array) for array in case.inputs().values()]
+    output: Array = torch_moe_dispatch(*tensors, *dataclasses.astuple(case.attributes)).numpy()
+    return output
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", [by_torch, by_function, by_cpu_lowering], ids=lambda each: each.__name__)
+def test_an_implementation_equals_the_meaning(implementation: Callable[[Case], Array], case: Case) -> None:
+    expected = moe_dispatch(**case.inputs(), attributes=case.attributes)
+    assert np.abs(implementation(case) - expected).max() < 3e-6
+
+
+def test_the_score_scales_the_expert_input_and_not_its_output() -> None:
+    case = next(case for case in CASES if case.name == "few tokens")
+    arrays = case.inputs()
+    token, expert = 0, int(arrays["router_logits"][0].argmax())
+    score = 1 / (1 + np.exp(-arrays["router_logits"][token, expert]))
+    found = by_torch(case)[token]
+
+    def swiglu(x: Array) -> Array:
+        gate, up = np.split(x @ arrays["gate_up"][expert], 2)
+        return (up * gate / (1 + np.exp(-gate))) @ arrays["down"][expert]
+
+    assert np.allclose(found, swiglu(arrays["hidden"][token] * score), atol=1e-5)
+    assert not np.allclose(found, swiglu(arrays["hidden"][token]) * score, atol=1e-2)
+
+
+def test_bf16_adds_a_tokens_experts_as_transformers_does() -> None:
+    case = next(case for case in CASES if case.name == "two experts a token")
+    hidden, logits, gate_up, down = (torch.from_numpy(array).bfloat16() for array in case.inputs().values())
+    values, chosen = logits.topk(2, dim=1)
+    scores = torch.full_like(logits, float("-inf")).scatter_(1, chosen, values).float().sigmoid().bfloat16()
+    gate, up = torch.bmm(hidden * scores.T[:, :, None], gate_up).chunk(2, -1)
+    dense = torch.bmm(up * torch.nn.functional.silu(gate), down).sum(0)
+    assert torch.equal(torch_moe_dispatch(hidden, logits, gate_up, down, 2, "silu"), dense)
+
+
+def test_the_op_passes_torchs_own_checks() -> None:
+    tensors = [torch.from_numpy(array) for array in CASES[1].inputs().values()]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.arriero.moe_dispatch.default, (*tensors, 1, "silu"), test_utils=checks)

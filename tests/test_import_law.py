@@ -1,0 +1,54 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GROUND = {"spec", "errors", "shards", "folder"}
+ALLOWED = {
+    "plugins": GROUND,
+    "export": GROUND | {"plugins"},
+    "engine": GROUND | {"plugins"},
+    "runtime": GROUND | {"plugins"},
+}
+HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers"}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms and root modules that a file imports, wherever in it the import stands."""
+    depth = len(path.relative_to(ROOT).parts)
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            rooms |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
+    return rooms - {"__version__"}
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_what_the_import_law_allows(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        assert imported_rooms(path) <= ALLOWED[room], path
+
+
+def test_spec_and_errors_need_the_standard_library_only() -> None:
+    for name in GROUND:
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert all(module.partition(".")[0] in sys.stdlib_module_names for module in modules), name
+
+
+def test_the_runtime_imports_no_torch_onnx_or_transformers() -> None:
+    modules = sorted(f"arriero.runtime.{path.stem}" for path in (ROOT / "runtime").glob("[a-z]*.py"))
+    code = f"import sys\nfor name in {modules}: __import__(name)\nprint({HEAVY} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.strip() == "set()"
+
+
+def test_the_command_line_imports_no_room_until_a_verb_needs_it() -> None:
+    code = f"import sys, arriero.cli\nprint(({HEAVY} | {{'onnxruntime', 'numpy'}}) & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.strip() == "set()"
