@@ -23,7 +23,11 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
         nested = config.get("text_config")
         if not isinstance(nested, dict):
             raise CheckpointError(f"config.json: text_config is {nested!r}, expected an object: restore the file")
-        return {"dtype": config.get("dtype", config.get("torch_dtype")), **nested}
+        shared = {
+            "dtype": config.get("dtype", config.get("torch_dtype")),
+            "quantization_config": config.get("quantization_config"),
+        }
+        return {**shared, **nested}
     if kind == "llama4_text":
         return config
     raise CheckpointError(f"config.json: model_type is {kind!r}; Arriero takes 'llama4' and 'llama4_text' checkpoints")
@@ -53,8 +57,9 @@ def model_spec(config: dict[str, Any]) -> ModelSpec:
         fields.refuse("hidden_act", "'silu', as in every Llama 4")
     if fields.get("attention_bias", False):
         fields.refuse("attention_bias", "false, as in every Llama 4")
-    if fields.get("quantization_config") is not None:
-        method = fields.get("quantization_config").get("quant_method")
+    quantised = fields.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise CheckpointError(
             f"config.json: the weights are already quantised ({method!r}); Arriero exports bf16, fp16 and fp32 "
             "checkpoints: start from the unquantised one"

@@ -21,7 +21,7 @@ def test_the_package_list_is_the_tree() -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
-    """A clean environment with the wheel in it, over the libraries of this one. Returns its Python and what it gained."""
+    """A clean environment with the wheel in it, over this one's libraries. Returns its Python and what it gained."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]

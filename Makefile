@@ -1,0 +1,31 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check format clean
+
+demo: $(READY)  ## the tiny Llama 4, from its checkpoint to text
+	$(BIN)/python examples/demo.py
+
+test: $(READY)  ## all tests
+	$(BIN)/pytest
+
+check: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.venv/source $(BIN)/mypy -p arriero
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv demo build *.egg-info
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[export,test]'
+	mkdir -p .venv/source && ln -sfn "$(CURDIR)" .venv/source/arriero
+	touch $(READY)

@@ -1,0 +1,40 @@
+"""The main job end to end, each step as a person would type it, with its time.
+
+Leaves its folders in `demo/`.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent
+ARRIERO = Path(sys.executable).with_name("arriero")
+STEPS = (
+    ("export", "export examples/tiny-llama4 -o demo/model --force"),
+    ("build", "build demo/model -o demo/cpu --target cpu --force"),
+    ("run", "run demo/cpu --prompt 'The try statement specifies' --max-new-tokens 120 --temperature 0.6 --seed 1"),
+    ("chat", "run demo/cpu --chat --prompt 'What is str.startswith?' --max-new-tokens 100 --temperature 0"),
+)
+
+
+def main() -> None:
+    """Runs the steps; the first that fails ends the demo with its exit code."""
+    console = Console()
+    table = Table("step", "seconds", title="From a Llama 4 checkpoint to text")
+    for name, command in STEPS:
+        console.print(f"\n[bold]$ arriero {command}[/bold]", highlight=False)
+        started = time.perf_counter()
+        code = subprocess.run(f"'{ARRIERO}' {command}", shell=True, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+        if code:
+            sys.exit(code)
+        table.add_row(name, f"{time.perf_counter() - started:.1f}")
+    console.print()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

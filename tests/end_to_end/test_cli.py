@@ -1,0 +1,96 @@
+"""The command as its user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [str(Path(sys.executable).with_name("arriero"))]
+
+
+def arriero(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=120)
+
+
+def refused(run: subprocess.CompletedProcess[str], said: str) -> None:
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.count("\n") == 1
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_help_names_every_verb() -> None:
+    run = arriero("--help")
+    assert run.returncode == 0
+    assert all(verb in run.stdout for verb in ("export", "build", "run"))
+
+
+def test_export_build_and_run_agree(tiny: Path, tmp_path: Path) -> None:
+    exported = arriero("export", tiny, "-o", tmp_path / "model", "--json")
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads(exported.stdout)["folder"] == str(tmp_path / "model")
+    assert arriero("build", tmp_path / "model", "-o", tmp_path / "bundle").returncode == 0
+    prompt = ("--prompt", "The for statement", "--max-new-tokens", 12, "--temperature", 0)
+    texts = [arriero("run", tmp_path / name, *prompt).stdout for name in ("model", "bundle")]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 12
+    refused(arriero("export", tiny, "-o", tmp_path / "model"), "exists: choose another output, or --force")
+    assert arriero("export", tiny, "-o", tmp_path / "model", "--force").returncode == 0
+
+
+def test_run_prints_json_for_programs(tiny_model: Path) -> None:
+    run = arriero("run", tiny_model, "--prompt", "-", "--max-new-tokens", 7, "--json", stdin="The int type")
+    result = json.loads(run.stdout)
+    assert len(result["ids"]) <= 7
+    assert result["finish"] in ("length", "eos")
+    assert result["tokens_per_second"] > 0
+
+
+def test_chat_takes_a_line_a_turn(tiny_model: Path) -> None:
+    lines = "What is str.join?\n\nExplain dict.get.\n"
+    run = arriero("run", tiny_model, "--chat", "--json", "--max-new-tokens", 20, stdin=lines)
+    assert len([json.loads(line) for line in run.stdout.splitlines()]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "{model}"), "there is nothing to say: give --prompt TEXT"),
+        (("run", "{model}", "--prompt", "x", "--system", "y"), "add --chat"),
+        (("run", "{model}", "--prompt", "x", "--top-p", "3"), "top_p is 3.0, expected above 0 and at most 1"),
+        (("run", "{model}", "--prompt", "word " * 9000), "the session holds 4096: shorten it"),
+        (("run", "{tiny}", "--prompt", "x"), "is a checkpoint: make a model of it with `arriero export` first"),
+        (("run", "/nowhere", "--prompt", "x"), "/nowhere is no folder"),
+        (("export", "/nowhere", "-o", "{out}"), "/nowhere is no folder"),
+        (("export", "{tiny}", "-o", "{out}", "--dtype", "int8"), "dtype is 'int8', expected one of float32"),
+        (("build", "{model}", "-o", "{out}", "--target", "tpu"), "target 'tpu' is unknown: choose one of cpu"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    tiny: Path, tiny_model: Path, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    places = {"model": tiny_model, "tiny": tiny, "out": tmp_path / "out"}
+    refused(arriero(*(argument.format(**places) for argument in arguments)), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback() -> None:
+    run = arriero("run", "/nowhere", "--prompt", "x", "--debug")
+    assert run.returncode != 0
+    assert "Traceback" in run.stderr
+
+
+def test_a_bundle_runs_with_nothing_but_the_runtimes_libraries(tiny_model: Path, tmp_path: Path) -> None:
+    assert arriero("build", tiny_model, "-o", tmp_path / "bundle").returncode == 0
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'onnx_ir', 'onnxscript', 'transformers'): sys.modules[name] = None\n"
+        "import arriero\n"
+        f"print(len(arriero.load({str(tmp_path / 'bundle')!r}).generate('The', max_new_tokens=5, eos_token_id=[]).ids))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "5", run.stderr

@@ -1,0 +1,45 @@
+"""Scout and Maverick at full size, as sparse files: what export needs does not depend on the bytes of weights."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def sparse() -> Any:
+    spec = importlib.util.spec_from_file_location("sparse", BENCHMARKS / "sparse.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("SCOUT", 215), ("MAVERICK", 801)])
+def test_full_size_exports_in_little_memory_and_passes_the_checker(
+    sparse: Any, tmp_path: Path, name: str, gigabytes: int
+) -> None:
+    total = sparse.write_sparse_checkpoint(getattr(sparse, name), tmp_path / "checkpoint")
+    assert total // 10**9 == gigabytes
+    code = (
+        "import resource, sys, json\n"
+        "from arriero.export import export_checkpoint\n"
+        "export_checkpoint(sys.argv[1], sys.argv[2], copy_weights=True)\n"
+        "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "checkpoint"), str(tmp_path / "model")]
+    peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert peak < 1e9
+    written = sum(path.stat().st_size for path in (tmp_path / "model").iterdir() if path.suffix != ".safetensors")
+    assert written < 20e6
+    stored = sum(path.stat().st_blocks * 512 for path in (tmp_path / "model").iterdir())
+    assert stored < 20e6  # the copies are as sparse as the originals
+    check = "import onnx, sys; onnx.checker.check_model(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", check, str(tmp_path / "model" / "decoder.onnx")], check=True)

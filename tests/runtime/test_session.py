@@ -1,0 +1,127 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import arriero
+from arriero.engine import build_bundle
+from arriero.errors import SessionError
+from arriero.runtime import Session
+
+
+@pytest.fixture(scope="module")
+def session(tiny_model: Path) -> Session:
+    return arriero.load(tiny_model, max_seq=600)
+
+
+def test_a_stream_adds_up_to_what_generate_returns(session: Session) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.8, "seed": 3}
+    pieces = list(session.stream("The list type", **settings))
+    whole = session.generate("The list type", **settings)
+    assert [token for piece in pieces for token in piece.ids] == whole.ids
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert pieces[-1].finish == whole.finish
+    assert all(piece.finish is None for piece in pieces[:-1])
+
+
+def test_text_and_its_ids_are_the_same_prompt(session: Session) -> None:
+    ids = session.text.encode("The list type")
+    settings: dict[str, Any] = {"max_new_tokens": 10, "temperature": 0}
+    assert session.generate(ids, **settings) == session.generate("The list type", **settings)
+
+
+def test_a_conversation_goes_through_the_chat_template(session: Session) -> None:
+    messages = [{"role": "user", "content": "What is str.join?"}]
+    ids = session.text.encode_chat(messages)
+    settings: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0}
+    assert session.generate(messages, **settings) == session.generate(ids, **settings)
+
+
+def test_generation_ends_at_its_tokens_its_strings_or_its_length(session: Session) -> None:
+    free = session.generate("The", max_new_tokens=30, temperature=0, eos_token_id=[])
+    assert (len(free.ids), free.finish) == (30, "length")
+    ended = session.generate("The", max_new_tokens=30, temperature=0, eos_token_id=free.ids[7])
+    first = free.ids.index(free.ids[7])
+    assert (ended.ids, ended.finish) == (free.ids[: first + 1], "eos")
+    word = free.text[10:16]
+    stopped = session.generate("The", max_new_tokens=30, temperature=0, eos_token_id=[], stop_strings=word)
+    assert (stopped.text, stopped.finish) == (free.text[: free.text.index(word)], "stop")
+    assert session.generate("The", max_new_tokens=0).ids == []
+
+
+def test_generation_stops_where_the_session_is_full(session: Session) -> None:
+    result = session.generate([5] * 590, temperature=0, eos_token_id=[])
+    assert (len(result.ids), result.finish) == (10, "length")
+
+
+def test_a_row_alone_equals_the_row_in_a_batch(session: Session) -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(7, 2048, length).tolist() for length in (150, 1, 300)]
+    state = session.start(3, 320)
+    together = [session.prefill(state, rows)]
+    together += [session.decode(state, [step, step + 1, step + 2]) for step in range(10, 20)]
+    for row, ids in enumerate(rows):
+        alone = session.start(1, 320)
+        steps = [session.prefill(alone, [ids])]
+        steps += [session.decode(alone, [step + row]) for step in range(10, 20)]
+        assert max(np.abs(a[0] - b[row]).max() for a, b in zip(steps, together, strict=True)) < 1e-4
+
+
+def test_a_row_can_fill_its_caches_to_the_last_slot(session: Session) -> None:
+    state = session.start(1, 130)
+    session.prefill(state, [[9] * 128])
+    session.decode(state, [9])
+    session.decode(state, [9])
+    with pytest.raises(SessionError, match="a sequence is full at 130 tokens"):
+        session.decode(state, [9])
+
+
+def test_a_chunked_layers_caches_hold_one_chunk(session: Session) -> None:
+    buffers = session.start(1, 600).caches.buffers
+    slots = [buffers[f"{index}.key"].shape[2] for index in range(len(session.spec.layers))]
+    assert slots == [128, 128, 128, 601, 128, 128, 128, 601]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([], "the prompt holds no tokens"),
+        ([2048], "token id 2048 is outside the vocabulary of 2048"),
+        ([-1], "token id -1 is outside"),
+        ([5] * 601, "the prompt has 601 tokens, the session holds 600"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_named(session: Session, prompt: list[int], said: str) -> None:
+    with pytest.raises(SessionError, match=said):
+        session.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths", "said"),
+    [
+        ([5, 6], None, r"ids are int64 \[2\], expected whole numbers \[B, S\]"),
+        ([[0.5]], None, "ids are float64"),
+        ([[]], None, "expected whole numbers"),
+        ([[5, 6]], [3], r"lengths are \[3\], expected 1 numbers from 1 to 2"),
+        ([[5, 6]], [0], r"lengths are \[0\]"),
+        ([[5, 9999]], None, "token id 9999"),
+        ([[5] * 601], None, "601 tokens are more than max_seq 600"),
+    ],
+)
+def test_ids_that_cannot_be_are_named(session: Session, ids: Any, lengths: Any, said: str) -> None:
+    with pytest.raises(SessionError, match=said):
+        session.logits(ids, lengths)
+
+
+def test_session_limits_are_checked(tiny_model: Path) -> None:
+    with pytest.raises(SessionError, match="max_seq is 5000, expected 1 to 4096"):
+        arriero.load(tiny_model, max_seq=5000)
+    with pytest.raises(SessionError, match="2 rows are more than max_batch 1"):
+        arriero.load(tiny_model, max_batch=1).logits([[5], [6]])
+
+
+def test_a_bundle_runs_as_its_model_does(session: Session, tiny_model: Path, tmp_path: Path) -> None:
+    bundle = build_bundle(tiny_model, tmp_path / "bundle")
+    ids = [list(range(7, 200))]
+    assert np.array_equal(arriero.load(bundle).logits(ids), session.logits(ids))

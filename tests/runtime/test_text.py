@@ -1,0 +1,105 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from arriero.errors import FolderError, SessionError
+from arriero.runtime.stopping import StopText
+from arriero.runtime.text import Text, read_defaults
+
+TEXTS = ("def f(x):\n    return x", "naïve café — 日本語 🦙", "", " leading", "<|eot|> in a text")
+MESSAGES = [
+    {"role": "system", "content": "Be brief. "},
+    {"role": "user", "content": "What is str.join?"},
+    {"role": "assistant", "content": "A method."},
+    {"role": "user", "content": "Of what?"},
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_those_of_transformers(tiny: Path, text: str) -> None:
+    assert Text(tiny).encode(text) == AutoTokenizer.from_pretrained(tiny)(text).input_ids
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_chat_template_gives_the_ids_of_transformers(tiny: Path, count: int) -> None:
+    reference = AutoTokenizer.from_pretrained(tiny)
+    messages = MESSAGES[:count]
+    expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert Text(tiny).encode_chat(messages) == expected
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_pieces_make_the_whole_text(tiny: Path, text: str) -> None:
+    reader = Text(tiny)
+    ids = reader.encode(text, special_tokens=False)
+    pieces = [piece for _, piece in reader.stream(ids)]
+    assert "".join(pieces) == reader.decode(ids)
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_a_folder_without_a_tokenizer_takes_ids_only(tmp_path: Path) -> None:
+    with pytest.raises(SessionError, match=r"has no tokenizer\.json: give token ids"):
+        Text(tmp_path).encode("x")
+
+
+def test_a_folder_without_a_template_says_so(tiny: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny / "tokenizer.json", tmp_path)
+    with pytest.raises(SessionError, match="has no chat template: give a plain prompt"):
+        Text(tmp_path).encode_chat(MESSAGES)
+
+
+def test_a_template_that_refuses_is_quoted(tiny: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny / "tokenizer.json", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(SessionError, match="does not take these messages: roles must alternate"):
+        Text(tmp_path).encode_chat(MESSAGES)
+    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(SessionError, match="does not take these messages"):
+        Text(tmp_path).encode_chat(MESSAGES)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(FolderError, match=r"tokenizer\.json: damaged"):
+        Text(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(FolderError, match=r"generation_config\.json: damaged"):
+        read_defaults(tmp_path)
+
+
+def test_defaults_are_greedy_unless_the_checkpoint_samples(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": [1, 2], "temperature": 0.6, "top_p": null}')
+    assert read_defaults(tmp_path).temperature == 0
+    assert read_defaults(tmp_path).eos_token_ids == (1, 2)
+    path.write_text('{"eos_token_id": 5, "temperature": 0.6, "do_sample": true, "top_p": 0.9}')
+    assert (read_defaults(tmp_path).temperature, read_defaults(tmp_path).top_p) == (0.6, 0.9)
+    assert read_defaults(tmp_path).eos_token_ids == (5,)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "shown"),
+    [
+        (["one ", "two"], (), ("one two", False)),
+        (["one ", "two"], "two", ("one ", True)),
+        (["one t", "w", "o three"], ["two"], ("one ", True)),
+        (["one t", "w", "x"], ["two"], ("one twx", False)),
+        (["a", "b", "c"], ["bc", "ab"], ("", True)),
+        (["aab"], ["ab"], ("a", True)),
+        (["endles"], ["endless"], ("endles", False)),
+        (["x"], [""], ("x", False)),
+    ],
+)
+def test_text_is_shown_up_to_the_first_stop_string(pieces: list[str], stops: object, shown: tuple[str, bool]) -> None:
+    stop, text = StopText(stops), ""  # type: ignore[arg-type]
+    for piece in pieces:
+        more, stopped = stop.take(piece)
+        text += more
+        if stopped:
+            break
+    else:
+        stopped = False
+        text += stop.rest()
+    assert (text, stopped) == shown
