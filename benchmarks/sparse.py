@@ -55,18 +55,19 @@ MAVERICK = {
     "max_position_embeddings": 1048576,
     "rope_scaling": None,
 }
-ITEM_SIZE = 2
+ITEM_SIZES = {"BF16": 2, "F32": 4}
 SHARD_SIZE = 5 << 30
 """Bytes at which a new shard begins, about as in the published checkpoints."""
 
 
-def write_sparse_checkpoint(config: dict[str, Any], folder: Path) -> int:
-    """Writes a bf16 checkpoint of zeros that are never stored. Returns the bytes of weights it stands for."""
+def write_sparse_checkpoint(config: dict[str, Any], folder: Path, dtype: str = "BF16") -> int:
+    """Writes a checkpoint of zeros that are never stored. Returns the bytes of weights it stands for."""
+    item_size = ITEM_SIZES[dtype]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in expected_tensors(model_spec(config)).items():
-        if sum(map(math.prod, shards[-1].values())) * ITEM_SIZE > SHARD_SIZE:
+        if sum(map(math.prod, shards[-1].values())) * item_size > SHARD_SIZE:
             shards.append({})
         shards[-1][name] = shape
     weight_map, total = {}, 0
@@ -74,8 +75,8 @@ def write_sparse_checkpoint(config: dict[str, Any], folder: Path) -> int:
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         header, end = {}, 0
         for name, shape in tensors.items():
-            start, end = end, end + math.prod(shape) * ITEM_SIZE
-            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+            start, end = end, end + math.prod(shape) * item_size
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
             weight_map[name] = file
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)

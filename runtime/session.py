@@ -4,9 +4,10 @@ Underneath is a stateful step over a batch of sequences (`start`, `prefill`, `de
 `stream` are written with it.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +28,32 @@ DEFAULT_MAX_SEQ = 16384
 
 Prompt = str | Sequence[int] | Sequence[Message]
 Finish = Literal["eos", "stop", "length"]
+
+
+class Settings(TypedDict, total=False):
+    """How a prompt is continued, in the words of `transformers`' `generate`.
+
+    What is None or left out is as the checkpoint's generation config says.
+
+    Attributes:
+        temperature: 0 is greedy. See `sampling.Sampling` for this and the next four.
+        top_k: Keep so many of the likeliest; 0 keeps all.
+        top_p: Keep the likeliest that make up this probability.
+        min_p: Keep those with this share of the likeliest's probability.
+        repetition_penalty: Above 1 discourages tokens that occurred.
+        seed: Of the draws.
+        eos_token_id: Tokens that end the sequence: one, or several, or an empty list for none.
+        stop_strings: Texts that end it; the text returned ends before them.
+    """
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    eos_token_id: int | Sequence[int] | None
+    stop_strings: str | Sequence[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,90 +182,38 @@ class Session:
             logits_BSV[row, start : start + len(logits_SV)] = logits_SV
         return logits_BSV
 
-    def generate(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int | None = None,
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        stop_strings: str | Sequence[str] = (),
-        seed: int | None = None,
-    ) -> Generated:
+    def generate(self, prompt: Prompt, max_new_tokens: int | None = None, **settings: Unpack[Settings]) -> Generated:
         """Continues a prompt; the arguments are those of `stream`. Returns the new tokens and their text."""
-        pieces = list(
-            self.stream(
-                prompt,
-                max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                eos_token_id=eos_token_id,
-                stop_strings=stop_strings,
-                seed=seed,
-            )
-        )
+        pieces = list(self.stream(prompt, max_new_tokens, **settings))
         ids = [token for piece in pieces for token in piece.ids]
         return Generated(ids, "".join(piece.text for piece in pieces), pieces[-1].finish if pieces else "length")
 
     def stream(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int | None = None,
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        stop_strings: str | Sequence[str] = (),
-        seed: int | None = None,
+        self, prompt: Prompt, max_new_tokens: int | None = None, **settings: Unpack[Settings]
     ) -> Iterator[Generated]:
         """Continues a prompt piece by piece.
 
         Args:
             prompt: A text, token ids taken as they are, or messages for the chat template.
             max_new_tokens: New tokens at most; None is until the end of the sequence or of `max_seq`.
-            temperature: 0 is greedy. Like the other settings, None takes the checkpoint's generation config.
-            top_k: See `sampling.Sampling`, as for the next three.
-            top_p: Nucleus.
-            min_p: Share of the largest probability.
-            repetition_penalty: Penalty on tokens that occurred.
-            eos_token_id: Tokens that end the sequence; an empty list is none.
-            stop_strings: Texts that end it; the text returned ends before them.
-            seed: Of the draws.
+            **settings: How tokens are chosen and what ends them, see `Settings`.
 
         Raises:
             SessionError: The prompt is empty, too long, or not in the vocabulary, or a setting is out of range.
         """
+        if unknown := sorted(settings.keys() - Settings.__annotations__.keys()):
+            raise TypeError(f"unknown setting {unknown[0]!r}: choose from {', '.join(Settings.__annotations__)}")
         ids = self.prompt_ids(prompt)
-        defaults = self.defaults
-        sampler = Sampler(
-            Sampling(
-                temperature=defaults.temperature if temperature is None else temperature,
-                top_k=defaults.top_k if top_k is None else top_k,
-                top_p=defaults.top_p if top_p is None else top_p,
-                min_p=defaults.min_p if min_p is None else min_p,
-                repetition_penalty=defaults.repetition_penalty if repetition_penalty is None else repetition_penalty,
-                seed=seed,
-            )
-        )
-        if eos_token_id is None:
-            ends = set(defaults.eos_token_ids)
-        else:
-            ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+        fields = {field.name for field in dataclasses.fields(Sampling)}
+        given: dict[str, Any] = {name: v for name, v in settings.items() if name in fields and v is not None}
+        sampler = Sampler(dataclasses.replace(self.defaults.sampling, **given))
+        ends = settings.get("eos_token_id")
+        ends = self.defaults.eos_token_ids if ends is None else [ends] if isinstance(ends, int) else ends
         room = self.max_seq - len(ids)
         if max_new_tokens is not None and max_new_tokens < 0:
             raise SessionError(f"max_new_tokens is {max_new_tokens}, expected a whole number from 0 up")
         count = room if max_new_tokens is None else min(max_new_tokens, room)
-        return self._stream(ids, count, sampler, ends, StopText(stop_strings))
+        return self._stream(ids, count, sampler, set(ends), StopText(settings.get("stop_strings") or ()))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """A prompt's token ids, checked against the vocabulary and the session's length."""

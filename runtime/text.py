@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from ..errors import FolderError, SessionError
+from .sampling import Sampling
 
 Message = dict[str, str]
 """One turn of a conversation: `role` and `content`."""
@@ -105,31 +106,27 @@ class Defaults:
     """What a checkpoint's generation config says where a caller says nothing."""
 
     eos_token_ids: tuple[int, ...]
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
+    sampling: Sampling
 
 
 def read_defaults(folder: Path) -> Defaults:
-    """Reads `generation_config.json`; without `do_sample` in it, the largest logit is taken."""
+    """Reads `generation_config.json`; without `do_sample` in it, the largest logit is taken.
+
+    Raises:
+        FolderError: The file is damaged.
+        SessionError: A value in it is out of range.
+    """
     config = read_json(folder / "generation_config.json")
-
-    def get(name: str, default: Any) -> Any:
-        value = config.get(name)
-        return default if value is None else value
-
-    samples = bool(config.get("do_sample"))
-    eos = get("eos_token_id", [])
-    return Defaults(
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-        temperature=get("temperature", 1.0) if samples else 0.0,
-        top_k=get("top_k", 0),
-        top_p=get("top_p", 1.0),
-        min_p=get("min_p", 0.0),
-        repetition_penalty=get("repetition_penalty", 1.0),
+    config = {name: value for name, value in config.items() if value is not None}
+    eos = config.get("eos_token_id", [])
+    sampling = Sampling(
+        temperature=config.get("temperature", 1.0) if config.get("do_sample") else 0.0,
+        top_k=config.get("top_k", 0),
+        top_p=config.get("top_p", 1.0),
+        min_p=config.get("min_p", 0.0),
+        repetition_penalty=config.get("repetition_penalty", 1.0),
     )
+    return Defaults(eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,), sampling=sampling)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -72,10 +72,11 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_defaults_are_greedy_unless_the_checkpoint_samples(tmp_path: Path) -> None:
     path = tmp_path / "generation_config.json"
     path.write_text('{"eos_token_id": [1, 2], "temperature": 0.6, "top_p": null}')
-    assert read_defaults(tmp_path).temperature == 0
+    assert read_defaults(tmp_path).sampling.temperature == 0
     assert read_defaults(tmp_path).eos_token_ids == (1, 2)
     path.write_text('{"eos_token_id": 5, "temperature": 0.6, "do_sample": true, "top_p": 0.9}')
-    assert (read_defaults(tmp_path).temperature, read_defaults(tmp_path).top_p) == (0.6, 0.9)
+    sampling = read_defaults(tmp_path).sampling
+    assert (sampling.temperature, sampling.top_p) == (0.6, 0.9)
     assert read_defaults(tmp_path).eos_token_ids == (5,)
 
 
