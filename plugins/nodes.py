@@ -86,10 +86,13 @@ def number(value: float, dtype: type[np.generic] = np.float32) -> np.ndarray:
     return np.array(value, dtype=dtype)
 
 
+Write = Callable[[Nodes, Sequence[ir.Value], Sequence[ir.Value]], None]
+
+
 def function(
-    domain: str, name: str, overload: str, inputs: Sequence[str], outputs: Sequence[str], write: Callable[..., Any]
+    domain: str, name: str, overload: str, inputs: Sequence[str], outputs: Sequence[str], write: Write
 ) -> ir.Function:
-    """A model-local function whose body is what `write(nodes, *inputs)` writes and returns.
+    """A model-local function whose body is what `write(nodes, inputs, outputs)` writes.
 
     Args:
         domain: The op's domain.
@@ -97,13 +100,10 @@ def function(
         overload: Tells bodies of the same op apart, where attributes change their structure.
         inputs: Names of the inputs, in order.
         outputs: Names of the outputs, in order.
-        write: Takes a `Nodes` and the input values; returns the output value or a tuple of them.
+        write: Takes a `Nodes`, the input values, and the output values to produce.
     """
-    values = [ir.Value(name=each) for each in inputs]
+    values, results = ([ir.Value(name=each) for each in names] for names in (inputs, outputs))
     nodes = Nodes()
-    results = write(nodes, *values)
-    results = results if isinstance(results, tuple) else (results,)
-    for result, each in zip(results, outputs, strict=True):
-        result.name = each
+    write(nodes, values, results)
     graph = ir.Graph(values, results, nodes=nodes.list, opset_imports={"": OPSET})
     return ir.Function(domain, name, overload, graph=graph, attributes=())

@@ -4,6 +4,9 @@ The attributes shape the body (a layer without RoPE has no rotation to skip), so
 its own, an overload of the function. The cache is written with `TensorScatter`, which a runtime may do in place.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 
@@ -24,36 +27,42 @@ def body(attributes: Attributes, head_dim: int, rope: bool, dtype: ir.DataType, 
         dtype: Type of query, key, value and caches.
         overload: Name that tells this body from those of other attributes.
     """
-
-    def write(
-        nodes: Nodes,
-        query: ir.Value,
-        key: ir.Value,
-        value: ir.Value,
-        key_cache: ir.Value,
-        value_cache: ir.Value,
-        past_lengths: ir.Value,
-        inv_freq: ir.Value | None = None,
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        past_B = nodes.Cast(past_lengths, to=INT64)
-        steps_S = steps(nodes, query)
-        positions_BS = nodes.Add(nodes.Unsqueeze(past_B, ints(1)), steps_S)
-        slot_B = nodes.Mod(past_B, number(attributes.chunk, np.int64)) if attributes.chunk else past_B
-
-        query, key = prepare(nodes, query, key, positions_BS, inv_freq, attributes, head_dim, dtype)
-        value = split_heads(nodes, value, attributes.kv_heads, head_dim)
-        present_key = nodes.TensorScatter(key_cache, key, slot_B, axis=2, mode="linear")
-        present_value = nodes.TensorScatter(value_cache, value, slot_B, axis=2, mode="linear")
-
-        slots_BS1 = nodes.Unsqueeze(nodes.Add(nodes.Unsqueeze(slot_B, ints(1)), steps_S), ints(1, 3))
-        capacity = nodes.Squeeze(nodes.Shape(key_cache, start=2, end=3))
-        slots_C = nodes.Range(number(0, np.int64), capacity, number(1, np.int64))
-        seen_B1SC = nodes.LessOrEqual(slots_C, slots_BS1)
-        attended_BQSD = nodes.Attention(query, present_key, present_value, seen_B1SC, scale=attributes.scale)
-        return merge_heads(nodes, attended_BQSD), present_key, present_value
-
     inputs = op.INPUTS if rope else op.INPUTS[:-1]
+    write = partial(write_body, attributes=attributes, head_dim=head_dim, dtype=dtype)
     return function(op.DOMAIN, op.NAME, overload, inputs, op.OUTPUTS, write)
+
+
+def write_body(
+    nodes: Nodes,
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    *,
+    attributes: Attributes,
+    head_dim: int,
+    dtype: ir.DataType,
+) -> None:
+    """Writes the body's nodes from the op's inputs (the last one absent without RoPE) to its outputs."""
+    query, key, value, key_cache, value_cache, past_lengths, *rest = inputs
+    output, present_key, present_value = outputs
+    past_B = nodes.Cast(past_lengths, to=INT64)
+    steps_S = steps(nodes, query)
+    positions_BS = nodes.Add(nodes.Unsqueeze(past_B, ints(1)), steps_S)
+    slot_B = nodes.Mod(past_B, number(attributes.chunk, np.int64)) if attributes.chunk else past_B
+
+    inv_freq = rest[0] if rest else None
+    query, key = prepare(nodes, query, key, positions_BS, inv_freq, attributes, head_dim, dtype)
+    value = split_heads(nodes, value, attributes.kv_heads, head_dim)
+    for cache, new, present in ((key_cache, key, present_key), (value_cache, value, present_value)):
+        where = {"axis": 2, "mode": "linear"}
+        nodes.node("TensorScatter", [cache, new, slot_B], outputs=[present], attributes=where)
+
+    slots_BS1 = nodes.Unsqueeze(nodes.Add(nodes.Unsqueeze(slot_B, ints(1)), steps_S), ints(1, 3))
+    capacity = nodes.Squeeze(nodes.Shape(key_cache, start=2, end=3))
+    slots_C = nodes.Range(number(0, np.int64), capacity, number(1, np.int64))
+    seen_B1SC = nodes.LessOrEqual(slots_C, slots_BS1)
+    attended_BQSD = nodes.Attention(query, present_key, present_value, seen_B1SC, scale=attributes.scale)
+    merged = nodes.Transpose(attended_BQSD, perm=[0, 2, 1, 3])
+    nodes.node("Reshape", [merged, nodes.constant(ints(0, 0, -1))], outputs=[output])
 
 
 def prepare(
@@ -66,7 +75,7 @@ def prepare(
     head_dim: int,
     dtype: ir.DataType,
 ) -> tuple[ir.Value, ir.Value]:
-    """Splits heads, rotates, normalises and scales: [B, S, N·D] each to [B, N, S, D] each, shared by the lowerings."""
+    """Splits heads, rotates, normalises and scales: [B, S, N·D] each to [B, N, S, D] each."""
     query = split_heads(nodes, query, attributes.heads, head_dim)
     key = split_heads(nodes, key, attributes.kv_heads, head_dim)
     if inv_freq is not None:
@@ -91,12 +100,6 @@ def split_heads(nodes: Nodes, x: ir.Value, heads: int, head_dim: int) -> ir.Valu
     """[B, S, N·D] to [B, N, S, D]."""
     split: ir.Value = nodes.Transpose(nodes.Reshape(x, ints(0, 0, heads, head_dim)), perm=[0, 2, 1, 3])
     return split
-
-
-def merge_heads(nodes: Nodes, x: ir.Value) -> ir.Value:
-    """[B, N, S, D] to [B, S, N·D]."""
-    merged: ir.Value = nodes.Reshape(nodes.Transpose(x, perm=[0, 2, 1, 3]), ints(0, 0, -1))
-    return merged
 
 
 def rotate(nodes: Nodes, x: ir.Value, cos: ir.Value, sin: ir.Value, dtype: ir.DataType) -> ir.Value:

@@ -73,6 +73,14 @@ CASES = (
     Case(name="as many kv heads as heads", attributes=_attributes(3, 3, chunk=8), past=(8, 4), length=4, capacity=8),
     Case(name="one kv head", attributes=_attributes(5, 1), past=(6, 0), length=3, capacity=16, rope=False),
     Case(
+        name="head dim that is no multiple of 8",
+        attributes=_attributes(6, 2, 20, chunk=16, qk_norm_eps=1e-5),
+        past=(19,),
+        length=5,
+        capacity=16,
+        head_dim=20,
+    ),
+    Case(
         name="wide heads, far position",
         attributes=_attributes(4, 1, 128, chunk=64, qk_norm_eps=1e-5),
         past=(1_000_000,),

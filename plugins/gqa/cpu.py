@@ -5,7 +5,8 @@ CPU and its own rotation honours only the first row's position. It writes the ca
 bound to one buffer.
 
 Exact where all rows have S = 1, or start with an empty cache, or there is but one row; a session therefore feeds
-longer pieces over filled caches row by row.
+longer pieces over filled caches row by row. The contrib op takes head dims that are multiples of 8; others get the
+function's body in float32.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..nodes import Nodes, ints, number
-from .body import steps
+from .body import steps, write_body
 from .op import Attributes
 
 INT32, INT64, FLOAT = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
@@ -44,6 +45,9 @@ def lower(
     """
     query, key, value, key_cache, value_cache, past_lengths, *rest = inputs
     head_dim = cache_head_dim(key_cache)
+    if head_dim % 8:
+        write_body(nodes, inputs, outputs, attributes=attributes, head_dim=head_dim, dtype=FLOAT)
+        return
     inv_freq = rest[0] if rest else None
     if shared.positions is None:
         past_B = nodes.Cast(past_lengths, to=INT64)

@@ -4,6 +4,8 @@ Every expert sees every token, scaled by zero where it was not chosen: batched m
 well, and the exact result, at the price of E times the work. Lowerings and plugins compute the chosen ones only.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -17,15 +19,18 @@ FLOAT = ir.DataType.FLOAT
 def body(attributes: Attributes, dtype: ir.DataType, overload: str = "") -> ir.Function:
     """The function body for one set of attributes and a dtype of tokens and weights."""
 
-    def write(nodes: Nodes, hidden: ir.Value, router_logits: ir.Value, gate_up: ir.Value, down: ir.Value) -> ir.Value:
+    def write(nodes: Nodes, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> None:
+        hidden, router_logits, gate_up, down = inputs
         scores_TK, experts_TK = route(nodes, router_logits, attributes, dtype)
-        zeros_TE = nodes.Expand(number_of(0, dtype), nodes.Shape(router_logits))
+        zeros_TE = nodes.Expand(np.array(0, dtype=dtype.numpy()), nodes.Shape(router_logits))
         scores_TE = nodes.ScatterElements(zeros_TE, experts_TK, scores_TK, axis=1)
         scores_ET1 = nodes.Unsqueeze(nodes.Transpose(scores_TE, perm=[1, 0]), ints(2))
         expert_input_ETH = nodes.Mul(hidden, scores_ET1)
         gate_ETI, up_ETI = nodes.Split(nodes.MatMul(expert_input_ETH, gate_up), axis=2, num_outputs=2, outputs=2)
         activated_ETI = nodes.Mul(up_ETI, nodes.Mul(gate_ETI, nodes.Sigmoid(gate_ETI)))
-        return nodes.ReduceSum(nodes.MatMul(activated_ETI, down), ints(0), keepdims=0)
+        expert_output_ETH = nodes.MatMul(activated_ETI, down)
+        over_experts = nodes.constant(ints(0))
+        nodes.node("ReduceSum", [expert_output_ETH, over_experts], outputs=outputs, attributes={"keepdims": 0})
 
     return function(op.DOMAIN, op.NAME, overload, op.INPUTS, op.OUTPUTS, write)
 
@@ -38,8 +43,3 @@ def route(
     if dtype == FLOAT:
         return nodes.Sigmoid(logits_TK), experts_TK
     return nodes.Cast(nodes.Sigmoid(nodes.Cast(logits_TK, to=FLOAT)), to=dtype), experts_TK
-
-
-def number_of(value: float, dtype: ir.DataType) -> np.ndarray:
-    """A scalar of a graph's dtype."""
-    return np.array(value, dtype=dtype.numpy())
