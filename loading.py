@@ -6,6 +6,7 @@ The rooms are imported when they are needed, so that importing `arriero` is inst
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import FolderError
 from .folder import read_spec
 from .spec import FolderSpec, Weight
 
@@ -49,7 +50,10 @@ def load(
 def _graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
     """The graph for the CPU, the weights that it is given, and its session's flags."""
     if spec.kind == "bundle":
-        return (path / spec.graph).read_bytes(), spec.weights, spec.session
+        try:
+            return (path / spec.graph).read_bytes(), spec.weights, spec.session
+        except OSError as error:
+            raise FolderError(f"{path / spec.graph}: {error.strerror}: build the bundle again") from error
     from .engine.cpu import lower_for_cpu
 
     lowered = lower_for_cpu(path, spec)
