@@ -24,7 +24,7 @@ STEPS = (
 def main() -> None:
     """Runs the steps; the first that fails ends the demo with its exit code."""
     console = Console()
-    table = Table("step", "seconds", title="From a Llama 4 checkpoint to text")
+    table = Table("step", "seconds", title="From a Llama 4 checkpoint to text", min_width=40)
     for name, command in STEPS:
         console.print(f"\n[bold]$ arriero {command}[/bold]", highlight=False)
         started = time.perf_counter()
