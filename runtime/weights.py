@@ -1,11 +1,15 @@
 """Weight files found, checked, mapped into memory, and handed to a session by name.
 
 A tensor whose stored type the graph takes is a view of the mapped file: its pages are read when they are used and
-belong to the page cache. Others are widened to float32 in memory of their own, a piece at a time.
+belong to the page cache. Others are widened to float32 in memory of their own, a piece at a time, and the pages they
+came from are let go.
 """
 
 import math
+import mmap
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +59,35 @@ def find_files(folder: Path, files: Iterable[WeightFile], weights: Path | None =
 
 def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> dict[str, ort.OrtValue]:
     """Maps the weights as ONNX Runtime values by initializer name. The files stay mapped as long as the values live."""
-    maps = {name: np.memmap(path, dtype=np.uint8, mode="r") for name, path in files.items()}
-    return {weight.name: _value(weight, maps[weight.file]) for weight in weights}
+    maps = {name: _map(path) for name, path in files.items()}
+    weights = list(weights)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        values = pool.map(lambda weight: _value(weight, maps[weight.file]), weights)
+        return {weight.name: value for weight, value in zip(weights, values, strict=True)}
 
 
-def _value(weight: Weight, file: np.ndarray) -> ort.OrtValue:
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _value(weight: Weight, file: mmap.mmap) -> ort.OrtValue:
     stored = NUMPY_DTYPES[weight.dtype]
-    count = math.prod(weight.shape)
-    data = file[weight.offset : weight.offset + count * stored.itemsize]
+    size = math.prod(weight.shape) * stored.itemsize
+    data = np.frombuffer(file, np.uint8, size, weight.offset)
     if weight.offset % stored.itemsize:
         data = data.copy()  # a view of misaligned elements is not one that kernels may read
     array = data.view(stored).reshape(weight.shape)
     if weight.dtype != weight.convert:
         array = widen(array, weight.dtype)
+        _release(file, weight.offset, size)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX_TYPES[weight.convert])
+
+
+def _release(file: mmap.mmap, offset: int, size: int) -> None:
+    """Lets go of the pages of a region that has been read; they come back from the file where they are still used."""
+    start = offset - offset % mmap.PAGESIZE
+    file.madvise(mmap.MADV_DONTNEED, start, offset + size - start)
 
 
 def widen(array: np.ndarray, dtype: str) -> np.ndarray:
