@@ -4,7 +4,6 @@ Leaves: an onnx-ir model in the contract's inputs and outputs, its initializers 
 place from safetensors. Nothing in it is particular to a target.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,16 +166,15 @@ class Stitcher:
 
     def _function(self, node: ir.Node, layer: LayerSpec) -> str:
         """Adds the function body of a custom op's node, once a kind. Returns the overload that the node calls."""
+        spec = self.spec
         if node.op_type == moe.NAME:
-            overload, body = "", moe_body(moe.Attributes(top_k=self.spec.experts_per_token), self.dtype)
-        else:
-            overload = f"{'rope' if layer.rope else 'nope'}_{'chunked' if layer.chunk else 'full'}"
-            attributes = attention_attributes(self.spec, layer)
-            assert {name: attribute.value for name, attribute in node.attributes.items()}.keys() == {
-                field.name for field in dataclasses.fields(attributes)
-            }
-            body = gqa_body(attributes, self.spec.head_dim, layer.rope, self.dtype, overload)
-        self.functions.setdefault(f"{node.op_type}:{overload}", body)
+            if moe.NAME not in self.functions:
+                self.functions[moe.NAME] = moe_body(moe.Attributes(top_k=spec.experts_per_token), self.dtype)
+            return ""
+        overload = f"{'rope' if layer.rope else 'nope'}_{'chunked' if layer.chunk else 'full'}"
+        if overload not in self.functions:
+            attributes = attention_attributes(spec, layer)
+            self.functions[overload] = gqa_body(attributes, spec.head_dim, layer.rope, self.dtype, overload)
         return overload
 
     def _head(self, x: ir.Value, logit_positions: ir.Value, embedding: ir.Value) -> tuple[ir.Value, list[ir.Node]]:

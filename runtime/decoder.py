@@ -54,7 +54,7 @@ class Decoder:
         threads: Threads of one operator; None takes the processors that this process may use.
 
     Raises:
-        SessionError: ONNX Runtime does not accept the graph.
+        SessionError: ONNX Runtime does not accept the graph, or there are no threads.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class Decoder:
         session: Mapping[str, str],
         threads: int | None = None,
     ) -> None:
+        if threads is not None and threads < 1:
+            raise SessionError(f"threads is {threads}, expected a whole number from 1 up")
         self.spec = spec
         self.weights = weights  # kept: the session reads the memory that these own
         options = ort.SessionOptions()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,6 +74,31 @@ def test_the_graph_has_the_contracts_inputs_outputs_and_names(checkpoint: Path, 
     weights = {tensor.name for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
     assert weights == {name for path in checkpoint.glob("*.safetensors") for name in load_file(path)}
     assert "layers.0/self_attn.q_proj" in {node.name for node in graph.node}
+
+
+def test_any_onnx_runtime_runs_the_canonical_graph_through_its_functions(checkpoint: Path, tmp_path: Path) -> None:
+    model = export_checkpoint(checkpoint, tmp_path / "model", copy_weights=True)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    graph = ort.InferenceSession(str(model / "decoder.onnx"), options, providers=["CPUExecutionProvider"])
+    session = arriero.load(model)
+    rows = [IDS[0][:14], IDS[0][3:9]]
+    caches = {
+        f"past.{index}.{kind}": np.zeros((2, 2, 24, 16), np.float32) for index in (0, 1) for kind in ("key", "value")
+    }
+    past = np.zeros(2, np.int32)
+    for length in (3, 2, 1):  # ragged: the second row has a token less in each piece, then as many
+        ids, real = np.zeros((2, length), np.int64), (length, max(1, length - 1))
+        for row, tokens in enumerate(rows):
+            ids[row, : real[row]] = tokens[past[row] : past[row] + real[row]]
+        positions = np.array(real, np.int64)[:, None] - 1
+        feed = {"input_ids": ids, "past_lengths": past, "logit_positions": positions, **caches}
+        logits, *present = graph.run(None, feed)
+        caches = dict(zip(caches, present, strict=True))
+        past += np.array(real, np.int32)
+        for row, tokens in enumerate(rows):
+            expected = session.logits([tokens[: past[row]]])[0, -1]
+            assert np.abs(logits[row, 0] - expected).max() < 1e-5
 
 
 def test_a_model_moves_with_its_copied_weights(checkpoint: Path, tmp_path: Path) -> None:

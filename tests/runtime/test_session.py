@@ -117,6 +117,8 @@ def test_ids_that_cannot_be_are_named(session: Session, ids: Any, lengths: Any, 
 def test_session_limits_are_checked(tiny_model: Path) -> None:
     with pytest.raises(SessionError, match="max_seq is 5000, expected 1 to 4096"):
         arriero.load(tiny_model, max_seq=5000)
+    with pytest.raises(SessionError, match="threads is 0, expected a whole number from 1 up"):
+        arriero.load(tiny_model, threads=0)
     with pytest.raises(SessionError, match="2 rows are more than max_batch 1"):
         arriero.load(tiny_model, max_batch=1).logits([[5], [6]])
 
