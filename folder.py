@@ -5,7 +5,9 @@ under the final name, and an output that is replaced stays until the new one is 
 """
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -69,7 +71,8 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         raise FolderError(f"{out}: cannot be created ({error.strerror}): choose another output") from error
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~_umask())
+        check_free(out, force=force)  # again: someone may have written there meanwhile
         replace_folder(temporary, out)
     except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
@@ -84,31 +87,54 @@ def check_free(out: Path, *, force: bool) -> None:
         return
     if not force:
         raise FolderError(f"{out} exists: choose another output, or --force to replace it")
+    if out.is_symlink():
+        raise FolderError(f"{out} is a symlink, which is not replaced: remove it, or give the folder it points to")
     if not out.is_dir() or (any(out.iterdir()) and not (out / SPEC).exists()):
         raise FolderError(f"{out} exists and is no folder of Arriero's: it is not replaced, choose another output")
 
 
 def replace_folder(new: Path, out: Path) -> None:
-    """Renames `new` to `out`; what was there goes when the new one stands."""
+    """Renames `new` to `out`; what was there is set aside first and goes when the new one stands."""
     if not os.path.lexists(out):
         new.rename(out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=".partial", dir=out.parent))
+    old = out.with_name(f".{out.name}.{os.getpid()}.replaced")
     out.rename(old)
     try:
         new.rename(out)
-    except OSError:
+    except BaseException:
         old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(out: Path) -> None:
-    """Removes the temporary siblings of writers that were killed."""
-    for leftover in out.parent.glob(f".{out.name}.*.partial"):
-        writer = leftover.name.removeprefix(f".{out.name}.").partition(".")[0]
-        if writer.isdigit() and not Path(f"/proc/{writer}").exists():
+    """Removes the temporary siblings that killed writers left, and puts back what one of them had set aside."""
+    for leftover in out.parent.iterdir():
+        match = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)\.(\w+\.partial|replaced)", leftover.name)
+        if match is None or Path(f"/proc/{match[1]}").exists():
+            continue
+        if match[2] == "replaced" and not os.path.lexists(out):
+            leftover.rename(out)
+        else:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Refuses an output that is its own source, lies in it, or holds it.
+
+    Raises:
+        FolderError: Writing `out` would change or remove `source`.
+    """
+    source, out = source.resolve(), out.resolve()
+    if source == out or source in out.parents or out in source.parents:
+        raise FolderError(f"{out} and {source} lie in one another: choose an output beside the input")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def carry_files(source: Path, target: Path) -> None:
@@ -127,8 +153,10 @@ def copy_sparse(source: Path, target: Path) -> None:
         while position < size:
             try:
                 position = os.lseek(reader.fileno(), position, os.SEEK_DATA)
-            except OSError:
-                break  # nothing but a hole up to the end
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    break  # nothing but a hole up to the end
+                raise
             end = os.lseek(reader.fileno(), position, os.SEEK_HOLE)
             os.lseek(writer.fileno(), position, os.SEEK_SET)
             while position < end:

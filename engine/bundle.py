@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import BuildError, FolderError
-from ..folder import SPEC, carry_files, copy_sparse, new_folder, read_spec
+from ..folder import SPEC, carry_files, check_apart, copy_sparse, new_folder, read_spec
 from ..spec import WeightFile
 from .cpu import lower_for_cpu
 
@@ -40,6 +40,7 @@ def build_bundle(model: str | Path, out: str | Path, *, target: str = "cpu", for
     spec = read_spec(source)
     if spec.kind != "model":
         raise FolderError(f"{source} is a {spec.kind}: give the model folder it was built from")
+    check_apart(source, bundle)
     with new_folder(bundle, force=force) as folder:
         lowered = lower_for_cpu(source, spec)
         (folder / spec.graph).write_bytes(lowered.graph)

@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from ..errors import ExportError
 from ..shards import Shard
 from ..spec import DType
 
@@ -40,11 +41,17 @@ def convert_shard(source: Shard, target: Path, names: Collection[str], dtype: DT
     text += b" " * (-len(text) % 8)
     with source.path.open("rb") as reader, target.open("xb") as writer:
         writer.write(len(text).to_bytes(8, "little") + text)
-        for _, region in chosen:
+        for name, region in chosen:
             stored = NUMPY_DTYPES[region.dtype]
             reader.seek(region.offset)
             remaining = region.size // stored.itemsize
             while remaining:
                 piece = np.fromfile(reader, stored, min(PIECE, remaining))
-                piece.astype(written).tofile(writer)
+                if not len(piece):
+                    raise ExportError(f"{source.path}: shrank while it was read: export again")
+                with np.errstate(over="ignore"):
+                    converted = piece.astype(written)
+                if (np.isinf(converted) & ~np.isinf(piece)).any():
+                    raise ExportError(f"{name!r} holds {piece[np.isinf(converted)][0]}, which does not fit {dtype}")
+                writer.write(converted.view(np.uint8).data)
                 remaining -= len(piece)

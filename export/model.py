@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from .. import __version__
 from ..errors import ExportError
-from ..folder import SPEC, carry_files, check_free, copy_sparse, new_folder
+from ..folder import SPEC, carry_files, check_apart, check_free, copy_sparse, new_folder
 from ..shards import Region, Shard, identity, open_shard
 from ..spec import DType, FolderSpec, WeightFile
 from .checkpoint import DTYPE_NAMES, Checkpoint, open_checkpoint, read_json
@@ -52,14 +52,14 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: The checkpoint is damaged or no Llama 4.
+        ExportError: `dtype` is unknown or too narrow for a weight, or a file changed meanwhile.
         FolderError: `out` exists, or cannot be written.
     """
     source, target = Path(checkpoint).absolute(), Path(out).absolute()
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    check_apart(source, target)
     check_free(target, force=force)
-    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
-        raise ExportError(f"{target} lies in the checkpoint, which is left as it is: choose an output beside it")
     opened = open_checkpoint(source, any_dtype=dtype is not None)
     if opened.vision_tensors:
         notice(f"The {opened.vision_tensors} tensors of the vision tower are left out: the text decoder is exported.")
@@ -100,6 +100,8 @@ def _place_weights(
                 shard = open_shard(path)
             else:
                 copy_sparse(shard.path, path)
+                if identity(path) != identity(shard.path):
+                    raise ExportError(f"{shard.path}: its copy differs, the file changed meanwhile: export again")
         files.append(
             WeightFile(
                 name=name,

@@ -173,7 +173,8 @@ class Session:
             raise SessionError(f"ids are {ids.dtype} {list(ids.shape)}, expected whole numbers [B, S]")
         batch, length = ids.shape
         lengths = np.full(batch, length) if lengths_B is None else np.asarray(lengths_B)
-        if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > length:
+        whole = lengths.shape == (batch,) and np.issubdtype(lengths.dtype, np.integer)
+        if not whole or lengths.min() < 1 or lengths.max() > length:
             raise SessionError(f"lengths are {lengths.tolist()}, expected {batch} numbers from 1 to {length}")
         state = self.start(batch, length)
         logits_BSV = np.zeros((batch, length, self.spec.vocab_size), dtype=np.float32)
@@ -208,7 +209,7 @@ class Session:
         given: dict[str, Any] = {name: v for name, v in settings.items() if name in fields and v is not None}
         sampler = Sampler(dataclasses.replace(self.defaults.sampling, **given))
         ends = settings.get("eos_token_id")
-        ends = self.defaults.eos_token_ids if ends is None else [ends] if isinstance(ends, int) else ends
+        ends = self.defaults.eos_token_ids if ends is None else np.atleast_1d(np.asarray(ends, dtype=np.int64)).tolist()
         room = self.max_seq - len(ids)
         if max_new_tokens is not None and max_new_tokens < 0:
             raise SessionError(f"max_new_tokens is {max_new_tokens}, expected a whole number from 0 up")
@@ -222,7 +223,11 @@ class Session:
         elif len(prompt) and isinstance(prompt[0], dict):
             ids = self.text.encode_chat(prompt)  # type: ignore[arg-type]
         else:
-            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            array = np.asarray(prompt)
+            if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+                found = f"{array.dtype} {list(array.shape)}"
+                raise SessionError(f"the prompt is {found}, expected a text, messages, or one list of token ids")
+            ids = array.tolist()
         if not ids:
             raise SessionError("the prompt holds no tokens: give some text or ids")
         self._check_ids(ids)

@@ -37,6 +37,9 @@ class Text:
             self.tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else None
         except Exception as error:  # the tokenizers library raises plain Exception
             raise FolderError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
+        if self.tokenizer is not None:  # a saved training setting would cut prompts without a word
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
         self.config = read_json(folder / "tokenizer_config.json")
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:

@@ -32,6 +32,12 @@ def test_a_room_imports_only_what_the_import_law_allows(room: str) -> None:
         assert imported_rooms(path) <= ALLOWED[room], path
 
 
+def test_rooms_are_reached_from_the_package() -> None:
+    code = "import arriero; print(arriero.export.export_checkpoint.__name__, arriero.engine.build_bundle.__name__)"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.split() == ["export_checkpoint", "build_bundle"]
+
+
 def test_spec_and_errors_need_the_standard_library_only() -> None:
     for name in GROUND:
         tree = ast.parse((ROOT / f"{name}.py").read_text())

@@ -52,6 +52,7 @@ CASES = (
     Case(name="more experts than tokens", attributes=TOP_1, tokens=9, experts=128),
     Case(name="one expert takes all", attributes=TOP_1, tokens=40, experts=8, favourite=3),
     Case(name="two experts a token", attributes=TOP_2, tokens=33, experts=8),
+    Case(name="two experts, many wide tokens", attributes=TOP_2, tokens=512, experts=8, hidden=1024, expert_size=64),
     Case(name="two experts, one token", attributes=TOP_2, tokens=1, experts=4),
     Case(name="every expert chosen", attributes=Attributes(top_k=4), tokens=7, experts=4),
     Case(name="a single expert", attributes=TOP_1, tokens=6, experts=1),

@@ -2,7 +2,7 @@
 
 Each expert's weights are initializers of their own, matrices that lie in the checkpoint as they are used: nothing is
 copied, gathered or laid out anew. An expert without tokens costs one branch. The branches return their tokens' outputs,
-which are put back in order by one scatter.
+which one scatter puts back in order.
 """
 
 from collections.abc import Sequence
@@ -46,44 +46,59 @@ def lower(
             busy[index],
             outputs=2,
             then_branch=_expert(
-                f"{nodes.prefix}expert.{index}/", index, hidden, scores_TK, experts_TK, *experts[index]
+                f"{nodes.prefix}expert.{index}/",
+                index,
+                attributes.top_k,
+                hidden,
+                scores_TK,
+                experts_TK,
+                *experts[index],
             ),
             else_branch=_nothing(f"{nodes.prefix}expert.{index}/idle/", hidden_size),
         )
         for index in range(count)
     ]
-    tokens_N1 = nodes.Concat(*(tokens for tokens, _ in parts), axis=0)
-    outputs_NH = nodes.Concat(*(outputs for _, outputs in parts), axis=0)
-    zeros_TH = nodes.Mul(hidden, number(0))
-    nodes.node("ScatterND", [zeros_TH, tokens_N1, outputs_NH], outputs=[output], attributes={"reduction": "add"})
+    places_N1 = nodes.Concat(*(places for places, _ in parts), axis=0)
+    unordered_NH = nodes.Concat(*(outputs for _, outputs in parts), axis=0)
+    # Each pair (token, choice) is written once: ONNX Runtime adds in ScatterND without guarding against races.
+    if attributes.top_k == 1:
+        nodes.node("ScatterND", [unordered_NH, places_N1, unordered_NH], outputs=[output])
+        return
+    pairs_NH = nodes.ScatterND(unordered_NH, places_N1, unordered_NH)
+    pairs_TKH = nodes.Reshape(pairs_NH, ints(-1, attributes.top_k, hidden_size))
+    over_choices = nodes.constant(ints(1))
+    nodes.node("ReduceSum", [pairs_TKH, over_choices], outputs=[output], attributes={"keepdims": 0})
 
 
 def _expert(
     prefix: str,
     index: int,
+    top_k: int,
     hidden: ir.Value,
     scores_TK: ir.Value,
     experts_TK: ir.Value,
     gate_up: ir.Value,
     down: ir.Value,
 ) -> ir.Graph:
-    """The branch of an expert that has tokens: their numbers [N, 1] and outputs [N, H]."""
+    """The branch of an expert that has tokens: places [N, 1] among the pairs (token, choice), and outputs [N, H]."""
     nodes = Nodes(prefix)
     pairs_2N = nodes.NonZero(nodes.Equal(experts_TK, number(index, np.int64)))
     pairs_N2 = nodes.Transpose(pairs_2N, perm=[1, 0])
     tokens_N1 = nodes.Slice(pairs_N2, ints(0), ints(1), ints(1))
+    choices_N1 = nodes.Slice(pairs_N2, ints(1), ints(2), ints(1))
+    places_N1 = nodes.Add(nodes.Mul(tokens_N1, number(top_k, np.int64)), choices_N1)
     scores_N1 = nodes.Unsqueeze(nodes.GatherND(scores_TK, pairs_N2), ints(1))
     expert_input_NH = nodes.Mul(nodes.GatherND(hidden, tokens_N1), scores_N1)
     gate_NI, up_NI = nodes.Split(nodes.MatMul(expert_input_NH, gate_up), axis=1, num_outputs=2, outputs=2)
     activated_NI = nodes.Mul(up_NI, nodes.Mul(gate_NI, nodes.Sigmoid(gate_NI)))
-    return _branch(prefix, nodes, tokens_N1, nodes.MatMul(activated_NI, down))
+    return _branch(prefix, nodes, places_N1, nodes.MatMul(activated_NI, down))
 
 
 def _nothing(prefix: str, hidden_size: int) -> ir.Graph:
     """The branch of an expert without tokens."""
     nodes = Nodes(prefix)
-    tokens_N1 = nodes.constant(np.empty((0, 1), dtype=np.int64))
-    return _branch(prefix, nodes, tokens_N1, nodes.constant(np.empty((0, hidden_size), dtype=np.float32)))
+    places_N1 = nodes.constant(np.empty((0, 1), dtype=np.int64))
+    return _branch(prefix, nodes, places_N1, nodes.constant(np.empty((0, hidden_size), dtype=np.float32)))
 
 
 def _branch(prefix: str, nodes: Nodes, *outputs: ir.Value) -> ir.Graph:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import arriero
 from arriero.errors import ExportError, FolderError
@@ -171,10 +172,37 @@ def test_tied_embeddings_are_one_weight(make_llama4: Callable[..., Any], tmp_pat
 
 
 def test_an_output_in_the_checkpoint_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(FolderError, match="exists"):
-        export_checkpoint(checkpoint, checkpoint)
-    with pytest.raises(ExportError, match="lies in the checkpoint"):
-        export_checkpoint(checkpoint, checkpoint / "model")
+    before = digest(checkpoint)
+    for out in (checkpoint, checkpoint / "model", checkpoint.parent):
+        with pytest.raises(FolderError, match="lie in one another: choose an output beside the input"):
+            export_checkpoint(checkpoint, out, force=True)
+    assert digest(checkpoint) == before
+
+
+def test_a_value_too_large_for_a_conversion_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    path = sorted(checkpoint.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[3] = 1e6
+    save_file(tensors, path)
+    with pytest.raises(ExportError, match=f"{re.escape(name)}.* does not fit float16"):
+        export_checkpoint(checkpoint, tmp_path / "model", dtype="float16")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("options", [{"copy_weights": True}, {"dtype": "bfloat16"}], ids=str)
+def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    code = (
+        "import resource, signal, sys\n"
+        "from arriero.export import export_checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"export_checkpoint(sys.argv[1], sys.argv[2], **{options})\n"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / "out" / "model")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert "writing failed (File too large)" in run.stderr
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_end_tokens_come_from_the_config_where_there_is_no_generation_config(checkpoint: Path, tmp_path: Path) -> None:

@@ -78,6 +78,13 @@ def test_an_implementation_equals_the_meaning(implementation: Callable[[Case], A
     assert np.abs(implementation(case) - expected).max() < 3e-6
 
 
+def test_a_tokens_experts_are_added_without_a_race() -> None:
+    case = next(case for case in CASES if case.name == "two experts, many wide tokens")
+    expected = moe_dispatch(**case.inputs(), attributes=case.attributes)
+    for _ in range(20):
+        assert np.abs(by_cpu_lowering(case) - expected).max() < 1e-5
+
+
 def test_the_score_scales_the_expert_input_and_not_its_output() -> None:
     case = next(case for case in CASES if case.name == "few tokens")
     arrays = case.inputs()

@@ -31,6 +31,17 @@ def test_text_and_its_ids_are_the_same_prompt(session: Session) -> None:
     assert session.generate(ids, **settings) == session.generate("The list type", **settings)
 
 
+def test_ids_may_be_arrays(session: Session) -> None:
+    plain = session.generate([9, 10, 11], max_new_tokens=5, temperature=0, eos_token_id=[1, 2])
+    arrays = session.generate(np.array([9, 10, 11]), max_new_tokens=5, temperature=0, eos_token_id=np.array([1, 2]))
+    assert arrays == plain
+
+
+def test_a_setting_that_does_not_exist_is_named(session: Session) -> None:
+    with pytest.raises(TypeError, match="unknown setting 'temprature': choose from temperature"):
+        session.stream("x", temprature=1)  # type: ignore[call-arg]
+
+
 def test_a_conversation_goes_through_the_chat_template(session: Session) -> None:
     messages = [{"role": "user", "content": "What is str.join?"}]
     ids = session.text.encode_chat(messages)
@@ -89,6 +100,8 @@ def test_a_chunked_layers_caches_hold_one_chunk(session: Session) -> None:
         ([], "the prompt holds no tokens"),
         ([2048], "token id 2048 is outside the vocabulary of 2048"),
         ([-1], "token id -1 is outside"),
+        ([[5, 6]], r"the prompt is int64 \[1, 2\], expected a text, messages, or one list of token ids"),
+        ([0.5], "the prompt is float64"),
         ([5] * 601, "the prompt has 601 tokens, the session holds 600"),
     ],
 )
@@ -105,6 +118,7 @@ def test_a_prompt_that_cannot_be_is_named(session: Session, prompt: list[int], s
         ([[]], None, "expected whole numbers"),
         ([[5, 6]], [3], r"lengths are \[3\], expected 1 numbers from 1 to 2"),
         ([[5, 6]], [0], r"lengths are \[0\]"),
+        ([[5, 6]], [1.5], r"lengths are \[1.5\]"),
         ([[5, 9999]], None, "token id 9999"),
         ([[5] * 601], None, "601 tokens are more than max_seq 600"),
     ],
