@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,11 +131,12 @@ def run(
             "stop_strings": stop_string or (),
             "eos_token_id": eos_token_id,
         }
+        if prompt == "-":
+            prompt = sys.stdin.read()
         if chat:
             converse(session, system, prompt, settings, as_json)
         else:
-            text = sys.stdin.read() if prompt == "-" else str(prompt)
-            answer(session, text, settings, as_json, {"load_seconds": loaded})
+            answer(session, prompt, settings, as_json, {"load_seconds": loaded})
 
 
 def answer(session: "Session", prompt: Any, settings: dict[str, Any], as_json: bool, measured: dict[str, float]) -> str:
@@ -216,7 +218,7 @@ def errors_shown(debug: bool) -> Iterator[None]:
         raise typer.Exit(0) from None
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"arriero: {one_line(error)}", file=sys.stderr)
         raise typer.Exit(2) from None
 

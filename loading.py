@@ -35,16 +35,18 @@ def load(
         ArrieroError: The folder, its weights or a setting is not as it must be.
     """
     from .runtime.decoder import Decoder
-    from .runtime.session import Session
+    from .runtime.session import Limits, Session
     from .runtime.text import Text, read_defaults
     from .runtime.weights import find_files, map_weights
 
     path = Path(folder)
     spec = read_spec(path)
+    limits = Limits.of(spec.model, max_seq, max_batch)
+    text, defaults = Text(path), read_defaults(path)  # small, and checked before weights are loaded
     files = find_files(path, spec.weight_files, None if weights is None else Path(weights))
     graph, regions, flags = _graph(path, spec)
     decoder = Decoder(graph, map_weights(regions, files), path, spec.model, flags, threads)
-    return Session(decoder, Text(path), read_defaults(path), spec, max_seq, max_batch)
+    return Session(decoder, text, defaults, limits)
 
 
 def _graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:

@@ -65,8 +65,10 @@ def open_checkpoint(folder: Path, *, any_dtype: bool = False) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: give the folder that holds config.json and the safetensors")
     config = read_json(folder / "config.json")
-    spec = model_spec(config)
+    model_spec(config)  # a wrong configuration is named before any shard
     found = _find_tensors(folder)
+    stored = {DTYPE_NAMES[t.region.dtype] for t in found.values() if t.region.dtype in DTYPE_NAMES}
+    spec = model_spec(config, stored.pop() if len(stored) == 1 else "bfloat16")
     prefix = "language_model." if any(name.startswith("language_model.") for name in found) else ""
     vision = {name for name in found if name.startswith(VISION)}
     text = {name: tensor for name, tensor in found.items() if name not in vision}

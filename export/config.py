@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 from ..errors import CheckpointError
 from ..spec import DType, LayerSpec, ModelSpec, RopeScaling
 
+MOST_LAYERS = 1000
+"""A configuration with more is damaged."""
+
 DTYPES: dict[str, DType] = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 
 
@@ -23,18 +26,19 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
         nested = config.get("text_config")
         if not isinstance(nested, dict):
             raise CheckpointError(f"config.json: text_config is {nested!r}, expected an object: restore the file")
-        shared = {
-            "dtype": config.get("dtype", config.get("torch_dtype")),
-            "quantization_config": config.get("quantization_config"),
-        }
+        shared = {name: config[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in config}
         return {**shared, **nested}
     if kind == "llama4_text":
         return config
     raise CheckpointError(f"config.json: model_type is {kind!r}; Arriero takes 'llama4' and 'llama4_text' checkpoints")
 
 
-def model_spec(config: dict[str, Any]) -> ModelSpec:
+def model_spec(config: dict[str, Any], stored_dtype: DType = "bfloat16") -> ModelSpec:
     """Reads the geometry.
+
+    Args:
+        config: The parsed `config.json`.
+        stored_dtype: Type of the weights, for a configuration that names none.
 
     Raises:
         CheckpointError: Another architecture, a missing field, or a field out of range.
@@ -42,9 +46,9 @@ def model_spec(config: dict[str, Any]) -> ModelSpec:
     fields = Fields(text_config(config))
     layers = _layers(fields)
     heads = fields.count("num_attention_heads")
-    kv_heads = fields.count("num_key_value_heads", heads)
+    kv_heads = fields.count("num_key_value_heads", heads if "num_key_value_heads" in fields.values else 8)
     hidden_size = fields.count("hidden_size")
-    head_dim = fields.count("head_dim", hidden_size // heads or None)
+    head_dim = fields.count("head_dim", hidden_size // heads if "head_dim" in fields.values else 128)
     experts = fields.count("num_local_experts", 16)
     experts_per_token = fields.count("num_experts_per_tok", 1)
     if heads % kv_heads:
@@ -64,11 +68,11 @@ def model_spec(config: dict[str, Any]) -> ModelSpec:
             f"config.json: the weights are already quantised ({method!r}); Arriero exports bf16, fp16 and fp32 "
             "checkpoints: start from the unquantised one"
         )
-    dtype = str(fields.get("dtype", fields.get("torch_dtype", "bfloat16")) or "bfloat16").removeprefix("torch.")
+    dtype = str(fields.get("dtype") or fields.get("torch_dtype") or stored_dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         fields.refuse("dtype" if "dtype" in fields.values else "torch_dtype", " or ".join(DTYPES))
     rope_theta, rope_scaling = _rope(fields)
-    tuned = bool(fields.get("attn_temperature_tuning", True))
+    tuned = fields.flag("attn_temperature_tuning", True)
     return ModelSpec(
         vocab_size=fields.count("vocab_size"),
         hidden_size=hidden_size,
@@ -81,13 +85,13 @@ def model_spec(config: dict[str, Any]) -> ModelSpec:
         expert_size=fields.count("intermediate_size"),
         dense_size=fields.count("intermediate_size_mlp", 16384),
         norm_eps=fields.positive("rms_norm_eps", 1e-5),
-        qk_norm=bool(fields.get("use_qk_norm", True)),
+        qk_norm=fields.flag("use_qk_norm", True),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         max_positions=fields.count("max_position_embeddings", 131072),
         temperature_scale=fields.positive("attn_scale", 0.1) if tuned else 0.0,
         temperature_floor=fields.positive("floor_scale", 8192),
-        tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tied_embeddings=fields.flag("tie_word_embeddings", False),
         dtype=DTYPES[dtype],
     )
 
@@ -114,9 +118,23 @@ class Fields:
         """A number above 0."""
         value = self.values.get(name, default)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
             self.refuse(name, "a number above 0")
         return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false; older files write numbers."""
+        value = self.values.get(name, default)
+        if not isinstance(value, bool | int):
+            self.refuse(name, "true or false")
+        return bool(value)
+
+    def choices(self, name: str, valid: tuple[Any, ...], count: int) -> list[Any]:
+        """A list with a valid entry for each layer, or an empty one where the field is left out."""
+        values = self.values.get(name) or []
+        if not isinstance(values, list) or any(value not in valid for value in values) or 0 < len(values) < count:
+            self.refuse(name, f"a list with one of {', '.join(map(str, valid))} for each of the {count} layers")
+        return values[:count]
 
     def refuse(self, name: str, expected: str) -> NoReturn:
         """Raises the error for a value out of range."""
@@ -127,27 +145,23 @@ class Fields:
 def _layers(fields: Fields) -> tuple[LayerSpec, ...]:
     """Which layers rotate, chunk and route; the rules fill in what a configuration leaves out."""
     count = fields.count("num_hidden_layers")
+    if count > MOST_LAYERS:
+        fields.refuse("num_hidden_layers", f"at most {MOST_LAYERS}")
     interval = fields.count("no_rope_layer_interval", 4)
-    ropes = fields.get("no_rope_layers") or [int((index + 1) % interval != 0) for index in range(count)]
-    kinds = fields.get("layer_types") or ["chunked_attention" if rope else "full_attention" for rope in ropes]
     step = fields.count("interleave_moe_layer_step", 1)
+    ropes = fields.choices("no_rope_layers", (0, 1), count)
+    ropes = ropes or [int((index + 1) % interval != 0) for index in range(count)]
+    kinds = fields.choices("layer_types", ("chunked_attention", "full_attention"), count)
+    kinds = kinds or ["chunked_attention" if rope else "full_attention" for rope in ropes]
     routed = fields.get("moe_layers")
-    routed = list(range(step - 1, count, step)) if routed is None else routed
-    for name, value in (("no_rope_layers", ropes), ("layer_types", kinds)):
-        if not isinstance(value, list) or len(value) < count:
-            fields.refuse(name, f"a list with an entry for each of the {count} layers")
-    if unknown := set(kinds) - {"chunked_attention", "full_attention"}:
-        fields.refuse("layer_types", f"chunked_attention or full_attention, not {sorted(map(str, unknown))[0]!r}")
-    if not isinstance(routed, list) or any(not isinstance(index, int) for index in routed):
-        fields.refuse("moe_layers", "a list of layer numbers")
-    chunk = fields.count("attention_chunk_size", 8192) if "chunked_attention" in kinds[:count] else 0
+    if routed is None:
+        routed = range(step - 1, count, step)
+    elif not isinstance(routed, list) or any(type(index) is not int or not 0 <= index < count for index in routed):
+        fields.refuse("moe_layers", f"a list of layer numbers below {count}")
+    chunk = fields.count("attention_chunk_size", 8192) if "chunked_attention" in kinds else 0
     return tuple(
-        LayerSpec(
-            rope=bool(ropes[index]),
-            chunk=chunk if kinds[index] == "chunked_attention" else 0,
-            experts=index in routed,
-        )
-        for index in range(count)
+        LayerSpec(rope=bool(rope), chunk=chunk if kind == "chunked_attention" else 0, experts=index in routed)
+        for index, (rope, kind) in enumerate(zip(ropes, kinds, strict=True))
     )
 
 

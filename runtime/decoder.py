@@ -30,16 +30,10 @@ class Caches:
         self.batch, self.positions = batch, positions
         self.buffers: dict[str, NDArray[np.float32]] = {}
         for index, layer in enumerate(spec.layers):
-            # One slot more than positions: a row that is full still takes the pad of a step that others go on with.
-            slots = min(layer.chunk or positions + 1, positions + 1)
+            slots = min(layer.chunk or positions, positions)
             for kind in ("key", "value"):
                 shape = (batch, spec.kv_heads, slots, spec.head_dim)
                 self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=np.float32)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
 
 
 class Decoder:

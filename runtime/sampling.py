@@ -40,6 +40,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "a whole number from 0 up"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("seed", self.seed is None or self.seed >= 0, "a whole number from 0 up"),
             ("repetition_penalty", self.repetition_penalty > 0, "a number above 0"),
         ):
             if not valid:
@@ -65,7 +66,8 @@ class Sampler:
             logits_V = penalise(logits_V, seen, sampling.repetition_penalty)
         if sampling.temperature == 0:
             return int(logits_V.argmax())
-        tokens, scores = keep_largest(logits_V / np.float32(sampling.temperature), sampling.top_k)
+        scores_V = (logits_V - logits_V.max()).astype(np.float64) / sampling.temperature
+        tokens, scores = keep_largest(scores_V, sampling.top_k)
         probabilities = softmax(scores)
         if sampling.top_p < 1:
             before = np.cumsum(probabilities) - probabilities
@@ -87,7 +89,7 @@ def penalise(logits_V: NDArray[np.float32], seen: Sequence[int], penalty: float)
     return logits_V
 
 
-def keep_largest(scores_V: NDArray[np.float32], count: int) -> tuple[NDArray[Any], NDArray[np.float32]]:
+def keep_largest(scores_V: NDArray[np.float64], count: int) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """The `count` largest scores (0 is all; ties of the last are kept) and their tokens, largest first."""
     if 0 < count < len(scores_V):
         tokens = np.flatnonzero(scores_V >= np.partition(scores_V, -count)[-count])
@@ -97,8 +99,8 @@ def keep_largest(scores_V: NDArray[np.float32], count: int) -> tuple[NDArray[Any
     return tokens[order], scores_V[tokens[order]]
 
 
-def softmax(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Probabilities of scores that are sorted, largest first."""
-    weights = np.exp((scores - scores[0]).astype(np.float64))
+    weights = np.exp(scores - scores[0])
     probabilities: NDArray[np.float64] = weights / weights.sum()
     return probabilities

@@ -7,13 +7,13 @@ Underneath is a stateful step over a batch of sequences (`start`, `prefill`, `de
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import SessionError
-from ..spec import FolderSpec, ModelSpec
+from ..spec import ModelSpec
 from .decoder import Binding, Caches, Decoder
 from .pieces import cut
 from .sampling import Sampler, Sampling
@@ -88,6 +88,27 @@ class State:
         return self._bindings[key]
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a session holds: positions of a sequence, and rows at once (None is no limit)."""
+
+    max_seq: int
+    max_batch: int | None
+
+    @classmethod
+    def of(cls, spec: ModelSpec, max_seq: int | None, max_batch: int | None) -> Self:
+        """Checks what a caller asks for; None for `max_seq` takes the context, at most `DEFAULT_MAX_SEQ`.
+
+        Raises:
+            SessionError: A limit is out of range.
+        """
+        if max_seq is not None and not 1 <= max_seq <= spec.max_positions:
+            raise SessionError(f"max_seq is {max_seq}, expected 1 to {spec.max_positions}, the model's context")
+        if max_batch is not None and max_batch < 1:
+            raise SessionError(f"max_batch is {max_batch}, expected a whole number from 1 up")
+        return cls(max_seq or min(spec.max_positions, DEFAULT_MAX_SEQ), max_batch)
+
+
 class Session:
     """A loaded model.
 
@@ -95,28 +116,12 @@ class Session:
         decoder: The graph.
         text: The tokenizer and chat template.
         defaults: The checkpoint's generation defaults.
-        folder: What the folder's spec says.
-        max_seq: Positions that a sequence may hold; None takes the context, at most `DEFAULT_MAX_SEQ`.
-        max_batch: Rows at once at most; None is no limit.
+        limits: How much the session holds.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        text: Text,
-        defaults: Defaults,
-        folder: FolderSpec,
-        max_seq: int | None = None,
-        max_batch: int | None = None,
-    ) -> None:
-        self.decoder, self.text, self.defaults, self.folder = decoder, text, defaults, folder
-        context = self.spec.max_positions
-        if max_seq is not None and not 1 <= max_seq <= context:
-            raise SessionError(f"max_seq is {max_seq}, expected 1 to {context}, the model's context")
-        if max_batch is not None and max_batch < 1:
-            raise SessionError(f"max_batch is {max_batch}, expected a whole number from 1 up")
-        self.max_seq = max_seq or min(context, DEFAULT_MAX_SEQ)
-        self.max_batch = max_batch
+    def __init__(self, decoder: Decoder, text: Text, defaults: Defaults, limits: Limits) -> None:
+        self.decoder, self.text, self.defaults = decoder, text, defaults
+        self.max_seq, self.max_batch = limits.max_seq, limits.max_batch
 
     @property
     def spec(self) -> ModelSpec:
@@ -130,6 +135,8 @@ class Session:
             batch: Rows.
             positions: Tokens that each row can hold; None takes `max_seq`.
         """
+        if batch < 1 or (positions is not None and positions < 1):
+            raise SessionError(f"batch is {batch} and positions {positions}, expected whole numbers from 1 up")
         if self.max_batch is not None and batch > self.max_batch:
             raise SessionError(f"{batch} rows are more than max_batch {self.max_batch}: load with a larger one")
         positions = self.max_seq if positions is None else positions
@@ -147,6 +154,8 @@ class Session:
 
     def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
         """Adds one token to every row. Returns the logits [B, V] after it."""
+        if len(tokens_B) != state.caches.batch:
+            raise SessionError(f"{len(tokens_B)} tokens for {state.caches.batch} rows: give each row one")
         if int(state.past_B.max()) >= state.caches.positions:
             raise SessionError(f"a sequence is full at {state.caches.positions} tokens: start it with more positions")
         self._check_ids(tokens_B)
@@ -211,6 +220,8 @@ class Session:
         ends = settings.get("eos_token_id")
         ends = self.defaults.eos_token_ids if ends is None else np.atleast_1d(np.asarray(ends, dtype=np.int64)).tolist()
         room = self.max_seq - len(ids)
+        if not room and max_new_tokens != 0:
+            raise SessionError(f"the prompt fills all {self.max_seq} tokens that the session holds: load with more")
         if max_new_tokens is not None and max_new_tokens < 0:
             raise SessionError(f"max_new_tokens is {max_new_tokens}, expected a whole number from 0 up")
         count = room if max_new_tokens is None else min(max_new_tokens, room)

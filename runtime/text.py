@@ -77,9 +77,9 @@ class Text:
         special = {name: _token(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
         try:
             return environment.from_string(template).render(
-                messages=list(messages), add_generation_prompt=True, **special
+                messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **special
             )
-        except (TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a template is a program, and fails in its own ways
             raise SessionError(f"the chat template does not take these messages: {error}") from error
 
     def stream(self, ids: Iterable[int]) -> Iterator[tuple[int, str]]:

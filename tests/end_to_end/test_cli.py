@@ -80,7 +80,7 @@ def test_what_cannot_be_done_is_one_line(
 
 def test_debug_shows_the_traceback() -> None:
     run = arriero("run", "/nowhere", "--prompt", "x", "--debug")
-    assert run.returncode != 0
+    assert run.returncode == 2
     assert "Traceback" in run.stderr
 
 

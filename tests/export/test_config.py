@@ -80,8 +80,18 @@ def test_transformers_5_names_are_read() -> None:
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"floor_scale": -8}, "floor_scale is -8"),
         ({"attention_chunk_size": 0}, "attention_chunk_size is 0"),
-        ({"no_rope_layers": [1, 1]}, "no_rope_layers is [1, 1], expected a list with an entry for each of the 48"),
+        (
+            {"no_rope_layers": [1, 1]},
+            "no_rope_layers is [1, 1], expected a list with one of 0, 1 for each of the 48 layers",
+        ),
+        ({"no_rope_layers": 5}, "no_rope_layers is 5, expected a list"),
         ({"layer_types": ["sliding"] * 48}, "layer_types"),
+        ({"layer_types": [["a"]] * 48}, "layer_types"),
+        ({"moe_layers": [99]}, "moe_layers is [99], expected a list of layer numbers below 48"),
+        ({"num_hidden_layers": 300000}, "num_hidden_layers is 300000, expected at most 1000"),
+        ({"use_qk_norm": "no"}, "use_qk_norm is 'no', expected true or false"),
+        ({"attn_temperature_tuning": "false"}, "attn_temperature_tuning is 'false'"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
         ({"moe_layers": "all"}, "moe_layers is 'all'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor is missing"),
@@ -93,6 +103,13 @@ def test_transformers_5_names_are_read() -> None:
 def test_what_is_out_of_range_is_named_with_what_was_found(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(said)):
         model_spec(changed(**fields))
+
+
+def test_the_dtype_is_the_nearest_named_or_else_the_stored_one() -> None:
+    multimodal = {key: value for key, value in SCOUT.items() if key != "torch_dtype"}
+    assert model_spec(multimodal, "float32").dtype == "float32"
+    multimodal["text_config"] = {**SCOUT["text_config"], "torch_dtype": "float16"}
+    assert model_spec(multimodal).dtype == "float16"
 
 
 def test_a_missing_field_is_named() -> None:

@@ -82,6 +82,11 @@ def test_temperature_zero_takes_the_largest_after_the_penalty() -> None:
     assert Sampler(Sampling(repetition_penalty=2))(logits, [3]) == 2
 
 
+def test_a_tiny_temperature_is_nearly_greedy() -> None:
+    logits = np.array([1.0, 2.0, 300.0, 4.0], dtype=np.float32)
+    assert Sampler(Sampling(temperature=1e-39, seed=0))(logits, []) == 2
+
+
 def test_a_seed_draws_the_same_tokens_again() -> None:
     logits = np.zeros(1000, dtype=np.float32)
     first, again, other = ([Sampler(Sampling(temperature=1, seed=seed))(logits, [])] for seed in (1, 1, 2))
@@ -97,6 +102,7 @@ def test_a_seed_draws_the_same_tokens_again() -> None:
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_a_setting_out_of_range_is_named(settings: dict[str, Any], said: str) -> None:

@@ -88,10 +88,22 @@ def test_a_row_can_fill_its_caches_to_the_last_slot(session: Session) -> None:
         session.decode(state, [9])
 
 
+def test_a_step_that_does_not_fit_its_rows_is_named(session: Session) -> None:
+    state = session.start(3, 10)
+    with pytest.raises(SessionError, match="1 tokens for 3 rows"):
+        session.decode(state, [5])
+    with pytest.raises(SessionError, match="expected tokens for each of 3 rows"):
+        session.prefill(state, [[5], [6]])
+    with pytest.raises(SessionError, match="batch is 0 and positions None"):
+        session.start(0)
+    with pytest.raises(SessionError, match="batch is 1 and positions -3"):
+        session.start(1, -3)
+
+
 def test_a_chunked_layers_caches_hold_one_chunk(session: Session) -> None:
     buffers = session.start(1, 600).caches.buffers
     slots = [buffers[f"{index}.key"].shape[2] for index in range(len(session.spec.layers))]
-    assert slots == [128, 128, 128, 601, 128, 128, 128, 601]
+    assert slots == [128, 128, 128, 600, 128, 128, 128, 600]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +114,7 @@ def test_a_chunked_layers_caches_hold_one_chunk(session: Session) -> None:
         ([-1], "token id -1 is outside"),
         ([[5, 6]], r"the prompt is int64 \[1, 2\], expected a text, messages, or one list of token ids"),
         ([0.5], "the prompt is float64"),
+        ([5] * 600, "the prompt fills all 600 tokens"),
         ([5] * 601, "the prompt has 601 tokens, the session holds 600"),
     ],
 )
