@@ -47,7 +47,10 @@ def read_spec(folder: Path) -> FolderSpec:
         raise FolderError(f"{folder} {found}: give a folder that `arriero export` wrote") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FolderError(f"{path}: cannot be read ({error}): write the folder again") from error
-    return FolderSpec.from_json(text)
+    try:
+        return FolderSpec.from_json(text)
+    except FolderError as error:
+        raise FolderError(f"{folder}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -78,9 +78,11 @@ class ModelSpec:
     dtype: DType
 
     def __post_init__(self) -> None:
-        assert self.heads % self.kv_heads == 0
-        assert self.head_dim % 2 == 0
-        assert 1 <= self.experts_per_token <= self.experts
+        counts = (self.vocab_size, self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.max_positions)
+        if min(counts) < 1 or self.heads % self.kv_heads or self.head_dim % 2 or not self.layers:
+            raise ValueError("the model's sizes do not fit together")
+        if not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(f"experts_per_token is {self.experts_per_token} of {self.experts} experts")
 
     @property
     def chunk(self) -> int:
@@ -177,22 +179,32 @@ class FolderSpec:
             raise FolderError(f"spec.json has schema {schema!r}, this Arriero reads {SCHEMA}: use matching versions")
         try:
             return typing.cast(Self, _decode(cls, fields))
-        except (TypeError, ValueError, AssertionError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise FolderError(f"spec.json is damaged ({error}): write the folder again") from error
 
 
 def _decode(kind: Any, value: Any) -> Any:
     """Rebuilds a value of an annotated type from plain JSON; unknown or missing fields are errors."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise ValueError(f"{value!r} is no object")
         hints = typing.get_type_hints(kind)
         if unknown := sorted(set(value) - set(hints)):
             raise ValueError(f"unknown field {unknown[0]!r} in {kind.__name__}")
         return kind(**{name: _decode(hints[name], item) for name, item in value.items()})
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{value!r} is no list")
         return tuple(_decode(arguments[0], item) for item in value)
     if origin is types.UnionType:
         return None if value is None else _decode(arguments[0], value)
-    if origin is Literal and value not in arguments:
-        raise ValueError(f"{value!r} is none of {', '.join(map(repr, arguments))}")
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{value!r} is none of {', '.join(map(repr, arguments))}")
+    elif origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+            raise ValueError(f"{value!r} is no object of texts")
+    elif type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{value!r} is no {kind.__name__}")
     return value

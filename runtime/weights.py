@@ -58,9 +58,17 @@ def find_files(folder: Path, files: Iterable[WeightFile], weights: Path | None =
 
 
 def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> dict[str, ort.OrtValue]:
-    """Maps the weights as ONNX Runtime values by initializer name. The files stay mapped as long as the values live."""
-    maps = {name: _map(path) for name, path in files.items()}
+    """Maps the weights as ONNX Runtime values by initializer name. The files stay mapped as long as the values live.
+
+    Raises:
+        FolderError: A region lies outside its file.
+    """
     weights = list(weights)
+    maps = {name: _map(path) for name, path in files.items()}
+    for weight in weights:
+        size = math.prod(weight.shape) * NUMPY_DTYPES[weight.dtype].itemsize
+        if weight.file not in maps or not 0 <= weight.offset <= len(maps[weight.file]) - size:
+            raise FolderError(f"spec.json puts {weight.name!r} outside {weight.file!r}: build the bundle again")
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         values = pool.map(lambda weight: _value(weight, maps[weight.file]), weights)
         return {weight.name: value for weight, value in zip(weights, values, strict=True)}

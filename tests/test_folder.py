@@ -42,6 +42,43 @@ def test_force_replaces_only_what_is_arrieros(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["new"]
 
 
+def test_what_appears_while_writing_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def write() -> None:
+        with new_folder(out):
+            out.mkdir()
+            (out / "thesis.txt").write_text("precious")
+
+    with pytest.raises(FolderError, match="exists"):
+        write()
+    assert (out / "thesis.txt").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_symlink_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with (
+        pytest.raises(FolderError, match="is a symlink, which is not replaced"),
+        new_folder(tmp_path / "link", force=True),
+    ):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_folder_set_aside_by_a_killed_writer_comes_back(tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    aside = tmp_path / f".out.{dead.stdout.strip()}.replaced"
+    aside.mkdir()
+    (aside / SPEC).write_text("{}")
+    other = tmp_path / f".out.{dead.stdout.strip()}.5.x.partial"  # of an output named out.<number>
+    other.mkdir()
+    remove_leftovers(tmp_path / "out")
+    assert (tmp_path / "out" / SPEC).exists()
+    assert other.exists()
+
+
 def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     leftover = tmp_path / f".out.{dead.stdout.strip()}.x.partial"

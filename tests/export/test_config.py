@@ -1,7 +1,10 @@
+import contextlib
 import re
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from arriero.errors import CheckpointError
 from arriero.export.config import model_spec
@@ -110,6 +113,22 @@ def test_the_dtype_is_the_nearest_named_or_else_the_stored_one() -> None:
     assert model_spec(multimodal, "float32").dtype == "float32"
     multimodal["text_config"] = {**SCOUT["text_config"], "torch_dtype": "float16"}
     assert model_spec(multimodal).dtype == "float16"
+
+
+junk = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**5)
+    | st.floats()
+    | st.text(max_size=3)
+    | st.lists(st.integers(-1, 2))
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(SCOUT["text_config"])), junk | st.lists(junk, max_size=50), max_size=3))
+def test_any_fields_are_read_or_refused(fields: dict[str, Any]) -> None:
+    with contextlib.suppress(CheckpointError):
+        model_spec(changed(**fields))
 
 
 def test_a_missing_field_is_named() -> None:

@@ -1,7 +1,9 @@
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from arriero.errors import FolderError, SessionError
@@ -67,6 +69,30 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("[")
     with pytest.raises(FolderError, match=r"generation_config\.json: damaged"):
         read_defaults(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ('{"do_sample": true, "temperature": "hot"}', "generation_config.json: "),
+        ('{"do_sample": true, "top_p": 3}', "generation_config.json: top_p is 3, expected"),
+        ('{"eos_token_id": "x"}', "generation_config.json: eos_token_id is 'x'"),
+        ('{"eos_token_id": {"a": 1}}', "generation_config.json: eos_token_id is"),
+    ],
+)
+def test_a_generation_config_out_of_range_is_named(tmp_path: Path, config: str, said: str) -> None:
+    (tmp_path / "generation_config.json").write_text(config)
+    with pytest.raises(FolderError, match=re.escape(said)):
+        read_defaults(tmp_path)
+
+
+def test_a_saved_truncation_does_not_cut_prompts(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "The quick brown fox jumps over the lazy dog"
+    assert Text(tmp_path).encode(text) == Text(tiny).encode(text)
 
 
 def test_defaults_are_greedy_unless_the_checkpoint_samples(tmp_path: Path) -> None:
