@@ -100,6 +100,7 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Of the random draws.")] = None,
     stop_string: Annotated[list[str] | None, typer.Option(help="Text that ends it; may be repeated.")] = None,
     eos_token_id: Annotated[list[int] | None, typer.Option(help="Token that ends it; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Let no token end it.")] = False,
     max_seq: Annotated[
         int | None, typer.Option(help="Tokens that a sequence may hold.", show_default="the context, at most 16384")
     ] = None,
@@ -129,7 +130,7 @@ def run(
             "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop_strings": stop_string or (),
-            "eos_token_id": eos_token_id,
+            "eos_token_id": [] if ignore_eos else eos_token_id,
         }
         if prompt == "-":
             prompt = sys.stdin.read()

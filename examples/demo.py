@@ -16,8 +16,8 @@ ARRIERO = Path(sys.executable).with_name("arriero")
 STEPS = (
     ("export", "export examples/tiny-llama4 -o demo/model --force"),
     ("build", "build demo/model -o demo/cpu --target cpu --force"),
-    ("run", "run demo/cpu --prompt 'The try statement specifies' --max-new-tokens 120 --temperature 0.6 --seed 1"),
-    ("chat", "run demo/cpu --chat --prompt 'What is str.startswith?' --max-new-tokens 100 --temperature 0"),
+    ("run", "run demo/cpu --prompt 'The with statement is used to' --max-new-tokens 100 --temperature 0.3 --seed 1"),
+    ("chat", "run demo/cpu --chat --prompt 'Explain list.append.' --max-new-tokens 80 --temperature 0"),
 )
 
 

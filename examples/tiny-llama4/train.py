@@ -5,7 +5,7 @@ template, generation config) and `training.json` with the held-out perplexity. E
 alive at short lengths: attention in chunks of 128 with RoPE, NoPE layers with temperature tuning, QK norm,
 grouped-query attention, and 8 routed experts beside a shared one in every second layer.
 
-    python train.py --minutes 20 --output .
+    python train.py --minutes 75 --output .
 """
 
 import argparse
@@ -217,7 +217,7 @@ def write_checkpoint(model: Llama4ForCausalLM, tokenizer: PreTrainedTokenizerFas
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the tiny Llama 4.")
-    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--output", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
