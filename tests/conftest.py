@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.utils import logging
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(2)
+
+# A busy machine is slow, which says nothing about the code.
+settings.register_profile("arriero", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("arriero")
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama4"
 
@@ -37,7 +42,7 @@ MAVERICK_LIKE = {
 
 def llama4(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Llama4ForCausalLM:
     """A random small Llama 4 of `transformers`, its weights large enough that every part matters."""
-    settings: dict[str, Any] = {
+    geometry: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -59,7 +64,7 @@ def llama4(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) 
         **overrides,
     }
     torch.manual_seed(seed)
-    return Llama4ForCausalLM(Llama4TextConfig(**settings)).eval().to(dtype)
+    return Llama4ForCausalLM(Llama4TextConfig(**geometry)).eval().to(dtype)
 
 
 def random_overrides(seed: int) -> dict[str, Any]:
