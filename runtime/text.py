@@ -49,7 +49,10 @@ class Text:
             text: Any text; special tokens written in it become those tokens.
             special_tokens: Whether the tokenizer adds its own (BOS).
         """
-        ids: list[int] = self._tokenizer().encode(text, add_special_tokens=special_tokens).ids
+        try:
+            ids: list[int] = self._tokenizer().encode(text, add_special_tokens=special_tokens).ids
+        except (TypeError, UnicodeError) as error:
+            raise SessionError("the text is not valid Unicode: give UTF-8") from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

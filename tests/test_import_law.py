@@ -26,6 +26,15 @@ def imported_rooms(path: Path) -> set[str]:
     return rooms - {"__version__"}
 
 
+def test_rooms_name_each_other_relatively() -> None:
+    for room in ALLOWED:
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                assert not [name for name in names if name.partition(".")[0] == "arriero"], path
+
+
 @pytest.mark.parametrize("room", ALLOWED)
 def test_a_room_imports_only_what_the_import_law_allows(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):

@@ -78,6 +78,24 @@ def test_what_cannot_be_done_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_input_that_is_not_utf_8_is_named(tiny_model: Path) -> None:
+    for arguments, stdin in (((b"--prompt", b"-"), b"\xff\xfe\xfd"), ((b"--prompt", b"caf\xe9"), b"")):
+        command = [*COMMAND, "run", str(tiny_model), *arguments]
+        run = subprocess.run(command, capture_output=True, input=stdin, timeout=120)
+        assert run.returncode == 2
+        assert b"UTF-8" in run.stderr
+        assert run.stderr.count(b"\n") == 1
+
+
+def test_a_damaged_checkpoint_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    path = sorted(checkpoint.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(arriero("export", checkpoint, "-o", tmp_path / "out"), "truncated")
+    path.unlink()
+    refused(arriero("export", checkpoint, "-o", tmp_path / "out"), "No such file or directory: restore the file")
+    assert not (tmp_path / "out").exists()
+
+
 def test_debug_shows_the_traceback() -> None:
     run = arriero("run", "/nowhere", "--prompt", "x", "--debug")
     assert run.returncode == 2
