@@ -79,8 +79,7 @@ def prepare(
     query = split_heads(nodes, query, attributes.heads, head_dim)
     key = split_heads(nodes, key, attributes.kv_heads, head_dim)
     if inv_freq is not None:
-        angle = nodes.Mul(nodes.Unsqueeze(nodes.Cast(positions_BS, to=FLOAT), ints(2)), inv_freq)
-        cos, sin = nodes.Cos(angle), nodes.Sin(angle)
+        cos, sin = turn(nodes, positions_BS, inv_freq)
         query, key = (rotate(nodes, x, cos, sin, dtype) for x in (query, key))
     if attributes.qk_norm_eps:
         query, key = (normalise(nodes, x, attributes.qk_norm_eps, head_dim, dtype) for x in (query, key))
@@ -119,12 +118,23 @@ def tune_temperature(
     nodes: Nodes, query: ir.Value, positions_BS: ir.Value, attributes: Attributes, dtype: ir.DataType
 ) -> ir.Value:
     """Scales queries [B, Q, S, D] by their position's temperature in float32, and casts back."""
+    factor_B1S1 = nodes.Unsqueeze(temperature(nodes, positions_BS, attributes), ints(1, 3))
+    return cast(nodes, nodes.Mul(cast(nodes, query, dtype, FLOAT), factor_B1S1), FLOAT, dtype)
+
+
+def turn(nodes: Nodes, positions_BS: ir.Value, inv_freq: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Cosine and sine of each position's angles in float32, [B, S, D/2]."""
+    angle = nodes.Mul(nodes.Unsqueeze(nodes.Cast(positions_BS, to=FLOAT), ints(2)), inv_freq)
+    return nodes.Cos(angle), nodes.Sin(angle)
+
+
+def temperature(nodes: Nodes, positions_BS: ir.Value, attributes: Attributes) -> ir.Value:
+    """Each position's factor on the query in float32, [B, S]."""
     ahead_BS = nodes.Cast(nodes.Add(positions_BS, number(1, np.int64)), to=FLOAT)
     steps_BS = nodes.Floor(nodes.Div(ahead_BS, number(attributes.temperature_floor)))
     log_BS = nodes.Log(nodes.Add(steps_BS, number(1)))
-    factor_BS = nodes.Add(nodes.Mul(log_BS, number(attributes.temperature_scale)), number(1))
-    scaled = nodes.Mul(cast(nodes, query, dtype, FLOAT), nodes.Unsqueeze(factor_BS, ints(1, 3)))
-    return cast(nodes, scaled, FLOAT, dtype)
+    factor_BS: ir.Value = nodes.Add(nodes.Mul(log_BS, number(attributes.temperature_scale)), number(1))
+    return factor_BS
 
 
 def cast(nodes: Nodes, x: ir.Value, source: ir.DataType, target: ir.DataType) -> ir.Value:

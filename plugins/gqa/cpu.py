@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..nodes import Nodes, ints, number
-from .body import steps, write_body
+from .body import steps, temperature, turn, write_body
 from .op import Attributes
 
 INT32, INT64, FLOAT = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
@@ -86,22 +86,19 @@ def cache_head_dim(cache: ir.Value) -> int:
 
 def _turn(nodes: Nodes, inv_freq: ir.Value, shared: Shared) -> tuple[ir.Value, ir.Value]:
     """Cosine and sine of each position's angles, [B, S, D/2]."""
+    assert shared.positions is not None
     if inv_freq not in shared.turns:
-        positions = nodes.Unsqueeze(nodes.Cast(shared.positions, to=FLOAT), ints(2))
-        angle = nodes.Mul(positions, inv_freq)
-        shared.turns[inv_freq] = nodes.Cos(angle), nodes.Sin(angle)
+        shared.turns[inv_freq] = turn(nodes, shared.positions, inv_freq)
     return shared.turns[inv_freq]
 
 
 def _temperature(nodes: Nodes, attributes: Attributes, shared: Shared) -> ir.Value:
     """Each position's factor on the query, [B, S, 1]."""
+    assert shared.positions is not None
     tuning = (attributes.temperature_scale, attributes.temperature_floor)
     if tuning not in shared.temperatures:
-        ahead = nodes.Cast(nodes.Add(shared.positions, number(1, np.int64)), to=FLOAT)
-        floors = nodes.Floor(nodes.Div(ahead, number(attributes.temperature_floor)))
-        log = nodes.Log(nodes.Add(floors, number(1)))
-        factor = nodes.Add(nodes.Mul(log, number(attributes.temperature_scale)), number(1))
-        shared.temperatures[tuning] = nodes.Unsqueeze(factor, ints(2))
+        factor_BS = temperature(nodes, shared.positions, attributes)
+        shared.temperatures[tuning] = nodes.Unsqueeze(factor_BS, ints(2))
     return shared.temperatures[tuning]
 
 
