@@ -100,14 +100,12 @@ def _place_weights(
                 shard = open_shard(path)
             else:
                 copy_sparse(shard.path, path)
-                if identity(path) != identity(shard.path):
-                    raise ExportError(f"{shard.path}: its copy differs, the file changed meanwhile: export again")
+        fingerprint = identity(path)
+        if copy_weights and not converts and fingerprint != identity(shard.path):
+            raise ExportError(f"{shard.path}: its copy differs, the file changed meanwhile: export again")
         files.append(
             WeightFile(
-                name=name,
-                path="" if path.parent == folder else str(path),
-                size=shard.size,
-                identity=identity(path),
+                name=name, path="" if path.parent == folder else str(path), size=shard.size, identity=fingerprint
             )
         )
         places.update(

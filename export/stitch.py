@@ -143,11 +143,12 @@ class Stitcher:
     ) -> ir.Node:
         values = []
         for old in node.outputs:
-            new = outputs.get(old) or ir.Value(name=f"layers.{index}/{old.name}")
-            if old not in outputs:
-                new.shape, new.type = self._named_shape(old.shape), old.type
-            mapped[old] = new
-            values.append(new)
+            if old in outputs:
+                mapped[old] = outputs[old]
+            else:
+                name, shape = f"layers.{index}/{old.name}", self._named_shape(old.shape)
+                mapped[old] = ir.Value(name=name, shape=shape, type=old.type)
+            values.append(mapped[old])
         return ir.Node(
             node.domain,
             node.op_type,

@@ -35,7 +35,7 @@ class Step(nn.Module):
     def forward(
         self, x: Tensor, past_lengths: Tensor, key_cache: Tensor, value_cache: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """X [B, S, H], past_lengths [B], caches [B, K, C, D] → y and the caches."""
+        """Takes x [B, S, H], past_lengths [B] and caches [B, K, C, D]; returns y and the caches."""
         y, cache = self.layer(x, Cache(key_cache, value_cache, past_lengths))
         return y, cache.key, cache.value
 
@@ -138,8 +138,8 @@ def simplify_reshapes(graph: ir.Graph) -> None:
     x = graph.inputs[0]
     for node in [node for node in graph if node.op_type == "Reshape" and node.outputs[0].shape is not None]:
         shape = node.outputs[0].shape
-        if shape is not None and len(shape) == 2:
-            plain = ir.node("Constant", [], {"value_ints": [-1, int(str(shape[1]))]})
+        if shape is not None and len(shape) == 2 and isinstance(hidden := shape[1], int):
+            plain = ir.node("Constant", [], {"value_ints": [-1, hidden]})
         elif shape == x.shape:
             plain = ir.node("Shape", [x])
         else:

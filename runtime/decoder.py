@@ -78,9 +78,9 @@ class Decoder:
         except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
             raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error
 
-    def bind(self, caches: Caches, rows: slice | None = None) -> "Binding":
-        """Binds caches, or some of their rows, for any number of steps."""
-        return Binding(self, caches, rows or slice(0, caches.batch))
+    def bind(self, caches: Caches, rows: slice) -> "Binding":
+        """Binds some rows of the caches, for any number of steps."""
+        return Binding(self, caches, rows)
 
 
 class Binding:

@@ -16,7 +16,7 @@ from .op import Attributes
 FLOAT = ir.DataType.FLOAT
 
 
-def body(attributes: Attributes, dtype: ir.DataType, overload: str = "") -> ir.Function:
+def body(attributes: Attributes, dtype: ir.DataType) -> ir.Function:
     """The function body for one set of attributes and a dtype of tokens and weights."""
 
     def write(nodes: Nodes, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> None:
@@ -32,7 +32,7 @@ def body(attributes: Attributes, dtype: ir.DataType, overload: str = "") -> ir.F
         over_experts = nodes.constant(ints(0))
         nodes.node("ReduceSum", [expert_output_ETH, over_experts], outputs=outputs, attributes={"keepdims": 0})
 
-    return function(op.DOMAIN, op.NAME, overload, op.INPUTS, op.OUTPUTS, write)
+    return function(op.DOMAIN, op.NAME, "", op.INPUTS, op.OUTPUTS, write)
 
 
 def route(
