@@ -86,6 +86,14 @@ def number(value: float, dtype: type[np.generic] = np.float32) -> np.ndarray:
     return np.array(value, dtype=dtype)
 
 
+def cast(nodes: Nodes, x: ir.Value, source: ir.DataType, target: ir.DataType) -> ir.Value:
+    """A Cast, or nothing where the types are equal."""
+    if source == target:
+        return x
+    converted: ir.Value = nodes.Cast(x, to=target)
+    return converted
+
+
 Write = Callable[[Nodes, Sequence[ir.Value], Sequence[ir.Value]], None]
 
 

@@ -1,7 +1,7 @@
 """Checkpoints for the tests: random ones of any geometry from `transformers`, and the trained tiny Llama 4."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.utils import logging
+from triton_interpreter import Interpreter
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -125,3 +126,10 @@ def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "checkpoint"
     llama4(num_hidden_layers=2).save_pretrained(folder, max_shard_size="100KB")
     return folder
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    process = Interpreter()
+    yield process
+    process.close()

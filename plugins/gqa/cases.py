@@ -1,11 +1,13 @@
 """The cases over which every implementation of grouped-query attention is held against its meaning."""
 
+import dataclasses
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..quantisation import LARGEST, Kind, quantise
 from .op import Attributes
 
 
@@ -18,6 +20,7 @@ class Case:
         length: Tokens of the padded piece (S).
         capacity: Slots of the cache (C).
         rope: Whether queries and keys are rotated.
+        cache: `none`, or how the caches are quantised: `int8` or `fp8`.
     """
 
     name: str
@@ -27,9 +30,10 @@ class Case:
     capacity: int
     head_dim: int = 8
     rope: bool = True
+    cache: Kind = "none"
 
     def inputs(self) -> dict[str, np.ndarray[Any, Any] | None]:
-        """The op's inputs by name, in float32; the same for each call."""
+        """The op's inputs by name, floats in float32, caches as they are stored; the same for each call."""
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
         a, batch = self.attributes, len(self.past)
 
@@ -37,7 +41,7 @@ class Case:
             return rng.standard_normal(shape).astype(np.float32)
 
         exponent = np.arange(0, self.head_dim, 2) / self.head_dim
-        return {
+        inputs: dict[str, np.ndarray[Any, Any] | None] = {
             "query": normal(batch, self.length, a.heads * self.head_dim),
             "key": normal(batch, self.length, a.kv_heads * self.head_dim),
             "value": normal(batch, self.length, a.kv_heads * self.head_dim),
@@ -46,6 +50,14 @@ class Case:
             "past_lengths": np.array(self.past, dtype=np.int32),
             "inv_freq": (1 / 10000**exponent).astype(np.float32) if self.rope else None,
         }
+        if self.cache != "none":
+            for name in ("key", "value"):  # largest values of 2.5: some of the normal draws saturate
+                spread_KD = rng.uniform(0.5, 1.5, (a.kv_heads, self.head_dim))
+                scale_KD = (spread_KD * 2.5 / LARGEST[self.cache]).astype(np.float32)
+                inputs[f"{name}_scale"] = scale_KD
+                cache = normal(batch, a.kv_heads, self.capacity, self.head_dim)
+                inputs[f"{name}_cache"] = quantise(cache, scale_KD[:, None], self.cache)
+        return inputs
 
 
 def _attributes(heads: int = 4, kv_heads: int = 2, head_dim: int = 8, **other: Any) -> Attributes:
@@ -89,3 +101,20 @@ CASES = (
         head_dim=128,
     ),
 )
+
+QUANTISED_CASES = tuple(
+    dataclasses.replace(case, name=f"{cache} cache, {case.name}", cache=cache)
+    for cache in ("int8", "fp8")
+    for case in CASES
+    if case.name
+    in (
+        "first piece of a whole chunk",
+        "later piece, chunked",
+        "decode, chunked, ragged",
+        "ragged pieces with slack for pads",
+        "decode, full, ragged",
+        "ragged pieces, full",
+        "head dim that is no multiple of 8",
+    )
+)
+"""The same op over quantised caches."""

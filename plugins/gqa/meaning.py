@@ -4,9 +4,12 @@ Written for reading, not for speed: one row, one position at a time. The invaria
 its row's tokens within its chunk (or within its row, where there are no chunks) and on nothing else.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quantisation import quantise
 from .op import Attributes
 
 Array = NDArray[np.float64]
@@ -16,13 +19,20 @@ def grouped_query_attention(
     query: NDArray[np.floating],
     key: NDArray[np.floating],
     value: NDArray[np.floating],
-    key_cache: NDArray[np.floating],
-    value_cache: NDArray[np.floating],
+    key_cache: NDArray[Any],
+    value_cache: NDArray[Any],
     past_lengths: NDArray[np.integer],
     inv_freq: NDArray[np.floating] | None,
+    key_scale: NDArray[np.float32] | None = None,
+    value_scale: NDArray[np.float32] | None = None,
+    *,
     attributes: Attributes,
 ) -> tuple[Array, Array, Array]:
-    """Attends one piece; see `op` for the shapes. Returns output [B, S, Q·D] and the two caches, new arrays."""
+    """Attends one piece; see `op` for the shapes.
+
+    Returns:
+        Output [B, S, Q·D] and the two caches as float64, new arrays; of quantised caches the stored numbers, unscaled.
+    """
     batch, length, _ = query.shape
     head_dim = key_cache.shape[3]
     query_BSQD = query.astype(np.float64).reshape(batch, length, attributes.heads, head_dim)
@@ -42,13 +52,26 @@ def grouped_query_attention(
             if attributes.qk_norm_eps:
                 query_QD, key_KD = (normalise(x, attributes.qk_norm_eps) for x in (query_QD, key_KD))
             query_QD = query_QD * temperature(position, attributes)
-            present_key[row, :, slot], present_value[row, :, slot] = key_KD, value_BSKD[row, step]
+            present_key[row, :, slot] = stored(key_KD, key_scale, key_cache.dtype)
+            present_value[row, :, slot] = stored(value_BSKD[row, step], value_scale, value_cache.dtype)
             for head in range(attributes.heads):
-                seen_key_CD = present_key[row, head // group, : slot + 1]
-                seen_value_CD = present_value[row, head // group, : slot + 1]
+                seen_key_CD = present_key[row, head // group, : slot + 1] * scale_of(key_scale, head // group)
+                seen_value_CD = present_value[row, head // group, : slot + 1] * scale_of(value_scale, head // group)
                 weights_C = softmax(seen_key_CD @ query_QD[head] * attributes.scale)
                 output_BSQD[row, step, head] = weights_C @ seen_value_CD
     return output_BSQD.reshape(batch, length, -1), present_key, present_value
+
+
+def stored(x_KD: Array, scale_KD: NDArray[np.float32] | None, dtype: np.dtype[Any]) -> Array:
+    """The numbers that a cache of this dtype holds for keys or values."""
+    if scale_KD is None:
+        return x_KD
+    return quantise(x_KD, scale_KD, "int8" if dtype == np.int8 else "fp8").astype(np.float64)
+
+
+def scale_of(scale_KD: NDArray[np.float32] | None, kv_head: int) -> NDArray[np.float32] | float:
+    """What one head's stored numbers are multiplied by."""
+    return 1.0 if scale_KD is None else scale_KD[kv_head]
 
 
 def rotate(x_ND: Array, position: int, inv_freq: NDArray[np.floating]) -> Array:

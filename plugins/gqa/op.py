@@ -10,6 +10,9 @@ p mod chunk and sees the positions of its own chunk only, so the cache never nee
 
 The caller keeps two promises: no row's piece crosses a chunk boundary, and `slot + S <= C`. Rows are right-padded to S;
 what a pad writes lies beyond its row's real tokens and is overwritten by them later.
+
+A quantised cache (int8 or E4M3) holds keys and values divided by their scales and rounded; attention sees what the
+cache holds, the piece's own tokens included. Queries, products and softmax stay in high precision.
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,9 @@ VERSION = 1
 INPUTS = ("query", "key", "value", "key_cache", "value_cache", "past_lengths", "inv_freq")
 """query [B, S, Q·D]; key, value [B, S, K·D]; caches [B, K, C, D]; past_lengths [B] int32; inv_freq [D/2] float32,
 absent in layers without RoPE."""
+
+CACHE_SCALES = ("key_scale", "value_scale")
+"""float32 [K, D] each, behind `inv_freq` where the caches are quantised: of keys (rotated and normed) and values."""
 
 OUTPUTS = ("output", "present_key", "present_value")
 """output [B, S, Q·D]; the caches with the piece written."""

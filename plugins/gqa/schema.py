@@ -5,6 +5,7 @@ from onnx.defs import OpSchema
 from . import op
 
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+STORED = ["tensor(int8)", "tensor(float8e4m3fn)"]
 
 
 def schema() -> OpSchema:
@@ -17,12 +18,16 @@ def schema() -> OpSchema:
         op.VERSION,
         doc=op.__doc__ or "",
         inputs=[
-            *(parameter(name, "T") for name in tensors),
+            *(parameter(name, "T") for name in tensors[:3]),
+            *(parameter(name, "C") for name in tensors[3:]),
             parameter(past_lengths, "tensor(int32)"),
-            parameter(inv_freq, "tensor(float)", param_option=optional),
+            *(parameter(name, "tensor(float)", param_option=optional) for name in (inv_freq, *op.CACHE_SCALES)),
         ],
-        outputs=[parameter(name, "T") for name in op.OUTPUTS],
-        type_constraints=[("T", FLOATS, "Type of the tensors.")],
+        outputs=[parameter(name, kind) for name, kind in zip(op.OUTPUTS, ("T", "C", "C"), strict=True)],
+        type_constraints=[
+            ("T", FLOATS, "Type of the activations."),
+            ("C", [*FLOATS, *STORED], "Type of the caches: T, or the one they are quantised to."),
+        ],
         attributes=[
             OpSchema.Attribute("heads", OpSchema.AttrType.INT, "Query heads."),
             OpSchema.Attribute("kv_heads", OpSchema.AttrType.INT, "Key and value heads."),

@@ -4,35 +4,90 @@ Every expert sees every token, scaled by zero where it was not chosen: batched m
 well, and the exact result, at the price of E times the work. Lowerings and plugins compute the chosen ones only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from ..nodes import Nodes, function, ints
+from ..nodes import Nodes, cast, function, ints, number
+from ..quantisation import LARGEST
 from . import op
 from .op import Attributes
 
 FLOAT = ir.DataType.FLOAT
+STORED = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
-def body(attributes: Attributes, dtype: ir.DataType) -> ir.Function:
-    """The function body for one set of attributes and a dtype of tokens and weights."""
+def body(attributes: Attributes, dtype: ir.DataType, *, static: bool = False, overload: str = "") -> ir.Function:
+    """The function body for one set of attributes.
 
-    def write(nodes: Nodes, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> None:
-        hidden, router_logits, gate_up, down = inputs
-        scores_TK, experts_TK = route(nodes, router_logits, attributes, dtype)
-        zeros_TE = nodes.Expand(np.array(0, dtype=dtype.numpy()), nodes.Shape(router_logits))
-        scores_TE = nodes.ScatterElements(zeros_TE, experts_TK, scores_TK, axis=1)
-        scores_ET1 = nodes.Unsqueeze(nodes.Transpose(scores_TE, perm=[1, 0]), ints(2))
-        expert_input_ETH = nodes.Mul(hidden, scores_ET1)
-        gate_ETI, up_ETI = nodes.Split(nodes.MatMul(expert_input_ETH, gate_up), axis=2, num_outputs=2, outputs=2)
-        activated_ETI = nodes.Mul(up_ETI, nodes.Mul(gate_ETI, nodes.Sigmoid(gate_ETI)))
-        expert_output_ETH = nodes.MatMul(activated_ETI, down)
-        over_experts = nodes.constant(ints(0))
-        nodes.node("ReduceSum", [expert_output_ETH, over_experts], outputs=outputs, attributes={"keepdims": 0})
+    Args:
+        attributes: As on the nodes that call it.
+        dtype: Type of the tokens; of the weights too, where these are not quantised.
+        static: Whether the nodes have activation scales.
+        overload: Name that tells this body from those of other attributes.
+    """
+    inputs: tuple[str, ...] = op.INPUTS if attributes.quantisation == "none" else op.INPUTS + op.WEIGHT_SCALES
+    if static:
+        inputs += op.ACTIVATION_SCALES
 
-    return function(op.DOMAIN, op.NAME, "", op.INPUTS, op.OUTPUTS, write)
+    def write(nodes: Nodes, values: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> None:
+        write_body(nodes, dict(zip(inputs, values, strict=True)), outputs[0], attributes=attributes, dtype=dtype)
+
+    return function(op.DOMAIN, op.NAME, overload, inputs, op.OUTPUTS, write)
+
+
+def write_body(
+    nodes: Nodes, inputs: Mapping[str, ir.Value], output: ir.Value, *, attributes: Attributes, dtype: ir.DataType
+) -> None:
+    """Writes the body's nodes from the op's inputs, by name, to its output."""
+    hidden, router_logits = inputs["hidden"], inputs["router_logits"]
+    scores_TK, experts_TK = route(nodes, router_logits, attributes, dtype)
+    zeros_TE = nodes.Expand(np.array(0, dtype=dtype.numpy()), nodes.Shape(router_logits))
+    scores_TE = nodes.ScatterElements(zeros_TE, experts_TK, scores_TK, axis=1)
+    scores_ET1 = nodes.Unsqueeze(nodes.Transpose(scores_TE, perm=[1, 0]), ints(2))
+    expert_input_ETH = nodes.Mul(hidden, scores_ET1)
+    linear = partial(_linear, nodes, inputs, kind=attributes.quantisation, dtype=dtype)
+    gate_ETI, up_ETI = nodes.Split(linear(expert_input_ETH, "gate_up", "hidden"), axis=2, num_outputs=2, outputs=2)
+    activated_ETI = nodes.Mul(up_ETI, nodes.Mul(gate_ETI, nodes.Sigmoid(gate_ETI)))
+    expert_output_ETH = linear(activated_ETI, "down", "activated")
+    over_experts = nodes.constant(ints(0))
+    nodes.node("ReduceSum", [expert_output_ETH, over_experts], outputs=[output], attributes={"keepdims": 0})
+
+
+def _linear(
+    nodes: Nodes, inputs: Mapping[str, ir.Value], x_ETK: ir.Value, weight: str, x: str, *, kind: str, dtype: ir.DataType
+) -> ir.Value:
+    """All experts' products of one kind, [E, T, K] → [E, T, N], in `dtype`; quantised ones as float32 products."""
+    if kind == "none":
+        product: ir.Value = nodes.MatMul(x_ETK, inputs[weight])
+        return product
+    if kind != "int4":
+        x_ETK = _fake_quantise(nodes, cast(nodes, x_ETK, dtype, FLOAT), inputs.get(f"{x}_scale"), kind)
+    else:
+        x_ETK = cast(nodes, x_ETK, dtype, FLOAT)
+    return cast(nodes, nodes.MatMul(x_ETK, _dequantise(nodes, inputs[weight], inputs[f"{weight}_scale"])), FLOAT, dtype)
+
+
+def _fake_quantise(nodes: Nodes, x_ETK: ir.Value, scale_E: ir.Value | None, kind: str) -> ir.Value:
+    """Activations rounded to the values that their stored form has, in float32."""
+    if scale_E is None:
+        scale = nodes.Div(nodes.ReduceMax(nodes.Abs(x_ETK), ints(-1), keepdims=1), number(LARGEST[kind]))
+        scale = nodes.Where(nodes.Equal(scale, number(0)), number(1), scale)
+    else:
+        scale = nodes.Unsqueeze(scale_E, ints(1, 2))
+    stored = nodes.QuantizeLinear(nodes.Div(x_ETK, scale), number(1), output_dtype=STORED[kind])
+    rounded: ir.Value = nodes.Mul(nodes.Cast(stored, to=FLOAT), scale)
+    return rounded
+
+
+def _dequantise(nodes: Nodes, weight_EKN: ir.Value, scale: ir.Value) -> ir.Value:
+    """Weights in float32; each scale [E, K / block, N] serves a block of rows."""
+    by_block = nodes.Concat(nodes.Shape(scale, end=2), ints(-1), nodes.Shape(scale, start=2), axis=0)
+    blocks = nodes.Reshape(nodes.Cast(weight_EKN, to=FLOAT), by_block)
+    wide: ir.Value = nodes.Mul(blocks, nodes.Unsqueeze(scale, ints(2)))
+    return nodes.Reshape(wide, nodes.Shape(weight_EKN))
 
 
 def route(

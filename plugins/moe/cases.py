@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..quantisation import LARGEST, quantise
 from .op import Attributes
 
 
@@ -15,6 +16,8 @@ class Case:
 
     Attributes:
         favourite: Where set, every token's largest logit is this expert's, so the others starve.
+        group: Rows of a weight that share a scale in `int4`; it divides `hidden` and `expert_size`.
+        static: Whether quantised activations have static scales.
     """
 
     name: str
@@ -24,9 +27,11 @@ class Case:
     hidden: int = 32
     expert_size: int = 24
     favourite: int | None = None
+    group: int = 0
+    static: bool = False
 
     def inputs(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The op's inputs by name, in float32; the same for each call."""
+        """The op's inputs by name, floats in float32, weights as they are stored; the same for each call."""
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
 
         def normal(*shape: int) -> np.ndarray[Any, Any]:
@@ -35,12 +40,32 @@ class Case:
         router_logits = normal(self.tokens, self.experts)
         if self.favourite is not None:
             router_logits[:, self.favourite] += 10
-        return {
+        inputs = {
             "hidden": normal(self.tokens, self.hidden),
             "router_logits": router_logits,
             "gate_up": normal(self.experts, self.hidden, 2 * self.expert_size) / np.float32(self.hidden**0.5),
             "down": normal(self.experts, self.expert_size, self.hidden) / np.float32(self.expert_size**0.5),
         }
+        kind = self.attributes.quantisation
+        if kind == "none":
+            return inputs
+        for name in ("gate_up", "down"):
+            inputs[name], inputs[f"{name}_scale"] = quantised(inputs[name], kind, self.group)
+        if self.static:  # the clip lies within the activations' range, so that some saturate
+            for name, clip in (("hidden_scale", 2.0), ("activated_scale", 1.0)):
+                spread_E = rng.uniform(0.5, 1.5, self.experts)
+                inputs[name] = (spread_E * clip / LARGEST[kind]).astype(np.float32)
+        return inputs
+
+
+def quantised(
+    weight_EKN: np.ndarray[Any, Any], kind: str, group: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Stored weights and their scales [E, K / group, N], from absolute maxima; a group of 0 is a whole column."""
+    experts, rows, columns = weight_EKN.shape
+    blocks = weight_EKN.reshape(experts, rows // (group or rows), -1, columns)
+    scale = (np.abs(blocks).max(axis=2) / LARGEST[kind]).astype(np.float32)
+    return quantise(blocks, scale[:, :, None], kind).reshape(weight_EKN.shape), scale
 
 
 TOP_1, TOP_2 = Attributes(top_k=1), Attributes(top_k=2)
@@ -58,3 +83,27 @@ CASES = (
     Case(name="a single expert", attributes=TOP_1, tokens=6, experts=1),
     Case(name="sizes that are no multiple of 16", attributes=TOP_1, tokens=13, experts=3, hidden=27, expert_size=19),
 )
+
+INT8, FP8, INT4 = (Attributes(top_k=1, quantisation=kind) for kind in ("int8", "fp8", "int4"))
+INT8_TOP_2, FP8_TOP_2, INT4_TOP_2 = (Attributes(top_k=2, quantisation=kind) for kind in ("int8", "fp8", "int4"))
+
+QUANTISED_CASES = (
+    Case(name="int8, one token", attributes=INT8, tokens=1, experts=8),
+    Case(name="int8, many tokens", attributes=INT8, tokens=150, experts=8),
+    Case(name="int8, static", attributes=INT8, tokens=40, experts=8, static=True),
+    Case(name="int8, static, one token", attributes=INT8, tokens=1, experts=4, static=True),
+    Case(name="int8, more experts than tokens", attributes=INT8, tokens=9, experts=128),
+    Case(name="int8, two experts a token", attributes=INT8_TOP_2, tokens=33, experts=8, static=True),
+    Case(name="int8, odd sizes", attributes=INT8, tokens=13, experts=3, hidden=27, expert_size=19),
+    Case(name="fp8, one token", attributes=FP8, tokens=1, experts=8),
+    Case(name="fp8, many tokens", attributes=FP8, tokens=150, experts=8),
+    Case(name="fp8, static", attributes=FP8, tokens=40, experts=8, static=True),
+    Case(name="fp8, static, one token", attributes=FP8, tokens=1, experts=4, static=True),
+    Case(name="fp8, two experts a token", attributes=FP8_TOP_2, tokens=33, experts=8, static=True),
+    Case(name="int4, one token", attributes=INT4, tokens=1, experts=8, hidden=64, expert_size=32, group=32),
+    Case(name="int4, groups of 32", attributes=INT4, tokens=70, experts=8, hidden=64, expert_size=96, group=32),
+    Case(name="int4, groups of 64", attributes=INT4_TOP_2, tokens=20, experts=4, hidden=128, expert_size=64, group=64),
+    Case(name="int4, groups of 128", attributes=INT4, tokens=20, experts=4, hidden=256, expert_size=128, group=128),
+    Case(name="int4, whole columns", attributes=INT4, tokens=12, experts=4, hidden=48, expert_size=32),
+)
+"""The same op over quantised experts."""

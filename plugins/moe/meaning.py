@@ -3,9 +3,12 @@
 Written for reading, not for speed: one token, one expert at a time.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quantisation import dequantise, fake_quantise
 from .op import Attributes
 
 Array = NDArray[np.float64]
@@ -14,8 +17,13 @@ Array = NDArray[np.float64]
 def moe_dispatch(
     hidden: NDArray[np.floating],
     router_logits: NDArray[np.floating],
-    gate_up: NDArray[np.floating],
-    down: NDArray[np.floating],
+    gate_up: NDArray[Any],
+    down: NDArray[Any],
+    gate_up_scale: NDArray[np.float32] | None = None,
+    down_scale: NDArray[np.float32] | None = None,
+    hidden_scale: NDArray[np.float32] | None = None,
+    activated_scale: NDArray[np.float32] | None = None,
+    *,
     attributes: Attributes,
 ) -> Array:
     """Sends each token through its experts; see `op` for the shapes. Returns output [T, H]."""
@@ -23,9 +31,26 @@ def moe_dispatch(
     output_TH = np.zeros_like(hidden_TH)
     for token, expert in zip(*chosen_experts(logits_TE, attributes.top_k), strict=True):
         expert_input_H = hidden_TH[token] * sigmoid(logits_TE[token, expert])
-        gate_I, up_I = np.split(expert_input_H @ gate_up[expert].astype(np.float64), 2)
-        output_TH[token] += (up_I * silu(gate_I)) @ down[expert].astype(np.float64)
+        gate_up_2I = product(expert_input_H, expert, gate_up, gate_up_scale, hidden_scale, attributes)
+        gate_I, up_I = np.split(gate_up_2I, 2)
+        output_TH[token] += product(up_I * silu(gate_I), expert, down, down_scale, activated_scale, attributes)
     return output_TH
+
+
+def product(
+    x_K: Array,
+    expert: int,
+    weight_EKN: NDArray[Any],
+    weight_scale: NDArray[np.float32] | None,
+    x_scale_E: NDArray[np.float32] | None,
+    attributes: Attributes,
+) -> Array:
+    """One expert's linear, [K] → [N], with weight and input quantised as the attributes say."""
+    if weight_scale is None:
+        return x_K @ weight_EKN[expert].astype(np.float64)
+    x_scale = None if x_scale_E is None else float(x_scale_E[expert])
+    x_K = fake_quantise(x_K[None], x_scale, attributes.quantisation)[0]
+    return x_K @ dequantise(weight_EKN[expert], weight_scale[expert])
 
 
 def chosen_experts(logits_TE: Array, top_k: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -3,9 +3,15 @@
 Each token goes to the `top_k` experts with the largest router logits. What an expert sees is the token times the
 sigmoid of its logit: the score multiplies the *input*, and nothing is renormalised. SwiGLU is not homogeneous, so
 scaling the output instead would be another model. The outputs of a token's experts are added.
+
+Quantised experts have their stored weights and scales as inputs. In `int8` and `fp8` the expert's input (after the
+score) and its activated intermediate are quantised too, statically where their scales are given, else each token by its
+own absolute maximum. In `int4` only the weights are.
 """
 
 from dataclasses import dataclass
+
+from ..quantisation import Kind
 
 DOMAIN = "arriero"
 NAME = "MoeDispatch"
@@ -13,6 +19,14 @@ VERSION = 1
 
 INPUTS = ("hidden", "router_logits", "gate_up", "down")
 """hidden [T, H]; router_logits [T, E]; gate_up [E, H, 2I], the gate's columns first; down [E, I, H]."""
+
+WEIGHT_SCALES = ("gate_up_scale", "down_scale")
+"""float32 [E, H / block, 2I] and [E, I / block, H]: one scale a column and block of its rows. The block is the whole
+column in `int8` and `fp8`, the group size in `int4`."""
+
+ACTIVATION_SCALES = ("hidden_scale", "activated_scale")
+"""float32 [E] each: of what expert e takes in, after the score, and of what its down projection takes in. Absent where
+each token is quantised by its own scale."""
 
 OUTPUTS = ("output",)
 """output [T, H]."""
@@ -25,11 +39,14 @@ class Attributes:
     Attributes:
         top_k: Experts a token is sent to.
         activation: The gate's activation function; Llama 4 knows `silu` only.
+        quantisation: How the experts' weights are stored: `none`, `int8`, `fp8` (E4M3) or `int4`.
     """
 
     top_k: int
     activation: str = "silu"
+    quantisation: Kind = "none"
 
     def __post_init__(self) -> None:
         assert self.top_k >= 1
         assert self.activation == "silu"
+        assert self.quantisation in ("none", "int8", "fp8", "int4")

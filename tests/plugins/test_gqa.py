@@ -1,9 +1,11 @@
 """Every implementation of grouped-query attention against its meaning, over the op's table of cases."""
 
+import ctypes
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -14,12 +16,11 @@ import torch
 from arriero.plugins import schemas
 from arriero.plugins.gqa import cpu, op
 from arriero.plugins.gqa.body import body
-from arriero.plugins.gqa.cases import CASES, Case
+from arriero.plugins.gqa.cases import CASES, QUANTISED_CASES, Case
 from arriero.plugins.gqa.meaning import grouped_query_attention
 from arriero.plugins.gqa.torch_op import attend_whole
 from arriero.plugins.nodes import OPSET, Nodes
 
-TYPES = {"past_lengths": ir.DataType.INT32}
 Outputs = list[np.ndarray[Any, Any]]
 
 
@@ -28,12 +29,13 @@ def graph_of(case: Case, write: Callable[[list[ir.Value], list[ir.Value]], list[
     heads = case.attributes.kv_heads
     cache = ["batch", heads, "slots", case.head_dim]
     inputs = [
-        ir.val(name, TYPES.get(name, ir.DataType.FLOAT), cache if "cache" in name else [None] * array.ndim)
+        ir.val(name, ir.DataType.from_numpy(array.dtype), cache if "cache" in name else [None] * array.ndim)
         for name, array in arrays.items()
         if array is not None
     ]
     outputs = [ir.val("output", ir.DataType.FLOAT, [None] * 3)]
-    outputs += [ir.val(name, ir.DataType.FLOAT, cache) for name in op.OUTPUTS[1:]]
+    dtype = ir.DataType.from_numpy(arrays["key_cache"].dtype)
+    outputs += [ir.val(name, dtype, cache) for name in op.OUTPUTS[1:]]
     imports = {"": OPSET, op.DOMAIN: op.VERSION, "com.microsoft": 1}
     return ir.Graph(inputs, outputs, nodes=write(inputs, outputs), opset_imports=imports, name="case")
 
@@ -44,25 +46,44 @@ def run(model: ir.Model, case: Case) -> Outputs:
     options.log_severity_level = 3
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    values = {
-        name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in case.inputs().items() if array is not None
-    }
+    values = {name: ort_value(array) for name, array in case.inputs().items() if array is not None}
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
     binding.bind_output("output", "cpu")
     for present, past in zip(op.OUTPUTS[1:], ("key_cache", "value_cache"), strict=True):
         binding.bind_ortvalue_output(present, values[past])  # in place, as a session binds them
     session.run_with_iobinding(binding)
-    return [value.numpy().copy() for value in binding.get_outputs()]
+    return [
+        binding.get_outputs()[0].numpy().copy(),
+        *(number_of(values[name]) for name in ("key_cache", "value_cache")),
+    ]
+
+
+def ort_value(array: np.ndarray[Any, Any]) -> ort.OrtValue:
+    if array.dtype == ml_dtypes.float8_e4m3fn:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), ir.DataType.FLOAT8E4M3FN)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def number_of(value: ort.OrtValue) -> np.ndarray[Any, Any]:
+    if value.data_type() != "tensor(float8e4m3fn)":
+        return value.numpy().copy()  # a view otherwise, of memory that goes with the value
+    size = int(np.prod(value.shape()))
+    stored = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(value.data_ptr()))
+    return stored.view(ml_dtypes.float8_e4m3fn).astype(np.float32).reshape(value.shape())
 
 
 def by_function(case: Case) -> Outputs:
     def call(inputs: list[ir.Value], outputs: list[ir.Value]) -> list[ir.Node]:
         attributes = ir.convenience.convert_attributes(dataclasses.asdict(case.attributes))
-        return [ir.Node(op.DOMAIN, op.NAME, inputs, attributes, overload="case", outputs=outputs)]
+        named = {value.name: value for value in inputs}
+        names = op.INPUTS + op.CACHE_SCALES if case.cache != "none" else op.INPUTS if case.rope else op.INPUTS[:-1]
+        used = [named.get(name) for name in names]
+        return [ir.Node(op.DOMAIN, op.NAME, used, attributes, overload="case", outputs=outputs)]
 
     schemas.register()
-    function = body(case.attributes, case.head_dim, case.rope, ir.DataType.FLOAT, "case")
+    cache = None if case.cache == "none" else ir.DataType.from_numpy(case.inputs()["key_cache"].dtype)
+    function = body(case.attributes, case.head_dim, case.rope, ir.DataType.FLOAT, "case", cache)
     model = ir.Model(graph_of(case, call), ir_version=11, functions=[function])
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     return run(model, case)
@@ -103,6 +124,15 @@ def test_an_implementation_equals_the_meaning(implementation: Callable[[Case], O
         return
     far = 5e-2 if max(case.past) > 100_000 else 0  # float32 holds an angle of 10⁶ radians to 0.06
     assert worst_difference(implementation(case), meaning_of(case)) < 3e-6 + far
+
+
+@pytest.mark.parametrize("case", QUANTISED_CASES, ids=lambda case: case.name)
+def test_the_function_over_quantised_caches_equals_the_meaning(case: Case) -> None:
+    output, *caches = by_function(case)
+    expected, *expected_caches = meaning_of(case)
+    for cache, expected_cache in zip(caches, expected_caches, strict=True):
+        assert np.mean(cache != expected_cache) < 2e-3  # a value on the border of two steps falls to either side
+    assert np.abs(output - expected).max() < 2e-2
 
 
 class OneRow:
