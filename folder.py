@@ -10,11 +10,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .errors import ArrieroError, FolderError
-from .spec import FolderSpec
+from .errors import ArrieroError, CheckpointError, FolderError
+from .shards import identity
+from .spec import FolderSpec, WeightFile
 
 SPEC = "spec.json"
 
@@ -145,6 +146,33 @@ def carry_files(source: Path, target: Path) -> None:
     for name in CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def find_files(folder: Path, files: Iterable[WeightFile], weights: Path | None = None) -> dict[str, Path]:
+    """Finds each weight file: in the folder given, in the model's own, or where it lay at export.
+
+    Args:
+        folder: The model or bundle.
+        files: What its spec lists.
+        weights: Folder of the weights after a move.
+
+    Raises:
+        FolderError: A file is missing, or another than the one exported.
+    """
+    found = {}
+    for file in files:
+        places = [weights / file.name] if weights else [folder / file.name, *([Path(file.path)] if file.path else [])]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise FolderError(f"weight file {file.name} is not at {places[-1]}: give its folder with --weights")
+        try:
+            same = path.stat().st_size == file.size and identity(path) == file.identity
+        except CheckpointError:
+            same = False
+        if not same:
+            raise FolderError(f"{path} is not the file that was exported (size or content differs): export again")
+        found[file.name] = path
+    return found
 
 
 def copy_sparse(source: Path, target: Path) -> None:

@@ -129,6 +129,98 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """A range of shapes that an engine is optimised for.
+
+    Attributes:
+        name: `decode` or `prefill`.
+        max_batch: Rows at most.
+        usual_batch: Rows it is tuned for.
+        max_length: Tokens of a row's piece at most.
+        usual_length: Tokens it is tuned for.
+        max_logits: Positions of a piece that get logits at most.
+    """
+
+    name: str
+    max_batch: int
+    usual_batch: int
+    max_length: int
+    usual_length: int
+    max_logits: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Binary:
+    """A compiled kernel as it lies in a bundle.
+
+    Attributes:
+        kernel: The kernel's name.
+        capability: Compute capability it was compiled for, as in 89.
+        file: File name of the cubin.
+        entry: Symbol of the kernel in it.
+        parameters: Types of the run-time parameters, without the two scratch pointers that Triton appends.
+        threads: Threads a program.
+        shared: Bytes of dynamic shared memory.
+        sha256: Of the cubin.
+    """
+
+    kernel: str
+    capability: int
+    file: str
+    entry: str
+    parameters: tuple[str, ...]
+    threads: int
+    shared: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheInput:
+    """One of an engine's caches: its name without `past.` or `present.`, its shape [K, C, D], its type."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """What an engine is and asks for.
+
+    Attributes:
+        file: Its file name.
+        flavour: `tensorrt-rtx` or `tensorrt`.
+        version: Of that library; an engine runs on the version that built it.
+        capabilities: Compute capabilities that it was built for.
+        sha256: Of the file.
+        max_seq: Positions that a sequence may hold.
+        profiles: In the engine's order.
+        caches: Its cache inputs; each output of the same name is the same memory.
+        attention: Path of the attention layers: `plugin` or `native`.
+        experts: Path of the expert layers: `plugin` or `function`.
+        placement: Which weights are inputs: `inside` (none), `experts`, `outside`.
+        weight_streaming: Whether weights may stay in the host's memory.
+        memory: Bytes that the build reckoned, by purpose.
+        kernels: The plugins' compiled kernels.
+    """
+
+    file: str
+    flavour: Literal["tensorrt-rtx", "tensorrt"]
+    version: str
+    capabilities: tuple[int, ...]
+    sha256: str
+    max_seq: int
+    profiles: tuple[Profile, ...]
+    caches: tuple[CacheInput, ...]
+    attention: str
+    experts: str
+    placement: str
+    weight_streaming: bool
+    memory: dict[str, int]
+    kernels: tuple[Binary, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FolderSpec:
     """`spec.json`: what a folder is, made from what, by which version.
 
@@ -144,6 +236,7 @@ class FolderSpec:
         weights: What the runtime hands to a bundle's graph; empty in a model, whose graph says it itself.
         tools: Versions of the libraries that wrote it.
         session: Flags that the graph needs from its session.
+        engine: A TensorRT bundle's engine.
     """
 
     kind: Literal["model", "bundle"]
@@ -157,6 +250,7 @@ class FolderSpec:
     weights: tuple[Weight, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
     session: dict[str, str] = field(default_factory=dict)
+    engine: EngineSpec | None = None
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -203,8 +297,8 @@ def _decode(kind: Any, value: Any) -> Any:
         if value not in arguments:
             raise ValueError(f"{value!r} is none of {', '.join(map(repr, arguments))}")
     elif origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-            raise ValueError(f"{value!r} is no object of texts")
+        if not isinstance(value, dict) or not all(type(item) is arguments[1] for item in value.values()):
+            raise ValueError(f"{value!r} is no object of {arguments[1].__name__}")
     elif type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"{value!r} is no {kind.__name__}")
     return value

@@ -1,7 +1,8 @@
 """A model folder built for one target, as a bundle folder.
 
 For `cpu` that is the lowered graph, the list of weight regions it is given, and the tokenizer: the runtime needs no
-onnx to load it. The weights stay where the model has them.
+onnx to load it. For `tensorrt-rtx` and `tensorrt` it is the engine with its plugins' kernels. Weights that are not in
+an engine stay where the model has them.
 """
 
 import dataclasses
@@ -11,53 +12,76 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import BuildError, FolderError
-from ..folder import SPEC, carry_files, check_apart, copy_sparse, new_folder, read_spec
-from ..spec import WeightFile
+from ..folder import SPEC, carry_files, check_apart, check_free, copy_sparse, new_folder, read_spec
+from ..spec import FolderSpec, WeightFile
+from .builder import Progress
 from .cpu import lower_for_cpu
+from .target import Target, parse_target
+from .tensorrt import Options, build_tensorrt
 
-TARGETS = ("cpu",)
 
-
-def build_bundle(model: str | Path, out: str | Path, *, target: str = "cpu", force: bool = False) -> Path:
+def build_bundle(
+    model: str | Path,
+    out: str | Path,
+    *,
+    target: str = "cpu",
+    options: Options | None = None,
+    force: bool = False,
+    progress: Progress = lambda phase, done, total: None,
+) -> Path:
     """Builds a bundle.
 
     Args:
         model: The model folder.
         out: The bundle folder to write.
-        target: What to build for; one of `TARGETS`.
+        target: What to build for: `cpu`, `tensorrt-rtx:smNN[,smNN…]`, or `tensorrt` for the GPU at hand.
+        options: What the engine is to hold; not for `cpu`, whose graph takes any shape.
         force: Whether an existing bundle at `out` is replaced.
+        progress: Told the phase, the steps done and the steps in all.
 
     Returns:
         The bundle folder.
 
     Raises:
-        BuildError: The target is unknown, or the graph cannot be lowered.
+        BuildError: The target is unknown or cannot run the model, or the graph cannot be lowered.
         FolderError: `model` is no model folder, or `out` exists or cannot be written.
     """
-    source, bundle = Path(model), Path(out)
-    if target not in TARGETS:
-        raise BuildError(f"target {target!r} is unknown: choose one of {', '.join(TARGETS)}")
+    source, bundle, parsed = Path(model), Path(out), parse_target(target)
+    if parsed.flavour == "cpu" and options not in (None, Options()):
+        raise BuildError("the cpu target's graph takes any batch and length: leave the engine's options out")
     spec = read_spec(source)
     if spec.kind != "model":
         raise FolderError(f"{source} is a {spec.kind}: give the model folder it was built from")
     check_apart(source, bundle)
+    check_free(bundle, force=force)
     with new_folder(bundle, force=force) as folder:
-        lowered = lower_for_cpu(source, spec)
-        (folder / spec.graph).write_bytes(lowered.graph)
+        built = _build(source, spec, parsed, options or Options(), folder, progress)
         carry_files(source, folder)
+        used = {weight.file for weight in built.weights}
+        files = [file for file in spec.weight_files if file.name in used]
         record = dataclasses.replace(
-            spec,
+            built,
             kind="bundle",
             version=__version__,
-            target=target,
             source=str(source.absolute()),
             source_hashes={spec.graph: hashlib.sha256((source / spec.graph).read_bytes()).hexdigest()},
-            weight_files=tuple(_place(file, source, folder) for file in spec.weight_files),
-            weights=lowered.weights,
-            session=lowered.session,
+            weight_files=tuple(_place(file, source, folder) for file in files),
         )
         (folder / SPEC).write_text(record.to_json(), "utf-8")
     return bundle
+
+
+def _build(
+    source: Path, spec: FolderSpec, target: Target, options: Options, folder: Path, progress: Progress
+) -> FolderSpec:
+    """Writes the target's own files. Returns the spec with what is said of them."""
+    if target.flavour == "cpu":
+        lowered = lower_for_cpu(source, spec)
+        (folder / spec.graph).write_bytes(lowered.graph)
+        return dataclasses.replace(spec, target="cpu", weights=lowered.weights, session=lowered.session)
+    engine, weights = build_tensorrt(source, spec, target, options, folder, progress)
+    built_for = dataclasses.replace(target, capabilities=engine.capabilities)
+    return dataclasses.replace(spec, target=str(built_for), graph="", weights=weights, engine=engine)
 
 
 def _place(file: WeightFile, source: Path, folder: Path) -> WeightFile:

@@ -8,7 +8,6 @@ others are widened when they are loaded, except the embedding, of which only the
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 
 from ..errors import BuildError
@@ -18,6 +17,7 @@ from ..plugins.moe import cpu as moe_cpu
 from ..plugins.moe import op as moe
 from ..plugins.nodes import Nodes
 from ..spec import FolderSpec, Weight
+from .graph import open_graph
 from .supply import DTYPES, FLOAT, Supply
 
 SESSION = {"session.disable_prepacking": "1"}
@@ -45,13 +45,7 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
     Raises:
         BuildError: The graph is damaged or holds an op that has no lowering.
     """
-    path = folder / spec.graph
-    try:
-        model = ir.from_proto(onnx.load(path, load_external_data=False))
-    except OSError as error:
-        raise BuildError(f"{path}: {error.strerror}: export the model again") from error
-    except Exception as error:  # protobuf and onnx-ir raise their own kinds for damaged bytes
-        raise BuildError(f"{path}: damaged graph ({error}): export the model again") from error
+    model = open_graph(folder, spec)
     lowering = _Lowering(model.graph)
     lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
     return Lowered(

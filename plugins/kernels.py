@@ -1,6 +1,6 @@
 """Triton kernels compiled ahead of time, without a GPU, and what their machine code uses.
 
-Enters: a `launch.Kernel` and the module whose Triton function it names. Leaves: a cubin with a `launch.Binary` that
+Enters: a `launch.Kernel` and the module whose Triton function it names. Leaves: a cubin with a `spec.Binary` that
 says how to launch it. Also the same kernels in Triton's interpreter, for tests.
 """
 
@@ -17,7 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import Binary, Kernel
+from ..spec import Binary
+from .launch import Kernel
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that kernels are compiled for; 90, 100 and 120 with their architecture-specific instructions."""

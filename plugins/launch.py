@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SessionError
+from ..spec import Binary
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "i8": 1, "u8": 1, "fp8e4nv": 1, "i32": 4, "i64": 8}
 """Sizes of the types that signatures name, in Triton's words."""
@@ -63,32 +64,8 @@ class Buffer:
         return -(-math.prod(self.shape) * BYTES[self.dtype] // 256) * 256
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Binary:
-    """A compiled kernel as it lies in a bundle.
-
-    Attributes:
-        kernel: The kernel's name.
-        capability: Compute capability it was compiled for, as in 89.
-        file: File name of the cubin.
-        entry: Symbol of the kernel in it.
-        parameters: Types of the run-time parameters, without the two scratch pointers that Triton appends.
-        threads: Threads a program.
-        shared: Bytes of dynamic shared memory.
-        sha256: Of the cubin.
-    """
-
-    kernel: str
-    capability: int
-    file: str
-    entry: str
-    parameters: tuple[str, ...]
-    threads: int
-    shared: int
-    sha256: str
-
-
 SHARED_WITHOUT_ASKING = 48 * 1024
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 CTYPES: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
@@ -116,6 +93,14 @@ class Driver:
             raise SessionError(f"{function} failed: {(text.value or b'unknown error').decode()} ({code})")
 
 
+    def capability(self) -> int:
+        """The compute capability of the first GPU, as in 89."""
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self.call("cuDeviceGetAttribute", ctypes.byref(major), CAPABILITY_MAJOR, 0)
+        self.call("cuDeviceGetAttribute", ctypes.byref(minor), CAPABILITY_MINOR, 0)
+        return major.value * 10 + minor.value
+
+
 class Kernels:
     """The kernels of a bundle, loaded into the current CUDA context.
 
@@ -131,6 +116,7 @@ class Kernels:
     def __init__(self, driver: Driver, folder: Path, binaries: Iterable[Binary]) -> None:
         self.driver = driver
         self.binaries = {binary.kernel: binary for binary in binaries}
+        self.capability = max((binary.capability for binary in self.binaries.values()), default=0)
         self.functions = {name: self._load(folder / binary.file, binary) for name, binary in self.binaries.items()}
 
     def _load(self, path: Path, binary: Binary) -> ctypes.c_void_p:

@@ -1,0 +1,191 @@
+"""A network built into a TensorRT engine, with no GPU at hand where the library can.
+
+Enters: a lowered network. Leaves: the engine, written to its file as it comes out of the builder, and what the build
+log says of its layers and its memory. Types are those of the graph, strongly; an error in the log is a failure.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError
+from ..spec import Profile
+from .library import make_log
+from .network import Network
+from .target import Target
+
+Progress = Callable[[str, int, int], None]
+"""Told the phase, the steps done, and the steps in all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """What is known of an engine once it is built.
+
+    Attributes:
+        layers: The build log's description of each fused layer, in order, one text a layer.
+        memory: Bytes that the log names, by what they are for.
+    """
+
+    layers: tuple[str, ...]
+    memory: Mapping[str, int]
+
+
+def build_engine(
+    trt: Any,
+    network: Network,
+    weights: Path,
+    target: Target,
+    profiles: Sequence[Profile],
+    out: Path,
+    *,
+    workspace: int | None = None,
+    weight_streaming: bool = False,
+    timing_cache: Path | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> Built:
+    """Builds an engine and writes it to `out`.
+
+    Args:
+        trt: The module `tensorrt_rtx` or `tensorrt`.
+        network: What to build.
+        weights: Folder that holds the weight files by the names that the graph knows.
+        target: Which GPUs.
+        profiles: Ranges of shapes, in the order that the session numbers them.
+        out: The engine's file.
+        workspace: Bytes of scratch memory that layers may use; None is no limit.
+        weight_streaming: Whether weights may stay in the host's memory and be streamed to the GPU.
+        timing_cache: File of the timing cache, read if it exists and written after; TensorRT only.
+        progress: Told of the build's phases.
+
+    Raises:
+        BuildError: The library refuses the network, or logs any error.
+    """
+    log = make_log(trt)
+    builder = trt.Builder(log)
+    log.check("to start")
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    definition = builder.create_network(flags)
+    progress("parsing", 0, 1)
+    _parse(trt, network, definition, weights, log)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if target.flavour == "tensorrt-rtx":
+        config.num_compute_capabilities = len(target.capabilities)
+        for index, capability in enumerate(target.capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    timings = None if timing_cache is None else _read_timings(config, timing_cache)
+    for profile in profiles:
+        config.add_optimization_profile(_profile(builder, definition, network, profile))
+    config.progress_monitor = _monitor(trt, progress)
+    writer = _writer(trt, out)
+    try:
+        done = builder.build_serialized_network_to_stream(definition, config, writer)
+    finally:
+        writer.close()
+    log.check("to build the engine")
+    if writer.failure is not None:
+        raise BuildError(f"{out}: {writer.failure.strerror}: free some space") from writer.failure
+    if not done:
+        raise BuildError("TensorRT built nothing and did not say why: build with --debug")
+    if timings is not None and timing_cache is not None:
+        timing_cache.write_bytes(timings.serialize())
+    return Built(layers=_layers(log.lines), memory=_memory(log.lines))
+
+
+def _parse(trt: Any, network: Network, definition: Any, weights: Path, log: Any) -> None:
+    parser = trt.OnnxParser(definition, log)
+    # The parser takes the folder of external data from the path of a model that need not exist.
+    parsed = parser.parse(network.graph, str(weights / "decoder.onnx"))
+    if not parsed:
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        named = [f"{error.node_name()}: {' '.join(error.desc().split())}" for error in errors]
+        raise BuildError(f"TensorRT does not take the graph: {named[0] if named else 'no reason given'}")
+    log.check("to read the graph")
+
+
+def _profile(builder: Any, definition: Any, network: Network, profile: Profile) -> Any:
+    """Smallest, usual and largest shape of each input; weights have one."""
+    found = builder.create_optimization_profile()
+    batches = (1, profile.usual_batch, profile.max_batch)
+    lengths = (1, profile.usual_length, profile.max_length)
+    positions = (1, 1, profile.max_logits)
+    found.set_shape("input_ids", *zip(batches, lengths, strict=True))
+    found.set_shape("past_lengths", *((batch,) for batch in batches))
+    found.set_shape("logit_positions", *zip(batches, positions, strict=True))
+    for name, (shape, _) in network.caches.items():
+        found.set_shape(f"past.{name}", *((batch, *shape) for batch in batches))
+    return found
+
+
+def _writer(trt: Any, path: Path) -> Any:
+    """A stream that TensorRT writes the engine to; an error of the file system is kept for afterwards."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.file = path.open("wb")
+            self.failure: OSError | None = None
+
+        def write(self, data: bytes, *_: Any) -> int:
+            try:
+                return self.file.write(data)
+            except OSError as error:
+                self.failure = error
+                return 0
+
+        def close(self) -> None:
+            self.file.close()
+
+    return Writer()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    """Passes the builder's phases on."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+            progress(phase_name, 0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            progress(phase_name, self.steps.get(phase_name, 1), self.steps.get(phase_name, 1))
+
+    return Monitor()
+
+
+def _read_timings(config: Any, path: Path) -> Any:
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise BuildError(f"{path} is no timing cache of this TensorRT and GPU: delete it")
+    return cache
+
+
+def _layers(lines: Sequence[str]) -> tuple[str, ...]:
+    """The descriptions of fused layers, of all the log's tables."""
+    text = "\n".join(line for line in lines if line.startswith(("Layers:", "Name: ")))
+    return tuple(line for line in text.splitlines() if line.startswith("Name: "))
+
+
+def _memory(lines: Sequence[str]) -> dict[str, int]:
+    """The memory that the log reckons: scratch, activations, weights, persistent."""
+    found: dict[str, int] = {}
+    for line in lines:
+        if match := re.match(r"(?:Total |Max )(.+?)(?: Memory)?: (\d+) bytes", line):
+            found[match[1].lower()] = max(found.get(match[1].lower(), 0), int(match[2]))
+    return found

@@ -1,0 +1,259 @@
+"""The canonical decoder graph as the ONNX that TensorRT's parser takes: custom ops as plugins or native layers.
+
+Enters: a model folder. Leaves: a `Network` whose weights still lie in the model's safetensors, either as external data
+that the parser reads, or as network inputs that a session binds at load. Caches have static capacities.
+
+Invariant: each custom op's node records which path it took: `plugin`, `native` layers, or the op's `function`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from ..errors import BuildError
+from ..plugins.gqa import native as gqa_native
+from ..plugins.gqa import op as gqa
+from ..plugins.moe import op as moe
+from ..plugins.moe.body import write_body as write_moe_body
+from ..plugins.nodes import Nodes
+from ..plugins.tensorrt import NAMESPACE, VERSION
+from ..spec import FolderSpec, Weight
+from .graph import open_graph
+from .supply import DTYPES
+
+Way = Literal["plugin", "native", "function"]
+Placement = Literal["inside", "experts", "outside"]
+PLUGIN_DTYPES = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
+SMALL = 1 << 16
+"""Bytes below which a weight stays inside the engine whatever the placement: norms, scales, frequencies."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choices:
+    """What a person may choose about a network.
+
+    Attributes:
+        gqa: `plugin` or `native`; None takes the plugin where its kernels take the model's type.
+        placement: Which weights become network inputs: none, the experts, or all large ones.
+        max_seq: Positions that a sequence may hold.
+    """
+
+    gqa: Literal["plugin", "native"] | None
+    placement: Placement
+    max_seq: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """A graph for TensorRT's parser.
+
+    Attributes:
+        graph: Serialized ONNX.
+        weights: The network inputs that are weights, and where they lie.
+        paths: The path that each custom op's node took, by node name.
+        caches: Shape of each cache input [K, C, D] and its type, by name.
+        dtypes: Types of the tensors in the graph, in numpy's words.
+    """
+
+    graph: bytes
+    weights: tuple[Weight, ...]
+    paths: Mapping[str, Way]
+    caches: Mapping[str, tuple[tuple[int, int, int], str]]
+    dtypes: frozenset[str]
+
+
+def lower_for_tensorrt(folder: Path, spec: FolderSpec, choices: Choices) -> Network:
+    """Lowers a model folder's decoder.
+
+    Raises:
+        BuildError: The graph is damaged, or a choice does not fit it.
+    """
+    model = open_graph(folder, spec)
+    lowering = _Lowering(model.graph, spec, choices)
+    graph = lowering.lower()
+    lowered = ir.Model(graph, ir_version=model.ir_version, producer_name="arriero")
+    return Network(
+        graph=ir.to_proto(lowered).SerializeToString(),
+        weights=tuple(lowering.weights.values()),
+        paths=lowering.paths,
+        caches=lowering.caches,
+        dtypes=frozenset(dtype.numpy().name for dtype in lowering.dtypes),
+    )
+
+
+@dataclass
+class _Lowering:
+    """The new graph under construction; values keep their names and types."""
+
+    source: ir.Graph
+    spec: FolderSpec
+    choices: Choices
+    mapped: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    inputs: list[ir.Value] = field(default_factory=list)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    initializers: dict[str, ir.Value] = field(default_factory=dict)
+    paths: dict[str, Way] = field(default_factory=dict)
+    caches: dict[str, tuple[tuple[int, int, int], str]] = field(default_factory=dict)
+    dtypes: set[ir.DataType] = field(default_factory=set)
+
+    def lower(self) -> ir.Graph:
+        """Lowers node by node, in order."""
+        experts = self._expert_weights()
+        for value in self.source.inputs:
+            self.inputs.append(self._value(value))
+        for value in self.source.initializers.values():
+            self._place(value, is_expert=value in experts)
+        written: list[ir.Node] = []
+        for node in self.source:
+            nodes = Nodes(f"{node.name}/")
+            self._lower_node(nodes, node)
+            written.extend(nodes.list)
+        return ir.Graph(
+            self.inputs,
+            [self._value(value) for value in self.source.outputs],
+            nodes=written,
+            initializers=list(self.initializers.values()),
+            opset_imports={**self.source.opset_imports, gqa.DOMAIN: gqa.VERSION, gqa_native.DOMAIN: 1},
+            name=self.source.name,
+        )
+
+    def _expert_weights(self) -> set[ir.Value]:
+        """The initializers that only custom ops read as experts' weights."""
+        layers = (node for node in self.source if node.op_type == moe.NAME)
+        return {value for node in layers for value in node.inputs[2:4] if value is not None and value.is_initializer()}
+
+    def _place(self, value: ir.Value, *, is_expert: bool) -> None:
+        """Puts a weight into the engine or among the network's inputs."""
+        tensor = value.const_value
+        assert tensor is not None
+        self.dtypes.add(tensor.dtype)
+        outside = self.choices.placement == "outside" or (self.choices.placement == "experts" and is_expert)
+        if not outside or not isinstance(tensor, ir.ExternalTensor) or (tensor.length or 0) < SMALL:
+            new = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=tensor)
+            self.initializers[f"{value.name}"] = new
+        else:
+            new = ir.Value(name=value.name, shape=value.shape, type=value.type)
+            self.inputs.append(new)
+            dtype = DTYPES[tensor.dtype]
+            self.weights[f"{value.name}"] = Weight(
+                name=f"{value.name}",
+                file=str(tensor.location),
+                offset=tensor.offset or 0,
+                shape=tensor.shape.numpy(),
+                dtype=dtype,
+                convert=dtype,
+            )
+        self.mapped[value] = new
+
+    def _lower_node(self, nodes: Nodes, node: ir.Node) -> None:
+        inputs = [None if value is None else self._value(value) for value in node.inputs]
+        outputs = [self._value(value) for value in node.outputs]
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        match node.domain, node.op_type:
+            case "", _:
+                nodes.node(node.op_type, inputs, outputs=outputs, attributes=attributes)
+            case gqa.DOMAIN, gqa.NAME:
+                self._lower_attention(nodes, f"{node.name}", inputs, outputs, gqa.Attributes(**attributes))
+            case moe.DOMAIN, moe.NAME:
+                self._lower_experts(nodes, f"{node.name}", inputs, outputs, moe.Attributes(**attributes))
+            case domain, op_type:
+                raise BuildError(f"{node.name}: {domain}.{op_type} has no lowering for TensorRT: export the model again")
+
+    def _lower_attention(
+        self,
+        nodes: Nodes,
+        name: str,
+        inputs: list[ir.Value | None],
+        outputs: list[ir.Value],
+        attributes: gqa.Attributes,
+    ) -> None:
+        query, cache = _present(inputs, 0), _present(inputs, 3)
+        dtype, stored = _dtype(query), _dtype(cache)
+        assert cache.shape is not None
+        head_dim = cache.shape[3]
+        assert isinstance(head_dim, int)
+        quantised = stored != dtype
+        path: Way = self.choices.gqa or ("plugin" if dtype in PLUGIN_DTYPES else "native")
+        if path == "plugin" and dtype not in PLUGIN_DTYPES:
+            raise BuildError(
+                f"the attention plugin computes in bfloat16 and float16, this model is {dtype.numpy().name}: "
+                "export with --dtype bfloat16, or build with --gqa native"
+            )
+        if path == "native" and quantised:
+            raise BuildError(
+                f"TensorRT's own attention has no {stored.numpy().name} cache: build with --gqa plugin, "
+                "or calibrate without --kv-cache"
+            )
+        self.paths[name] = path
+        if path == "plugin":
+            rope = len(inputs) > 6 and inputs[6] is not None
+            settings = _plugin_attributes(attributes, rope=int(rope))
+            nodes.node(gqa.NAME, _given(inputs), outputs=outputs, domain=gqa.DOMAIN, attributes=settings)
+        else:
+            gqa_native.lower(nodes, _given(inputs), outputs, attributes, head_dim, dtype)
+
+    def _lower_experts(
+        self,
+        nodes: Nodes,
+        name: str,
+        inputs: list[ir.Value | None],
+        outputs: list[ir.Value],
+        attributes: moe.Attributes,
+    ) -> None:
+        dtype = _dtype(_present(inputs, 0))
+        self.paths[name] = "plugin" if dtype in PLUGIN_DTYPES else "function"
+        if self.paths[name] == "plugin":
+            settings = _plugin_attributes(attributes)
+            nodes.node(moe.NAME, _given(inputs), outputs=outputs, domain=moe.DOMAIN, attributes=settings)
+            return
+        names = moe.INPUTS + moe.WEIGHT_SCALES + moe.ACTIVATION_SCALES
+        given = {key: value for key, value in zip(names, inputs, strict=False) if value is not None}
+        write_moe_body(nodes, given, outputs[0], attributes=attributes, dtype=dtype)
+
+    def _value(self, value: ir.Value) -> ir.Value:
+        """The new graph's value for one of the old graph's; caches get their capacity."""
+        if value not in self.mapped:
+            shape = value.shape
+            if (cache := _cache_of(value)) is not None:
+                shape = self._cache_shape(value, cache)
+            if value.dtype is not None:
+                self.dtypes.add(value.dtype)
+            self.mapped[value] = ir.Value(name=value.name, shape=shape, type=value.type)
+        return self.mapped[value]
+
+    def _cache_shape(self, value: ir.Value, layer: int) -> ir.Shape:
+        model = self.spec.model
+        slots = min(model.layers[layer].chunk or self.choices.max_seq, self.choices.max_seq)
+        shape = (model.kv_heads, slots, model.head_dim)
+        if f"{value.name}".startswith("past."):
+            self.caches[f"{value.name}".removeprefix("past.")] = shape, _dtype(value).numpy().name
+        return ir.Shape(["batch", *shape])
+
+
+def _cache_of(value: ir.Value) -> int | None:
+    """The layer whose cache a graph's input or output is."""
+    when, _, rest = f"{value.name}".partition(".")
+    return int(rest.partition(".")[0]) if when in ("past", "present") else None
+
+
+def _plugin_attributes(attributes: gqa.Attributes | moe.Attributes, **more: int) -> dict[str, int | float | str]:
+    named = {name: getattr(attributes, name) for name in attributes.__slots__}
+    return {**named, **more, "plugin_namespace": NAMESPACE, "plugin_version": VERSION}
+
+
+def _present(inputs: list[ir.Value | None], index: int) -> ir.Value:
+    value = inputs[index]
+    assert value is not None
+    return value
+
+
+def _given(inputs: list[ir.Value | None]) -> list[ir.Value]:
+    return [value for value in inputs if value is not None]
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    assert value.dtype is not None
+    return value.dtype

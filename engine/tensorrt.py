@@ -1,0 +1,202 @@
+"""A model built into a TensorRT bundle: the engine, the plugins' kernels, and what a session must know of them.
+
+Enters: a model folder and a temporary folder to fill. Leaves there: `decoder.engine`, `kernels/*.cubin`, `layers.json`.
+Invariant: the engine, its kernels and its description come from one build.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import BuildError
+from ..folder import find_files
+from ..plugins.gqa.tensorrt import PLUGIN as GQA
+from ..plugins.moe.tensorrt import PLUGIN as MOE
+from ..plugins.tensorrt import register
+from ..spec import Binary, CacheInput, EngineSpec, FolderSpec, Profile, Weight
+from .builder import Progress, build_engine
+from .layers import read_layers
+from .library import open_library
+from .network import Choices, Network, Placement, lower_for_tensorrt
+from .target import Target, check_dtypes
+
+ENGINE, LAYERS, KERNELS = "decoder.engine", "layers.json", "kernels"
+DEFAULT_MAX_SEQ = 16384
+DEFAULT_MAX_BATCH = 8
+DEFAULT_MAX_PREFILL = 2048
+LOGITS = 128
+"""Positions of one prefill piece that get logits at most: a vocabulary of 202,048 takes 0.8 MB each in float32."""
+
+OPS = (GQA, MOE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What a person may say about an engine; None takes the default.
+
+    Attributes:
+        max_batch: Rows at once at most (8).
+        max_seq: Positions that a sequence may hold (the model's context, at most 16,384).
+        max_prefill: Tokens of a row's piece at most (2,048); never more than a chunk.
+        gqa: `plugin` or `native` (the plugin, where its kernels take the model's type).
+        weights: `inside`, `experts` or `outside` of the engine (experts).
+        workspace: Bytes of scratch memory that layers may use (no limit).
+        weight_streaming: Whether weights may stay in the host's memory (no).
+        timing_cache: File of the timing cache, for `tensorrt` only.
+        weights_from: Folder of the model's weight files, where they have moved.
+    """
+
+    max_batch: int | None = None
+    max_seq: int | None = None
+    max_prefill: int | None = None
+    gqa: Literal["plugin", "native"] | None = None
+    weights: Placement | None = None
+    workspace: int | None = None
+    weight_streaming: bool = False
+    timing_cache: Path | None = None
+    weights_from: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_seq", "max_prefill", "workspace"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BuildError(f"{name} is {value}, expected a whole number from 1 up")
+
+
+def build_tensorrt(
+    source: Path, spec: FolderSpec, target: Target, options: Options, folder: Path, progress: Progress
+) -> tuple[EngineSpec, tuple[Weight, ...]]:
+    """Builds an engine with all that belongs to it into `folder`.
+
+    Returns:
+        The engine's description, and the weights that a session binds to it.
+
+    Raises:
+        BuildError: The target cannot run the model, or TensorRT refuses it.
+        FolderError: A weight file is missing or has changed.
+    """
+    trt = open_library(target.flavour)
+    target = _resolved(trt, target)
+    max_seq = _max_seq(spec, options)
+    placement: Placement = options.weights or "experts"
+    network = lower_for_tensorrt(source, spec, Choices(gqa=options.gqa, placement=placement, max_seq=max_seq))
+    check_dtypes(target, network.dtypes)
+    profiles = _profiles(network, options)
+    creators = register(trt, OPS)
+    for creator in creators.values():
+        creator.capabilities, creator.needed = target.capabilities, {}
+    with _together(find_files(source, spec.weight_files, options.weights_from)) as weights:
+        built = build_engine(
+            trt,
+            network,
+            weights,
+            target,
+            profiles,
+            folder / ENGINE,
+            workspace=options.workspace,
+            weight_streaming=options.weight_streaming,
+            timing_cache=_timing_cache(target, options),
+            progress=progress,
+        )
+    layers = read_layers(built.layers)
+    (folder / LAYERS).write_text(json.dumps([dataclasses.asdict(layer) for layer in layers]) + "\n", "utf-8")
+    engine = EngineSpec(
+        file=ENGINE,
+        flavour=target.flavour,  # type: ignore[arg-type]
+        version=trt.__version__,
+        capabilities=target.capabilities,
+        sha256=_sha256(folder / ENGINE),
+        max_seq=max_seq,
+        profiles=tuple(profiles),
+        caches=tuple(CacheInput(name=name, shape=shape, dtype=dtype) for name, (shape, dtype) in network.caches.items()),
+        attention=_way(network, "GroupedQueryAttention"),
+        experts=_way(network, "MoeDispatch"),
+        placement=placement,
+        weight_streaming=options.weight_streaming,
+        memory=dict(built.memory),
+        kernels=tuple(_compile(creators, folder / KERNELS, progress)),
+    )
+    return engine, network.weights
+
+
+def _resolved(trt: Any, target: Target) -> Target:
+    """The target with the GPU at hand, where `tensorrt` is given none: it builds for no other."""
+    if target.flavour != "tensorrt":
+        return target
+    from ..plugins.launch import Driver
+
+    present = Driver().capability()
+    if target.capabilities not in ((), (present,)):
+        raise BuildError(f"tensorrt builds for the GPU at hand, sm{present}, not for {target}: give --target tensorrt")
+    return dataclasses.replace(target, capabilities=(present,))
+
+
+def _max_seq(spec: FolderSpec, options: Options) -> int:
+    longest = spec.model.max_positions
+    if options.max_seq is not None and options.max_seq > longest:
+        raise BuildError(f"max_seq is {options.max_seq}, the model's context holds {longest}: give at most that")
+    return options.max_seq or min(longest, DEFAULT_MAX_SEQ)
+
+
+def _profiles(network: Network, options: Options) -> list[Profile]:
+    """One profile for single tokens of many rows, one for pieces; no piece is longer than the smallest cache."""
+    batch = options.max_batch or DEFAULT_MAX_BATCH
+    longest = min(options.max_prefill or DEFAULT_MAX_PREFILL, *(shape[1] for shape, _ in network.caches.values()))
+    decode = Profile(name="decode", max_batch=batch, usual_batch=1, max_length=1, usual_length=1, max_logits=1)
+    prefill = Profile(
+        name="prefill",
+        max_batch=batch,
+        usual_batch=1,
+        max_length=longest,
+        usual_length=max(longest // 2, 1),
+        max_logits=min(LOGITS, longest),
+    )
+    return [decode, prefill]
+
+
+def _timing_cache(target: Target, options: Options) -> Path | None:
+    if options.timing_cache is not None and target.flavour != "tensorrt":
+        raise BuildError("TensorRT-RTX times nothing when it builds: leave --timing-cache out")
+    return options.timing_cache
+
+
+@contextlib.contextmanager
+def _together(files: Mapping[str, Path]) -> Iterator[Path]:
+    """Yields a folder of links to weight files, by the names that the graph knows: TensorRT reads one folder."""
+    with tempfile.TemporaryDirectory(prefix="arriero-weights-") as folder:
+        for name, path in files.items():
+            (Path(folder) / name).symlink_to(path.absolute())
+        yield Path(folder)
+
+
+def _way(network: Network, op: str) -> str:
+    """The path that an op's nodes took; empty where the model has none."""
+    return next((way for name, way in network.paths.items() if name.endswith(op)), "")
+
+
+def _compile(creators: dict[str, Any], folder: Path, progress: Progress) -> Iterable[Binary]:
+    """Compiles the kernels that the engine's plugins asked for. Yields what is recorded of each."""
+    wanted = [(op, *item) for op in OPS for item in sorted(creators[op.name].needed.items(), key=lambda item: item[0])]
+    if not wanted:
+        return
+    from ..plugins.kernels import compile_kernel
+
+    folder.mkdir()
+    for index, (op, (_, capability), kernel) in enumerate(wanted):
+        progress("kernels", index, len(wanted))
+        compiled = compile_kernel(importlib.import_module(op.kernels), kernel, capability)
+        (folder / compiled.binary.file).write_bytes(compiled.cubin)
+        yield compiled.binary
+    progress("kernels", len(wanted), len(wanted))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,251 @@
+"""A custom op as a TensorRT plugin (`IPluginV3`), the same class for both ops and for both TensorRTs.
+
+What an op has to say is small: which inputs its outputs look like, which of them it updates in place, and its plan of
+kernels. This module turns that into shape rules, type rules, serialisation and launches. `trt` is the module
+`tensorrt` or `tensorrt_rtx`; nothing here imports either.
+
+Invariant: what `enqueue` launches depends on shapes only, so that a CUDA graph captures it once and Python is off the
+path from then on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+
+from .launch import Buffer, Kernel, Kernels, Launch, placed, total_size
+
+NAMESPACE = "arriero"
+VERSION = "1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """An input as a plan sees it: its type in Triton's words, its shape with -1 where it is not known yet."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Call(Protocol):
+    """An op over tensors of given types and shapes on one compute capability."""
+
+    kernels: tuple[Kernel, ...]
+    names: tuple[str, ...]
+
+    def workspace(self, tensors: Sequence[Tensor]) -> dict[str, Buffer]:
+        """Scratch memory for inputs of these shapes."""
+        ...
+
+    def launches(self, pointers: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Launch]:
+        """What to launch; pointers by the names of inputs, outputs and scratch buffers."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginOp:
+    """What makes one op a plugin.
+
+    Attributes:
+        name: The op's, which is also the plugin's.
+        settings: Frozen dataclass of the node's attributes: whole numbers, floats and texts.
+        outputs: Names of the outputs.
+        like: For each output, the input that it has shape and type of.
+        in_place: For each output, the input whose memory it shares, or -1.
+        accepts: Whether the op takes inputs of these types.
+        call: Makes the plan.
+        kernels: Full name of the module of the Triton functions; not imported here.
+    """
+
+    name: str
+    settings: type[Any]
+    outputs: tuple[str, ...]
+    like: tuple[int, ...]
+    in_place: tuple[int, ...]
+    accepts: Callable[[Any, Sequence[str]], bool]
+    call: Callable[[Any, Sequence[Tensor], int], Call]
+    kernels: str
+
+
+def type_names(trt: Any) -> dict[Any, str]:
+    """TensorRT's types in Triton's words."""
+    kinds = trt.DataType
+    return {
+        kinds.FLOAT: "fp32",
+        kinds.HALF: "fp16",
+        kinds.BF16: "bf16",
+        kinds.INT8: "i8",
+        kinds.FP8: "fp8e4nv",
+        kinds.INT4: "i4",
+        kinds.INT32: "i32",
+        kinds.INT64: "i64",
+    }
+
+
+def register(trt: Any, ops: Sequence[PluginOp]) -> dict[str, Any]:
+    """Registers the ops' plugin creators once a process. Returns them by name.
+
+    A creator's `capabilities` say for which GPUs an engine is built, and its `needed` collects the kernels that its
+    plugins will launch there; its `kernels` are what plugins made from an engine launch.
+    """
+    registry = trt.get_plugin_registry()
+    creators = {}
+    for op in ops:
+        found = registry.get_creator(op.name, VERSION, NAMESPACE)
+        if found is None:
+            found = _creator_class(trt, op)()
+            registry.register_creator(found, NAMESPACE)
+            _REGISTERED.append(found)
+        creators[op.name] = next(each for each in _REGISTERED if each.name == op.name)
+    return creators
+
+
+_REGISTERED: list[Any] = []
+"""Creators that TensorRT's process-wide registry refers to; they must live as long as it does."""
+
+
+def _creator_class(trt: Any, op: PluginOp) -> Any:
+    plugin_class = _plugin_class(trt, op)
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = op.name, VERSION, NAMESPACE
+            self.field_names = trt.PluginFieldCollection(
+                [trt.PluginField(field.name, np.array([]), _field_type(trt, field.type)) for field in fields(op.settings)]
+            )
+            self.capabilities: tuple[int, ...] = ()
+            self.needed: dict[tuple[str, int], Kernel] = {}
+            self.kernels: Kernels | None = None
+
+        def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
+            values = {field.name: _read_field(field) for field in collection}
+            known = {field.name for field in fields(op.settings)}
+            settings = op.settings(**{key: value for key, value in values.items() if key in known})
+            return plugin_class(settings, self)
+
+    return Creator
+
+
+def _field_type(trt: Any, kind: Any) -> Any:
+    types = {int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32}
+    return types.get(kind, trt.PluginFieldType.CHAR)
+
+
+def _read_field(field: Any) -> Any:
+    data = np.asarray(field.data)
+    if data.dtype.kind in "SU":
+        return "".join(data.astype(str).ravel())
+    if data.dtype in (np.int8, np.uint8):
+        return data.tobytes().decode().rstrip("\0")
+    return data.ravel()[0].item()
+
+
+def _plugin_class(trt: Any, op: PluginOp) -> Any:
+    names = type_names(trt)
+
+    def tensors_of(descriptions: Sequence[Any]) -> list[Tensor]:
+        return [Tensor(dtype=names[each.type], shape=tuple(each.dims)) for each in descriptions]
+
+    def largest(descriptions: Sequence[Any]) -> list[Tensor]:
+        return [Tensor(dtype=names[each.desc.type], shape=tuple(each.max)) for each in descriptions]
+
+    class Plugin(  # type: ignore[misc]
+        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime
+    ):
+        def __init__(self, settings: Any, creator: Any) -> None:
+            trt.IPluginV3.__init__(self)
+            trt.IPluginV3OneCore.__init__(self)
+            trt.IPluginV3OneBuildV2.__init__(self)
+            trt.IPluginV3OneRuntime.__init__(self)
+            self.plugin_name, self.plugin_version, self.plugin_namespace = op.name, VERSION, NAMESPACE
+            self.num_outputs = len(op.outputs)
+            self.timing_cache_id = ""
+            self.settings, self.creator, self.kernels = settings, creator, creator.kernels
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            copy = Plugin(self.settings, self.creator)
+            copy.__dict__.update(self.__dict__)
+            return copy
+
+        # When the engine is built.
+
+        def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
+            return [types[index] for index in op.like]
+
+        def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], exprs: Any) -> list[Any]:
+            return [trt.DimsExprs(inputs[index]) for index in op.like]
+
+        def get_aliased_input(self, output: int) -> int:
+            return op.in_place[output]
+
+        def supports_format_combination(self, position: int, descriptions: Sequence[Any], inputs: int) -> bool:
+            described = descriptions[position].desc
+            if described.format != trt.TensorFormat.LINEAR or described.type not in names:
+                return False
+            if position >= inputs:
+                return bool(described.type == descriptions[op.like[position - inputs]].desc.type)
+            # TensorRT asks input by input: the types that follow are not fixed yet.
+            known = [names[each.desc.type] for each in descriptions[: position + 1]]
+            return op.accepts(self.settings, known)
+
+        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            pass
+
+        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+            tensors, sizes = largest(inputs), [0]
+            for capability in self.creator.capabilities:
+                call = op.call(self.settings, tensors, capability)
+                self.creator.needed.update({(kernel.name, capability): kernel for kernel in call.kernels})
+                sizes.append(total_size(call.workspace(tensors)))
+            return max(sizes)
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        def get_fields_to_serialize(self) -> Any:
+            values = []
+            for field in fields(op.settings):
+                value = getattr(self.settings, field.name)
+                if isinstance(value, str):
+                    data = np.frombuffer(value.encode(), dtype=np.int8)
+                else:
+                    data = np.array([value], dtype=np.int32 if isinstance(value, int) else np.float32)
+                values.append(trt.PluginField(field.name, data, _field_type(trt, type(value))))
+            self.serialised = values  # TensorRT reads the arrays after this returns
+            return trt.PluginFieldCollection(values)
+
+        # When it runs.
+
+        def attach_to_context(self, context: Any) -> Any:
+            return self.clone()
+
+        def set_tactic(self, tactic: int) -> None:
+            pass
+
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            assert self.kernels is not None
+            self.tensors = tensors_of(inputs)
+            self.call = op.call(self.settings, self.tensors, self.kernels.capability)
+            self.buffers = self.call.workspace(self.tensors)
+
+        def enqueue(
+            self,
+            input_desc: Sequence[Any],
+            output_desc: Sequence[Any],
+            inputs: Sequence[int],
+            outputs: Sequence[int],
+            workspace: int,
+            stream: int,
+        ) -> None:
+            pointers = dict(zip(self.call.names, inputs, strict=True))
+            pointers.update(zip(op.outputs, outputs, strict=True))
+            pointers.update(placed(self.buffers, workspace))
+            for launch in self.call.launches(pointers, self.tensors):
+                self.kernels.launch(launch, stream)
+
+    return Plugin
