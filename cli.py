@@ -70,17 +70,70 @@ def export(
 def build(
     model: Annotated[Path, typer.Argument(help="Model folder that `arriero export` wrote.")],
     output: Output,
-    target: Annotated[str, typer.Option(help="What to build for: cpu.")] = "cpu",
+    target: Annotated[
+        str, typer.Option(help="cpu; tensorrt-rtx:sm89,sm120 (any GPUs, needs none); tensorrt (the GPU here).")
+    ] = "cpu",
+    max_batch: Annotated[int | None, typer.Option(help="Rows at once.", show_default="8")] = None,
+    max_seq: Annotated[
+        int | None, typer.Option(help="Tokens that a sequence may hold.", show_default="the context, at most 16384")
+    ] = None,
+    max_prefill: Annotated[int | None, typer.Option(help="Tokens of a prefill piece.", show_default="2048")] = None,
+    gqa: Annotated[
+        str | None, typer.Option(help="Attention by our plugin or TensorRT's own layers: plugin, native.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="What is bound at load, not built in: inside, experts, outside.", show_default="experts"),
+    ] = None,
+    workspace: Annotated[int | None, typer.Option(help="MiB of scratch memory that a layer may use.")] = None,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Let built-in weights stay in the host's memory.")
+    ] = False,
+    timing_cache: Annotated[Path | None, typer.Option(help="File of the timing cache; tensorrt only.")] = None,
+    weights_from: Annotated[
+        Path | None, typer.Option(help="Folder of the model's weight files, where they have moved.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Build a model for one target: the bundle folder."""
-    with errors_shown(debug):
-        from .engine import build_bundle
+    """Build a model for one target: the bundle folder. The options but --force shape a TensorRT engine."""
+    with errors_shown(debug), progress_shown("Building") as progress:
+        from .engine import Options, build_bundle
 
         started = time.perf_counter()
-        report_folder(build_bundle(model, output, target=target, force=force), time.perf_counter() - started, as_json)
+        options = Options(
+            max_batch=max_batch,
+            max_seq=max_seq,
+            max_prefill=max_prefill,
+            gqa=gqa,  # type: ignore[arg-type]
+            weights=weights,  # type: ignore[arg-type]
+            workspace=None if workspace is None else workspace << 20,
+            weight_streaming=weight_streaming,
+            timing_cache=timing_cache,
+            weights_from=weights_from,
+        )
+        bundle = build_bundle(model, output, target=target, options=options, force=force, progress=progress)
+        report_folder(bundle, time.perf_counter() - started, as_json)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Model or bundle folder.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a folder is: geometry, KV cache, and an engine's profiles, memory and fused layers."""
+    with errors_shown(debug):
+        from .summary import summarise
+
+        found = summarise(folder)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            from .tables import show_summary
+
+            show_summary(found)
 
 
 @app.command()
@@ -199,7 +252,7 @@ def turns(first: str | None) -> Iterator[str]:
 
 def report_folder(folder: Path, seconds: float, as_json: bool) -> None:
     """Says what was written."""
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if as_json:
         print(json.dumps({"folder": str(folder), "bytes": size, "seconds": round(seconds, 3)}))
     else:

@@ -6,11 +6,12 @@ The rooms are imported when they are needed, so that importing `arriero` is inst
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import FolderError
+from .errors import FolderError, SessionError
 from .folder import find_files, read_spec
-from .spec import FolderSpec, Weight
+from .spec import EngineSpec, FolderSpec, Weight
 
 if TYPE_CHECKING:
+    from .runtime.decoding import Decoding
     from .runtime.session import Session
 
 
@@ -34,19 +35,39 @@ def load(
     Raises:
         ArrieroError: The folder, its weights or a setting is not as it must be.
     """
-    from .runtime.decoder import Decoder
     from .runtime.session import Limits, Session
     from .runtime.text import Text, read_defaults
-    from .runtime.weights import map_weights
 
     path = Path(folder)
     spec = read_spec(path)
+    if spec.engine is not None:
+        max_seq, max_batch = _engine_limits(spec.engine, max_seq, max_batch)
     limits = Limits.of(spec.model, max_seq, max_batch)
     text, defaults = Text(path), read_defaults(path)  # small, and checked before weights are loaded
     files = find_files(path, spec.weight_files, None if weights is None else Path(weights))
+    return Session(_decoder(path, spec, files, threads), text, defaults, limits)
+
+
+def _engine_limits(engine: EngineSpec, max_seq: int | None, max_batch: int | None) -> tuple[int, int]:
+    """The limits asked for, within those that an engine was built with."""
+    built = {"max_seq": engine.max_seq, "max_batch": min(profile.max_batch for profile in engine.profiles)}
+    for name, asked in (("max_seq", max_seq), ("max_batch", max_batch)):
+        if asked is not None and asked > built[name]:
+            raise SessionError(f"{name} is {asked}, the engine was built for {built[name]}: build it for more")
+    return max_seq or built["max_seq"], max_batch or built["max_batch"]
+
+
+def _decoder(path: Path, spec: FolderSpec, files: dict[str, Path], threads: int | None) -> "Decoding":
+    """The graph on the engine it was built for, its weights loaded."""
+    if spec.engine is not None:
+        from .runtime.engine import load_engine
+
+        return load_engine(path, spec, files)
+    from .runtime.decoder import Decoder
+    from .runtime.weights import map_weights
+
     graph, regions, flags = _graph(path, spec)
-    decoder = Decoder(graph, map_weights(regions, files), path, spec.model, flags, threads)
-    return Session(decoder, text, defaults, limits)
+    return Decoder(graph, map_weights(regions, files), path, spec.model, flags, threads)
 
 
 def _graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:

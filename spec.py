@@ -139,6 +139,7 @@ class Profile:
         max_length: Tokens of a row's piece at most.
         usual_length: Tokens it is tuned for.
         max_logits: Positions of a piece that get logits at most.
+        activations: Bytes of activations and scratch memory at its largest, as the build reckoned.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Profile:
     max_length: int
     usual_length: int
     max_logits: int
+    activations: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +202,7 @@ class EngineSpec:
         experts: Path of the expert layers: `plugin` or `function`.
         placement: Which weights are inputs: `inside` (none), `experts`, `outside`.
         weight_streaming: Whether weights may stay in the host's memory.
-        memory: Bytes that the build reckoned, by purpose.
+        weights: Bytes of the weights inside the engine.
         kernels: The plugins' compiled kernels.
     """
 
@@ -216,7 +218,7 @@ class EngineSpec:
     experts: str
     placement: str
     weight_streaming: bool
-    memory: dict[str, int]
+    weights: int
     kernels: tuple[Binary, ...] = ()
 
 
@@ -297,8 +299,8 @@ def _decode(kind: Any, value: Any) -> Any:
         if value not in arguments:
             raise ValueError(f"{value!r} is none of {', '.join(map(repr, arguments))}")
     elif origin is dict:
-        if not isinstance(value, dict) or not all(type(item) is arguments[1] for item in value.values()):
-            raise ValueError(f"{value!r} is no object of {arguments[1].__name__}")
+        if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+            raise ValueError(f"{value!r} is no object of texts")
     elif type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"{value!r} is no {kind.__name__}")
     return value

@@ -5,7 +5,7 @@ log says of its layers and its memory. Types are those of the graph, strongly; a
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ class Built:
 
     Attributes:
         layers: The build log's description of each fused layer, in order, one text a layer.
-        memory: Bytes that the log names, by what they are for.
+        activations: Bytes of activations and scratch memory that each profile needs.
+        weights: Bytes of the weights inside.
     """
 
     layers: tuple[str, ...]
-    memory: Mapping[str, int]
+    activations: tuple[int, ...]
+    weights: int
 
 
 def build_engine(
@@ -97,7 +99,8 @@ def build_engine(
         raise BuildError("TensorRT built nothing and did not say why: build with --debug")
     if timings is not None and timing_cache is not None:
         timing_cache.write_bytes(timings.serialize())
-    return Built(layers=_layers(log.lines), memory=_memory(log.lines))
+    sizes = _sizes(log.lines)
+    return Built(layers=_layers(log.lines), activations=sizes["Activation"], weights=sum(sizes["Weights"]))
 
 
 def _parse(trt: Any, network: Network, definition: Any, weights: Path, log: Any) -> None:
@@ -128,7 +131,7 @@ def _profile(builder: Any, definition: Any, network: Network, profile: Profile) 
 def _writer(trt: Any, path: Path) -> Any:
     """A stream that TensorRT writes the engine to; an error of the file system is kept for afterwards."""
 
-    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+    class Writer(trt.IStreamWriter):
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
             self.file = path.open("wb")
@@ -150,7 +153,7 @@ def _writer(trt: Any, path: Path) -> Any:
 def _monitor(trt: Any, progress: Progress) -> Any:
     """Passes the builder's phases on."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
@@ -182,10 +185,10 @@ def _layers(lines: Sequence[str]) -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line.startswith("Name: "))
 
 
-def _memory(lines: Sequence[str]) -> dict[str, int]:
-    """The memory that the log reckons: scratch, activations, weights, persistent."""
-    found: dict[str, int] = {}
-    for line in lines:
-        if match := re.match(r"(?:Total |Max )(.+?)(?: Memory)?: (\d+) bytes", line):
-            found[match[1].lower()] = max(found.get(match[1].lower(), 0), int(match[2]))
-    return found
+def _sizes(lines: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The sizes that the log reckons: activations, a line a profile, and weights."""
+    pattern = "Total {} Memory: (\\d+) bytes"
+    return {
+        kind: tuple(int(match[1]) for line in lines if (match := re.match(pattern.format(kind), line)))
+        for kind in ("Activation", "Weights")
+    }

@@ -83,7 +83,7 @@ def make_log(trt: Any) -> Any:
     TensorRT prints a line for each tactic it weighs; these go by.
     """
 
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -92,7 +92,7 @@ def make_log(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(" ".join(message.split()))
-            elif message.startswith(("Layers:", "Name: ", "Total ", "Max Scratch", "[MemUsageStats]")):
+            elif message.startswith(("Layers:", "Name: ", "Total Activation", "Total Weights")):
                 self.lines.append(message)
 
         def check(self, doing: str) -> None:

@@ -160,7 +160,9 @@ class _Lowering:
             case moe.DOMAIN, moe.NAME:
                 self._lower_experts(nodes, f"{node.name}", inputs, outputs, moe.Attributes(**attributes))
             case domain, op_type:
-                raise BuildError(f"{node.name}: {domain}.{op_type} has no lowering for TensorRT: export the model again")
+                raise BuildError(
+                    f"{node.name}: {domain}.{op_type} has no lowering for TensorRT: export the model again"
+                )
 
     def _lower_attention(
         self,

@@ -52,7 +52,7 @@ def parse_target(text: str) -> Target:
             return Target(flavour="cpu")
         case "tensorrt-rtx" if not listed:
             raise BuildError(
-                "tensorrt-rtx needs the GPUs to build for: give their compute capabilities, as in tensorrt-rtx:sm89,sm120"
+                "tensorrt-rtx builds for named GPUs: give their compute capabilities, as in tensorrt-rtx:sm89,sm120"
             )
         case "tensorrt-rtx" | "tensorrt":
             capabilities = tuple(_capability(name, flavour) for name in listed.split(",")) if listed else ()

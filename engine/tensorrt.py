@@ -68,6 +68,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BuildError(f"{name} is {value}, expected a whole number from 1 up")
+        for name, known in (("gqa", ("plugin", "native")), ("weights", ("inside", "experts", "outside"))):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise BuildError(f"{name} is {value!r}, expected one of {', '.join(known)}")
 
 
 def build_tensorrt(
@@ -114,13 +118,18 @@ def build_tensorrt(
         capabilities=target.capabilities,
         sha256=_sha256(folder / ENGINE),
         max_seq=max_seq,
-        profiles=tuple(profiles),
-        caches=tuple(CacheInput(name=name, shape=shape, dtype=dtype) for name, (shape, dtype) in network.caches.items()),
+        profiles=tuple(
+            dataclasses.replace(profile, activations=size)
+            for profile, size in zip(profiles, built.activations, strict=True)
+        ),
+        caches=tuple(
+            CacheInput(name=name, shape=shape, dtype=dtype) for name, (shape, dtype) in network.caches.items()
+        ),
         attention=_way(network, "GroupedQueryAttention"),
         experts=_way(network, "MoeDispatch"),
         placement=placement,
         weight_streaming=options.weight_streaming,
-        memory=dict(built.memory),
+        weights=built.weights,
         kernels=tuple(_compile(creators, folder / KERNELS, progress)),
     )
     return engine, network.weights

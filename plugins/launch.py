@@ -92,7 +92,6 @@ class Driver:
             self.library.cuGetErrorString(code, ctypes.byref(text))
             raise SessionError(f"{function} failed: {(text.value or b'unknown error').decode()} ({code})")
 
-
     def capability(self) -> int:
         """The compute capability of the first GPU, as in 89."""
         major, minor = ctypes.c_int(), ctypes.c_int()

@@ -8,6 +8,7 @@ Invariant: what `enqueue` launches depends on shapes only, so that a CUDA graph 
 path from then on.
 """
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -108,12 +109,15 @@ _REGISTERED: list[Any] = []
 def _creator_class(trt: Any, op: PluginOp) -> Any:
     plugin_class = _plugin_class(trt, op)
 
-    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+    class Creator(trt.IPluginCreatorV3One):
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_version, self.plugin_namespace = op.name, VERSION, NAMESPACE
             self.field_names = trt.PluginFieldCollection(
-                [trt.PluginField(field.name, np.array([]), _field_type(trt, field.type)) for field in fields(op.settings)]
+                [
+                    trt.PluginField(field.name, np.array([]), _field_type(trt, field.type))
+                    for field in fields(op.settings)
+                ]
             )
             self.capabilities: tuple[int, ...] = ()
             self.needed: dict[tuple[str, int], Kernel] = {}
@@ -151,9 +155,7 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
     def largest(descriptions: Sequence[Any]) -> list[Tensor]:
         return [Tensor(dtype=names[each.desc.type], shape=tuple(each.max)) for each in descriptions]
 
-    class Plugin(  # type: ignore[misc]
-        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime
-    ):
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
         def __init__(self, settings: Any, creator: Any) -> None:
             trt.IPluginV3.__init__(self)
             trt.IPluginV3OneCore.__init__(self)
@@ -163,6 +165,8 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
             self.num_outputs = len(op.outputs)
             self.timing_cache_id = ""
             self.settings, self.creator, self.kernels = settings, creator, creator.kernels
+            # TensorRT's bindings free a plugin twice when TensorRT drops it last, so Python keeps each one for good.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self

@@ -15,6 +15,8 @@ from ..errors import SessionError
 from ..spec import ModelSpec
 
 PROVIDER = "CPUExecutionProvider"
+LONGEST_PIECE = 512
+"""Tokens of a row that prefill computes at once; bounds the memory of attention and of the experts."""
 
 
 class Caches:
@@ -51,6 +53,8 @@ class Decoder:
         SessionError: ONNX Runtime does not accept the graph, or there are no threads.
     """
 
+    longest = longest_with_logits = LONGEST_PIECE
+
     def __init__(
         self,
         graph: bytes,
@@ -77,6 +81,10 @@ class Decoder:
             self.session = ort.InferenceSession(graph, options, providers=[PROVIDER])
         except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
             raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error
+
+    def caches(self, batch: int, positions: int) -> Caches:
+        """KV buffers for a batch whose rows hold so many positions."""
+        return Caches(self.spec, batch, positions)
 
     def bind(self, caches: Caches, rows: slice) -> "Binding":
         """Binds some rows of the caches, for any number of steps."""

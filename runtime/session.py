@@ -14,14 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import SessionError
 from ..spec import ModelSpec
-from .decoder import Binding, Caches, Decoder
+from .decoding import Binding, Decoding
 from .pieces import cut
 from .sampling import Sampler, Sampling
 from .stopping import StopText
 from .text import Defaults, Message, Text
-
-LONGEST_PIECE = 512
-"""Tokens of a row that prefill computes at once; bounds the memory of attention and of the experts."""
 
 DEFAULT_MAX_SEQ = 16384
 """Positions that a session holds where neither the caller nor a shorter context says otherwise."""
@@ -74,8 +71,8 @@ class Generated:
 class State:
     """Sequences in progress: their caches and how many tokens each row's hold."""
 
-    def __init__(self, decoder: Decoder, batch: int, positions: int) -> None:
-        self.caches = Caches(decoder.spec, batch, positions)
+    def __init__(self, decoder: Decoding, batch: int, positions: int) -> None:
+        self.caches = decoder.caches(batch, positions)
         self.past_B = np.zeros(batch, dtype=np.int32)
         self.decoder = decoder
         self._bindings: dict[tuple[int, int], Binding] = {}
@@ -113,13 +110,13 @@ class Session:
     """A loaded model.
 
     Args:
-        decoder: The graph.
+        decoder: The graph on its engine.
         text: The tokenizer and chat template.
         defaults: The checkpoint's generation defaults.
         limits: How much the session holds.
     """
 
-    def __init__(self, decoder: Decoder, text: Text, defaults: Defaults, limits: Limits) -> None:
+    def __init__(self, decoder: Decoding, text: Text, defaults: Defaults, limits: Limits) -> None:
         self.decoder, self.text, self.defaults = decoder, text, defaults
         self.max_seq, self.max_batch = limits.max_seq, limits.max_batch
 
@@ -298,7 +295,8 @@ class Session:
             if total > state.caches.positions:
                 raise SessionError(f"row {row} would have {total} tokens, its caches hold {state.caches.positions}")
         done = [0] * len(rows)
-        for piece in cut(state.past_B.tolist(), [len(row) for row in rows], self.spec.chunk, LONGEST_PIECE):
+        longest = self.decoder.longest if last_only else self.decoder.longest_with_logits
+        for piece in cut(state.past_B.tolist(), [len(row) for row in rows], self.spec.chunk, longest):
             first, width = piece.rows.start, max(piece.lengths)
             ids_BS = np.zeros((len(piece.lengths), width), dtype=np.int64)
             for index, length in enumerate(piece.lengths):

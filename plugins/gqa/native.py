@@ -1,4 +1,4 @@
-"""Grouped-query attention in TensorRT's own layers: `TRT_KVCacheUpdate` and `TRT_Attention`, as its ONNX parser reads them.
+"""Grouped-query attention in TensorRT's own layers, `TRT_KVCacheUpdate` and `TRT_Attention`.
 
 The cache is a network input that is updated in place. A row attends slots below its length, slot + S, and the causal
 mask is aligned to that length: query i sees slots up to slot + i. TensorRT's attention does not scale scores, so the

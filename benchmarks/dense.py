@@ -1,0 +1,63 @@
+"""Llama-4-shaped checkpoints of random weights, with their bytes on disk: for what sparse files cannot measure."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sparse import SHARED
+
+from arriero.export.checkpoint import expected_tensors
+from arriero.export.config import model_spec
+
+PIECE = 1 << 24
+
+
+def scout_like(layers: int, hidden: int = 1024, experts: int = 8) -> dict[str, Any]:
+    """Scout's shape at a smaller width: attention of head dim 128, experts in every layer."""
+    return {
+        **SHARED,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": max(hidden // 512, 1),
+        "head_dim": 128,
+        "intermediate_size": 2 * hidden,
+        "intermediate_size_mlp": 4 * hidden,
+        "num_local_experts": experts,
+        "vocab_size": 32000,
+        "interleave_moe_layer_step": 1,
+        "use_qk_norm": True,
+        "max_position_embeddings": 131072,
+        "rope_scaling": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def write_random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0) -> int:
+    """Writes a bfloat16 checkpoint of normal weights, deviation 1/sqrt(width), one shard. Returns its parameters."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    shapes = expected_tensors(model_spec(config))
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * 2
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    rng = np.random.default_rng(seed)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            left = math.prod(shape)
+            scale = np.float32(1.0 if name.endswith("norm.weight") else shape[-1] ** -0.5)
+            while left:
+                count = min(left, PIECE)
+                piece = rng.standard_normal(count, dtype=np.float32) * scale
+                if len(shape) == 1:
+                    piece = np.ones(count, dtype=np.float32)
+                file.write((piece.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+                left -= count
+    return sum(map(math.prod, shapes.values()))

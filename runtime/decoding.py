@@ -1,0 +1,49 @@
+"""What a session asks of an engine: caches for a batch, and a step over some of their rows."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..spec import ModelSpec
+
+
+class Caches(Protocol):
+    """KV buffers: how many rows, and how many positions each holds."""
+
+    batch: int
+    positions: int
+
+
+class Binding(Protocol):
+    """An engine bound to some rows of the caches."""
+
+    def step(
+        self, ids_BS: NDArray[np.int64], past_B: NDArray[np.int32], positions_BR: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Runs one piece and writes it to the caches. Returns logits [B, R, V] of the positions asked for."""
+        ...
+
+
+class Decoding(Protocol):
+    """A loaded engine: ONNX Runtime's graph or TensorRT's."""
+
+    spec: ModelSpec
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a row's piece at most."""
+        ...
+
+    @property
+    def longest_with_logits(self) -> int:
+        """Tokens of a row's piece at most where each gets logits."""
+        ...
+
+    def caches(self, batch: int, positions: int) -> Any:
+        """KV buffers for a batch whose rows hold so many positions."""
+        ...
+
+    def bind(self, caches: Any, rows: slice) -> Binding:
+        """Binds some rows of the caches, for any number of steps."""
+        ...

@@ -1,0 +1,246 @@
+"""The decoder as a TensorRT engine: its weights on the GPU, its KV caches, and the step that runs one piece of tokens.
+
+The same steps as `decoder`, which runs the graph on ONNX Runtime. Invariant: an engine's caches are updated in place;
+past and present are one address.
+"""
+
+import hashlib
+import importlib
+import math
+import mmap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import FolderError, SessionError
+from ..plugins.gqa.tensorrt import PLUGIN as GQA
+from ..plugins.launch import Kernels
+from ..plugins.moe.tensorrt import PLUGIN as MOE
+from ..plugins.tensorrt import register
+from ..spec import EngineSpec, FolderSpec, Weight
+from .device import Device, Memory
+
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
+PIECE = 64 << 20
+"""Bytes of a weight that are sent to the GPU at a time."""
+
+
+class EngineDecoder:
+    """An engine with its weights, ready to run.
+
+    Args:
+        trt: The module `tensorrt_rtx` or `tensorrt`.
+        device: The GPU.
+        engine: The deserialised engine.
+        weights: Device memory of the weights that are inputs, by name.
+        folder: The bundle's spec.
+    """
+
+    def __init__(
+        self, trt: Any, device: Device, engine: Any, weights: Mapping[str, Memory], folder: FolderSpec
+    ) -> None:
+        assert folder.engine is not None
+        self.trt, self.device, self.engine, self.weights = trt, device, engine, weights
+        self.about, self.spec = folder.engine, folder.model
+        self.contexts = [self._context(index) for index in range(len(self.about.profiles))]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a row's piece at most."""
+        return self.about.profiles[-1].max_length
+
+    @property
+    def longest_with_logits(self) -> int:
+        """Tokens of a row's piece at most where each gets logits."""
+        return self.about.profiles[-1].max_logits
+
+    def caches(self, batch: int, positions: int) -> "EngineCaches":
+        """KV buffers for a batch; the engine fixes how many positions a row's hold."""
+        return EngineCaches(self.device, self.about, batch, positions)
+
+    def bind(self, caches: "EngineCaches", rows: slice) -> "EngineBinding":
+        """Binds some rows of the caches, for any number of steps."""
+        return EngineBinding(self, caches, rows)
+
+    def _context(self, profile: int) -> Any:
+        if self.about.flavour == "tensorrt-rtx":
+            config = self.engine.create_runtime_config()
+            if profile == 0:  # single tokens: shapes repeat, so the library captures them itself
+                config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            context = self.engine.create_execution_context(config)
+        else:
+            context = self.engine.create_execution_context()
+        if context is None:
+            raise SessionError(
+                "the engine does not fit this GPU's memory: build with a smaller --max-batch or --max-seq"
+            )
+        context.set_optimization_profile_async(profile, self.device.stream)
+        for name, memory in self.weights.items():
+            context.set_tensor_address(name, memory.address)
+        return context
+
+
+class EngineCaches:
+    """KV buffers of a batch of sequences on the GPU, zeros at first."""
+
+    def __init__(self, device: Device, about: EngineSpec, batch: int, positions: int) -> None:
+        self.batch, self.positions = batch, positions
+        self.row_bytes = {each.name: math.prod(each.shape) * BITS[each.dtype] // 8 for each in about.caches}
+        self.buffers = {name: Memory(device, batch * size) for name, size in self.row_bytes.items()}
+        for memory in self.buffers.values():
+            device.zero(memory)
+
+
+class EngineBinding:
+    """An engine bound to the caches of some rows."""
+
+    def __init__(self, decoder: EngineDecoder, caches: EngineCaches, rows: slice) -> None:
+        self.decoder, self.caches, self.rows = decoder, caches, rows
+        batch, vocabulary = rows.stop - rows.start, decoder.spec.vocab_size
+        last = decoder.about.profiles[-1]
+        sizes = {
+            "input_ids": batch * last.max_length * 8,
+            "past_lengths": batch * 4,
+            "logit_positions": batch * last.max_logits * 8,
+            "logits": batch * last.max_logits * vocabulary * 4,
+        }
+        self.buffers = {name: Memory(decoder.device, size) for name, size in sizes.items()}
+        self.replay: Callable[[], None] | None = None
+
+    def step(
+        self, ids_BS: NDArray[np.int64], past_B: NDArray[np.int32], positions_BR: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Runs one piece and writes it to the caches.
+
+        Args:
+            ids_BS: Token ids, right-padded.
+            past_B: Tokens in each row's cache before the piece.
+            positions_BR: Positions of the piece that get logits.
+
+        Returns:
+            Logits [B, R, V].
+        """
+        device = self.decoder.device
+        inputs: dict[str, NDArray[Any]] = {"input_ids": ids_BS, "past_lengths": past_B, "logit_positions": positions_BR}
+        for name, array in inputs.items():
+            device.upload(self.buffers[name].address, array)
+        single = ids_BS.shape[1] == 1 and positions_BR.shape[1] == 1
+        if single and self.replay is not None:
+            self.replay()
+        else:
+            self._run(self.decoder.contexts[0 if single else -1], inputs)
+            if single and self.decoder.about.flavour == "tensorrt":
+                context = self.decoder.contexts[0]
+                self.replay = device.capture(lambda: self._enqueue(context))
+        batch, count = positions_BR.shape
+        logits = np.empty((batch, count, self.decoder.spec.vocab_size), dtype=np.float32)
+        device.download(self.buffers["logits"].address, logits)
+        return logits
+
+    def _run(self, context: Any, inputs: Mapping[str, NDArray[Any]]) -> None:
+        for name, array in inputs.items():
+            context.set_input_shape(name, array.shape)
+        for name, memory in self.buffers.items():
+            context.set_tensor_address(name, memory.address)
+        for each in self.decoder.about.caches:
+            first = self.caches.buffers[each.name].address + self.rows.start * self.caches.row_bytes[each.name]
+            context.set_input_shape(f"past.{each.name}", (self.rows.stop - self.rows.start, *each.shape))
+            context.set_tensor_address(f"past.{each.name}", first)
+            context.set_tensor_address(f"present.{each.name}", first)
+        self._enqueue(context)
+
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(self.decoder.device.stream):
+            raise SessionError("the engine failed to run: see TensorRT's message above")
+
+
+def load_engine(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> EngineDecoder:
+    """Loads a bundle's engine onto the GPU.
+
+    Args:
+        folder: The bundle.
+        spec: Its spec.
+        files: Where its weight files are, by name.
+
+    Raises:
+        SessionError: The GPU, the driver or TensorRT's version is not the one that the engine was built for.
+        FolderError: The engine or a kernel is missing or damaged.
+    """
+    about = spec.engine
+    assert about is not None
+    data = read_engine(folder, about)
+    trt = open_version(about)
+    device = Device.open()
+    capability = device.driver.capability()
+    if capability not in about.capabilities:
+        built_for = ", ".join(f"sm{each}" for each in about.capabilities)
+        raise SessionError(f"{folder} was built for {built_for}, this GPU is sm{capability}: build for sm{capability}")
+    if about.kernels:
+        binaries = [each for each in about.kernels if each.capability == capability]
+        kernels = Kernels(device.driver, folder / "kernels", binaries)
+        for creator in register(trt, (GQA, MOE)).values():
+            creator.kernels = kernels
+    log = trt.Logger(trt.Logger.ERROR)
+    engine = trt.Runtime(log).deserialize_cuda_engine(data)
+    if engine is None:
+        raise SessionError(f"{about.flavour} does not take {folder / about.file}: build it again on this machine")
+    weights = {weight.name: _upload(device, weight, files[weight.file]) for weight in spec.weights}
+    return EngineDecoder(trt, device, engine, weights, spec)
+
+
+def read_engine(folder: Path, about: EngineSpec) -> bytes:
+    """Reads the engine and checks that it and its kernels are those that were built.
+
+    Raises:
+        FolderError: A file is missing, or another.
+    """
+    files = {about.file: about.sha256, **{f"kernels/{each.file}": each.sha256 for each in about.kernels}}
+    data = b""
+    for name, expected in files.items():
+        path = folder / name
+        try:
+            found = path.read_bytes()
+        except OSError as error:
+            raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error
+        if hashlib.sha256(found).hexdigest() != expected:
+            raise FolderError(f"{path} is not what was built (truncated or changed): build the bundle again")
+        data = data or found
+    return data
+
+
+def open_version(about: EngineSpec) -> Any:
+    """Imports the TensorRT that built an engine.
+
+    Raises:
+        SessionError: It is not installed, or of another version.
+    """
+    try:
+        trt = importlib.import_module(MODULES[about.flavour])
+    except (ImportError, OSError) as error:
+        raise SessionError(
+            f"this bundle needs {about.flavour} {about.version}, which does not load ({error})"
+        ) from error
+    if trt.__version__ != about.version:
+        raise SessionError(
+            f"this bundle was built by {about.flavour} {about.version}, here is {trt.__version__}: "
+            f"install that version, or build again"
+        )
+    return trt
+
+
+def _upload(device: Device, weight: Weight, path: Path) -> Memory:
+    """Sends a weight to the GPU, a piece of the mapped file at a time."""
+    size = math.prod(weight.shape) * BITS[weight.dtype] // 8
+    memory = Memory(device, size)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        if weight.offset + size > len(mapped):
+            raise FolderError(f"spec.json puts {weight.name!r} outside {path}: build the bundle again")
+        for start in range(0, size, PIECE):
+            piece = np.frombuffer(mapped, np.uint8, min(PIECE, size - start), weight.offset + start)
+            device.upload(memory.address + start, piece)
+            del piece
+    return memory

@@ -1,0 +1,131 @@
+"""What a folder is, in numbers: for `arriero inspect`, as JSON or as tables.
+
+Enters: a model or bundle folder; only its `spec.json` and `layers.json` are read. Standard library only.
+"""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .errors import FolderError
+from .folder import read_spec
+from .spec import EngineSpec, FolderSpec, ModelSpec, Weight
+
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
+QUIET = ("shape_call", "signal", "wait", "copy", "NoOp", "Constant", "ShapeHostToDevice")
+"""Kinds of layers that move or order things and compute nothing."""
+
+
+def summarise(folder: str | Path) -> dict[str, Any]:
+    """Describes a folder.
+
+    Returns:
+        JSON-ready: the folder's kind and source, the model's geometry, its KV cache, and of an engine its profiles with
+        the memory each needs and its fused layers.
+
+    Raises:
+        FolderError: The folder is not one of Arriero's, or damaged.
+    """
+    path = Path(folder)
+    spec = read_spec(path)
+    found: dict[str, Any] = {
+        "kind": spec.kind,
+        "version": spec.version,
+        "target": spec.target,
+        "source": spec.source,
+        "model": _geometry(spec.model),
+        "weight_files": {"count": len(spec.weight_files), "bytes": sum(file.size for file in spec.weight_files)},
+        "kv_cache": _cache(spec),
+    }
+    if spec.engine is not None:
+        found["engine"] = _engine(path, spec, spec.engine)
+        found["layers"] = _layers(path)
+    return found
+
+
+def _geometry(model: ModelSpec) -> dict[str, Any]:
+    return {
+        "layers": len(model.layers),
+        "chunked_layers": sum(layer.chunk > 0 for layer in model.layers),
+        "expert_layers": sum(layer.experts for layer in model.layers),
+        "hidden_size": model.hidden_size,
+        "heads": model.heads,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "experts": model.experts,
+        "experts_per_token": model.experts_per_token,
+        "vocab_size": model.vocab_size,
+        "max_positions": model.max_positions,
+        "chunk": model.chunk,
+        "dtype": model.dtype,
+    }
+
+
+def _cache(spec: FolderSpec) -> dict[str, int]:
+    """Bytes of keys and values a token; those of chunked layers stop growing at the chunk's length."""
+    dtypes = {cache.name: cache.dtype for cache in spec.engine.caches} if spec.engine else {}
+    default = "float32" if spec.target == "cpu" else spec.model.dtype
+    per_token = {"chunked_bytes_per_token": 0, "full_bytes_per_token": 0}
+    for index, layer in enumerate(spec.model.layers):
+        bits = sum(BITS[dtypes.get(f"{index}.{kind}", default)] for kind in ("key", "value"))
+        name = "chunked_bytes_per_token" if layer.chunk else "full_bytes_per_token"
+        per_token[name] += spec.model.kv_heads * spec.model.head_dim * bits // 8
+    return {"bytes_per_token": sum(per_token.values()), **per_token}
+
+
+def _engine(folder: Path, spec: FolderSpec, engine: EngineSpec) -> dict[str, Any]:
+    row = sum(math.prod(cache.shape) * BITS[cache.dtype] // 8 for cache in engine.caches)
+    outside = sum(weight_bytes(weight) for weight in spec.weights)
+    file = folder / engine.file
+    return {
+        "flavour": engine.flavour,
+        "version": engine.version,
+        "capabilities": list(engine.capabilities),
+        "bytes": file.stat().st_size if file.exists() else None,
+        "attention": engine.attention,
+        "experts": engine.experts,
+        "placement": engine.placement,
+        "weights_inside_bytes": engine.weights,
+        "weights_outside_bytes": outside,
+        "max_seq": engine.max_seq,
+        "kernels": len(engine.kernels),
+        "profiles": [
+            {
+                "name": profile.name,
+                "max_batch": profile.max_batch,
+                "max_length": profile.max_length,
+                "activations_bytes": profile.activations,
+                "kv_cache_bytes": row * profile.max_batch,
+                "total_bytes": profile.activations + row * profile.max_batch + engine.weights + outside,
+            }
+            for profile in engine.profiles
+        ],
+    }
+
+
+def weight_bytes(weight: Weight) -> int:
+    """Bytes of a weight as it lies in its file."""
+    return math.prod(weight.shape) * BITS[weight.dtype] // 8
+
+
+def _layers(folder: Path) -> list[dict[str, Any]]:
+    """How many layers there are of each kind and type of output, those that compute nothing left out."""
+    path = folder / "layers.json"
+    try:
+        layers = json.loads(path.read_text("utf-8"))
+        counted = Counter(
+            (layer["kind"], _types(layer["inputs"]), _types(layer["outputs"]))
+            for layer in layers
+            if layer["kind"] not in QUIET
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FolderError(f"{path}: cannot be read ({error}): build the bundle again") from error
+    names = ("kind", "inputs", "outputs", "count")
+    return [dict(zip(names, (*key, count), strict=True)) for key, count in counted.most_common()]
+
+
+def _types(tensors: list[dict[str, Any]]) -> str:
+    """The types among tensors, each once, in order."""
+    return ", ".join(dict.fromkeys(tensor["dtype"] for tensor in tensors))

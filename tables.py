@@ -1,0 +1,85 @@
+"""A folder's summary as tables on the terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show_summary(found: dict[str, Any]) -> None:
+    """Prints what `summary.summarise` found."""
+    console = Console()
+    model = found["model"]
+    built_for = f" for {found['target']}" if found["target"] else ""
+    console.print(f"[bold]{found['kind'].capitalize()}{built_for}[/], from {found['source']}", highlight=False)
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.add_row(
+        "layers",
+        f"{model['layers']}, of them {model['expert_layers']} with {model['experts']} experts "
+        f"(top {model['experts_per_token']}), {model['chunked_layers']} chunked at {model['chunk']} positions",
+    )
+    facts.add_row(
+        "sizes",
+        f"hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} kv heads of "
+        f"{model['head_dim']}, vocabulary {model['vocab_size']}, context {model['max_positions']}, {model['dtype']}",
+    )
+    cache = found["kv_cache"]
+    facts.add_row(
+        "KV cache",
+        f"{size(cache['bytes_per_token'])} a token; {size(cache['chunked_bytes_per_token'])} of it in chunked layers, "
+        "which hold one chunk at most",
+    )
+    files = found["weight_files"]
+    if files["count"]:
+        facts.add_row("weight files", f"{files['count']}, {size(files['bytes'])}, read in place")
+    if (engine := found.get("engine")) is not None:
+        facts.add_row("engine", describe_engine(engine))
+    console.print(facts, highlight=False)
+    if engine is not None:
+        console.print(profiles_table(engine))
+        console.print(layers_table(found["layers"]))
+
+
+def describe_engine(engine: dict[str, Any]) -> str:
+    """One line on an engine."""
+    gpus = ", ".join(f"sm{capability}" for capability in engine["capabilities"])
+    return (
+        f"{engine['flavour']} {engine['version']} for {gpus}; attention by {engine['attention'] or 'nothing'}, "
+        f"experts by {engine['experts'] or 'nothing'}; weights {size(engine['weights_inside_bytes'])} inside, "
+        f"{size(engine['weights_outside_bytes'])} outside; {engine['kernels']} compiled kernels"
+    )
+
+
+def profiles_table(engine: dict[str, Any]) -> Table:
+    """What each profile takes and needs."""
+    table = Table(
+        "profile", "rows", "tokens a row", "activations", "KV cache", "with weights", title="Memory on the GPU"
+    )
+    for profile in engine["profiles"]:
+        table.add_row(
+            profile["name"],
+            f"1–{profile['max_batch']}",
+            f"1–{profile['max_length']}" if profile["max_length"] > 1 else "1",
+            size(profile["activations_bytes"]),
+            size(profile["kv_cache_bytes"]),
+            size(profile["total_bytes"]),
+        )
+    return table
+
+
+def layers_table(layers: list[dict[str, Any]]) -> Table:
+    """The fused layers by kind and types."""
+    table = Table("fused layers", "kind", "types in", "types out", title="From the build log, all profiles")
+    for layer in layers:
+        table.add_row(str(layer["count"]), layer["kind"], layer["inputs"], layer["outputs"])
+    return table
+
+
+def size(count: int) -> str:
+    """Bytes for a person, in powers of 1000."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
