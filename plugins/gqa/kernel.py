@@ -8,7 +8,7 @@ Names in capitals are compile-time constants. The query heads of one kv head (GR
 head's queries is head m mod GROUP at step m div GROUP, so that all of them share the keys and values that are loaded.
 """
 
-# mypy: disable-error-code="no-untyped-def, misc"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl
@@ -179,18 +179,16 @@ def attend(
     """Attends BLOCK_M stacked queries of one kv head over the slots they see, with a running softmax in float32.
 
     Where `partial` is None a program sees all slots and writes its part of the output (Dao 2023, arXiv:2307.08691).
-    Where it is not, a program sees one of `splits` equal shares of them and leaves what it found to `combine`: normalised
-    outputs [B, K, splits, S·GROUP, D] in `partial`, the base-2 logarithms of their weights in `partial_log`.
+    Where it is not, a program sees one of `splits` equal shares of them and leaves what it found to `combine`: its
+    normalised outputs [B, K, splits, S·GROUP, D] in `partial`, base-2 logarithms of their weights in `partial_log`.
 
     `scale` is the op's, times log2(e), over `prepare`'s FOLD.
     """
     row = tl.program_id(2).to(tl.int64)
     kv_head = tl.program_id(1)
     head = row * KV_HEADS + kv_head
-    if partial is None:
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
-    else:
-        tile = tl.program_id(0) // splits
+    # Unsplit tiles run longest first, so that the short ones fill the gaps at the end.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0) if partial is None else tl.program_id(0) // splits
     rows = length * GROUP
     first = tile * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
@@ -268,14 +266,17 @@ def attend_block(
 def load_rows(
     matrix, first, end, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Rows of a matrix [_, HEAD_DIM] from `first` on; zeros from column HEAD_DIM on and, if masked, from row `end` on."""
-    row = first + tl.arange(0, ROWS)
+    """Rows of a matrix [_, HEAD_DIM] from `first` on: zeros from column HEAD_DIM on and, if masked, from row `end` on.
+
+    The matrix may have more than 2^31 elements, the tile has not, so its offsets are narrow and the same in each round.
+    """
+    row = tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_D)
-    places = matrix + row.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+    places = matrix + first.to(tl.int64) * HEAD_DIM + (row[:, None] * HEAD_DIM + dim[None, :])
     if HEAD_DIM != BLOCK_D:
-        return tl.load(places, mask=(row < end)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(places, mask=(row < end - first)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     if MASKED:
-        return tl.load(places, mask=(row < end)[:, None], other=0.0)
+        return tl.load(places, mask=(row < end - first)[:, None], other=0.0)
     return tl.load(places)
 
 
@@ -290,6 +291,7 @@ def combine(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
     """Joins the splits of one stacked query: their outputs, weighed by what each saw of the softmax's sum."""
@@ -297,13 +299,21 @@ def combine(
     kv_head = tl.program_id(1)
     m = tl.program_id(0)
     rows = length * GROUP
-    split = tl.arange(0, BLOCK_SPLITS)
     dim = tl.arange(0, BLOCK_D)
-    places = ((row * KV_HEADS + kv_head) * splits + split) * rows + m
-    log = tl.load(partial_log + places, mask=split < splits, other=float("-inf"))
-    weight = tl.exp2(log - tl.max(log, axis=0))
-    inside = (split < splits)[:, None] & (dim < HEAD_DIM)[None, :]
-    part = tl.load(partial + places[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
-    joined = tl.sum(part * weight[:, None], axis=0) / tl.sum(weight, axis=0)
+    first = (row * KV_HEADS + kv_head) * splits * rows + m
+
+    split = tl.arange(0, MOST_SPLITS)
+    log = tl.load(partial_log + first + split * rows, mask=split < splits, other=float("-inf"))
+    peak = tl.max(log, axis=0)
+    total = tl.sum(tl.exp2(log - peak), axis=0)
+    joined = tl.zeros([BLOCK_D], tl.float32)
+    for start in tl.range(0, splits, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        places = first + split * rows
+        weight = tl.exp2(tl.load(partial_log + places, mask=split < splits, other=float("-inf")) - peak)
+        inside = (split < splits)[:, None] & (dim < HEAD_DIM)[None, :]
+        part = tl.load(partial + places[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
+        joined += tl.sum(part * weight[:, None], axis=0)
+
     place = (row * length + m // GROUP) * (KV_HEADS * GROUP) + kv_head * GROUP + m % GROUP
-    tl.store(output + place * HEAD_DIM + dim, joined.to(output.dtype.element_ty), mask=dim < HEAD_DIM)
+    tl.store(output + place * HEAD_DIM + dim, (joined / total).to(output.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -20,15 +20,27 @@ from .op import Attributes
 PROGRAMS = 256
 """Programs that fill a GPU: two on each of some 130 multiprocessors."""
 
-MOST_SPLITS = 64
+MOST_SPLITS = 256
 LEAST_SLOTS = 256
 """Slots of a full cache that are worth a split."""
+
+BLOCK_SPLITS = 32
+"""Splits that `combine` reads at a time."""
+
+MOST_DIMS = 128
+"""Of a head: what the tiles of `attend` are sized for."""
 
 FP8_FROM = 89
 """Compute capability that E4M3 conversions begin with."""
 
 STEPS = 4
 """Steps that a program of `prepare` serves."""
+
+STAGES = 3
+"""Of the pipeline that loads keys and values: with fewer, nothing is loaded while the tensor cores work."""
+
+MODULE = "arriero.plugins.gqa.kernel"
+"""Where the kernels' Triton functions are."""
 
 STORED = {"int8": "i8", "fp8": "fp8e4nv"}
 LARGEST = {"none": 0, "int8": 127, "fp8": 448}
@@ -67,33 +79,28 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """How one specialisation of `attend` works: stacked queries a program, slots a step, warps, pipeline stages."""
+    """How one specialisation of `attend` works: stacked queries a program, slots a step, warps."""
 
     rows: int
     slots: int
     warps: int
-    stages: int
 
 
 Form = Literal["few", "some", "many"]
 """Specialisations of `attend` by how many queries a kv head has: `few` and `some` are split, `many` is not."""
 
 
-def tiles(capability: int) -> dict[Form, Tile]:
-    """The tiles of `attend` on one compute capability, sized to its shared memory and registers."""
-    few = Tile(rows=16, slots=64, warps=4, stages=3)
-    if capability in (90, 100):  # 227 KB of shared memory; wgmma and tcgen05 keep an operand there
-        return {
-            "few": few,
-            "some": Tile(rows=64, slots=64, warps=4, stages=3),
-            "many": Tile(rows=128, slots=64, warps=8, stages=3),
-        }
-    stages = 3 if capability == 80 else 2  # 163 KB, and 99 KB on 86, 89 and 120
-    return {
-        "few": few if capability == 80 else Tile(rows=16, slots=64, warps=4, stages=2),
-        "some": Tile(rows=64, slots=64, warps=4, stages=stages),
-        "many": Tile(rows=128, slots=64, warps=8, stages=stages),
-    }
+def tiles(capability: int, quantised: bool) -> dict[Form, Tile]:
+    """The tiles of `attend` on one compute capability: what fits its shared memory and registers with nothing spilled.
+
+    Quantised keys and values pass through registers on their way to the tensor cores, so their steps are smaller.
+    """
+    few = Tile(rows=16, slots=64, warps=4)
+    if capability // 10 in (9, 10):  # 227 KB of shared memory, from which wgmma and tcgen05 read keys and values
+        many = Tile(rows=128, slots=64 if quantised else 128, warps=8)
+        return {"few": few, "some": Tile(rows=64, slots=64, warps=4), "many": many}
+    many = Tile(rows=128, slots=32 if quantised else 64, warps=8)
+    return {"few": few, "some": Tile(rows=64, slots=32, warps=4), "many": many}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,17 +121,30 @@ class Plan:
         capability: As in 89.
 
     Raises:
-        BuildError: The GPU does not convert E4M3.
+        BuildError: There are no kernels for this geometry on this GPU.
     """
 
     def __init__(self, geometry: Geometry, capability: int) -> None:
         if geometry.cache == "fp8" and capability < FP8_FROM:
             raise BuildError(
-                f"an fp8 KV cache on compute capability {capability}: it begins with {FP8_FROM}; calibrate an int8 cache"
+                f"an fp8 KV cache needs compute capability {FP8_FROM}, found {capability}: calibrate an int8 cache"
+            )
+        if geometry.head_dim > MOST_DIMS:
+            raise BuildError(
+                f"heads of {geometry.head_dim} dimensions: the attention kernels take {MOST_DIMS}, build for the CPU"
             )
         self.geometry = geometry
-        self.tiles = tiles(capability)
-        self.kernels = (self._prepare(), *(self._attend(form) for form in self.tiles), self._combine())
+        self.tiles = tiles(capability, geometry.cache != "none")
+        self._parts = {
+            "prepare": self._prepare(),
+            **{f"attend_{form}": self._attend(form) for form in self.tiles},
+            "combine": self._combine(),
+        }
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All kernels that calls may launch."""
+        return tuple(self._parts.values())
 
     def schedule(self, batch: int, length: int, capacity: int) -> Schedule:
         """Chooses form and splits for B rows of S tokens over C slots.
@@ -140,9 +160,7 @@ class Plan:
         splits = min(max(PROGRAMS // programs, 1), MOST_SPLITS, max(capacity // LEAST_SLOTS, 1))
         return Schedule(form="many") if form == "some" and splits == 1 else Schedule(form=form, splits=splits)
 
-    def workspace(
-        self, batch: int, length: int, capacity: int, schedule: Schedule | None = None
-    ) -> dict[str, Buffer]:
+    def workspace(self, batch: int, length: int, capacity: int, schedule: Schedule | None = None) -> dict[str, Buffer]:
         """Scratch memory of a call, by the names that `launches` looks up.
 
         Args:
@@ -171,7 +189,7 @@ class Plan:
         """The launches of a call, in order.
 
         Args:
-            pointers: The op's inputs and `output` by name, and the workspace's buffers. The caches are written in place.
+            pointers: The op's inputs and `output` by name, and the workspace's. Caches are written in place.
             batch: Rows (B).
             length: Tokens of the padded piece (S).
             capacity: Slots of the cache (C).
@@ -197,15 +215,13 @@ class Plan:
         }
         if schedule.form != "many":
             grids["combine"] = rows
-        by_name = {kernel.name: kernel for kernel in self.kernels}
-        steps = [(by_name[self._name(part)], programs) for part, programs in grids.items()]
         return [
             Launch(
-                kernel=kernel.name,
+                kernel=self._parts[part].name,
                 grid=(programs, a.kv_heads, batch),
-                arguments=tuple(values[name] for name in kernel.signature),
+                arguments=tuple(values[name] for name in self._parts[part].signature),
             )
-            for kernel, programs in steps
+            for part, programs in grids.items()
         ]
 
     def _name(self, part: str) -> str:
@@ -264,7 +280,7 @@ class Plan:
             signature=signature,
             constants=constants | self._heads,
             warps=tile.warps,
-            stages=tile.stages,
+            stages=STAGES,
         )
 
     def _combine(self) -> Kernel:
@@ -273,7 +289,7 @@ class Plan:
             output=self._activations,
             **dict.fromkeys(("length", "splits"), "i32"),
         )
-        constants |= {"BLOCK_D": self._block_dim, "BLOCK_SPLITS": MOST_SPLITS}
+        constants |= {"BLOCK_D": self._block_dim, "MOST_SPLITS": MOST_SPLITS, "BLOCK_SPLITS": BLOCK_SPLITS}
         return Kernel(
             name=self._name("combine"), function="combine", signature=signature, constants=constants | self._heads
         )
@@ -307,7 +323,8 @@ class Plan:
 
 def typed(**types: str | None) -> tuple[dict[str, str], dict[str, Any]]:
     """A kernel's signature, and None for the parameters that this specialisation has not."""
-    return {name: kind for name, kind in types.items() if kind}, {name: None for name, kind in types.items() if not kind}
+    signature = {name: kind for name, kind in types.items() if kind}
+    return signature, {name: None for name in types if name not in signature}
 
 
 def cdiv(count: int, size: int) -> int:
