@@ -302,10 +302,10 @@ def combine(
     dim = tl.arange(0, BLOCK_D)
     first = (row * KV_HEADS + kv_head) * splits * rows + m
 
-    split = tl.arange(0, MOST_SPLITS)
-    log = tl.load(partial_log + first + split * rows, mask=split < splits, other=float("-inf"))
-    peak = tl.max(log, axis=0)
-    total = tl.sum(tl.exp2(log - peak), axis=0)
+    every = tl.arange(0, MOST_SPLITS)
+    logs = tl.load(partial_log + first + every * rows, mask=every < splits, other=float("-inf"))
+    peak = tl.max(logs, axis=0)
+    total = tl.sum(tl.exp2(logs - peak), axis=0)
     joined = tl.zeros([BLOCK_D], tl.float32)
     for start in tl.range(0, splits, BLOCK_SPLITS):
         split = start + tl.arange(0, BLOCK_SPLITS)
