@@ -272,7 +272,7 @@ def load_rows(
     """
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_D)
-    places = matrix + first.to(tl.int64) * HEAD_DIM + (row[:, None] * HEAD_DIM + dim[None, :])
+    places = matrix + tl.cast(first, tl.int64) * HEAD_DIM + (row[:, None] * HEAD_DIM + dim[None, :])
     if HEAD_DIM != BLOCK_D:
         return tl.load(places, mask=(row < end - first)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     if MASKED:
