@@ -41,6 +41,13 @@ MAVERICK_LIKE = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 def llama4(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Llama4ForCausalLM:
     """A random small Llama 4 of `transformers`, its weights large enough that every part matters."""
     geometry: dict[str, Any] = {

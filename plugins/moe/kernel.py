@@ -1,0 +1,486 @@
+"""Mixture-of-experts dispatch on a GPU: the Triton functions that `plan` puts in order.
+
+A pair is one token at one of its experts, number token · top_k + choice. Enter: the op's inputs as device pointers.
+Leaves: the op's output. Invariant: the number of programs follows from the number of tokens alone, and every sum has one
+fixed order, so that a call can be captured and gives the same bits again.
+
+Legend beside the house's: P pairs, M rows of a tile, K and N the depth and width of a product. Sizes are compile-time
+constants; expert numbers count from the first expert whose weights are here, and LOCAL, one past the last, is nobody.
+"""
+
+import triton
+import triton.language as tl
+
+ROUNDER = tl.constexpr(12582912.0)
+"""1.5 · 2^23: added to a float32 of less than 2^22 and taken away again, it leaves the nearest even integer."""
+
+
+@triton.jit
+def route(
+    hidden,
+    router_logits,
+    hidden_scale,
+    chosen,
+    expert_input,
+    input_scale,
+    first_expert,
+    KIND: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    LOCAL: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """One token: its experts, and what each of them takes in, [P, H], scaled by the score and quantised."""
+    token = tl.program_id(0)
+    experts_E = tl.arange(0, BLOCK_E)
+    logits_E = tl.load(router_logits + token * EXPERTS + experts_E, mask=experts_E < EXPERTS, other=float("-inf"))
+    logits_E = logits_E.to(tl.float32)
+    columns_H = tl.arange(0, BLOCK_H)
+    inside_H = columns_H < HIDDEN
+    hidden_H = tl.load(hidden + token.to(tl.int64) * HIDDEN + columns_H, mask=inside_H, other=0.0)
+    for choice in tl.static_range(TOP_K):
+        best = tl.max(logits_E, axis=0)
+        expert = tl.min(tl.where(logits_E == best, experts_E, BLOCK_E), axis=0)  # of equal logits the lower expert
+        logits_E = tl.where(experts_E == expert, float("-inf"), logits_E)
+        here = (expert >= first_expert) & (expert < first_expert + LOCAL)
+        expert = tl.where(here, expert - first_expert, LOCAL)
+        pair = token * TOP_K + choice
+        tl.store(chosen + pair, expert)
+        if here:
+            score = (1 / (1 + tl.exp(-best))).to(hidden.dtype.element_ty)
+            x_H = (hidden_H.to(tl.float32) * score.to(tl.float32)).to(hidden.dtype.element_ty)
+            store_row(x_H, expert_input, input_scale, hidden_scale, pair, expert, columns_H, inside_H, KIND, HIDDEN)
+
+
+@triton.jit
+def arrange(
+    chosen,
+    order,
+    tile_expert,
+    pairs,
+    tiles,
+    LOCAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """One expert: its pairs in their order, as whole tiles of BLOCK_M rows behind the tiles of the experts before it.
+
+    Leaves the pair of each row, `pairs` where a tile's end is empty, and the expert of each tile, LOCAL behind the last.
+    """
+    expert = tl.program_id(0)
+    experts_E = tl.arange(0, BLOCK_E)
+    places_P = tl.arange(0, BLOCK_P)
+    counts_E = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, pairs, BLOCK_P):
+        inside_P = start + places_P < pairs
+        chosen_P = tl.load(chosen + start + places_P, mask=inside_P, other=LOCAL)
+        counts_E += tl.histogram(chosen_P, BLOCK_E, mask=inside_P)
+    counts_E = tl.where(experts_E < LOCAL, counts_E, 0)
+    tiles_E = (counts_E + BLOCK_M - 1) // BLOCK_M
+    first = tl.sum(tl.where(experts_E < expert, tiles_E, 0), axis=0)
+    behind = first + tl.sum(tl.where(experts_E == expert, tiles_E, 0), axis=0)
+
+    place = first * BLOCK_M
+    for start in range(0, pairs, BLOCK_P):
+        pairs_P = start + places_P
+        mine_P = tl.load(chosen + pairs_P, mask=pairs_P < pairs, other=LOCAL) == expert
+        rank_P = tl.cumsum(mine_P.to(tl.int32), axis=0)
+        tl.store(order + place + rank_P - 1, pairs_P, mask=mine_P)
+        place += tl.sum(mine_P.to(tl.int32), axis=0)
+    rows_M = tl.arange(0, BLOCK_M)
+    tl.store(order + place + rows_M, pairs + tl.zeros([BLOCK_M], tl.int32), mask=place + rows_M < behind * BLOCK_M)
+
+    for start in range(first, behind, BLOCK_P):
+        tl.store(tile_expert + start + places_P, expert, mask=start + places_P < behind)
+    if expert == LOCAL - 1:
+        for start in range(behind, tiles, BLOCK_P):
+            tl.store(tile_expert + start + places_P, LOCAL, mask=start + places_P < tiles)
+
+
+@triton.jit
+def gate_and_up(
+    x,
+    x_scale,
+    weight,
+    weight_scale,
+    activated_scale,
+    order,
+    tile_expert,
+    output,
+    pairs,
+    tiles,
+    KIND: tl.constexpr,
+    STATIC: tl.constexpr,
+    GROUP: tl.constexpr,
+    LOCAL: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """One tile of up · silu(gate), [P, I]: WIDTH is I, and the up columns of the weight lie WIDTH behind the gate's.
+
+    Quantised where the scale is static; a token's own scale needs its whole row first.
+    """
+    tile, column = tile_and_column(tiles, (WIDTH + BLOCK_N - 1) // BLOCK_N)
+    expert, rows_M, inside_M = arranged_rows(order, tile_expert, tile, pairs, BLOCK_M)
+    if expert == LOCAL:
+        return
+    weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, 2 * WIDTH)
+    gate_MN = zero(KIND, BLOCK_M, BLOCK_N)
+    up_MN = zero(KIND, BLOCK_M, BLOCK_N)
+    for start in tl.range(0, DEPTH, BLOCK_K):
+        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K, EVEN)
+        gate_MN = add_product(
+            gate_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, 2 * WIDTH, BLOCK_N, EVEN
+        )
+        up_MN = add_product(
+            up_MN, x_MK, weight, weight_scale, start, column, WIDTH, KIND, GROUP, DEPTH, WIDTH, 2 * WIDTH, BLOCK_N, EVEN
+        )
+    columns_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_N = columns_N < WIDTH
+    gate_MN = scaled(gate_MN, x_scale, weight_scale, expert, rows_M, columns_N, inside_N, KIND, STATIC, GROUP)
+    up_MN = scaled(up_MN, x_scale, weight_scale, expert, rows_M, WIDTH + columns_N, inside_N, KIND, STATIC, GROUP)
+    activated_MN = up_MN * silu(gate_MN)
+    if STATIC:
+        activated_MN = quantised(activated_MN, tl.load(activated_scale + expert), KIND)
+    store_tile(activated_MN, output, rows_M, inside_M, columns_N, inside_N, WIDTH)
+
+
+@triton.jit
+def product(
+    x,
+    x_scale,
+    weight,
+    weight_scale,
+    order,
+    tile_expert,
+    output,
+    pairs,
+    tiles,
+    KIND: tl.constexpr,
+    STATIC: tl.constexpr,
+    GROUP: tl.constexpr,
+    LOCAL: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """One tile of x · weight of its rows' expert, [P, N]."""
+    tile, column = tile_and_column(tiles, (WIDTH + BLOCK_N - 1) // BLOCK_N)
+    expert, rows_M, inside_M = arranged_rows(order, tile_expert, tile, pairs, BLOCK_M)
+    if expert == LOCAL:
+        return
+    weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, WIDTH)
+    total_MN = zero(KIND, BLOCK_M, BLOCK_N)
+    for start in tl.range(0, DEPTH, BLOCK_K):
+        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K, EVEN)
+        total_MN = add_product(
+            total_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, WIDTH, BLOCK_N, EVEN
+        )
+    columns_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_N = columns_N < WIDTH
+    total_MN = scaled(total_MN, x_scale, weight_scale, expert, rows_M, columns_N, inside_N, KIND, STATIC, GROUP)
+    store_tile(total_MN, output, rows_M, inside_M, columns_N, inside_N, WIDTH)
+
+
+@triton.jit
+def few_products(
+    x,
+    x_scale,
+    weight,
+    weight_scale,
+    chosen,
+    parts,
+    pairs,
+    KIND: tl.constexpr,
+    STATIC: tl.constexpr,
+    GROUP: tl.constexpr,
+    LOCAL: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """PART rows of a weight times all pairs of one expert, float32 [parts, P, N], where all pairs fit into one tile.
+
+    The program of an expert's first pair does the work of all of its pairs, so that each weight is read once.
+    """
+    column = tl.program_id(0)
+    part = tl.program_id(1)
+    pair = tl.program_id(2)
+    rows_M = tl.arange(0, BLOCK_M)
+    experts_M = tl.load(chosen + rows_M, mask=rows_M < pairs, other=LOCAL)
+    expert = tl.load(chosen + pair)
+    inside_M = experts_M == expert
+    earlier = tl.sum((inside_M & (rows_M < pair)).to(tl.int32), axis=0)
+    if (expert == LOCAL) | (earlier > 0):
+        return
+    rows_M = tl.where(inside_M, rows_M, pair)
+    weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, WIDTH)
+    total_MN = zero(KIND, BLOCK_M, BLOCK_N)
+    for start in tl.range(part * PART, part * PART + PART, BLOCK_K):
+        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K, EVEN)
+        total_MN = add_product(
+            total_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, WIDTH, BLOCK_N, EVEN
+        )
+    columns_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_N = columns_N < WIDTH
+    total_MN = scaled(total_MN, x_scale, weight_scale, expert, rows_M, columns_N, inside_N, KIND, STATIC, GROUP)
+    store_tile(total_MN, parts, part * pairs + rows_M, inside_M, columns_N, inside_N, WIDTH)
+
+
+@triton.jit
+def activate(
+    parts,
+    chosen,
+    activated_scale,
+    activated,
+    activated_row_scale,
+    pairs,
+    KIND: tl.constexpr,
+    LOCAL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """One pair's up · silu(gate), or a block of it, from the parts of its products [parts, P, 2I]."""
+    pair = tl.program_id(0)
+    expert = tl.load(chosen + pair)
+    if expert == LOCAL:
+        return
+    columns_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    inside_I = columns_I < WIDTH
+    gate_I = tl.zeros([BLOCK_I], tl.float32)
+    up_I = tl.zeros([BLOCK_I], tl.float32)
+    for part in tl.static_range(PARTS):
+        row = parts + (part * pairs + pair).to(tl.int64) * (2 * WIDTH)
+        gate_I += tl.load(row + columns_I, mask=inside_I, other=0.0)
+        up_I += tl.load(row + WIDTH + columns_I, mask=inside_I, other=0.0)
+    x_I = up_I * silu(gate_I)
+    store_row(x_I, activated, activated_row_scale, activated_scale, pair, expert, columns_I, inside_I, KIND, WIDTH)
+
+
+@triton.jit
+def quantise_rows(
+    wide,
+    chosen,
+    activated,
+    activated_row_scale,
+    KIND: tl.constexpr,
+    LOCAL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """One pair's activated intermediate, quantised by its own scale."""
+    pair = tl.program_id(0)
+    expert = tl.load(chosen + pair)
+    if expert == LOCAL:
+        return
+    columns_I = tl.arange(0, BLOCK_I)
+    inside_I = columns_I < WIDTH
+    x_I = tl.load(wide + pair.to(tl.int64) * WIDTH + columns_I, mask=inside_I, other=0.0)
+    store_row(x_I, activated, activated_row_scale, None, pair, expert, columns_I, inside_I, KIND, WIDTH)
+
+
+@triton.jit
+def combine(
+    parts,
+    chosen,
+    output,
+    pairs,
+    LOCAL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One token's output, or a block of it: its experts' outputs, each in parts, added in order in float32."""
+    token = tl.program_id(0)
+    columns_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside_H = columns_H < WIDTH
+    total_H = tl.zeros([BLOCK_H], tl.float32)
+    for choice in tl.static_range(TOP_K):
+        pair = token * TOP_K + choice
+        if tl.load(chosen + pair) != LOCAL:
+            for part in tl.static_range(PARTS):
+                row = parts + (part * pairs + pair).to(tl.int64) * WIDTH
+                total_H += tl.load(row + columns_H, mask=inside_H, other=0.0).to(tl.float32)
+    tl.store(output + token.to(tl.int64) * WIDTH + columns_H, total_H.to(output.dtype.element_ty), mask=inside_H)
+
+
+@triton.jit
+def tile_and_column(tiles, columns):
+    """Which tile of rows and which of columns a program has; eight tiles of rows take each weight from the L2 cache."""
+    program = tl.program_id(0)
+    first = program // (8 * columns) * 8
+    height = tl.minimum(tiles - first, 8)
+    within = program % (8 * columns)
+    return first + within % height, within // height
+
+
+@triton.jit
+def arranged_rows(order, tile_expert, tile, pairs, BLOCK_M: tl.constexpr):
+    """A tile's expert and pairs; rows of no pair repeat pair 0, and are not inside."""
+    expert = tl.load(tile_expert + tile)
+    rows_M = tl.load(order + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    inside_M = rows_M < pairs
+    return expert, tl.where(inside_M, rows_M, 0), inside_M
+
+
+@triton.jit
+def of_expert(
+    weight, weight_scale, expert, KIND: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr
+):
+    """Where an expert's weight [K, N] and its scales [K / group, N] begin; `int4` has two weights a byte."""
+    size: tl.constexpr = DEPTH * N // 2 if KIND == "int4" else DEPTH * N
+    weight += expert.to(tl.int64) * size
+    if KIND != "none":
+        weight_scale += expert.to(tl.int64) * ((DEPTH // GROUP if GROUP else 1) * N)
+    return weight, weight_scale
+
+
+@triton.jit
+def zero(KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """An empty sum of products."""
+    return tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if KIND == "int8" else tl.float32)
+
+
+@triton.jit
+def load_x(x, rows_M, start, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
+    """A tile [M, K] of the left operand."""
+    depths_K = start + tl.arange(0, BLOCK_K)
+    places_MK = rows_M.to(tl.int64)[:, None] * DEPTH + depths_K[None, :]
+    if EVEN:
+        return tl.load(x + places_MK)
+    return tl.load(x + places_MK, mask=depths_K[None, :] < DEPTH, other=0.0)
+
+
+@triton.jit
+def add_product(
+    total_MN,
+    x_MK,
+    weight,
+    weight_scale,
+    start,
+    column,
+    shift: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Adds x · weight over one step of K, the columns being WIDTH of STRIDE from `shift` on.
+
+    The integers of `int4` are exact in the model's type; a group's scale multiplies its float32 product.
+    """
+    BLOCK_K: tl.constexpr = x_MK.shape[1]
+    PACK: tl.constexpr = 2 if KIND == "int4" else 1
+    depths_K = start + tl.arange(0, BLOCK_K)
+    columns_N = column * (BLOCK_N // PACK) + tl.arange(0, BLOCK_N // PACK)
+    places_KN = depths_K[:, None] * (STRIDE // PACK) + (shift // PACK + columns_N)[None, :]
+    if EVEN:
+        weight_KN = tl.load(weight + places_KN)
+    else:
+        inside_KN = (depths_K < DEPTH)[:, None] & (columns_N < WIDTH // PACK)[None, :]
+        weight_KN = tl.load(weight + places_KN, mask=inside_KN, other=0.0)
+    if KIND == "int8":
+        return tl.dot(x_MK, weight_KN, total_MN, out_dtype=tl.int32)
+    elif KIND == "fp8":
+        return tl.dot(x_MK, weight_KN, total_MN, max_num_imprecise_acc=BLOCK_K)
+    elif KIND == "int4":
+        weight_KN = unpacked(weight_KN).to(x_MK.dtype)
+        if GROUP == 0:
+            return tl.dot(x_MK, weight_KN, total_MN)
+        wide_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        scale_N = tl.load(weight_scale + start // GROUP * STRIDE + shift + wide_N, mask=wide_N < WIDTH, other=0.0)
+        return total_MN + tl.dot(x_MK, weight_KN) * scale_N[None, :]
+    else:
+        return tl.dot(x_MK, weight_KN, total_MN)
+
+
+@triton.jit
+def unpacked(bytes_KN):
+    """Signed integers of four bits, [K, 2N], from bytes [K, N]: the first of two in the low half."""
+    low_KN = (bytes_KN << 4).to(tl.int8, bitcast=True) >> 4
+    high_KN = bytes_KN.to(tl.int8, bitcast=True) >> 4
+    return tl.interleave(low_KN, high_KN)
+
+
+@triton.jit
+def scaled(
+    total_MN,
+    x_scale,
+    weight_scale,
+    expert,
+    rows_M,
+    columns_N,
+    inside_N,
+    KIND: tl.constexpr,
+    STATIC: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A product in float32 under the scales that hold over all of its depth."""
+    total_MN = total_MN.to(tl.float32)
+    if (KIND != "none") and (GROUP == 0):
+        total_MN *= tl.load(weight_scale + columns_N, mask=inside_N, other=0.0)[None, :]
+    if (KIND == "int8") or (KIND == "fp8"):
+        if STATIC:
+            total_MN *= tl.load(x_scale + expert)
+        else:
+            total_MN *= tl.load(x_scale + rows_M)[:, None]
+    return total_MN
+
+
+@triton.jit
+def store_tile(x_MN, output, rows_M, inside_M, columns_N, inside_N, WIDTH: tl.constexpr):
+    """Stores those rows and columns of a tile that are inside."""
+    places_MN = rows_M.to(tl.int64)[:, None] * WIDTH + columns_N[None, :]
+    tl.store(output + places_MN, x_MN.to(output.dtype.element_ty), mask=inside_M[:, None] & inside_N[None, :])
+
+
+@triton.jit
+def store_row(
+    x_N, output, row_scale, static_scale, row, expert, columns_N, inside_N, KIND: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Stores a row, or a block of it, as the next product takes it in: quantised by its expert's scale or by its own."""
+    if (KIND == "int8") or (KIND == "fp8"):
+        x_N = x_N.to(tl.float32)
+        if static_scale is None:
+            LARGEST: tl.constexpr = 127.0 if KIND == "int8" else 448.0
+            largest = tl.max(tl.abs(x_N), axis=0)
+            scale = tl.where(largest == 0, 1.0, largest / LARGEST)
+            tl.store(row_scale + row, scale)
+        else:
+            scale = tl.load(static_scale + expert)
+        x_N = quantised(x_N, scale, KIND)
+    tl.store(output + row.to(tl.int64) * WIDTH + columns_N, x_N.to(output.dtype.element_ty), mask=inside_N)
+
+
+@triton.jit
+def quantised(x, scale, KIND: tl.constexpr):
+    """Values of x / scale within the stored type's range, still in float32: whole numbers in `int8`."""
+    x = tl.div_rn(x, tl.zeros_like(x) + scale)
+    if KIND == "int8":
+        return tl.clamp(x, -128.0, 127.0) + ROUNDER - ROUNDER
+    return tl.clamp(x, -448.0, 448.0)
+
+
+@triton.jit
+def silu(x):
+    """The sigmoid-weighted linear unit."""
+    return x / (1 + tl.exp(-x))

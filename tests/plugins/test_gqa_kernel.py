@@ -1,0 +1,281 @@
+"""The Triton kernels of grouped-query attention: interpreted, compiled ahead of time, and on a GPU if there is one."""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from gqa_calls import FORMS, Arrays, geometry_of, inputs_of, interpret, meaning_of, shapes_of
+from triton_interpreter import Interpreter, to_numpy, to_torch
+
+from arriero.errors import BuildError
+from arriero.plugins import kernels
+from arriero.plugins.gqa import kernel
+from arriero.plugins.gqa.cases import CASES, QUANTISED_CASES, Case
+from arriero.plugins.gqa.op import Attributes
+from arriero.plugins.gqa.plan import Geometry, Plan, Schedule
+from arriero.plugins.launch import Driver, Kernel, Kernels
+from arriero.plugins.quantisation import quantise
+
+FEW, SOME, MANY = FORMS
+CHUNKED = Attributes(heads=40, kv_heads=8, scale=128**-0.5, chunk=8192, qk_norm_eps=1e-5)
+FULL = Attributes(heads=40, kv_heads=8, scale=128**-0.5, temperature_scale=0.1, temperature_floor=8192.0)
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications)."""
+
+
+def named(name: str) -> Case:
+    return next(case for case in CASES + QUANTISED_CASES if case.name == name)
+
+
+def plan_of(attributes: Attributes = CHUNKED, cache: Any = "none", capability: int = 90, **other: Any) -> Plan:
+    given = {"head_dim": 128, "rope": attributes.chunk > 0, "dtype": "bf16", **other}
+    return Plan(Geometry(attributes=attributes, cache=cache, **given), capability)
+
+
+def worst_differences(found: Arrays, expected: Arrays) -> dict[str, float]:
+    return {name: float(np.abs(found[name] - expected[name]).max()) for name in expected}
+
+
+def share_that_differs(found: Arrays, expected: Arrays) -> float:
+    return max(float(np.mean(found[name] != expected[name])) for name in ("key_cache", "value_cache"))
+
+
+@pytest.mark.parametrize("schedule", [FEW, MANY], ids=lambda schedule: schedule.form)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_kernels_equal_the_meaning(interpreter: Interpreter, case: Case, schedule: Schedule) -> None:
+    inputs = inputs_of(case, np.float32)
+    found = interpret(interpreter, case, inputs, "bf16", schedule)
+    assert max(worst_differences(found, meaning_of(case, inputs)).values()) < 3e-6
+
+
+@pytest.mark.parametrize("schedule", [FEW, MANY], ids=lambda schedule: schedule.form)
+@pytest.mark.parametrize("case", QUANTISED_CASES, ids=lambda case: case.name)
+def test_the_kernels_over_quantised_caches_equal_the_meaning(
+    interpreter: Interpreter, case: Case, schedule: Schedule
+) -> None:
+    inputs = inputs_of(case, np.float32)
+    found, expected = interpret(interpreter, case, inputs, "bf16", schedule), meaning_of(case, inputs)
+    differing = share_that_differs(found, expected)
+    assert differing < 2e-3  # a value on the border of two steps falls to either side
+    assert worst_differences(found, expected)["output"] < (2e-2 if differing else 3e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "later piece, chunked",
+        "ragged pieces, full",
+        "wide heads, far position",
+        "int8 cache, ragged pieces with slack for pads",
+        "fp8 cache, head dim that is no multiple of 8",
+    ],
+)
+def test_the_kernels_round_as_float16_does(interpreter: Interpreter, name: str) -> None:
+    inputs = inputs_of(named(name), np.float16)
+    for schedule in (None, SOME):
+        found = interpret(interpreter, named(name), inputs, "fp16", schedule)
+        expected = meaning_of(named(name), inputs)
+        assert worst_differences(found, expected)["output"] < 4e-3
+        if named(name).cache == "none":
+            assert max(worst_differences(found, expected).values()) < 4e-3
+        else:
+            assert share_that_differs(found, expected) < 2e-2
+
+
+def test_angles_are_exact_at_the_last_position_of_scout(interpreter: Interpreter) -> None:
+    far = dataclasses.replace(named("wide heads, far position"), past=(10_485_757,))
+    inputs = inputs_of(far, np.float32)
+    found = interpret(interpreter, far, inputs, "bf16")
+    assert max(worst_differences(found, meaning_of(far, inputs)).values()) < 3e-6
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_ties_round_to_even_and_what_is_too_large_saturates(interpreter: Interpreter, kind: Any) -> None:
+    if kind == "int8":
+        values = np.arange(-140, 140, 0.5)
+    else:
+        held = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        halves = np.concatenate([held, (held[1:] + held[:-1]) / 2, [449, 464, 470, 1e4]])
+        values = np.concatenate([halves, -halves])
+    values = np.resize(values, (1, -(-values.size // 8), 8)).astype(np.float32)
+    length = values.shape[1]
+    attributes = Attributes(heads=1, kv_heads=1, scale=1.0)
+    case = Case(name=kind, attributes=attributes, past=(0,), length=length, capacity=length, rope=False, cache=kind)
+    inputs = {**inputs_of(case, np.float32), "value": values, "value_scale": np.ones((1, 8), dtype=np.float32)}
+    found = interpret(interpreter, case, inputs, "bf16")["value_cache"]
+    assert np.array_equal(found[0], quantise(values, 1.0, kind).astype(np.float64))
+
+
+def test_the_plan_fills_a_gpu_whatever_the_shapes() -> None:
+    plan = plan_of()
+    assert plan.schedule(1, 1, 8192) == Schedule(form="few", splits=32)
+    assert plan.schedule(4, 1, 8192) == Schedule(form="few", splits=8)
+    assert plan.schedule(100, 1, 8192) == Schedule(form="few", splits=1)
+    assert plan.schedule(1, 64, 8192) == Schedule(form="some", splits=6)
+    assert plan.schedule(1, 8192, 8192) == Schedule(form="many")
+    assert plan.schedule(1, 7, 128) == Schedule(form="many")
+    alone = plan_of(Attributes(heads=5, kv_heads=1, scale=1.0))
+    assert alone.schedule(1, 1, 1 << 20) == Schedule(form="few", splits=256)
+
+
+def test_scratch_memory_stays_small_against_the_cache() -> None:
+    plan = plan_of()
+    for batch, length in ((1, 1), (32, 1), (1, 64), (2, 300), (1, 8192)):
+        partial = plan.workspace(batch, length, 8192).get("partial")
+        assert partial is None or partial.size <= 64 << 20
+
+
+def test_kernels_of_one_name_are_one_kernel() -> None:
+    by_name: dict[str, Kernel] = {}
+    for attributes in (CHUNKED, FULL, dataclasses.replace(CHUNKED, chunk=4096, scale=0.1, qk_norm_eps=1e-6)):
+        for cache in ("none", "int8", "fp8"):
+            for each in plan_of(attributes, cache).kernels:
+                assert by_name.setdefault(each.name, each) == each
+    assert len(by_name) == 2 * 3 + 3 * 3 + 1  # prepare for two kinds of layer; attend; combine
+
+
+def test_the_plan_refuses_what_it_has_no_kernels_for() -> None:
+    with pytest.raises(BuildError, match="needs compute capability 89, found 80: calibrate an int8 cache"):
+        plan_of(cache="fp8", capability=80)
+    with pytest.raises(BuildError, match="heads of 256 dimensions"):
+        plan_of(head_dim=256)
+
+
+def test_the_plan_needs_no_library() -> None:
+    code = "import sys, arriero.plugins.gqa.plan\nprint({'triton', 'torch', 'onnx', 'numpy'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.strip() == "set()"
+
+
+@pytest.mark.parametrize("cache", ["none", "int8", "fp8"])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_llama_4s_kernels_compile_without_spills(capability: int, cache: str) -> None:
+    if cache == "fp8" and capability < 89:
+        return  # refused, as another test sees
+    matrix = {90: "wgmma", 100: "tcgen05"}.get(capability, "mma.sync")
+    compiled = {each.name: each for layer in (CHUNKED, FULL) for each in plan_of(layer, cache, capability).kernels}
+    for name, each in compiled.items():
+        built = kernels.compile_kernel(kernel, each, capability)
+        used = kernels.usage(built)
+        assert used.spilled == 0, name
+        assert built.binary.shared <= SHARED[capability] * 1024, name
+        if "some" in name or "many" in name:
+            assert used.matrix_instructions, name
+            assert all(matrix in instruction for instruction in used.matrix_instructions), name
+        elif "few" in name:
+            assert all("mma.sync" in instruction for instruction in used.matrix_instructions), name
+
+
+LARGE_CHUNKED = dataclasses.replace(CHUNKED, heads=10, kv_heads=2)
+LARGE_FULL = dataclasses.replace(FULL, heads=10, kv_heads=2)
+LARGE_CASES = [
+    Case(name=f"{name}, {cache}", attributes=attributes, head_dim=128, cache=cache, **shapes)  # type: ignore[arg-type]
+    for cache in ("none", "int8", "fp8")
+    for name, attributes, shapes in (
+        ("decode in chunks", LARGE_CHUNKED, {"past": (0, 4000, 32_767), "length": 1, "capacity": 8192}),
+        ("first piece", LARGE_CHUNKED, {"past": (0,), "length": 700, "capacity": 8192}),
+        ("later pieces", LARGE_CHUNKED, {"past": (3000, 8192), "length": 130, "capacity": 8192}),
+        ("decode, full", LARGE_FULL, {"past": (60_000, 17), "length": 1, "capacity": 65_536, "rope": False}),
+    )
+]
+
+
+@functools.cache
+def built_for_this_gpu(case_geometry: Geometry, capability: int, folder: Path) -> tuple[Plan, Kernels]:
+    """The plan of a geometry with its kernels compiled and loaded."""
+    plan = Plan(case_geometry, capability)
+    torch.zeros(1, device="cuda")  # makes torch's context the current one
+    binaries = []
+    for each in plan.kernels:
+        compiled = kernels.compile_kernel(kernel, each, capability)
+        (folder / compiled.binary.file).write_bytes(compiled.cubin)
+        binaries.append(compiled.binary)
+    return plan, Kernels(Driver(), folder, binaries)
+
+
+class Call:
+    """One call on the GPU: its tensors, and what launches it."""
+
+    def __init__(self, case: Case, inputs: Arrays, dtype: str, folder: Path, schedule: Schedule | None = None) -> None:
+        major, minor = torch.cuda.get_device_capability()
+        if case.cache == "fp8" and major * 10 + minor < 89:
+            pytest.skip("this GPU has no E4M3")
+        plan, self.kernels = built_for_this_gpu(geometry_of(case, dtype), major * 10 + minor, folder)
+        self.stored = {name: inputs[name].dtype for name in ("key_cache", "value_cache")}
+        self.tensors = {name: to_torch(array).cuda() for name, array in inputs.items()}
+        self.tensors["output"] = torch.full_like(self.tensors["query"], torch.nan)
+        types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        for name, buffer in plan.workspace(*shapes_of(case), schedule).items():
+            self.tensors[name] = torch.full(buffer.shape, torch.nan, dtype=types[buffer.dtype], device="cuda")
+        pointers = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+        self.launches = plan.launches(pointers, *shapes_of(case), schedule)
+
+    def launch(self) -> None:
+        for launch in self.launches:
+            self.kernels.launch(launch, torch.cuda.current_stream().cuda_stream)
+
+    def results(self) -> Arrays:
+        torch.cuda.synchronize()
+        caches = {name: to_numpy(self.tensors[name].cpu(), dtype) for name, dtype in self.stored.items()}
+        output = self.tensors["output"].double().cpu().numpy()
+        return {"output": output, **{name: cache.astype(np.float64) for name, cache in caches.items()}}
+
+
+def assert_close(found: Arrays, expected: Arrays, case: Case, dtype: str) -> None:
+    """That the GPU's results are the meaning's, as far as the type's rounding lets them be."""
+    unit = 2.0**-8 if dtype == "bf16" else 2.0**-11
+    assert worst_differences(found, expected)["output"] < (8 * unit if case.cache == "none" else 5e-2)
+    assert np.array_equal(found["value_cache"], expected["value_cache"]) or case.cache != "none"
+    key, expected_key = found["key_cache"], expected["key_cache"]
+    if case.cache == "none":
+        assert np.all(np.abs(key - expected_key) <= 3 * unit * np.maximum(np.abs(expected_key), 1))
+        return
+    # A key is rounded to the model's type before it is quantised, which may take it one step further.
+    step = 1 if case.cache == "int8" else np.maximum(np.abs(expected_key) / 8, 2.0**-9)
+    assert np.all(np.abs(key - expected_key) <= step)
+    assert np.mean(key != expected_key) < 0.1
+    assert np.mean(found["value_cache"] != expected["value_cache"]) < 2e-3
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cubins")
+
+
+TYPES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("case", [*CASES, *QUANTISED_CASES, *LARGE_CASES], ids=lambda case: case.name)
+def test_a_gpu_computes_what_the_op_means(case: Case, dtype: str, cubins: Path) -> None:
+    inputs = inputs_of(case, TYPES[dtype])
+    expected = meaning_of(case, inputs)
+    for schedule in (None, *FORMS):
+        call = Call(case, inputs, dtype, cubins, schedule)
+        call.launch()
+        assert_close(call.results(), expected, case, dtype)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_serves_rows_of_any_length(cubins: Path) -> None:
+    case = named("decode, full, ragged")
+    call = Call(case, inputs_of(case, ml_dtypes.bfloat16), "bf16", cubins)
+    call.launch()  # loads what the driver loads lazily
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call.launch()
+    other = dataclasses.replace(case, past=(47, 0, 9, 30, 2))
+    inputs = inputs_of(other, ml_dtypes.bfloat16)
+    for name, array in inputs.items():
+        call.tensors[name].copy_(to_torch(array))
+    graph.replay()
+    assert_close(call.results(), meaning_of(other, inputs), other, "bf16")

@@ -1,0 +1,61 @@
+"""Calls of grouped-query attention's kernels over the op's cases, for tests and for the table of kernels."""
+
+from typing import Any
+
+import numpy as np
+from triton_interpreter import Interpreter
+
+from arriero.plugins.gqa.cases import Case
+from arriero.plugins.gqa.meaning import grouped_query_attention
+from arriero.plugins.gqa.plan import MODULE, Geometry, Plan, Schedule
+
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
+
+FORMS = (Schedule(form="few", splits=3), Schedule(form="some", splits=2), Schedule(form="many"))
+"""Every form of `attend`, for calls too small to get it from the plan."""
+
+WIDTHS = {"bf16": np.float32, "fp16": np.float16, "fp32": np.float32}
+"""What stands for each type in the interpreter, which multiplies bfloat16 wrongly."""
+
+
+def geometry_of(case: Case, dtype: str) -> Geometry:
+    return Geometry(
+        attributes=case.attributes, head_dim=case.head_dim, rope=case.rope, dtype=dtype, cache=case.cache
+    )  # fmt: skip
+
+
+def inputs_of(case: Case, dtype: Any) -> Arrays:
+    """The op's inputs, activations and caches of that type rounded to it."""
+    names = ("query", "key", "value", "key_cache", "value_cache")
+    return {
+        name: array.astype(dtype) if name in names and array.dtype == np.float32 else array
+        for name, array in case.inputs().items()
+        if array is not None
+    }
+
+
+def meaning_of(case: Case, inputs: Arrays) -> Arrays:
+    given: dict[str, Any] = {"inv_freq": None, **inputs}
+    outputs = grouped_query_attention(**given, attributes=case.attributes)
+    return dict(zip(("output", "key_cache", "value_cache"), outputs, strict=True))
+
+
+def shapes_of(case: Case) -> tuple[int, int, int]:
+    return len(case.past), case.length, case.capacity
+
+
+def interpret(
+    interpreter: Interpreter, case: Case, inputs: Arrays, dtype: str, schedule: Schedule | None = None
+) -> Arrays:
+    """Output and caches as the kernels leave them, in float64; what they must write is NaN before."""
+    plan = Plan(geometry_of(case, dtype), 90)
+    buffers = plan.workspace(*shapes_of(case), schedule)
+    arrays = {
+        **inputs,
+        "output": np.full_like(inputs["query"], np.nan),
+        **{name: np.full(buffer.shape, np.nan, WIDTHS[buffer.dtype]) for name, buffer in buffers.items()},
+    }
+    launches = plan.launches({name: name for name in arrays}, *shapes_of(case), schedule)
+    after = interpreter.run(MODULE, plan.kernels, launches, arrays)
+    return {name: after[name].astype(np.float64) for name in ("output", "key_cache", "value_cache")}
