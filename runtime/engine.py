@@ -6,6 +6,7 @@ past and present are one address.
 
 import hashlib
 import importlib
+import itertools
 import math
 import mmap
 from collections.abc import Callable, Mapping
@@ -47,6 +48,8 @@ class EngineDecoder:
         self.trt, self.device, self.engine, self.weights = trt, device, engine, weights
         self.about, self.spec = folder.engine, folder.model
         self.contexts = [self._context(index) for index in range(len(self.about.profiles))]
+        self.bindings = itertools.count()
+        self.bound: dict[int, tuple[int, object]] = {}
 
     @property
     def longest(self) -> int:
@@ -100,6 +103,7 @@ class EngineBinding:
 
     def __init__(self, decoder: EngineDecoder, caches: EngineCaches, rows: slice) -> None:
         self.decoder, self.caches, self.rows = decoder, caches, rows
+        self.number = next(decoder.bindings)
         batch, vocabulary = rows.stop - rows.start, decoder.spec.vocab_size
         last = decoder.about.profiles[-1]
         sizes = {
@@ -132,18 +136,23 @@ class EngineBinding:
         if single and self.replay is not None:
             self.replay()
         else:
-            self._run(self.decoder.contexts[0 if single else -1], inputs)
+            profile = 0 if single else len(self.decoder.contexts) - 1
+            context = self._bound({name: array.shape for name, array in inputs.items()}, profile)
+            self._enqueue(context)
             if single and self.decoder.about.flavour == "tensorrt":
-                context = self.decoder.contexts[0]
                 self.replay = device.capture(lambda: self._enqueue(context))
         batch, count = positions_BR.shape
         logits = np.empty((batch, count, self.decoder.spec.vocab_size), dtype=np.float32)
         device.download(self.buffers["logits"].address, logits)
         return logits
 
-    def _run(self, context: Any, inputs: Mapping[str, NDArray[Any]]) -> None:
-        for name, array in inputs.items():
-            context.set_input_shape(name, array.shape)
+    def _bound(self, shapes: dict[str, tuple[int, ...]], profile: int) -> Any:
+        """The profile's context with this binding's shapes and addresses; set anew only where others were."""
+        context = self.decoder.contexts[profile]
+        if self.decoder.bound.get(profile) == (self.number, shapes):
+            return context
+        for name, shape in shapes.items():
+            context.set_input_shape(name, shape)
         for name, memory in self.buffers.items():
             context.set_tensor_address(name, memory.address)
         for each in self.decoder.about.caches:
@@ -151,7 +160,8 @@ class EngineBinding:
             context.set_input_shape(f"past.{each.name}", (self.rows.stop - self.rows.start, *each.shape))
             context.set_tensor_address(f"past.{each.name}", first)
             context.set_tensor_address(f"present.{each.name}", first)
-        self._enqueue(context)
+        self.decoder.bound[profile] = (self.number, shapes)
+        return context
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self.decoder.device.stream):

@@ -11,7 +11,7 @@ from ..launch import Buffer, Launch
 from ..tensorrt import PluginOp, Tensor
 from . import op
 from .op import Attributes
-from .plan import Geometry, Plan
+from .plan import MODULE, Geometry, Plan
 
 CACHES = {"i8": "int8", "fp8e4nv": "fp8"}
 
@@ -80,5 +80,5 @@ PLUGIN = PluginOp(
     in_place=(-1, 3, 4),
     accepts=accepts,
     call=Call,
-    kernels=f"{__package__}.kernel",
+    kernels=MODULE,
 )

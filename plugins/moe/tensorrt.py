@@ -7,7 +7,7 @@ from ..launch import Buffer, Launch
 from ..tensorrt import PluginOp, Tensor
 from . import op
 from .op import Attributes
-from .plan import Geometry, Plan
+from .plan import MODULE, Geometry, Plan
 
 STORED = {"int8": "i8", "fp8": "fp8e4nv", "int4": "i4"}
 
@@ -66,5 +66,5 @@ PLUGIN = PluginOp(
     in_place=(-1,),
     accepts=accepts,
     call=Call,
-    kernels=f"{__package__}.kernel",
+    kernels=MODULE,
 )

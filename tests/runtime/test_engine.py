@@ -1,0 +1,137 @@
+"""A session on a TensorRT engine: its control flow on a GPU that is not there, and on a real one where there is one."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_gpu import FakeDriver, FakeEngine
+
+import arriero
+from arriero.engine import Options, build_bundle
+from arriero.errors import FolderError, SessionError
+from arriero.export import export_checkpoint
+from arriero.folder import read_spec
+from arriero.runtime import engine as runtime_engine
+from arriero.runtime.device import Device
+from arriero.runtime.engine import EngineDecoder, load_engine, open_version, read_engine
+from arriero.runtime.session import Limits, Session
+
+TARGET = "tensorrt-rtx:sm89"
+
+
+@pytest.fixture(scope="module")
+def wide_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_checkpoint(tiny, tmp_path_factory.mktemp("wide") / "model", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def wide_bundle(wide_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = Options(max_batch=3, max_seq=500, max_prefill=48)
+    return build_bundle(wide_model, tmp_path_factory.mktemp("bundle") / "bundle", target=TARGET, options=options)
+
+
+@pytest.fixture
+def on_fake_gpu(wide_model: Path, wide_bundle: Path) -> tuple[Session, FakeEngine]:
+    spec, plain = read_spec(wide_bundle), arriero.load(wide_model, max_seq=500)
+    driver = FakeDriver()
+    engine = FakeEngine(wide_model, driver)
+    trt = SimpleNamespace(CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"))
+    decoder = EngineDecoder(trt, Device(driver), engine, {}, spec)  # type: ignore[arg-type]
+    return Session(decoder, plain.text, plain.defaults, Limits(500, 3)), engine
+
+
+def test_an_engines_session_gives_the_cpus_tokens(wide_model: Path, on_fake_gpu: tuple[Session, FakeEngine]) -> None:
+    session, engine = on_fake_gpu
+    prompt = "The list type has a method that returns the number of items. " * 4  # longer than a piece and a chunk
+    settings: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0, "eos_token_id": []}
+    assert session.generate(prompt, **settings) == arriero.load(wide_model, max_seq=500).generate(prompt, **settings)
+    decode, prefill = engine.contexts
+    assert (decode.profile, prefill.profile) == (0, 1)
+    assert set(decode.runs) == {(1, 1)}
+    assert max(prefill.runs) <= (1, 48)
+    assert decode.config.cuda_graph_strategy == "whole"
+    assert prefill.config.cuda_graph_strategy is None
+
+
+def test_ragged_rows_get_the_cpus_logits(wide_model: Path, on_fake_gpu: tuple[Session, FakeEngine]) -> None:
+    session, _ = on_fake_gpu
+    ids = np.random.default_rng(0).integers(10, 2000, (3, 180))
+    found = session.logits(ids, [180, 7, 131])
+    expected = arriero.load(wide_model, max_seq=500).logits(ids, [180, 7, 131])
+    assert np.abs(found - expected).max() < 1e-4
+
+
+def test_what_a_session_allocates_goes_with_it(on_fake_gpu: tuple[Session, FakeEngine]) -> None:
+    session, engine = on_fake_gpu
+    state = session.start(2)
+    session.prefill(state, [[10, 11], [12]])
+    assert engine.driver.memory
+    del state
+    assert not engine.driver.memory
+
+
+def test_a_graph_is_captured_once_and_replayed(wide_bundle: Path, wide_model: Path) -> None:
+    spec = read_spec(wide_bundle)
+    assert spec.engine is not None
+    full = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, flavour="tensorrt"))
+    driver = FakeDriver()
+    engine = FakeEngine(wide_model, driver)
+    captures: list[Callable[[], None]] = []
+
+    class CapturingDevice(Device):
+        def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+            captures.append(work)
+            return work
+
+    plain = arriero.load(wide_model, max_seq=500)
+    decoder = EngineDecoder(None, CapturingDevice(driver), engine, {}, full)  # type: ignore[arg-type]
+    session = Session(decoder, plain.text, plain.defaults, Limits(500, 3))
+    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "eos_token_id": []}
+    assert session.generate("The list type", **settings) == plain.generate("The list type", **settings)
+    assert len(captures) == 1
+
+
+def test_limits_beyond_the_engines_are_refused(wide_bundle: Path) -> None:
+    with pytest.raises(SessionError, match="max_seq is 501, the engine was built for 500: build it for more"):
+        arriero.load(wide_bundle, max_seq=501)
+    with pytest.raises(SessionError, match="max_batch is 4, the engine was built for 3: build it for more"):
+        arriero.load(wide_bundle, max_batch=4)
+
+
+def test_a_truncated_engine_is_named(wide_bundle: Path, tmp_path: Path) -> None:
+    spec = read_spec(wide_bundle)
+    assert spec.engine is not None
+    data = (wide_bundle / "decoder.engine").read_bytes()
+    (tmp_path / "decoder.engine").write_bytes(data[:-100])
+    with pytest.raises(FolderError, match=r"decoder\.engine is not what was built \(truncated or changed\)"):
+        read_engine(tmp_path, spec.engine)
+
+
+def test_another_version_of_tensorrt_is_named(wide_bundle: Path) -> None:
+    about = read_spec(wide_bundle).engine
+    assert about is not None
+    with pytest.raises(
+        SessionError, match=r"built by tensorrt-rtx 1\.0\.0, here is 1\.7\.1\.\d+: install that version"
+    ):
+        open_version(dataclasses.replace(about, version="1.0.0"))
+
+
+def test_another_gpu_is_named(wide_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(FakeDriver(capability=120))  # type: ignore[arg-type]
+    monkeypatch.setattr(runtime_engine.Device, "open", lambda: device)
+    with pytest.raises(SessionError, match="was built for sm89, this GPU is sm120: build for sm120"):
+        load_engine(wide_bundle, read_spec(wide_bundle), {})
+
+
+def test_a_machine_without_a_gpu_is_told_so(wide_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", _no_library)
+    with pytest.raises(SessionError, match="no NVIDIA driver here"):
+        arriero.load(wide_bundle)
+
+
+def _no_library(*_: Any, **__: Any) -> None:
+    raise OSError("libcuda.so.1: cannot open shared object file")
