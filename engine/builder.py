@@ -92,6 +92,9 @@ def build_engine(
         done = builder.build_serialized_network_to_stream(definition, config, writer)
     finally:
         writer.close()
+    if any("workspace limit" in error for error in log.errors) and workspace is not None:
+        given = f"{workspace / 2**20:.1f} MB"
+        raise BuildError(f"a layer needs more scratch memory than the {given} given: give a larger --workspace")
     log.check("to build the engine")
     if writer.failure is not None:
         raise BuildError(f"{out}: {writer.failure.strerror}: free some space") from writer.failure

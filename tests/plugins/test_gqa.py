@@ -2,7 +2,7 @@
 
 import ctypes
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from arriero.plugins import schemas
-from arriero.plugins.gqa import cpu, op
+from arriero.plugins.gqa import cpu, native, op
 from arriero.plugins.gqa.body import body
 from arriero.plugins.gqa.cases import CASES, QUANTISED_CASES, Case
 from arriero.plugins.gqa.meaning import grouped_query_attention
 from arriero.plugins.gqa.torch_op import attend_whole
-from arriero.plugins.nodes import OPSET, Nodes
+from arriero.plugins.nodes import OPSET, Nodes, function, ints, number
 
 Outputs = list[np.ndarray[Any, Any]]
 
@@ -98,6 +98,46 @@ def by_cpu_lowering(case: Case) -> Outputs:
     return run(ir.Model(graph_of(case, lower), ir_version=11), case)
 
 
+def by_native_layers(case: Case) -> Outputs:
+    def lower(inputs: list[ir.Value], outputs: list[ir.Value]) -> list[ir.Node]:
+        nodes = Nodes()
+        native.lower(nodes, inputs, outputs, case.attributes, case.head_dim, ir.DataType.FLOAT)
+        return nodes.list
+
+    graph = graph_of(case, lower)
+    graph.opset_imports[native.DOMAIN] = 1
+    return run(ir.Model(graph, ir_version=11, functions=[kv_cache_update(), attention()]), case)
+
+
+def kv_cache_update() -> ir.Function:
+    """What TensorRT documents of its layer: writes `update` from each row's index on."""
+
+    def write(nodes: Nodes, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> None:
+        cache, update, write_indices = inputs
+        where = {"axis": 2, "mode": "linear"}
+        indices = nodes.Cast(write_indices, to=ir.DataType.INT64)
+        nodes.node("TensorScatter", [cache, update, indices], outputs=outputs, attributes=where)
+
+    return function(native.DOMAIN, "TRT_KVCacheUpdate", "", ("cache", "update", "write_indices"), ("output",), write)
+
+
+def attention() -> ir.Function:
+    """What TensorRT documents of its layer: unscaled scores, causal from the lower right of each row's length."""
+    names = ("query", "key", "value", "mask", "query_lengths", "key_value_lengths")
+
+    def write(nodes: Nodes, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> None:
+        query, key, value, _, _, lengths_B = inputs
+        length, capacity = (nodes.Squeeze(nodes.Shape(x, start=2, end=3)) for x in (query, key))
+        zero, one = number(0, np.int64), number(1, np.int64)
+        steps_S, slots_C = nodes.Range(zero, length, one), nodes.Range(zero, capacity, one)
+        first_B = nodes.Sub(nodes.Cast(lengths_B, to=ir.DataType.INT64), length)
+        last_BS1 = nodes.Unsqueeze(nodes.Add(nodes.Unsqueeze(first_B, ints(1)), steps_S), ints(1, 3))
+        seen = nodes.LessOrEqual(slots_C, last_BS1)
+        nodes.node("Attention", [query, key, value, seen], outputs=outputs, attributes={"scale": 1.0})
+
+    return function(native.DOMAIN, "TRT_Attention", "", names, ("output",), write)
+
+
 def by_torch(case: Case) -> Outputs:
     tensors = [None if array is None else torch.from_numpy(array) for array in case.inputs().values()]
     outputs = torch.ops.arriero.grouped_query_attention(*tensors, *dataclasses.astuple(case.attributes))
@@ -113,7 +153,9 @@ def worst_difference(found: Outputs, expected: Outputs) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("implementation", [by_torch, by_function, by_cpu_lowering], ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    "implementation", [by_torch, by_function, by_cpu_lowering, by_native_layers], ids=lambda each: each.__name__
+)
 def test_an_implementation_equals_the_meaning(implementation: Callable[[Case], Outputs], case: Case) -> None:
     filled = any(case.past) and case.length > 1 and len(case.past) > 1
     if implementation is by_cpu_lowering and filled:
