@@ -71,16 +71,15 @@ class PluginOp:
 
 def type_names(trt: Any) -> dict[Any, str]:
     """TensorRT's types in Triton's words."""
-    kinds = trt.DataType
     return {
-        kinds.FLOAT: "fp32",
-        kinds.HALF: "fp16",
-        kinds.BF16: "bf16",
-        kinds.INT8: "i8",
-        kinds.FP8: "fp8e4nv",
-        kinds.INT4: "i4",
-        kinds.INT32: "i32",
-        kinds.INT64: "i64",
+        trt.DataType.FLOAT: "fp32",
+        trt.DataType.HALF: "fp16",
+        trt.DataType.BF16: "bf16",
+        trt.DataType.INT8: "i8",
+        trt.DataType.FP8: "fp8e4nv",
+        trt.DataType.INT4: "i4",
+        trt.DataType.INT32: "i32",
+        trt.DataType.INT64: "i64",
     }
 
 
