@@ -17,6 +17,8 @@ STEPS = (
     ("export", "export examples/tiny-llama4 -o demo/model --force"),
     ("build", "build demo/model -o demo/cpu --target cpu --force"),
     ("run", "run demo/cpu --prompt 'The with statement is used to' --max-new-tokens 100 --temperature 0.3 --seed 1"),
+    ("engine", "build demo/model -o demo/rtx --target tensorrt-rtx:sm89 --force"),
+    ("inspect", "inspect demo/rtx"),
     ("chat", "run demo/cpu --chat --prompt 'Explain list.append.' --max-new-tokens 80 --temperature 0"),
 )
 
