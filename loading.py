@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import FolderError
-from .folder import read_spec
+from .folder import find_files, read_spec
 from .spec import FolderSpec, Weight
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def load(
     from .runtime.decoder import Decoder
     from .runtime.session import Limits, Session
     from .runtime.text import Text, read_defaults
-    from .runtime.weights import find_files, map_weights
+    from .runtime.weights import map_weights
 
     path = Path(folder)
     spec = read_spec(path)

@@ -17,6 +17,9 @@ SCHEMA = 1
 
 DType = Literal["float32", "float16", "bfloat16"]
 
+Format = Literal["none", "int8", "fp8", "int4"]
+"""How weights are stored: in the model's own type, or quantised."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
@@ -116,16 +119,73 @@ class Weight:
         file: Name of its `WeightFile`.
         offset: First byte in the file.
         shape: Dimensions, row-major.
-        dtype: Type in the file.
-        convert: Type the graph wants; equal to `dtype` where the file's bytes are used as they lie.
+        dtype: Type in the file; two of `int4` lie in a byte, the first in its low half.
+        convert: Type the graph wants; equal to `dtype` where the file's bytes are used as they lie. `uint4` is `int4`
+            plus 8.
+        transposed: Whether the graph wants the last two dimensions swapped.
     """
 
     name: str
     file: str
     offset: int
     shape: tuple[int, ...]
-    dtype: DType
-    convert: DType
+    dtype: Literal[DType, "int8", "fp8", "int4"]
+    convert: Literal[DType, "int8", "uint4"]
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Override:
+    """What a recipe says otherwise of some weights; None leaves it as the recipe has it.
+
+    Attributes:
+        pattern: Shell pattern of names without `.weight`, as in `layers.*.self_attn.o_proj` or `lm_head`; one
+            layer's routed experts are `layers.N.feed_forward.experts`.
+    """
+
+    pattern: str
+    format: Format | None = None
+    activations: Literal["static", "dynamic"] | None = None
+    clip: Literal["absmax", "percentile", "entropy", "mse"] | None = None
+    group_size: int | None = None
+    rounding: Literal["nearest", "gptq"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a model is quantised.
+
+    Attributes:
+        format: Of the linears and of the experts; `int4` quantises weights only, the others activations too.
+        activations: One scale a tensor from calibration, or one a token, computed as it runs.
+        clip: How the largest activation that is represented is chosen.
+        percentile: Share of activations, in percent, that `percentile` keeps within the clip.
+        weight_clip: How the largest weight of a column or group is chosen.
+        smoothing: What moves difficult channels from activations into weights before rounding.
+        strength: Of the smoothing, 0 to 1; None searches it for each group of linears with a common input.
+        rounding: To the nearest value, or with GPTQ's correction of what is rounded later.
+        group_size: Rows of a weight that share a scale in `int4`.
+        kv_cache: How keys and values are stored.
+        overrides: Exceptions, of which a later one goes before an earlier one.
+    """
+
+    format: Literal["int8", "fp8", "int4"]
+    activations: Literal["static", "dynamic"] = "static"
+    clip: Literal["absmax", "percentile", "entropy", "mse"] = "absmax"
+    percentile: float = 99.99
+    weight_clip: Literal["absmax", "mse"] = "absmax"
+    smoothing: Literal["none", "smoothquant", "awq"] = "none"
+    strength: float | None = None
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    group_size: int = 64
+    kv_cache: Literal["none", "int8", "fp8"] = "none"
+    overrides: tuple[Override, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 50 <= self.percentile <= 100:
+            raise ValueError(f"percentile is {self.percentile}, expected 50 to 100")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}, expected 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +201,7 @@ class FolderSpec:
         source: The checkpoint or model it was made from.
         source_hashes: SHA-256 of the small files it was made from, by name.
         weight_files: The safetensors files that the graph reads in place.
+        recipe: How the model is quantised; None where it is not.
         weights: What the runtime hands to a bundle's graph; empty in a model, whose graph says it itself.
         tools: Versions of the libraries that wrote it.
         session: Flags that the graph needs from its session.
@@ -154,6 +215,7 @@ class FolderSpec:
     source: str = ""
     source_hashes: dict[str, str] = field(default_factory=dict)
     weight_files: tuple[WeightFile, ...] = ()
+    recipe: Recipe | None = None
     weights: tuple[Weight, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
     session: dict[str, str] = field(default_factory=dict)
@@ -197,7 +259,7 @@ def _decode(kind: Any, value: Any) -> Any:
         if not isinstance(value, list):
             raise ValueError(f"{value!r} is no list")
         return tuple(_decode(arguments[0], item) for item in value)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return None if value is None else _decode(arguments[0], value)
     if origin is Literal:
         if value not in arguments:

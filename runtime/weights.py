@@ -1,4 +1,4 @@
-"""Weight files found, checked, mapped into memory, and handed to a session by name.
+"""Weight files mapped into memory, and handed to a session by name.
 
 A tensor whose stored type the graph takes is a view of the mapped file: its pages are read when they are used and
 belong to the page cache. Others are widened to float32 in memory of their own, a piece at a time, and the pages they
@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..errors import CheckpointError, FolderError
-from ..shards import identity
-from ..spec import Weight, WeightFile
+from ..errors import FolderError
+from ..spec import Weight
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -28,33 +27,6 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 PIECE = 1 << 20
 """Elements widened at a time, so that the piece stays in the processor's cache."""
-
-
-def find_files(folder: Path, files: Iterable[WeightFile], weights: Path | None = None) -> dict[str, Path]:
-    """Finds each weight file: in the folder given, in the model's own, or where it lay at export.
-
-    Args:
-        folder: The model or bundle.
-        files: What its spec lists.
-        weights: Folder of the weights after a move.
-
-    Raises:
-        FolderError: A file is missing, or another than the one exported.
-    """
-    found = {}
-    for file in files:
-        places = [weights / file.name] if weights else [folder / file.name, *([Path(file.path)] if file.path else [])]
-        path = next((place for place in places if place.is_file()), None)
-        if path is None:
-            raise FolderError(f"weight file {file.name} is not at {places[-1]}: give its folder with --weights")
-        try:
-            same = path.stat().st_size == file.size and identity(path) == file.identity
-        except CheckpointError:
-            same = False
-        if not same:
-            raise FolderError(f"{path} is not the file that was exported (size or content differs): export again")
-        found[file.name] = path
-    return found
 
 
 def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> dict[str, ort.OrtValue]:
