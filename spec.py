@@ -122,7 +122,7 @@ class Weight:
         dtype: Type in the file; two of `int4` lie in a byte, the first in its low half.
         convert: Type the graph wants; equal to `dtype` where the file's bytes are used as they lie. `uint4` is `int4`
             plus 8.
-        transposed: Whether the graph wants the last two dimensions swapped.
+        transposed: Whether the graph wants the last dimension first.
     """
 
     name: str

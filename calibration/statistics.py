@@ -96,7 +96,7 @@ class Statistics:
         first = -self.tokens % self.stride
         self.kept.append(x_NK[first :: self.stride].clone())
         self.tokens += len(x_NK)
-        if sum(map(len, self.kept)) > 2 * SAMPLES:
+        while sum(map(len, self.kept)) > 2 * SAMPLES:
             self.kept = [torch.cat(self.kept)[::2].clone()]
             self.stride *= 2
 

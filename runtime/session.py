@@ -75,7 +75,7 @@ class State:
     """Sequences in progress: their caches and how many tokens each row's hold."""
 
     def __init__(self, decoder: Decoder, batch: int, positions: int) -> None:
-        self.caches = Caches(decoder.spec, batch, positions)
+        self.caches = Caches(decoder.spec, batch, positions, decoder.cache_kind)
         self.past_B = np.zeros(batch, dtype=np.int32)
         self.decoder = decoder
         self._bindings: dict[tuple[int, int], Binding] = {}
