@@ -73,7 +73,8 @@ def multiply_stored(nodes: Nodes, stored: ir.Value, x_scale: ir.Value, matrix: M
             stored, matrix.weight, x_scale, matrix.scale, middle, domain=MICROSOFT
         )
         return product
-    return nodes.Mul(_float_product(nodes, stored, matrix), nodes.Mul(x_scale, matrix.scale))
+    # Not times the product of the two scales: ONNX Runtime would fold that from the initializers' placeholders.
+    return nodes.Mul(nodes.Mul(_float_product(nodes, stored, matrix), matrix.scale), x_scale)
 
 
 def _float_product(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
