@@ -16,6 +16,10 @@ class ExportError(ArrieroError):
     """A checkpoint could not be turned into a model folder."""
 
 
+class CalibrationError(ArrieroError):
+    """A model could not be quantised with the text and the recipe given."""
+
+
 class FolderError(ArrieroError):
     """A model or bundle folder cannot be read or written as it stands."""
 

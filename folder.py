@@ -6,6 +6,7 @@ under the final name, and an output that is replaced stays until the new one is 
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -83,6 +84,56 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         raise FolderError(f"{out}: writing failed ({error.strerror or error}){where}; nothing was changed") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumed_folder(out: Path, job: str, *, force: bool = False) -> Iterator[tuple[Path, Path]]:
+    """Yields a folder that becomes `out`, and a scratch folder beside it; both outlive a kill.
+
+    The next writer of the same output and the same job finds them as they were left. One with another job, or one
+    after an error of Arriero's own, begins anew.
+
+    Args:
+        out: Final path.
+        job: What tells this work from other work.
+        force: Whether an existing folder of Arriero's at `out` is replaced.
+
+    Raises:
+        FolderError: `out` exists and may not be replaced, cannot be written, or is being written by another process.
+    """
+    out = out.absolute()
+    check_free(out, force=force)
+    work = out.with_name(f".{out.name}.resumable")
+    model, scratch = work / "folder", work / "scratch"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FolderError(
+            f"{out} is being written by another process: wait for it, or choose another output"
+        ) from error
+    except OSError as error:
+        raise FolderError(f"{out}: cannot be created ({error.strerror}): choose another output") from error
+    with lock:
+        try:
+            if not (work / "job").exists() or (work / "job").read_text() != job:
+                for each in (model, scratch):
+                    shutil.rmtree(each, ignore_errors=True)
+                (work / "job").write_text(job)
+            model.mkdir(exist_ok=True)
+            scratch.mkdir(exist_ok=True)
+            yield model, scratch
+            check_free(out, force=force)
+            replace_folder(model, out)
+        except OSError as error:
+            where = f" at {error.filename}" if error.filename else ""
+            reason = error.strerror or error
+            raise FolderError(f"{out}: writing failed ({reason}){where}; run it again to go on from there") from error
+        except ArrieroError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def check_free(out: Path, *, force: bool) -> None:

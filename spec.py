@@ -5,6 +5,7 @@ Standard library only: every room imports this one, and the runtime must stay th
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -16,6 +17,13 @@ SCHEMA = 1
 """Version of `spec.json`. A folder with a newer one is refused."""
 
 DType = Literal["float32", "float16", "bfloat16"]
+
+Stored = Literal["float32", "float16", "bfloat16", "int8", "fp8", "int4"]
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "fp8": 8, "int4": 4}
+"""Of an element, by its type as it is stored."""
+
+Format = Literal["none", "int8", "fp8", "int4"]
+"""How weights are stored: in the model's own type, or quantised."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,16 +124,78 @@ class Weight:
         file: Name of its `WeightFile`.
         offset: First byte in the file.
         shape: Dimensions, row-major.
-        dtype: Type in the file.
-        convert: Type the graph wants; equal to `dtype` where the file's bytes are used as they lie.
+        dtype: Type in the file; two of `int4` lie in a byte, the first in its low half.
+        convert: Type the graph wants; equal to `dtype` where the file's bytes are used as they lie. `uint4` is `int4`
+            plus 8.
+        transposed: Whether the graph wants the last dimension first.
     """
 
     name: str
     file: str
     offset: int
     shape: tuple[int, ...]
-    dtype: DType
-    convert: DType
+    dtype: Stored
+    convert: Literal["float32", "float16", "bfloat16", "int8", "fp8", "int4", "uint4"]
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Override:
+    """What a recipe says otherwise of some weights; None leaves it as the recipe has it.
+
+    Attributes:
+        pattern: Shell pattern of names without `.weight`, as in `layers.*.self_attn.o_proj` or `lm_head`; one
+            layer's routed experts are `layers.N.feed_forward.experts`.
+    """
+
+    pattern: str
+    format: Format | None = None
+    activations: Literal["static", "dynamic"] | None = None
+    clip: Literal["absmax", "percentile", "entropy", "mse"] | None = None
+    group_size: int | None = None
+    rounding: Literal["nearest", "gptq"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a model is quantised.
+
+    Attributes:
+        format: Of the linears and of the experts; `int4` quantises weights only, the others activations too.
+        activations: One scale a tensor from calibration, or one a token, computed as it runs.
+        clip: How the largest activation that is represented is chosen.
+        percentile: Share of activations, in percent, that `percentile` keeps within the clip.
+        weight_clip: How the largest weight of a column or group is chosen.
+        smoothing: What moves difficult channels from activations into weights before rounding.
+        strength: Of the smoothing, 0 to 1; None searches it for each group of linears with a common input.
+        rounding: To the nearest value, or with GPTQ's correction of what is rounded later.
+        group_size: Rows of a weight that share a scale in `int4`.
+        kv_cache: How keys and values are stored.
+        overrides: Exceptions, of which a later one goes before an earlier one.
+    """
+
+    format: Literal["int8", "fp8", "int4"]
+    activations: Literal["static", "dynamic"] = "static"
+    clip: Literal["absmax", "percentile", "entropy", "mse"] = "absmax"
+    percentile: float = 99.99
+    weight_clip: Literal["absmax", "mse"] = "absmax"
+    smoothing: Literal["none", "smoothquant", "awq"] = "none"
+    strength: float | None = None
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    group_size: int = 64
+    kv_cache: Literal["none", "int8", "fp8"] = "none"
+    overrides: tuple[Override, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 50 <= self.percentile <= 100:
+            raise ValueError(f"percentile is {self.percentile}, expected 50 to 100")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}, expected 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +252,12 @@ class CacheInput:
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: Stored
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of one row of a batch."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,6 +310,7 @@ class FolderSpec:
         source: The checkpoint or model it was made from.
         source_hashes: SHA-256 of the small files it was made from, by name.
         weight_files: The safetensors files that the graph reads in place.
+        recipe: How the model is quantised; None where it is not.
         weights: What the runtime hands to a bundle's graph; empty in a model, whose graph says it itself.
         tools: Versions of the libraries that wrote it.
         session: Flags that the graph needs from its session.
@@ -249,6 +325,7 @@ class FolderSpec:
     source: str = ""
     source_hashes: dict[str, str] = field(default_factory=dict)
     weight_files: tuple[WeightFile, ...] = ()
+    recipe: Recipe | None = None
     weights: tuple[Weight, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
     session: dict[str, str] = field(default_factory=dict)
@@ -293,7 +370,7 @@ def _decode(kind: Any, value: Any) -> Any:
         if not isinstance(value, list):
             raise ValueError(f"{value!r} is no list")
         return tuple(_decode(arguments[0], item) for item in value)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return None if value is None else _decode(arguments[0], value)
     if origin is Literal:
         if value not in arguments:

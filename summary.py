@@ -4,16 +4,14 @@ Enters: a model or bundle folder; only its `spec.json` and `layers.json` are rea
 """
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from .errors import FolderError
 from .folder import read_spec
-from .spec import EngineSpec, FolderSpec, ModelSpec, Weight
+from .spec import BITS, EngineSpec, FolderSpec, ModelSpec
 
-BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
 QUIET = ("shape_call", "signal", "wait", "copy", "NoOp", "Constant", "ShapeHostToDevice")
 """Kinds of layers that move or order things and compute nothing."""
 
@@ -76,8 +74,8 @@ def _cache(spec: FolderSpec) -> dict[str, int]:
 
 
 def _engine(folder: Path, spec: FolderSpec, engine: EngineSpec) -> dict[str, Any]:
-    row = sum(math.prod(cache.shape) * BITS[cache.dtype] // 8 for cache in engine.caches)
-    outside = sum(weight_bytes(weight) for weight in spec.weights)
+    row = sum(cache.row_size for cache in engine.caches)
+    outside = sum(weight.size for weight in spec.weights)
     file = folder / engine.file
     return {
         "flavour": engine.flavour,
@@ -103,11 +101,6 @@ def _engine(folder: Path, spec: FolderSpec, engine: EngineSpec) -> dict[str, Any
             for profile in engine.profiles
         ],
     }
-
-
-def weight_bytes(weight: Weight) -> int:
-    """Bytes of a weight as it lies in its file."""
-    return math.prod(weight.shape) * BITS[weight.dtype] // 8
 
 
 def _layers(folder: Path) -> list[dict[str, Any]]:

@@ -15,13 +15,15 @@ from ..plugins.gqa import cpu as gqa_cpu
 from ..plugins.gqa import op as gqa
 from ..plugins.moe import cpu as moe_cpu
 from ..plugins.moe import op as moe
-from ..plugins.nodes import Nodes
+from ..plugins.linear import Linear, read_linear
+from ..plugins.nodes import Nodes, dims
+from ..plugins.product import Matrix, multiply, multiply_stored, quantise
 from ..spec import FolderSpec, Weight
 from .graph import open_graph
 from .supply import DTYPES, FLOAT, Supply
 
 SESSION = {"session.disable_prepacking": "1"}
-"""Prepacking would copy every weight: the file's pages are used instead."""
+"""Prepacking would copy every weight: the file's pages are used instead. Integer kernels are slow without it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +53,7 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
     return Lowered(
         graph=ir.to_proto(lowered).SerializeToString(),
         weights=tuple(lowering.supply.weights.values()),
-        session=SESSION,
+        session={} if lowering.has_integers else SESSION,
     )
 
 
@@ -63,6 +65,14 @@ class _Lowering:
         self.supply = Supply()
         self.shared = gqa_cpu.Shared()
         self.mapped: dict[ir.Value, ir.Value] = {}
+        self.linears = {node: linear for node in source if (linear := read_linear(node)) is not None}
+        self.absorbed = {node for product in self.linears for node in absorbed(product)}
+        self.quantised: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether weights are given to integer kernels."""
+        return any(weight.convert in ("int8", "uint4") for weight in self.supply.weights.values())
 
     def lower(self) -> ir.Graph:
         """Lowers node by node, in order."""
@@ -82,10 +92,15 @@ class _Lowering:
         )
 
     def _lower_node(self, nodes: Nodes, node: ir.Node) -> None:
+        if node in self.absorbed:
+            return  # the product that reads it takes the weight or the activations as they are
         sources = [value for value in node.inputs if value is not None]
         outputs = [self._value(value) for value in node.outputs]
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         match node.domain, node.op_type:
+            case "", "MatMul" if node in self.linears:
+                outputs[0] = self._lower_linear(nodes, self.linears[node])
+                self.mapped[node.outputs[0]] = outputs[0]
             case "", "Transpose" if sources[0].is_initializer():
                 pass  # the product that reads it takes the weight as it lies
             case "", "MatMul" if (weight := _transposed_weight(sources[1])) is not None:
@@ -100,15 +115,71 @@ class _Lowering:
                 optional = [None if value is None else self._input(value) for value in node.inputs]
                 nodes.node(node.op_type, optional, outputs=outputs, attributes=attributes)
             case gqa.DOMAIN, gqa.NAME:
-                inputs = [self._input(value) for value in sources]
+                inputs = [None if value is None else self._input(value) for value in node.inputs]
                 gqa_cpu.lower(nodes, inputs, outputs, gqa.Attributes(**attributes), self.shared)
             case moe.DOMAIN, moe.NAME:
-                hidden, router_logits, gate_up, down = sources
-                experts = list(zip(self.supply.slices(gate_up), self.supply.slices(down), strict=True))
-                tokens = self._input(hidden), self._input(router_logits)
-                moe_cpu.lower(nodes, *tokens, experts, outputs[0], moe.Attributes(**attributes))
+                tokens = self._input(sources[0]), self._input(sources[1])
+                experts = self._experts(sources[2:], attributes.get("quantisation", "none"))
+                moe_cpu.lower(nodes, *tokens, experts, dims(sources[3])[2], outputs[0], moe.Attributes(**attributes))
             case domain, op_type:
                 raise BuildError(f"{node.name}: {domain}.{op_type} has no lowering for the CPU: export the model again")
+
+    def _lower_linear(self, nodes: Nodes, linear: Linear) -> ir.Value:
+        """A quantised linear; an input that several read is quantised once."""
+        count, size = dims(linear.weight)
+        x = self._input(linear.x)
+        if linear.x_scale is None:
+            block = size // dims(linear.weight_scale)[1]
+            weight = self.supply.part(linear.weight, convert="uint4", shape=(count, size // block, block))
+            return multiply(
+                nodes, x, Matrix(kind="int4", weight=weight, scale=self.supply.widened(linear.weight_scale))
+            )
+        x_scale = self._input(linear.x_scale)
+        if (linear.x, linear.x_scale) not in self.quantised:
+            self.quantised[linear.x, linear.x_scale] = quantise(nodes, x, x_scale, linear.kind)
+        is_int8 = linear.kind == "int8"
+        matrix = Matrix(
+            kind=linear.kind,
+            weight=self.supply.part(linear.weight, convert="int8" if is_int8 else "float32", transposed=is_int8),
+            scale=self.supply.widened(linear.weight_scale),
+            is_turned=not is_int8,
+        )
+        return multiply_stored(nodes, self.quantised[linear.x, linear.x_scale], x_scale, matrix)
+
+    def _experts(self, sources: list[ir.Value], kind: str) -> list[tuple[Matrix, Matrix]]:
+        """Each expert's two matrices, from the op's weights and scales."""
+        weights, scales, input_scales = sources[:2], sources[2:4], sources[4:]
+        experts = []
+        for index in range(dims(weights[0])[0]):
+            pair = [self._expert_matrix(part, index, kind, weights, scales, input_scales) for part in range(2)]
+            experts.append((pair[0], pair[1]))
+        return experts
+
+    def _expert_matrix(
+        self,
+        part: int,
+        index: int,
+        kind: str,
+        weights: list[ir.Value],
+        scales: list[ir.Value],
+        input_scales: list[ir.Value],
+    ) -> Matrix:
+        weight = weights[part]
+        _, rows, columns = dims(weight)
+        if kind == "none":
+            return Matrix(kind=kind, weight=self.supply.part(weight, index))
+        if kind == "int4":
+            blocks = dims(scales[part])[1]
+            turned = self.supply.part(
+                weight, index, convert="uint4", shape=(blocks, rows // blocks, columns), transposed=True
+            )
+            return Matrix(kind=kind, weight=turned, scale=self.supply.part(scales[part], index, transposed=True))
+        return Matrix(
+            kind=kind,
+            weight=self.supply.part(weight, index, convert="int8" if kind == "int8" else "float32"),
+            scale=self.supply.part(scales[part], index, shape=(columns,)),
+            input_scale=self.supply.part(input_scales[part], index) if input_scales else None,
+        )
 
     def _value(self, value: ir.Value) -> ir.Value:
         """The new graph's value for one of the old graph's."""
@@ -120,6 +191,18 @@ class _Lowering:
 
     def _input(self, value: ir.Value) -> ir.Value:
         return self.supply.widened(value) if value.is_initializer() else self._value(value)
+
+
+def absorbed(product: ir.Node) -> list[ir.Node]:
+    """The nodes that a quantised linear is written with, but for its product."""
+    pending, found = list(product.inputs), []
+    while pending:
+        value = pending.pop()
+        node = None if value is None else value.producer()
+        if node is not None and node.op_type in ("Transpose", "DequantizeLinear", "QuantizeLinear"):
+            found.append(node)
+            pending += node.inputs[:1] if node.op_type != "QuantizeLinear" else []
+    return found
 
 
 def _transposed_weight(value: ir.Value) -> ir.Value | None:

@@ -20,9 +20,9 @@ from ..plugins.moe import op as moe
 from ..plugins.moe.body import write_body as write_moe_body
 from ..plugins.nodes import Nodes
 from ..plugins.tensorrt import NAMESPACE, VERSION
-from ..spec import FolderSpec, Weight
+from ..spec import FolderSpec, Stored, Weight
 from .graph import open_graph
-from .supply import DTYPES
+from .supply import STORED
 
 Way = Literal["plugin", "native", "function"]
 Placement = Literal["inside", "experts", "outside"]
@@ -55,13 +55,13 @@ class Network:
         weights: The network inputs that are weights, and where they lie.
         paths: The path that each custom op's node took, by node name.
         caches: Shape of each cache input [K, C, D] and its type, by name.
-        dtypes: Types of the tensors in the graph, in numpy's words.
+        dtypes: Types of the tensors in the graph.
     """
 
     graph: bytes
     weights: tuple[Weight, ...]
     paths: Mapping[str, Way]
-    caches: Mapping[str, tuple[tuple[int, int, int], str]]
+    caches: Mapping[str, tuple[tuple[int, int, int], Stored]]
     dtypes: frozenset[str]
 
 
@@ -80,7 +80,7 @@ def lower_for_tensorrt(folder: Path, spec: FolderSpec, choices: Choices) -> Netw
         weights=tuple(lowering.weights.values()),
         paths=lowering.paths,
         caches=lowering.caches,
-        dtypes=frozenset(dtype.numpy().name for dtype in lowering.dtypes),
+        dtypes=frozenset(STORED[dtype] for dtype in lowering.dtypes if dtype in STORED),
     )
 
 
@@ -96,7 +96,7 @@ class _Lowering:
     weights: dict[str, Weight] = field(default_factory=dict)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
     paths: dict[str, Way] = field(default_factory=dict)
-    caches: dict[str, tuple[tuple[int, int, int], str]] = field(default_factory=dict)
+    caches: dict[str, tuple[tuple[int, int, int], Stored]] = field(default_factory=dict)
     dtypes: set[ir.DataType] = field(default_factory=set)
 
     def lower(self) -> ir.Graph:
@@ -137,7 +137,7 @@ class _Lowering:
         else:
             new = ir.Value(name=value.name, shape=value.shape, type=value.type)
             self.inputs.append(new)
-            dtype = DTYPES[tensor.dtype]
+            dtype = STORED[tensor.dtype]
             self.weights[f"{value.name}"] = Weight(
                 name=f"{value.name}",
                 file=str(tensor.location),
@@ -181,12 +181,12 @@ class _Lowering:
         path: Way = self.choices.gqa or ("plugin" if dtype in PLUGIN_DTYPES else "native")
         if path == "plugin" and dtype not in PLUGIN_DTYPES:
             raise BuildError(
-                f"the attention plugin computes in bfloat16 and float16, this model is {dtype.numpy().name}: "
+                f"the attention plugin computes in bfloat16 and float16, this model is {STORED[dtype]}: "
                 "export with --dtype bfloat16, or build with --gqa native"
             )
         if path == "native" and quantised:
             raise BuildError(
-                f"TensorRT's own attention has no {stored.numpy().name} cache: build with --gqa plugin, "
+                f"TensorRT's own attention has no {STORED[stored]} cache: build with --gqa plugin, "
                 "or calibrate without --kv-cache"
             )
         self.paths[name] = path
@@ -231,7 +231,7 @@ class _Lowering:
         slots = min(model.layers[layer].chunk or self.choices.max_seq, self.choices.max_seq)
         shape = (model.kv_heads, slots, model.head_dim)
         if f"{value.name}".startswith("past."):
-            self.caches[f"{value.name}".removeprefix("past.")] = shape, _dtype(value).numpy().name
+            self.caches[f"{value.name}".removeprefix("past.")] = shape, STORED[_dtype(value)]
         return ir.Shape(["batch", *shape])
 
 

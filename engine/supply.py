@@ -1,6 +1,7 @@
 """The initializers of a lowered graph: which regions of the weight files the runtime hands to it, and as what type."""
 
 import math
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -11,6 +12,21 @@ DTYPES: dict[ir.DataType | None, DType] = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
     ir.DataType.BFLOAT16: "bfloat16",
+}
+STORED: dict[ir.DataType, Literal[DType, "int8", "fp8", "int4"]] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT8: "int8",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.INT4: "int4",
+}
+GIVEN: dict[str, ir.DataType] = {
+    "float32": FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int8": ir.DataType.INT8,
+    "uint4": ir.DataType.UINT8,  # two in a byte, as the contrib ops take them
 }
 PLACEHOLDER = "spec.json"
 """External location of what the runtime supplies by name: ONNX Runtime wants the file to exist, and never reads it."""
@@ -50,15 +66,43 @@ class Supply:
         """A stacked weight's matrices in float32, one an expert."""
         tensor = source.const_value
         assert isinstance(tensor, ir.ExternalTensor)
-        count, *shape = tensor.shape.numpy()
-        size = math.prod(shape) * tensor.dtype.itemsize
-        return [
-            self._region(f"{source.name}[{index}]", tensor, int(index * size), tuple(shape), "float32")
-            for index in range(count)
-        ]
+        return [self.part(source, index) for index in range(tensor.shape.numpy()[0])]
+
+    def part(
+        self,
+        source: ir.Value,
+        index: int | None = None,
+        *,
+        convert: Literal[DType, "int8", "uint4"] = "float32",
+        shape: tuple[int, ...] | None = None,
+        transposed: bool = False,
+    ) -> ir.Value:
+        """A weight, or one expert's part of a stacked one.
+
+        Args:
+            source: The weight.
+            index: Which part; None is the whole.
+            convert: Type that the graph wants.
+            shape: Shape to read it in; None is its own.
+            transposed: Whether the graph wants the last dimension first.
+        """
+        tensor = source.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        own = tensor.shape.numpy()
+        name, start = f"{source.name}", 0
+        if index is not None:
+            count, *rest = own
+            name, start, own = f"{name}[{index}]", int(tensor.nbytes // count * index), tuple(rest)
+        return self._region(name, tensor, start, own if shape is None else shape, convert, transposed)
 
     def _region(
-        self, name: str, tensor: ir.ExternalTensor, start: int, shape: tuple[int, ...], convert: DType
+        self,
+        name: str,
+        tensor: ir.ExternalTensor,
+        start: int,
+        shape: tuple[int, ...],
+        convert: Literal[DType, "int8", "uint4"],
+        transposed: bool = False,
     ) -> ir.Value:
         """The initializer for a part of a weight that begins `start` bytes into it."""
         if name not in self.weights:
@@ -67,12 +111,16 @@ class Supply:
                 file=str(tensor.location),
                 offset=(tensor.offset or 0) + start,
                 shape=shape,
-                dtype=DTYPES[tensor.dtype],
+                dtype=STORED[tensor.dtype],
                 convert=convert,
+                transposed=transposed,
             )
-            dtype = FLOAT if convert == "float32" else tensor.dtype
+            given = (shape[-1], *shape[:-1]) if transposed else shape
+            if convert == "uint4":
+                given = (*given[:-1], given[-1] // 2)
+            dtype = GIVEN[convert]
             placeholder = ir.ExternalTensor(
-                PLACEHOLDER, 0, int(math.prod(shape) * dtype.itemsize), dtype, shape=ir.Shape(shape), name=name
+                PLACEHOLDER, 0, int(math.prod(given) * dtype.itemsize), dtype, shape=ir.Shape(given), name=name
             )
             self.initializers[name] = ir.Value(
                 name=name, shape=placeholder.shape, type=ir.TensorType(dtype), const_value=placeholder

@@ -18,7 +18,7 @@ CAPABILITIES: dict[str, tuple[int, ...]] = {
 }
 """Compute capabilities that each flavour builds for."""
 
-OLDEST = {"bfloat16": 80, "float8_e4m3fn": 89}
+OLDEST = {"bfloat16": 80, "fp8": 89}
 """The first compute capability whose GPUs compute in a type; others work everywhere."""
 
 

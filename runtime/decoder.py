@@ -6,6 +6,7 @@ Invariant: a graph's caches are updated in place; past and present are bound to 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -19,23 +20,33 @@ LONGEST_PIECE = 512
 """Tokens of a row that prefill computes at once; bounds the memory of attention and of the experts."""
 
 
+CACHE_DTYPES: dict[str, tuple[type[np.generic], int]] = {
+    "tensor(float)": (np.float32, 1),
+    "tensor(int8)": (np.int8, 3),
+    "tensor(float8e4m3fn)": (np.uint8, 17),
+}
+"""ONNX Runtime's name of a cache's type: how numpy holds it, and ONNX's number of it."""
+
+
 class Caches:
-    """KV buffers of a batch of sequences, zeros at first: key, value [B, K, C, D] float32 of each layer.
+    """KV buffers of a batch of sequences, zeros at first: key, value [B, K, C, D] of each layer.
 
     Args:
         spec: Geometry.
         batch: Rows (B).
         positions: Positions that a row can hold; a chunked layer's buffers hold one chunk at most.
+        kind: ONNX Runtime's name of their type.
     """
 
-    def __init__(self, spec: ModelSpec, batch: int, positions: int) -> None:
+    def __init__(self, spec: ModelSpec, batch: int, positions: int, kind: str = "tensor(float)") -> None:
         self.batch, self.positions = batch, positions
-        self.buffers: dict[str, NDArray[np.float32]] = {}
+        dtype, self.onnx_type = CACHE_DTYPES[kind]
+        self.buffers: dict[str, NDArray[Any]] = {}
         for index, layer in enumerate(spec.layers):
             slots = min(layer.chunk or positions, positions)
             for kind in ("key", "value"):
                 shape = (batch, spec.kv_heads, slots, spec.head_dim)
-                self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=np.float32)
+                self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=dtype)
 
 
 class Decoder:
@@ -84,7 +95,8 @@ class Decoder:
 
     def caches(self, batch: int, positions: int) -> Caches:
         """KV buffers for a batch whose rows hold so many positions."""
-        return Caches(self.spec, batch, positions)
+        kind = next(value.type for value in self.session.get_inputs() if value.name == "past.0.key")
+        return Caches(self.spec, batch, positions, kind)
 
     def bind(self, caches: Caches, rows: slice) -> "Binding":
         """Binds some rows of the caches, for any number of steps."""
@@ -99,7 +111,7 @@ class Binding:
         self.io = self.session.io_binding()
         self.kept = []
         for name, buffer in caches.buffers.items():
-            value = ort.OrtValue.ortvalue_from_numpy(buffer[rows])
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer[rows], caches.onnx_type)
             self.kept.append((buffer, value))
             self.io.bind_ortvalue_input(f"past.{name}", value)
             self.io.bind_ortvalue_output(f"present.{name}", value)

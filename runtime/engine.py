@@ -7,7 +7,6 @@ past and present are one address.
 import hashlib
 import importlib
 import itertools
-import math
 import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +24,6 @@ from ..spec import EngineSpec, FolderSpec, Weight
 from .device import Device, Memory
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
 PIECE = 64 << 20
 """Bytes of a weight that are sent to the GPU at a time."""
 
@@ -92,7 +90,7 @@ class EngineCaches:
 
     def __init__(self, device: Device, about: EngineSpec, batch: int, positions: int) -> None:
         self.batch, self.positions = batch, positions
-        self.row_bytes = {each.name: math.prod(each.shape) * BITS[each.dtype] // 8 for each in about.caches}
+        self.row_bytes = {each.name: each.row_size for each in about.caches}
         self.buffers = {name: Memory(device, batch * size) for name, size in self.row_bytes.items()}
         for memory in self.buffers.values():
             device.zero(memory)
@@ -244,7 +242,7 @@ def open_version(about: EngineSpec) -> Any:
 
 def _upload(device: Device, weight: Weight, path: Path) -> Memory:
     """Sends a weight to the GPU, a piece of the mapped file at a time."""
-    size = math.prod(weight.shape) * BITS[weight.dtype] // 8
+    size = weight.size
     memory = Memory(device, size)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         if weight.offset + size > len(mapped):

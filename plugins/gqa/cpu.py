@@ -5,17 +5,19 @@ CPU and its own rotation honours only the first row's position. It writes the ca
 bound to one buffer.
 
 Exact where all rows have S = 1, or start with an empty cache, or there is but one row; a session therefore feeds
-longer pieces over filled caches row by row. The contrib op takes head dims that are multiples of 8; others get the
-function's body in float32.
+longer pieces over filled caches row by row. The contrib op takes head dims that are multiples of 8; others, and
+quantised caches, get the function's body in float32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from ..nodes import Nodes, ints, number
-from .body import steps, temperature, turn, write_body
+from . import op
+from .body import present_of, steps, temperature, turn, write_body
 from .op import Attributes
 
 INT32, INT64, FLOAT = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
@@ -32,23 +34,29 @@ class Shared:
 
 
 def lower(
-    nodes: Nodes, inputs: list[ir.Value], outputs: list[ir.Value], attributes: Attributes, shared: Shared
+    nodes: Nodes,
+    inputs: Sequence[ir.Value | None],
+    outputs: Sequence[ir.Value],
+    attributes: Attributes,
+    shared: Shared,
 ) -> None:
     """Writes the nodes of one layer in float32.
 
     Args:
         nodes: Where they go.
-        inputs: The op's inputs; without the last one there is no rotation.
+        inputs: The op's inputs; without `inv_freq` there is no rotation.
         outputs: The values to produce.
         attributes: The op's.
         shared: Values of earlier layers; extended here.
     """
-    query, key, value, key_cache, value_cache, past_lengths, *rest = inputs
-    head_dim = cache_head_dim(key_cache)
-    if head_dim % 8:
-        write_body(nodes, inputs, outputs, attributes=attributes, head_dim=head_dim, dtype=FLOAT)
+    given = dict(zip(op.INPUTS + op.CACHE_SCALES, inputs, strict=False))
+    query, key, value, key_cache, value_cache, past_lengths = (present_of(given, name) for name in op.INPUTS[:6])
+    head_dim, is_quantised = cache_head_dim(key_cache), given.get("key_scale") is not None
+    if head_dim % 8 or is_quantised:
+        cache = key_cache.dtype if is_quantised else None
+        write_body(nodes, inputs, outputs, attributes=attributes, head_dim=head_dim, dtype=FLOAT, cache=cache)
         return
-    inv_freq = rest[0] if rest else None
+    inv_freq = given.get("inv_freq")
     if shared.positions is None:
         past_B = nodes.Cast(past_lengths, to=INT64)
         shared.positions = nodes.Add(nodes.Unsqueeze(past_B, ints(1)), steps(nodes, query))

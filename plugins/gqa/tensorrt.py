@@ -52,8 +52,8 @@ class Call:
             attributes=settings,
             head_dim=key_cache.shape[3],
             rope=bool(settings.rope),
-            dtype=query.dtype,
-            cache=CACHES.get(key_cache.dtype, "none"),
+            dtype=query.dtype,  # type: ignore[arg-type]
+            cache=CACHES.get(key_cache.dtype, "none"),  # type: ignore[arg-type]
         )
         self.plan = Plan(geometry, capability)
         self.kernels = self.plan.kernels

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..nodes import OPSET, Nodes, dims, ints, number
+from ..nodes import OPSET, Nodes, ints, number
+from ..product import Matrix, multiply
 from .body import route
 from .op import Attributes
 
@@ -21,7 +22,8 @@ def lower(
     nodes: Nodes,
     hidden: ir.Value,
     router_logits: ir.Value,
-    experts: Sequence[tuple[ir.Value, ir.Value]],
+    experts: Sequence[tuple[Matrix, Matrix]],
+    hidden_size: int,
     output: ir.Value,
     attributes: Attributes,
 ) -> None:
@@ -31,7 +33,8 @@ def lower(
         nodes: Where they go.
         hidden: [T, H].
         router_logits: [T, E].
-        experts: Each expert's gate_up [H, 2I] and down [I, H].
+        experts: Each expert's gate_up [H, 2I] and down [I, H], perhaps quantised.
+        hidden_size: H.
         output: The value to produce, [T, H].
         attributes: The op's.
     """
@@ -40,7 +43,6 @@ def lower(
     chosen_TKE = nodes.OneHot(experts_TK, number(count, np.int64), ints(0, 1))
     busy_E = nodes.Greater(nodes.ReduceSum(chosen_TKE, ints(0, 1), keepdims=0), number(0, np.int64))
     busy = nodes.Split(busy_E, axis=0, num_outputs=count, outputs=count) if count > 1 else [busy_E]
-    hidden_size = dims(experts[0][1])[1]
     parts = [
         nodes.If(
             busy[index],
@@ -77,8 +79,8 @@ def _expert(
     hidden: ir.Value,
     scores_TK: ir.Value,
     experts_TK: ir.Value,
-    gate_up: ir.Value,
-    down: ir.Value,
+    gate_up: Matrix,
+    down: Matrix,
 ) -> ir.Graph:
     """The branch of an expert that has tokens: places [N, 1] among the pairs (token, choice), and outputs [N, H]."""
     nodes = Nodes(prefix)
@@ -89,9 +91,9 @@ def _expert(
     places_N1 = nodes.Add(nodes.Mul(tokens_N1, number(top_k, np.int64)), choices_N1)
     scores_N1 = nodes.Unsqueeze(nodes.GatherND(scores_TK, pairs_N2), ints(1))
     expert_input_NH = nodes.Mul(nodes.GatherND(hidden, tokens_N1), scores_N1)
-    gate_NI, up_NI = nodes.Split(nodes.MatMul(expert_input_NH, gate_up), axis=1, num_outputs=2, outputs=2)
+    gate_NI, up_NI = nodes.Split(multiply(nodes, expert_input_NH, gate_up), axis=1, num_outputs=2, outputs=2)
     activated_NI = nodes.Mul(up_NI, nodes.Mul(gate_NI, nodes.Sigmoid(gate_NI)))
-    return _branch(prefix, nodes, places_N1, nodes.MatMul(activated_NI, down))
+    return _branch(prefix, nodes, places_N1, multiply(nodes, activated_NI, down))
 
 
 def _nothing(prefix: str, hidden_size: int) -> ir.Graph:
@@ -102,4 +104,5 @@ def _nothing(prefix: str, hidden_size: int) -> ir.Graph:
 
 
 def _branch(prefix: str, nodes: Nodes, *outputs: ir.Value) -> ir.Graph:
-    return ir.Graph([], outputs, nodes=nodes.list, opset_imports={"": OPSET}, name=prefix.rstrip("/"))
+    imports = {"": OPSET, "com.microsoft": 1}
+    return ir.Graph([], outputs, nodes=nodes.list, opset_imports=imports, name=prefix.rstrip("/"))

@@ -19,6 +19,7 @@ from arriero.plugins.moe.cases import CASES, QUANTISED_CASES, Case
 from arriero.plugins.moe.meaning import moe_dispatch
 from arriero.plugins.moe.torch_op import moe_dispatch as torch_moe_dispatch
 from arriero.plugins.nodes import OPSET, Nodes
+from arriero.plugins.product import Matrix
 
 Array = np.ndarray[Any, Any]
 
@@ -65,12 +66,15 @@ def by_cpu_lowering(case: Case) -> Array:
     inputs = [ir.val(name, ir.DataType.FLOAT, arrays[name].shape) for name in ("hidden", "router_logits")]
     output = ir.val("output", ir.DataType.FLOAT, [None, None])
     experts = [
-        tuple(initializer(f"{name}.{index}", arrays[name][index]) for name in ("gate_up", "down"))
+        tuple(
+            Matrix(kind="none", weight=initializer(f"{name}.{index}", arrays[name][index]))
+            for name in ("gate_up", "down")
+        )
         for index in range(case.experts)
     ]
     nodes = Nodes()
-    cpu.lower(nodes, *inputs, experts, output, case.attributes)  # type: ignore[arg-type]
-    weights = [weight for pair in experts for weight in pair]
+    cpu.lower(nodes, *inputs, experts, case.hidden, output, case.attributes)  # type: ignore[arg-type]
+    weights = [matrix.weight for pair in experts for matrix in pair]
     return run(graph_of(inputs, output, nodes.list, initializers=weights), case, [])
 
 

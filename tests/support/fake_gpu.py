@@ -131,7 +131,9 @@ class FakeContext:
 
 
 class FakeCaches:
-    """What the decoder binds: buffers by name."""
+    """What the decoder binds: buffers by name, float32 in ONNX's numbering."""
+
+    onnx_type = 1
 
     def __init__(self) -> None:
         self.buffers: dict[str, np.ndarray[Any, Any]] = {}

@@ -1,0 +1,150 @@
+"""One product quantised: its weight rounded, its input's scale chosen, and how far its output is off.
+
+Enters: a weight [N, K] in float32 and what is known of its input. Leaves: a `Product`, and a `Record` for the report.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..plugins.quantisation import LARGEST
+from ..spec import Recipe
+from .clip import choose_clip
+from .recipe import Choice
+from .rounding import Rounded, choose_scales, fake_quantise, round_gptq, round_nearest
+from .smoothing import Reader
+from .statistics import Statistics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """What became of one weight.
+
+    Attributes:
+        name: The weight's, with the expert's number where there is one.
+        format: What it is stored as.
+        activations: `static`, `dynamic` or `none`.
+        tokens: Tokens that its input was measured over.
+        largest: The input's largest magnitude, smoothed.
+        clip: The largest that is represented; of dynamic scales the largest too.
+        strength: Of the smoothing of its input; None where there is none.
+        weight_sqnr: Signal to quantisation noise of the weight, dB.
+        output_sqnr: The same of the product over sample rows, its input quantised too.
+    """
+
+    name: str
+    format: str
+    activations: str
+    tokens: int
+    largest: float
+    clip: float
+    strength: float | None
+    weight_sqnr: float
+    output_sqnr: float
+
+
+@dataclass(slots=True)
+class Product:
+    """A quantised product.
+
+    Attributes:
+        weight: The stored weight.
+        input_scale: The static scale of its input; None where there is none.
+    """
+
+    weight: Rounded
+    input_scale: float | None
+
+
+@dataclass(slots=True)
+class Input:
+    """What some products take in, before and after it is smoothed.
+
+    Attributes:
+        statistics: Of the input as the model computes it.
+        recipe: For the methods.
+        exponents_K: Octaves that each channel is divided by.
+        strength: What they were made with.
+    """
+
+    statistics: Statistics
+    recipe: Recipe
+    exponents_K: Tensor = field(init=False)
+    strength: float | None = field(init=False, default=None)
+    _scales: dict[tuple[bytes, str, str], float] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.exponents_K = torch.zeros(self.statistics.channels, dtype=torch.int32)
+
+    def scale(self, choice: Choice, exponents_K: Tensor) -> float | None:
+        """The static scale under some exponents, or None where the choice has none."""
+        if not choice.quantises_activations or choice.activations == "dynamic":
+            return None
+        key = exponents_K.int().numpy().tobytes(), choice.clip, choice.format
+        if key not in self._scales:
+            clip = self.statistics.absmax(exponents_K)
+            if choice.clip != "absmax":
+                counts_B = self.statistics.histogram(exponents_K)
+                clip = choose_clip(counts_B, clip, choice.clip, choice.format, self.recipe.percentile)
+            self._scales[key] = float(torch.tensor(clip / LARGEST[choice.format] or 1.0))  # as float32 holds it
+        return self._scales[key]
+
+    def reader(self, weight_NK: Tensor, choice: Choice) -> Reader:
+        """A linear of this input, for the search of the smoothing's strength."""
+
+        def quantise(rows_RK: Tensor, moved_NK: Tensor, exponents_K: Tensor) -> Tensor:
+            group = choice.group_size if choice.format == "int4" else moved_NK.shape[1]
+            scales_NG = choose_scales(moved_NK, choice.format, group, "absmax")
+            rounded = round_nearest(moved_NK, scales_NG, choice.format)
+            return fake_quantise(rows_RK, choice.format, self.scale(choice, exponents_K)) @ rounded.wide().T
+
+        return Reader(weight_NK, self.statistics.sample(torch.zeros_like(self.exponents_K)), quantise)
+
+
+def quantise_product(
+    name: str, weight_NK: Tensor, source: Input, choice: Choice, dtype: torch.dtype
+) -> tuple[Product, Record]:
+    """Quantises one product.
+
+    Args:
+        name: The weight's, for the record.
+        weight_NK: The weight, its rows already divided where the next input is smoothed.
+        source: Its input, with the exponents chosen.
+        choice: What the recipe says.
+        dtype: The type that holds an int4 weight's scales.
+    """
+    statistics, exponents_K = source.statistics, source.exponents_K
+    moved_NK = weight_NK * torch.exp2(exponents_K.float())
+    is_int4 = choice.format == "int4"
+    group = choice.group_size if is_int4 else moved_NK.shape[1]
+    scales_NG = choose_scales(
+        moved_NK, choice.format, group, source.recipe.weight_clip, dtype if is_int4 else torch.float32
+    )
+    hessian_KK = statistics.hessian(exponents_K)
+    if choice.rounding == "gptq" and hessian_KK is not None:
+        rounded = round_gptq(moved_NK, scales_NG, choice.format, hessian_KK)
+    else:
+        rounded = round_nearest(moved_NK, scales_NG, choice.format)
+    scale, wide_NK, rows_RK = source.scale(choice, exponents_K), rounded.wide(), statistics.sample(exponents_K)
+    largest = statistics.absmax(exponents_K)
+    found_RN = fake_quantise(rows_RK, choice.format, scale) @ wide_NK.T
+    record = Record(
+        name=name,
+        format=choice.format,
+        activations=choice.activations if choice.quantises_activations else "none",
+        tokens=statistics.tokens,
+        largest=largest,
+        clip=largest if scale is None else scale * LARGEST[choice.format],
+        strength=source.strength,
+        weight_sqnr=sqnr(moved_NK, wide_NK),
+        output_sqnr=sqnr(rows_RK @ moved_NK.T, found_RN),
+    )
+    return Product(rounded, scale), record
+
+
+def sqnr(exact: Tensor, found: Tensor) -> float:
+    """Signal to quantisation noise, dB; 200 at most, so that a perfect one can be plotted."""
+    signal, noise = float(exact.square().sum()), float((found - exact).square().sum())
+    return min(200.0, 10 * math.log10(signal / noise)) if signal > 0 and noise > 0 else 200.0

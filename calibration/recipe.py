@@ -1,0 +1,131 @@
+"""Recipes: the presets, and what a recipe says of one linear or of one layer's experts.
+
+Enters: a `spec.Recipe`. Leaves: a `Choice` for each unit of a model. The units are named as in the checkpoint, without
+`model.` and `.weight`; router and LM head are left as they are unless an override gives them a format.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ..errors import CalibrationError
+from ..spec import Format, ModelSpec, Recipe
+
+KEPT = ("router", "lm_head")
+"""Last names of units that stay in high precision unless asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What a recipe says of one unit; the fields are those of `spec.Recipe`."""
+
+    format: Format
+    activations: str
+    clip: str
+    group_size: int
+    rounding: str
+
+    @property
+    def quantises_activations(self) -> bool:
+        """Whether the input is quantised too."""
+        return self.format in ("int8", "fp8")
+
+
+def int8(**changes: object) -> Recipe:
+    """W8A8: weights by output channel, static activations, SmoothQuant with a searched strength."""
+    return _changed(Recipe(format="int8", smoothing="smoothquant"), changes)
+
+
+def fp8(**changes: object) -> Recipe:
+    """E4M3 W8A8: weights by output channel, static activations; its floating point needs no smoothing."""
+    return _changed(Recipe(format="fp8"), changes)
+
+
+def int4(**changes: object) -> Recipe:
+    """Weights only, in groups: AWQ's scaling, scales of least squared error, GPTQ's rounding."""
+    return _changed(Recipe(format="int4", smoothing="awq", weight_clip="mse", rounding="gptq"), changes)
+
+
+PRESETS = {"int8": int8, "fp8": fp8, "int4": int4}
+
+
+def _changed(recipe: Recipe, changes: dict[str, object]) -> Recipe:
+    """A preset with other fields; None leaves a field as it is.
+
+    Raises:
+        CalibrationError: A value is out of range.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    try:
+        return dataclasses.replace(recipe, **given)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise CalibrationError(f"recipe: {error}") from error
+
+
+def units(spec: ModelSpec) -> Iterator[tuple[str, int]]:
+    """Every unit that can be quantised, and the inputs of its products (of experts, of their down projection too)."""
+    for index, layer in enumerate(spec.layers):
+        attention, feed = f"layers.{index}.self_attn", f"layers.{index}.feed_forward"
+        for name in ("q", "k", "v"):
+            yield f"{attention}.{name}_proj", spec.hidden_size
+        yield f"{attention}.o_proj", spec.heads * spec.head_dim
+        mlp, size = feed, spec.dense_size
+        if layer.experts:
+            yield f"{feed}.router", spec.hidden_size
+            yield f"{feed}.experts", spec.hidden_size
+            mlp, size = f"{feed}.shared_expert", spec.expert_size
+        yield f"{mlp}.gate_proj", spec.hidden_size
+        yield f"{mlp}.up_proj", spec.hidden_size
+        yield f"{mlp}.down_proj", size
+    yield "lm_head", spec.hidden_size
+
+
+def choose(recipe: Recipe, name: str) -> Choice:
+    """What the recipe says of a unit."""
+    choice = Choice(
+        format="none" if name.rpartition(".")[2] in KEPT else recipe.format,
+        activations=recipe.activations,
+        clip=recipe.clip,
+        group_size=recipe.group_size,
+        rounding=recipe.rounding,
+    )
+    for override in recipe.overrides:
+        if fnmatchcase(name, override.pattern):
+            given = {field.name: getattr(override, field.name) for field in dataclasses.fields(Choice)}
+            choice = dataclasses.replace(
+                choice, **{field: value for field, value in given.items() if value is not None}
+            )
+    return choice
+
+
+def check_recipe(recipe: Recipe, spec: ModelSpec) -> None:
+    """Refuses a recipe that does not fit a model, before anything is read.
+
+    Raises:
+        CalibrationError: A group size does not divide, a pattern matches nothing, or a method is not for its format.
+    """
+    named = dict(units(spec))
+    for override in recipe.overrides:
+        if not any(fnmatchcase(name, override.pattern) for name in named):
+            some = ", ".join(list(named)[:3])
+            raise CalibrationError(f"pattern {override.pattern!r} matches no weight: names are {some}, …")
+    if spec.tied_embeddings and choose(recipe, "lm_head").format != "none":
+        raise CalibrationError("lm_head is the embedding in this model, which is not quantised: leave it out")
+    for name, inputs in named.items():
+        choice = choose(recipe, name)
+        if choice.format == "fp8" and choice.clip == "entropy":
+            raise CalibrationError(f"{name}: clip 'entropy' counts int8's levels: choose absmax, percentile or mse")
+        sizes = (inputs, spec.expert_size) if name.endswith(".experts") else (inputs,)
+        for size in sizes if choice.format == "int4" else ():
+            _check_group(name, choice.group_size, size)
+
+
+def _check_group(name: str, group: int, size: int) -> None:
+    """Group sizes are those that every target's kernels take."""
+    if group not in (32, 64, 128):
+        raise CalibrationError(f"{name}: group size {group} is none of 32, 64 and 128")
+    if size % group:
+        fitting = [str(other) for other in (32, 64, 128) if size % other == 0]
+        remedy = f"choose {' or '.join(fitting)}" if fitting else "leave it out with an override of format none"
+        raise CalibrationError(f"{name}: group size {group} does not divide its {size} inputs: {remedy}")

@@ -1,0 +1,49 @@
+"""Tensors as a safetensors file, quantised ones under the format's own type names.
+
+int4 has no name in the format: two values lie in a byte of `U8`, the first in the low half, as ONNX packs them.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """Values of -8 to 7 in int8, [..., N] with N even → [..., N / 2] uint8."""
+    nibbles = values.view(torch.uint8) & 0xF
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int4`."""
+    nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2).view(torch.int8)
+    return torch.where(nibbles > 7, nibbles - 16, nibbles)
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a file, whole on the disk when it returns."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,132 @@
+"""A quantised linear in ONNX: how calibration writes it, and how a lowering recognises it.
+
+    int8, fp8, static:   x → QuantizeLinear → DequantizeLinear ─┐
+                         weight → DequantizeLinear → Transpose ─┴ MatMul → Cast
+    int8, fp8, dynamic:  the same of x over its token's scale, and a Mul with that scale behind the MatMul
+    int4:                x ─┬ MatMul
+                         weight → DequantizeLinear in blocks → Transpose ─┘
+
+Weights are [N, K] as in a checkpoint, with a scale for each output channel, or for each block of its inputs. In int8
+and fp8 the scales and the product are float32, which TensorRT makes an Int8 or FP8 GEMM with a float32 epilogue; with
+scales in bfloat16 it would quantise activations in bfloat16. In int4 the scales have the graph's type, as TensorRT's
+weight-only kernels demand.
+"""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from .nodes import Nodes, cast, ints, number
+from .quantisation import LARGEST
+
+FLOAT = ir.DataType.FLOAT
+STORED = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN, "int4": ir.DataType.INT4}
+KINDS = {dtype: kind for kind, dtype in STORED.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """A quantised linear found in a graph.
+
+    Attributes:
+        kind: `int8`, `fp8` or `int4`.
+        x: What is quantised, or in `int4` multiplied as it is.
+        x_scale: Its scale; None in `int4`.
+        weight: The stored weight [N, K], an initializer.
+        weight_scale: [N], or [N, K / block] in `int4`.
+    """
+
+    kind: str
+    x: ir.Value
+    x_scale: ir.Value | None
+    weight: ir.Value
+    weight_scale: ir.Value
+
+
+def write_input(
+    nodes: Nodes, x: ir.Value, scale: ir.Value | None, kind: str, dtype: ir.DataType
+) -> tuple[ir.Value, ir.Value | None]:
+    """Quantises and dequantises activations [..., K] for any number of linears.
+
+    Args:
+        nodes: Where the nodes go.
+        x: The activations, in `dtype`.
+        scale: The static scale, float32; None takes each token's own.
+        kind: `int8` or `fp8`.
+        dtype: The graph's type.
+
+    Returns:
+        What the product takes, float32, and the scale [..., 1] that multiplies the product, where there is one.
+    """
+    if scale is not None:
+        return nodes.DequantizeLinear(nodes.QuantizeLinear(x, scale, output_dtype=STORED[kind]), scale), None
+    wide = cast(nodes, x, dtype, FLOAT)
+    largest = nodes.ReduceMax(nodes.Abs(wide), ints(-1), keepdims=1)
+    token_scale = nodes.Div(largest, number(LARGEST[kind]))
+    token_scale = nodes.Where(nodes.Equal(token_scale, number(0)), number(1), token_scale)
+    one = nodes.constant(number(1))
+    stored = nodes.QuantizeLinear(nodes.Div(wide, token_scale), one, output_dtype=STORED[kind])
+    return nodes.DequantizeLinear(stored, one), token_scale
+
+
+def write_linear(
+    nodes: Nodes,
+    x: ir.Value,
+    x_token_scale: ir.Value | None,
+    weight: ir.Value,
+    weight_scale: ir.Value,
+    output: ir.Value,
+    kind: str,
+    dtype: ir.DataType,
+) -> None:
+    """Writes the product of an input that `write_input` has prepared (in `int4` of the activations as they are).
+
+    Args:
+        nodes: Where the nodes go.
+        x: The input.
+        x_token_scale: Its tokens' scales, where they are dynamic.
+        weight: The stored weight [N, K].
+        weight_scale: Its scales.
+        output: The value to produce, in `dtype`.
+        kind: The format.
+        dtype: The graph's type.
+    """
+    if kind == "int4":
+        assert weight.shape is not None
+        assert weight_scale.shape is not None
+        block = weight.shape.numpy()[1] // weight_scale.shape.numpy()[1]
+        wide = nodes.DequantizeLinear(weight, weight_scale, axis=1, block_size=block)
+        nodes.node("MatMul", [x, nodes.Transpose(wide, perm=[1, 0])], outputs=[output])
+        return
+    wide = nodes.DequantizeLinear(weight, weight_scale, axis=0)
+    product = nodes.MatMul(x, nodes.Transpose(wide, perm=[1, 0]))
+    if x_token_scale is not None:
+        product = nodes.Mul(product, x_token_scale)
+    nodes.node("Cast", [product], outputs=[output], attributes={"to": dtype})
+
+
+def read_linear(product: ir.Node) -> Linear | None:
+    """The quantised linear that a MatMul computes, or None."""
+    if product.op_type != "MatMul":
+        return None
+    x, transposed = product.inputs
+    transpose = _producer(transposed, "Transpose")
+    dequantise = _producer(transpose.inputs[0], "DequantizeLinear") if transpose else None
+    if dequantise is None or x is None:
+        return None
+    weight, weight_scale = dequantise.inputs[:2]
+    if weight is None or weight_scale is None or weight.dtype not in KINDS:
+        return None
+    kind = KINDS[weight.dtype]
+    if kind == "int4":
+        return Linear(kind=kind, x=x, x_scale=None, weight=weight, weight_scale=weight_scale)
+    behind = _producer(x, "DequantizeLinear")
+    quantise = _producer(behind.inputs[0], "QuantizeLinear") if behind else None
+    if quantise is None or quantise.inputs[0] is None:
+        return None
+    return Linear(kind=kind, x=quantise.inputs[0], x_scale=quantise.inputs[1], weight=weight, weight_scale=weight_scale)
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None

@@ -1,0 +1,85 @@
+"""A quantised product on ONNX Runtime's CPU: integers multiplied as integers, E4M3 as the float32 that it stands for.
+
+Enters: float32 activations and a weight in the layout that its kernel takes. Leaves: float32. In int8 the activations
+are stored as uint8 with a zero point of 128, which stands for the same values and is what the kernels are fast in.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from .nodes import Nodes, dims, ints, number
+from .quantisation import LARGEST
+
+MICROSOFT = "com.microsoft"
+FP8 = ir.DataType.FLOAT8E4M3FN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """A weight as a product takes it.
+
+    Attributes:
+        kind: `none`, `int8`, `fp8` or `int4`.
+        weight: [K, N] float32 in `none` and `fp8` (in `fp8` the stored values), [K, N] int8, or in `int4` bytes
+            [N, K / block, block / 2].
+        scale: float32 [N], in `int4` [N, K / block]; None in `none`.
+        input_scale: The input's static scale, float32; None takes each token's own.
+        is_turned: Whether a float32 weight lies as [N, K].
+    """
+
+    kind: str
+    weight: ir.Value
+    scale: ir.Value | None = None
+    input_scale: ir.Value | None = None
+    is_turned: bool = False
+
+
+def multiply(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
+    """Writes x [..., K] times a matrix, [..., N]."""
+    if matrix.kind == "none":
+        return _float_product(nodes, x, matrix)
+    if matrix.kind == "int4":
+        count, blocks, half = dims(matrix.weight)
+        product: ir.Value = nodes.MatMulNBits(
+            x, matrix.weight, matrix.scale, domain=MICROSOFT, K=blocks * half * 2, N=count, bits=4, block_size=half * 2
+        )
+        return product
+    if matrix.input_scale is not None:
+        return multiply_stored(nodes, quantise(nodes, x, matrix.input_scale, matrix.kind), matrix.input_scale, matrix)
+    largest = nodes.ReduceMax(nodes.Abs(x), ints(-1), keepdims=1)
+    token_scale = nodes.Div(largest, number(LARGEST[matrix.kind]))
+    token_scale = nodes.Where(nodes.Equal(token_scale, number(0)), number(1), token_scale)
+    one = nodes.constant(number(1))
+    stored = quantise(nodes, nodes.Div(x, token_scale), one, matrix.kind)
+    scaled: ir.Value = nodes.Mul(multiply_stored(nodes, stored, one, matrix), token_scale)
+    return scaled
+
+
+def quantise(nodes: Nodes, x: ir.Value, scale: ir.Value, kind: str) -> ir.Value:
+    """Activations as `multiply_stored` takes them: int8 as uint8 about 128, E4M3 as float32."""
+    if kind == "int8":
+        stored: ir.Value = nodes.QuantizeLinear(x, scale, np.array(128, dtype=np.uint8))
+        return stored
+    return nodes.Cast(nodes.QuantizeLinear(x, scale, output_dtype=FP8), to=ir.DataType.FLOAT)
+
+
+def multiply_stored(nodes: Nodes, stored: ir.Value, x_scale: ir.Value, matrix: Matrix) -> ir.Value:
+    """Writes the product of activations that `quantise` has made of one scale."""
+    if matrix.kind == "int8":
+        middle = np.array(128, dtype=np.uint8)
+        product: ir.Value = nodes.MatMulIntegerToFloat(
+            stored, matrix.weight, x_scale, matrix.scale, middle, domain=MICROSOFT
+        )
+        return product
+    # Not times the product of the two scales: ONNX Runtime would fold that from the initializers' placeholders.
+    return nodes.Mul(nodes.Mul(_float_product(nodes, stored, matrix), matrix.scale), x_scale)
+
+
+def _float_product(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
+    if matrix.is_turned:
+        turned: ir.Value = nodes.FusedMatMul(x, matrix.weight, domain=MICROSOFT, transB=1)
+        return turned
+    product: ir.Value = nodes.MatMul(x, matrix.weight)
+    return product
