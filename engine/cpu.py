@@ -52,7 +52,7 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
         raise BuildError(f"{path}: {error.strerror}: export the model again") from error
     except Exception as error:  # protobuf and onnx-ir raise their own kinds for damaged bytes
         raise BuildError(f"{path}: damaged graph ({error}): export the model again") from error
-    lowering = _Lowering(model.graph)
+    lowering = _Lowering(model.graph, spec.model.experts)
     lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
     return Lowered(
         graph=ir.to_proto(lowered).SerializeToString(),
@@ -64,8 +64,8 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
 class _Lowering:
     """The new graph under construction; values keep their names, floats become float32."""
 
-    def __init__(self, source: ir.Graph) -> None:
-        self.source = source
+    def __init__(self, source: ir.Graph, router_experts: int) -> None:
+        self.source, self.router_experts = source, router_experts
         self.supply = Supply()
         self.shared = gqa_cpu.Shared()
         self.mapped: dict[ir.Value, ir.Value] = {}
@@ -112,7 +112,8 @@ class _Lowering:
                 hidden, router_logits, gate_up, down = sources
                 experts = list(zip(self.supply.slices(gate_up), self.supply.slices(down), strict=True))
                 tokens = self._input(hidden), self._input(router_logits)
-                moe_cpu.lower(nodes, *tokens, experts, outputs[0], moe.Attributes(**attributes))
+                in_part = len(experts) < self.router_experts
+                moe_cpu.lower(nodes, *tokens, experts, outputs[0], moe.Attributes(**attributes), in_part=in_part)
             case domain, op_type:
                 raise BuildError(f"{node.name}: {domain}.{op_type} has no lowering for the CPU: export the model again")
 

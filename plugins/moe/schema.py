@@ -39,5 +39,10 @@ def schema() -> OpSchema:
                 unquantised,
                 "How the experts' weights are stored.",
             ),
+            OpSchema.Attribute(
+                "first_expert",
+                onnx.helper.make_attribute("first_expert", 0),
+                "The router's number of the first expert whose weights are given.",
+            ),
         ],
     )
