@@ -41,8 +41,9 @@ def schema() -> OpSchema:
             ),
             OpSchema.Attribute(
                 "first_expert",
-                onnx.helper.make_attribute("first_expert", 0),
-                "The router's number of the first expert whose weights are given.",
+                OpSchema.AttrType.INT,
+                "The router's number of the first expert whose weights are given; left out, it is 0.",
+                required=False,
             ),
         ],
     )
