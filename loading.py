@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import FolderError
-from .folder import read_spec
+from .folder import check_whole, read_spec
 from .spec import FolderSpec, Weight
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def load(
 
     path = Path(folder)
     spec = read_spec(path)
+    check_whole(path, spec)
     limits = Limits.of(spec.model, max_seq, max_batch)
     text, defaults = Text(path), read_defaults(path)  # small, and checked before weights are loaded
     files = find_files(path, spec.weight_files, None if weights is None else Path(weights))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import BuildError, FolderError
-from ..folder import SPEC, carry_files, check_apart, copy_sparse, new_folder, read_spec
+from ..folder import SPEC, carry_files, check_apart, check_whole, copy_sparse, new_folder, read_spec
 from ..spec import WeightFile
 from .cpu import lower_for_cpu
 
@@ -38,6 +38,7 @@ def build_bundle(model: str | Path, out: str | Path, *, target: str = "cpu", for
     if target not in TARGETS:
         raise BuildError(f"target {target!r} is unknown: choose one of {', '.join(TARGETS)}")
     spec = read_spec(source)
+    check_whole(source, spec)
     if spec.kind != "model":
         raise FolderError(f"{source} is a {spec.kind}: give the model folder it was built from")
     check_apart(source, bundle)
