@@ -1,7 +1,7 @@
 """A shard's tensors written anew: in another type, the portions of them that each rank has, or both.
 
 Enters: a shard, and for each file to write the portions of its tensors. Leaves: those files. The shard is read once, a
-piece at a time, whatever the number of files; where it is a hole, the files have one as well.
+piece at a time, whatever the number of files; where it is a hole, so are they.
 """
 
 import errno
@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import ExportError
 from ..shards import Region, Shard
@@ -63,14 +64,14 @@ def write_portions(source: Shard, targets: Mapping[Path, Mapping[str, Portion]],
         for name, region in ordered:
             takers = [(writer, portions[name]) for writer, portions in writers if name in portions]
             written = _written_dtype(region, dtype)
-            if takers and _is_hole(reader, region):
+            for row, count, piece in _pieces(source, reader, region) if takers else ():
                 for writer, portion in takers:
-                    writer.seek(math.prod(portion.shape) * written.itemsize, os.SEEK_CUR)
-                continue
-            for row, piece in _pieces(source, reader, region) if takers else ():
-                for writer, portion in takers:
-                    taken = take(portion, row, piece)
-                    writer.write(_convert(name, taken, written).view(np.uint8).data)
+                    if piece is None:
+                        rows = int(rows_taken(portion, row, count).sum())
+                        writer.seek(rows * portion.shape[-1] * written.itemsize, os.SEEK_CUR)
+                        continue
+                    converted = _convert(name, take(portion, row, piece), written)
+                    writer.write(converted.view(np.uint8).data)
         for writer, _ in writers:
             writer.truncate(writer.tell())  # a hole at the end is part of the file
 
@@ -83,14 +84,19 @@ def take(portion: Portion, first_row: int, rows_RC: Array) -> Array:
         first_row: The matrix's row that `rows_RC` begins with.
         rows_RC: Rows [R, C].
     """
-    *leading, columns = portion.spans
-    chosen_R = np.ones(len(rows_RC), dtype=np.bool_)
-    if leading:
-        numbers_R = np.arange(first_row, first_row + len(rows_RC))
+    chosen_R = rows_taken(portion, first_row, len(rows_RC))
+    taken_RC = rows_RC if chosen_R.all() else rows_RC[chosen_R]
+    return np.concatenate([taken_RC[:, start:stop] for start, stop in portion.spans[-1]], axis=1)
+
+
+def rows_taken(portion: Portion, first_row: int, count: int) -> NDArray[np.bool_]:
+    """Which of some rows of that matrix a portion takes from, [R]."""
+    chosen_R = np.ones(count, dtype=np.bool_)
+    if leading := portion.spans[:-1]:
+        numbers_R = np.arange(first_row, first_row + count)
         for index_R, spans in zip(np.unravel_index(numbers_R, portion.whole[:-1]), leading, strict=True):
             chosen_R &= np.logical_or.reduce([(start <= index_R) & (index_R < stop) for start, stop in spans])
-    taken_RC = rows_RC if chosen_R.all() else rows_RC[chosen_R]
-    return np.concatenate([taken_RC[:, start:stop] for start, stop in columns], axis=1)
+    return chosen_R
 
 
 def _header(source: Shard, portions: Mapping[str, Portion], dtype: DType | None) -> bytes:
@@ -114,18 +120,23 @@ def _written_dtype(region: Region, dtype: DType | None) -> np.dtype[Any]:
     return NUMPY_DTYPES[region.dtype if dtype is None else FORMAT_NAMES[dtype]]
 
 
-def _pieces(source: Shard, reader: IO[bytes], region: Region) -> Iterator[tuple[int, Array]]:
-    """A tensor's rows, some at a time, with the number of the first."""
+def _pieces(source: Shard, reader: IO[bytes], region: Region) -> Iterator[tuple[int, int, Array | None]]:
+    """A tensor's rows, some at a time: the number of the first, how many, the rows, or None where all are zero."""
     stored, columns = NUMPY_DTYPES[region.dtype], region.shape[-1]
-    rows = region.size // stored.itemsize // columns
-    step = max(1, PIECE // columns)
-    reader.seek(region.offset)
+    row_size = columns * stored.itemsize
+    rows, step = region.size // row_size, max(1, PIECE // columns)
     for row in range(0, rows, step):
-        count = min(step, rows - row) * columns
-        piece = np.fromfile(reader, stored, count)
-        if len(piece) < count:
+        count, start = min(step, rows - row), region.offset + row * row_size
+        if _is_hole(reader, start, start + count * row_size):
+            yield row, count, None
+            continue
+        reader.seek(start)
+        piece = np.fromfile(reader, stored, count * columns)
+        if len(piece) < count * columns:
             raise ExportError(f"{source.path}: shrank while it was read: export again")
-        yield row, piece.reshape(-1, columns)
+        stored_bytes = piece.view(np.uint8)  # the first row tells of nearly every piece that it is not zero
+        empty = not stored_bytes[:row_size].any() and not stored_bytes.any()
+        yield row, count, None if empty else piece.reshape(-1, columns)
 
 
 def _convert(name: str, piece: Array, dtype: np.dtype[Any]) -> Array:
@@ -137,11 +148,11 @@ def _convert(name: str, piece: Array, dtype: np.dtype[Any]) -> Array:
     return converted
 
 
-def _is_hole(reader: IO[bytes], region: Region) -> bool:
-    """Whether none of a tensor's data is stored: it is all zeros then."""
+def _is_hole(reader: IO[bytes], start: int, end: int) -> bool:
+    """Whether nothing is stored between two places of a file: all is zero there."""
     try:
-        return os.lseek(reader.fileno(), region.offset, os.SEEK_DATA) >= region.offset + region.size
+        return os.lseek(reader.fileno(), start, os.SEEK_DATA) >= end
     except OSError as error:
-        if error.errno == errno.ENXIO:
-            return True  # a hole up to the end
+        if error.errno == errno.ENXIO:  # a hole up to the end
+            return end <= os.fstat(reader.fileno()).st_size
         raise

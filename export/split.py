@@ -132,21 +132,23 @@ def split_model(spec: ModelSpec, tp: int, ep: int | None) -> Split:
     for name, value in (("tp", tp), ("ep", 1 if ep is None else ep)):
         if value < 1:
             raise ExportError(f"{name} is {value}, expected a whole number from 1 up")
+    dense, routed = (any(layer.experts == experts for layer in spec.layers) for experts in (False, True))
     widths = {"kv heads": spec.kv_heads}
-    if any(not layer.experts for layer in spec.layers):
+    if dense:
         widths["columns of a dense MLP"] = spec.dense_size
-    if any(layer.experts for layer in spec.layers):
+    if routed:
         widths["columns of an expert"] = spec.expert_size
     for what, count in widths.items():
         if count % tp:
             fitting = divisors(math.gcd(*widths.values()))
             raise ExportError(f"tp is {tp}, which does not divide the {count} {what}: choose one of {fitting}")
     groups, named = (tp, f"ep is {tp}, as tp") if ep is None else (ep, f"ep is {ep}")
-    fitting = divisors(math.gcd(tp, spec.experts))
+    experts = spec.experts if routed else 0
+    fitting = divisors(math.gcd(tp, experts))
     if tp % groups:
-        raise ExportError(f"{named}, which does not divide the {tp} ranks of tp: choose one of {fitting} for ep")
-    if spec.experts % groups:
-        raise ExportError(f"{named}, which does not divide the {spec.experts} experts: choose one of {fitting} for ep")
+        raise ExportError(f"{named}, which does not divide tp ({tp}): choose one of {fitting} for ep")
+    if experts % groups:
+        raise ExportError(f"{named}, which does not divide the {experts} experts: choose one of {fitting} for ep")
     return Split(ranks=tp, expert_groups=groups)
 
 
