@@ -96,8 +96,9 @@ def place_ranks(
         progress("weights", index, len(checkpoint.shards))
         rewrites = copy_weights or _converts(shard, checkpoint, dtype)
         fingerprint = identity(shard.path)
+        paths = [folder / f"rank-{rank}.{shard.path.name}" for rank, folder in enumerate(folders)]
         written: dict[Path, dict[str, Portion]] = {}
-        for rank, (folder, placement) in enumerate(zip(folders, placements, strict=True)):
+        for rank, (path, placement) in enumerate(zip(paths, placements, strict=True)):
             in_place: dict[str, Region] = {}
             scattered: dict[str, Portion] = {}
             for name in shard.tensors.keys() & checkpoint.tensors.keys():
@@ -110,14 +111,15 @@ def place_ranks(
             if in_place:
                 placement.add(shard, in_place, fingerprint, inside=False)
             if scattered:
-                written[folder / f"rank-{rank}.{shard.path.name}"] = scattered
+                written[path] = scattered
         if written:
             write_portions(shard, written, dtype)
             if identity(shard.path) != fingerprint:
                 raise ExportError(f"{shard.path}: changed while it was read: export again")
-        for path in written:
-            part = open_shard(path)
-            placements[folders.index(path.parent)].add(part, part.tensors, identity(path), inside=True)
+        for path, placement in zip(paths, placements, strict=True):
+            if path in written:
+                part = open_shard(path)
+                placement.add(part, part.tensors, identity(path), inside=True)
     if checkpoint.spec.tied_embeddings:
         for rank, placement in enumerate(placements):
             _place_tied_head(checkpoint.prefix, placement, split, rank)
