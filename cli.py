@@ -45,6 +45,11 @@ def export(
     copy_weights: Annotated[
         bool, typer.Option("--copy-weights", help="Copy the weights, so that the folder stands alone.")
     ] = False,
+    tp: Annotated[int, typer.Option(help="Split the model over so many ranks, a folder each.")] = 1,
+    ep: Annotated[
+        int | None,
+        typer.Option(help="Groups of ranks over which the experts are distributed.", show_default="as --tp"),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -59,6 +64,8 @@ def export(
             output,
             dtype=dtype,  # type: ignore[arg-type]
             copy_weights=copy_weights,
+            tp=tp,
+            ep=ep,
             force=force,
             progress=progress,
             notice=lambda line: print(line, file=sys.stderr),

@@ -55,6 +55,17 @@ def read_spec(folder: Path) -> FolderSpec:
         raise FolderError(f"{folder}: {error}") from error
 
 
+def check_whole(folder: Path, spec: FolderSpec) -> None:
+    """Refuses a model that is split over ranks.
+
+    Raises:
+        FolderError: The folder is one rank's, or holds the ranks' folders.
+    """
+    if spec.kind == "group" or spec.ranks > 1:
+        what = f"a group of {spec.ranks} ranks" if spec.kind == "group" else f"rank {spec.rank} of {spec.ranks}"
+        raise FolderError(f"{folder}: this model is {what}, which no runtime here joins yet: export without --tp")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields an empty temporary folder that becomes `out` when the block ends without an error.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import FolderError, SessionError
-from .folder import find_files, read_spec
+from .folder import check_whole, find_files, read_spec
 from .spec import EngineSpec, FolderSpec, Weight
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def load(
 
     path = Path(folder)
     spec = read_spec(path)
+    check_whole(path, spec)
     if spec.engine is not None:
         max_seq, max_batch = _engine_limits(spec.engine, max_seq, max_batch)
     limits = Limits.of(spec.model, max_seq, max_batch)

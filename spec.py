@@ -302,9 +302,9 @@ class FolderSpec:
     """`spec.json`: what a folder is, made from what, by which version.
 
     Attributes:
-        kind: `model` (canonical graph) or `bundle` (one target's artifact).
+        kind: `model` (canonical graph), `bundle` (one target's artifact), or `group` (a model folder a rank).
         version: Arriero's version that wrote it.
-        model: The decoder's geometry.
+        model: The decoder's geometry; the whole model's where the graph is one rank's.
         target: What a bundle was built for; empty in a model.
         graph: File name of the decoder's graph.
         source: The checkpoint or model it was made from.
@@ -315,9 +315,12 @@ class FolderSpec:
         tools: Versions of the libraries that wrote it.
         session: Flags that the graph needs from its session.
         engine: A TensorRT bundle's engine.
+        rank: Which rank's the graph is, of a model that is split over several.
+        ranks: How many there are.
+        expert_groups: Over how many groups of ranks the experts are distributed.
     """
 
-    kind: Literal["model", "bundle"]
+    kind: Literal["model", "bundle", "group"]
     version: str
     model: ModelSpec
     target: str = ""
@@ -330,7 +333,14 @@ class FolderSpec:
     tools: dict[str, str] = field(default_factory=dict)
     session: dict[str, str] = field(default_factory=dict)
     engine: EngineSpec | None = None
+    rank: int = 0
+    ranks: int = 1
+    expert_groups: int = 1
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.ranks or self.expert_groups < 1 or self.ranks % self.expert_groups:
+            raise ValueError(f"rank {self.rank} of {self.ranks} in {self.expert_groups} expert groups")
 
     def to_json(self) -> str:
         """The text of `spec.json`."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import BuildError, FolderError
-from ..folder import SPEC, carry_files, check_apart, check_free, copy_sparse, new_folder, read_spec
+from ..folder import SPEC, carry_files, check_apart, check_free, check_whole, copy_sparse, new_folder, read_spec
 from ..spec import FolderSpec, WeightFile
 from .builder import Progress
 from .cpu import lower_for_cpu
@@ -50,6 +50,7 @@ def build_bundle(
     if parsed.flavour == "cpu" and options not in (None, Options()):
         raise BuildError("the cpu target's graph takes any batch and length: leave the engine's options out")
     spec = read_spec(source)
+    check_whole(source, spec)
     if spec.kind != "model":
         raise FolderError(f"{source} is a {spec.kind}: give the model folder it was built from")
     check_apart(source, bundle)

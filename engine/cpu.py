@@ -48,7 +48,7 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
         BuildError: The graph is damaged or holds an op that has no lowering.
     """
     model = open_graph(folder, spec)
-    lowering = _Lowering(model.graph)
+    lowering = _Lowering(model.graph, spec.model.experts)
     lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
     return Lowered(
         graph=ir.to_proto(lowered).SerializeToString(),
@@ -60,8 +60,8 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
 class _Lowering:
     """The new graph under construction; values keep their names, floats become float32."""
 
-    def __init__(self, source: ir.Graph) -> None:
-        self.source = source
+    def __init__(self, source: ir.Graph, router_experts: int) -> None:
+        self.source, self.router_experts = source, router_experts
         self.supply = Supply()
         self.shared = gqa_cpu.Shared()
         self.mapped: dict[ir.Value, ir.Value] = {}
@@ -120,7 +120,9 @@ class _Lowering:
             case moe.DOMAIN, moe.NAME:
                 tokens = self._input(sources[0]), self._input(sources[1])
                 experts = self._experts(sources[2:], attributes.get("quantisation", "none"))
-                moe_cpu.lower(nodes, *tokens, experts, dims(sources[3])[2], outputs[0], moe.Attributes(**attributes))
+                hidden, settings = dims(sources[3])[2], moe.Attributes(**attributes)
+                in_part = len(experts) < self.router_experts
+                moe_cpu.lower(nodes, *tokens, experts, hidden, outputs[0], settings, in_part=in_part)
             case domain, op_type:
                 raise BuildError(f"{node.name}: {domain}.{op_type} has no lowering for the CPU: export the model again")
 

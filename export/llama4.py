@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from ..plugins.all_reduce.torch_op import all_reduce
 from ..plugins.gqa import op as gqa
 from ..plugins.gqa.torch_op import attend_whole, grouped_query_attention
 from ..plugins.moe import op as moe
 from ..plugins.moe.torch_op import moe_dispatch
 from ..spec import LayerSpec, ModelSpec
+from .split import WHOLE, Split
 
 
 class Cache(NamedTuple):
@@ -85,14 +87,14 @@ class Attention(nn.Module):
 
     inv_freq: Tensor | None
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> None:
         super().__init__()
-        query_size, kv_size = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        self.attributes = attention_attributes(spec, layer, split)
+        query_size, kv_size = self.attributes.heads * spec.head_dim, self.attributes.kv_heads * spec.head_dim
         self.q_proj = nn.Linear(spec.hidden_size, query_size, bias=False)
         self.k_proj = nn.Linear(spec.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(spec.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, spec.hidden_size, bias=False)
-        self.attributes = attention_attributes(spec, layer)
         self.register_buffer("inv_freq", inverse_frequencies(spec) if layer.rope else None, persistent=False)
 
     def forward(self, x_BSH: Tensor, cache: Cache | None) -> tuple[Tensor, Cache | None]:
@@ -118,11 +120,11 @@ class Attention(nn.Module):
         return self.o_proj(attended), Cache(present_key, present_value, cache.past_lengths)
 
 
-def attention_attributes(spec: ModelSpec, layer: LayerSpec) -> gqa.Attributes:
+def attention_attributes(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> gqa.Attributes:
     """The op's attributes in one layer: norm where there is RoPE, temperature where there is none."""
     return gqa.Attributes(
-        heads=spec.heads,
-        kv_heads=spec.kv_heads,
+        heads=spec.heads // split.ranks,
+        kv_heads=spec.kv_heads // split.ranks,
         scale=spec.head_dim**-0.5,
         chunk=layer.chunk,
         qk_norm_eps=spec.norm_eps if spec.qk_norm and layer.rope else 0.0,
@@ -148,20 +150,21 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """The routed experts' stacked weights, input dimension first."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, split: Split = WHOLE) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(spec.experts, spec.hidden_size, 2 * spec.expert_size))
-        self.down_proj = nn.Parameter(torch.empty(spec.experts, spec.expert_size, spec.hidden_size))
+        count, size = spec.experts // split.expert_groups, spec.expert_size // split.sharers
+        self.gate_up_proj = nn.Parameter(torch.empty(count, spec.hidden_size, 2 * size))
+        self.down_proj = nn.Parameter(torch.empty(count, size, spec.hidden_size))
 
 
 class MixtureOfExperts(nn.Module):
     """Router, routed experts and the shared expert."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, split: Split = WHOLE) -> None:
         super().__init__()
         self.router = nn.Linear(spec.hidden_size, spec.experts, bias=False)
-        self.experts = Experts(spec)
-        self.shared_expert = MLP(spec.hidden_size, spec.expert_size)
+        self.experts = Experts(spec, split)
+        self.shared_expert = MLP(spec.hidden_size, spec.expert_size // split.ranks)
         self.attributes = moe.Attributes(top_k=spec.experts_per_token)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
@@ -179,20 +182,33 @@ class MixtureOfExperts(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Norm, attention, norm, feed-forward, with both residuals."""
+    """Norm, attention, norm, feed-forward, with both residuals.
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+    Args:
+        spec: Geometry of the whole model.
+        layer: Kind of layer.
+        split: Of which this is a rank's part (of the first group of experts): what attention and feed-forward give is
+            summed over the ranks.
+    """
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> None:
         super().__init__()
+        self.ranks = split.ranks
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.self_attn = Attention(spec, layer)
+        self.self_attn = Attention(spec, layer, split)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.feed_forward = MixtureOfExperts(spec) if layer.experts else MLP(spec.hidden_size, spec.dense_size)
+        dense_size = spec.dense_size // split.ranks
+        self.feed_forward = MixtureOfExperts(spec, split) if layer.experts else MLP(spec.hidden_size, dense_size)
 
     def forward(self, x_BSH: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
         """[B, S, H] → [B, S, H], and the cache with these tokens in it."""
         attended_BSH, cache = self.self_attn(self.input_layernorm(x_BSH), cache)
-        x_BSH = x_BSH + attended_BSH
-        return x_BSH + self.feed_forward(self.post_attention_layernorm(x_BSH)), cache
+        x_BSH = x_BSH + self.over_ranks(attended_BSH)
+        return x_BSH + self.over_ranks(self.feed_forward(self.post_attention_layernorm(x_BSH))), cache
+
+    def over_ranks(self, part_BSH: Tensor) -> Tensor:
+        """The sum of what all ranks have, [B, S, H]."""
+        return part_BSH if self.ranks == 1 else all_reduce(part_BSH, self.ranks)
 
 
 class TextModel(nn.Module):

@@ -1,7 +1,8 @@
 """A checkpoint as a model folder: the canonical graph, its spec and the tokenizer, with the weights left in place.
 
 The checkpoint is only read. Weights move when asked to (`copy_weights`) or when they must change type (`dtype`); then
-they are safetensors files of the same names beside the graph.
+they are safetensors files of the same names beside the graph. Split over ranks (`tp`), the folder holds a model folder
+a rank, `rank-0` and so on; `split` says which part of the model a rank has.
 """
 
 import dataclasses
@@ -15,13 +16,13 @@ import onnx_ir as ir
 
 from .. import __version__
 from ..errors import ExportError
-from ..folder import SPEC, carry_files, check_apart, check_free, copy_sparse, new_folder
-from ..shards import Region, Shard, identity, open_shard
-from ..spec import DType, FolderSpec, WeightFile
-from .checkpoint import DTYPE_NAMES, Checkpoint, open_checkpoint, read_json
+from ..folder import SPEC, carry_files, check_apart, check_free, new_folder
+from ..spec import DType, FolderSpec
+from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .config import DTYPES, text_config
-from .convert import convert_shard
-from .stitch import Progress, stitch_decoder
+from .placement import place_ranks, place_whole
+from .split import Split, split_model
+from .stitch import Progress, Traced, stitch_decoder
 
 GRAPH = "decoder.onnx"
 
@@ -32,6 +33,8 @@ def export_checkpoint(
     *,
     dtype: DType | None = None,
     copy_weights: bool = False,
+    tp: int = 1,
+    ep: int | None = None,
     force: bool = False,
     progress: Progress = lambda phase, done, total: None,
     notice: Callable[[str], None] = lambda line: None,
@@ -43,6 +46,8 @@ def export_checkpoint(
         out: The model folder to write.
         dtype: Type of the graph and its weights; None keeps the checkpoint's. Another type writes converted weights.
         copy_weights: Whether the weights are copied into the folder, so that it stands alone.
+        tp: Ranks over which the model is split; 1 leaves it whole.
+        ep: Groups of ranks over which the experts are distributed; None is one a rank, which leaves them in place.
         force: Whether an existing model folder at `out` is replaced.
         progress: Told the phase, the steps done and the steps in all.
         notice: Told what a person should know, a line each.
@@ -52,7 +57,8 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: The checkpoint is damaged or no Llama 4.
-        ExportError: `dtype` is unknown or too narrow for a weight, or a file changed meanwhile.
+        ExportError: `dtype` is unknown or too narrow for a weight, `tp` or `ep` does not divide what it must, or a
+            file changed meanwhile.
         FolderError: `out` exists, or cannot be written.
     """
     source, target = Path(checkpoint).absolute(), Path(out).absolute()
@@ -63,59 +69,64 @@ def export_checkpoint(
     opened = open_checkpoint(source, any_dtype=dtype is not None)
     if opened.vision_tensors:
         notice(f"The {opened.vision_tensors} tensors of the vision tower are left out: the text decoder is exported.")
+    split = split_model(opened.spec, tp, ep)
+    spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
+    record = FolderSpec(
+        kind="model",
+        version=__version__,
+        model=spec,
+        graph=GRAPH,
+        source=str(source),
+        source_hashes=_hashes(source),
+        tools={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},
+        ranks=split.ranks,
+        expert_groups=split.expert_groups,
+    )
     with new_folder(target, force=force) as folder:
-        weight_files, places = _place_weights(opened, folder, dtype, copy_weights, progress)
-        spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
-        model = stitch_decoder(spec, opened.prefix, places.__getitem__, progress)
-        ir.save(model, folder / GRAPH)
-        carry_files(source, folder)
-        _write_generation_config(source, folder)
-        record = FolderSpec(
-            kind="model",
-            version=__version__,
-            model=spec,
-            graph=GRAPH,
-            source=str(source),
-            source_hashes=_hashes(source),
-            weight_files=tuple(weight_files),
-            tools={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},
-        )
-        (folder / SPEC).write_text(record.to_json(), "utf-8")
+        if split.ranks == 1:
+            placement = place_whole(opened, folder, dtype, copy_weights, progress)
+            model = stitch_decoder(spec, opened.prefix, placement.regions.__getitem__, progress)
+            _write_model(source, folder, model, dataclasses.replace(record, weight_files=tuple(placement.files)))
+        else:
+            copied = _write_ranks(opened, folder, split, dtype, copy_weights, record, progress)
+            notice(f"{copied / 1e9:.1f} GB of weights are in the ranks' folders; the rest stays where it is.")
     return target
 
 
-def _place_weights(
-    checkpoint: Checkpoint, folder: Path, dtype: DType | None, copy_weights: bool, progress: Progress
-) -> tuple[list[WeightFile], dict[str, tuple[str, Region]]]:
-    """Leaves, copies or converts each shard. Returns the weight files and where each tensor now lies."""
-    files, places = [], {}
-    for index, shard in enumerate(checkpoint.shards):
-        name, path = shard.path.name, shard.path
-        converts = dtype is not None and _stored_dtypes(shard, checkpoint) != {dtype}
-        if converts or copy_weights:
-            progress("weights", index, len(checkpoint.shards))
-            path = folder / name
-            if converts and dtype is not None:
-                convert_shard(shard, path, checkpoint.tensors, dtype)
-                shard = open_shard(path)
-            else:
-                copy_sparse(shard.path, path)
-        fingerprint = identity(path)
-        if copy_weights and not converts and fingerprint != identity(shard.path):
-            raise ExportError(f"{shard.path}: its copy differs, the file changed meanwhile: export again")
-        files.append(
-            WeightFile(
-                name=name, path="" if path.parent == folder else str(path), size=shard.size, identity=fingerprint
-            )
+def _write_ranks(
+    checkpoint: Checkpoint,
+    folder: Path,
+    split: Split,
+    dtype: DType | None,
+    copy_weights: bool,
+    record: FolderSpec,
+    progress: Progress,
+) -> int:
+    """Writes a model folder a rank, and the spec of them all. Returns the bytes of weights in them."""
+    folders = [folder / f"rank-{rank}" for rank in range(split.ranks)]
+    for each in folders:
+        each.mkdir()
+    traced: Traced = {}
+    copied = 0
+    for rank, placement in enumerate(place_ranks(checkpoint, folders, split, dtype, copy_weights, progress)):
+        locate = placement.regions.__getitem__
+        model = stitch_decoder(record.model, checkpoint.prefix, locate, progress, split=split, rank=rank, traced=traced)
+        files = tuple(placement.files)
+        _write_model(
+            checkpoint.folder, folders[rank], model, dataclasses.replace(record, rank=rank, weight_files=files)
         )
-        places.update(
-            {tensor: (name, region) for tensor, region in shard.tensors.items() if tensor in checkpoint.tensors}
-        )
-    return files, places
+        copied += sum(file.size for file in files if not file.path)
+    group = dataclasses.replace(record, kind="group", graph="")
+    (folder / SPEC).write_text(group.to_json(), "utf-8")
+    return copied
 
 
-def _stored_dtypes(shard: Shard, checkpoint: Checkpoint) -> set[DType]:
-    return {DTYPE_NAMES[region.dtype] for name, region in shard.tensors.items() if name in checkpoint.tensors}
+def _write_model(source: Path, folder: Path, model: ir.Model, record: FolderSpec) -> None:
+    """Writes a graph and all that goes with it."""
+    ir.save(model, folder / GRAPH)
+    carry_files(source, folder)
+    _write_generation_config(source, folder)
+    (folder / SPEC).write_text(record.to_json(), "utf-8")
 
 
 def _write_generation_config(source: Path, folder: Path) -> None:

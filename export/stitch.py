@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from ..plugins.all_reduce import op as all_reduce
 from ..plugins.gqa import op as gqa
 from ..plugins.gqa.body import body as gqa_body
 from ..plugins.moe import op as moe
@@ -18,6 +19,7 @@ from ..plugins.nodes import OPSET, Nodes, ints
 from ..shards import Region
 from ..spec import LayerSpec, ModelSpec
 from .llama4 import attention_attributes, inverse_frequencies
+from .split import WHOLE, Split
 from .trace import trace_layer
 
 IR_VERSION = 11
@@ -25,31 +27,47 @@ DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat1
 REGION_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
 Locate = Callable[[str], tuple[str, Region]]
-"""The shard's file name and the region of a tensor, by its checkpoint name."""
+"""The file's name and the region of a tensor or of the rank's portion of it, by its checkpoint name."""
+
+Traced = dict[tuple[LayerSpec, Split], ir.Graph]
+"""Layers traced so far, by their kind and layout."""
 
 Progress = Callable[[str, int, int], None]
 """Told the phase, the steps done, and the steps in all."""
 
 
-def stitch_decoder(spec: ModelSpec, prefix: str, locate: Locate, progress: Progress) -> ir.Model:
-    """Builds the decoder graph.
+def stitch_decoder(
+    spec: ModelSpec,
+    prefix: str,
+    locate: Locate,
+    progress: Progress,
+    *,
+    split: Split = WHOLE,
+    rank: int = 0,
+    traced: Traced | None = None,
+) -> ir.Model:
+    """Builds the decoder graph, or one rank's.
 
     Args:
-        spec: Geometry; its dtype is the graph's.
+        spec: Geometry of the whole model; its dtype is the graph's.
         prefix: What the checkpoint's tensor names begin with.
-        locate: Finds a tensor in the shards.
+        locate: Finds a tensor, or the rank's portion of it, in the weight files.
         progress: Told of each layer.
+        split: Layout over ranks.
+        rank: Whose graph.
+        traced: Layers traced for another rank, extended here.
     """
-    return Stitcher(spec, prefix, locate).stitch(progress)
+    return Stitcher(spec, prefix, locate, split, rank, {} if traced is None else traced).stitch(progress)
 
 
 class Stitcher:
     """The graph under construction."""
 
-    def __init__(self, spec: ModelSpec, prefix: str, locate: Locate) -> None:
+    def __init__(self, spec: ModelSpec, prefix: str, locate: Locate, split: Split, rank: int, traced: Traced) -> None:
         self.spec, self.prefix, self.locate = spec, prefix, locate
+        self.split, self.rank, self.traced = split, rank, traced
         self.dtype = DTYPES[spec.dtype]
-        self.traced: dict[LayerSpec, ir.Graph] = {}
+        self.experts = moe.Attributes(top_k=spec.experts_per_token, first_expert=split.first_expert(spec, rank))
         self.initializers: dict[str, ir.Value] = {}
         self.inv_freq = self._constant("rope.inv_freq", inverse_frequencies(spec).numpy())
         self.functions: dict[str, ir.Function] = {}
@@ -108,7 +126,8 @@ class Stitcher:
 
     def _caches(self, index: int, layer: LayerSpec, when: str) -> list[ir.Value]:
         slots = "chunk_slots" if layer.chunk else "slots"
-        shape: list[int | str | None] = ["batch", self.spec.kv_heads, slots, self.spec.head_dim]
+        kv_heads = self.spec.kv_heads // self.split.ranks
+        shape: list[int | str | None] = ["batch", kv_heads, slots, self.spec.head_dim]
         return [ir.val(f"{when}.{index}.{kind}", self.dtype, shape) for kind in ("key", "value")]
 
     def _add_layer(
@@ -121,9 +140,10 @@ class Stitcher:
         present: list[ir.Value],
     ) -> tuple[ir.Value, list[ir.Node]]:
         """Clones the traced layer of this kind onto the given values. Returns its output and its nodes."""
-        if layer not in self.traced:
-            self.traced[layer] = trace_layer(self.spec, layer)
-        traced = self.traced[layer]
+        kind = layer, self.split
+        if kind not in self.traced:
+            self.traced[kind] = trace_layer(self.spec, layer, self.split)
+        traced = self.traced[kind]
         mapped: dict[ir.Value, ir.Value] = dict(zip(traced.inputs, [x, past_lengths, *past], strict=True))
         for name, value in traced.initializers.items():
             parameter = name.removeprefix("layer.")
@@ -149,11 +169,14 @@ class Stitcher:
                 name, shape = f"layers.{index}/{old.name}", self._named_shape(old.shape)
                 mapped[old] = ir.Value(name=name, shape=shape, type=old.type)
             values.append(mapped[old])
+        attributes = list(node.attributes.values())
+        if node.op_type == moe.NAME and self.experts.first_expert:
+            attributes.append(ir.AttrInt64("first_expert", self.experts.first_expert))
         return ir.Node(
             node.domain,
             node.op_type,
             [mapped[value] if value is not None else None for value in node.inputs],
-            attributes=list(node.attributes.values()),
+            attributes=attributes,
             overload=self._function(node, layer) if node.domain == gqa.DOMAIN else "",
             outputs=values,
             name=f"layers.{index}/{_node_name(node)}",
@@ -167,15 +190,17 @@ class Stitcher:
 
     def _function(self, node: ir.Node, layer: LayerSpec) -> str:
         """Adds the function body of a custom op's node, once a kind. Returns the overload that the node calls."""
-        spec = self.spec
+        if node.op_type == all_reduce.NAME:
+            return ""  # it has no body
         if node.op_type == moe.NAME:
             if moe.NAME not in self.functions:
-                self.functions[moe.NAME] = moe_body(moe.Attributes(top_k=spec.experts_per_token), self.dtype)
+                in_part = self.split.expert_groups > 1
+                self.functions[moe.NAME] = moe_body(self.experts, self.dtype, in_part=in_part)
             return ""
         overload = f"{'rope' if layer.rope else 'nope'}_{'chunked' if layer.chunk else 'full'}"
         if overload not in self.functions:
-            attributes = attention_attributes(spec, layer)
-            self.functions[overload] = gqa_body(attributes, spec.head_dim, layer.rope, self.dtype, overload)
+            attributes = attention_attributes(self.spec, layer, self.split)
+            self.functions[overload] = gqa_body(attributes, self.spec.head_dim, layer.rope, self.dtype, overload)
         return overload
 
     def _head(self, x: ir.Value, logit_positions: ir.Value, embedding: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
@@ -183,11 +208,22 @@ class Stitcher:
         nodes = Nodes("lm_head/")
         chosen = nodes.GatherND(x, nodes.Unsqueeze(logit_positions, ints(2)), batch_dims=1)
         normed = nodes.RMSNormalization(chosen, self.weight("model.norm.weight"), epsilon=self.spec.norm_eps)
-        weight = embedding if self.spec.tied_embeddings else self.weight("lm_head.weight")
+        shares_embedding = self.spec.tied_embeddings and self.split.ranks == 1
+        weight = embedding if shares_embedding else self.weight("lm_head.weight")
         logits = nodes.MatMul(normed, nodes.Transpose(weight, perm=[1, 0]))
+        if self.split.ranks > 1:
+            logits = self._gather_logits(nodes, logits)
         output = ir.val("logits", ir.DataType.FLOAT, ["batch", "logit_positions", self.spec.vocab_size])
         nodes.node("Cast", [logits], outputs=[output], attributes={"to": ir.DataType.FLOAT})
         return output, nodes.list
+
+    def _gather_logits(self, nodes: Nodes, part: ir.Value) -> ir.Value:
+        """All columns of the logits from this rank's: each column is one rank's, and the others add zeros to it."""
+        size = self.spec.vocab_size
+        (((start, stop),),) = self.split.portion("lm_head.weight", (size,), self.rank).spans
+        padded = nodes.Pad(part, ints(0, 0, start, 0, 0, size - stop))
+        total: ir.Value = nodes.AllReduce(padded, domain=all_reduce.DOMAIN, ranks=self.split.ranks)
+        return total
 
 
 def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
@@ -196,7 +232,10 @@ def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def _node_name(node: ir.Node) -> str:
-    """A product or a norm is named by its weight, a custom op by its type, anything else as traced."""
+    """A product or a norm is named by its weight, a sum by what it sums, a custom op by its type; others as traced."""
+    summed = node.inputs[0].producer() if node.op_type == all_reduce.NAME and node.inputs[0] is not None else None
+    if summed is not None:
+        return f"{_node_name(summed)}/{all_reduce.NAME}"
     weight = node.inputs[1] if node.op_type in ("MatMul", "RMSNormalization") else None
     source = weight.producer() if weight is not None else None
     weight = source.inputs[0] if source is not None else weight

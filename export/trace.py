@@ -20,6 +20,7 @@ from ..plugins import schemas
 from ..plugins.gqa.op import DOMAIN, VERSION
 from ..spec import LayerSpec, ModelSpec
 from .llama4 import Cache, DecoderLayer
+from .split import WHOLE, Split
 
 INPUTS = ("x", "past_lengths", "key_cache", "value_cache")
 OUTPUTS = ("y", "present_key", "present_value")
@@ -40,8 +41,10 @@ class Step(nn.Module):
         return y, cache.key, cache.value
 
 
-def trace_layer(spec: ModelSpec, layer: LayerSpec) -> ir.Graph:
+def trace_layer(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> ir.Graph:
     """Traces one kind of layer.
+
+    The ranks of a split have the same graph, but for the number of the first expert, which is not in it.
 
     Returns:
         A graph of inputs `INPUTS` and outputs `OUTPUTS` whose initializers are named `layer.<parameter>` and hold no
@@ -49,9 +52,9 @@ def trace_layer(spec: ModelSpec, layer: LayerSpec) -> ir.Graph:
     """
     schemas.register()
     dtype = getattr(torch, spec.dtype)
-    module = meta_layer(spec, layer)
+    module = meta_layer(spec, layer, split)
     with torch.device("meta"):
-        cache = torch.empty(2, spec.kv_heads, 4, spec.head_dim, dtype=dtype)
+        cache = torch.empty(2, spec.kv_heads // split.ranks, 4, spec.head_dim, dtype=dtype)
         arguments = (
             torch.empty(2, 3, spec.hidden_size, dtype=dtype),
             torch.empty(2, dtype=torch.int32),
@@ -80,13 +83,13 @@ def trace_layer(spec: ModelSpec, layer: LayerSpec) -> ir.Graph:
     return graph
 
 
-def meta_layer(spec: ModelSpec, layer: LayerSpec) -> DecoderLayer:
+def meta_layer(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> DecoderLayer:
     """A layer in the spec's dtype whose parameters have no bytes."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, spec.dtype))
     try:
         with torch.device("meta"):
-            return DecoderLayer(spec, layer).eval()
+            return DecoderLayer(spec, layer, split).eval()
     finally:
         torch.set_default_dtype(previous)
 
@@ -114,6 +117,9 @@ def translations() -> dict[Any, Any]:
     def moe_dispatch(hidden, router_logits, gate_up, down, top_k, activation):  # type: ignore[no-untyped-def]
         return arriero.MoeDispatch(hidden, router_logits, gate_up, down, top_k=top_k, activation=activation)
 
+    def all_reduce(part, ranks):  # type: ignore[no-untyped-def]
+        return arriero.AllReduce(part, ranks=ranks)
+
     def rms_norm(x, weight, eps):  # type: ignore[no-untyped-def]
         return onnx_ops.RMSNormalization(x, weight, epsilon=eps)
 
@@ -125,6 +131,7 @@ def translations() -> dict[Any, Any]:
     return {
         ops.arriero.grouped_query_attention.default: grouped_query_attention,
         ops.arriero.moe_dispatch.default: moe_dispatch,
+        ops.arriero.all_reduce.default: all_reduce,
         ops.arriero.rms_norm.default: rms_norm,
         ops.aten.linear.default: linear,
     }

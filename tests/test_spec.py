@@ -64,3 +64,14 @@ def test_what_is_wrong_is_said() -> None:
     fields["model"]["kv_heads"] = "two"
     with pytest.raises(FolderError, match="'two' is no int"):
         FolderSpec.from_json(json.dumps(fields))
+
+
+def test_a_rank_is_one_of_its_ranks() -> None:
+    fields = json.loads(FOLDER.to_json())
+    split = {**fields, "rank": 3, "ranks": 4, "expert_groups": 2}
+    assert FolderSpec.from_json(json.dumps(split)).rank == 3
+    for wrong in ({"rank": 4}, {"rank": -1}, {"ranks": 0}, {"expert_groups": 3}, {"expert_groups": 0}):
+        with pytest.raises(FolderError, match=r"damaged .rank -?[0-9]+ of"):
+            FolderSpec.from_json(json.dumps({**split, **wrong}))
+    older = {name: value for name, value in fields.items() if name not in ("rank", "ranks", "expert_groups")}
+    assert FolderSpec.from_json(json.dumps(older)) == FOLDER

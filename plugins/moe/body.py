@@ -19,13 +19,16 @@ FLOAT = ir.DataType.FLOAT
 STORED = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
-def body(attributes: Attributes, dtype: ir.DataType, *, static: bool = False, overload: str = "") -> ir.Function:
+def body(
+    attributes: Attributes, dtype: ir.DataType, *, static: bool = False, in_part: bool = False, overload: str = ""
+) -> ir.Function:
     """The function body for one set of attributes.
 
     Args:
         attributes: As on the nodes that call it.
         dtype: Type of the tokens; of the weights too, where these are not quantised.
         static: Whether the nodes have activation scales.
+        in_part: Whether the nodes hold some of the router's experts only.
         overload: Name that tells this body from those of other attributes.
     """
     inputs: tuple[str, ...] = op.INPUTS if attributes.quantisation == "none" else op.INPUTS + op.WEIGHT_SCALES
@@ -33,19 +36,28 @@ def body(attributes: Attributes, dtype: ir.DataType, *, static: bool = False, ov
         inputs += op.ACTIVATION_SCALES
 
     def write(nodes: Nodes, values: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> None:
-        write_body(nodes, dict(zip(inputs, values, strict=True)), outputs[0], attributes=attributes, dtype=dtype)
+        named = dict(zip(inputs, values, strict=True))
+        write_body(nodes, named, outputs[0], attributes=attributes, dtype=dtype, in_part=in_part)
 
     return function(op.DOMAIN, op.NAME, overload, inputs, op.OUTPUTS, write)
 
 
 def write_body(
-    nodes: Nodes, inputs: Mapping[str, ir.Value], output: ir.Value, *, attributes: Attributes, dtype: ir.DataType
+    nodes: Nodes,
+    inputs: Mapping[str, ir.Value],
+    output: ir.Value,
+    *,
+    attributes: Attributes,
+    dtype: ir.DataType,
+    in_part: bool = False,
 ) -> None:
     """Writes the body's nodes from the op's inputs, by name, to its output."""
     hidden, router_logits = inputs["hidden"], inputs["router_logits"]
     scores_TK, experts_TK = route(nodes, router_logits, attributes, dtype)
     zeros_TE = nodes.Expand(np.array(0, dtype=dtype.numpy()), nodes.Shape(router_logits))
     scores_TE = nodes.ScatterElements(zeros_TE, experts_TK, scores_TK, axis=1)
+    if in_part:
+        scores_TE = _held(nodes, scores_TE, inputs["gate_up"], attributes.first_expert)
     scores_ET1 = nodes.Unsqueeze(nodes.Transpose(scores_TE, perm=[1, 0]), ints(2))
     expert_input_ETH = nodes.Mul(hidden, scores_ET1)
     linear = partial(_linear, nodes, inputs, kind=attributes.quantisation, dtype=dtype)
@@ -54,6 +66,13 @@ def write_body(
     expert_output_ETH = linear(activated_ETI, "down", "activated")
     over_experts = nodes.constant(ints(0))
     nodes.node("ReduceSum", [expert_output_ETH, over_experts], outputs=[output], attributes={"keepdims": 0})
+
+
+def _held(nodes: Nodes, scores_TE: ir.Value, gate_up: ir.Value, first_expert: int) -> ir.Value:
+    """The columns of the experts whose weights are given, as many as there are."""
+    end = nodes.Add(nodes.Shape(gate_up, end=1), ints(first_expert))
+    held: ir.Value = nodes.Slice(scores_TE, ints(first_expert), end, ints(1))
+    return held
 
 
 def _linear(

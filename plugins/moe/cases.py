@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..quantisation import LARGEST, quantise
+from ..quantisation import LARGEST, Kind, quantise
 from .op import Attributes
 
 
@@ -15,6 +15,8 @@ class Case:
     """One call of the op: its attributes and the numbers that fix its inputs' shapes.
 
     Attributes:
+        experts: How many the router knows.
+        held: How many of them, from the attribute's first on, have their weights here; None is all.
         favourite: Where set, every token's largest logit is this expert's, so the others starve.
         group: Rows of a weight that share a scale in `int4`; it divides `hidden` and `expert_size`.
         static: Whether quantised activations have static scales.
@@ -26,9 +28,15 @@ class Case:
     experts: int
     hidden: int = 32
     expert_size: int = 24
+    held: int | None = None
     favourite: int | None = None
     group: int = 0
     static: bool = False
+
+    @property
+    def weights(self) -> int:
+        """How many experts' weights the inputs hold."""
+        return self.experts if self.held is None else self.held
 
     def inputs(self) -> dict[str, np.ndarray[Any, Any]]:
         """The op's inputs by name, floats in float32, weights as they are stored; the same for each call."""
@@ -43,8 +51,8 @@ class Case:
         inputs = {
             "hidden": normal(self.tokens, self.hidden),
             "router_logits": router_logits,
-            "gate_up": normal(self.experts, self.hidden, 2 * self.expert_size) / np.float32(self.hidden**0.5),
-            "down": normal(self.experts, self.expert_size, self.hidden) / np.float32(self.expert_size**0.5),
+            "gate_up": normal(self.weights, self.hidden, 2 * self.expert_size) / np.float32(self.hidden**0.5),
+            "down": normal(self.weights, self.expert_size, self.hidden) / np.float32(self.expert_size**0.5),
         }
         kind = self.attributes.quantisation
         if kind == "none":
@@ -53,7 +61,7 @@ class Case:
             inputs[name], inputs[f"{name}_scale"] = quantised(inputs[name], kind, self.group)
         if self.static:  # the clip lies within the activations' range, so that some saturate
             for name, clip in (("hidden_scale", 2.0), ("activated_scale", 1.0)):
-                spread_E = rng.uniform(0.5, 1.5, self.experts)
+                spread_E = rng.uniform(0.5, 1.5, self.weights)
                 inputs[name] = (spread_E * clip / LARGEST[kind]).astype(np.float32)
         return inputs
 
@@ -70,6 +78,12 @@ def quantised(
 
 TOP_1, TOP_2 = Attributes(top_k=1), Attributes(top_k=2)
 
+
+def from_expert(first: int, top_k: int = 1, quantisation: Kind = "none") -> Attributes:
+    """The attributes of a node that holds the experts from `first` on."""
+    return Attributes(top_k=top_k, quantisation=quantisation, first_expert=first)
+
+
 CASES = (
     Case(name="one token", attributes=TOP_1, tokens=1, experts=8),
     Case(name="few tokens", attributes=TOP_1, tokens=5, experts=16),
@@ -82,6 +96,12 @@ CASES = (
     Case(name="every expert chosen", attributes=Attributes(top_k=4), tokens=7, experts=4),
     Case(name="a single expert", attributes=TOP_1, tokens=6, experts=1),
     Case(name="sizes that are no multiple of 16", attributes=TOP_1, tokens=13, experts=3, hidden=27, expert_size=19),
+    Case(name="the first half of the experts", attributes=from_expert(0), tokens=30, experts=8, held=4),
+    Case(name="the second half of the experts", attributes=from_expert(4), tokens=30, experts=8, held=4),
+    Case(name="two of a token's experts held or not", attributes=from_expert(2, 2), tokens=33, experts=8, held=3),
+    Case(name="one expert held of many", attributes=from_expert(127), tokens=9, experts=128, held=1),
+    Case(name="every token goes elsewhere", attributes=from_expert(4), tokens=6, experts=8, held=4, favourite=3),
+    Case(name="one token, experts held here", attributes=from_expert(2), tokens=1, experts=8, held=4, favourite=3),
 )
 
 INT8, FP8, INT4 = (Attributes(top_k=1, quantisation=kind) for kind in ("int8", "fp8", "int4"))
@@ -105,5 +125,8 @@ QUANTISED_CASES = (
     Case(name="int4, groups of 64", attributes=INT4_TOP_2, tokens=20, experts=4, hidden=128, expert_size=64, group=64),
     Case(name="int4, groups of 128", attributes=INT4, tokens=20, experts=4, hidden=256, expert_size=128, group=128),
     Case(name="int4, whole columns", attributes=INT4, tokens=12, experts=4, hidden=48, expert_size=32),
+    Case(name="int8, held in part", attributes=from_expert(4, 2, "int8"), tokens=33, experts=8, held=4, static=True),
+    Case(name="fp8, held in part", attributes=from_expert(0, 1, "fp8"), tokens=33, experts=8, held=4),
+    Case(name="int4, held in part", attributes=from_expert(2, 1, "int4"), tokens=33, experts=8, held=4),
 )
 """The same op over quantised experts."""

@@ -26,6 +26,8 @@ def lower(
     hidden_size: int,
     output: ir.Value,
     attributes: Attributes,
+    *,
+    in_part: bool = False,
 ) -> None:
     """Writes the nodes of one layer in float32.
 
@@ -33,15 +35,18 @@ def lower(
         nodes: Where they go.
         hidden: [T, H].
         router_logits: [T, E].
-        experts: Each expert's gate_up [H, 2I] and down [I, H], perhaps quantised.
+        experts: Each held expert's gate_up [H, 2I] and down [I, H], perhaps quantised.
         hidden_size: H.
         output: The value to produce, [T, H].
         attributes: The op's.
+        in_part: Whether these are some of the router's experts only.
     """
-    count = len(experts)
+    count, first = len(experts), attributes.first_expert
     scores_TK, experts_TK = route(nodes, router_logits, attributes, FLOAT)
-    chosen_TKE = nodes.OneHot(experts_TK, number(count, np.int64), ints(0, 1))
+    chosen_TKE = nodes.OneHot(experts_TK, number(first + count, np.int64), ints(0, 1))
     busy_E = nodes.Greater(nodes.ReduceSum(chosen_TKE, ints(0, 1), keepdims=0), number(0, np.int64))
+    if first:
+        busy_E = nodes.Slice(busy_E, ints(first), ints(first + count), ints(0))
     busy = nodes.Split(busy_E, axis=0, num_outputs=count, outputs=count) if count > 1 else [busy_E]
     parts = [
         nodes.If(
@@ -49,7 +54,7 @@ def lower(
             outputs=2,
             then_branch=_expert(
                 f"{nodes.prefix}expert.{index}/",
-                index,
+                first + index,
                 attributes.top_k,
                 hidden,
                 scores_TK,
@@ -63,13 +68,20 @@ def lower(
     places_N1 = nodes.Concat(*(places for places, _ in parts), axis=0)
     unordered_NH = nodes.Concat(*(outputs for _, outputs in parts), axis=0)
     # Each pair (token, choice) is written once: ONNX Runtime adds in ScatterND without guarding against races.
+    blank_NH = _zeros(nodes, hidden, attributes.top_k) if in_part else unordered_NH
     if attributes.top_k == 1:
-        nodes.node("ScatterND", [unordered_NH, places_N1, unordered_NH], outputs=[output])
+        nodes.node("ScatterND", [blank_NH, places_N1, unordered_NH], outputs=[output])
         return
-    pairs_NH = nodes.ScatterND(unordered_NH, places_N1, unordered_NH)
+    pairs_NH = nodes.ScatterND(blank_NH, places_N1, unordered_NH)
     pairs_TKH = nodes.Reshape(pairs_NH, ints(-1, attributes.top_k, hidden_size))
     over_choices = nodes.constant(ints(1))
     nodes.node("ReduceSum", [pairs_TKH, over_choices], outputs=[output], attributes={"keepdims": 0})
+
+
+def _zeros(nodes: Nodes, hidden: ir.Value, top_k: int) -> ir.Value:
+    """A row of zeros a pair (token, choice), for those that go to experts held elsewhere."""
+    zeros: ir.Value = nodes.Expand(number(0), nodes.Mul(nodes.Shape(hidden), ints(top_k, 1)))
+    return zeros
 
 
 def _expert(

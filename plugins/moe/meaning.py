@@ -29,8 +29,11 @@ def moe_dispatch(
     """Sends each token through its experts; see `op` for the shapes. Returns output [T, H]."""
     hidden_TH, logits_TE = hidden.astype(np.float64), router_logits.astype(np.float64)
     output_TH = np.zeros_like(hidden_TH)
-    for token, expert in zip(*chosen_experts(logits_TE, attributes.top_k), strict=True):
-        expert_input_H = hidden_TH[token] * sigmoid(logits_TE[token, expert])
+    for token, chosen in zip(*chosen_experts(logits_TE, attributes.top_k), strict=True):
+        expert = chosen - attributes.first_expert
+        if not 0 <= expert < len(gate_up):
+            continue
+        expert_input_H = hidden_TH[token] * sigmoid(logits_TE[token, chosen])
         gate_up_2I = product(expert_input_H, expert, gate_up, gate_up_scale, hidden_scale, attributes)
         gate_I, up_I = np.split(gate_up_2I, 2)
         output_TH[token] += product(up_I * silu(gate_I), expert, down, down_scale, activated_scale, attributes)

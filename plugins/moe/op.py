@@ -7,6 +7,9 @@ scaling the output instead would be another model. The outputs of a token's expe
 Quantised experts have their stored weights and scales as inputs. In `int8` and `fp8` the expert's input (after the
 score) and its activated intermediate are quantised too, statically where their scales are given, else each token by its
 own absolute maximum. In `int4` only the weights are.
+
+A node may hold some of the experts only: those from `first_expert` on, E' of the router's E. What the routing sends to
+the others adds nothing, so the outputs of the nodes that hold all experts between them add up to the whole op's.
 """
 
 from dataclasses import dataclass
@@ -18,7 +21,8 @@ NAME = "MoeDispatch"
 VERSION = 1
 
 INPUTS = ("hidden", "router_logits", "gate_up", "down")
-"""hidden [T, H]; router_logits [T, E]; gate_up [E, H, 2I], the gate's columns first; down [E, I, H]."""
+"""hidden [T, H]; router_logits [T, E]; gate_up [E, H, 2I], the gate's columns first; down [E, I, H].
+Where a node holds some of the experts, E is E' in the weights and in every scale."""
 
 WEIGHT_SCALES = ("gate_up_scale", "down_scale")
 """float32 [E, H / block, 2I] and [E, I / block, H]: one scale a column and block of its rows. The block is the whole
@@ -40,13 +44,16 @@ class Attributes:
         top_k: Experts a token is sent to.
         activation: The gate's activation function; Llama 4 knows `silu` only.
         quantisation: How the experts' weights are stored: `none`, `int8`, `fp8` (E4M3) or `int4`.
+        first_expert: The router's number of the first expert whose weights are given.
     """
 
     top_k: int
     activation: str = "silu"
     quantisation: Kind = "none"
+    first_expert: int = 0
 
     def __post_init__(self) -> None:
         assert self.top_k >= 1
         assert self.activation == "silu"
         assert self.quantisation in ("none", "int8", "fp8", "int4")
+        assert self.first_expert >= 0

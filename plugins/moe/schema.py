@@ -39,5 +39,11 @@ def schema() -> OpSchema:
                 unquantised,
                 "How the experts' weights are stored.",
             ),
+            OpSchema.Attribute(
+                "first_expert",
+                OpSchema.AttrType.INT,
+                "The router's number of the first expert whose weights are given; left out, it is 0.",
+                required=False,
+            ),
         ],
     )

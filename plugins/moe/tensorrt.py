@@ -41,6 +41,7 @@ class Call:
             expert_size=down.shape[1],
             experts=router_logits.shape[1],
             local_experts=gate_up.shape[0],
+            first_expert=attributes.first_expert,
             attributes=attributes,
             dtype=hidden.dtype,
             group=group,

@@ -67,6 +67,14 @@ def test_chat_takes_a_line_a_turn(tiny_model: Path) -> None:
         (("run", "/nowhere", "--prompt", "x"), "/nowhere is no folder"),
         (("export", "/nowhere", "-o", "{out}"), "/nowhere is no folder"),
         (("export", "{tiny}", "-o", "{out}", "--dtype", "int8"), "dtype is 'int8', expected one of float32"),
+        (
+            ("export", "{tiny}", "-o", "{out}", "--tp", "4"),
+            "tp is 4, which does not divide the 2 kv heads: choose one of",
+        ),
+        (
+            ("export", "{tiny}", "-o", "{out}", "--tp", "2", "--ep", "3"),
+            "ep is 3, which does not divide tp (2): choose",
+        ),
         (("build", "{model}", "-o", "{out}", "--target", "tpu"), "target 'tpu' is unknown: choose one of cpu"),
     ],
 )

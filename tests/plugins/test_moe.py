@@ -58,7 +58,9 @@ def by_function(case: Case) -> Array:
     weights = [value for value in values if value.const_value is not None]
     inputs = [value for value in values if value not in weights]
     graph = graph_of(inputs, output, [node], initializers=weights)
-    return run(graph, case, [body(case.attributes, ir.DataType.FLOAT, static=case.static)])
+    return run(
+        graph, case, [body(case.attributes, ir.DataType.FLOAT, static=case.static, in_part=case.held is not None)]
+    )
 
 
 def by_cpu_lowering(case: Case) -> Array:
@@ -70,10 +72,11 @@ def by_cpu_lowering(case: Case) -> Array:
             Matrix(kind="none", weight=initializer(f"{name}.{index}", arrays[name][index]))
             for name in ("gate_up", "down")
         )
-        for index in range(case.experts)
+        for index in range(case.weights)
     ]
     nodes = Nodes()
-    cpu.lower(nodes, *inputs, experts, case.hidden, output, case.attributes)  # type: ignore[arg-type]
+    in_part = case.held is not None
+    cpu.lower(nodes, *inputs, experts, case.hidden, output, case.attributes, in_part=in_part)  # type: ignore[arg-type]
     weights = [matrix.weight for pair in experts for matrix in pair]
     return run(graph_of(inputs, output, nodes.list, initializers=weights), case, [])
 
@@ -90,7 +93,8 @@ def dtype_of(array: Array) -> ir.DataType:
 
 def by_torch(case: Case) -> Array:
     tensors = [torch.from_numpy(array) for array in case.inputs().values()]
-    output: Array = torch_moe_dispatch(*tensors, case.attributes.top_k, case.attributes.activation).numpy()
+    a = case.attributes
+    output: Array = torch_moe_dispatch(*tensors, a.top_k, a.activation, a.first_expert).numpy()
     return output
 
 
@@ -108,6 +112,17 @@ def test_an_implementation_of_quantised_experts_equals_the_meaning(
 ) -> None:
     expected = moe_dispatch(**case.inputs(), attributes=case.attributes)
     assert agrees(implementation(case), expected)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.experts == 8], ids=lambda case: case.name)
+def test_the_parts_of_the_experts_add_up_to_the_whole(case: Case) -> None:
+    whole = dataclasses.replace(case, attributes=dataclasses.replace(case.attributes, first_expert=0), held=None)
+    inputs = whole.inputs()
+    parts = []
+    for first, end in ((0, 3), (3, 4), (4, 8)):
+        held = {name: array[first:end] if array.ndim == 3 else array for name, array in inputs.items()}
+        parts.append(moe_dispatch(**held, attributes=dataclasses.replace(case.attributes, first_expert=first)))
+    assert np.allclose(sum(parts), moe_dispatch(**inputs, attributes=whole.attributes), atol=1e-12)
 
 
 def agrees(found: Array, expected: Array) -> bool:

@@ -1,0 +1,140 @@
+"""Where a model's weights lie: in the checkpoint's shards, or rewritten in files beside the graph.
+
+Enters: a checked checkpoint. Leaves: for each graph the weight files it reads and the region of each tensor. The
+checkpoint is only read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import ExportError
+from ..folder import copy_sparse
+from ..shards import Region, Shard, identity, open_shard
+from ..spec import DType, WeightFile
+from .checkpoint import DTYPE_NAMES, Checkpoint
+from .portions import convert_shard, write_portions
+from .split import Portion, Split
+from .stitch import Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """What one graph reads.
+
+    Attributes:
+        files: The weight files.
+        regions: File name and region of each tensor, by checkpoint name.
+    """
+
+    files: list[WeightFile] = field(default_factory=list)
+    regions: dict[str, tuple[str, Region]] = field(default_factory=dict)
+
+    def add(self, shard: Shard, regions: dict[str, Region], fingerprint: str, *, inside: bool) -> None:
+        """Takes tensors in one file, which lies in the model folder (`inside`) or where it was."""
+        name, path = shard.path.name, "" if inside else str(shard.path)
+        self.files.append(WeightFile(name=name, path=path, size=shard.size, identity=fingerprint))
+        self.regions.update({tensor: (name, region) for tensor, region in regions.items()})
+
+
+def place_whole(
+    checkpoint: Checkpoint, folder: Path, dtype: DType | None, copy_weights: bool, progress: Progress
+) -> Placement:
+    """Leaves, copies or converts each shard, for a graph that reads all of it.
+
+    Args:
+        checkpoint: Where the weights are.
+        folder: The model folder, for what is copied or converted.
+        dtype: Type of the graph's weights; None is the checkpoint's.
+        copy_weights: Whether every file is to lie in the folder.
+        progress: Told of each shard that is written.
+
+    Raises:
+        ExportError: A value does not fit the type, or a shard changed meanwhile.
+    """
+    placement = Placement()
+    for index, shard in enumerate(checkpoint.shards):
+        converts = _converts(shard, checkpoint, dtype)
+        if converts or copy_weights:
+            progress("weights", index, len(checkpoint.shards))
+            path = folder / shard.path.name
+            if converts and dtype is not None:
+                convert_shard(shard, path, checkpoint.tensors, dtype)
+                shard = open_shard(path)
+            else:
+                copy_sparse(shard.path, path)
+                if identity(path) != identity(shard.path):
+                    raise ExportError(f"{shard.path}: its copy differs, the file changed meanwhile: export again")
+        regions = {name: region for name, region in shard.tensors.items() if name in checkpoint.tensors}
+        placement.add(shard, regions, identity(shard.path), inside=converts or copy_weights)
+    return placement
+
+
+def place_ranks(
+    checkpoint: Checkpoint,
+    folders: Sequence[Path],
+    split: Split,
+    dtype: DType | None,
+    copy_weights: bool,
+    progress: Progress,
+) -> list[Placement]:
+    """Finds each rank's portion of every tensor: in place where it is one run of bytes, else in a file of the rank's.
+
+    Args:
+        checkpoint: Where the weights are.
+        folders: The ranks' model folders.
+        split: The layout.
+        dtype: Type of the graphs' weights; None is the checkpoint's.
+        copy_weights: Whether every portion is to lie in its rank's folder.
+        progress: Told of each shard.
+
+    Raises:
+        ExportError: A value does not fit the type, or a shard changed meanwhile.
+    """
+    placements = [Placement() for _ in folders]
+    for index, shard in enumerate(checkpoint.shards):
+        progress("weights", index, len(checkpoint.shards))
+        rewrites = copy_weights or _converts(shard, checkpoint, dtype)
+        fingerprint = identity(shard.path)
+        paths = [folder / f"rank-{rank}.{shard.path.name}" for rank, folder in enumerate(folders)]
+        written: dict[Path, dict[str, Portion]] = {}
+        for rank, (path, placement) in enumerate(zip(paths, placements, strict=True)):
+            in_place: dict[str, Region] = {}
+            scattered: dict[str, Portion] = {}
+            for name in shard.tensors.keys() & checkpoint.tensors.keys():
+                portion = split.portion(name, shard.tensors[name].shape, rank)
+                region = None if rewrites else portion.region(shard.tensors[name])
+                if region is None:
+                    scattered[name] = portion
+                else:
+                    in_place[name] = region
+            if in_place:
+                placement.add(shard, in_place, fingerprint, inside=False)
+            if scattered:
+                written[path] = scattered
+        if written:
+            write_portions(shard, written, dtype)
+            if identity(shard.path) != fingerprint:
+                raise ExportError(f"{shard.path}: changed while it was read: export again")
+        for path, placement in zip(paths, placements, strict=True):
+            if path in written:
+                part = open_shard(path)
+                placement.add(part, part.tensors, identity(path), inside=True)
+    if checkpoint.spec.tied_embeddings:
+        for rank, placement in enumerate(placements):
+            _place_tied_head(checkpoint.prefix, placement, split, rank)
+    return placements
+
+
+def _place_tied_head(prefix: str, placement: Placement, split: Split, rank: int) -> None:
+    """A tied LM head's rows are some of the embedding's, which every rank has whole."""
+    file, embedding = placement.regions[f"{prefix}model.embed_tokens.weight"]
+    head = split.portion("lm_head.weight", embedding.shape, rank).region(embedding)
+    assert head is not None
+    placement.regions[f"{prefix}lm_head.weight"] = file, head
+
+
+def _converts(shard: Shard, checkpoint: Checkpoint, dtype: DType | None) -> bool:
+    """Whether a shard's text tensors are not all of the type that the graph needs."""
+    regions = (region for name, region in shard.tensors.items() if name in checkpoint.tensors)
+    return dtype is not None and {DTYPE_NAMES[region.dtype] for region in regions} != {dtype}

@@ -1,0 +1,158 @@
+"""A shard's tensors written anew: in another type, the portions of them that each rank has, or both.
+
+Enters: a shard, and for each file to write the portions of its tensors. Leaves: those files. The shard is read once, a
+piece at a time, whatever the number of files; where it is a hole, so are they.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ExportError
+from ..shards import Region, Shard
+from ..spec import DType
+from .split import WHOLE, Portion
+
+Array = np.ndarray[Any, Any]
+
+NUMPY_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+FORMAT_NAMES: dict[DType, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+PIECE = 16 << 20
+"""Elements read at a time."""
+
+
+def convert_shard(source: Shard, target: Path, names: Collection[str], dtype: DType) -> None:
+    """Writes the named tensors of a shard in another type, rounded to nearest even.
+
+    Args:
+        source: The shard to read.
+        target: The file to write.
+        names: Tensors to take; others of the shard are left out.
+        dtype: The type to write.
+    """
+    chosen = {name: region for name, region in source.tensors.items() if name in names}
+    whole = {name: WHOLE.portion(name, region.shape, 0) for name, region in chosen.items()}
+    write_portions(source, {target: whole}, dtype)
+
+
+def write_portions(source: Shard, targets: Mapping[Path, Mapping[str, Portion]], dtype: DType | None = None) -> None:
+    """Writes portions of a shard's tensors.
+
+    Args:
+        source: The shard to read.
+        targets: For each file to write, the portions by tensor name.
+        dtype: The type to write, rounded to nearest even; None keeps each tensor's own.
+
+    Raises:
+        ExportError: A value does not fit the type, or the shard changed while it was read.
+    """
+    ordered = sorted(source.tensors.items(), key=lambda item: item[1].offset)
+    with ExitStack() as stack:
+        reader = stack.enter_context(source.path.open("rb", buffering=0))
+        writers = [(stack.enter_context(path.open("xb")), portions) for path, portions in targets.items()]
+        for writer, portions in writers:
+            writer.write(_header(source, portions, dtype))
+        for name, region in ordered:
+            takers = [(writer, portions[name]) for writer, portions in writers if name in portions]
+            written = _written_dtype(region, dtype)
+            for row, count, piece in _pieces(source, reader, region) if takers else ():
+                for writer, portion in takers:
+                    if piece is None:
+                        rows = int(rows_taken(portion, row, count).sum())
+                        writer.seek(rows * portion.shape[-1] * written.itemsize, os.SEEK_CUR)
+                        continue
+                    converted = _convert(name, take(portion, row, piece), written)
+                    writer.write(converted.view(np.uint8).data)
+        for writer, _ in writers:
+            writer.truncate(writer.tell())  # a hole at the end is part of the file
+
+
+def take(portion: Portion, first_row: int, rows_RC: Array) -> Array:
+    """What a portion has of some rows of its tensor, seen as a matrix of all axes but the last by the last.
+
+    Args:
+        portion: Of a tensor [..., C].
+        first_row: The matrix's row that `rows_RC` begins with.
+        rows_RC: Rows [R, C].
+    """
+    chosen_R = rows_taken(portion, first_row, len(rows_RC))
+    taken_RC = rows_RC if chosen_R.all() else rows_RC[chosen_R]
+    return np.concatenate([taken_RC[:, start:stop] for start, stop in portion.spans[-1]], axis=1)
+
+
+def rows_taken(portion: Portion, first_row: int, count: int) -> NDArray[np.bool_]:
+    """Which of some rows of that matrix a portion takes from, [R]."""
+    chosen_R = np.ones(count, dtype=np.bool_)
+    if leading := portion.spans[:-1]:
+        numbers_R = np.arange(first_row, first_row + count)
+        for index_R, spans in zip(np.unravel_index(numbers_R, portion.whole[:-1]), leading, strict=True):
+            chosen_R &= np.logical_or.reduce([(start <= index_R) & (index_R < stop) for start, stop in spans])
+    return chosen_R
+
+
+def _header(source: Shard, portions: Mapping[str, Portion], dtype: DType | None) -> bytes:
+    """The head of a safetensors file that holds the portions in their tensors' order."""
+    header, position = {}, 0
+    for name, region in sorted(source.tensors.items(), key=lambda item: item[1].offset):
+        if name in portions:
+            size = math.prod(portions[name].shape) * _written_dtype(region, dtype).itemsize
+            header[name] = {
+                "dtype": region.dtype if dtype is None else FORMAT_NAMES[dtype],
+                "shape": list(portions[name].shape),
+                "data_offsets": [position, position + size],
+            }
+            position += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _written_dtype(region: Region, dtype: DType | None) -> np.dtype[Any]:
+    return NUMPY_DTYPES[region.dtype if dtype is None else FORMAT_NAMES[dtype]]
+
+
+def _pieces(source: Shard, reader: IO[bytes], region: Region) -> Iterator[tuple[int, int, Array | None]]:
+    """A tensor's rows, some at a time: the number of the first, how many, the rows, or None where all are zero."""
+    stored, columns = NUMPY_DTYPES[region.dtype], region.shape[-1]
+    row_size = columns * stored.itemsize
+    rows, step = region.size // row_size, max(1, PIECE // columns)
+    for row in range(0, rows, step):
+        count, start = min(step, rows - row), region.offset + row * row_size
+        if _is_hole(reader, start, start + count * row_size):
+            yield row, count, None
+            continue
+        reader.seek(start)
+        piece = np.fromfile(reader, stored, count * columns)
+        if len(piece) < count * columns:
+            raise ExportError(f"{source.path}: shrank while it was read: export again")
+        stored_bytes = piece.view(np.uint8)  # the first row tells of nearly every piece that it is not zero
+        empty = not stored_bytes[:row_size].any() and not stored_bytes.any()
+        yield row, count, None if empty else piece.reshape(-1, columns)
+
+
+def _convert(name: str, piece: Array, dtype: np.dtype[Any]) -> Array:
+    """A piece in another type, as it is where that is its own."""
+    with np.errstate(over="ignore"):
+        converted = piece.astype(dtype, copy=False)
+    if converted is not piece and (overflown := np.isinf(converted) & ~np.isinf(piece)).any():
+        raise ExportError(f"{name!r} holds {piece[overflown][0]}, which does not fit {dtype}")
+    return converted
+
+
+def _is_hole(reader: IO[bytes], start: int, end: int) -> bool:
+    """Whether nothing is stored between two places of a file: all is zero there."""
+    try:
+        return os.lseek(reader.fileno(), start, os.SEEK_DATA) >= end
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a hole up to the end
+            return end <= os.fstat(reader.fileno()).st_size
+        raise

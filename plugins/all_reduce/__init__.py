@@ -1,0 +1,1 @@
+"""The sum over ranks that joins what the devices of a split model computed."""

@@ -1,0 +1,86 @@
+"""The graphs of a split model's ranks joined into one, so that one processor computes what several devices would.
+
+Each `AllReduce` becomes a `Sum` of what the ranks bring. The ranks' caches stand for more layers of a model with
+fewer heads, so the merged folder loads as any model does.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import onnx
+
+from arriero.folder import SPEC, carry_files, read_spec
+
+SHARED = ("input_ids", "past_lengths", "logit_positions")
+
+
+def merge_ranks(group: Path, out: Path) -> Path:
+    """Writes a model folder of a group's graphs; weights stay where the ranks have them."""
+    spec = read_spec(group)
+    folders = [group / f"rank-{rank}" for rank in range(spec.ranks)]
+    ranks = [onnx.load(folder / "decoder.onnx", load_external_data=False) for folder in folders]
+    for rank, model in enumerate(ranks):
+        _rename(model, rank, len(spec.model.layers))
+    merged = onnx.ModelProto()
+    merged.CopyFrom(ranks[0])
+    graph = merged.graph
+    del graph.node[:]
+    pending = [list(model.graph.node) for model in ranks]
+    while any(pending):
+        sums = []
+        for nodes in pending:
+            while nodes and nodes[0].op_type != "AllReduce":
+                graph.node.append(nodes.pop(0))
+            sums += [nodes.pop(0)] if nodes else []
+        assert len(sums) in (0, spec.ranks)
+        for node in sums:
+            parts = [each.input[0] for each in sums]
+            graph.node.append(onnx.helper.make_node("Sum", parts, list(node.output), name=node.name))
+    for model in ranks[1:]:
+        graph.input.extend(value for value in model.graph.input if value.name not in SHARED)
+        graph.output.extend(list(model.graph.output)[1:])
+        graph.initializer.extend(model.graph.initializer)
+        merged.functions.extend(model.functions)
+    out.mkdir()
+    onnx.save(merged, out / "decoder.onnx")
+    carry_files(folders[0], out)
+    files = {}
+    for folder in folders:
+        for file in read_spec(folder).weight_files:
+            files[file.name] = dataclasses.replace(file, path=file.path or str(folder / file.name))
+    geometry = dataclasses.replace(
+        spec.model,
+        layers=spec.model.layers * spec.ranks,
+        heads=spec.model.heads // spec.ranks,
+        kv_heads=spec.model.kv_heads // spec.ranks,
+    )
+    record = dataclasses.replace(
+        spec, kind="model", model=geometry, graph="decoder.onnx", ranks=1, expert_groups=1,
+        weight_files=tuple(files.values()),
+    )  # fmt: skip
+    (out / SPEC).write_text(record.to_json())
+    return out
+
+
+def _rename(model: onnx.ModelProto, rank: int, layers: int) -> None:
+    """Gives every value, node, initializer and function of a rank names of its own; rank 0 has the logits."""
+
+    def new(name: str) -> str:
+        kind, _, rest = name.partition(".")
+        if kind in ("past", "present") and rest.endswith((".key", ".value")):
+            index, _, which = rest.partition(".")
+            return f"{kind}.{int(index) + rank * layers}.{which}"
+        return name if not name or name in SHARED or (name == "logits" and not rank) else f"rank-{rank}/{name}"
+
+    graph = model.graph
+    for node in graph.node:
+        node.name = new(node.name)
+        node.input[:] = map(new, node.input)
+        node.output[:] = map(new, node.output)
+        if node.domain == "arriero":
+            node.overload = f"{node.overload}.{rank}"
+    for value in [*graph.input, *graph.output, *graph.initializer]:
+        value.name = new(value.name)
+    for function in model.functions:
+        function.overload = f"{function.overload}.{rank}"
+    del graph.value_info[:]
