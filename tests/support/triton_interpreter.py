@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import interpreted_bfloat16
 import numpy as np
 
 from arriero.plugins.launch import Kernel, Launch
@@ -33,8 +34,8 @@ class Interpreter:
             module: Full name of the module of the Triton functions.
             kernels: Those launched, and perhaps others.
             launches: Arguments that are texts name arrays.
-            arrays: By name; bfloat16 and E4M3 in ml_dtypes' types. Float32 ones may stand for bfloat16 and float16:
-                the interpreter takes types from its arguments.
+            arrays: By name; bfloat16 and E4M3 in ml_dtypes' types. Float32 ones may stand for bfloat16 and float16,
+                for errors of rounding aside: the interpreter takes types from its arguments.
 
         Returns:
             All arrays as the launches left them.
@@ -47,6 +48,7 @@ class Interpreter:
 
 def start() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreted_bfloat16.teach()
 
 
 def execute(module: str, kernels: list[Kernel], launches: list[Launch], arrays: dict[str, Array]) -> dict[str, Array]:
