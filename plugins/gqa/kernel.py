@@ -227,7 +227,8 @@ def attend(
             HEAD_DIM, BLOCK_N, BLOCK_D, MASKED=True,
         )  # fmt: skip
 
-    result_MD = sum_MD / tl.where(total_M > 0, total_M, 1.0)[:, None]
+    total_M = tl.where(total_M > 0, total_M, 1.0)  # nothing seen: a sum of 0 and a peak of -inf
+    result_MD = sum_MD / total_M[:, None]
     if value_scale is not None:
         result_MD *= tl.load(value_scale + kv_head * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)[None, :]
     inside = (m < rows)[:, None] & (dim < HEAD_DIM)[None, :]
@@ -240,8 +241,7 @@ def attend(
     else:
         places_M = (head * splits + tl.program_id(0) % splits) * rows + m
         tl.store(partial + places_M[:, None] * HEAD_DIM + dim[None, :], result_MD, mask=inside)
-        log_M = tl.where(total_M > 0, peak_M + tl.log2(total_M), float("-inf"))
-        tl.store(partial_log + places_M, log_M, mask=m < rows)
+        tl.store(partial_log + places_M, peak_M + tl.log2(total_M), mask=m < rows)
 
 
 @triton.jit
