@@ -162,11 +162,10 @@ def test_the_plan_fills_a_gpu_whatever_the_shapes() -> None:
     assert alone.schedule(1, 1, 1 << 20) == Schedule(form="few", splits=256)
 
 
-def test_scratch_memory_stays_small_against_the_cache() -> None:
-    plan = plan_of()
-    for batch, length in ((1, 1), (32, 1), (1, 64), (2, 300), (1, 8192)):
-        partial = plan.workspace(batch, length, 8192).get("partial")
-        assert partial is None or partial.size <= 64 << 20
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (32, 1), (1, 4), (1, 64), (1, 200), (2, 300), (1, 8192)])
+def test_partial_outputs_take_a_few_megabytes(batch: int, length: int) -> None:
+    partial = plan_of().workspace(batch, length, 1 << 20).get("partial")
+    assert partial is None or partial.size <= 8 << 20
 
 
 def test_kernels_of_one_name_are_one_kernel() -> None:
