@@ -17,7 +17,7 @@ FORMS = (Schedule(form="few", splits=3), Schedule(form="some", splits=2), Schedu
 """Every form of `attend`, for calls too small to get it from the plan."""
 
 DTYPES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
-"""What the plan calls numpy's types. In the interpreter `fp32` may stand for the others: kernels without rounding."""
+"""Numpy's types by the plan's names; in the interpreter, `fp32` is the kernels' arithmetic without their rounding."""
 
 
 def geometry_of(case: Case, dtype: Any) -> Geometry:
