@@ -51,6 +51,9 @@ def prepare(
 
     One program serves STEPS steps of one kv head. Where `inv_freq` is None nothing is rotated; where LARGEST is not 0
     the caches are quantised, with that absolute maximum, and queries carry the key's scale times FOLD.
+
+    Queries and keys are rounded to their type after each step, as the op's body rounds them. Over quantised caches they
+    stay in float32 until they are stored.
     """
     row = tl.program_id(2).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -73,14 +76,15 @@ def prepare(
         value_step = tl.load(value_scale + scale, mask=dim < HEAD_DIM, other=1.0)[None]
 
     dtype = query.dtype.element_ty
+    rounded: tl.constexpr = tl.float32 if LARGEST else dtype
     for member in tl.static_range(GROUP):
         head = kv_head * GROUP + member
         places = (token * (KV_HEADS * GROUP) + head)[:, None, None] * HEAD_DIM + dim[None]
-        x = turn_and_norm(tl.load(query + places, mask=inside, other=0.0), sine, cosine, eps, HEAD_DIM, NORM)
+        x = turn_and_norm(tl.load(query + places, mask=inside, other=0.0), sine, cosine, eps, rounded, HEAD_DIM, NORM)
         if TEMPERATURE:
             ahead = tl.floor(tl.div_rn((position + 1).to(tl.float32), temperature_floor))
             factor = tl.log(ahead + 1.0) * temperature_scale + 1.0
-            x = (x * factor[:, None, None]).to(dtype).to(tl.float32)
+            x = (x * factor[:, None, None]).to(rounded).to(tl.float32)
         if LARGEST:
             x = x * (key_step * FOLD)
         stacked = (row * KV_HEADS + kv_head) * length * GROUP + step * GROUP + member
@@ -89,7 +93,7 @@ def prepare(
     slot = first_slot(past, chunk) + step
     slots = ((row * KV_HEADS + kv_head) * capacity + slot)[:, None, None] * HEAD_DIM + dim[None]
     places = (token * KV_HEADS + kv_head)[:, None, None] * HEAD_DIM + dim[None]
-    new_key = turn_and_norm(tl.load(key + places, mask=inside, other=0.0), sine, cosine, eps, HEAD_DIM, NORM)
+    new_key = turn_and_norm(tl.load(key + places, mask=inside, other=0.0), sine, cosine, eps, rounded, HEAD_DIM, NORM)
     new_value = tl.load(value + places, mask=inside, other=0.0).to(tl.float32)
     if LARGEST:
         new_key = quantise(new_key, key_step, LARGEST)
@@ -124,9 +128,8 @@ def turn(position, inv_freq):
 
 
 @triton.jit
-def turn_and_norm(x, sine, cosine, eps, HEAD_DIM: tl.constexpr, NORM: tl.constexpr):
-    """Rotates pairs [S, D/2, 2], then divides by their root mean square, rounding after each as the op's body does."""
-    dtype = x.dtype
+def turn_and_norm(x, sine, cosine, eps, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr):
+    """Rotates pairs [S, D/2, 2], then divides by their root mean square, rounding to `dtype` after each."""
     even, odd = tl.split(x.to(tl.float32))
     if sine is not None:
         even, odd = even * cosine - odd * sine, even * sine + odd * cosine
@@ -224,7 +227,8 @@ def attend(
             HEAD_DIM, BLOCK_N, BLOCK_D, MASKED=True,
         )  # fmt: skip
 
-    result_MD = sum_MD / tl.where(total_M > 0, total_M, 1.0)[:, None]
+    total_M = tl.where(total_M > 0, total_M, 1.0)  # nothing seen: a sum of 0 and a peak of -inf
+    result_MD = sum_MD / total_M[:, None]
     if value_scale is not None:
         result_MD *= tl.load(value_scale + kv_head * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)[None, :]
     inside = (m < rows)[:, None] & (dim < HEAD_DIM)[None, :]
@@ -237,8 +241,7 @@ def attend(
     else:
         places_M = (head * splits + tl.program_id(0) % splits) * rows + m
         tl.store(partial + places_M[:, None] * HEAD_DIM + dim[None, :], result_MD, mask=inside)
-        log_M = tl.where(total_M > 0, peak_M + tl.log2(total_M), float("-inf"))
-        tl.store(partial_log + places_M, log_M, mask=m < rows)
+        tl.store(partial_log + places_M, peak_M + tl.log2(total_M), mask=m < rows)
 
 
 @triton.jit

@@ -21,6 +21,8 @@ PROGRAMS = 256
 """Programs that fill a GPU: two on each of some 130 multiprocessors."""
 
 MOST_SPLITS = 256
+"""What one query of one kv head fills a GPU with."""
+
 LEAST_SLOTS = 256
 """Slots of a full cache that are worth a split."""
 

@@ -29,9 +29,41 @@ FULL = Attributes(heads=40, kv_heads=8, scale=128**-0.5, temperature_scale=0.1, 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications)."""
 
+UNIT = {"bf16": 2.0**-8, "fp16": 2.0**-11}
+"""The largest relative error of rounding once."""
+
+LONG_CASES = tuple(
+    Case(
+        name=f"{name}, {cache} cache",
+        attributes=Attributes(heads=2, kv_heads=1, scale=0.25, **other),
+        past=past,
+        length=length,
+        capacity=256,
+        head_dim=16,
+        rope="chunk" in other,
+        cache=cache,  # type: ignore[arg-type]
+    )
+    for cache in ("none", "int8", "fp8")
+    for name, past, length, other in (
+        ("tiles over many blocks", (512 + 150, 256), 70, {"chunk": 256, "qk_norm_eps": 1e-5}),
+        ("splits over many blocks", (255, 130, 20), 1, {"temperature_scale": 0.1, "temperature_floor": 64.0}),
+    )
+)
+"""Cases with more slots than a step of `attend` takes: those of the op's table fit one or two."""
+
 
 def named(name: str) -> Case:
     return next(case for case in CASES + QUANTISED_CASES if case.name == name)
+
+
+def calls(*cases: Case) -> list[Any]:
+    """Each case split and not split, but for those that are slow to interpret."""
+    return [
+        pytest.param(case, schedule, id=f"{case.name}, {schedule.form}")
+        for case in cases
+        for schedule in (FEW, MANY)
+        if schedule is MANY or case.length < 20
+    ]
 
 
 def plan_of(attributes: Attributes = CHUNKED, cache: Any = "none", capability: int = 90, **other: Any) -> Plan:
@@ -47,26 +79,37 @@ def share_that_differs(found: Arrays, expected: Arrays) -> float:
     return max(float(np.mean(found[name] != expected[name])) for name in ("key_cache", "value_cache"))
 
 
-@pytest.mark.parametrize("schedule", [FEW, MANY], ids=lambda schedule: schedule.form)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def assert_close(found: Arrays, expected: Arrays, case: Case, dtype: str) -> None:
+    """That results are the meaning's, but for the rounding of their type."""
+    unit = UNIT[dtype]
+    if case.cache == "none":
+        assert np.array_equal(found["value_cache"], expected["value_cache"])
+        key, expected_key = found["key_cache"], expected["key_cache"]
+        assert np.all(np.abs(key - expected_key) <= 2 * unit * np.maximum(np.abs(expected_key), 1))
+    differing = 0.0 if case.cache == "none" else share_that_differs(found, expected)
+    assert differing < 2e-3  # a value on the border of two steps falls to either side
+    assert worst_differences(found, expected)["output"] < (5e-2 if differing else 6 * unit)
+
+
+@pytest.mark.parametrize(("case", "schedule"), calls(*CASES, *LONG_CASES[:2]))
 def test_the_kernels_equal_the_meaning(interpreter: Interpreter, case: Case, schedule: Schedule) -> None:
-    inputs = inputs_of(case, np.float32)
-    found = interpret(interpreter, case, inputs, "bf16", schedule)
+    inputs = inputs_of(case, "fp32")
+    found = interpret(interpreter, case, inputs, "fp32", schedule)
     assert max(worst_differences(found, meaning_of(case, inputs)).values()) < 3e-6
 
 
-@pytest.mark.parametrize("schedule", [FEW, MANY], ids=lambda schedule: schedule.form)
-@pytest.mark.parametrize("case", QUANTISED_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "schedule"), calls(*QUANTISED_CASES, *LONG_CASES[2:]))
 def test_the_kernels_over_quantised_caches_equal_the_meaning(
     interpreter: Interpreter, case: Case, schedule: Schedule
 ) -> None:
-    inputs = inputs_of(case, np.float32)
-    found, expected = interpret(interpreter, case, inputs, "bf16", schedule), meaning_of(case, inputs)
+    inputs = inputs_of(case, "fp32")
+    found, expected = interpret(interpreter, case, inputs, "fp32", schedule), meaning_of(case, inputs)
     differing = share_that_differs(found, expected)
     assert differing < 2e-3  # a value on the border of two steps falls to either side
     assert worst_differences(found, expected)["output"] < (2e-2 if differing else 3e-6)
 
 
+@pytest.mark.parametrize("dtype", UNIT)
 @pytest.mark.parametrize(
     "name",
     [
@@ -74,25 +117,19 @@ def test_the_kernels_over_quantised_caches_equal_the_meaning(
         "ragged pieces, full",
         "wide heads, far position",
         "int8 cache, ragged pieces with slack for pads",
-        "fp8 cache, head dim that is no multiple of 8",
+        "fp8 cache, first piece of a whole chunk",
     ],
 )
-def test_the_kernels_round_as_float16_does(interpreter: Interpreter, name: str) -> None:
-    inputs = inputs_of(named(name), np.float16)
-    for schedule in (None, SOME):
-        found = interpret(interpreter, named(name), inputs, "fp16", schedule)
-        expected = meaning_of(named(name), inputs)
-        assert worst_differences(found, expected)["output"] < 4e-3
-        if named(name).cache == "none":
-            assert max(worst_differences(found, expected).values()) < 4e-3
-        else:
-            assert share_that_differs(found, expected) < 2e-2
+def test_the_kernels_differ_from_the_meaning_by_rounding_alone(interpreter: Interpreter, name: str, dtype: str) -> None:
+    case = named(name)
+    inputs = inputs_of(case, dtype)
+    assert_close(interpret(interpreter, case, inputs, dtype, SOME), meaning_of(case, inputs), case, dtype)
 
 
 def test_angles_are_exact_at_the_last_position_of_scout(interpreter: Interpreter) -> None:
     far = dataclasses.replace(named("wide heads, far position"), past=(10_485_757,))
-    inputs = inputs_of(far, np.float32)
-    found = interpret(interpreter, far, inputs, "bf16")
+    inputs = inputs_of(far, "fp32")
+    found = interpret(interpreter, far, inputs, "fp32")
     assert max(worst_differences(found, meaning_of(far, inputs)).values()) < 3e-6
 
 
@@ -108,8 +145,8 @@ def test_ties_round_to_even_and_what_is_too_large_saturates(interpreter: Interpr
     length = values.shape[1]
     attributes = Attributes(heads=1, kv_heads=1, scale=1.0)
     case = Case(name=kind, attributes=attributes, past=(0,), length=length, capacity=length, rope=False, cache=kind)
-    inputs = {**inputs_of(case, np.float32), "value": values, "value_scale": np.ones((1, 8), dtype=np.float32)}
-    found = interpret(interpreter, case, inputs, "bf16")["value_cache"]
+    inputs = {**inputs_of(case, "fp32"), "value": values, "value_scale": np.ones((1, 8), dtype=np.float32)}
+    found = interpret(interpreter, case, inputs, "fp32")["value_cache"]
     assert np.array_equal(found[0], quantise(values, 1.0, kind).astype(np.float64))
 
 
@@ -125,11 +162,10 @@ def test_the_plan_fills_a_gpu_whatever_the_shapes() -> None:
     assert alone.schedule(1, 1, 1 << 20) == Schedule(form="few", splits=256)
 
 
-def test_scratch_memory_stays_small_against_the_cache() -> None:
-    plan = plan_of()
-    for batch, length in ((1, 1), (32, 1), (1, 64), (2, 300), (1, 8192)):
-        partial = plan.workspace(batch, length, 8192).get("partial")
-        assert partial is None or partial.size <= 64 << 20
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (32, 1), (1, 4), (1, 64), (1, 200), (2, 300), (1, 8192)])
+def test_partial_outputs_take_a_few_megabytes(batch: int, length: int) -> None:
+    partial = plan_of().workspace(batch, length, 1 << 20).get("partial")
+    assert partial is None or partial.size <= 8 << 20
 
 
 def test_kernels_of_one_name_are_one_kernel() -> None:
@@ -160,7 +196,8 @@ def test_llama_4s_kernels_compile_without_spills(capability: int, cache: str) ->
     if cache == "fp8" and capability < 89:
         return  # refused, as another test sees
     matrix = {90: "wgmma", 100: "tcgen05"}.get(capability, "mma.sync")
-    compiled = {each.name: each for layer in (CHUNKED, FULL) for each in plan_of(layer, cache, capability).kernels}
+    layers = (CHUNKED, FULL) if cache == "none" else (CHUNKED,)
+    compiled = {each.name: each for layer in layers for each in plan_of(layer, cache, capability).kernels}
     for name, each in compiled.items():
         built = kernels.compile_kernel(kernel, each, capability)
         used = kernels.usage(built)
@@ -228,35 +265,16 @@ class Call:
         return {"output": output, **{name: cache.astype(np.float64) for name, cache in caches.items()}}
 
 
-def assert_close(found: Arrays, expected: Arrays, case: Case, dtype: str) -> None:
-    """That the GPU's results are the meaning's, as far as the type's rounding lets them be."""
-    unit = 2.0**-8 if dtype == "bf16" else 2.0**-11
-    assert worst_differences(found, expected)["output"] < (8 * unit if case.cache == "none" else 5e-2)
-    assert np.array_equal(found["value_cache"], expected["value_cache"]) or case.cache != "none"
-    key, expected_key = found["key_cache"], expected["key_cache"]
-    if case.cache == "none":
-        assert np.all(np.abs(key - expected_key) <= 3 * unit * np.maximum(np.abs(expected_key), 1))
-        return
-    # A key is rounded to the model's type before it is quantised, which may take it one step further.
-    step = 1 if case.cache == "int8" else np.maximum(np.abs(expected_key) / 8, 2.0**-9)
-    assert np.all(np.abs(key - expected_key) <= step)
-    assert np.mean(key != expected_key) < 0.1
-    assert np.mean(found["value_cache"] != expected["value_cache"]) < 2e-3
-
-
 @pytest.fixture(scope="module")
 def cubins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cubins")
 
 
-TYPES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("case", [*CASES, *QUANTISED_CASES, *LARGE_CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize("case", [*CASES, *QUANTISED_CASES, *LONG_CASES, *LARGE_CASES], ids=lambda case: case.name)
 def test_a_gpu_computes_what_the_op_means(case: Case, dtype: str, cubins: Path) -> None:
-    inputs = inputs_of(case, TYPES[dtype])
+    inputs = inputs_of(case, dtype)
     expected = meaning_of(case, inputs)
     for schedule in (None, *FORMS):
         call = Call(case, inputs, dtype, cubins, schedule)
@@ -267,14 +285,14 @@ def test_a_gpu_computes_what_the_op_means(case: Case, dtype: str, cubins: Path) 
 @pytest.mark.gpu
 def test_a_captured_graph_serves_rows_of_any_length(cubins: Path) -> None:
     case = named("decode, full, ragged")
-    call = Call(case, inputs_of(case, ml_dtypes.bfloat16), "bf16", cubins)
+    call = Call(case, inputs_of(case, "bf16"), "bf16", cubins)
     call.launch()  # loads what the driver loads lazily
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call.launch()
     other = dataclasses.replace(case, past=(47, 0, 9, 30, 2))
-    inputs = inputs_of(other, ml_dtypes.bfloat16)
+    inputs = inputs_of(other, "bf16")
     for name, array in inputs.items():
         call.tensors[name].copy_(to_torch(array))
     graph.replay()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from triton_interpreter import Interpreter
 
@@ -15,21 +16,20 @@ Arrays = dict[str, Array]
 FORMS = (Schedule(form="few", splits=3), Schedule(form="some", splits=2), Schedule(form="many"))
 """Every form of `attend`, for calls too small to get it from the plan."""
 
-WIDTHS = {"bf16": np.float32, "fp16": np.float16, "fp32": np.float32}
-"""What stands for each type in the interpreter, which multiplies bfloat16 wrongly."""
+DTYPES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
+"""Numpy's types by the plan's names; in the interpreter, `fp32` is the kernels' arithmetic without their rounding."""
 
 
-def geometry_of(case: Case, dtype: str) -> Geometry:
-    return Geometry(
-        attributes=case.attributes, head_dim=case.head_dim, rope=case.rope, dtype=dtype, cache=case.cache
-    )  # fmt: skip
+def geometry_of(case: Case, dtype: Any) -> Geometry:
+    a = case.attributes
+    return Geometry(attributes=a, head_dim=case.head_dim, rope=case.rope, dtype=dtype, cache=case.cache)
 
 
-def inputs_of(case: Case, dtype: Any) -> Arrays:
-    """The op's inputs, activations and caches of that type rounded to it."""
+def inputs_of(case: Case, dtype: str) -> Arrays:
+    """The op's inputs; activations, and caches that are not quantised, rounded to that type."""
     names = ("query", "key", "value", "key_cache", "value_cache")
     return {
-        name: array.astype(dtype) if name in names and array.dtype == np.float32 else array
+        name: array.astype(DTYPES[dtype]) if name in names and array.dtype == np.float32 else array
         for name, array in case.inputs().items()
         if array is not None
     }
@@ -49,12 +49,13 @@ def interpret(
     interpreter: Interpreter, case: Case, inputs: Arrays, dtype: str, schedule: Schedule | None = None
 ) -> Arrays:
     """Output and caches as the kernels leave them, in float64; what they must write is NaN before."""
-    plan = Plan(geometry_of(case, dtype), 90)
+    plan = Plan(geometry_of(case, "bf16" if dtype == "fp32" else dtype), 90)
     buffers = plan.workspace(*shapes_of(case), schedule)
     arrays = {
         **inputs,
         "output": np.full_like(inputs["query"], np.nan),
-        **{name: np.full(buffer.shape, np.nan, WIDTHS[buffer.dtype]) for name, buffer in buffers.items()},
+        "queries": np.full(buffers.pop("queries").shape, np.nan, DTYPES[dtype]),
+        **{name: np.full(buffer.shape, np.nan, np.float32) for name, buffer in buffers.items()},
     }
     launches = plan.launches({name: name for name in arrays}, *shapes_of(case), schedule)
     after = interpreter.run(MODULE, plan.kernels, launches, arrays)

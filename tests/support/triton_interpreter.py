@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import interpreted_floats
 import numpy as np
 
 from arriero.plugins.launch import Kernel, Launch
@@ -33,8 +34,8 @@ class Interpreter:
             module: Full name of the module of the Triton functions.
             kernels: Those launched, and perhaps others.
             launches: Arguments that are texts name arrays.
-            arrays: By name; bfloat16 and E4M3 in ml_dtypes' types. Float32 ones may stand for bfloat16 and float16:
-                the interpreter takes types from its arguments.
+            arrays: By name; bfloat16 and E4M3 in ml_dtypes' types. Float32 ones may stand for bfloat16 and float16,
+                for errors of rounding aside: the interpreter takes types from its arguments.
 
         Returns:
             All arrays as the launches left them.
@@ -47,32 +48,7 @@ class Interpreter:
 
 def start() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
-    correct()
-
-
-def correct() -> None:
-    """Makes the interpreter round as a GPU does: of its own it truncates to bfloat16, and to E4M3 it rounds wrongly.
-
-    Its products of bfloat16 multiply the bits as integers; here they are products in float32.
-    """
-    import ml_dtypes
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    narrow = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn}
-
-    def convert(array: Array, source: Any, target: Any, _: Any) -> Array:
-        floats = array.view(narrow[source]) if source in narrow else array
-        if target in narrow:
-            return floats.astype(np.float32).astype(narrow[target]).view(interpreter._get_np_dtype(target))
-        return floats.astype(interpreter._get_np_dtype(target)).view(f"u{target.primitive_bitwidth // 8}")
-
-    def dot(self: Any, a: Any, b: Any, total: Any, precision: Any, imprecise: Any) -> Any:
-        left, right = (x.data.view(narrow[x.dtype]).astype(np.float32) if x.dtype in narrow else x.data for x in (a, b))
-        return interpreter.TensorHandle(np.matmul(left, right, dtype=total.data.dtype) + total.data, total.dtype.scalar)
-
-    interpreter._convert_float = convert
-    interpreter.InterpreterBuilder.create_dot = dot
+    interpreted_floats.teach()
 
 
 def execute(module: str, kernels: list[Kernel], launches: list[Launch], arrays: dict[str, Array]) -> dict[str, Array]:
