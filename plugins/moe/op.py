@@ -9,9 +9,13 @@ score) and its activated intermediate are quantised too, statically where their 
 own absolute maximum. In `int4` only the weights are.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from ..quantisation import Kind
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the runtime takes attributes, and has no need of what quantises
+    from ..quantisation import Kind
 
 DOMAIN = "arriero"
 NAME = "MoeDispatch"

@@ -51,15 +51,17 @@ def start() -> None:
 
 
 def correct() -> None:
-    """Makes the interpreter round as a GPU does: of its own it truncates to bfloat16, and to E4M3 it rounds wrongly.
+    """Makes the interpreter round as a GPU does.
 
-    Its products of bfloat16 multiply the bits as integers; here they are products in float32.
+    Of its own it truncates to bfloat16, rounds wrongly to E4M3, and computes with bfloat16's bits as with integers.
     """
     import ml_dtypes
     import triton.language as tl
     from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     narrow = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn}
+    binary_op = InterpreterBuilder.binary_op
 
     def convert(array: Array, source: Any, target: Any, _: Any) -> Array:
         floats = array.view(narrow[source]) if source in narrow else array
@@ -67,12 +69,25 @@ def correct() -> None:
             return floats.astype(np.float32).astype(narrow[target]).view(interpreter._get_np_dtype(target))
         return floats.astype(interpreter._get_np_dtype(target)).view(f"u{target.primitive_bitwidth // 8}")
 
-    def dot(self: Any, a: Any, b: Any, total: Any, precision: Any, imprecise: Any) -> Any:
-        left, right = (x.data.view(narrow[x.dtype]).astype(np.float32) if x.dtype in narrow else x.data for x in (a, b))
-        return interpreter.TensorHandle(np.matmul(left, right, dtype=total.data.dtype) + total.data, total.dtype.scalar)
+    def floats(x: Any) -> Array:
+        return x.data.view(narrow[x.dtype.scalar]).astype(np.float32) if x.dtype.scalar in narrow else x.data
+
+    def dot(_: Any, a: Any, b: Any, total: Any, *__: Any) -> Any:
+        return TensorHandle(np.matmul(floats(a), floats(b), dtype=total.data.dtype) + total.data, total.dtype.scalar)
+
+    def binary(builder: Any, a: Any, b: Any, function: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return binary_op(builder, a, b, function)
+        result = function(floats(a), floats(b))
+        return TensorHandle(result, tl.int1) if result.dtype == bool else bfloat16(result)
+
+    def bfloat16(array: Array) -> Any:
+        return TensorHandle(array.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
 
     interpreter._convert_float = convert
-    interpreter.InterpreterBuilder.create_dot = dot
+    InterpreterBuilder.create_dot = dot
+    InterpreterBuilder.binary_op = binary
+    InterpreterBuilder.get_bf16 = lambda _, value: bfloat16(np.array([value]))
 
 
 def execute(module: str, kernels: list[Kernel], launches: list[Launch], arrays: dict[str, Array]) -> dict[str, Array]:
