@@ -45,6 +45,7 @@ class Geometry:
     def __post_init__(self) -> None:
         assert self.dtype in ("bf16", "fp16")
         assert 0 <= self.first_expert <= self.experts - self.local
+        assert self.attributes.top_k <= self.experts
         assert self.rounded or not self.static
         if self.kind == "int4":
             assert self.hidden % 2 == self.expert_size % 2 == 0, "a byte's two weights are of one row"

@@ -132,42 +132,17 @@ def gate_and_up(
     expert, rows_M, inside_M = arranged_rows(order, tile_expert, tile, pairs, BLOCK_M)
     if expert == LOCAL:
         return
-    weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, 2 * WIDTH)
+    STRIDE: tl.constexpr = 2 * WIDTH
+    weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, STRIDE)
     gate_MN = zero(KIND, BLOCK_M, BLOCK_N)
     up_MN = zero(KIND, BLOCK_M, BLOCK_N)
     for start in tl.range(0, DEPTH, BLOCK_K):
         x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K)
         gate_MN = add_product(
-            gate_MN,
-            x_MK,
-            weight,
-            weight_scale,
-            start,
-            column,
-            0,
-            KIND,
-            GROUP,
-            DEPTH,
-            WIDTH,
-            2 * WIDTH,
-            BLOCK_N,
-            BLOCK_K,
+            gate_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, STRIDE, BLOCK_N, BLOCK_K
         )
         up_MN = add_product(
-            up_MN,
-            x_MK,
-            weight,
-            weight_scale,
-            start,
-            column,
-            WIDTH,
-            KIND,
-            GROUP,
-            DEPTH,
-            WIDTH,
-            2 * WIDTH,
-            BLOCK_N,
-            BLOCK_K,
+            up_MN, x_MK, weight, weight_scale, start, column, WIDTH, KIND, GROUP, DEPTH, WIDTH, STRIDE, BLOCK_N, BLOCK_K
         )
     columns_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_N = columns_N < WIDTH

@@ -282,7 +282,8 @@ def tiles(geometry: Geometry, capability: int) -> dict[str, Tile]:
     """
     data_centre = capability in (90, 100)
     depth = 128 if geometry.rounded else min(64, geometry.group or 64)
-    low = Tile(rows=16, columns=128, depth=depth if data_centre else min(64, depth), warps=8, stages=4)
+    short = depth if data_centre else min(64, depth)
+    low = Tile(rows=16, columns=128, depth=short, warps=8 if short > 32 else 4, stages=4)
     tall = Tile(rows=128, columns=128, depth=depth, warps=8, stages=3)
     if geometry.kind == "none" and data_centre:
         tall = replace(tall, columns=256, stages=4)

@@ -107,7 +107,8 @@ def add_product(
 def integers(bytes_KN, dtype: tl.constexpr):
     """The signed integers of four bits in the low halves of bytes, as bf16 or fp16.
 
-    Its sign flipped, an integer counts from -8 on; as the last bits of a float whose last bit is worth 1, it adds that.
+    An integer with its sign flipped is itself plus 8. As the last bits of a float whose last bit is worth 1 it adds
+    that much to the float, and needs no conversion.
     """
     if dtype == tl.float16:
         BITS: tl.constexpr = 0x6408  # 1024, and the sign

@@ -90,11 +90,13 @@ def distance(found: Array, expected: Array) -> float:
 
 
 def ways_of(case: Case) -> list[str]:
-    """The ways by which the interpreter can send the case within a second or two."""
+    """The ways that a case goes here: each that it can go if it is small, for the interpreter is slow."""
     pairs = case.tokens * case.attributes.top_k
-    few = ["few"] if pairs <= 16 else []
-    some = ["some"] if pairs <= 200 else []
-    return [*few, *some, *(["many"] if case.experts < 100 else [])]
+    if pairs > 100:
+        return ["many"]
+    if case.experts > 100:
+        return ["few"] if case.attributes.quantisation == "int8" else ["few", "some"]
+    return ["few", "some", "many"] if pairs <= 16 else ["some", "many"]
 
 
 def cases_and_ways(cases: tuple[Case, ...]) -> list[Any]:
@@ -206,14 +208,14 @@ def matrix_instruction(kind: str, capability: int) -> str:
     return rf"mma\.sync\S*\.{stored}\.{stored}\."
 
 
-KINDS_AND_CAPABILITIES = [
-    (kind, capability)
-    for kind, capability in itertools.product(("none", "int8", "fp8", "int4"), (80, 89, 90, 100, 120))
-    if kind != "fp8" or capability >= 89
-]
-
-
-@pytest.mark.parametrize(("kind", "capability"), KINDS_AND_CAPABILITIES)
+@pytest.mark.parametrize(
+    ("kind", "capability"),
+    [
+        *itertools.product(["none", "int8"], [80, 90, 100]),
+        *itertools.product(["fp8"], [89, 90, 100, 120]),
+        *itertools.product(["int4"], [89, 90, 100]),
+    ],
+)
 def test_prefill_uses_the_best_matrix_instructions_and_spills_nothing(kind: str, capability: int) -> None:
     used = compiled_parts(Plan(llama4(kind), capability), capability, "gate_and_up_many", "down_many")
     for usage in used.values():
@@ -222,9 +224,7 @@ def test_prefill_uses_the_best_matrix_instructions_and_spills_nothing(kind: str,
             assert re.match(matrix_instruction(kind, capability), found), found
 
 
-@pytest.mark.parametrize(
-    ("kind", "capability"), [("none", 90), ("int8", 90), ("fp8", 120), ("int4", 100), ("int8", 80)]
-)
+@pytest.mark.parametrize(("kind", "capability"), [("int8", 90), ("fp8", 120), ("int4", 100)])
 def test_decode_and_what_lies_around_the_products_spill_nothing(kind: str, capability: int) -> None:
     moe = Plan(llama4(kind, experts=128), capability)
     prefix = len(moe.geometry.name) + 1
