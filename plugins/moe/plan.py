@@ -275,17 +275,17 @@ OPERAND_SCALES = {"gate_up": ("hidden_scale", "input_row_scale"), "down": ("acti
 
 
 def tiles(geometry: Geometry, capability: int) -> dict[str, Tile]:
-    """The tiles of the three ways: no kernel spills registers with them, and each fits into the GPU's shared memory.
+    """The tiles of the three ways: at Llama 4's sizes no kernel spills registers, and each fits into shared memory.
 
-    Wide tiles are for the tensor cores that take two-byte operands from shared memory as they lie there. On GPUs with
-    99 KB of it the low tiles' steps are shorter, so that several programs share a multiprocessor.
+    Wide tiles are for the tensor cores that take two-byte operands from shared memory as they lie there, and for sizes
+    that need no masks. On the other GPUs low tiles have shorter steps, so that several programs share a multiprocessor.
     """
     data_centre = capability in (90, 100)
     depth = 128 if geometry.rounded else min(64, geometry.group or 64)
     short = depth if data_centre else min(64, depth)
     low = Tile(rows=16, columns=128, depth=short, warps=8 if short > 32 else 4, stages=4)
     tall = Tile(rows=128, columns=128, depth=depth, warps=8, stages=3)
-    if geometry.kind == "none" and data_centre:
+    if geometry.kind == "none" and data_centre and geometry.hidden % 256 == geometry.expert_size % 128 == 0:
         tall = replace(tall, columns=256, stages=4)
     if geometry.kind == "int4" and not geometry.group:
         tall = replace(tall, depth=32)
