@@ -1,8 +1,8 @@
 """Mixture-of-experts dispatch on a GPU: the Triton functions that `plan` puts in order.
 
 A pair is one token at one of its experts, number token · top_k + choice. Enter: the op's inputs as device pointers.
-Leaves: the op's output. Invariant: the number of programs follows from the number of tokens alone, and every sum has one
-fixed order, so that a call can be captured and gives the same bits again.
+Leaves: the op's output. Invariant: the number of programs follows from the number of tokens alone, and every sum has
+one fixed order, so that a call can be captured and gives the same bits again.
 
 Legend beside the house's: P pairs, M rows of a tile, K and N the depth and width of a product. Sizes are compile-time
 constants; expert numbers count from the first expert whose weights are here, and LOCAL, one past the last, is nobody.
@@ -10,6 +10,8 @@ constants; expert numbers count from the first expert whose weights are here, an
 
 import triton
 import triton.language as tl
+
+from .tile import add_product, arranged_rows, load_x, of_expert, scaled, store_tile, tile_and_column, zero
 
 ROUNDER = tl.constexpr(12582912.0)
 """1.5 · 2^23: added to a float32 of less than 2^22 and taken away again, it leaves the nearest even integer."""
@@ -22,7 +24,7 @@ def route(
     hidden_scale,
     chosen,
     expert_input,
-    input_scale,
+    input_row_scale,
     first_expert,
     KIND: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -51,7 +53,7 @@ def route(
         if here:
             score = (1 / (1 + tl.exp(-best))).to(hidden.dtype.element_ty)
             x_H = (hidden_H.to(tl.float32) * score.to(tl.float32)).to(hidden.dtype.element_ty)
-            store_row(x_H, expert_input, input_scale, hidden_scale, pair, expert, columns_H, inside_H, KIND, HIDDEN)
+            store_row(x_H, expert_input, input_row_scale, hidden_scale, pair, expert, columns_H, inside_H, KIND, HIDDEN)
 
 
 @triton.jit
@@ -68,7 +70,7 @@ def arrange(
 ):
     """One expert: its pairs in their order, as whole tiles of BLOCK_M rows behind the tiles of the experts before it.
 
-    Leaves the pair of each row, `pairs` where a tile's end is empty, and the expert of each tile, LOCAL behind the last.
+    Leaves the pair of each row, `pairs` where a tile has none, and the expert of each tile, LOCAL behind the last.
     """
     expert = tl.program_id(0)
     experts_E = tl.arange(0, BLOCK_E)
@@ -121,7 +123,6 @@ def gate_and_up(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     """One tile of up · silu(gate), [P, I]: WIDTH is I, and the up columns of the weight lie WIDTH behind the gate's.
 
@@ -131,16 +132,17 @@ def gate_and_up(
     expert, rows_M, inside_M = arranged_rows(order, tile_expert, tile, pairs, BLOCK_M)
     if expert == LOCAL:
         return
-    weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, 2 * WIDTH)
+    STRIDE: tl.constexpr = 2 * WIDTH
+    weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, STRIDE)
     gate_MN = zero(KIND, BLOCK_M, BLOCK_N)
     up_MN = zero(KIND, BLOCK_M, BLOCK_N)
     for start in tl.range(0, DEPTH, BLOCK_K):
-        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K, EVEN)
+        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K)
         gate_MN = add_product(
-            gate_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, 2 * WIDTH, BLOCK_N, EVEN
+            gate_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, STRIDE, BLOCK_N, BLOCK_K
         )
         up_MN = add_product(
-            up_MN, x_MK, weight, weight_scale, start, column, WIDTH, KIND, GROUP, DEPTH, WIDTH, 2 * WIDTH, BLOCK_N, EVEN
+            up_MN, x_MK, weight, weight_scale, start, column, WIDTH, KIND, GROUP, DEPTH, WIDTH, STRIDE, BLOCK_N, BLOCK_K
         )
     columns_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_N = columns_N < WIDTH
@@ -172,7 +174,6 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     """One tile of x · weight of its rows' expert, [P, N]."""
     tile, column = tile_and_column(tiles, (WIDTH + BLOCK_N - 1) // BLOCK_N)
@@ -182,9 +183,9 @@ def product(
     weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, WIDTH)
     total_MN = zero(KIND, BLOCK_M, BLOCK_N)
     for start in tl.range(0, DEPTH, BLOCK_K):
-        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K, EVEN)
+        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K)
         total_MN = add_product(
-            total_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, WIDTH, BLOCK_N, EVEN
+            total_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, WIDTH, BLOCK_N, BLOCK_K
         )
     columns_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_N = columns_N < WIDTH
@@ -211,7 +212,6 @@ def few_products(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     """PART rows of a weight times all pairs of one expert, float32 [parts, P, N], where all pairs fit into one tile.
 
@@ -230,10 +230,10 @@ def few_products(
     rows_M = tl.where(inside_M, rows_M, pair)
     weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, WIDTH)
     total_MN = zero(KIND, BLOCK_M, BLOCK_N)
-    for start in tl.range(part * PART, part * PART + PART, BLOCK_K):
-        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K, EVEN)
+    for start in tl.range(part * PART, tl.minimum(part * PART + PART, DEPTH), BLOCK_K):
+        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K)
         total_MN = add_product(
-            total_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, WIDTH, BLOCK_N, EVEN
+            total_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, WIDTH, BLOCK_N, BLOCK_K
         )
     columns_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_N = columns_N < WIDTH
@@ -321,143 +321,10 @@ def combine(
 
 
 @triton.jit
-def tile_and_column(tiles, columns):
-    """Which tile of rows and which of columns a program has; eight tiles of rows take each weight from the L2 cache."""
-    program = tl.program_id(0)
-    first = program // (8 * columns) * 8
-    height = tl.minimum(tiles - first, 8)
-    within = program % (8 * columns)
-    return first + within % height, within // height
-
-
-@triton.jit
-def arranged_rows(order, tile_expert, tile, pairs, BLOCK_M: tl.constexpr):
-    """A tile's expert and pairs; rows of no pair repeat pair 0, and are not inside."""
-    expert = tl.load(tile_expert + tile)
-    rows_M = tl.load(order + tile * BLOCK_M + tl.arange(0, BLOCK_M))
-    inside_M = rows_M < pairs
-    return expert, tl.where(inside_M, rows_M, 0), inside_M
-
-
-@triton.jit
-def of_expert(
-    weight, weight_scale, expert, KIND: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr
-):
-    """Where an expert's weight [K, N] and its scales [K / group, N] begin; `int4` has two weights a byte."""
-    size: tl.constexpr = DEPTH * N // 2 if KIND == "int4" else DEPTH * N
-    weight += expert.to(tl.int64) * size
-    if KIND != "none":
-        weight_scale += expert.to(tl.int64) * ((DEPTH // GROUP if GROUP else 1) * N)
-    return weight, weight_scale
-
-
-@triton.jit
-def zero(KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """An empty sum of products."""
-    return tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if KIND == "int8" else tl.float32)
-
-
-@triton.jit
-def load_x(x, rows_M, start, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
-    """A tile [M, K] of the left operand."""
-    depths_K = start + tl.arange(0, BLOCK_K)
-    places_MK = rows_M.to(tl.int64)[:, None] * DEPTH + depths_K[None, :]
-    if EVEN:
-        return tl.load(x + places_MK)
-    return tl.load(x + places_MK, mask=depths_K[None, :] < DEPTH, other=0.0)
-
-
-@triton.jit
-def add_product(
-    total_MN,
-    x_MK,
-    weight,
-    weight_scale,
-    start,
-    column,
-    shift: tl.constexpr,
-    KIND: tl.constexpr,
-    GROUP: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """Adds x · weight over one step of K, the columns being WIDTH of STRIDE from `shift` on.
-
-    The integers of `int4` are exact in the model's type; a group's scale multiplies its float32 product.
-    """
-    BLOCK_K: tl.constexpr = x_MK.shape[1]
-    PACK: tl.constexpr = 2 if KIND == "int4" else 1
-    depths_K = start + tl.arange(0, BLOCK_K)
-    columns_N = column * (BLOCK_N // PACK) + tl.arange(0, BLOCK_N // PACK)
-    places_KN = depths_K[:, None] * (STRIDE // PACK) + (shift // PACK + columns_N)[None, :]
-    if EVEN:
-        weight_KN = tl.load(weight + places_KN)
-    else:
-        inside_KN = (depths_K < DEPTH)[:, None] & (columns_N < WIDTH // PACK)[None, :]
-        weight_KN = tl.load(weight + places_KN, mask=inside_KN, other=0.0)
-    if KIND == "int8":
-        return tl.dot(x_MK, weight_KN, total_MN, out_dtype=tl.int32)
-    elif KIND == "fp8":
-        return tl.dot(x_MK, weight_KN, total_MN, max_num_imprecise_acc=BLOCK_K)
-    elif KIND == "int4":
-        weight_KN = unpacked(weight_KN).to(x_MK.dtype)
-        if GROUP == 0:
-            return tl.dot(x_MK, weight_KN, total_MN)
-        wide_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        scale_N = tl.load(weight_scale + start // GROUP * STRIDE + shift + wide_N, mask=wide_N < WIDTH, other=0.0)
-        return total_MN + tl.dot(x_MK, weight_KN) * scale_N[None, :]
-    else:
-        return tl.dot(x_MK, weight_KN, total_MN)
-
-
-@triton.jit
-def unpacked(bytes_KN):
-    """Signed integers of four bits, [K, 2N], from bytes [K, N]: the first of two in the low half."""
-    low_KN = (bytes_KN << 4).to(tl.int8, bitcast=True) >> 4
-    high_KN = bytes_KN.to(tl.int8, bitcast=True) >> 4
-    return tl.interleave(low_KN, high_KN)
-
-
-@triton.jit
-def scaled(
-    total_MN,
-    x_scale,
-    weight_scale,
-    expert,
-    rows_M,
-    columns_N,
-    inside_N,
-    KIND: tl.constexpr,
-    STATIC: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """A product in float32 under the scales that hold over all of its depth."""
-    total_MN = total_MN.to(tl.float32)
-    if (KIND != "none") and (GROUP == 0):
-        total_MN *= tl.load(weight_scale + columns_N, mask=inside_N, other=0.0)[None, :]
-    if (KIND == "int8") or (KIND == "fp8"):
-        if STATIC:
-            total_MN *= tl.load(x_scale + expert)
-        else:
-            total_MN *= tl.load(x_scale + rows_M)[:, None]
-    return total_MN
-
-
-@triton.jit
-def store_tile(x_MN, output, rows_M, inside_M, columns_N, inside_N, WIDTH: tl.constexpr):
-    """Stores those rows and columns of a tile that are inside."""
-    places_MN = rows_M.to(tl.int64)[:, None] * WIDTH + columns_N[None, :]
-    tl.store(output + places_MN, x_MN.to(output.dtype.element_ty), mask=inside_M[:, None] & inside_N[None, :])
-
-
-@triton.jit
 def store_row(
     x_N, output, row_scale, static_scale, row, expert, columns_N, inside_N, KIND: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Stores a row, or a block of it, as the next product takes it in: quantised by its expert's scale or by its own."""
+    """Stores a row, or a block of it, as a product takes it in: quantised by its expert's scale or by its own."""
     if (KIND == "int8") or (KIND == "fp8"):
         x_N = x_N.to(tl.float32)
         if static_scale is None:

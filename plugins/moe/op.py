@@ -12,9 +12,13 @@ A node may hold some of the experts only: those from `first_expert` on, E' of th
 the others adds nothing, so the outputs of the nodes that hold all experts between them add up to the whole op's.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from ..quantisation import Kind
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the runtime takes attributes, and has no need of what quantises
+    from ..quantisation import Kind
 
 DOMAIN = "arriero"
 NAME = "MoeDispatch"

@@ -1,120 +1,42 @@
 """What mixture-of-experts dispatch launches on a GPU, in which order, over which scratch memory.
 
-Enters: the op's geometry and the GPU's compute capability; for a call, the number of tokens and where its arrays lie.
-Leaves: the kernels to compile, and the launches. Invariant: these depend on the number of tokens and on no data.
+Enters: a geometry and a compute capability; for a call, the number of tokens and where its arrays lie. Leaves: the
+kernels to compile, and the launches. Invariant: these depend on the number of tokens and on no data.
 
 There are three ways, by the number of pairs of a token and one of its experts:
 
-- *few* (all pairs fit into one tile): each chosen expert's weights are read once, cut along columns and depth so that
-  one expert keeps the whole GPU busy; the parts are added in order.
-- *some*: pairs are sorted by expert into tiles of few rows, for a batch of sequences that decode.
-- *many*: the same with tall tiles, which are worth the tensor cores' full rate.
+- *few*: all pairs fit into one tile of rows. Each chosen expert's weights are read once, cut along columns and depth,
+  so that one expert keeps the whole GPU busy; the parts are added in order.
+- *some*: pairs are sorted by expert into tiles of few rows. For a batch of sequences that decode.
+- *many*: the same with tall tiles, that the tensor cores multiply at their full rate. For prefill.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..launch import Buffer, Kernel, Launch
-from .op import Attributes
-
-FEW = 16
-"""Pairs of the first way: the rows of the smallest tile that the tensor cores multiply."""
-
-SOME = 16
-"""Pairs an expert of the second way, on average. An expert with more reads its weights more than once there."""
-
-MULTIPROCESSORS = 132
-"""Of an H100. Where the first way has fewer tiles of columns than about two a multiprocessor, it cuts the depth too."""
-
-BLOCK = 1024
-"""Elements that a program of the element-wise kernels handles at a time."""
+from .geometry import Geometry
 
 MODULE = "arriero.plugins.moe.kernel"
 """Where the kernels' Triton functions are."""
 
-STORED = {"int8": "i8", "fp8": "fp8e4nv", "int4": "u8"}
+FEW = 16
+"""Most pairs of the first way: the rows of the smallest tile that tensor cores multiply."""
 
+SOME = 16
+"""Most pairs an expert, on average, of the second way; with more, tiles of one expert read its weights again."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Geometry:
-    """What fixes the kernels.
+BLOCK = 1024
+"""Elements that a program of the element-wise kernels handles at a time."""
 
-    Attributes:
-        hidden: H.
-        expert_size: I.
-        experts: Experts that the router knows (E).
-        local_experts: Those whose weights and scales are here; tokens sent to others add nothing. None: all.
-        first_expert: The first of them.
-        attributes: The op's.
-        dtype: `bf16` or `fp16`, of the tokens; of the weights too, where these are not quantised.
-        group: Rows of a weight that share a scale in `int4`, a power of two; 0 is the whole column.
-        static: Whether the activation scales are given.
-    """
-
-    hidden: int
-    expert_size: int
-    experts: int
-    local_experts: int | None = None
-    first_expert: int = 0
-    attributes: Attributes
-    dtype: str = "bf16"
-    group: int = 0
-    static: bool = False
-
-    def __post_init__(self) -> None:
-        assert self.dtype in ("bf16", "fp16")
-        assert self.first_expert + self.local <= self.experts
-        if self.group:
-            assert self.kind == "int4"
-            assert self.group >= 16
-            assert self.group == power_of_two(self.group)
-            assert self.hidden % self.group == self.expert_size % self.group == 0
-        if self.kind == "int4":
-            assert self.hidden % 2 == self.expert_size % 2 == 0, "two weights share a byte"
-        assert not self.static or self.rounded
-
-    @property
-    def local(self) -> int:
-        """Experts whose weights are here."""
-        return self.experts if self.local_experts is None else self.local_experts
-
-    @property
-    def kind(self) -> str:
-        """How the weights are stored, in the attributes' words."""
-        return self.attributes.quantisation
-
-    @property
-    def rounded(self) -> bool:
-        """Whether activations are quantised too."""
-        return self.kind in ("int8", "fp8")
-
-    @property
-    def direct(self) -> bool:
-        """Whether a sorted pair's output is its token's: each has one expert, and it is here."""
-        return self.attributes.top_k == 1 and self.local == self.experts
-
-    @property
-    def weight_sizes(self) -> dict[str, tuple[int, int]]:
-        """Depth and width of each weight, as the products see them."""
-        return {"gate_up": (self.hidden, 2 * self.expert_size), "down": (self.expert_size, self.hidden)}
-
-    @property
-    def name(self) -> str:
-        """What tells this geometry's kernels from those of others in a bundle."""
-        scales = f"g{self.group}" if self.kind == "int4" else "static" if self.static else ""
-        experts = f"{self.local}of{self.experts}k{self.attributes.top_k}"
-        return f"moe_{self.dtype}_{self.kind}{scales}_{self.hidden}x{self.expert_size}x{experts}"
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether each token's activations have their own scale."""
-        return self.rounded and not self.static
+PROGRAMS = 264
+"""Programs that keep a GPU busy: two for each of an H100's multiprocessors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """What one program of a product computes, and how: rows, columns, a step of depth; warps, and steps in flight."""
+    """How one program computes a product: rows, columns and a step of depth; warps, and steps in flight."""
 
     rows: int
     columns: int
@@ -124,45 +46,56 @@ class Tile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """The counts of one call; `tiles` is an upper bound."""
+
+    tokens: int
+    pairs: int
+    tiles: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """A kernel and the names of what its run-time parameters are given, in order: arrays, or counts."""
+    """A kernel, what its run-time parameters are given (arrays and counts by name), and its grid in a call."""
 
     kernel: Kernel
     names: tuple[str, ...]
+    grid: Callable[[Call], tuple[int, int, int]]
 
 
 class Plan:
     """The launches of one geometry on one kind of GPU.
 
     Args:
-        geometry: The op's.
+        geometry: The layer's.
         capability: The GPU's compute capability, as in 89.
-        few: Most pairs that go the first way, up to `FEW`; tests lower it.
+        few: Most pairs that go the first way, up to `FEW`.
         some: Most pairs an expert that go the second way.
     """
 
     def __init__(self, geometry: Geometry, capability: int, *, few: int = FEW, some: int = SOME) -> None:
         assert few <= FEW
         self.geometry, self.few, self.some = geometry, few, some
-        self.types = types(geometry)
+        self.types = {name: f"*{each}" for name, each in geometry.types.items()}
+        self.types |= dict.fromkeys(("first_expert", "pairs", "tiles"), "i32")
         self.tiles = tiles(geometry, capability)
         self.parts = {weight: parts(*size, self.tiles["few"]) for weight, size in geometry.weight_sizes.items()}
-        self.steps = {step.kernel.name: step for step in (*self._around(), *self._few(), *self._grouped())}
-        self.kernels = tuple(step.kernel for step in self.steps.values())
+        self.ways = {"few": self._few(), "some": self._sorted("some"), "many": self._sorted("many")}
+        kernels = {step.kernel.name: step.kernel for way in self.ways.values() for step in way}
+        self.kernels = tuple(kernels.values())
 
     def workspace(self, tokens: int) -> dict[str, Buffer]:
         """Scratch memory for calls of up to that many tokens, by the names under which `launches` takes it."""
         g = self.geometry
         pairs = tokens * g.attributes.top_k
         few = min(pairs, self.few)
-        heights = (self.tiles["some"].rows, self.tiles["many"].rows)
-        counts = [most_tiles(pairs, g.local, height) for height in heights]
+        counts = {way: most_tiles(pairs, g.local, self.tiles[way].rows) for way in ("some", "many")}
         shapes: dict[str, tuple[int, ...]] = {
             "chosen": (pairs,),
             "expert_input": (pairs, g.hidden),
-            "input_scale": (pairs,),
-            "order": (max(count * height for count, height in zip(counts, heights, strict=True)),),
-            "tile_expert": (max(counts),),
+            "input_row_scale": (pairs,),
+            "order": (max(count * self.tiles[way].rows for way, count in counts.items()),),
+            "tile_expert": (max(counts.values()),),
             "gate_up_parts": (self.parts["gate_up"], few, 2 * g.expert_size),
             "wide": (pairs, g.expert_size),
             "activated": (pairs, g.expert_size),
@@ -170,11 +103,7 @@ class Plan:
             "down_parts": (self.parts["down"], few, g.hidden),
             "pair_outputs": (pairs, g.hidden),
         }
-        return {
-            name: Buffer(dtype=self.types[name].removeprefix("*"), shape=shape)
-            for name, shape in shapes.items()
-            if name in self.types
-        }
+        return {name: Buffer(dtype=g.types[name], shape=shape) for name, shape in shapes.items() if name in g.types}
 
     def launches(self, pointers: Mapping[str, Any], tokens: int) -> list[Launch]:
         """The launches of a call, in order.
@@ -183,153 +112,146 @@ class Plan:
             pointers: The op's inputs and output, and the workspace's buffers, by name.
             tokens: T.
         """
+        if not tokens:
+            return []
         g = self.geometry
         pairs = tokens * g.attributes.top_k
-        if not pairs:
-            return []
-        if pairs <= self.few:
-            return self._launches_of_few(pointers, tokens, pairs)
-        way = "some" if pairs <= self.some * g.local else "many"
-        tile = self.tiles[way]
-        count = most_tiles(pairs, g.local, tile.rows)
-        values = {**pointers, "first_expert": g.first_expert, "pairs": pairs, "tiles": count}
-        launches = [
-            self._launch("route", (tokens,), values),
-            self._launch(f"arrange_{way}", (g.local,), values),
-            self._launch(f"gate_and_up_{way}", (count * ceil_divide(g.expert_size, tile.columns // 2),), values),
-        ]
-        if g.dynamic:
-            launches.append(self._launch("quantise_rows", (pairs,), values))
-        launches.append(self._launch(f"down_{way}", (count * ceil_divide(g.hidden, tile.columns),), values))
-        if not g.direct:
-            launches.append(self._launch("combine", (tokens, ceil_divide(g.hidden, BLOCK)), values))
-        return launches
-
-    def _launches_of_few(self, pointers: Mapping[str, Any], tokens: int, pairs: int) -> list[Launch]:
-        g = self.geometry
-        values = {**pointers, "first_expert": g.first_expert, "pairs": pairs}
-        columns = {
-            weight: ceil_divide(width, self.tiles["few"].columns) for weight, (_, width) in g.weight_sizes.items()
-        }
+        way = "few" if pairs <= self.few else "some" if pairs <= self.some * g.local else "many"
+        call = Call(tokens=tokens, pairs=pairs, tiles=most_tiles(pairs, g.local, self.tiles[way].rows))
+        values = {**pointers, "first_expert": g.first_expert, "pairs": pairs, "tiles": call.tiles}
         return [
-            self._launch("route", (tokens,), values),
-            self._launch("gate_up_few", (columns["gate_up"], self.parts["gate_up"], pairs), values),
-            self._launch("activate_few", (pairs, 1 if g.dynamic else ceil_divide(g.expert_size, BLOCK)), values),
-            self._launch("down_few", (columns["down"], self.parts["down"], pairs), values),
-            self._launch("combine_few", (tokens, ceil_divide(g.hidden, BLOCK)), values),
+            Launch(
+                kernel=step.kernel.name,
+                grid=step.grid(call),
+                arguments=tuple(values[name] for name in step.names),
+            )
+            for step in self.ways[way]
         ]
 
-    def _launch(self, part: str, grid: tuple[int, ...], values: Mapping[str, Any]) -> Launch:
-        step = self.steps[f"{self.geometry.name}_{part}"]
-        across, down, deep = (*grid, 1, 1)[:3]
-        arguments = tuple(values[name] for name in step.names)
-        return Launch(kernel=step.kernel.name, grid=(across, down, deep), arguments=arguments)
+    def _few(self) -> list[Step]:
+        g = self.geometry
+        whole = power_of_two(g.expert_size)
+        activate = self._step(
+            "activate",
+            "activate",
+            {"parts": "gate_up_parts", **same("chosen activated_scale activated activated_row_scale pairs")},
+            {
+                **{"KIND": g.kind, "LOCAL": g.local, "WIDTH": g.expert_size, "PARTS": self.parts["gate_up"]},
+                **{"BLOCK_I": whole if g.dynamic else BLOCK},  # a token's own scale needs its whole row
+            },
+            grid=lambda call: (call.pairs, 1 if g.dynamic else ceil_divide(g.expert_size, BLOCK), 1),
+        )
+        return [
+            self._route(),
+            self._few_products("gate_up"),
+            activate,
+            self._few_products("down"),
+            self._combine("combine_few", "down_parts", self.parts["down"]),
+        ]
+
+    def _sorted(self, way: str) -> list[Step]:
+        g = self.geometry
+        tile = self.tiles[way]
+        arrange = self._step(
+            f"arrange_{way}",
+            "arrange",
+            same("chosen order tile_expert pairs tiles"),
+            {"LOCAL": g.local, "BLOCK_M": tile.rows, "BLOCK_E": power_of_two(g.local + 1), "BLOCK_P": BLOCK},
+            grid=lambda call: (g.local, 1, 1),
+        )
+        half = replace(tile, columns=tile.columns // 2)  # of the gate's columns, and as many of the up projection's
+        gate_and_up = self._step(
+            f"gate_and_up_{way}",
+            "gate_and_up",
+            {
+                **self._operands("gate_up"),
+                **same("activated_scale order tile_expert"),
+                **{"output": "wide" if g.dynamic else "activated", **same("pairs tiles")},
+            },
+            {**self._constants(half), "DEPTH": g.hidden, "WIDTH": g.expert_size},
+            grid=lambda call: (call.tiles * ceil_divide(g.expert_size, half.columns), 1, 1),
+            tile=half,
+        )
+        quantise = self._step(
+            "quantise_rows",
+            "quantise_rows",
+            same("wide chosen activated activated_row_scale"),
+            {"KIND": g.kind, "LOCAL": g.local, "WIDTH": g.expert_size, "BLOCK_I": power_of_two(g.expert_size)},
+            grid=lambda call: (call.pairs, 1, 1),
+        )
+        down = self._step(
+            f"down_{way}",
+            "product",
+            {
+                **self._operands("down"),
+                **same("order tile_expert"),
+                **{"output": "output" if g.direct else "pair_outputs", **same("pairs tiles")},
+            },
+            {**self._constants(tile), "DEPTH": g.expert_size, "WIDTH": g.hidden},
+            grid=lambda call: (call.tiles * ceil_divide(g.hidden, tile.columns), 1, 1),
+            tile=tile,
+        )
+        combine = self._combine("combine", "pair_outputs", 1)
+        steps = [self._route(), arrange, gate_and_up, *([quantise] if g.dynamic else []), down]
+        return steps if g.direct else [*steps, combine]
+
+    def _route(self) -> Step:
+        g = self.geometry
+        return self._step(
+            "route",
+            "route",
+            same("hidden router_logits hidden_scale chosen expert_input input_row_scale first_expert"),
+            {
+                **{"KIND": g.kind, "HIDDEN": g.hidden, "EXPERTS": g.experts, "LOCAL": g.local},
+                **{"TOP_K": g.attributes.top_k, "BLOCK_H": power_of_two(g.hidden), "BLOCK_E": power_of_two(g.experts)},
+            },
+            grid=lambda call: (call.tokens, 1, 1),
+        )
+
+    def _few_products(self, weight: str) -> Step:
+        tile, count = self.tiles["few"], self.parts[weight]
+        depth, width = self.geometry.weight_sizes[weight]
+        part = ceil_divide(depth, count * tile.depth) * tile.depth
+        return self._step(
+            f"{weight}_few",
+            "few_products",
+            {**self._operands(weight), "chosen": "chosen", "parts": f"{weight}_parts", "pairs": "pairs"},
+            {**self._constants(tile), "DEPTH": depth, "WIDTH": width, "PART": part},
+            grid=lambda call: (ceil_divide(width, tile.columns), count, call.pairs),
+            tile=tile,
+        )
+
+    def _combine(self, name: str, source: str, count: int) -> Step:
+        g = self.geometry
+        return self._step(
+            name,
+            "combine",
+            {"parts": source, **same("chosen output pairs")},
+            {"LOCAL": g.local, "WIDTH": g.hidden, "TOP_K": g.attributes.top_k, "PARTS": count, "BLOCK_H": BLOCK},
+            grid=lambda call: (call.tokens, ceil_divide(g.hidden, BLOCK), 1),
+        )
 
     def _step(
         self,
-        part: str,
+        name: str,
         function: str,
         names: Mapping[str, str],
         constants: Mapping[str, Any],
-        warps: int,
-        stages: int = 1,
+        *,
+        grid: Callable[[Call], tuple[int, int, int]],
+        tile: Tile | None = None,
     ) -> Step:
-        """A kernel, from what each of its parameters is given; those that this geometry has not are None."""
+        """A kernel from what each of its parameters is given, in order; what this geometry has not is None."""
         given = {parameter: name for parameter, name in names.items() if name in self.types}
-        absent = dict.fromkeys(names.keys() - given.keys())
         kernel = Kernel(
-            name=f"{self.geometry.name}_{part}",
+            name=f"{self.geometry.name}_{name}",
             function=function,
             signature={parameter: self.types[name] for parameter, name in given.items()},
-            constants={**absent, **constants},
-            warps=warps,
-            stages=stages,
+            constants={**dict.fromkeys(names.keys() - given.keys()), **constants},
+            warps=tile.warps if tile else 8,
+            stages=tile.stages if tile else 1,
         )
-        return Step(kernel=kernel, names=tuple(given.values()))
-
-    def _around(self) -> list[Step]:
-        """The kernels before and behind the products."""
-        g = self.geometry
-        kind, local, top_k = {"KIND": g.kind}, {"LOCAL": g.local}, {"TOP_K": g.attributes.top_k}
-        steps = [
-            self._step(
-                "route",
-                "route",
-                same("hidden router_logits hidden_scale chosen expert_input input_scale first_expert"),
-                {
-                    **(kind | local | top_k),
-                    **{"HIDDEN": g.hidden, "EXPERTS": g.experts},
-                    **{"BLOCK_H": power_of_two(g.hidden), "BLOCK_E": power_of_two(g.experts)},
-                },
-                warps=8,
-            ),
-            self._step(
-                "activate_few",
-                "activate",
-                {"parts": "gate_up_parts", **same("chosen activated_scale activated activated_row_scale pairs")},
-                {
-                    **(kind | local),
-                    **{"WIDTH": g.expert_size, "PARTS": self.parts["gate_up"]},
-                    "BLOCK_I": power_of_two(g.expert_size) if g.dynamic else BLOCK,
-                },
-                warps=8 if g.dynamic else 4,
-            ),
-            self._combine("combine_few", "down_parts", self.parts["down"]),
-        ]
-        if g.dynamic:
-            constants = {**(kind | local), "WIDTH": g.expert_size, "BLOCK_I": power_of_two(g.expert_size)}
-            names = same("wide chosen activated activated_row_scale")
-            steps.append(self._step("quantise_rows", "quantise_rows", names, constants, warps=8))
-        if not g.direct:
-            steps.append(self._combine("combine", "pair_outputs", 1))
-        for way in ("some", "many"):
-            blocks = {"BLOCK_M": self.tiles[way].rows, "BLOCK_E": power_of_two(g.local + 1), "BLOCK_P": BLOCK}
-            names = same("chosen order tile_expert pairs tiles")
-            steps.append(self._step(f"arrange_{way}", "arrange", names, {**local, **blocks}, warps=4))
-        return steps
-
-    def _combine(self, part: str, source: str, count: int) -> Step:
-        g = self.geometry
-        sizes = {"WIDTH": g.hidden, "PARTS": count, "BLOCK_H": BLOCK}
-        constants = {"LOCAL": g.local, "TOP_K": g.attributes.top_k, **sizes}
-        return self._step(part, "combine", {"parts": source, **same("chosen output pairs")}, constants, warps=4)
-
-    def _few(self) -> list[Step]:
-        """The products of the first way."""
-        tile = self.tiles["few"]
-        steps = []
-        for weight, (depth, width) in self.geometry.weight_sizes.items():
-            part = ceil_divide(depth, self.parts[weight] * tile.depth) * tile.depth
-            even = depth == part * self.parts[weight] and width % tile.columns == 0
-            names = {**self._operands(weight), "chosen": "chosen", "parts": f"{weight}_parts", "pairs": "pairs"}
-            constants = {**self._constants(tile), **sizes(depth, width), "PART": part, "EVEN": even}
-            steps.append(self._step(f"{weight}_few", "few_products", names, constants, tile.warps, tile.stages))
-        return steps
-
-    def _grouped(self) -> list[Step]:
-        """The products over tiles of pairs that are sorted by expert."""
-        g = self.geometry
-        steps = []
-        for way in ("some", "many"):
-            whole = self.tiles[way]
-            tile = replace(whole, columns=whole.columns // 2)  # of the gate, and as many of the up projection
-            depth, width = g.hidden, g.expert_size
-            names = {
-                **self._operands("gate_up"),
-                **same("activated_scale order tile_expert"),
-                **{"output": "wide" if g.dynamic else "activated", "pairs": "pairs", "tiles": "tiles"},
-            }
-            constants = {**self._constants(tile), **sizes(depth, width), "EVEN": even(depth, width, tile)}
-            steps.append(self._step(f"gate_and_up_{way}", "gate_and_up", names, constants, tile.warps, tile.stages))
-            depth, width = width, depth
-            names = {
-                **self._operands("down"),
-                **same("order tile_expert"),
-                **{"output": "output" if g.direct else "pair_outputs", "pairs": "pairs", "tiles": "tiles"},
-            }
-            constants = {**self._constants(whole), **sizes(depth, width), "EVEN": even(depth, width, whole)}
-            steps.append(self._step(f"down_{way}", "product", names, constants, whole.warps, whole.stages))
-        return steps
+        return Step(kernel=kernel, names=tuple(given.values()), grid=grid)
 
     def _operands(self, weight: str) -> dict[str, str]:
         static, row = OPERAND_SCALES[weight]
@@ -348,66 +270,39 @@ class Plan:
         }
 
 
-OPERAND_SCALES = {"gate_up": ("hidden_scale", "input_scale"), "down": ("activated_scale", "activated_row_scale")}
+OPERAND_SCALES = {"gate_up": ("hidden_scale", "input_row_scale"), "down": ("activated_scale", "activated_row_scale")}
 """What scales the left operand of a weight: static by expert, or dynamic by pair."""
 
 
-def types(geometry: Geometry) -> dict[str, str]:
-    """Types of the arrays and counts that this geometry has, in Triton's words."""
-    dtype = geometry.dtype
-    weight = dtype if geometry.kind == "none" else STORED[geometry.kind]
-    activation = STORED[geometry.kind] if geometry.rounded else dtype
-    arrays = dict.fromkeys(("hidden", "router_logits", "output"), dtype)
-    arrays |= dict.fromkeys(("gate_up", "down"), weight) | dict.fromkeys(("expert_input", "activated"), activation)
-    arrays |= dict.fromkeys(("chosen", "order", "tile_expert"), "i32")
-    floats = ["gate_up_parts", "down_parts"]
-    if geometry.kind != "none":
-        floats += ["gate_up_scale", "down_scale"]
-    if geometry.static:
-        floats += ["hidden_scale", "activated_scale"]
-    if geometry.dynamic:
-        floats += ["input_scale", "activated_row_scale"]
-        arrays["wide"] = dtype
-    if not geometry.direct:
-        arrays["pair_outputs"] = dtype
-    arrays |= dict.fromkeys(floats, "fp32")
-    return {name: f"*{each}" for name, each in arrays.items()} | dict.fromkeys(
-        ("pairs", "tiles", "first_expert"), "i32"
-    )
-
-
 def tiles(geometry: Geometry, capability: int) -> dict[str, Tile]:
-    """The tiles of the three ways; shared memory holds a tile's operands `stages` times, and bounds it."""
-    narrow = geometry.rounded
-    depth = 128 if narrow else 64
-    if geometry.group:
-        depth = min(depth, geometry.group)
-    few = Tile(rows=16, columns=128, depth=depth, warps=4, stages=4)
-    some = Tile(rows=16, columns=128, depth=depth, warps=4, stages=4)
-    many = Tile(rows=128, columns=256 if capability in (90, 100) else 128, depth=depth, warps=8, stages=3)
-    return {"few": few, "some": some, "many": many}
+    """The tiles of the three ways: at Llama 4's sizes no kernel spills registers, and each fits into shared memory.
+
+    Wide tiles are for the tensor cores that take two-byte operands from shared memory as they lie there, and for sizes
+    that need no masks. On the other GPUs low tiles have shorter steps, so that several programs share a multiprocessor.
+    """
+    data_centre = capability in (90, 100)
+    depth = 128 if geometry.rounded else min(64, geometry.group or 64)
+    short = depth if data_centre else min(64, depth)
+    low = Tile(rows=16, columns=128, depth=short, warps=8 if short > 32 else 4, stages=4)
+    tall = Tile(rows=128, columns=128, depth=depth, warps=8, stages=3)
+    if geometry.kind == "none" and data_centre and geometry.hidden % 256 == geometry.expert_size % 128 == 0:
+        tall = replace(tall, columns=256, stages=4)
+    if geometry.kind == "int4" and not geometry.group:
+        tall = replace(tall, depth=32)
+    return {"few": low, "some": low, "many": tall}
 
 
 def parts(depth: int, width: int, tile: Tile) -> int:
-    """Into how many parts the first way cuts a weight's depth: no part is of fewer than eight steps."""
+    """Into how many parts the first way cuts a weight's depth: none has fewer than eight steps."""
     count = 1
-    while count * ceil_divide(width, tile.columns) < 2 * MULTIPROCESSORS and depth >= 16 * count * tile.depth:
+    while count * ceil_divide(width, tile.columns) < PROGRAMS and depth >= 16 * count * tile.depth:
         count *= 2
     return count
 
 
 def most_tiles(pairs: int, experts: int, rows: int) -> int:
-    """The tiles that the pairs take where as many as can be are cut short: one an expert."""
+    """Most tiles that pairs can take when they are sorted: each expert may leave one unfilled."""
     return min(pairs, (pairs + experts * (rows - 1)) // rows)
-
-
-def even(depth: int, width: int, tile: Tile) -> bool:
-    """Whether tiles cover a weight with nothing left over."""
-    return depth % tile.depth == 0 and width % tile.columns == 0
-
-
-def sizes(depth: int, width: int) -> dict[str, int]:
-    return {"DEPTH": depth, "WIDTH": width}
 
 
 def same(names: str) -> dict[str, str]:
@@ -416,6 +311,7 @@ def same(names: str) -> dict[str, str]:
 
 
 def ceil_divide(count: int, size: int) -> int:
+    """The quotient, rounded up."""
     return -(-count // size)
 
 

@@ -1,8 +1,8 @@
 """bfloat16 and E4M3 as a GPU has them, in Triton's interpreter.
 
-The interpreter (3.7.1) keeps bfloat16 as its bits. It multiplies those bits in `tl.dot`, converts integers to them, and
-truncates where a GPU rounds to nearest even; it rounds to E4M3 wrongly. Here each goes by way of float32, which holds
-every value of both.
+The interpreter (3.7.1) keeps bfloat16 as its bits. It computes with those bits as with integers, converts integers to
+them, and truncates where a GPU rounds to nearest even; it rounds to E4M3 wrongly. Here each goes by way of float32, which
+holds every value of both.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ def teach() -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    cast = InterpreterBuilder.cast_impl
+    cast, binary_op = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op
     narrow = {tl.bfloat16: (ml_dtypes.bfloat16, np.uint16), tl.float8e4nv: (ml_dtypes.float8_e4m3fn, np.uint8)}
 
     def widened(handle: Any) -> Any:
@@ -33,8 +33,19 @@ def teach() -> None:
         wide = widened(source)
         if target.scalar not in narrow:
             return cast(self, wide, target)
-        kind, bits = narrow[target.scalar]
-        return TensorHandle(wide.data.astype(np.float32).astype(kind).view(bits), target.scalar)
+        return narrowed(wide.data, target.scalar)
+
+    def narrowed(array: Any, dtype: Any) -> Any:
+        kind, bits = narrow[dtype]
+        return TensorHandle(array.astype(np.float32).astype(kind).view(bits), dtype)
+
+    def binary(self: Any, a: Any, b: Any, function: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return binary_op(self, a, b, function)
+        result = function(widened(a).data, widened(b).data)
+        return TensorHandle(result, tl.int1) if result.dtype == bool else narrowed(result, tl.bfloat16)
 
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.binary_op = binary
+    InterpreterBuilder.get_bf16 = lambda _, value: narrowed(np.array([value]), tl.bfloat16)
     InterpreterBuilder.cast_impl = cast_impl  # every create_… of a conversion calls it

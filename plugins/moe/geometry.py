@@ -1,0 +1,112 @@
+"""The sizes and types that fix the GPU kernels of mixture-of-experts dispatch. Standard library only.
+
+Invariant: two geometries of one `name` need the same kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .op import Attributes
+
+STORED = {"int8": "i8", "fp8": "fp8e4nv", "int4": "u8"}
+"""Triton's types of stored weights; two of `int4` lie in a byte, as ONNX packs them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """One layer's experts on one GPU.
+
+    Attributes:
+        hidden: H.
+        expert_size: I.
+        experts: Experts that the router knows (E).
+        local_experts: Those whose weights and scales are here, each input's first axis; tokens that go to others get
+            nothing added. None: all.
+        first_expert: The first of them.
+        attributes: The op's.
+        dtype: `bf16` or `fp16`, of the tokens; of the weights too, where these are not quantised.
+        group: Rows of a weight that share a scale in `int4`, a power of two from 16 on; 0 is the whole column.
+        static: Whether the activation scales are given.
+    """
+
+    hidden: int
+    expert_size: int
+    experts: int
+    local_experts: int | None = None
+    first_expert: int = 0
+    attributes: Attributes
+    dtype: str = "bf16"
+    group: int = 0
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.dtype in ("bf16", "fp16")
+        assert 0 <= self.first_expert <= self.experts - self.local
+        assert self.attributes.top_k <= self.experts
+        assert self.rounded or not self.static
+        if self.kind == "int4":
+            assert self.hidden % 2 == self.expert_size % 2 == 0, "a byte's two weights are of one row"
+        if self.group:
+            assert self.kind == "int4"
+            assert self.group >= 16
+            assert self.group & (self.group - 1) == 0
+            assert self.hidden % self.group == self.expert_size % self.group == 0
+
+    @property
+    def name(self) -> str:
+        """What tells this geometry's kernels from those of others in a bundle."""
+        scales = f"g{self.group}" if self.kind == "int4" else "static" if self.static else ""
+        experts = f"{self.local}of{self.experts}k{self.attributes.top_k}"
+        return f"moe_{self.dtype}_{self.kind}{scales}_{self.hidden}x{self.expert_size}x{experts}"
+
+    @property
+    def local(self) -> int:
+        """Experts whose weights are here."""
+        return self.experts if self.local_experts is None else self.local_experts
+
+    @property
+    def kind(self) -> str:
+        """How the weights are stored, in the attributes' words."""
+        return self.attributes.quantisation
+
+    @property
+    def rounded(self) -> bool:
+        """Whether activations are quantised too."""
+        return self.kind in ("int8", "fp8")
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether they are by each token's own scale."""
+        return self.rounded and not self.static
+
+    @property
+    def direct(self) -> bool:
+        """Whether a pair's output is its token's: each token has one expert, and it is here."""
+        return self.attributes.top_k == 1 and self.local == self.experts
+
+    @property
+    def weight_sizes(self) -> dict[str, tuple[int, int]]:
+        """Depth and width of an expert's weights."""
+        return {"gate_up": (self.hidden, 2 * self.expert_size), "down": (self.expert_size, self.hidden)}
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Types of the arrays that a call has, the op's and the scratch memory's, in Triton's words."""
+        stored = STORED.get(self.kind, self.dtype)
+        activation = stored if self.rounded else self.dtype
+        types = dict.fromkeys(("hidden", "router_logits", "output"), self.dtype)
+        types |= {"gate_up": stored, "down": stored, "expert_input": activation, "activated": activation}
+        types |= dict.fromkeys(("chosen", "order", "tile_expert"), "i32")
+        types |= dict.fromkeys(("gate_up_parts", "down_parts"), "fp32")
+        if self.kind != "none":
+            types |= dict.fromkeys(("gate_up_scale", "down_scale"), "fp32")
+        if self.static:
+            types |= dict.fromkeys(("hidden_scale", "activated_scale"), "fp32")
+        if self.dynamic:
+            types |= dict.fromkeys(("input_row_scale", "activated_row_scale"), "fp32") | {"wide": self.dtype}
+        if not self.direct:
+            types["pair_outputs"] = self.dtype
+        return types

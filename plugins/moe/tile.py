@@ -1,0 +1,151 @@
+"""One tile of a product of tokens and an expert's weights, in Triton: what the kernels of `kernel` are made of.
+
+Enter: operands as device pointers, and which rows and columns. Leaves: a tile [M, N] in float32. Invariant: sums over
+K are in float32 (int32 where both operands are int8), and each weight is read as it is stored, with no other layout.
+Names are as in `kernel`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_and_column(tiles, columns):
+    """Which tile of rows and which of columns a program has; eight tiles of rows take each weight from the L2 cache."""
+    program = tl.program_id(0)
+    first = program // (8 * columns) * 8
+    height = tl.minimum(tiles - first, 8)
+    within = program % (8 * columns)
+    return first + within % height, within // height
+
+
+@triton.jit
+def arranged_rows(order, tile_expert, tile, pairs, BLOCK_M: tl.constexpr):
+    """A tile's expert and pairs; rows of no pair repeat pair 0, and are not inside."""
+    expert = tl.load(tile_expert + tile)
+    rows_M = tl.load(order + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+    inside_M = rows_M < pairs
+    return expert, tl.where(inside_M, rows_M, 0), inside_M
+
+
+@triton.jit
+def of_expert(
+    weight, weight_scale, expert, KIND: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr
+):
+    """Where an expert's weight [K, N] and its scales [K / group, N] begin; `int4` has two weights a byte."""
+    size: tl.constexpr = DEPTH * N // 2 if KIND == "int4" else DEPTH * N
+    weight += expert.to(tl.int64) * size
+    if KIND != "none":
+        weight_scale += expert.to(tl.int64) * ((DEPTH // GROUP if GROUP else 1) * N)
+    return weight, weight_scale
+
+
+@triton.jit
+def zero(KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """An empty sum of products."""
+    return tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if KIND == "int8" else tl.float32)
+
+
+@triton.jit
+def load_x(x, rows_M, start, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile [M, K] of the left operand."""
+    depths_K = start + tl.arange(0, BLOCK_K)
+    places_MK = rows_M.to(tl.int64)[:, None] * DEPTH + depths_K[None, :]
+    if DEPTH % BLOCK_K == 0:
+        return tl.load(x + places_MK)
+    return tl.load(x + places_MK, mask=depths_K[None, :] < DEPTH, other=0.0)
+
+
+@triton.jit
+def add_product(
+    total_MN,
+    x_MK,
+    weight,
+    weight_scale,
+    start,
+    column,
+    shift: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Adds x · weight over one step of K, the columns being WIDTH of STRIDE from `shift` on.
+
+    The integers of `int4` are exact in the model's type; a group's scale multiplies its float32 product.
+    """
+    PACK: tl.constexpr = 2 if KIND == "int4" else 1
+    depths_K = start + tl.arange(0, BLOCK_K)
+    columns_N = column * (BLOCK_N // PACK) + tl.arange(0, BLOCK_N // PACK)
+    places_KN = depths_K[:, None] * (STRIDE // PACK) + (shift // PACK + columns_N)[None, :]
+    if (DEPTH % BLOCK_K == 0) and (WIDTH % BLOCK_N == 0):
+        weight_KN = tl.load(weight + places_KN)
+    else:
+        inside_KN = (depths_K < DEPTH)[:, None] & (columns_N < WIDTH // PACK)[None, :]
+        weight_KN = tl.load(weight + places_KN, mask=inside_KN, other=0.0)
+    if KIND == "int8":
+        return tl.dot(x_MK, weight_KN, total_MN, out_dtype=tl.int32)
+    elif KIND == "fp8":
+        return tl.dot(x_MK, weight_KN, total_MN, max_num_imprecise_acc=BLOCK_K)
+    elif KIND == "int4":
+        even_MN = tl.dot(x_MK, integers(weight_KN, x_MK.dtype))
+        odd_MN = tl.dot(x_MK, integers(weight_KN >> 4, x_MK.dtype))
+        product_MN = tl.interleave(even_MN, odd_MN)
+        if GROUP == 0:
+            return total_MN + product_MN
+        wide_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        scale_N = tl.load(weight_scale + start // GROUP * STRIDE + shift + wide_N, mask=wide_N < WIDTH, other=0.0)
+        return total_MN + product_MN * scale_N[None, :]
+    else:
+        return tl.dot(x_MK, weight_KN, total_MN)
+
+
+@triton.jit
+def integers(bytes_KN, dtype: tl.constexpr):
+    """The signed integers of four bits in the low halves of bytes, as bf16 or fp16.
+
+    An integer with its sign flipped is itself plus 8. As the last bits of a float whose last bit is worth 1 it adds
+    that much to the float, and needs no conversion.
+    """
+    if dtype == tl.float16:
+        BITS: tl.constexpr = 0x6408  # 1024, and the sign
+        OFFSET: tl.constexpr = 1032.0
+    else:
+        BITS: tl.constexpr = 0x4308  # 128, and the sign
+        OFFSET: tl.constexpr = 136.0
+    return ((bytes_KN.to(tl.int16) & 15) ^ BITS).to(dtype, bitcast=True) - tl.full([1, 1], OFFSET, dtype)
+
+
+@triton.jit
+def scaled(
+    total_MN,
+    x_scale,
+    weight_scale,
+    expert,
+    rows_M,
+    columns_N,
+    inside_N,
+    KIND: tl.constexpr,
+    STATIC: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A product in float32 under the scales that hold over all of its depth."""
+    total_MN = total_MN.to(tl.float32)
+    if (KIND != "none") and (GROUP == 0):
+        total_MN *= tl.load(weight_scale + columns_N, mask=inside_N, other=0.0)[None, :]
+    if (KIND == "int8") or (KIND == "fp8"):
+        if STATIC:
+            total_MN *= tl.load(x_scale + expert)
+        else:
+            total_MN *= tl.load(x_scale + rows_M)[:, None]
+    return total_MN
+
+
+@triton.jit
+def store_tile(x_MN, output, rows_M, inside_M, columns_N, inside_N, WIDTH: tl.constexpr):
+    """Stores those rows and columns of a tile that are inside."""
+    places_MN = rows_M.to(tl.int64)[:, None] * WIDTH + columns_N[None, :]
+    tl.store(output + places_MN, x_MN.to(output.dtype.element_ty), mask=inside_M[:, None] & inside_N[None, :])

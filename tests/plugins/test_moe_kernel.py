@@ -1,0 +1,385 @@
+"""The Triton kernels of mixture-of-experts dispatch: what they compute, what they compile to, and on a GPU both."""
+
+import dataclasses
+import inspect
+import itertools
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from triton_interpreter import Interpreter
+
+from arriero.plugins import kernels
+from arriero.plugins.launch import Driver, Kernels
+from arriero.plugins.moe import kernel, plan
+from arriero.plugins.moe.cases import CASES, QUANTISED_CASES, Case, quantised
+from arriero.plugins.moe.geometry import Geometry
+from arriero.plugins.moe.meaning import moe_dispatch
+from arriero.plugins.moe.op import Attributes
+from arriero.plugins.moe.plan import Plan
+
+Array = np.ndarray[Any, Any]
+
+TYPES: dict[str, Any] = {
+    "bf16": ml_dtypes.bfloat16,
+    "fp16": np.float16,
+    "fp32": np.float32,
+    "i32": np.int32,
+    "i8": np.int8,
+    "u8": np.uint8,
+    "fp8e4nv": ml_dtypes.float8_e4m3fn,
+}
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Shared memory that one program may have, of NVIDIA's programming guide."""
+
+WAYS = {"few": (16, 16), "some": (0, 10**6), "many": (0, 0)}
+"""The thresholds that send a call each way."""
+
+
+def geometry_of(case: Case, dtype: str = "bf16", **others: Any) -> Geometry:
+    return Geometry(
+        hidden=case.hidden,
+        expert_size=case.expert_size,
+        experts=case.experts,
+        attributes=case.attributes,
+        dtype=dtype,
+        group=case.group,
+        static=case.static,
+        **others,
+    )
+
+
+def inputs_of(case: Case, dtype: Any) -> dict[str, Array]:
+    """The case's inputs with the floats that a graph of that type has: all but scales and quantised weights."""
+    return {
+        name: array.astype(dtype) if array.dtype == np.float32 and not name.endswith("_scale") else array
+        for name, array in case.inputs().items()
+    }
+
+
+def packed(array: Array) -> Array:
+    """Four-bit weights as ONNX packs them; others as they are."""
+    if array.dtype != ml_dtypes.int4:
+        return array
+    halves = array.astype(np.int8).view(np.uint8) & 15
+    return halves[..., 0::2] | halves[..., 1::2] << 4
+
+
+def interpret(
+    interpreter: Interpreter, moe: Plan, inputs: Mapping[str, Array], types: Mapping[str, Any] = TYPES
+) -> Array:
+    """The output of the plan's launches, from scratch memory that is full of rubbish."""
+    tokens, hidden = inputs["hidden"].shape
+    arrays = {name: packed(array) for name, array in inputs.items()}
+    for name, buffer in moe.workspace(tokens).items():
+        arrays[name] = np.full(buffer.shape, 77, types[buffer.dtype])
+    arrays["output"] = np.full((tokens, hidden), np.nan, inputs["hidden"].dtype)
+    launches = moe.launches({name: name for name in arrays}, tokens)
+    return interpreter.run(plan.MODULE, moe.kernels, launches, arrays)["output"].astype(np.float64)
+
+
+def distance(found: Array, expected: Array) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def ways_of(case: Case) -> list[str]:
+    """The ways that a case goes here: each that it can go if it is small, for the interpreter is slow."""
+    pairs = case.tokens * case.attributes.top_k
+    if pairs > 100:
+        return ["many"]
+    if case.experts > 100:
+        return ["few"] if case.attributes.quantisation == "int8" else ["few", "some"]
+    return ["few", "some", "many"] if pairs <= 16 else ["some", "many"]
+
+
+def cases_and_ways(cases: tuple[Case, ...]) -> list[Any]:
+    return [pytest.param(case, way, id=f"{case.name}-{way}") for case in cases for way in ways_of(case)]
+
+
+@pytest.mark.parametrize(("case", "way"), cases_and_ways(CASES))
+def test_the_kernels_equal_the_meaning(interpreter: Interpreter, case: Case, way: str) -> None:
+    few, some = WAYS[way]
+    moe = Plan(geometry_of(case), 90, few=few, some=some)
+    inputs = inputs_of(case, np.float32)
+    found = interpret(interpreter, moe, inputs, {**TYPES, "bf16": np.float32})
+    assert np.abs(found - moe_dispatch(**inputs, attributes=case.attributes)).max() < 3e-6
+
+
+@pytest.mark.parametrize(("case", "way"), cases_and_ways(QUANTISED_CASES))
+def test_the_kernels_of_quantised_experts_equal_the_meaning(interpreter: Interpreter, case: Case, way: str) -> None:
+    few, some = WAYS[way]
+    if case.attributes.quantisation == "int4":  # whose weights become fp16 or bf16 by their bits
+        moe, inputs = Plan(geometry_of(case, "fp16"), 90, few=few, some=some), inputs_of(case, np.float16)
+        found = interpret(interpreter, moe, inputs)
+        assert distance(found, moe_dispatch(**inputs, attributes=case.attributes)) < 1e-3
+        return
+    moe, inputs = Plan(geometry_of(case), 90, few=few, some=some), inputs_of(case, np.float32)
+    found = interpret(interpreter, moe, inputs, {**TYPES, "bf16": np.float32})
+    error = np.abs(found - moe_dispatch(**inputs, attributes=case.attributes))
+    assert np.median(error) < 1e-6
+    assert error.max() < 3e-2  # what lies on the border of two steps may fall to either side in float32
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("bf16", 1e-2), ("fp16", 1e-3)])
+@pytest.mark.parametrize(
+    "name", ["few tokens", "two experts a token", "int4, one token", "int4, groups of 64", "fp8, static"]
+)
+def test_half_precision_costs_its_rounding_only(interpreter: Interpreter, name: str, dtype: str, most: float) -> None:
+    case = next(case for case in (*CASES, *QUANTISED_CASES) if case.name == name)
+    inputs = inputs_of(case, TYPES[dtype])
+    found = interpret(interpreter, Plan(geometry_of(case, dtype), 90), inputs)
+    # quantised activations that the rounding moves over a border move by a whole step
+    most = most if case.attributes.quantisation in ("none", "int4") else 3e-2
+    assert distance(found, moe_dispatch(**inputs, attributes=case.attributes)) < most
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_of_equal_logits_the_lower_expert_is_taken(interpreter: Interpreter, way: str) -> None:
+    case = Case(name="ties", attributes=Attributes(top_k=2), tokens=8, experts=5)
+    inputs = inputs_of(case, np.float32)
+    inputs["router_logits"] = np.round(inputs["router_logits"]).clip(-1, 0)
+    assert (np.sort(inputs["router_logits"])[:, -1] == np.sort(inputs["router_logits"])[:, -3]).any()
+    few, some = WAYS[way]
+    moe = Plan(geometry_of(case), 90, few=few, some=some)
+    found = interpret(interpreter, moe, inputs, {**TYPES, "bf16": np.float32})
+    assert np.abs(found - moe_dispatch(**inputs, attributes=case.attributes)).max() < 3e-6
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_experts_on_two_gpus_add_up(interpreter: Interpreter, top_k: int, way: str) -> None:
+    attributes = Attributes(top_k=top_k, quantisation="int8")
+    case = Case(name="two GPUs", attributes=attributes, tokens=8, experts=6, static=True)
+    inputs = inputs_of(case, np.float32)
+    few, some = WAYS[way]
+    total = np.zeros_like(inputs["hidden"], dtype=np.float64)
+    for first, count in ((0, 4), (4, 2)):
+        local = {
+            name: array if name in ("hidden", "router_logits") else array[first : first + count]
+            for name, array in inputs.items()
+        }
+        moe = Plan(geometry_of(case, first_expert=first, local_experts=count), 90, few=few, some=some)
+        part = interpret(interpreter, moe, local, {**TYPES, "bf16": np.float32})
+        assert not np.isnan(part).any()
+        total += part
+    assert np.abs(total - moe_dispatch(**inputs, attributes=attributes)).max() < 3e-2
+    assert np.median(np.abs(total - moe_dispatch(**inputs, attributes=attributes))) < 1e-6
+
+
+def llama4(kind: str = "none", dtype: str = "bf16", experts: int = 16, **others: Any) -> Geometry:
+    """Scout's experts, or Maverick's."""
+    return Geometry(
+        hidden=5120,
+        expert_size=8192,
+        experts=experts,
+        attributes=Attributes(top_k=1, quantisation=kind),  # type: ignore[arg-type]
+        dtype=dtype,
+        group=128 if kind == "int4" else 0,
+        **others,
+    )
+
+
+def compiled_parts(moe: Plan, capability: int, *parts: str) -> dict[str, kernels.Usage]:
+    """Compiles those parts of a plan; asserts that nothing spills, and that shared memory suffices."""
+    used = {}
+    for part in parts:
+        name = f"{moe.geometry.name}_{part}"
+        compiled = kernels.compile_kernel(kernel, next(each for each in moe.kernels if each.name == name), capability)
+        used[part] = kernels.usage(compiled)
+        assert used[part].spilled == 0, name
+        assert compiled.binary.shared <= SHARED_KB[capability] * 1024, name
+    return used
+
+
+def matrix_instruction(kind: str, capability: int) -> str:
+    """The best that the compiler has."""
+    stored = {"int8": "s8", "fp8": "e4m3"}.get(kind, "bf16")
+    if capability == 90:
+        return rf"wgmma\.mma_async\S*\.{stored}\.{stored}"
+    if capability == 100 and kind != "int8":
+        return rf"tcgen05\.mma\S*kind::{'f8f6f4' if kind == 'fp8' else 'f16'}"
+    return rf"mma\.sync\S*\.{stored}\.{stored}\."
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability"),
+    [
+        *itertools.product(["none", "int8"], [80, 90, 100]),
+        *itertools.product(["fp8"], [89, 90, 100, 120]),
+        *itertools.product(["int4"], [89, 90, 100]),
+    ],
+)
+def test_prefill_uses_the_best_matrix_instructions_and_spills_nothing(kind: str, capability: int) -> None:
+    used = compiled_parts(Plan(llama4(kind), capability), capability, "gate_and_up_many", "down_many")
+    for usage in used.values():
+        assert len(usage.matrix_instructions) > 0
+        for found in usage.matrix_instructions:
+            assert re.match(matrix_instruction(kind, capability), found), found
+
+
+@pytest.mark.parametrize(("kind", "capability"), [("int8", 90), ("fp8", 120), ("int4", 100)])
+def test_decode_and_what_lies_around_the_products_spill_nothing(kind: str, capability: int) -> None:
+    moe = Plan(llama4(kind, experts=128), capability)
+    prefix = len(moe.geometry.name) + 1
+    parts = [each.name[prefix:] for each in moe.kernels if "many" not in each.name]
+    used = compiled_parts(moe, capability, *parts)
+    assert used["gate_up_few"].matrix_instructions
+    assert used["down_some"].matrix_instructions
+
+
+def test_a_launch_gives_a_kernel_its_parameters_in_order() -> None:
+    for kind, static, top_k in itertools.product(("none", "int8", "int4"), (False, True), (1, 2)):
+        if static and kind != "int8":
+            continue
+        attributes = Attributes(top_k=top_k, quantisation=kind)  # type: ignore[arg-type]
+        moe = Plan(Geometry(hidden=64, expert_size=32, experts=4, attributes=attributes, static=static), 90)
+        for each in moe.kernels:
+            parameters = list(inspect.signature(getattr(kernel, each.function).fn).parameters)
+            assert [name for name in parameters if name in each.signature] == list(each.signature), each.name
+            assert set(parameters) == each.signature.keys() | each.constants.keys(), each.name
+        names = {name: name for name in moe.geometry.types}
+        by_name = {each.name: each for each in moe.kernels}
+        for launch in itertools.chain.from_iterable(moe.launches(names, tokens) for tokens in (1, 40, 4000)):
+            for kind_of, given in zip(by_name[launch.kernel].signature.values(), launch.arguments, strict=True):
+                assert (kind_of == "i32") == isinstance(given, int)
+                assert kind_of == "i32" or kind_of == f"*{moe.geometry.types[given]}"
+
+
+def test_a_call_has_launches_that_follow_from_its_tokens_only() -> None:
+    moe = Plan(llama4("int8"), 90)
+    names = {name: name for name in moe.geometry.types}
+    functions: Callable[[int], list[str]] = lambda tokens: [  # noqa: E731
+        launch.kernel.removeprefix(f"{moe.geometry.name}_") for launch in moe.launches(names, tokens)
+    ]
+    assert functions(0) == []
+    assert functions(16) == ["route", "gate_up_few", "activate", "down_few", "combine_few"]
+    assert functions(17) == ["route", "arrange_some", "gate_and_up_some", "quantise_rows", "down_some"]
+    assert functions(257) == ["route", "arrange_many", "gate_and_up_many", "quantise_rows", "down_many"]
+    assert moe.launches(names, 300) == moe.launches(names, 300)
+
+
+def test_scratch_memory_for_more_tokens_serves_fewer() -> None:
+    for geometry in (llama4(), llama4("int8"), llama4(experts=128)):
+        moe = Plan(geometry, 90)
+        before = moe.workspace(1)
+        for tokens in (2, 15, 16, 17, 255, 256, 257, 300, 2048, 8192):
+            now = moe.workspace(tokens)
+            assert now.keys() == before.keys()
+            assert all(now[name].size >= before[name].size for name in now)
+            before = now
+
+
+def test_the_plan_needs_the_standard_library_only() -> None:
+    code = (
+        "import sys, arriero.plugins.moe.plan, arriero.plugins.moe.op\n"
+        "print({'triton', 'torch', 'numpy', 'ml_dtypes', 'onnx'} & set(sys.modules))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.strip() == "set()"
+
+
+class Gpu:
+    """A plan's kernels compiled for the GPU that is here, and loaded."""
+
+    def __init__(self, moe: Plan, folder: Path) -> None:
+        torch.cuda.init()
+        torch.zeros(1, device="cuda")  # makes torch's context the current one
+        compiled = [kernels.compile_kernel(kernel, each, capability_here()) for each in moe.kernels]
+        for each in compiled:
+            (folder / each.binary.file).write_bytes(each.cubin)
+        self.moe = moe
+        self.kernels = Kernels(Driver(), folder, [each.binary for each in compiled])
+
+    def __call__(self, inputs: Mapping[str, Array], *, captured: bool = False) -> Array:
+        """The output, computed at once or by a CUDA graph."""
+        tokens, hidden = inputs["hidden"].shape
+        arrays = {name: packed(array) for name, array in inputs.items()}
+        tensors = {name: on_gpu(array) for name, array in arrays.items()}
+        for name, buffer in self.moe.workspace(tokens).items():
+            tensors[name] = torch.full((buffer.size,), 0x7F, dtype=torch.uint8, device="cuda")
+        tensors["output"] = on_gpu(np.full((tokens, hidden), np.nan, inputs["hidden"].dtype))
+        launches = self.moe.launches({name: tensor.data_ptr() for name, tensor in tensors.items()}, tokens)
+
+        def launch_all() -> None:
+            for launch in launches:
+                self.kernels.launch(launch, torch.cuda.current_stream().cuda_stream)
+
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                launch_all()
+            graph.replay()
+        else:
+            launch_all()
+        torch.cuda.synchronize()
+        return tensors["output"].double().cpu().numpy()
+
+
+def capability_here() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def on_gpu(array: Array) -> torch.Tensor:
+    """An array's bytes on the GPU, bfloat16 and float16 with their types, others as bytes."""
+    flat = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8)).cuda()
+    halves = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    return flat.view(halves[array.dtype.name]) if array.dtype.name in halves else flat
+
+
+def needs(kind: str) -> None:
+    if capability_here() not in kernels.CAPABILITIES:
+        pytest.skip(f"kernels are not compiled for compute capability {capability_here()}")
+    if kind == "fp8" and capability_here() < 89:
+        pytest.skip("this GPU has no E4M3")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("case", [*CASES, *QUANTISED_CASES], ids=lambda case: case.name)
+def test_the_kernels_equal_the_meaning_on_a_gpu(case: Case, dtype: str, tmp_path: Path) -> None:
+    kind = case.attributes.quantisation
+    needs(kind)
+    inputs = inputs_of(case, TYPES[dtype])
+    expected = moe_dispatch(**inputs, attributes=case.attributes)
+    most = {"bf16": 1e-2, "fp16": 1e-3}[dtype] if kind in ("none", "int4") else 3e-2
+    for few, some in WAYS.values():
+        gpu = Gpu(Plan(geometry_of(case, dtype), capability_here(), few=few, some=some), tmp_path)
+        found = gpu(inputs)
+        assert distance(found, expected) < most
+        assert np.array_equal(found, gpu(inputs)), "the same call gave other bits"
+        assert np.array_equal(found, gpu(inputs, captured=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "int8", "fp8", "int4"])
+def test_the_kernels_equal_the_meaning_at_full_width(kind: str, tmp_path: Path) -> None:
+    needs(kind)
+    geometry = dataclasses.replace(llama4(kind, experts=8), expert_size=2048)
+    gpu = Gpu(Plan(geometry, capability_here()), tmp_path)
+    rng = np.random.default_rng(0)
+    weights: dict[str, Array] = {}
+    for name, (depth, width) in geometry.weight_sizes.items():
+        wide = (rng.standard_normal((geometry.experts, depth, width), np.float32) / np.sqrt(depth)).astype(np.float32)
+        if kind == "none":
+            weights[name] = wide.astype(ml_dtypes.bfloat16)
+        else:
+            weights[name], weights[f"{name}_scale"] = quantised(wide, kind, geometry.group)
+    for tokens in (1, 16, 100, 2000):
+        inputs = {
+            "hidden": rng.standard_normal((tokens, geometry.hidden), np.float32).astype(ml_dtypes.bfloat16),
+            "router_logits": rng.standard_normal((tokens, geometry.experts), np.float32).astype(ml_dtypes.bfloat16),
+            **weights,
+        }
+        found = gpu(inputs)
+        sample = np.unique([0, tokens // 2, tokens - 1])  # the meaning takes a token at a time, and its time
+        inputs |= {name: inputs[name][sample] for name in ("hidden", "router_logits")}
+        expected = moe_dispatch(**inputs, attributes=geometry.attributes)
+        assert distance(found[sample], expected) < (1e-2 if kind in ("none", "int4") else 3e-2)
