@@ -39,6 +39,10 @@ class Call(Protocol):
         """Scratch memory for inputs of these shapes."""
         ...
 
+    def largest_workspace(self, tensors: Sequence[Tensor]) -> dict[str, Buffer]:
+        """Scratch memory that is enough for all inputs of up to these shapes."""
+        ...
+
     def launches(self, pointers: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Launch]:
         """What to launch; pointers by the names of inputs, outputs and scratch buffers."""
         ...
@@ -126,6 +130,9 @@ def _creator_class(trt: Any, op: PluginOp) -> Any:
             values = {field.name: _read_field(field) for field in collection}
             known = {field.name for field in fields(op.settings)}
             settings = op.settings(**{key: value for key, value in values.items() if key in known})
+            return self.make(settings)
+
+        def make(self, settings: Any) -> Any:
             return plugin_class(settings, self)
 
     return Creator
@@ -204,7 +211,7 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
             for capability in self.creator.capabilities:
                 call = op.call(self.settings, tensors, capability)
                 self.creator.needed.update({(kernel.name, capability): kernel for kernel in call.kernels})
-                sizes.append(total_size(call.workspace(tensors)))
+                sizes.append(total_size(call.largest_workspace(tensors)))
             return max(sizes)
 
         def get_valid_tactics(self) -> list[int]:

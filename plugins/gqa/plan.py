@@ -180,6 +180,22 @@ class Plan:
             buffers["partial_log"] = Buffer(dtype="fp32", shape=logs)
         return buffers
 
+    def largest_workspace(self, batch: int, length: int, capacity: int) -> dict[str, Buffer]:
+        """Scratch memory that is enough for every call of up to these sizes.
+
+        A smaller call may need more than the largest: it is split more. But its programs are at most `PROGRAMS`, or
+        one for each row and kv head, and none has more queries than its tile.
+        """
+        few, some = self.tiles["few"].rows, self.tiles["some"].rows
+        rows = length * self.geometry.group
+        queries = max(PROGRAMS, batch * self.geometry.attributes.kv_heads) * min(rows, few)
+        if rows > few:
+            queries = max(queries, PROGRAMS * some)
+        buffers = self.workspace(batch, length, capacity, Schedule(form="many"))
+        buffers["partial"] = Buffer(dtype="fp32", shape=(queries, self.geometry.head_dim))
+        buffers["partial_log"] = Buffer(dtype="fp32", shape=(queries,))
+        return buffers
+
     def launches(
         self,
         pointers: Mapping[str, Any],

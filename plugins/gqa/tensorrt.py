@@ -62,6 +62,10 @@ class Call:
         """Scratch memory for a piece of S tokens in B rows over C slots."""
         return self.plan.workspace(*_sizes(tensors))
 
+    def largest_workspace(self, tensors: Sequence[Tensor]) -> dict[str, Buffer]:
+        """Scratch memory that is enough for every piece of up to these sizes."""
+        return self.plan.largest_workspace(*_sizes(tensors))
+
     def launches(self, pointers: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Launch]:
         """The kernels for such a piece, in order."""
         return self.plan.launches(pointers, *_sizes(tensors))

@@ -7,7 +7,8 @@ from ..launch import Buffer, Launch
 from ..tensorrt import PluginOp, Tensor
 from . import op
 from .op import Attributes
-from .plan import MODULE, Geometry, Plan
+from .geometry import Geometry
+from .plan import MODULE, Plan
 
 STORED = {"int8": "i8", "fp8": "fp8e4nv", "int4": "i4"}
 
@@ -53,6 +54,10 @@ class Call:
     def workspace(self, tensors: Sequence[Tensor]) -> dict[str, Buffer]:
         """Scratch memory for T tokens."""
         return self.plan.workspace(tensors[0].shape[0])
+
+    def largest_workspace(self, tensors: Sequence[Tensor]) -> dict[str, Buffer]:
+        """Scratch memory that is enough for every call of up to T tokens."""
+        return self.workspace(tensors)
 
     def launches(self, pointers: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Launch]:
         """The kernels for T tokens, in order."""
