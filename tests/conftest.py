@@ -99,13 +99,6 @@ def random_overrides(seed: int) -> dict[str, Any]:
     }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
-
-
 @pytest.fixture(scope="session")
 def make_llama4() -> Callable[..., Llama4ForCausalLM]:
     return llama4

@@ -143,11 +143,11 @@ def test_a_wrong_target_is_named(target: str, message: str) -> None:
 
 
 def test_a_type_that_a_gpu_lacks_is_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="bfloat16 needs sm80 or later; .* target sm75: export with --dtype float16"):
+    with pytest.raises(BuildError, match=r"bfloat16 needs sm80 or later; .* target sm75: export with --dtype float16"):
         build_bundle(tiny_model, tmp_path / "bundle", target="tensorrt-rtx:sm75,sm89", options=SMALL)
     assert not (tmp_path / "bundle").exists()
     old = Target(flavour="tensorrt-rtx", capabilities=(86,))
-    with pytest.raises(BuildError, match="FP8 needs sm89 or later; .* target sm86: calibrate with --recipe int8"):
+    with pytest.raises(BuildError, match=r"FP8 needs sm89 or later; .* target sm86: calibrate with --recipe int8"):
         check_dtypes(old, {"fp8"})
 
 
@@ -167,7 +167,7 @@ def test_options_out_of_range_are_named(tiny_model: Path, tmp_path: Path) -> Non
 def test_too_small_a_workspace_is_named(tiny_model: Path, tmp_path: Path) -> None:
     options = dataclasses.replace(SMALL, workspace=1 << 16)
     with pytest.raises(
-        BuildError, match="a layer needs more scratch memory than the 0.1 MB .* give a larger --workspace"
+        BuildError, match=r"a layer needs more scratch memory than the 0\.1 MB .* give a larger --workspace"
     ):
         build_bundle(tiny_model, tmp_path / "bundle", target="tensorrt-rtx:sm89", options=options)
     assert not (tmp_path / "bundle").exists()
@@ -212,10 +212,10 @@ def test_every_logged_error_is_a_failure() -> None:
 def test_layers_are_read_from_the_log() -> None:
     line = (
         "Name: a+b_myl1_2, LayerType: gemm, Inputs: [ { Name: x, Dimensions: [-1,192], Strides: [192,1], "
-        "StrideOrder: [1,0], Datatype: Int8, Format: (Linear) Row major }], Constants: [ { Name: w, Dimensions: [192,320], "
-        "Strides: [320,1], StrideOrder: [1,0], Datatype: Int8, Format: (Linear) Row major }, { Name: alpha, Dimensions: [1], "
-        "Strides: [1], StrideOrder: [0], Datatype: Float, Format: (Linear) Row major }], Outputs: [ { Name: y, Location: "
-        "Device, Dimensions: [-1,320], Datatype: Half, Format: none }], TacticName: fast, StreamId: 0, "
+        "StrideOrder: [1,0], Datatype: Int8, Format: (Linear) Row major }], Constants: [ { Name: w, Dimensions: "
+        "[192,320], Strides: [320,1], StrideOrder: [1,0], Datatype: Int8, Format: (Linear) Row major }, { Name: alpha, "
+        "Dimensions: [1], Strides: [1], StrideOrder: [0], Datatype: Float, Format: (Linear) Row major }], Outputs: [ "
+        "{ Name: y, Location: Device, Dimensions: [-1,320], Datatype: Half, Format: none }], TacticName: fast, StreamId: 0, "
         "Metadata: [ONNX Layer: layers.0/a][ONNX Layer: layers.0/b]"
     )
     assert read_layers([line, "After reformat layers: 3"]) == (

@@ -48,7 +48,7 @@ def plan_of(case: Case, way: str, dtype: str = "bf16", capability: int = 90, **o
     geometry = Geometry(
         **{name: getattr(case, name) for name in ("hidden", "expert_size", "experts", "attributes", "group", "static")},
         dtype=dtype,
-        **others,
+        **{"local_experts": case.weights, "first_expert": case.attributes.first_expert, **others},
     )
     few, some = WAYS[way]
     return Plan(geometry, capability, few=few, some=some)

@@ -1,8 +1,8 @@
 """bfloat16 and E4M3 as a GPU has them, in Triton's interpreter.
 
 The interpreter (3.7.1) keeps bfloat16 as its bits. It computes with those bits as with integers, converts integers to
-them, and truncates where a GPU rounds to nearest even; it rounds to E4M3 wrongly. Here each goes by way of float32, which
-holds every value of both.
+them, and truncates where a GPU rounds to nearest even; it rounds to E4M3 wrongly. Here each goes by way of float32,
+which holds every value of both.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 def teach() -> None:
     """Changes the interpreter of this process."""
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     cast, binary_op = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op
@@ -45,7 +46,14 @@ def teach() -> None:
         result = function(widened(a).data, widened(b).data)
         return TensorHandle(result, tl.int1) if result.dtype == bool else narrowed(result, tl.bfloat16)
 
+    def convert(array: Any, source: Any, target: Any, _: Any) -> Any:
+        floats = array.view(narrow[source][0]).astype(np.float32) if source in narrow else array
+        if target in narrow:
+            return narrowed(floats, target).data
+        return floats.astype(interpreter._get_np_dtype(target)).view(f"u{target.primitive_bitwidth // 8}")
+
+    interpreter._convert_float = convert
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.binary_op = binary
     InterpreterBuilder.get_bf16 = lambda _, value: narrowed(np.array([value]), tl.bfloat16)
-    InterpreterBuilder.cast_impl = cast_impl  # every create_… of a conversion calls it
+    InterpreterBuilder.cast_impl = cast_impl  # most conversions call it, those between floats `_convert_float`
