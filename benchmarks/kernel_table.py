@@ -16,11 +16,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
+import moe_calls
 from gqa_calls import DTYPES, FORMS, inputs_of, interpret, meaning_of
 from triton_interpreter import Interpreter
 
@@ -29,6 +32,11 @@ from arriero.plugins.gqa import cases as gqa_cases
 from arriero.plugins.gqa import op as gqa_op
 from arriero.plugins.gqa import plan as gqa_plan
 from arriero.plugins.launch import Kernel
+from arriero.plugins.moe import cases as moe_cases
+from arriero.plugins.moe import op as moe_op
+from arriero.plugins.moe import plan as moe_plan
+from arriero.plugins.moe.geometry import Geometry
+from arriero.plugins.moe.meaning import moe_dispatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +89,40 @@ def gqa_errors(interpreter: Interpreter) -> Iterator[Error]:
                 yield Error(op="gqa", kind=f"{cache} cache", path=schedule.form, dtype=dtype, largest=largest)
 
 
-OPS = (Op(module=gqa_plan.MODULE, kernels=gqa_kernels, errors=gqa_errors),)
+def moe_kernels(capability: int) -> Iterator[Kernel]:
+    for kind in ("none", "int8", "fp8", "int4"):
+        if kind == "fp8" and capability < 89:
+            continue  # no E4M3 there
+        attributes = moe_op.Attributes(top_k=1, quantisation=kind)  # type: ignore[arg-type]
+        group = 128 if kind == "int4" else 0
+        sizes = {"hidden": 5120, "expert_size": 8192, "experts": 16}
+        yield from moe_plan.Plan(Geometry(**sizes, attributes=attributes, group=group), capability).kernels
+
+
+def moe_errors(interpreter: Interpreter) -> Iterator[Error]:
+    for kind in ("none", "int8", "fp8", "int4"):
+        cases = [case for case in moe_cases.CASES + moe_cases.QUANTISED_CASES if case.attributes.quantisation == kind]
+        for way in moe_calls.WAYS:
+            for name, dtype in (("fp32", np.float32), ("bf16", ml_dtypes.bfloat16), ("fp16", np.float16)):
+                if kind == "int4" and name == "fp32":
+                    continue  # its weights are unpacked into 16 bits
+                largest = 0.0
+                for case in cases:
+                    if way not in moe_calls.ways_of(case) or case.tokens * case.hidden > 1 << 16:
+                        continue
+                    inputs = moe_calls.inputs_of(case, dtype)
+                    narrow = "fp16" if name == "fp16" else "bf16"
+                    found = moe_calls.interpret(interpreter, moe_calls.plan_of(case, way, narrow), inputs)
+                    exact = {key: x.astype(np.float32) if x.dtype == dtype else x for key, x in inputs.items()}
+                    expected = moe_dispatch(**exact, attributes=case.attributes)
+                    largest = max(largest, float(abs(found - expected).max()))
+                yield Error(op="moe", kind=f"{kind} experts", path=way, dtype=name, largest=largest)
+
+
+OPS = (
+    Op(module=gqa_plan.MODULE, kernels=gqa_kernels, errors=gqa_errors),
+    Op(module=moe_plan.MODULE, kernels=moe_kernels, errors=moe_errors),
+)
 
 
 def usage(capabilities: Iterable[int]) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ import onnx_ir as ir
 from ..errors import BuildError
 from ..plugins.gqa import cpu as gqa_cpu
 from ..plugins.gqa import op as gqa
+from ..plugins.linear import Linear, read_linear
 from ..plugins.moe import cpu as moe_cpu
 from ..plugins.moe import op as moe
-from ..plugins.linear import Linear, read_linear
 from ..plugins.nodes import Nodes, dims
 from ..plugins.product import Matrix, multiply, multiply_stored, quantise
 from ..spec import FolderSpec, Weight

@@ -5,7 +5,6 @@ used and belong to the page cache. Others are converted in memory of their own (
 made unsigned, matrices turned), and the pages they came from are let go.
 """
 
-import math
 import mmap
 import os
 from collections.abc import Iterable

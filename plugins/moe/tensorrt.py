@@ -6,8 +6,8 @@ from typing import Any
 from ..launch import Buffer, Launch
 from ..tensorrt import PluginOp, Tensor
 from . import op
-from .op import Attributes
 from .geometry import Geometry
+from .op import Attributes
 from .plan import MODULE, Plan
 
 STORED = {"int8": "i8", "fp8": "fp8e4nv", "int4": "i4"}

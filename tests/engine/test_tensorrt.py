@@ -215,8 +215,8 @@ def test_layers_are_read_from_the_log() -> None:
         "StrideOrder: [1,0], Datatype: Int8, Format: (Linear) Row major }], Constants: [ { Name: w, Dimensions: "
         "[192,320], Strides: [320,1], StrideOrder: [1,0], Datatype: Int8, Format: (Linear) Row major }, { Name: alpha, "
         "Dimensions: [1], Strides: [1], StrideOrder: [0], Datatype: Float, Format: (Linear) Row major }], Outputs: [ "
-        "{ Name: y, Location: Device, Dimensions: [-1,320], Datatype: Half, Format: none }], TacticName: fast, StreamId: 0, "
-        "Metadata: [ONNX Layer: layers.0/a][ONNX Layer: layers.0/b]"
+        "{ Name: y, Location: Device, Dimensions: [-1,320], Datatype: Half, Format: none }], TacticName: fast, "
+        "StreamId: 0, Metadata: [ONNX Layer: layers.0/a][ONNX Layer: layers.0/b]"
     )
     assert read_layers([line, "After reformat layers: 3"]) == (
         Layer(
