@@ -90,7 +90,7 @@ def build(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="What is bound at load, not built in: inside, experts, outside.", show_default="experts"),
+        typer.Option(help="Weights: all inside the engine; experts outside it; all outside.", show_default="experts"),
     ] = None,
     workspace: Annotated[int | None, typer.Option(help="MiB of scratch memory that a layer may use.")] = None,
     weight_streaming: Annotated[

@@ -196,6 +196,8 @@ def load_engine(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> En
     engine = trt.Runtime(log).deserialize_cuda_engine(data)
     if engine is None:
         raise SessionError(f"{about.flavour} does not take {folder / about.file}: build it again on this machine")
+    if about.weight_streaming:
+        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
     weights = {weight.name: _upload(device, weight, files[weight.file]) for weight in spec.weights}
     return EngineDecoder(trt, device, engine, weights, spec)
 

@@ -12,9 +12,11 @@ from fake_gpu import FakeDriver, FakeEngine
 
 import arriero
 from arriero.engine import Options, build_bundle
+from arriero.engine.target import CAPABILITIES
 from arriero.errors import FolderError, SessionError
 from arriero.export import export_checkpoint
 from arriero.folder import read_spec
+from arriero.plugins.launch import Driver
 from arriero.runtime import engine as runtime_engine
 from arriero.runtime.device import Device
 from arriero.runtime.engine import EngineDecoder, load_engine, open_version, read_engine
@@ -111,6 +113,16 @@ def test_a_truncated_engine_is_named(wide_bundle: Path, tmp_path: Path) -> None:
         read_engine(tmp_path, spec.engine)
 
 
+def test_a_missing_kernel_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    options = Options(max_batch=1, max_seq=256, max_prefill=16)
+    bundle = build_bundle(tiny_model, tmp_path / "bundle", target=TARGET, options=options)
+    about = read_spec(bundle).engine
+    assert about is not None
+    (bundle / "kernels" / about.kernels[0].file).unlink()
+    with pytest.raises(FolderError, match=rf"{about.kernels[0].file}: No such file .*: build the bundle again"):
+        read_engine(bundle, about)
+
+
 def test_another_version_of_tensorrt_is_named(wide_bundle: Path) -> None:
     about = read_spec(wide_bundle).engine
     assert about is not None
@@ -135,3 +147,23 @@ def test_a_machine_without_a_gpu_is_told_so(wide_bundle: Path, monkeypatch: pyte
 
 def _no_library(*_: Any, **__: Any) -> None:
     raise OSError("libcuda.so.1: cannot open shared object file")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"gqa": "native"}, {"weights": "inside"}, {"weights": "outside"}], ids=str)
+def test_a_real_engine_gives_the_cpus_text(options: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    capability = Driver().capability()
+    target = f"tensorrt-rtx:sm{capability}" if capability in CAPABILITIES["tensorrt-rtx"] else "tensorrt"
+    built = Options(max_batch=3, max_seq=600, max_prefill=96, **options)
+    bundle = build_bundle(tiny_model, tmp_path / "bundle", target=target, options=built)
+    session, plain = arriero.load(bundle), arriero.load(tiny_model, max_seq=600)
+    ids = np.random.default_rng(0).integers(10, 2000, (3, 300))
+    found, expected = session.logits(ids, [300, 7, 131]), plain.logits(ids, [300, 7, 131])
+    real = np.arange(300) < np.array([[300], [7], [131]])
+    agreement = (found.argmax(-1) == expected.argmax(-1))[real].mean()
+    assert agreement > 0.97  # bfloat16 beside float32
+    assert np.abs(found - expected)[real].mean() < 0.1
+    settings: dict[str, Any] = {"max_new_tokens": 60, "temperature": 0, "eos_token_id": []}
+    text = session.generate("The list type has", **settings)
+    assert text.ids[:5] == plain.generate("The list type has", **settings).ids[:5]
+    assert session.generate("The list type has", **settings) == text
