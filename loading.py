@@ -27,9 +27,10 @@ def load(
 
     Args:
         folder: What `arriero export` or `arriero build` wrote.
-        max_seq: Positions that a sequence may hold; None takes the model's context, at most 16,384.
-        max_batch: Rows at once at most; None is no limit.
-        threads: Threads of one operator; None takes the processors that this process may use.
+        max_seq: Positions that a sequence may hold; None takes the model's context, at most 16,384, or what an engine
+            was built for.
+        max_batch: Rows at once at most; None is no limit, or what an engine was built for.
+        threads: Threads of one operator on the CPU; None takes the processors that this process may use.
         weights: Folder of the weight files, where they have moved.
 
     Raises:

@@ -38,7 +38,7 @@ def summarise(folder: str | Path) -> dict[str, Any]:
         "kv_cache": _cache(spec),
     }
     if spec.engine is not None:
-        found["engine"] = _engine(path, spec, spec.engine)
+        found["engine"] = _with_totals(_engine(path, spec, spec.engine))
         found["layers"] = _layers(path)
     return found
 
@@ -95,12 +95,21 @@ def _engine(folder: Path, spec: FolderSpec, engine: EngineSpec) -> dict[str, Any
                 "max_batch": profile.max_batch,
                 "max_length": profile.max_length,
                 "activations_bytes": profile.activations,
+                "logits_bytes": profile.max_batch * profile.max_logits * spec.model.vocab_size * 4,
                 "kv_cache_bytes": row * profile.max_batch,
-                "total_bytes": profile.activations + row * profile.max_batch + engine.weights + outside,
             }
             for profile in engine.profiles
         ],
     }
+
+
+def _with_totals(engine: dict[str, Any]) -> dict[str, Any]:
+    """What each profile needs in all. The memory of activations is shared: it is that of the larger profile."""
+    activations = max(profile["activations_bytes"] for profile in engine["profiles"])
+    weights = engine["weights_inside_bytes"] + engine["weights_outside_bytes"]
+    for profile in engine["profiles"]:
+        profile["total_bytes"] = activations + weights + profile["kv_cache_bytes"] + profile["logits_bytes"]
+    return engine
 
 
 def _layers(folder: Path) -> list[dict[str, Any]]:

@@ -61,6 +61,7 @@ def profiles_table(engine: dict[str, Any]) -> Table:
             f"1–{profile['max_batch']}",
             f"1–{profile['max_length']}" if profile["max_length"] > 1 else "1",
             size(profile["activations_bytes"]),
+            size(profile["logits_bytes"]),
             size(profile["kv_cache_bytes"]),
             size(profile["total_bytes"]),
         )

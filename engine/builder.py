@@ -5,7 +5,7 @@ log says of its layers and its memory. Types are those of the graph, strongly; a
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def build_engine(
     profiles: Sequence[Profile],
     out: Path,
     *,
+    creators: Iterable[Any] = (),
     workspace: int | None = None,
     weight_streaming: bool = False,
     timing_cache: Path | None = None,
@@ -57,6 +58,7 @@ def build_engine(
         target: Which GPUs.
         profiles: Ranges of shapes, in the order that the session numbers them.
         out: The engine's file.
+        creators: The plugins' creators, whose failures are the build's.
         workspace: Bytes of scratch memory that layers may use; None is no limit.
         weight_streaming: Whether weights may stay in the host's memory and be streamed to the GPU.
         timing_cache: File of the timing cache, read if it exists and written after; TensorRT only.
@@ -86,18 +88,23 @@ def build_engine(
     timings = None if timing_cache is None else _read_timings(config, timing_cache)
     for profile in profiles:
         config.add_optimization_profile(_profile(builder, definition, network, profile))
-    config.progress_monitor = _monitor(trt, progress)
+    monitor = config.progress_monitor = _monitor(trt, progress)
     writer = _writer(trt, out)
     try:
         done = builder.build_serialized_network_to_stream(definition, config, writer)
     finally:
         writer.close()
+    if monitor.interruption is not None:
+        raise monitor.interruption
+    if writer.failure is not None:
+        raise BuildError(f"{out}: {writer.failure.strerror}: free some space") from writer.failure
+    for creator in creators:
+        if creator.failure is not None:
+            raise creator.failure
     if any("workspace limit" in error for error in log.errors) and workspace is not None:
         given = f"{workspace / 2**20:.1f} MB"
         raise BuildError(f"a layer needs more scratch memory than the {given} given: give a larger --workspace")
     log.check("to build the engine")
-    if writer.failure is not None:
-        raise BuildError(f"{out}: {writer.failure.strerror}: free some space") from writer.failure
     if not done:
         raise BuildError("TensorRT built nothing and did not say why: build with --debug")
     if timings is not None and timing_cache is not None:
@@ -154,23 +161,30 @@ def _writer(trt: Any, path: Path) -> Any:
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
-    """Passes the builder's phases on."""
+    """Passes the builder's phases on. An interruption (Ctrl-C, say) ends the build, and is kept for afterwards."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
+            self.interruption: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.steps[phase_name] = num_steps
-            progress(phase_name, 0, num_steps)
+            self._report(phase_name, 0)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
-            return True
+            self._report(phase_name, step + 1)
+            return self.interruption is None
 
         def phase_finish(self, phase_name: str) -> None:
-            progress(phase_name, self.steps.get(phase_name, 1), self.steps.get(phase_name, 1))
+            self._report(phase_name, self.steps.get(phase_name, 1))
+
+        def _report(self, phase: str, done: int) -> None:
+            try:
+                progress(phase, done, self.steps.get(phase, done))
+            except BaseException as error:  # TensorRT would swallow it
+                self.interruption = self.interruption or error
 
     return Monitor()
 

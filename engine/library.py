@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
+from ..plugins.tensorrt import MODULES, REMEDIES
 
-MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-REMEDIES = {
-    "tensorrt-rtx": "pip install 'arriero[tensorrt]'",
-    "tensorrt": "pip install tensorrt on a machine that reaches NVIDIA's package index",
-}
 SONAME = "libtensorrt_rtx.so"
 MACHINES = {"x86_64": 62, "aarch64": 183}
 """ELF's numbers of the processors for which there is a TensorRT."""

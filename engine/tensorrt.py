@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import BuildError
+from ..errors import BuildError, FolderError, SessionError
 from ..folder import find_files
 from ..plugins.gqa.tensorrt import PLUGIN as GQA
 from ..plugins.moe.tensorrt import PLUGIN as MOE
@@ -96,7 +96,8 @@ def build_tensorrt(
     creators = register(trt, OPS)
     for creator in creators.values():
         creator.capabilities, creator.needed = target.capabilities, {}
-    with _together(find_files(source, spec.weight_files, options.weights_from)) as weights:
+        creator.kernels = creator.failure = None
+    with _together(_files(source, spec, options)) as weights:
         built = build_engine(
             trt,
             network,
@@ -104,6 +105,7 @@ def build_tensorrt(
             target,
             profiles,
             folder / ENGINE,
+            creators=creators.values(),
             workspace=options.workspace,
             weight_streaming=options.weight_streaming,
             timing_cache=_timing_cache(target, options),
@@ -120,7 +122,7 @@ def build_tensorrt(
         max_seq=max_seq,
         profiles=tuple(
             dataclasses.replace(profile, activations=size)
-            for profile, size in zip(profiles, built.activations, strict=True)
+            for profile, size in zip(profiles, (*built.activations, 0, 0), strict=False)  # 0: the log does not say
         ),
         caches=tuple(
             CacheInput(name=name, shape=shape, dtype=dtype) for name, (shape, dtype) in network.caches.items()
@@ -141,7 +143,12 @@ def _resolved(trt: Any, target: Target) -> Target:
         return target
     from ..plugins.launch import Driver
 
-    present = Driver().capability()
+    try:
+        present = Driver().capability()
+    except SessionError as error:
+        raise BuildError(
+            "tensorrt builds on the GPU that will run it: build there, or use tensorrt-rtx:smNN"
+        ) from error
     if target.capabilities not in ((), (present,)):
         raise BuildError(f"tensorrt builds for the GPU at hand, sm{present}, not for {target}: give --target tensorrt")
     return dataclasses.replace(target, capabilities=(present,))
@@ -174,6 +181,13 @@ def _timing_cache(target: Target, options: Options) -> Path | None:
     if options.timing_cache is not None and target.flavour != "tensorrt":
         raise BuildError("TensorRT-RTX times nothing when it builds: leave --timing-cache out")
     return options.timing_cache
+
+
+def _files(source: Path, spec: FolderSpec, options: Options) -> dict[str, Path]:
+    try:
+        return find_files(source, spec.weight_files, options.weights_from)
+    except FolderError as error:
+        raise FolderError(str(error).replace("--weights", "--weights-from")) from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Triton kernels compiled ahead of time, without a GPU, and what their machine code uses.
 
 Enters: a `launch.Kernel` and the module whose Triton function it names. Leaves: a cubin with a `spec.Binary` that
-says how to launch it. Also the same kernels in Triton's interpreter, for tests.
+says how to launch it.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ..spec import Binary
 from .launch import Kernel
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
-"""Compute capabilities that kernels are compiled for; 90, 100 and 120 with their architecture-specific instructions."""
+"""Compute capabilities that tests and tables compile for; 90, 100 and 120 with architecture-specific instructions."""
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -15,10 +15,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..errors import SessionError
 from .launch import Buffer, Kernel, Kernels, Launch, placed, total_size
 
 NAMESPACE = "arriero"
 VERSION = "1"
+
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+"""Python's names of the flavours."""
+
+REMEDIES = {
+    "tensorrt-rtx": "pip install 'arriero[rtx]'",
+    "tensorrt": "pip install tensorrt on a machine that reaches NVIDIA's package index",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,23 +99,20 @@ def type_names(trt: Any) -> dict[Any, str]:
 def register(trt: Any, ops: Sequence[PluginOp]) -> dict[str, Any]:
     """Registers the ops' plugin creators once a process. Returns them by name.
 
-    A creator's `capabilities` say for which GPUs an engine is built, and its `needed` collects the kernels that its
-    plugins will launch there; its `kernels` are what plugins made from an engine launch.
+    A creator's `capabilities` say for which GPUs scratch memory is reckoned, and its `needed` collects the kernels that
+    plugins will launch there. Its `kernels` are what plugins made from an engine launch; there are none at build. Its
+    `failure` is what a plugin raised at build: TensorRT would go on without it.
     """
     registry = trt.get_plugin_registry()
-    creators = {}
     for op in ops:
-        found = registry.get_creator(op.name, VERSION, NAMESPACE)
-        if found is None:
-            found = _creator_class(trt, op)()
-            registry.register_creator(found, NAMESPACE)
-            _REGISTERED.append(found)
-        creators[op.name] = next(each for each in _REGISTERED if each.name == op.name)
-    return creators
+        if (trt.__name__, op.name) not in _REGISTERED:
+            creator = _REGISTERED[trt.__name__, op.name] = _creator_class(trt, op)()
+            registry.register_creator(creator, NAMESPACE)
+    return {op.name: _REGISTERED[trt.__name__, op.name] for op in ops}
 
 
-_REGISTERED: list[Any] = []
-"""Creators that TensorRT's process-wide registry refers to; they must live as long as it does."""
+_REGISTERED: dict[tuple[str, str], Any] = {}
+"""Creators, by TensorRT's module and op, that its process-wide registry refers to; they live as long as it does."""
 
 
 def _creator_class(trt: Any, op: PluginOp) -> Any:
@@ -117,14 +123,12 @@ def _creator_class(trt: Any, op: PluginOp) -> Any:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_version, self.plugin_namespace = op.name, VERSION, NAMESPACE
             self.field_names = trt.PluginFieldCollection(
-                [
-                    trt.PluginField(field.name, np.array([]), _field_type(trt, field.type))
-                    for field in fields(op.settings)
-                ]
+                [trt.PluginField(field.name, np.array([]), _field_type(trt, field)) for field in fields(op.settings)]
             )
             self.capabilities: tuple[int, ...] = ()
             self.needed: dict[tuple[str, int], Kernel] = {}
             self.kernels: Kernels | None = None
+            self.failure: Exception | None = None
 
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
             values = {field.name: _read_field(field) for field in collection}
@@ -138,9 +142,10 @@ def _creator_class(trt: Any, op: PluginOp) -> Any:
     return Creator
 
 
-def _field_type(trt: Any, kind: Any) -> Any:
-    types = {int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32}
-    return types.get(kind, trt.PluginFieldType.CHAR)
+def _field_type(trt: Any, field: Any) -> Any:
+    """The type of a dataclass field in TensorRT's words; annotations may be texts."""
+    types = {"int": trt.PluginFieldType.INT32, "float": trt.PluginFieldType.FLOAT32}
+    return types.get(getattr(field.type, "__name__", field.type), trt.PluginFieldType.CHAR)
 
 
 def _read_field(field: Any) -> Any:
@@ -208,10 +213,14 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             tensors, sizes = largest(inputs), [0]
-            for capability in self.creator.capabilities:
-                call = op.call(self.settings, tensors, capability)
-                self.creator.needed.update({(kernel.name, capability): kernel for kernel in call.kernels})
-                sizes.append(total_size(call.largest_workspace(tensors)))
+            try:
+                for capability in self.creator.capabilities:
+                    call = op.call(self.settings, tensors, capability)
+                    self.creator.needed.update({(kernel.name, capability): kernel for kernel in call.kernels})
+                    sizes.append(total_size(call.largest_workspace(tensors)))
+            except Exception as error:
+                self.creator.failure = self.creator.failure or error
+                raise
             return max(sizes)
 
         def get_valid_tactics(self) -> list[int]:
@@ -225,7 +234,7 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
                     data = np.frombuffer(value.encode(), dtype=np.int8)
                 else:
                     data = np.array([value], dtype=np.int32 if isinstance(value, int) else np.float32)
-                values.append(trt.PluginField(field.name, data, _field_type(trt, type(value))))
+                values.append(trt.PluginField(field.name, data, _field_type(trt, field)))
             self.serialised = values  # TensorRT reads the arrays after this returns
             return trt.PluginFieldCollection(values)
 
@@ -238,7 +247,8 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
             pass
 
         def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            assert self.kernels is not None
+            if self.kernels is None:
+                return  # TensorRT asks and times at build too, where there is nothing to choose
             self.tensors = tensors_of(inputs)
             self.call = op.call(self.settings, self.tensors, self.kernels.capability)
             self.buffers = self.call.workspace(self.tensors)
@@ -252,6 +262,11 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
             workspace: int,
             stream: int,
         ) -> None:
+            if self.kernels is None:
+                return
+            for output, source in zip(outputs, op.in_place, strict=True):
+                if source >= 0 and output != inputs[source]:
+                    raise SessionError(f"TensorRT moved a tensor that {op.name} updates in place: build --gqa native")
             pointers = dict(zip(self.call.names, inputs, strict=True))
             pointers.update(zip(op.outputs, outputs, strict=True))
             pointers.update(placed(self.buffers, workspace))

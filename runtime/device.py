@@ -1,43 +1,33 @@
 """A GPU's memory, stream and graphs, through CUDA's driver API.
 
-Invariant: what is allocated here is freed here, when the object that owns it goes.
+Invariant: memory and graphs are freed with the objects that own them; context and stream live as long as the process.
+A thread calls `enter` before its first call of anything else: the driver's context is the thread's.
 """
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 
+from ..errors import SessionError
 from ..plugins.launch import Driver
 
 CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
-class Memory:
-    """Device memory of a fixed size; `address` is where it begins."""
-
-    def __init__(self, device: "Device", size: int) -> None:
-        self.device, self.size = device, size
-        pointer = ctypes.c_uint64()
-        device.driver.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
-        self.address: int = pointer.value
-
-    def __del__(self) -> None:
-        if getattr(self, "address", 0):
-            self.device.driver.call("cuMemFree_v2", ctypes.c_uint64(self.address))
-
-
 class Device:
-    """The first GPU, with its primary context current, and one stream."""
+    """The first GPU, with its primary context, and one stream."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        context, stream = ctypes.c_void_p(), ctypes.c_void_p()
-        driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
-        driver.call("cuCtxSetCurrent", context)
+        self.context, stream = ctypes.c_void_p(), ctypes.c_void_p()
+        driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), 0)
+        self.enter()
         driver.call("cuStreamCreate", ctypes.byref(stream), 0)
         self.stream: int = stream.value or 0
+        self.pending: list[np.ndarray[Any, Any]] = []
 
     @classmethod
     def open(cls) -> Self:
@@ -48,12 +38,14 @@ class Device:
         """
         return cls(Driver())
 
-    def upload(self, address: int, array: np.ndarray[Any, Any]) -> None:
-        """Copies an array to the device, behind what the stream holds.
+    def enter(self) -> None:
+        """Makes the GPU's context the calling thread's."""
+        self.driver.call("cuCtxSetCurrent", self.context)
 
-        The array may change afterwards: the driver reads pageable memory before the call returns.
-        """
+    def upload(self, address: int, array: np.ndarray[Any, Any]) -> None:
+        """Copies an array to the device, behind what the stream holds; it may not change until `synchronise`."""
         source = np.ascontiguousarray(array)
+        self.pending.append(source)
         self.driver.call(
             "cuMemcpyHtoDAsync_v2",
             ctypes.c_uint64(address),
@@ -76,25 +68,56 @@ class Device:
     def synchronise(self) -> None:
         """Waits for all that the stream holds."""
         self.driver.call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
+        self.pending.clear()
 
-    def zero(self, memory: Memory) -> None:
-        """Fills memory with zeros."""
-        self.driver.call(
-            "cuMemsetD8Async",
-            ctypes.c_uint64(memory.address),
-            0,
-            ctypes.c_size_t(memory.size),
-            ctypes.c_void_p(self.stream),
-        )
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Records what `work` puts into the stream as a CUDA graph. Returns what replays it."""
-        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+    def capture(self, work: Callable[[], None]) -> "Graph":
+        """Records what `work` puts into the stream, without running it."""
+        graph = ctypes.c_void_p()
         self.driver.call("cuStreamBeginCapture_v2", ctypes.c_void_p(self.stream), CAPTURE_THREAD_LOCAL)
         try:
             work()
         finally:
             self.driver.call("cuStreamEndCapture", ctypes.c_void_p(self.stream), ctypes.byref(graph))
-        self.driver.call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
-        self.driver.call("cuGraphDestroy", graph)
-        return lambda: self.driver.call("cuGraphLaunch", executable, ctypes.c_void_p(self.stream))
+        return Graph(self, graph)
+
+
+class Memory:
+    """Device memory of a fixed size; `address` is where it begins."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        self.device, self.size = device, size
+        pointer = ctypes.c_uint64()
+        device.driver.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
+        self.address: int = pointer.value
+
+    def zero(self) -> None:
+        """Fills it with zeros."""
+        stream, size = ctypes.c_void_p(self.device.stream), ctypes.c_size_t(self.size)
+        self.device.driver.call("cuMemsetD8Async", ctypes.c_uint64(self.address), 0, size, stream)
+
+    def __del__(self) -> None:
+        if getattr(self, "address", 0):
+            with contextlib.suppress(SessionError):  # the process ends, and the driver with it
+                self.device.enter()
+                self.device.driver.call("cuMemFree_v2", ctypes.c_uint64(self.address))
+
+
+class Graph:
+    """Work that was recorded once and is launched as a whole."""
+
+    def __init__(self, device: Device, graph: ctypes.c_void_p) -> None:
+        self.device, self.executable = device, ctypes.c_void_p()
+        try:
+            device.driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self.executable), graph, ctypes.c_uint64(0))
+        finally:
+            device.driver.call("cuGraphDestroy", graph)
+
+    def launch(self) -> None:
+        """Puts the work into the stream."""
+        self.device.driver.call("cuGraphLaunch", self.executable, ctypes.c_void_p(self.device.stream))
+
+    def __del__(self) -> None:
+        if getattr(self, "executable", None):
+            with contextlib.suppress(SessionError):
+                self.device.enter()
+                self.device.driver.call("cuGraphExecDestroy", self.executable)

@@ -8,7 +8,7 @@ import hashlib
 import importlib
 import itertools
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,19 @@ from ..errors import FolderError, SessionError
 from ..plugins.gqa.tensorrt import PLUGIN as GQA
 from ..plugins.launch import Kernels
 from ..plugins.moe.tensorrt import PLUGIN as MOE
-from ..plugins.tensorrt import register
+from ..plugins.tensorrt import MODULES, REMEDIES, register
 from ..spec import EngineSpec, FolderSpec, Weight
-from .device import Device, Memory
+from .device import Device, Graph, Memory
 
-MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 PIECE = 64 << 20
 """Bytes of a weight that are sent to the GPU at a time."""
 
 
 class EngineDecoder:
     """An engine with its weights, ready to run.
+
+    One context serves each profile. They never run at once, so they share the memory of their activations, and the
+    buffers of the step's inputs and logits, which grow to what steps need.
 
     Args:
         trt: The module `tensorrt_rtx` or `tensorrt`.
@@ -45,9 +47,13 @@ class EngineDecoder:
         assert folder.engine is not None
         self.trt, self.device, self.engine, self.weights = trt, device, engine, weights
         self.about, self.spec = folder.engine, folder.model
-        self.contexts = [self._context(index) for index in range(len(self.about.profiles))]
+        profiles = range(len(self.about.profiles))
+        size = max(engine.get_device_memory_size_for_profile_v2(index) for index in profiles)
+        self.activations = Memory(device, size)
+        self.contexts = [self._context(index) for index in profiles]
+        self.buffers: dict[str, Memory] = {}
         self.bindings = itertools.count()
-        self.bound: dict[int, tuple[int, object]] = {}
+        self.bound: dict[int, object] = {}
 
     @property
     def longest(self) -> int:
@@ -61,27 +67,38 @@ class EngineDecoder:
 
     def caches(self, batch: int, positions: int) -> "EngineCaches":
         """KV buffers for a batch; the engine fixes how many positions a row's hold."""
+        self.device.enter()
         return EngineCaches(self.device, self.about, batch, positions)
 
     def bind(self, caches: "EngineCaches", rows: slice) -> "EngineBinding":
         """Binds some rows of the caches, for any number of steps."""
         return EngineBinding(self, caches, rows)
 
+    def reserve(self, sizes: Mapping[str, int]) -> None:
+        """Makes the step's buffers at least so large; where one moves, nothing is bound any more."""
+        for name, size in sizes.items():
+            if name not in self.buffers or self.buffers[name].size < size:
+                self.bound.clear()
+                self.buffers[name] = Memory(self.device, size)
+
     def _context(self, profile: int) -> Any:
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.about.flavour == "tensorrt-rtx":
             config = self.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
             if profile == 0:  # single tokens: shapes repeat, so the library captures them itself
                 config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = self.engine.create_execution_context(config)
         else:
-            context = self.engine.create_execution_context()
+            context = self.engine.create_execution_context(strategy)
         if context is None:
             raise SessionError(
                 "the engine does not fit this GPU's memory: build with a smaller --max-batch or --max-seq"
             )
-        context.set_optimization_profile_async(profile, self.device.stream)
+        context.set_device_memory(self.activations.address, self.activations.size)
+        accept(context.set_optimization_profile_async(profile, self.device.stream), f"profile {profile}")
         for name, memory in self.weights.items():
-            context.set_tensor_address(name, memory.address)
+            accept(context.set_tensor_address(name, memory.address), name)
         return context
 
 
@@ -93,7 +110,7 @@ class EngineCaches:
         self.row_bytes = {each.name: each.row_size for each in about.caches}
         self.buffers = {name: Memory(device, batch * size) for name, size in self.row_bytes.items()}
         for memory in self.buffers.values():
-            device.zero(memory)
+            memory.zero()
 
 
 class EngineBinding:
@@ -102,16 +119,8 @@ class EngineBinding:
     def __init__(self, decoder: EngineDecoder, caches: EngineCaches, rows: slice) -> None:
         self.decoder, self.caches, self.rows = decoder, caches, rows
         self.number = next(decoder.bindings)
-        batch, vocabulary = rows.stop - rows.start, decoder.spec.vocab_size
-        last = decoder.about.profiles[-1]
-        sizes = {
-            "input_ids": batch * last.max_length * 8,
-            "past_lengths": batch * 4,
-            "logit_positions": batch * last.max_logits * 8,
-            "logits": batch * last.max_logits * vocabulary * 4,
-        }
-        self.buffers = {name: Memory(decoder.device, size) for name, size in sizes.items()}
-        self.replay: Callable[[], None] | None = None
+        self.captures = decoder.about.flavour == "tensorrt" and not decoder.about.weight_streaming
+        self.graph: Graph | None = None
 
     def step(
         self, ids_BS: NDArray[np.int64], past_B: NDArray[np.int32], positions_BR: NDArray[np.int64]
@@ -126,44 +135,60 @@ class EngineBinding:
         Returns:
             Logits [B, R, V].
         """
-        device = self.decoder.device
+        device, decoder = self.decoder.device, self.decoder
+        device.enter()
+        logits = np.empty((*positions_BR.shape, decoder.spec.vocab_size), dtype=np.float32)
         inputs: dict[str, NDArray[Any]] = {"input_ids": ids_BS, "past_lengths": past_B, "logit_positions": positions_BR}
+        decoder.reserve({name: array.nbytes for name, array in (*inputs.items(), ("logits", logits))})
         for name, array in inputs.items():
-            device.upload(self.buffers[name].address, array)
+            device.upload(decoder.buffers[name].address, array)
         single = ids_BS.shape[1] == 1 and positions_BR.shape[1] == 1
-        if single and self.replay is not None:
-            self.replay()
-        else:
-            profile = 0 if single else len(self.decoder.contexts) - 1
-            context = self._bound({name: array.shape for name, array in inputs.items()}, profile)
-            self._enqueue(context)
-            if single and self.decoder.about.flavour == "tensorrt":
-                self.replay = device.capture(lambda: self._enqueue(context))
-        batch, count = positions_BR.shape
-        logits = np.empty((batch, count, self.decoder.spec.vocab_size), dtype=np.float32)
-        device.download(self.buffers["logits"].address, logits)
+        self._run({name: array.shape for name, array in inputs.items()}, 0 if single else len(decoder.contexts) - 1)
+        device.download(decoder.buffers["logits"].address, logits)
         return logits
 
-    def _bound(self, shapes: dict[str, tuple[int, ...]], profile: int) -> Any:
-        """The profile's context with this binding's shapes and addresses; set anew only where others were."""
-        context = self.decoder.contexts[profile]
-        if self.decoder.bound.get(profile) == (self.number, shapes):
-            return context
+    def _run(self, shapes: dict[str, tuple[int, ...]], profile: int) -> None:
+        """Runs a profile's context; single tokens as a graph, once they have run without one."""
+        context, was_bound = self.decoder.contexts[profile], self._bind(shapes, profile)
+        if profile == 0 and was_bound and self.captures:
+            if self.graph is None:
+                try:
+                    self.graph = self.decoder.device.capture(lambda: self._enqueue(context))
+                except SessionError:
+                    self.captures = False  # a graph is faster, not necessary
+            if self.graph is not None:
+                self.graph.launch()
+                return
+        self._enqueue(context)
+
+    def _bind(self, shapes: dict[str, tuple[int, ...]], profile: int) -> bool:
+        """Gives the context this binding's shapes and addresses. Returns whether it had them already."""
+        decoder, context = self.decoder, self.decoder.contexts[profile]
+        if decoder.bound.get(profile) == (self.number, shapes):
+            return True
+        decoder.bound.pop(profile, None)
+        self.graph = None
         for name, shape in shapes.items():
-            context.set_input_shape(name, shape)
-        for name, memory in self.buffers.items():
-            context.set_tensor_address(name, memory.address)
-        for each in self.decoder.about.caches:
+            accept(context.set_input_shape(name, shape), name)
+        for name, memory in decoder.buffers.items():
+            accept(context.set_tensor_address(name, memory.address), name)
+        for each in decoder.about.caches:
             first = self.caches.buffers[each.name].address + self.rows.start * self.caches.row_bytes[each.name]
-            context.set_input_shape(f"past.{each.name}", (self.rows.stop - self.rows.start, *each.shape))
-            context.set_tensor_address(f"past.{each.name}", first)
-            context.set_tensor_address(f"present.{each.name}", first)
-        self.decoder.bound[profile] = (self.number, shapes)
-        return context
+            past, present = f"past.{each.name}", f"present.{each.name}"
+            accept(context.set_input_shape(past, (self.rows.stop - self.rows.start, *each.shape)), past)
+            accept(context.set_tensor_address(past, first), past)
+            accept(context.set_tensor_address(present, first), present)
+        decoder.bound[profile] = (self.number, shapes)
+        return False
 
     def _enqueue(self, context: Any) -> None:
-        if not context.execute_async_v3(self.decoder.device.stream):
-            raise SessionError("the engine failed to run: see TensorRT's message above")
+        accept(context.execute_async_v3(self.decoder.device.stream), "the step")
+
+
+def accept(answer: bool, what: str) -> None:
+    """Raises a `SessionError` where TensorRT refuses."""
+    if not answer:
+        raise SessionError(f"the engine refuses {what}: see TensorRT's message above")
 
 
 def load_engine(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> EngineDecoder:
@@ -191,7 +216,7 @@ def load_engine(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> En
         binaries = [each for each in about.kernels if each.capability == capability]
         kernels = Kernels(device.driver, folder / "kernels", binaries)
         for creator in register(trt, (GQA, MOE)).values():
-            creator.kernels = kernels
+            creator.kernels, creator.capabilities = kernels, (capability,)
     log = trt.Logger(trt.Logger.ERROR)
     engine = trt.Runtime(log).deserialize_cuda_engine(data)
     if engine is None:
@@ -231,9 +256,8 @@ def open_version(about: EngineSpec) -> Any:
     try:
         trt = importlib.import_module(MODULES[about.flavour])
     except (ImportError, OSError) as error:
-        raise SessionError(
-            f"this bundle needs {about.flavour} {about.version}, which does not load ({error})"
-        ) from error
+        needed = f"this bundle needs {about.flavour} {about.version}, which does not load ({error})"
+        raise SessionError(f"{needed}: {REMEDIES[about.flavour]}") from error
     if trt.__version__ != about.version:
         raise SessionError(
             f"this bundle was built by {about.flavour} {about.version}, here is {trt.__version__}: "
@@ -252,5 +276,6 @@ def _upload(device: Device, weight: Weight, path: Path) -> Memory:
         for start in range(0, size, PIECE):
             piece = np.frombuffer(mapped, np.uint8, min(PIECE, size - start), weight.offset + start)
             device.upload(memory.address + start, piece)
+            device.synchronise()
             del piece
     return memory

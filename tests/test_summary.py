@@ -25,10 +25,13 @@ def test_an_engines_memory_adds_up(bundle: Path) -> None:
     }
     engine = found["engine"]
     assert engine["weights_outside_bytes"] + engine["weights_inside_bytes"] > 10.8e6
+    activations = max(profile["activations_bytes"] for profile in engine["profiles"])
     for profile in engine["profiles"]:
         assert profile["kv_cache_bytes"] == 2 * (1536 * 128 + 512 * 512)
+        assert profile["logits_bytes"] == 2 * 2048 * 4 * (1 if profile["name"] == "decode" else 64)
+        parts = sum(profile[f"{part}_bytes"] for part in ("logits", "kv_cache"))
         weights = engine["weights_inside_bytes"] + engine["weights_outside_bytes"]
-        assert profile["total_bytes"] == profile["activations_bytes"] + profile["kv_cache_bytes"] + weights
+        assert profile["total_bytes"] == activations + weights + parts
     assert {"gemm", "kgen", "custom_layer"} <= {layer["kind"] for layer in found["layers"]}
 
 

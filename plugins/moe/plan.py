@@ -280,7 +280,7 @@ def tiles(geometry: Geometry, capability: int) -> dict[str, Tile]:
     Wide tiles are for the tensor cores that take two-byte operands from shared memory as they lie there, and for sizes
     that need no masks. On the other GPUs low tiles have shorter steps, so that several programs share a multiprocessor.
     """
-    data_centre = capability in (90, 100)
+    data_centre = capability // 10 in (9, 10)
     depth = 128 if geometry.rounded else min(64, geometry.group or 64)
     short = depth if data_centre else min(64, depth)
     low = Tile(rows=16, columns=128, depth=short, warps=8 if short > 32 else 4, stages=4)

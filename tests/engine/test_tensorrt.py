@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
 from arriero.engine import Options, build_bundle
 from arriero.engine.layers import Layer, LayerTensor, read_layers
@@ -171,6 +174,25 @@ def test_too_small_a_workspace_is_named(tiny_model: Path, tmp_path: Path) -> Non
     ):
         build_bundle(tiny_model, tmp_path / "bundle", target="tensorrt-rtx:sm89", options=options)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_what_a_plugin_refuses_is_the_builds_error(make_llama4: Callable[..., Any], tmp_path: Path) -> None:
+    make_llama4(num_hidden_layers=1, head_dim=256).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+    model = export_checkpoint(tmp_path / "checkpoint", tmp_path / "model", dtype="bfloat16")
+    with pytest.raises(BuildError, match=r"heads of 256 dimensions: .* build with --gqa native"):
+        build_bundle(model, tmp_path / "bundle", target="tensorrt-rtx:sm89", options=Options(max_seq=64))
+    native = Options(max_seq=64, gqa="native")
+    assert build_bundle(model, tmp_path / "bundle", target="tensorrt-rtx:sm89", options=native).is_dir()
+
+
+def test_an_interrupted_build_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    def interrupt(phase: str, done: int, total: int) -> None:
+        if phase.startswith("Building"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_bundle(tiny_model, tmp_path / "bundle", target=TARGET, options=SMALL, progress=interrupt)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_op_without_a_lowering_is_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ from arriero.runtime.engine import EngineDecoder, load_engine, open_version, rea
 from arriero.runtime.session import Limits, Session
 
 TARGET = "tensorrt-rtx:sm89"
+TRT = SimpleNamespace(
+    CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
+    ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +45,7 @@ def on_fake_gpu(wide_model: Path, wide_bundle: Path) -> tuple[Session, FakeEngin
     spec, plain = read_spec(wide_bundle), arriero.load(wide_model, max_seq=500)
     driver = FakeDriver()
     engine = FakeEngine(wide_model, driver)
-    trt = SimpleNamespace(CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"))
-    decoder = EngineDecoder(trt, Device(driver), engine, {}, spec)  # type: ignore[arg-type]
+    decoder = EngineDecoder(TRT, Device(driver), engine, {}, spec)  # type: ignore[arg-type]
     return Session(decoder, plain.text, plain.defaults, Limits(500, 3)), engine
 
 
@@ -69,11 +72,14 @@ def test_ragged_rows_get_the_cpus_logits(wide_model: Path, on_fake_gpu: tuple[Se
 
 def test_what_a_session_allocates_goes_with_it(on_fake_gpu: tuple[Session, FakeEngine]) -> None:
     session, engine = on_fake_gpu
+    session.generate([10, 11], max_new_tokens=2, eos_token_id=[])  # the step's own buffers stay
+    before = set(engine.driver.memory)
     state = session.start(2)
-    session.prefill(state, [[10, 11], [12]])
-    assert engine.driver.memory
+    session.prefill(state, [[10], [12]])
+    caches = {memory.address for memory in state.caches.buffers.values()}
+    assert caches <= set(engine.driver.memory) - before
     del state
-    assert not engine.driver.memory
+    assert not caches & set(engine.driver.memory)
 
 
 def test_a_graph_is_captured_once_and_replayed(wide_bundle: Path, wide_model: Path) -> None:
@@ -82,19 +88,49 @@ def test_a_graph_is_captured_once_and_replayed(wide_bundle: Path, wide_model: Pa
     full = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, flavour="tensorrt"))
     driver = FakeDriver()
     engine = FakeEngine(wide_model, driver)
-    captures: list[Callable[[], None]] = []
+    captures, launches = [], []
 
     class CapturingDevice(Device):
-        def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        def capture(self, work: Callable[[], None]) -> Any:
             captures.append(work)
-            return work
+
+            def launch() -> None:
+                launches.append(work)
+                work()
+
+            return SimpleNamespace(launch=launch)
 
     plain = arriero.load(wide_model, max_seq=500)
-    decoder = EngineDecoder(None, CapturingDevice(driver), engine, {}, full)  # type: ignore[arg-type]
+    decoder = EngineDecoder(TRT, CapturingDevice(driver), engine, {}, full)  # type: ignore[arg-type]
     session = Session(decoder, plain.text, plain.defaults, Limits(500, 3))
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "eos_token_id": []}
     assert session.generate("The list type", **settings) == plain.generate("The list type", **settings)
     assert len(captures) == 1
+    assert len(launches) == 10  # 12 tokens: one from the prompt, one that runs before there is a graph
+
+
+def test_where_capture_fails_steps_run_without_a_graph(wide_bundle: Path, wide_model: Path) -> None:
+    spec, plain = read_spec(wide_bundle), arriero.load(wide_model, max_seq=500)
+    assert spec.engine is not None
+    full = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, flavour="tensorrt"))
+    driver = FakeDriver()
+
+    class FailingDevice(Device):
+        def capture(self, work: Callable[[], None]) -> Any:
+            raise SessionError("cuStreamBeginCapture_v2 failed")
+
+    decoder = EngineDecoder(TRT, FailingDevice(driver), FakeEngine(wide_model, driver), {}, full)  # type: ignore[arg-type]
+    session = Session(decoder, plain.text, plain.defaults, Limits(500, 3))
+    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0, "eos_token_id": []}
+    assert session.generate("The list type", **settings) == plain.generate("The list type", **settings)
+
+
+def test_a_refusal_of_tensorrt_is_an_error(on_fake_gpu: tuple[Session, FakeEngine], monkeypatch: Any) -> None:
+    session, engine = on_fake_gpu
+    monkeypatch.setattr(engine.contexts[1], "set_input_shape", lambda name, shape: name != "past.3.key")
+    for _ in range(2):  # the second time as well: what was half bound is not taken for bound
+        with pytest.raises(SessionError, match=r"the engine refuses past\.3\.key"):
+            session.logits([[10, 11]])
 
 
 def test_limits_beyond_the_engines_are_refused(wide_bundle: Path) -> None:

@@ -86,7 +86,11 @@ class FakeEngine:
         return self.contexts[-1]
 
     def create_runtime_config(self) -> Any:
-        return type("Config", (), {"cuda_graph_strategy": None})()
+        methods = {"set_execution_context_allocation_strategy": lambda self, strategy: None}
+        return type("Config", (), {"cuda_graph_strategy": None, **methods})()
+
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return 1 << (16 + profile)
 
 
 class FakeContext:
@@ -99,14 +103,20 @@ class FakeContext:
         self.profile: int | None = None
         self.runs: list[tuple[int, ...]] = []
 
-    def set_optimization_profile_async(self, profile: int, stream: int) -> None:
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
+        return True
 
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.engine.driver.check(address, size)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
+        return True
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return True
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self.profile is not None
