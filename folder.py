@@ -110,7 +110,9 @@ def resumed_folder(out: Path, job: str, *, force: bool = False) -> Iterator[tupl
         lock = (work / "lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise FolderError(f"{out} is being written by another process: wait for it, or choose another output") from error
+        raise FolderError(
+            f"{out} is being written by another process: wait for it, or choose another output"
+        ) from error
     except OSError as error:
         raise FolderError(f"{out}: cannot be created ({error.strerror}): choose another output") from error
     with lock:

@@ -80,12 +80,13 @@ class _Rewriting:
 
     def _place(self, value: ir.Value) -> None:
         """Points an initializer into the new shards."""
-        file, region = self.places[str(value.name)]
+        name = str(value.name)
+        file, region = self.places[name]
         dtype, shape = PLACED[region.dtype], region.shape
         if dtype == ir.DataType.INT4:
             shape = (*shape[:-1], shape[-1] * 2)
         value.const_value = ir.ExternalTensor(
-            file, region.offset, region.size, dtype, shape=ir.Shape(shape), name=value.name, base_dir=Path(".")
+            file, region.offset, region.size, dtype, shape=ir.Shape(shape), name=name, base_dir=Path(".")
         )
         value.shape, value.type = ir.Shape(shape), ir.TensorType(dtype)
 

@@ -14,9 +14,9 @@ import onnx_ir as ir
 from ..errors import BuildError
 from ..plugins.gqa import cpu as gqa_cpu
 from ..plugins.gqa import op as gqa
+from ..plugins.linear import Linear, read_linear
 from ..plugins.moe import cpu as moe_cpu
 from ..plugins.moe import op as moe
-from ..plugins.linear import Linear, read_linear
 from ..plugins.nodes import Nodes, dims
 from ..plugins.product import Matrix, multiply, multiply_stored, quantise
 from ..spec import FolderSpec, Weight
@@ -121,8 +121,8 @@ class _Lowering:
                 optional = [None if value is None else self._input(value) for value in node.inputs]
                 nodes.node(node.op_type, optional, outputs=outputs, attributes=attributes)
             case gqa.DOMAIN, gqa.NAME:
-                inputs = [None if value is None else self._input(value) for value in node.inputs]
-                gqa_cpu.lower(nodes, inputs, outputs, gqa.Attributes(**attributes), self.shared)
+                given = [None if value is None else self._input(value) for value in node.inputs]
+                gqa_cpu.lower(nodes, given, outputs, gqa.Attributes(**attributes), self.shared)
             case moe.DOMAIN, moe.NAME:
                 tokens = self._input(sources[0]), self._input(sources[1])
                 experts = self._experts(sources[2:], attributes.get("quantisation", "none"))
@@ -137,7 +137,9 @@ class _Lowering:
         if linear.x_scale is None:
             block = size // dims(linear.weight_scale)[1]
             weight = self.supply.part(linear.weight, convert="uint4", shape=(count, size // block, block))
-            return multiply(nodes, x, Matrix(kind="int4", weight=weight, scale=self.supply.widened(linear.weight_scale)))
+            return multiply(
+                nodes, x, Matrix(kind="int4", weight=weight, scale=self.supply.widened(linear.weight_scale))
+            )
         x_scale = self._input(linear.x_scale)
         if (linear.x, linear.x_scale) not in self.quantised:
             self.quantised[linear.x, linear.x_scale] = quantise(nodes, x, x_scale, linear.kind)

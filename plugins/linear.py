@@ -124,9 +124,7 @@ def read_linear(product: ir.Node) -> Linear | None:
     quantise = _producer(behind.inputs[0], "QuantizeLinear") if behind else None
     if quantise is None or quantise.inputs[0] is None:
         return None
-    return Linear(
-        kind=kind, x=quantise.inputs[0], x_scale=quantise.inputs[1], weight=weight, weight_scale=weight_scale
-    )
+    return Linear(kind=kind, x=quantise.inputs[0], x_scale=quantise.inputs[1], weight=weight, weight_scale=weight_scale)
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
