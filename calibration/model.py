@@ -212,7 +212,7 @@ def _finish(source: Path, spec: FolderSpec, recipe: Recipe, folder: Path, report
     """Writes the graph, the report, the tokenizer and, last, the spec."""
     shards = [open_shard(path) for path in sorted(folder.glob("*.safetensors"))]
     places = {name: (shard.path.name, region) for shard in shards for name, region in shard.tensors.items()}
-    ir.save(quantise_graph(source / spec.graph, spec.model, recipe, places), folder / spec.graph)
+    ir.save(quantise_graph(source / spec.graph, spec.model, recipe, places, folder), folder / spec.graph)
     carry_files(source, folder)
     write_report(folder, report)
     record = dataclasses.replace(

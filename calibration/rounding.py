@@ -18,7 +18,7 @@ SHRINKS = [1 - step / 40 for step in range(21)]
 """Clips that `mse` tries for a channel or group, as shares of its largest magnitude."""
 
 DAMPING = 0.001
-"""Share of the mean of the Hessian's diagonal that is added to it. The paper has 0.01; less corrects more of fine roundings."""
+"""Share of the mean of the Hessian's diagonal that is added to it; the paper's 0.01 leaves more of E4M3's error."""
 
 BLOCK = 128
 """Columns that GPTQ corrects at once."""

@@ -1,6 +1,7 @@
 """A model quantised as its user meets it: what is written, what interrupts it, what is refused."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,8 +47,8 @@ def off(model: Path, other: Path) -> float:
 RECIPES = {
     "int8": (int8(), 0.03),
     "int8 static": (int8(activations="static", clip="percentile", percentile=100.0), 0.05),
-    "fp8": (fp8(), 0.08),
-    "fp8 dynamic": (fp8(activations="dynamic", rounding="nearest"), 0.08),
+    "fp8": (fp8(), 0.12),
+    "fp8 dynamic": (fp8(activations="dynamic", rounding="nearest"), 0.12),
     "int4": (int4(group_size=32), 0.25),
     "int4 smoothed": (int4(group_size=32, smoothing="smoothquant", rounding="nearest"), 0.3),
     "int8 cache": (int8(kv_cache="int8"), 0.04),
@@ -107,13 +108,19 @@ def test_what_is_kept_is_kept_exactly(model: Path, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in kept)
 
 
-def test_smoothing_alone_changes_nothing(model: Path, tmp_path: Path) -> None:
-    """With only one linear quantised, everything that smoothing touched besides is exactly compensated."""
+def test_smoothing_is_compensated_in_what_is_not_quantised(model: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "outliers"
+    shutil.copytree(model.parent / "checkpoint", checkpoint)
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"model.layers.1.{name}.weight"][[3, 40]] *= 50
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    model = export_checkpoint(checkpoint, tmp_path / "model")
     some = Override(pattern="layers.*", format="none"), Override(pattern="layers.1.self_attn.q_proj", format="int8")
     recipe = int8(strength=0.5, overrides=some)
     quantised = calibrate_model(model, tmp_path / "quantised", recipe=recipe, data=IDS, floor=0)
     norm = load_file(quantised / "layer-00001.safetensors")["model.layers.1.input_layernorm.weight"]
-    assert len(norm.log2().round().unique()) > 1
+    assert norm.max() / norm.min() <= 16
     assert off(model, quantised) < 0.02
 
 
@@ -177,9 +184,7 @@ def test_what_does_not_fit_is_refused(model: Path, tmp_path: Path) -> None:
         int8(overrides=(Override(pattern="layer.*", format="none"),)),
     )
     refused("clip 'entropy' counts int8's levels", fp8(clip="entropy"))
-    empty, binary, short = (tmp_path / name for name in ("empty.txt", "binary", "short.txt"))
-    empty.write_text(" \n")
-    binary.write_bytes(b"\xff\xfe\x00")
+    short = tmp_path / "short.txt"
     short.write_text("Too short.")
     refused("has no tokenizer.json", data=[short])
 
