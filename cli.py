@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Takes a Llama 4 checkpoint to the machines that serve it: export, build, run.",
+    help="Takes a Llama 4 checkpoint to the machines that serve it: export, calibrate, build, run.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -71,6 +71,76 @@ def export(
             notice=lambda line: print(line, file=sys.stderr),
         )
         report_folder(model, time.perf_counter() - started, as_json)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="Model folder that `arriero export` wrote; only read.")],
+    output: Output,
+    recipe: Annotated[str, typer.Option(help="int8, fp8 or int4.")],
+    data: Annotated[list[Path], typer.Option(help="Text file to calibrate on; may be repeated.")],
+    activations: Annotated[
+        str | None, typer.Option(help="static, or dynamic: a scale a token.", show_default="the recipe's")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="absmax, percentile, entropy or mse.", show_default="the recipe's")
+    ] = None,
+    percentile: Annotated[float | None, typer.Option(help="For --clip percentile, in percent.")] = None,
+    smoothing: Annotated[
+        str | None, typer.Option(help="none, smoothquant or awq.", show_default="the recipe's")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="Of the smoothing, 0 to 1.", show_default="searched")] = None,
+    rounding: Annotated[str | None, typer.Option(help="nearest or gptq.", show_default="the recipe's")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128.", show_default="64")
+    ] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="int8 or fp8: quantise keys and values.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights, as 'layers.0.*=none'; may be repeated.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of text at most.")] = 128,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of a window.", show_default="a chunk and a quarter, at least 512")
+    ] = None,
+    floor: Annotated[int, typer.Option(help="Tokens that every expert must have seen.")] = 32,
+    all_experts: Annotated[bool, typer.Option("--all-experts", help="Measure every expert over every token.")] = False,
+    weights: Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantise a model with statistics of text: another model folder. A killed run goes on where it was."""
+    with errors_shown(debug), progress_shown("Calibrating", "tokens") as progress:
+        from .calibration import calibrate_model
+        from .calibration.recipe import parse_recipe
+
+        started = time.perf_counter()
+        changes = {
+            "activations": activations,
+            "clip": clip,
+            "percentile": percentile,
+            "smoothing": smoothing,
+            "strength": strength,
+            "rounding": rounding,
+            "group_size": group_size,
+            "kv_cache": kv_cache,
+        }
+        folder = calibrate_model(
+            model,
+            output,
+            recipe=parse_recipe(recipe, changes, override or ()),
+            data=data,
+            samples=samples,
+            window=window,
+            floor=floor,
+            all_experts=all_experts,
+            weights=weights,
+            force=force,
+            progress=progress,
+            notice=lambda line: print(line, file=sys.stderr),
+        )
+    with errors_shown(debug):
+        report_quantised(folder, time.perf_counter() - started, as_json)
 
 
 @app.command()
@@ -266,6 +336,28 @@ def report_folder(folder: Path, seconds: float, as_json: bool) -> None:
         print(f"Wrote {folder} ({size / 1e6:.1f} MB) in {seconds:.1f} s", file=sys.stderr)
 
 
+def report_quantised(folder: Path, seconds: float, as_json: bool) -> None:
+    """Says what became of each weight."""
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    records = [record for layer in report["layers"] for record in layer["records"]] + report["head"]
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    if as_json:
+        result = {"folder": str(folder), "bytes": size, "seconds": round(seconds, 3), "weights": records}
+        print(json.dumps(result))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("weight", "format", "weight SQNR, dB", "output SQNR, dB", box=None)
+    for record in records:
+        errors = (f"{record[name]:.1f}" for name in ("weight_sqnr", "output_sqnr"))
+        table.add_row(record["name"], record["format"], *errors)
+    for name, formats in report["kept"].items():
+        table.add_row(name, formats, "exact", "")
+    Console(stderr=True).print(table)
+    print(f"Wrote {folder} ({size / 1e6:.1f} MB) in {seconds:.1f} s", file=sys.stderr)
+
+
 @contextmanager
 def errors_shown(debug: bool) -> Iterator[None]:
     """Turns errors into one line on stderr and exit code 2; the traceback is shown where asked for."""
@@ -290,15 +382,20 @@ def one_line(error: Exception) -> str:
     if isinstance(error, ArrieroError):
         return text
     if isinstance(error, ModuleNotFoundError):
-        return f"{text}: this verb needs an extra, pip install 'arriero[export]'"
+        return f"{text}: this verb needs an extra, pip install 'arriero[calibration]'"
     if isinstance(error, UnicodeDecodeError):
         return "the input is not UTF-8 text: convert it first"
     return f"internal error, {type(error).__name__}: {text} (--debug shows where)"
 
 
 @contextmanager
-def progress_shown(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr where that is a terminal. Yields what stages report to: phase, done, total."""
+def progress_shown(title: str, unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr where that is a terminal. Yields what stages report to: phase, done, total.
+
+    Args:
+        title: What is being done.
+        unit: What is counted, where its speed is worth showing.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -306,7 +403,19 @@ def progress_shown(title: str) -> Iterator[Callable[[str, int, int], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda phase, done, total: bar.update(task, description=f"{title} {phase}", completed=done, total=total)
+        begun: list[tuple[float, int]] = []
+
+        def report(phase: str, done: int, total: int) -> None:
+            begun.append((time.perf_counter(), done))
+            seconds, counted = (
+                begun[-1][0] - begun[0][0],
+                done - begun[0][1],
+            )  # what an earlier run did is not its speed
+            del begun[1:]
+            speed = f", {counted / seconds:,.0f} {unit}/s" if unit and seconds > 0 else ""
+            bar.update(task, description=f"{title} {phase}{speed}", completed=done, total=total)
+
+        yield report
 
 
 def show_version(value: bool) -> None:
@@ -322,7 +431,7 @@ def options(
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Takes a Llama 4 checkpoint to the machines that serve it: export, build, run."""
+    """Takes a Llama 4 checkpoint to the machines that serve it: export, calibrate, build, run."""
 
 
 def main() -> None:

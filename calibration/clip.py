@@ -18,7 +18,7 @@ LINEAR_BINS = 2048
 LEVELS = 128
 """Magnitudes of int8."""
 
-SHRINKS = np.linspace(1.0, 0.3, 71)
+SHRINKS = np.linspace(1.0, 0.3, 36)
 """Clips that `mse` tries, as shares of the largest magnitude; further octaves follow while they improve."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -37,7 +38,7 @@ Places = Mapping[str, tuple[str, Region]]
 """The file and region of each tensor, by its full name."""
 
 
-def quantise_graph(path: Path, spec: ModelSpec, recipe: Recipe, places: Places) -> ir.Model:
+def quantise_graph(path: Path, spec: ModelSpec, recipe: Recipe, places: Places, folder: Path) -> ir.Model:
     """Rewrites a decoder graph.
 
     Args:
@@ -45,16 +46,18 @@ def quantise_graph(path: Path, spec: ModelSpec, recipe: Recipe, places: Places) 
         spec: Geometry.
         recipe: What was quantised, and how.
         places: Where the quantised model's tensors lie.
+        folder: Where their files are.
     """
     model = ir.from_proto(onnx.load(path, load_external_data=False))
-    _Rewriting(model, spec, recipe, places).rewrite()
+    _Rewriting(model, spec, recipe, places, folder).rewrite()
     return model
 
 
 class _Rewriting:
     """The graph under change."""
 
-    def __init__(self, model: ir.Model, spec: ModelSpec, recipe: Recipe, places: Places) -> None:
+    def __init__(self, model: ir.Model, spec: ModelSpec, recipe: Recipe, places: Places, folder: Path) -> None:
+        self.folder = folder
         self.model, self.graph, self.recipe, self.places = model, model.graph, recipe, places
         self.dtype = MODEL_DTYPES[spec.dtype]
         self.head_dim = spec.head_dim
@@ -80,12 +83,13 @@ class _Rewriting:
 
     def _place(self, value: ir.Value) -> None:
         """Points an initializer into the new shards."""
-        file, region = self.places[str(value.name)]
+        name = str(value.name)
+        file, region = self.places[name]
         dtype, shape = PLACED[region.dtype], region.shape
         if dtype == ir.DataType.INT4:
             shape = (*shape[:-1], shape[-1] * 2)
         value.const_value = ir.ExternalTensor(
-            file, region.offset, region.size, dtype, shape=ir.Shape(shape), name=value.name, base_dir=Path(".")
+            file, region.offset, region.size, dtype, shape=ir.Shape(shape), name=name, base_dir=Path(".")
         )
         value.shape, value.type = ir.Shape(shape), ir.TensorType(dtype)
 
@@ -94,6 +98,17 @@ class _Rewriting:
         if name not in self.graph.initializers:
             value = ir.Value(name=name)
             self._place(value)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def _constant(self, name: str) -> ir.Value:
+        """A small scale, held in the graph itself: lowerings compute with it, and runtimes fold what they compute."""
+        if name not in self.graph.initializers:
+            file, region = self.places[name]
+            count = region.size // 4
+            array = np.fromfile(self.folder / file, np.float32, count, offset=region.offset).reshape(region.shape)
+            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
+            value.const_value = ir.tensor(array, name=name)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
@@ -124,7 +139,7 @@ class _Rewriting:
         """A quantised input, written once for the linears that read it: equal choices have equal scales."""
         key = x, choice.format, choice.activations, choice.clip
         if key not in self.inputs:
-            scale = self._initializer(scale_name) if choice.activations == "static" else None
+            scale = self._constant(scale_name) if choice.activations == "static" else None
             self.inputs[key] = write_input(nodes, x, scale, choice.format, self.dtype)
         return self.inputs[key]
 
@@ -141,7 +156,7 @@ class _Rewriting:
         scales = [self._initializer(f"{unit}.{part}_proj_scale") for part in ("gate_up", "down")]
         is_static = choice.quantises_activations and choice.activations == "static"
         if is_static:
-            scales += [self._initializer(f"{unit}.{name}") for name in moe.ACTIVATION_SCALES]
+            scales += [self._constant(f"{unit}.{name}") for name in moe.ACTIVATION_SCALES]
         attributes["quantisation"] = choice.format
         overload = f"{choice.format}_{'static' if is_static else 'dynamic'}"
         body = moe_body(moe.Attributes(**attributes), self.dtype, static=is_static, overload=overload)
@@ -159,7 +174,7 @@ class _Rewriting:
             assert cache is not None
             cache.type = ir.TensorType(STORED[kind])
         layer = str(node.name).partition("/")[0]
-        scales = [self._initializer(f"{self._prefix()}{layer}.self_attn.{name}") for name in gqa.CACHE_SCALES]
+        scales = [self._constant(f"{self._prefix()}{layer}.self_attn.{name}") for name in gqa.CACHE_SCALES]
         body = gqa_body(
             gqa.Attributes(**attributes),
             self.head_dim,

@@ -156,7 +156,7 @@ class LayerQuantiser:
         readers = []
         for expert in busiest:
             tokens_N = (self.walk.chosen() == expert).any(dim=1).nonzero()[:, 0]
-            source = self._input("expert_input", self.spec.hidden_size, [])
+            source = self._input("expert_input", self.spec.hidden_size, ["feed_forward.experts"])
             if len(tokens_N):
                 source.statistics.update(next(self.walk.expert_inputs(expert, tokens_N))[1])
                 weight_HN = self.walk.weight("feed_forward.experts.gate_up_proj", expert)
@@ -268,7 +268,9 @@ class LayerQuantiser:
         """An input to be measured; with its outer products where a unit that reads it asks for them."""
         choices = [self._choice(unit) for unit in units]
         wants_hessian = any(choice.rounding == "gptq" and choice.format != "none" for choice in choices)
-        return Input(Statistics(f"layer {self.index}: {name}", channels, wants_hessian), self.recipe)
+        wants_histogram = any(choice.quantises_activations and choice.clip != "absmax" for choice in choices)
+        statistics = Statistics(f"layer {self.index}: {name}", channels, wants_hessian, wants_histogram)
+        return Input(statistics, self.recipe)
 
 
 def observer(*inputs: Input) -> Observe:

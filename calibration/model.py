@@ -31,7 +31,7 @@ from .data import read_windows
 from .graph import quantise_graph
 from .layer import FLOOR, LayerQuantiser, Limits, emit_product
 from .product import Input, Record, quantise_product
-from .recipe import PRESETS, check_recipe, choose
+from .recipe import check_recipe, choose, parse_recipe, units
 from .report import LayerReport, Report, write_report
 from .shard import write_shard
 from .statistics import Statistics
@@ -77,7 +77,8 @@ def calibrate_model(
         The model folder.
 
     Raises:
-        CalibrationError: The recipe does not fit, the text is too little, an expert starves, an activation is not finite.
+        CalibrationError: The recipe does not fit, the text is too little, an expert starves, or an activation is not
+            finite.
         FolderError: `model` is no model folder, or `out` exists or cannot be written.
     """
     source, target = Path(model).absolute(), Path(out).absolute()
@@ -87,9 +88,7 @@ def calibrate_model(
     if spec.recipe is not None:
         raise CalibrationError(f"{source} is quantised already ({spec.recipe.format}): give the model it came from")
     if isinstance(recipe, str):
-        if recipe not in PRESETS:
-            raise CalibrationError(f"recipe {recipe!r} is unknown: choose one of {', '.join(PRESETS)}")
-        recipe = PRESETS[recipe]()
+        recipe = parse_recipe(recipe, {}, ())
     check_recipe(recipe, spec.model)
     check_apart(source, target)
     check_free(target, force=force)
@@ -139,17 +138,25 @@ class _Work:
         for index in range(done, count):
             quantiser = LayerQuantiser(self.spec, index, self.weights, self.recipe, self.limits)
             hidden = self._hidden(index), self._hidden("attended"), self._hidden(index + 1)
-            quantiser.quantise(
-                *hidden, lambda share, at=index: progress(f"layer {at}", int((at + share) * tokens), count * tokens)
-            )
+
+            def report(share: float, at: int = index) -> None:
+                progress(f"layer {at}", int((at + share) * tokens), count * tokens)
+
+            quantiser.quantise(*hidden, report)
             write_shard(self.folder / f"layer-{index:05}.safetensors", quantiser.tensors)
             layers.append(LayerReport(records=tuple(quantiser.records), expert_tokens=tuple(quantiser.expert_tokens)))
             hidden[-1].flush()
             self._write_progress(layers)
             self.weights.release()
         head = self._write_rest()
+        kept = [name for name, _ in units(self.spec) if choose(self.recipe, name).format == "none"]
         return Report(
-            recipe=self.recipe, windows=self.ids_WS.shape[0], tokens=tokens, layers=tuple(layers), head=tuple(head)
+            recipe=self.recipe,
+            windows=self.ids_WS.shape[0],
+            tokens=tokens,
+            layers=tuple(layers),
+            head=tuple(head),
+            kept=dict.fromkeys(["embed_tokens", "norms", *kept], self.spec.dtype),
         )
 
     def _hidden(self, name: int | str) -> Any:
@@ -205,7 +212,7 @@ def _finish(source: Path, spec: FolderSpec, recipe: Recipe, folder: Path, report
     """Writes the graph, the report, the tokenizer and, last, the spec."""
     shards = [open_shard(path) for path in sorted(folder.glob("*.safetensors"))]
     places = {name: (shard.path.name, region) for shard in shards for name, region in shard.tensors.items()}
-    ir.save(quantise_graph(source / spec.graph, spec.model, recipe, places), folder / spec.graph)
+    ir.save(quantise_graph(source / spec.graph, spec.model, recipe, places, folder), folder / spec.graph)
     carry_files(source, folder)
     write_report(folder, report)
     record = dataclasses.replace(

@@ -5,12 +5,13 @@ Enters: a `spec.Recipe`. Leaves: a `Choice` for each unit of a model. The units 
 """
 
 import dataclasses
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..errors import CalibrationError
-from ..spec import Format, ModelSpec, Recipe
+from ..spec import Format, ModelSpec, Override, Recipe
 
 KEPT = ("router", "lm_head")
 """Last names of units that stay in high precision unless asked."""
@@ -33,13 +34,16 @@ class Choice:
 
 
 def int8(**changes: object) -> Recipe:
-    """W8A8: weights by output channel, static activations, SmoothQuant with a searched strength."""
-    return _changed(Recipe(format="int8", smoothing="smoothquant"), changes)
+    """W8A8: weights by output channel, a scale for each token, SmoothQuant with a searched strength."""
+    return _changed(Recipe(format="int8", activations="dynamic", smoothing="smoothquant"), changes)
 
 
 def fp8(**changes: object) -> Recipe:
-    """E4M3 W8A8: weights by output channel, static activations; its floating point needs no smoothing."""
-    return _changed(Recipe(format="fp8"), changes)
+    """E4M3 W8A8: weights by output channel with GPTQ's rounding, static activations.
+
+    There is no smoothing: a power of two moves a floating-point value and not its relative error.
+    """
+    return _changed(Recipe(format="fp8", rounding="gptq"), changes)
 
 
 def int4(**changes: object) -> Recipe:
@@ -47,7 +51,7 @@ def int4(**changes: object) -> Recipe:
     return _changed(Recipe(format="int4", smoothing="awq", weight_clip="mse", rounding="gptq"), changes)
 
 
-PRESETS = {"int8": int8, "fp8": fp8, "int4": int4}
+PRESETS: dict[str, Callable[..., Recipe]] = {"int8": int8, "fp8": fp8, "int4": int4}
 
 
 def _changed(recipe: Recipe, changes: dict[str, object]) -> Recipe:
@@ -61,6 +65,33 @@ def _changed(recipe: Recipe, changes: dict[str, object]) -> Recipe:
         return dataclasses.replace(recipe, **given)  # type: ignore[arg-type]
     except ValueError as error:
         raise CalibrationError(f"recipe: {error}") from error
+
+
+def parse_recipe(name: str, changes: Mapping[str, object], overrides: Sequence[str]) -> Recipe:
+    """A preset with what a command line changes of it.
+
+    Args:
+        name: The preset.
+        changes: Other fields; None leaves a field as it is.
+        overrides: `PATTERN=FORMAT` each.
+
+    Raises:
+        CalibrationError: A name or value is unknown.
+    """
+    if name not in PRESETS:
+        raise CalibrationError(f"recipe {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+    for field, hint in typing.get_type_hints(Recipe).items():
+        valid, value = typing.get_args(hint), changes.get(field)
+        if typing.get_origin(hint) is typing.Literal and value is not None and value not in valid:
+            raise CalibrationError(f"{field.replace('_', '-')} is {value!r}, expected one of {', '.join(valid)}")
+    parsed = []
+    for text in overrides:
+        pattern, found, chosen = text.rpartition("=")
+        if not found or chosen not in typing.get_args(Format):
+            formats = ", ".join(typing.get_args(Format))
+            raise CalibrationError(f"override {text!r} is no PATTERN=FORMAT with a format of {formats}")
+        parsed.append(Override(pattern=pattern, format=chosen))  # type: ignore[arg-type]
+    return PRESETS[name](**changes, overrides=tuple(parsed))
 
 
 def units(spec: ModelSpec) -> Iterator[tuple[str, int]]:

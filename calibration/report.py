@@ -1,4 +1,7 @@
-"""What calibration found, as `report.json`."""
+"""What calibration found: `report.json` for programs, and `report.html`, one self-contained page, for people.
+
+Enters: a record of every weight, the experts' loads, the recipe. Leaves: the two files beside the model.
+"""
 
 import dataclasses
 import json
@@ -6,8 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from jinja2 import Environment
+
+from .. import __version__
 from ..spec import Recipe
+from .plots import plot_clips, plot_errors, plot_loads
 from .product import Record
+
+WORST = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,13 +35,23 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """A whole model: the recipe, how much text was read, the layers, and the LM head where it is quantised."""
+    """A whole model.
+
+    Attributes:
+        recipe: How it was quantised.
+        windows: Windows of text.
+        tokens: Their tokens.
+        layers: In order.
+        head: The LM head's record, where it is quantised.
+        kept: The weights that are not quantised, and their type.
+    """
 
     recipe: Recipe
     windows: int
     tokens: int
     layers: tuple[LayerReport, ...]
     head: tuple[Record, ...]
+    kept: dict[str, str]
 
     @property
     def records(self) -> list[Record]:
@@ -43,3 +62,61 @@ class Report:
 def write_report(folder: Path, report: Report) -> None:
     """Writes the report beside the model."""
     (folder / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", "utf-8")
+    (folder / "report.html").write_text(render(report), "utf-8")
+
+
+def render(report: Report) -> str:
+    """The page."""
+    records = report.records
+    loads = {index: layer.expert_tokens for index, layer in enumerate(report.layers) if layer.expert_tokens}
+    template = Environment(autoescape=True).from_string(TEMPLATE)
+    return template.render(
+        report=report,
+        recipe={field.name: getattr(report.recipe, field.name) for field in dataclasses.fields(Recipe)},
+        version=__version__,
+        worst=sorted(records, key=lambda record: record.output_sqnr)[:WORST],
+        records=records,
+        errors=plot_errors(records) if records else "",
+        clips=plot_clips(records) if records else "",
+        loads=plot_loads(loads) if loads else "",
+        fewest=min((min(tokens) for tokens in loads.values()), default=0),
+    )
+
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Calibration: {{ report.recipe.format }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1, h2 { font-weight: 600; line-height: 1.2 } h2 { margin-top: 2.5rem }
+img { width: 100% } table { border-collapse: collapse; font-size: 14px }
+td, th { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } summary { cursor: pointer }
+</style></head><body>
+<h1>Calibration to {{ report.recipe.format }}</h1>
+<p>{{ "{:,}".format(report.tokens) }} tokens in {{ report.windows }} windows; {{ records|length }} weights
+quantised, {{ report.kept|length }} kept as they were. Arriero {{ version }}.</p>
+<p>Recipe: {% for name, value in recipe.items() if name != "overrides" %}{{ name }} {{ value }}
+{{- ", " if not loop.last }}{% endfor %}
+{%- for other in recipe.overrides %}; {{ other.pattern }}: {{ other.format or "changed" }}{% endfor %}.</p>
+{% macro rows(some) %}
+<table><tr><th>weight</th><th>format</th><th class="n">tokens</th><th class="n">largest input</th>
+<th class="n">clip</th><th class="n">weight SQNR, dB</th><th class="n">output SQNR, dB</th></tr>
+{% for r in some %}<tr><td>{{ r.name }}</td><td>{{ r.format }}</td><td class="n">{{ "{:,}".format(r.tokens) }}</td>
+<td class="n">{{ "%.3g"|format(r.largest) }}</td><td class="n">{{ "%.3g"|format(r.clip) }}</td>
+<td class="n">{{ "%.1f"|format(r.weight_sqnr) }}</td><td class="n">{{ "%.1f"|format(r.output_sqnr) }}</td></tr>
+{% endfor %}</table>{% endmacro %}
+{% if worst %}<h2>The worst</h2><p>The weights whose products are furthest off, over sample tokens.</p>
+{{ rows(worst) }}{% endif %}
+{% if errors %}<h2>Errors</h2><p>Signal to quantisation noise by layer: of the weights alone, and of the products with
+their inputs quantised too. Higher is better; 6 dB are one bit. Of experts the median and, as a band, the range.</p>
+<img alt="SQNR by layer" src="data:image/png;base64,{{ errors }}">{% endif %}
+{% if clips %}<h2>Ranges</h2>
+<p>The largest magnitude of each product's input, and the clip that its scale
+represents.</p><img alt="Ranges and clips by layer" src="data:image/png;base64,{{ clips }}">{% endif %}
+{% if loads %}<h2>Expert load</h2><p>The share of a layer's tokens that chose each expert; the least busy saw
+{{ "{:,}".format(fewest) }} tokens.</p><img alt="Expert load" src="data:image/png;base64,{{ loads }}">{% endif %}
+<h2>Every weight</h2><details><summary>{{ records|length }} quantised</summary>{{ rows(records) }}</details>
+<details><summary>{{ report.kept|length }} kept</summary><table>{% for name, dtype in report.kept.items() %}
+<tr><td>{{ name }}</td><td>{{ dtype }}</td></tr>{% endfor %}</table></details>
+</body></html>
+"""

@@ -17,8 +17,8 @@ TORCH_STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.in
 SHRINKS = [1 - step / 40 for step in range(21)]
 """Clips that `mse` tries for a channel or group, as shares of its largest magnitude."""
 
-DAMPING = 0.01
-"""Share of the mean of the Hessian's diagonal that is added to it, as in the GPTQ paper."""
+DAMPING = 0.001
+"""Share of the mean of the Hessian's diagonal that is added to it; the paper's 0.01 leaves more of E4M3's error."""
 
 BLOCK = 128
 """Columns that GPTQ corrects at once."""

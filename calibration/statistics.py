@@ -44,6 +44,7 @@ class Statistics:
         name: For messages.
         channels: Columns of a row (K).
         wants_hessian: Whether the sum of outer products is kept.
+        wants_histogram: Whether the histogram is kept.
 
     Attributes:
         tokens: Rows seen.
@@ -56,6 +57,7 @@ class Statistics:
     name: str
     channels: int
     wants_hessian: bool = False
+    wants_histogram: bool = True
     tokens: int = 0
     absmax_K: Tensor = field(init=False)
     absolute_sum_K: Tensor = field(init=False)
@@ -67,7 +69,7 @@ class Statistics:
     def __post_init__(self) -> None:
         self.absmax_K = torch.zeros(self.channels)
         self.absolute_sum_K = torch.zeros(self.channels, dtype=torch.float64)
-        self.histogram_KB = torch.zeros(self.channels, BINS, dtype=torch.int32)
+        self.histogram_KB = torch.zeros(self.channels if self.wants_histogram else 0, BINS, dtype=torch.int32)
         if self.wants_hessian:
             self.hessian_KK = torch.zeros(self.channels, self.channels)
 
@@ -83,13 +85,17 @@ class Statistics:
             raise CalibrationError(f"{self.name} is NaN or infinite: the checkpoint's weights or the text are damaged")
         self.absmax_K = torch.maximum(self.absmax_K, largest_K)
         self.absolute_sum_K += magnitude_NK.sum(0)
+        if self.wants_histogram:
+            self._count(magnitude_NK)
+        if self.hessian_KK is not None:
+            self.hessian_KK.addmm_(x_NK.T, x_NK)
+        self._keep(x_NK)
+
+    def _count(self, magnitude_NK: Tensor) -> None:
         bins_NK = (magnitude_NK.view(torch.int32) >> DROPPED_BITS).sub_(FIRST_PATTERN).clamp_(0, BINS - 1)
         places_NK = bins_NK.add_(torch.arange(self.channels, dtype=torch.int32) * BINS)
         counts = torch.bincount(places_NK.view(-1), minlength=self.channels * BINS)
         self.histogram_KB += counts.view(self.channels, BINS).int()
-        if self.hessian_KK is not None:
-            self.hessian_KK.addmm_(x_NK.T, x_NK)
-        self._keep(x_NK)
 
     def _keep(self, x_NK: Tensor) -> None:
         """Keeps every row whose number is a multiple of the stride, which doubles when there are too many."""

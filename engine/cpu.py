@@ -115,8 +115,8 @@ class _Lowering:
                 optional = [None if value is None else self._input(value) for value in node.inputs]
                 nodes.node(node.op_type, optional, outputs=outputs, attributes=attributes)
             case gqa.DOMAIN, gqa.NAME:
-                inputs = [None if value is None else self._input(value) for value in node.inputs]
-                gqa_cpu.lower(nodes, inputs, outputs, gqa.Attributes(**attributes), self.shared)
+                given = [None if value is None else self._input(value) for value in node.inputs]
+                gqa_cpu.lower(nodes, given, outputs, gqa.Attributes(**attributes), self.shared)
             case moe.DOMAIN, moe.NAME:
                 tokens = self._input(sources[0]), self._input(sources[1])
                 experts = self._experts(sources[2:], attributes.get("quantisation", "none"))

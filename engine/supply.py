@@ -62,12 +62,6 @@ class Supply:
         name = f"{source.name}" if dtype == "float32" else f"{source.name}:{dtype}"
         return self._region(name, tensor, 0, tensor.shape.numpy(), dtype)
 
-    def slices(self, source: ir.Value) -> list[ir.Value]:
-        """A stacked weight's matrices in float32, one an expert."""
-        tensor = source.const_value
-        assert isinstance(tensor, ir.ExternalTensor)
-        return [self.part(source, index) for index in range(tensor.shape.numpy()[0])]
-
     def part(
         self,
         source: ir.Value,
@@ -87,13 +81,28 @@ class Supply:
             transposed: Whether the graph wants the last dimension first.
         """
         tensor = source.const_value
-        assert isinstance(tensor, ir.ExternalTensor)
+        if not isinstance(tensor, ir.ExternalTensor):
+            return self._small_part(source, index)
         own = tensor.shape.numpy()
         name, start = f"{source.name}", 0
         if index is not None:
             count, *rest = own
             name, start, own = f"{name}[{index}]", int(tensor.nbytes // count * index), tuple(rest)
         return self._region(name, tensor, start, own if shape is None else shape, convert, transposed)
+
+    def _small_part(self, source: ir.Value, index: int | None) -> ir.Value:
+        """A constant that lies in the graph itself, or a part of it."""
+        if index is None:
+            return self.widened(source)
+        name, tensor = f"{source.name}[{index}]", source.const_value
+        assert tensor is not None
+        if name not in self.initializers:
+            part = ir.tensor(tensor.numpy()[index], name=name)
+            kind = ir.TensorType(part.dtype)
+            self.initializers[name] = ir.Value(
+                name=name, shape=ir.Shape(part.shape.numpy()), type=kind, const_value=part
+            )
+        return self.initializers[name]
 
     def _region(
         self,

@@ -139,8 +139,13 @@ class LayerWalk:
             hidden_WSH = torch.from_numpy(np.ascontiguousarray(x[start : start + at_once]))
             normed_WSH = rms_norm(hidden_WSH, norm, self.spec.norm_eps)
             observe("attention_input", normed_WSH.flatten(0, 1))
-            products = (linear(normed_WSH, weight) for weight in (query_weight, key_weight, value_weight))
-            attended_WSN, keys_WSN, values_WSN = attend_in_chunks(*products, inv_freq, attributes)
+            attended_WSN, keys_WSN, values_WSN = attend_in_chunks(
+                linear(normed_WSH, query_weight),
+                linear(normed_WSH, key_weight),
+                linear(normed_WSH, value_weight),
+                inv_freq,
+                attributes,
+            )
             for name, tensor in (("keys", keys_WSN), ("values", values_WSN), ("attention_output", attended_WSN)):
                 observe(name, tensor.flatten(0, 1))
             self.attended[start : start + at_once] = (hidden_WSH + linear(attended_WSN, output_weight)).numpy()
@@ -235,7 +240,9 @@ def attend_in_chunks(
     step = attributes.chunk or length
     outputs = [
         scaled_dot_product_attention(
-            *(x[:, :, start : start + step] for x in (query, key, value)),
+            query[:, :, start : start + step],
+            key[:, :, start : start + step],
+            value[:, :, start : start + step],
             is_causal=True,
             scale=attributes.scale,
             enable_gqa=True,

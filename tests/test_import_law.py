@@ -10,6 +10,7 @@ GROUND = {"spec", "errors", "shards", "folder"}
 ALLOWED = {
     "plugins": GROUND,
     "export": GROUND | {"plugins"},
+    "calibration": GROUND | {"plugins", "export"},
     "engine": GROUND | {"plugins"},
     "runtime": GROUND | {"plugins"},
 }

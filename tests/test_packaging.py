@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("engine", "export", "plugins", "runtime")
+ROOMS = ("calibration", "engine", "export", "plugins", "runtime")
 
 
 def packages_in_tree() -> set[str]:

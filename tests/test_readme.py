@@ -8,7 +8,11 @@ README = (ROOT / "README.md").read_text("utf-8")
 def test_the_tree_in_the_readme_names_every_source_file() -> None:
     tree = README.partition("## The tree")[2].partition("## ")[0]
     named = set(re.findall(r"\b(\w+\.py)\b", tree))
-    files = {path.name for room in ("plugins", "export", "engine", "runtime") for path in (ROOT / room).rglob("*.py")}
+    files = {
+        path.name
+        for room in ("plugins", "export", "calibration", "engine", "runtime")
+        for path in (ROOT / room).rglob("*.py")
+    }
     files |= {path.name for path in ROOT.glob("*.py")}
     assert files - {"__init__.py"} <= named
     assert named - {"demo.py"} <= files

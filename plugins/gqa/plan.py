@@ -133,7 +133,7 @@ class Plan:
             )
         if geometry.head_dim > MOST_DIMS:
             raise BuildError(
-                f"heads of {geometry.head_dim} dimensions: our kernels take {MOST_DIMS} at most, build with --gqa native"
+                f"heads of {geometry.head_dim} dimensions: our kernels take {MOST_DIMS}, build with --gqa native"
             )
         self.geometry = geometry
         self.tiles = tiles(capability, geometry.cache != "none")

@@ -41,7 +41,7 @@ def ort_value(array: Array, dtype: ir.DataType) -> ort.OrtValue:
 
 
 def graph_of(inputs: list[ir.Value], output: ir.Value, nodes: list[ir.Node], **initializers: Any) -> ir.Graph:
-    imports = {"": OPSET, op.DOMAIN: op.VERSION}
+    imports = {"": OPSET, op.DOMAIN: op.VERSION, "com.microsoft": 1}
     return ir.Graph(inputs, [output], nodes=nodes, opset_imports=imports, name="case", **initializers)
 
 
@@ -68,17 +68,32 @@ def by_cpu_lowering(case: Case) -> Array:
     inputs = [ir.val(name, ir.DataType.FLOAT, arrays[name].shape) for name in ("hidden", "router_logits")]
     output = ir.val("output", ir.DataType.FLOAT, [None, None])
     experts = [
-        tuple(
-            Matrix(kind="none", weight=initializer(f"{name}.{index}", arrays[name][index]))
-            for name in ("gate_up", "down")
-        )
-        for index in range(case.weights)
+        tuple(matrix(case, arrays, name, index) for name in ("gate_up", "down")) for index in range(case.weights)
     ]
     nodes = Nodes()
     in_part = case.held is not None
     cpu.lower(nodes, *inputs, experts, case.hidden, output, case.attributes, in_part=in_part)  # type: ignore[arg-type]
-    weights = [matrix.weight for pair in experts for matrix in pair]
+    given = [value for pair in experts for part in pair for value in (part.weight, part.scale, part.input_scale)]
+    weights = [value for value in given if value is not None]
     return run(graph_of(inputs, output, nodes.list, initializers=weights), case, [])
+
+
+def matrix(case: Case, arrays: dict[str, Array], name: str, index: int) -> Matrix:
+    """One expert's matrix in the layout that the CPU's products take."""
+    kind, weight = case.attributes.quantisation, arrays[name][index]
+    if kind == "none":
+        return Matrix(kind=kind, weight=initializer(f"{name}.{index}", weight))
+    scale, x = arrays[f"{name}_scale"][index], "hidden_scale" if name == "gate_up" else "activated_scale"
+    if kind == "int4":
+        unsigned = (weight.astype(np.int8).T + 8).astype(np.uint8)  # [N, K]
+        packed = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+        weight, scale = packed.reshape(len(unsigned), len(scale), -1), np.ascontiguousarray(scale.T)
+    return Matrix(
+        kind=kind,
+        weight=initializer(f"{name}.{index}", weight.astype(np.float32) if kind == "fp8" else weight),
+        scale=initializer(f"{name}_scale.{index}", scale if kind == "int4" else scale[0]),
+        input_scale=initializer(f"{x}.{index}", arrays[x][index]) if case.static else None,
+    )
 
 
 def initializer(name: str, array: Array) -> ir.Value:
@@ -106,10 +121,12 @@ def test_an_implementation_equals_the_meaning(implementation: Callable[[Case], A
 
 
 @pytest.mark.parametrize("case", QUANTISED_CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("implementation", [by_function], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("implementation", [by_function, by_cpu_lowering], ids=lambda each: each.__name__)
 def test_an_implementation_of_quantised_experts_equals_the_meaning(
     implementation: Callable[[Case], Array], case: Case
 ) -> None:
+    if implementation is by_cpu_lowering and case.name == "int4, whole columns":
+        pytest.skip("the CPU's kernel knows blocks of 16 to 256 only, and no recipe makes others")
     expected = moe_dispatch(**case.inputs(), attributes=case.attributes)
     assert agrees(implementation(case), expected)
 

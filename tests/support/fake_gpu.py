@@ -31,40 +31,40 @@ class FakeDriver:
     def call(self, name: str, *arguments: Any) -> None:
         getattr(self, name)(*arguments)
 
-    def cuMemAlloc_v2(self, pointer: Any, size: Any) -> None:  # noqa: N802
+    def cuMemAlloc_v2(self, pointer: Any, size: Any) -> None:
         buffer = ctypes.create_string_buffer(b"\xff" * size.value, size.value)  # not zeros: nobody may rely on them
         address = ctypes.addressof(buffer)
         self.memory[address] = buffer
         ctypes.cast(pointer, ctypes.POINTER(ctypes.c_uint64))[0] = address
 
-    def cuMemFree_v2(self, address: Any) -> None:  # noqa: N802
+    def cuMemFree_v2(self, address: Any) -> None:
         del self.memory[address.value]
 
-    def cuMemcpyHtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> None:  # noqa: N802
+    def cuMemcpyHtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> None:
         self.check(target.value, size.value)
         ctypes.memmove(target.value, source, size.value)
 
-    def cuMemcpyDtoHAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> None:  # noqa: N802
+    def cuMemcpyDtoHAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> None:
         self.check(source.value, size.value)
         ctypes.memmove(target, source.value, size.value)
 
-    def cuMemsetD8Async(self, address: Any, value: int, size: Any, stream: Any) -> None:  # noqa: N802
+    def cuMemsetD8Async(self, address: Any, value: int, size: Any, stream: Any) -> None:
         self.check(address.value, size.value)
         ctypes.memset(address.value, value, size.value)
 
     def check(self, address: int, size: int) -> None:
         assert any(start <= address and address + size <= start + len(buffer) for start, buffer in self.memory.items())
 
-    def cuStreamSynchronize(self, stream: Any) -> None:  # noqa: N802
+    def cuStreamSynchronize(self, stream: Any) -> None:
         pass
 
-    def cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:  # noqa: N802
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
         pass
 
-    def cuCtxSetCurrent(self, context: Any) -> None:  # noqa: N802
+    def cuCtxSetCurrent(self, context: Any) -> None:
         pass
 
-    def cuStreamCreate(self, stream: Any, flags: int) -> None:  # noqa: N802
+    def cuStreamCreate(self, stream: Any, flags: int) -> None:
         pass
 
 
