@@ -55,7 +55,7 @@ def describe_engine(engine: dict[str, Any]) -> str:
 def profiles_table(engine: dict[str, Any]) -> Table:
     """What each profile takes and needs."""
     table = Table(
-        "profile", "rows", "tokens a row", "activations", "KV cache", "with weights", title="Memory on the GPU"
+        "profile", "rows", "tokens a row", "activations", "logits", "KV cache", "in all", title="Memory on the GPU"
     )
     for profile in engine["profiles"]:
         table.add_row(
