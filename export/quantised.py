@@ -143,7 +143,7 @@ class _Rewriting:
         key = x, choice.format, value
         if key not in self.inputs:
             scale = None if value is None else self._constant(scale_name)
-            self.inputs[key] = write_input(nodes, x, scale, choice.format, self.dtype)
+            self.inputs[key] = write_input(nodes, x, scale, choice.format, self.dtype, self.recipe.activation_bound)
         return self.inputs[key]
 
     def _rewrite_experts(self, node: ir.Node) -> None:
@@ -161,6 +161,8 @@ class _Rewriting:
         if is_static:
             scales += [self._constant(f"{unit}.{name}") for name in moe.ACTIVATION_SCALES]
         attributes["quantisation"] = choice.format
+        if self.recipe.activation_bound and choice.quantises_activations and not is_static:
+            attributes["activation_bound"] = self.recipe.activation_bound
         overload = f"{choice.format}_{'static' if is_static else 'dynamic'}"
         body = moe_body(moe.Attributes(**attributes), self.dtype, static=is_static, overload=overload)
         self._call(node, [hidden, router_logits, gate_up, down, *scales], attributes, body)

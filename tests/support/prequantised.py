@@ -1,7 +1,5 @@
 """Already quantised checkpoints of small random Llama 4s, each written by the library whose form it has."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +100,9 @@ def observe_inputs(model: Any, ids: Tensor) -> dict[str, Tensor]:
     largest: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_pre_hook(
-            lambda _, arguments, name=name: largest.update({name: arguments[0].abs().amax()}) if len(arguments) else None
+            lambda _, arguments, name=name: (
+                largest.update({name: arguments[0].abs().amax()}) if len(arguments) else None
+            )
         )
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
