@@ -168,7 +168,7 @@ def _compressed_tensors(reader: _Reader) -> Scheme:
     reader.demand("quantization_status", "compressed", ["compressed"], "save the checkpoint compressed")
     if reader.get("transform_config"):
         reader.refuse("transform_config", "rotated checkpoints are not taken: quantise without transforms")
-    if (sparsity := reader.get("sparsity_config")) and sparsity.get("format", "dense") != "dense":
+    if reader.get("sparsity_config") and reader.part("sparsity_config").get("format", "dense") != "dense":
         reader.refuse("sparsity_config", "sparse checkpoints are not taken: quantise without sparsity")
     groups = reader.part("config_groups")
     if not groups.values:
@@ -187,8 +187,8 @@ def _group(reader: _Reader) -> Group:
     if weights.get("actorder") in ("group", "dynamic", True):
         weights.refuse("actorder", "act-order shuffles the inputs of groups: quantise with actorder weight or null")
     targets = reader.get("targets", [])
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        reader.refuse("targets", "expected a list of names")
+    if not isinstance(targets, list) or not all(_is_target(target) for target in targets):
+        reader.refuse("targets", "expected a list of names, or of patterns behind re:")
     if kind == "int4":
         if reader.get("input_activations"):
             reader.refuse("input_activations", "Arriero takes 4-bit weights with unquantised activations (W4A16)")
@@ -207,6 +207,14 @@ def _group(reader: _Reader) -> Group:
     expected = "token" if is_dynamic else "tensor"
     inputs.demand("strategy", expected, [expected], "Arriero takes one static scale a tensor, or dynamic ones a token")
     return Group(format=kind, activations="dynamic" if is_dynamic else "static", targets=tuple(targets))
+
+
+def _is_target(target: Any) -> bool:
+    """Whether a target is a name, or a pattern that can be matched."""
+    try:
+        return isinstance(target, str) and (target[:3] != "re:" or re.compile(target[3:]) is not None)
+    except re.error:
+        return False
 
 
 def _format(reader: _Reader) -> Literal["int8", "fp8", "int4"]:
