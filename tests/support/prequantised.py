@@ -152,13 +152,13 @@ def write_fbgemm(model: Any, folder: Path, ids: Tensor, bound: float) -> Tensor:
     tensors, left_out = {}, ["lm_head", "self_attn", "router"]
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not any(part in name for part in left_out):
-            stored, scale = rows_in_e4m3(module.weight)
+            stored, scale = rows_in_e4m3(module.weight.float())
             tensors |= {f"{name}.weight": stored, f"{name}.weight_scale": scale}
             model.set_submodule(name, RowwiseLinear(stored, scale, bound))
         elif type(module).__name__ == "Llama4TextExperts":
             experts = []
             for part in ("gate_up_proj", "down_proj"):
-                stored, scale = rows_in_e4m3(getattr(module, part).transpose(1, 2))
+                stored, scale = rows_in_e4m3(getattr(module, part).float().transpose(1, 2))
                 shape = (len(scale), 1, -1) if part == "gate_up_proj" else (len(scale), -1, 1)
                 tensors |= {
                     f"{name}.{part}": stored.transpose(1, 2).contiguous(),
@@ -193,8 +193,8 @@ class RowwiseLinear(nn.Module):
         self.weight_NK, self.bound = stored_NK.float() * scale_N1, bound
 
     def forward(self, x: Tensor) -> Tensor:
-        stored, scale = rows_in_e4m3(x, self.bound)
-        return (stored.float() * scale) @ self.weight_NK.T
+        stored, scale = rows_in_e4m3(x.float(), self.bound)
+        return ((stored.float() * scale) @ self.weight_NK.T).to(x.dtype)
 
 
 class RowwiseExpert(nn.Module):
