@@ -23,6 +23,7 @@ from .checkpoint import Checkpoint, expected_tensors, open_checkpoint, read_json
 from .config import DTYPES, text_config
 from .placement import Placement, place_quantised, place_ranks, place_whole
 from .portions import FORMAT_NAMES
+from .prequantised import Prequantised
 from .quantised import quantise_graph
 from .scheme import MODELOPT
 from .split import Split, split_model
@@ -71,7 +72,9 @@ def export_checkpoint(
     check_apart(source, target)
     check_free(target, force=force)
     opened = open_checkpoint(source, any_dtype=dtype is not None)
-    _check_quantised(opened, dtype, tp)
+    if opened.quantised is not None:
+        _check_quantised(opened.spec, dtype, tp)
+        _notice_quantised(opened.quantised, notice)
     if opened.vision_tensors:
         notice(f"The {opened.vision_tensors} tensors of the vision tower are left out: the text decoder is exported.")
     split = split_model(opened.spec, tp, ep)
@@ -99,20 +102,23 @@ def export_checkpoint(
     return target
 
 
-def _check_quantised(checkpoint: Checkpoint, dtype: DType | None, tp: int) -> None:
+def _check_quantised(spec: ModelSpec, dtype: DType | None, tp: int) -> None:
     """Refuses what is not done with an already quantised checkpoint.
 
     Raises:
         ExportError: It would have to be converted or split.
     """
-    if checkpoint.quantised is None:
-        return
-    if dtype not in (None, checkpoint.spec.dtype):
-        raise ExportError(
-            f"dtype is {dtype}, a quantised checkpoint is not converted: leave it at {checkpoint.spec.dtype}"
-        )
+    if dtype not in (None, spec.dtype):
+        raise ExportError(f"dtype is {dtype}, a quantised checkpoint is not converted: leave it at {spec.dtype}")
     if tp > 1:
         raise ExportError(f"tp is {tp}, a quantised checkpoint is not split: split the one it was made from")
+
+
+def _notice_quantised(quantised: Prequantised, notice: Callable[[str], None]) -> None:
+    scheme, recipe = quantised.scheme, quantised.recipe
+    notice(f"The checkpoint is quantised ({scheme.method}, {recipe.format}): its own scales are kept.")
+    if scheme.kv_cache != recipe.kv_cache:
+        notice(f"It asks for {scheme.kv_cache} caches but holds no scales of keys and values: they are not quantised.")
 
 
 def _make_whole(

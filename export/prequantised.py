@@ -28,12 +28,14 @@ class Prequantised:
     """What was found.
 
     Attributes:
+        scheme: What the configuration says.
         recipe: How the model is quantised.
         tensors: The quantised weights and their scales.
         plain: The checkpoint's other tensors, not yet checked.
         plain_shapes: Names and shapes that those must have.
     """
 
+    scheme: Scheme
     recipe: Recipe
     tensors: Tensors
     plain: dict[str, Tensor]
@@ -82,7 +84,13 @@ class _Search:
             raise CheckpointError("config.json has a quantization_config, but no weight is quantised: remove it there")
         kv_cache = self._find_cache_scales()
         recipe = recipe_of(self.groups, kv_cache, self.scheme.activation_bound)
-        return Prequantised(recipe=recipe, tensors=self.tensors, plain=self.finder.left, plain_shapes=self.expected)
+        return Prequantised(
+            scheme=self.scheme,
+            recipe=recipe,
+            tensors=self.tensors,
+            plain=self.finder.left,
+            plain_shapes=self.expected,
+        )
 
     def _find_linear(self, unit: str) -> None:
         module = self._full(unit)

@@ -56,6 +56,11 @@ def fp8(make_llama4: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def fp8_model(fp8: Path) -> Path:
+    return export_checkpoint(fp8, fp8.parent / "model")
+
+
 def difference(model: Path, expected: torch.Tensor) -> float:
     return float(np.abs(arriero.load(model).logits(IDS) - expected.numpy()).max())
 
@@ -117,11 +122,8 @@ def test_a_fbgemm_checkpoint_computes_what_its_kernels_do(make_llama4: Make, tmp
     )
     assert read_spec(model).recipe == recipe
     assert difference(model, expected) < 1e-5
-    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
-    config["quantization_config"]["activation_scale_ub"] = 1200.0
-    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
-    unbounded = export_checkpoint(tmp_path / "checkpoint", tmp_path / "unbounded")
-    assert difference(unbounded, expected) > 0.01
+    unbounded = write.write_fbgemm(make_llama4(**GEOMETRY), tmp_path / "unbounded", torch.tensor(IDS), bound=1200.0)
+    assert (unbounded - expected).abs().max() > 0.01
 
 
 def test_groups_of_several_formats_make_a_recipe_with_overrides(make_llama4: Make, tmp_path: Path) -> None:
@@ -142,13 +144,12 @@ def test_groups_of_several_formats_make_a_recipe_with_overrides(make_llama4: Mak
     assert difference(model, expected) < 1e-5
 
 
-def test_what_fits_stays_in_place_and_the_rest_is_written_once(fp8: Path, tmp_path: Path) -> None:
-    model = export_checkpoint(fp8, tmp_path / "model")
-    spec = read_spec(model)
+def test_what_fits_stays_in_place_and_the_rest_is_written_once(fp8: Path, fp8_model: Path) -> None:
+    spec = read_spec(fp8_model)
     places = {file.name: file.path for file in spec.weight_files}
     assert places.pop("model.safetensors") == str(fp8 / "model.safetensors")
     assert set(places) == {"quantised-00000.safetensors", "quantised-00001.safetensors"}
-    written, stored = tensors_of(model), tensors_of(fp8)
+    written, stored = tensors_of(fp8_model), tensors_of(fp8)
     assert not [name for name in written if name.endswith("q_proj.weight")]
     experts = "model.layers.1.feed_forward.experts"
     wanted = torch.stack(
@@ -171,16 +172,15 @@ def test_weights_that_are_copied_make_the_folder_stand_alone(int4: Path, tmp_pat
     assert np.array_equal(arriero.load(model).logits(IDS), in_place)
 
 
-def test_the_canonical_graph_is_that_of_a_calibrated_model(fp8: Path, tmp_path: Path) -> None:
-    model = export_checkpoint(fp8, tmp_path / "model")
-    graph = ir.load(model / "decoder.onnx").graph
+def test_the_canonical_graph_is_that_of_a_calibrated_model(fp8_model: Path) -> None:
+    graph = ir.load(fp8_model / "decoder.onnx").graph
     linears = [linear for node in graph if (linear := read_linear(node)) is not None]
     assert {linear.kind for linear in linears} == {"fp8"}
     assert len(linears) == 2 * 4 + 2 * 3
     assert len([node for node in graph if node.op_type == "QuantizeLinear"]) == 2 * 4  # one for all that read an input
 
 
-def test_a_calibrated_model_is_not_made_of_it(fp8: Path, tmp_path: Path) -> None:
+def test_it_is_neither_converted_nor_split(fp8: Path, tmp_path: Path) -> None:
     for options, expected in (
         ({"dtype": "bfloat16"}, "dtype is bfloat16, a quantised checkpoint is not converted: leave it at float32"),
         ({"tp": 2}, "tp is 2, a quantised checkpoint is not split"),
@@ -233,6 +233,35 @@ DAMAGES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ),
 ]
 Q, E = "model.layers.1.self_attn.q_proj.", "model.layers.1.feed_forward.experts."
+
+
+def test_a_multimodal_checkpoint_exports_its_quantised_text(fp8: Path, fp8_model: Path, tmp_path: Path) -> None:
+    config = json.loads((fp8 / "config.json").read_text())
+    scheme = config.pop("quantization_config")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    nested = {"model_type": "llama4", "text_config": config, "quantization_config": scheme}
+    (folder / "config.json").write_text(json.dumps(nested))
+    tensors = {f"language_model.{name}": tensor for name, tensor in tensors_of(fp8).items()}
+    tensors["vision_model.class_embedding"] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    said: list[str] = []
+    model = export_checkpoint(folder, tmp_path / "model", notice=said.append)
+    assert said[0] == "The checkpoint is quantised (compressed-tensors, fp8): its own scales are kept."
+    assert np.array_equal(arriero.load(model).logits(IDS), arriero.load(fp8_model).logits(IDS))
+
+
+def test_caches_without_scales_are_left_as_they_are_with_a_notice(fp8: Path, tmp_path: Path) -> None:
+    shutil.copytree(fp8, tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith(("k_scale", "v_scale"))}
+    save_file(tensors, path, {"format": "pt"})
+    said: list[str] = []
+    model = export_checkpoint(tmp_path / "checkpoint", tmp_path / "model", notice=said.append)
+    assert "It asks for fp8 caches but holds no scales of keys and values: they are not quantised." in said
+    recipe = read_spec(model).recipe
+    assert recipe is not None
+    assert recipe.kv_cache == "none"
 
 
 @pytest.mark.parametrize("case", range(len(DAMAGES)))
