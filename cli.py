@@ -197,6 +197,9 @@ def build(
 @app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Model or bundle folder.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="List each fused layer of an engine with its sizes.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -204,7 +207,7 @@ def inspect(
     with errors_shown(debug):
         from .summary import summarise
 
-        found = summarise(folder)
+        found = summarise(folder, every_layer=layers)
         if as_json:
             print(json.dumps(found))
         else:

@@ -16,8 +16,12 @@ QUIET = ("shape_call", "signal", "wait", "copy", "NoOp", "Constant", "ShapeHostT
 """Kinds of layers that move or order things and compute nothing."""
 
 
-def summarise(folder: str | Path) -> dict[str, Any]:
+def summarise(folder: str | Path, *, every_layer: bool = False) -> dict[str, Any]:
     """Describes a folder.
+
+    Args:
+        folder: A model or bundle folder.
+        every_layer: Whether an engine's fused layers are listed one by one, beside how many there are of each kind.
 
     Returns:
         JSON-ready: the folder's kind and source, the model's geometry, its KV cache, and of an engine its profiles with
@@ -39,7 +43,10 @@ def summarise(folder: str | Path) -> dict[str, Any]:
     }
     if spec.engine is not None:
         found["engine"] = _with_totals(_engine(path, spec, spec.engine))
-        found["layers"] = _layers(path)
+        layers = _read_layers(path)
+        found["layers"] = _counted(layers)
+        if every_layer:
+            found["every_layer"] = layers
     return found
 
 
@@ -112,18 +119,18 @@ def _with_totals(engine: dict[str, Any]) -> dict[str, Any]:
     return engine
 
 
-def _layers(folder: Path) -> list[dict[str, Any]]:
-    """How many layers there are of each kind and type of output, those that compute nothing left out."""
+def _read_layers(folder: Path) -> list[dict[str, Any]]:
+    """The engine's fused layers, those that compute nothing left out."""
     path = folder / "layers.json"
     try:
-        layers = json.loads(path.read_text("utf-8"))
-        counted = Counter(
-            (layer["kind"], _types(layer["inputs"]), _types(layer["outputs"]))
-            for layer in layers
-            if layer["kind"] not in QUIET
-        )
+        return [layer for layer in json.loads(path.read_text("utf-8")) if layer["kind"] not in QUIET]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FolderError(f"{path}: cannot be read ({error}): build the bundle again") from error
+
+
+def _counted(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many layers there are of each kind and types."""
+    counted = Counter((layer["kind"], _types(layer["inputs"]), _types(layer["outputs"])) for layer in layers)
     names = ("kind", "inputs", "outputs", "count")
     return [dict(zip(names, (*key, count), strict=True)) for key, count in counted.most_common()]
 

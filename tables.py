@@ -38,6 +38,8 @@ def show_summary(found: dict[str, Any]) -> None:
     if engine is not None:
         console.print(profiles_table(engine))
         console.print(layers_table(found["layers"]))
+    if "every_layer" in found:
+        console.print(every_layer_table(found["every_layer"]))
 
 
 def describe_engine(engine: dict[str, Any]) -> str:
@@ -53,7 +55,7 @@ def describe_engine(engine: dict[str, Any]) -> str:
 def profiles_table(engine: dict[str, Any]) -> Table:
     """What each profile takes and needs."""
     table = Table(
-        "profile", "rows", "tokens a row", "activations", "KV cache", "with weights", title="Memory on the GPU"
+        "profile", "rows", "tokens a row", "activations", "logits", "KV cache", "in all", title="Memory on the GPU"
     )
     for profile in engine["profiles"]:
         table.add_row(
@@ -74,6 +76,33 @@ def layers_table(layers: list[dict[str, Any]]) -> Table:
     for layer in layers:
         table.add_row(str(layer["count"]), layer["kind"], layer["inputs"], layer["outputs"])
     return table
+
+
+def every_layer_table(layers: list[dict[str, Any]]) -> Table:
+    """Each fused layer: what of the graph is in it, and its tensors' types and sizes; -1 is a size that varies."""
+    table = Table(title="Every fused layer", show_lines=True)
+    for header in ("of the graph", "kind", "in", "out"):
+        table.add_column(header, overflow="fold")
+    for layer in layers:
+        table.add_row(parts(layer), layer["kind"], tensors(layer["inputs"]), tensors(layer["outputs"]))
+    return table
+
+
+def parts(layer: dict[str, Any]) -> str:
+    """The layer and the weights or ops whose nodes were fused, `layers.0: self_attn.q_proj, self_attn.k_proj`."""
+    found: dict[str, dict[str, None]] = {}
+    for node in layer["nodes"]:
+        where, _, rest = node.partition("/")
+        what = rest.partition("/")[0]
+        named = "." in what or what in ("GroupedQueryAttention", "MoeDispatch")
+        found.setdefault(where, {}).update({what: None} if named else {})
+    lines = [f"{where}: {', '.join(names)}" if names else where for where, names in found.items()]
+    return "\n".join(lines) or layer["name"]
+
+
+def tensors(described: list[dict[str, Any]]) -> str:
+    """Types and dimensions, a line each."""
+    return "\n".join(f"{each['dtype']} {'×'.join(map(str, each['dims'])) or 'scalar'}" for each in described)
 
 
 def size(count: int) -> str:

@@ -100,7 +100,8 @@ class Input:
             rounded = round_nearest(moved_NK, scales_NG, choice.format)
             return fake_quantise(rows_RK, choice.format, self.scale(choice, exponents_K)) @ rounded.wide().T
 
-        return Reader(weight_NK, self.statistics.sample(torch.zeros_like(self.exponents_K)), quantise)
+        sample_RK = self.statistics.sample(torch.zeros_like(self.exponents_K))
+        return Reader(weight_NK, sample_RK, sample_RK @ weight_NK.T, quantise)
 
 
 def quantise_product(

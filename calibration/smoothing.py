@@ -25,11 +25,13 @@ class Reader:
     Attributes:
         weight_NK: Its weight.
         sample_RK: Some of its input's rows.
+        exact_RN: The product of these.
         quantise: The product that its quantised form computes of rows [R, K] and a weight [N, K].
     """
 
     weight_NK: Tensor
     sample_RK: Tensor
+    exact_RN: Tensor
     quantise: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -70,9 +72,9 @@ def output_error(readers: Sequence[Reader], exponents_K: Tensor) -> float:
     factor_K = torch.exp2(exponents_K.float())
     total = 0.0
     for reader in readers:
-        exact_RN = reader.sample_RK @ reader.weight_NK.T
         found_RN = reader.quantise(reader.sample_RK / factor_K, reader.weight_NK * factor_K, exponents_K)
-        total += float((found_RN - exact_RN).square().sum() / exact_RN.square().sum().clamp(min=1e-30))
+        signal = reader.exact_RN.square().sum().clamp(min=1e-30)
+        total += float((found_RN - reader.exact_RN).square().sum() / signal)
     return total
 
 

@@ -5,7 +5,7 @@ import pytest
 from arriero.engine import Options, build_bundle
 from arriero.errors import FolderError
 from arriero.summary import summarise
-from arriero.tables import show_summary, size
+from arriero.tables import parts, show_summary, size
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,14 @@ def test_the_tables_show_it(bundle: Path, capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     for text in ("tensorrt-rtx:sm89", "Memory on the GPU", "prefill", "1–64", "gemm", "2.0 kB a token"):
         assert text in shown
+
+
+def test_every_layer_is_listed_with_its_sizes(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = summarise(bundle, every_layer=True)
+    assert len(found["every_layer"]) == sum(layer["count"] for layer in found["layers"])
+    assert "layers.0: self_attn.o_proj" in {parts(layer) for layer in found["every_layer"]}
+    show_summary(found)
+    assert "192×192" in capsys.readouterr().out
 
 
 def test_damaged_layers_are_named(bundle: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def refused(run: subprocess.CompletedProcess[str], said: str) -> None:
 def test_help_names_every_verb() -> None:
     run = arriero("--help")
     assert run.returncode == 0
-    assert all(verb in run.stdout for verb in ("export", "build", "run"))
+    assert all(verb in run.stdout for verb in ("export", "calibrate", "build", "run"))
 
 
 def test_export_build_and_run_agree(tiny: Path, tmp_path: Path) -> None:
@@ -40,6 +40,17 @@ def test_export_build_and_run_agree(tiny: Path, tmp_path: Path) -> None:
     assert len(texts[0]) > 12
     refused(arriero("export", tiny, "-o", tmp_path / "model"), "exists: choose another output, or --force")
     assert arriero("export", tiny, "-o", tmp_path / "model", "--force").returncode == 0
+
+
+def test_calibrate_lists_each_weight_and_its_model_runs(tiny_model: Path, tmp_path: Path) -> None:
+    text = Path(__file__).parent.parent.parent / "README.md"
+    arguments = ("--recipe", "int8", "--data", text, "--samples", 4, "--floor", 1, "--kv-cache", "int8", "--json")
+    run = arriero("calibrate", tiny_model, "-o", tmp_path / "int8", *arguments)
+    assert run.returncode == 0, run.stderr
+    weights = json.loads(run.stdout)["weights"]
+    assert len(weights) == 8 * 7 + 4 * 8 * 2
+    assert min(weight["output_sqnr"] for weight in weights) > 20
+    assert len(arriero("run", tmp_path / "int8", "--prompt", "The for statement", "--max-new-tokens", 12).stdout) > 12
 
 
 def test_run_prints_json_for_programs(tiny_model: Path) -> None:
@@ -75,7 +86,15 @@ def test_chat_takes_a_line_a_turn(tiny_model: Path) -> None:
             ("export", "{tiny}", "-o", "{out}", "--tp", "2", "--ep", "3"),
             "ep is 3, which does not divide tp (2): choose",
         ),
-        (("build", "{model}", "-o", "{out}", "--target", "tpu"), "target 'tpu' is unknown: choose one of cpu"),
+        (
+            ("calibrate", "{model}", "-o", "{out}", "--recipe", "int8", "--data", "/nowhere"),
+            "/nowhere: No such file or directory: give text files with --data",
+        ),
+        (
+            ("calibrate", "{model}", "-o", "{out}", "--recipe", "int4", "--data", "x", "--group-size", "48"),
+            "group size 48 is none of 32, 64 and 128",
+        ),
+        (("build", "{model}", "-o", "{out}", "--target", "tpu"), "target 'tpu' is unknown: choose cpu"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(

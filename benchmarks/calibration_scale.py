@@ -1,0 +1,86 @@
+"""Calibration's memory and time against depth and width, and the speed of its quantising against a plain copy.
+
+Writes random Scout-like checkpoints (16 experts in every layer), exports them, and calibrates each in a process of its
+own over the same few tokens, so that the weights and not the text take the time. `anonymous` is the process's own
+memory at its peak; the mapped checkpoint and the mapped hidden states can be dropped by the system.
+
+    python benchmarks/calibration_scale.py [--recipe int8] [--deepest 24]
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from load_in_place import GEOMETRY, fill
+from rich.console import Console
+from rich.table import Table
+from sparse import write_sparse_checkpoint
+
+from arriero.export import export_checkpoint
+
+RUN = """
+import json, sys, threading, time
+import numpy as np
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1e3
+from arriero.calibration import calibrate_model
+before, peak, done = anonymous(), [0.0], threading.Event()
+def watch():
+    while not done.wait(0.01):
+        peak[0] = max(peak[0], anonymous())
+threading.Thread(target=watch, daemon=True).start()
+ids = np.random.default_rng(0).integers(3, 30000, (4, 256))
+started = time.perf_counter()
+calibrate_model(sys.argv[1], sys.argv[2], recipe=sys.argv[3], data=ids, floor=0)
+print(json.dumps([time.perf_counter() - started, peak[0] - before]))
+"""
+
+
+def measure(hidden: int, layers: int, recipe: str, folder: Path) -> tuple[float, float, float, float]:
+    """Gigabytes of weights, seconds, peak anonymous megabytes, and seconds of a plain copy of the weights."""
+    config: dict[str, Any] = {
+        **GEOMETRY,
+        "hidden_size": hidden,
+        "intermediate_size": hidden,
+        "num_attention_heads": hidden // 64,
+        "num_hidden_layers": layers,
+        "dtype": "float32",
+    }
+    write_sparse_checkpoint(config, folder / "float32", dtype="F32")
+    fill(folder / "float32")
+    model = export_checkpoint(folder / "float32", folder / "model", dtype="bfloat16")
+    shutil.rmtree(folder / "float32")
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    started = time.perf_counter()
+    for path in model.glob("*.safetensors"):
+        shutil.copyfile(path, folder / "copy")
+    copying = time.perf_counter() - started
+    command = [sys.executable, "-c", RUN, str(model), str(folder / "quantised"), recipe]
+    seconds, peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return size / 1e9, seconds, peak, copying
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Calibration against depth and width.")
+    parser.add_argument("--recipe", default="int8")
+    parser.add_argument("--deepest", type=int, default=8)
+    arguments = parser.parse_args()
+    columns = ("hidden", "layers", "weights, GB", "seconds", "GB/s", "copy, GB/s", "peak anonymous, MB")
+    table = Table(*columns, title=f"Calibration to {arguments.recipe}, 1,024 tokens")
+    sizes = [(1024, layers) for layers in (2, 4, 8, 16, 24, 32) if layers <= arguments.deepest]
+    for hidden, layers in [*sizes, (512, 4), (2048, 4)]:
+        with tempfile.TemporaryDirectory() as name:
+            size, seconds, peak, copying = measure(hidden, layers, arguments.recipe, Path(name))
+        numbers = (f"{size:.2f}", f"{seconds:.1f}", f"{size / seconds:.2f}", f"{size / copying:.2f}", f"{peak:.0f}")
+        table.add_row(str(hidden), str(layers), *numbers)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
