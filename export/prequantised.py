@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..spec import ModelSpec, Override, Recipe
 from .choice import units
+from .portions import FORMAT_NAMES
 from .restacked import Tensors
 from .scheme import Group, Scheme
 from .stored import Finder, Stored, Tensor
@@ -68,7 +69,7 @@ class _Search:
     ) -> None:
         self.finder = Finder(found, scheme)
         self.expected, self.spec, self.scheme = dict(expected), spec, scheme
-        self.prefix = f"{prefix}model."
+        self.prefix = prefix
         self.tensors = Tensors()
         self.groups: dict[str, Group | None] = {}
 
@@ -123,6 +124,11 @@ class _Search:
             self.groups[unit] = stacks[0].group
         elif any(name.startswith(f"{module}.0.") for name in self.finder.left):
             gates, ups, downs = (self._modules(module, part) for part in ("gate", "up", "down"))
+            stored = gates[0].weight.region.dtype
+            if gates[0].group is None and stored != FORMAT_NAMES[spec.dtype]:
+                raise CheckpointError(
+                    f"the experts of {module!r} are {stored}, config.json says {spec.dtype}: convert them"
+                )
             self.tensors.add_experts(module, gates, ups, downs)
             self.groups[unit] = gates[0].group
         else:
@@ -166,7 +172,7 @@ class _Search:
 
     def _full(self, unit: str) -> str:
         """A unit's name in the checkpoint."""
-        return f"{self.prefix.removesuffix('model.')}lm_head" if unit == "lm_head" else f"{self.prefix}{unit}"
+        return f"{self.prefix}{unit}" if unit == "lm_head" else f"{self.prefix}model.{unit}"
 
 
 def recipe_of(

@@ -1,8 +1,9 @@
 """The tensors of a quantised model that its checkpoint does not hold as the graph reads them, written anew.
 
 Enters: `Stored` weights. Leaves: for each linear and each layer's experts the tensors that the graph reads, those that
-lie in the checkpoint as they are and those to be made; and files of the latter. Values are moved, turned and packed
-but never rounded. No more than one expert or one linear is held in memory.
+lie in the checkpoint as they are and those to be made; and files of the latter. Values are moved, turned and packed,
+never rounded; scales are widened, but for those of int4 linears, which take the graph's type. No more than one expert
+or one linear is held in memory.
 """
 
 import json
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ExportError
 from ..spec import DType
 from .portions import FORMAT_NAMES, NUMPY_DTYPES
 from .stored import Stored, Tensor
@@ -115,9 +116,7 @@ class Tensors:
     def _add_scales(self, name: str, stored: Stored, shape: tuple[int, ...], dtype: DType = "float32") -> None:
         """A weight's scales, read when they are written."""
         written = FORMAT_NAMES[dtype]
-        self.made[name] = Made(
-            dtype=written, shape=shape, pieces=lambda: iter([stored.scales().astype(NUMPY_DTYPES[written])])
-        )
+        self.made[name] = Made(dtype=written, shape=shape, pieces=lambda: iter([converted_scales(stored, written)]))
 
     def add_values(self, name: str, values: NDArray[np.float32]) -> None:
         """A small tensor that is known already."""
@@ -144,6 +143,22 @@ def check_alike(unit: str, experts: Sequence[Stored]) -> None:
                 f"{stored.module!r} is {stored.format}, {experts[0].module!r} is {experts[0].format}: "
                 f"all experts of {unit!r} must be quantised alike"
             )
+
+
+def converted_scales(stored: Stored, dtype: str) -> Array:
+    """A weight's scales in another of safetensors' types.
+
+    Raises:
+        ExportError: One does not fit that type.
+    """
+    scales = stored.scales()
+    with np.errstate(over="ignore"):
+        converted: Array = scales.astype(NUMPY_DTYPES[dtype])
+    if (bad := (converted == 0) | np.isinf(converted)).any():
+        raise ExportError(
+            f"{stored.module!r} has the scale {scales[bad][0]}, which does not fit {dtype}: scale the model"
+        )
+    return converted
 
 
 def packed(stored: Stored) -> Array:

@@ -144,6 +144,17 @@ def test_groups_of_several_formats_make_a_recipe_with_overrides(make_llama4: Mak
     assert difference(model, expected) < 1e-5
 
 
+def test_experts_that_are_left_out_are_stacked_as_they_are(make_llama4: Make, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    folder, left_out = tmp_path / "checkpoint", [r"re:.*experts\.\d+\..*"]
+    expected = write.write_compressed_tensors(
+        make_llama4(**GEOMETRY), folder, write.SCHEMES["int8 static"], torch.tensor(IDS), ignore=left_out
+    )
+    model = export_checkpoint(folder, tmp_path / "model")
+    assert difference(model, expected) < 1e-5
+    assert tensors_of(model)["model.layers.1.feed_forward.experts.down_proj"].dtype == torch.float32
+
+
 def test_what_fits_stays_in_place_and_the_rest_is_written_once(fp8: Path, fp8_model: Path) -> None:
     spec = read_spec(fp8_model)
     places = {file.name: file.path for file in spec.weight_files}
