@@ -129,6 +129,6 @@ QUANTISED_CASES = (
     Case(name="int4, whole columns", attributes=INT4, tokens=12, experts=4, hidden=48, expert_size=32),
     Case(name="int8, held in part", attributes=from_expert(4, 2, "int8"), tokens=33, experts=8, held=4, static=True),
     Case(name="fp8, held in part", attributes=from_expert(0, 1, "fp8"), tokens=33, experts=8, held=4),
-    Case(name="int4, held in part", attributes=from_expert(2, 1, "int4"), tokens=33, experts=8, held=4),
+    Case(name="int4, held in part", attributes=from_expert(2, 1, "int4"), tokens=33, experts=8, held=4, expert_size=32),
 )
 """The same op over quantised experts."""
