@@ -39,10 +39,10 @@ class Group:
     group_size: int = 0
     targets: tuple[str, ...] = field(default=(), compare=False)
 
-    def takes(self, module: str) -> bool:
-        """Whether a linear is one of the targets."""
+    def names(self, module: str) -> bool:
+        """Whether a linear is among the targets by its name, and not only by its class."""
         return any(
-            target == "Linear" or target == module or (target[:3] == "re:" and re.match(target[3:], module))
+            target == module or (target[:3] == "re:" and re.match(target[3:], module) is not None)
             for target in self.targets
         )
 
@@ -71,7 +71,8 @@ class Scheme:
         """
         fitting = [group for group in self.groups if group.format == kind]
         if len(fitting) > 1:
-            fitting = [group for group in fitting if group.takes(module)] or fitting
+            named = [group for group in fitting if group.names(module)]
+            fitting = named or [group for group in fitting if "Linear" in group.targets] or fitting
         if not fitting:
             found = ", ".join(dict.fromkeys(group.format for group in self.groups))
             raise CheckpointError(

@@ -58,21 +58,25 @@ def test_each_method_is_read() -> None:
     assert read_scheme({"model_type": "llama4_text", "quantization_config": inside}) == expected
 
 
-def test_of_several_groups_the_one_that_targets_a_module_counts() -> None:
+@pytest.mark.parametrize("targets", [["re:.*attn.*"], ["Linear"]])
+def test_of_several_groups_the_one_that_targets_a_module_counts(targets: list[str]) -> None:
     static = {**INPUTS, "strategy": "tensor", "dynamic": False}
     scheme = read_scheme(
         config(
             config_groups={
                 "a": {"targets": ["re:.*experts.*"], "weights": WEIGHTS, "input_activations": INPUTS},
-                "b": {"targets": ["re:.*attn.*"], "weights": WEIGHTS, "input_activations": static},
+                "b": {"targets": targets, "weights": WEIGHTS, "input_activations": static},
             }
         )
     )
     assert scheme is not None
     assert scheme.group("model.layers.0.self_attn.q_proj", "fp8").activations == "static"
     assert scheme.group("model.layers.0.feed_forward.experts.3.up_proj", "fp8").activations == "dynamic"
-    with pytest.raises(CheckpointError, match="several groups of fp8, none of which targets 'lm_head'"):
-        scheme.group("lm_head", "fp8")
+    if targets == ["Linear"]:
+        assert scheme.group("lm_head", "fp8").activations == "static"
+    else:
+        with pytest.raises(CheckpointError, match="several groups of fp8, none of which targets 'lm_head'"):
+            scheme.group("lm_head", "fp8")
     with pytest.raises(CheckpointError, match="'lm_head' is stored as int8, quantization_config knows fp8 only"):
         scheme.group("lm_head", "int8")
 
