@@ -176,6 +176,8 @@ class Recipe:
         rounding: To the nearest value, or with GPTQ's correction of what is rounded later.
         group_size: Rows of a weight that share a scale in `int4`.
         kv_cache: How keys and values are stored.
+        activation_bound: The largest magnitude that a token's own scale is chosen for: larger ones are clipped; 0 is
+            none.
         overrides: Exceptions, of which a later one goes before an earlier one.
     """
 
@@ -189,6 +191,7 @@ class Recipe:
     rounding: Literal["nearest", "gptq"] = "nearest"
     group_size: int = 64
     kv_cache: Literal["none", "int8", "fp8"] = "none"
+    activation_bound: float = 0.0
     overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..export.choice import Choice, choose
 from ..export.walk import Hidden, LayerWalk, Observe, Weights
 from ..plugins.quantisation import LARGEST
 from ..spec import ModelSpec, Recipe
 from .product import Input, Product, Record, quantise_product
-from .recipe import Choice, choose
 from .shard import pack_int4
 from .smoothing import Reader, awq_exponents, search, smoothquant_exponents
 from .statistics import Statistics

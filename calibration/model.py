@@ -16,22 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import CalibrationError, FolderError
+from ..export.choice import choose, units
 from ..export.llama4 import rms_norm
+from ..export.quantised import quantise_graph
 from ..export.walk import TOKENS, Hidden, Weights, embed
 from ..folder import SPEC, carry_files, check_apart, check_free, find_files, read_spec, resumed_folder
 from ..shards import identity, open_shard
 from ..spec import FolderSpec, ModelSpec, Recipe, WeightFile
 from .data import read_windows
-from .graph import quantise_graph
 from .layer import FLOOR, LayerQuantiser, Limits, emit_product
 from .product import Input, Record, quantise_product
-from .recipe import check_recipe, choose, parse_recipe, units
+from .recipe import check_recipe, parse_recipe
 from .report import LayerReport, Report, write_report
 from .shard import write_shard
 from .statistics import Statistics
@@ -212,7 +214,9 @@ def _finish(source: Path, spec: FolderSpec, recipe: Recipe, folder: Path, report
     """Writes the graph, the report, the tokenizer and, last, the spec."""
     shards = [open_shard(path) for path in sorted(folder.glob("*.safetensors"))]
     places = {name: (shard.path.name, region) for shard in shards for name, region in shard.tensors.items()}
-    ir.save(quantise_graph(source / spec.graph, spec.model, recipe, places, folder), folder / spec.graph)
+    graph = ir.from_proto(onnx.load(source / spec.graph, load_external_data=False))
+    quantise_graph(graph, spec.model, recipe, places, folder)
+    ir.save(graph, folder / spec.graph)
     carry_files(source, folder)
     write_report(folder, report)
     record = dataclasses.replace(

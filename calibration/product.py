@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..export.choice import Choice
 from ..plugins.quantisation import LARGEST
 from ..spec import Recipe
 from .clip import choose_clip
-from .recipe import Choice
 from .rounding import Rounded, choose_scales, fake_quantise, round_gptq, round_nearest
 from .smoothing import Reader
 from .statistics import Statistics

@@ -1,36 +1,16 @@
-"""Recipes: the presets, and what a recipe says of one linear or of one layer's experts.
+"""Recipes: the presets, what a command line changes of them, and whether they fit a model.
 
-Enters: a `spec.Recipe`. Leaves: a `Choice` for each unit of a model. The units are named as in the checkpoint, without
-`model.` and `.weight`; router and LM head are left as they are unless an override gives them a format.
+Enters: a preset's name and changes. Leaves: a `spec.Recipe` that fits the model it is checked against.
 """
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from ..errors import CalibrationError
+from ..export.choice import choose, units
 from ..spec import Format, ModelSpec, Override, Recipe
-
-KEPT = ("router", "lm_head")
-"""Last names of units that stay in high precision unless asked."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """What a recipe says of one unit; the fields are those of `spec.Recipe`."""
-
-    format: Format
-    activations: str
-    clip: str
-    group_size: int
-    rounding: str
-
-    @property
-    def quantises_activations(self) -> bool:
-        """Whether the input is quantised too."""
-        return self.format in ("int8", "fp8")
 
 
 def int8(**changes: object) -> Recipe:
@@ -92,42 +72,6 @@ def parse_recipe(name: str, changes: Mapping[str, object], overrides: Sequence[s
             raise CalibrationError(f"override {text!r} is no PATTERN=FORMAT with a format of {formats}")
         parsed.append(Override(pattern=pattern, format=chosen))  # type: ignore[arg-type]
     return PRESETS[name](**changes, overrides=tuple(parsed))
-
-
-def units(spec: ModelSpec) -> Iterator[tuple[str, int]]:
-    """Every unit that can be quantised, and the inputs of its products (of experts, of their down projection too)."""
-    for index, layer in enumerate(spec.layers):
-        attention, feed = f"layers.{index}.self_attn", f"layers.{index}.feed_forward"
-        for name in ("q", "k", "v"):
-            yield f"{attention}.{name}_proj", spec.hidden_size
-        yield f"{attention}.o_proj", spec.heads * spec.head_dim
-        mlp, size = feed, spec.dense_size
-        if layer.experts:
-            yield f"{feed}.router", spec.hidden_size
-            yield f"{feed}.experts", spec.hidden_size
-            mlp, size = f"{feed}.shared_expert", spec.expert_size
-        yield f"{mlp}.gate_proj", spec.hidden_size
-        yield f"{mlp}.up_proj", spec.hidden_size
-        yield f"{mlp}.down_proj", size
-    yield "lm_head", spec.hidden_size
-
-
-def choose(recipe: Recipe, name: str) -> Choice:
-    """What the recipe says of a unit."""
-    choice = Choice(
-        format="none" if name.rpartition(".")[2] in KEPT else recipe.format,
-        activations=recipe.activations,
-        clip=recipe.clip,
-        group_size=recipe.group_size,
-        rounding=recipe.rounding,
-    )
-    for override in recipe.overrides:
-        if fnmatchcase(name, override.pattern):
-            given = {field.name: getattr(override, field.name) for field in dataclasses.fields(Choice)}
-            choice = dataclasses.replace(
-                choice, **{field: value for field, value in given.items() if value is not None}
-            )
-    return choice
 
 
 def check_recipe(recipe: Recipe, spec: ModelSpec) -> None:

@@ -119,8 +119,8 @@ class _Lowering:
                 gqa_cpu.lower(nodes, given, outputs, gqa.Attributes(**attributes), self.shared)
             case moe.DOMAIN, moe.NAME:
                 tokens = self._input(sources[0]), self._input(sources[1])
-                experts = self._experts(sources[2:], attributes.get("quantisation", "none"))
                 hidden, settings = dims(sources[3])[2], moe.Attributes(**attributes)
+                experts = self._experts(sources[2:], settings)
                 in_part = len(experts) < self.router_experts
                 moe_cpu.lower(nodes, *tokens, experts, hidden, outputs[0], settings, in_part=in_part)
             case domain, op_type:
@@ -148,12 +148,12 @@ class _Lowering:
         )
         return multiply_stored(nodes, self.quantised[linear.x, linear.x_scale], x_scale, matrix)
 
-    def _experts(self, sources: list[ir.Value], kind: str) -> list[tuple[Matrix, Matrix]]:
+    def _experts(self, sources: list[ir.Value], settings: moe.Attributes) -> list[tuple[Matrix, Matrix]]:
         """Each expert's two matrices, from the op's weights and scales."""
         weights, scales, input_scales = sources[:2], sources[2:4], sources[4:]
         experts = []
         for index in range(dims(weights[0])[0]):
-            pair = [self._expert_matrix(part, index, kind, weights, scales, input_scales) for part in range(2)]
+            pair = [self._expert_matrix(part, index, settings, weights, scales, input_scales) for part in range(2)]
             experts.append((pair[0], pair[1]))
         return experts
 
@@ -161,12 +161,12 @@ class _Lowering:
         self,
         part: int,
         index: int,
-        kind: str,
+        settings: moe.Attributes,
         weights: list[ir.Value],
         scales: list[ir.Value],
         input_scales: list[ir.Value],
     ) -> Matrix:
-        weight = weights[part]
+        kind, weight = settings.quantisation, weights[part]
         _, rows, columns = dims(weight)
         if kind == "none":
             return Matrix(kind=kind, weight=self.supply.part(weight, index))
@@ -181,6 +181,7 @@ class _Lowering:
             weight=self.supply.part(weight, index, convert="int8" if kind == "int8" else "float32"),
             scale=self.supply.part(scales[part], index, shape=(columns,)),
             input_scale=self.supply.part(input_scales[part], index) if input_scales else None,
+            input_bound=settings.activation_bound,
         )
 
     def _value(self, value: ir.Value) -> ir.Value:

@@ -1,7 +1,8 @@
 """A Hugging Face checkpoint folder, opened and checked against the Llama 4 that its configuration describes.
 
 Enters: a folder of `config.json` and safetensors shards, perhaps symlinks into a hub cache. Leaves: a `Checkpoint`
-whose every text tensor is present, of the right shape and of one dtype. No tensor's data is read.
+whose every text tensor is present, of the right shape and of one dtype, or quantised as `Scheme` says. No tensor's data
+is read but scales.
 """
 
 import json
@@ -10,20 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..shards import Region, Shard, open_shard
+from ..shards import Shard, open_shard
 from ..spec import DType, ModelSpec
 from .config import model_spec
+from .prequantised import Prequantised, find_quantised
+from .scheme import MODELOPT, read_scheme
+from .stored import Tensor
 
 DTYPE_NAMES: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 VISION = ("vision_model.", "multi_modal_projector.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tensor:
-    """A tensor of a checkpoint: the shard it lies in and where."""
-
-    shard: Shard
-    region: Region
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +32,7 @@ class Checkpoint:
         prefix: What the text decoder's tensor names begin with (`""` or `"language_model."`).
         tensors: The text decoder's tensors by their full names.
         vision_tensors: How many tensors of a vision tower the checkpoint holds besides.
+        quantised: What the tensors are, where the checkpoint is quantised.
     """
 
     folder: Path
@@ -43,6 +40,7 @@ class Checkpoint:
     prefix: str
     tensors: dict[str, Tensor]
     vision_tensors: int
+    quantised: Prequantised | None = None
 
     @property
     def shards(self) -> list[Shard]:
@@ -66,14 +64,22 @@ def open_checkpoint(folder: Path, *, any_dtype: bool = False) -> Checkpoint:
         raise CheckpointError(f"{folder} is no folder: give the folder that holds config.json and the safetensors")
     config = read_json(folder / "config.json")
     model_spec(config)  # a wrong configuration is named before any shard
+    scheme = read_scheme(config, read_json(folder / MODELOPT) if (folder / MODELOPT).exists() else None)
     found = _find_tensors(folder)
     stored = {DTYPE_NAMES[t.region.dtype] for t in found.values() if t.region.dtype in DTYPE_NAMES}
     spec = model_spec(config, stored.pop() if len(stored) == 1 else "bfloat16")
     prefix = "language_model." if any(name.startswith("language_model.") for name in found) else ""
     vision = {name for name in found if name.startswith(VISION)}
     text = {name: tensor for name, tensor in found.items() if name not in vision}
-    _check_tensors(text, expected_tensors(spec, prefix), spec, any_dtype=any_dtype)
-    return Checkpoint(folder=folder, spec=spec, prefix=prefix, tensors=text, vision_tensors=len(vision))
+    expected = expected_tensors(spec, prefix)
+    quantised = None if scheme is None else find_quantised(text, expected, spec, prefix, scheme)
+    if quantised is None:
+        _check_tensors(text, expected, spec, any_dtype=any_dtype)
+    else:
+        _check_tensors(quantised.plain, quantised.plain_shapes, spec, any_dtype=False)
+    return Checkpoint(
+        folder=folder, spec=spec, prefix=prefix, tensors=text, vision_tensors=len(vision), quantised=quantised
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

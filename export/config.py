@@ -61,13 +61,6 @@ def model_spec(config: dict[str, Any], stored_dtype: DType = "bfloat16") -> Mode
         fields.refuse("hidden_act", "'silu', as in every Llama 4")
     if fields.get("attention_bias", False):
         fields.refuse("attention_bias", "false, as in every Llama 4")
-    quantised = fields.get("quantization_config")
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise CheckpointError(
-            f"config.json: the weights are already quantised ({method!r}); Arriero exports bf16, fp16 and fp32 "
-            "checkpoints: start from the unquantised one"
-        )
     dtype = str(fields.get("dtype") or fields.get("torch_dtype") or stored_dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         fields.refuse("dtype" if "dtype" in fields.values else "torch_dtype", " or ".join(DTYPES))

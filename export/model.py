@@ -17,10 +17,15 @@ import onnx_ir as ir
 from .. import __version__
 from ..errors import ExportError
 from ..folder import SPEC, carry_files, check_apart, check_free, new_folder
-from ..spec import DType, FolderSpec
-from .checkpoint import Checkpoint, open_checkpoint, read_json
+from ..shards import Region
+from ..spec import DType, FolderSpec, ModelSpec
+from .checkpoint import Checkpoint, expected_tensors, open_checkpoint, read_json
 from .config import DTYPES, text_config
-from .placement import place_ranks, place_whole
+from .placement import Placement, place_quantised, place_ranks, place_whole
+from .portions import FORMAT_NAMES
+from .prequantised import Prequantised
+from .quantised import quantise_graph
+from .scheme import MODELOPT
 from .split import Split, split_model
 from .stitch import Progress, Traced, stitch_decoder
 
@@ -67,6 +72,9 @@ def export_checkpoint(
     check_apart(source, target)
     check_free(target, force=force)
     opened = open_checkpoint(source, any_dtype=dtype is not None)
+    if opened.quantised is not None:
+        _check_quantised(opened.spec, dtype, tp)
+        _notice_quantised(opened.quantised, notice)
     if opened.vision_tensors:
         notice(f"The {opened.vision_tensors} tensors of the vision tower are left out: the text decoder is exported.")
     split = split_model(opened.spec, tp, ep)
@@ -84,13 +92,52 @@ def export_checkpoint(
     )
     with new_folder(target, force=force) as folder:
         if split.ranks == 1:
-            placement = place_whole(opened, folder, dtype, copy_weights, progress)
-            model = stitch_decoder(spec, opened.prefix, placement.regions.__getitem__, progress)
-            _write_model(source, folder, model, dataclasses.replace(record, weight_files=tuple(placement.files)))
+            placement, model = _make_whole(opened, folder, spec, dtype, copy_weights, progress)
+            recipe = None if opened.quantised is None else opened.quantised.recipe
+            files = tuple(placement.files)
+            _write_model(source, folder, model, dataclasses.replace(record, weight_files=files, recipe=recipe))
         else:
             copied = _write_ranks(opened, folder, split, dtype, copy_weights, record, progress)
             notice(f"{copied / 1e9:.1f} GB of weights are in the ranks' folders; the rest stays where it is.")
     return target
+
+
+def _check_quantised(spec: ModelSpec, dtype: DType | None, tp: int) -> None:
+    """Refuses what is not done with an already quantised checkpoint.
+
+    Raises:
+        ExportError: It would have to be converted or split.
+    """
+    if dtype not in (None, spec.dtype):
+        raise ExportError(f"dtype is {dtype}, a quantised checkpoint is not converted: leave it at {spec.dtype}")
+    if tp > 1:
+        raise ExportError(f"tp is {tp}, a quantised checkpoint is not split: split the one it was made from")
+
+
+def _notice_quantised(quantised: Prequantised, notice: Callable[[str], None]) -> None:
+    scheme, recipe = quantised.scheme, quantised.recipe
+    notice(f"The checkpoint is quantised ({scheme.method}, {recipe.format}): its own scales are kept.")
+    if scheme.kv_cache != recipe.kv_cache:
+        notice(f"It asks for {scheme.kv_cache} caches but holds no scales of keys and values: they are not quantised.")
+
+
+def _make_whole(
+    checkpoint: Checkpoint, folder: Path, spec: ModelSpec, dtype: DType | None, copy_weights: bool, progress: Progress
+) -> tuple[Placement, ir.Model]:
+    """Places the weights and builds the graph of a model that is not split."""
+    quantised = checkpoint.quantised
+    if quantised is None:
+        placement = place_whole(checkpoint, folder, dtype, copy_weights, progress)
+        return placement, stitch_decoder(spec, checkpoint.prefix, placement.regions.__getitem__, progress)
+    placement = place_quantised(checkpoint, quantised, folder, copy_weights, progress)
+    shapes = expected_tensors(spec, checkpoint.prefix)
+
+    def locate(name: str) -> tuple[str, Region]:
+        return "", Region(FORMAT_NAMES[spec.dtype], shapes[name], 0, 0)  # until quantise_graph gives it its place
+
+    model = stitch_decoder(spec, checkpoint.prefix, locate, progress)
+    quantise_graph(model, spec, quantised.recipe, placement.regions, folder)
+    return placement, model
 
 
 def _write_ranks(
@@ -139,7 +186,7 @@ def _write_generation_config(source: Path, folder: Path) -> None:
 
 def _hashes(source: Path) -> dict[str, str]:
     """SHA-256 of the checkpoint's small files that decide what is exported."""
-    names = ("config.json", "tokenizer.json", "model.safetensors.index.json")
+    names = ("config.json", MODELOPT, "tokenizer.json", "model.safetensors.index.json")
     return {
         name: hashlib.sha256((source / name).read_bytes()).hexdigest() for name in names if (source / name).is_file()
     }

@@ -4,6 +4,7 @@ Enters: a checked checkpoint. Leaves: for each graph the weight files it reads a
 checkpoint is only read.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from ..shards import Region, Shard, identity, open_shard
 from ..spec import DType, WeightFile
 from .checkpoint import DTYPE_NAMES, Checkpoint
 from .portions import convert_shard, write_portions
+from .prequantised import Prequantised
+from .restacked import Made, Tensors, write_made
 from .split import Portion, Split
 from .stitch import Progress
 
@@ -67,6 +70,48 @@ def place_whole(
                     raise ExportError(f"{shard.path}: its copy differs, the file changed meanwhile: export again")
         regions = {name: region for name, region in shard.tensors.items() if name in checkpoint.tensors}
         placement.add(shard, regions, identity(shard.path), inside=converts or copy_weights)
+    return placement
+
+
+def place_quantised(
+    checkpoint: Checkpoint, quantised: Prequantised, folder: Path, copy_weights: bool, progress: Progress
+) -> Placement:
+    """Leaves what lies as the graph reads it, and writes the rest: a file a layer, and one of what is in no layer.
+
+    Args:
+        checkpoint: Where the weights are.
+        quantised: What its tensors are.
+        folder: The model folder.
+        copy_weights: Whether every tensor is to lie in the folder.
+        progress: Told of each file that is written.
+
+    Raises:
+        ExportError: A shard changed meanwhile.
+    """
+    tensors = Tensors(in_place={**quantised.plain, **quantised.tensors.in_place}, made=quantised.tensors.made)
+    if copy_weights:
+        tensors = tensors.copied()
+    fingerprints = {shard.path: identity(shard.path) for shard in checkpoint.shards}
+    placement = Placement()
+    files: dict[str, dict[str, Made]] = {}
+    for name, made in tensors.made.items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        files.setdefault(f"quantised-{int(layer[1]):05}" if layer else "quantised-rest", {})[name] = made
+    for index, (file, part) in enumerate(files.items()):
+        progress("weights", index, len(files))
+        path = folder / f"{file}.safetensors"
+        write_made(path, part)
+        written = open_shard(path)
+        placement.add(written, written.tensors, identity(path), inside=True)
+    for path, fingerprint in fingerprints.items():
+        if identity(path) != fingerprint:
+            raise ExportError(f"{path}: changed while it was read: export again")
+    in_place: dict[Path, dict[str, Region]] = {}
+    for name, tensor in tensors.in_place.items():
+        in_place.setdefault(tensor.shard.path, {})[name] = tensor.region
+    for shard in checkpoint.shards:
+        if shard.path in in_place:
+            placement.add(shard, in_place[shard.path], fingerprints[shard.path], inside=False)
     return placement
 
 

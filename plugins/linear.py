@@ -43,8 +43,25 @@ class Linear:
     weight_scale: ir.Value
 
 
+def token_scale(nodes: Nodes, x: ir.Value, kind: str, bound: float = 0.0) -> ir.Value:
+    """Each token's own scale [..., 1] of its activations [..., K] in float32.
+
+    Args:
+        nodes: Where the nodes go.
+        x: The activations.
+        kind: `int8` or `fp8`.
+        bound: The largest magnitude that a scale is chosen for; 0 is none.
+    """
+    largest = nodes.ReduceMax(nodes.Abs(x), ints(-1), keepdims=1)
+    if bound:
+        largest = nodes.Min(largest, number(bound))
+    scale = nodes.Div(largest, number(LARGEST[kind]))
+    whole: ir.Value = nodes.Where(nodes.Equal(scale, number(0)), number(1), scale)
+    return whole
+
+
 def write_input(
-    nodes: Nodes, x: ir.Value, scale: ir.Value | None, kind: str, dtype: ir.DataType
+    nodes: Nodes, x: ir.Value, scale: ir.Value | None, kind: str, dtype: ir.DataType, bound: float = 0.0
 ) -> tuple[ir.Value, ir.Value | None]:
     """Quantises and dequantises activations [..., K] for any number of linears.
 
@@ -54,6 +71,7 @@ def write_input(
         scale: The static scale, float32; None takes each token's own.
         kind: `int8` or `fp8`.
         dtype: The graph's type.
+        bound: As in `token_scale`.
 
     Returns:
         What the product takes, float32, and the scale [..., 1] that multiplies the product, where there is one.
@@ -61,12 +79,10 @@ def write_input(
     if scale is not None:
         return nodes.DequantizeLinear(nodes.QuantizeLinear(x, scale, output_dtype=STORED[kind]), scale), None
     wide = cast(nodes, x, dtype, FLOAT)
-    largest = nodes.ReduceMax(nodes.Abs(wide), ints(-1), keepdims=1)
-    token_scale = nodes.Div(largest, number(LARGEST[kind]))
-    token_scale = nodes.Where(nodes.Equal(token_scale, number(0)), number(1), token_scale)
+    own_scale = token_scale(nodes, wide, kind, bound)
     one = nodes.constant(number(1))
-    stored = nodes.QuantizeLinear(nodes.Div(wide, token_scale), one, output_dtype=STORED[kind])
-    return nodes.DequantizeLinear(stored, one), token_scale
+    stored = nodes.QuantizeLinear(nodes.Div(wide, own_scale), one, output_dtype=STORED[kind])
+    return nodes.DequantizeLinear(stored, one), own_scale
 
 
 def write_linear(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .nodes import Nodes, dims, ints, number
-from .quantisation import LARGEST
+from .linear import token_scale
+from .nodes import Nodes, dims, number
 
 MICROSOFT = "com.microsoft"
 FP8 = ir.DataType.FLOAT8E4M3FN
@@ -26,6 +26,7 @@ class Matrix:
             [N, K / block, block / 2].
         scale: float32 [N], in `int4` [N, K / block]; None in `none`.
         input_scale: The input's static scale, float32; None takes each token's own.
+        input_bound: The largest magnitude that such a scale is chosen for; 0 is none.
         is_turned: Whether a float32 weight lies as [N, K].
     """
 
@@ -33,6 +34,7 @@ class Matrix:
     weight: ir.Value
     scale: ir.Value | None = None
     input_scale: ir.Value | None = None
+    input_bound: float = 0.0
     is_turned: bool = False
 
 
@@ -48,12 +50,10 @@ def multiply(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
         return product
     if matrix.input_scale is not None:
         return multiply_stored(nodes, quantise(nodes, x, matrix.input_scale, matrix.kind), matrix.input_scale, matrix)
-    largest = nodes.ReduceMax(nodes.Abs(x), ints(-1), keepdims=1)
-    token_scale = nodes.Div(largest, number(LARGEST[matrix.kind]))
-    token_scale = nodes.Where(nodes.Equal(token_scale, number(0)), number(1), token_scale)
+    own_scale = token_scale(nodes, x, matrix.kind, matrix.input_bound)
     one = nodes.constant(number(1))
-    stored = quantise(nodes, nodes.Div(x, token_scale), one, matrix.kind)
-    scaled: ir.Value = nodes.Mul(multiply_stored(nodes, stored, one, matrix), token_scale)
+    stored = quantise(nodes, nodes.Div(x, own_scale), one, matrix.kind)
+    scaled: ir.Value = nodes.Mul(multiply_stored(nodes, stored, one, matrix), own_scale)
     return scaled
 
 

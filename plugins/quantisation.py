@@ -50,18 +50,21 @@ def dequantise(stored: NDArray[Any], scale: NDArray[Any]) -> NDArray[np.float64]
     return stored.astype(np.float64) * np.repeat(scale.astype(np.float64), block, axis=-2)
 
 
-def fake_quantise(x_TK: NDArray[Any], scale: NDArray[Any] | float | None, kind: str) -> NDArray[np.float64]:
+def fake_quantise(
+    x_TK: NDArray[Any], scale: NDArray[Any] | float | None, kind: str, bound: float = 0.0
+) -> NDArray[np.float64]:
     """What activations [T, K] become on their way into a quantised product.
 
     Args:
         x_TK: Activations.
         scale: The static scale; None takes each token's own, its absolute maximum over `LARGEST`.
         kind: `none` and `int4` leave the activations as they are.
+        bound: The largest magnitude that a token's own scale is chosen for; what is larger saturates. 0 is none.
     """
     x_TK = x_TK.astype(np.float64)
     if kind in ("none", "int4"):
         return x_TK
     if scale is None:
-        scale = np.abs(x_TK).max(axis=-1, keepdims=True) / LARGEST[kind]
+        scale = np.minimum(np.abs(x_TK).max(axis=-1, keepdims=True), bound or np.inf) / LARGEST[kind]
         scale = np.where(scale == 0, 1.0, scale)
     return np.asarray(quantise(x_TK, scale, kind).astype(np.float64) * scale)

@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from ..linear import token_scale
 from ..nodes import Nodes, cast, function, ints, number
-from ..quantisation import LARGEST
 from . import op
 from .op import Attributes
 
@@ -60,7 +60,7 @@ def write_body(
         scores_TE = _held(nodes, scores_TE, inputs["gate_up"], attributes.first_expert)
     scores_ET1 = nodes.Unsqueeze(nodes.Transpose(scores_TE, perm=[1, 0]), ints(2))
     expert_input_ETH = nodes.Mul(hidden, scores_ET1)
-    linear = partial(_linear, nodes, inputs, kind=attributes.quantisation, dtype=dtype)
+    linear = partial(_linear, nodes, inputs, attributes=attributes, dtype=dtype)
     gate_ETI, up_ETI = nodes.Split(linear(expert_input_ETH, "gate_up", "hidden"), axis=2, num_outputs=2, outputs=2)
     activated_ETI = nodes.Mul(up_ETI, nodes.Mul(gate_ETI, nodes.Sigmoid(gate_ETI)))
     expert_output_ETH = linear(activated_ETI, "down", "activated")
@@ -76,24 +76,32 @@ def _held(nodes: Nodes, scores_TE: ir.Value, gate_up: ir.Value, first_expert: in
 
 
 def _linear(
-    nodes: Nodes, inputs: Mapping[str, ir.Value], x_ETK: ir.Value, weight: str, x: str, *, kind: str, dtype: ir.DataType
+    nodes: Nodes,
+    inputs: Mapping[str, ir.Value],
+    x_ETK: ir.Value,
+    weight: str,
+    x: str,
+    *,
+    attributes: Attributes,
+    dtype: ir.DataType,
 ) -> ir.Value:
     """All experts' products of one kind, [E, T, K] → [E, T, N], in `dtype`; quantised ones as float32 products."""
+    kind = attributes.quantisation
     if kind == "none":
         product: ir.Value = nodes.MatMul(x_ETK, inputs[weight])
         return product
     if kind != "int4":
-        x_ETK = _fake_quantise(nodes, cast(nodes, x_ETK, dtype, FLOAT), inputs.get(f"{x}_scale"), kind)
+        x_ETK = _fake_quantise(nodes, cast(nodes, x_ETK, dtype, FLOAT), inputs.get(f"{x}_scale"), attributes)
     else:
         x_ETK = cast(nodes, x_ETK, dtype, FLOAT)
     return cast(nodes, nodes.MatMul(x_ETK, _dequantise(nodes, inputs[weight], inputs[f"{weight}_scale"])), FLOAT, dtype)
 
 
-def _fake_quantise(nodes: Nodes, x_ETK: ir.Value, scale_E: ir.Value | None, kind: str) -> ir.Value:
+def _fake_quantise(nodes: Nodes, x_ETK: ir.Value, scale_E: ir.Value | None, attributes: Attributes) -> ir.Value:
     """Activations rounded to the values that their stored form has, in float32."""
+    kind = attributes.quantisation
     if scale_E is None:
-        scale = nodes.Div(nodes.ReduceMax(nodes.Abs(x_ETK), ints(-1), keepdims=1), number(LARGEST[kind]))
-        scale = nodes.Where(nodes.Equal(scale, number(0)), number(1), scale)
+        scale = token_scale(nodes, x_ETK, kind, attributes.activation_bound)
     else:
         scale = nodes.Unsqueeze(scale_E, ints(1, 2))
     stored = nodes.QuantizeLinear(nodes.Div(x_ETK, scale), number(1), output_dtype=STORED[kind])

@@ -105,6 +105,7 @@ CASES = (
 )
 
 INT8, FP8, INT4 = (Attributes(top_k=1, quantisation=kind) for kind in ("int8", "fp8", "int4"))
+BOUNDED = Attributes(top_k=1, quantisation="fp8", activation_bound=0.75)
 INT8_TOP_2, FP8_TOP_2, INT4_TOP_2 = (Attributes(top_k=2, quantisation=kind) for kind in ("int8", "fp8", "int4"))
 
 QUANTISED_CASES = (
@@ -117,6 +118,7 @@ QUANTISED_CASES = (
     Case(name="int8, odd sizes", attributes=INT8, tokens=13, experts=3, hidden=27, expert_size=19),
     Case(name="fp8, one token", attributes=FP8, tokens=1, experts=8),
     Case(name="fp8, many tokens", attributes=FP8, tokens=150, experts=8),
+    Case(name="fp8, bounded", attributes=BOUNDED, tokens=20, experts=8),
     Case(name="fp8, static", attributes=FP8, tokens=40, experts=8, static=True),
     Case(name="fp8, static, one token", attributes=FP8, tokens=1, experts=4, static=True),
     Case(name="fp8, two experts a token", attributes=FP8_TOP_2, tokens=33, experts=8, static=True),
@@ -127,6 +129,6 @@ QUANTISED_CASES = (
     Case(name="int4, whole columns", attributes=INT4, tokens=12, experts=4, hidden=48, expert_size=32),
     Case(name="int8, held in part", attributes=from_expert(4, 2, "int8"), tokens=33, experts=8, held=4, static=True),
     Case(name="fp8, held in part", attributes=from_expert(0, 1, "fp8"), tokens=33, experts=8, held=4),
-    Case(name="int4, held in part", attributes=from_expert(2, 1, "int4"), tokens=33, experts=8, held=4),
+    Case(name="int4, held in part", attributes=from_expert(2, 1, "int4"), tokens=33, experts=8, held=4, expert_size=32),
 )
 """The same op over quantised experts."""

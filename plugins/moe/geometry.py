@@ -59,6 +59,8 @@ class Geometry:
     def name(self) -> str:
         """What tells this geometry's kernels from those of others in a bundle."""
         scales = f"g{self.group}" if self.kind == "int4" else "static" if self.static else ""
+        if self.bound:
+            scales = f"to{self.bound:g}"
         experts = f"{self.local}of{self.experts}k{self.attributes.top_k}"
         return f"moe_{self.dtype}_{self.kind}{scales}_{self.hidden}x{self.expert_size}x{experts}"
 
@@ -81,6 +83,11 @@ class Geometry:
     def dynamic(self) -> bool:
         """Whether they are by each token's own scale."""
         return self.rounded and not self.static
+
+    @property
+    def bound(self) -> float:
+        """The largest magnitude that a token's own scale is chosen for; 0 is none."""
+        return self.attributes.activation_bound if self.dynamic else 0.0
 
     @property
     def direct(self) -> bool:

@@ -27,6 +27,7 @@ def route(
     input_row_scale,
     first_expert,
     KIND: tl.constexpr,
+    BOUND: tl.constexpr,
     HIDDEN: tl.constexpr,
     EXPERTS: tl.constexpr,
     LOCAL: tl.constexpr,
@@ -53,7 +54,8 @@ def route(
         if here:
             score = (1 / (1 + tl.exp(-best))).to(hidden.dtype.element_ty)
             x_H = (hidden_H.to(tl.float32) * score.to(tl.float32)).to(hidden.dtype.element_ty)
-            store_row(x_H, expert_input, input_row_scale, hidden_scale, pair, expert, columns_H, inside_H, KIND, HIDDEN)
+            row_scale, scale = input_row_scale, hidden_scale
+            store_row(x_H, expert_input, row_scale, scale, pair, expert, columns_H, inside_H, KIND, BOUND, HIDDEN)
 
 
 @triton.jit
@@ -250,6 +252,7 @@ def activate(
     activated_row_scale,
     pairs,
     KIND: tl.constexpr,
+    BOUND: tl.constexpr,
     LOCAL: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
@@ -269,7 +272,8 @@ def activate(
         gate_I += tl.load(row + columns_I, mask=inside_I, other=0.0)
         up_I += tl.load(row + WIDTH + columns_I, mask=inside_I, other=0.0)
     x_I = up_I * silu(gate_I)
-    store_row(x_I, activated, activated_row_scale, activated_scale, pair, expert, columns_I, inside_I, KIND, WIDTH)
+    row_scale, scale = activated_row_scale, activated_scale
+    store_row(x_I, activated, row_scale, scale, pair, expert, columns_I, inside_I, KIND, BOUND, WIDTH)
 
 
 @triton.jit
@@ -279,6 +283,7 @@ def quantise_rows(
     activated,
     activated_row_scale,
     KIND: tl.constexpr,
+    BOUND: tl.constexpr,
     LOCAL: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -291,7 +296,7 @@ def quantise_rows(
     columns_I = tl.arange(0, BLOCK_I)
     inside_I = columns_I < WIDTH
     x_I = tl.load(wide + pair.to(tl.int64) * WIDTH + columns_I, mask=inside_I, other=0.0)
-    store_row(x_I, activated, activated_row_scale, None, pair, expert, columns_I, inside_I, KIND, WIDTH)
+    store_row(x_I, activated, activated_row_scale, None, pair, expert, columns_I, inside_I, KIND, BOUND, WIDTH)
 
 
 @triton.jit
@@ -322,7 +327,17 @@ def combine(
 
 @triton.jit
 def store_row(
-    x_N, output, row_scale, static_scale, row, expert, columns_N, inside_N, KIND: tl.constexpr, WIDTH: tl.constexpr
+    x_N,
+    output,
+    row_scale,
+    static_scale,
+    row,
+    expert,
+    columns_N,
+    inside_N,
+    KIND: tl.constexpr,
+    BOUND: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Stores a row, or a block of it, as a product takes it in: quantised by its expert's scale or by its own."""
     if (KIND == "int8") or (KIND == "fp8"):
@@ -330,6 +345,8 @@ def store_row(
         if static_scale is None:
             LARGEST: tl.constexpr = 127.0 if KIND == "int8" else 448.0
             largest = tl.max(tl.abs(x_N), axis=0)
+            if BOUND > 0:
+                largest = tl.minimum(largest, BOUND)
             scale = tl.where(largest == 0, 1.0, largest / LARGEST)
             tl.store(row_scale + row, scale)
         else:

@@ -52,7 +52,7 @@ def product(
     if weight_scale is None:
         return x_K @ weight_EKN[expert].astype(np.float64)
     x_scale = None if x_scale_E is None else float(x_scale_E[expert])
-    x_K = fake_quantise(x_K[None], x_scale, attributes.quantisation)[0]
+    x_K = fake_quantise(x_K[None], x_scale, attributes.quantisation, attributes.activation_bound)[0]
     return x_K @ dequantise(weight_EKN[expert], weight_scale[expert])
 
 

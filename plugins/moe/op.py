@@ -49,15 +49,19 @@ class Attributes:
         activation: The gate's activation function; Llama 4 knows `silu` only.
         quantisation: How the experts' weights are stored: `none`, `int8`, `fp8` (E4M3) or `int4`.
         first_expert: The router's number of the first expert whose weights are given.
+        activation_bound: The largest magnitude that a token's own scale is chosen for: what is larger saturates. 0 is
+            none.
     """
 
     top_k: int
     activation: str = "silu"
     quantisation: Kind = "none"
     first_expert: int = 0
+    activation_bound: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.top_k >= 1
         assert self.activation == "silu"
         assert self.quantisation in ("none", "int8", "fp8", "int4")
         assert self.first_expert >= 0
+        assert self.activation_bound >= 0

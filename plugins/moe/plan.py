@@ -136,7 +136,8 @@ class Plan:
             "activate",
             {"parts": "gate_up_parts", **same("chosen activated_scale activated activated_row_scale pairs")},
             {
-                **{"KIND": g.kind, "LOCAL": g.local, "WIDTH": g.expert_size, "PARTS": self.parts["gate_up"]},
+                **{"KIND": g.kind, "BOUND": g.bound, "LOCAL": g.local, "WIDTH": g.expert_size},
+                "PARTS": self.parts["gate_up"],
                 **{"BLOCK_I": whole if g.dynamic else BLOCK},  # a token's own scale needs its whole row
             },
             grid=lambda call: (call.pairs, 1 if g.dynamic else ceil_divide(g.expert_size, BLOCK), 1),
@@ -176,7 +177,10 @@ class Plan:
             "quantise_rows",
             "quantise_rows",
             same("wide chosen activated activated_row_scale"),
-            {"KIND": g.kind, "LOCAL": g.local, "WIDTH": g.expert_size, "BLOCK_I": power_of_two(g.expert_size)},
+            {
+                **{"KIND": g.kind, "BOUND": g.bound, "LOCAL": g.local, "WIDTH": g.expert_size},
+                "BLOCK_I": power_of_two(g.expert_size),
+            },
             grid=lambda call: (call.pairs, 1, 1),
         )
         down = self._step(
@@ -202,7 +206,7 @@ class Plan:
             "route",
             same("hidden router_logits hidden_scale chosen expert_input input_row_scale first_expert"),
             {
-                **{"KIND": g.kind, "HIDDEN": g.hidden, "EXPERTS": g.experts, "LOCAL": g.local},
+                **{"KIND": g.kind, "BOUND": g.bound, "HIDDEN": g.hidden, "EXPERTS": g.experts, "LOCAL": g.local},
                 **{"TOP_K": g.attributes.top_k, "BLOCK_H": power_of_two(g.hidden), "BLOCK_E": power_of_two(g.experts)},
             },
             grid=lambda call: (call.tokens, 1, 1),

@@ -45,5 +45,11 @@ def schema() -> OpSchema:
                 "The router's number of the first expert whose weights are given; left out, it is 0.",
                 required=False,
             ),
+            OpSchema.Attribute(
+                "activation_bound",
+                OpSchema.AttrType.FLOAT,
+                "The largest magnitude that a token's own scale is chosen for; left out, it is 0: none.",
+                required=False,
+            ),
         ],
     )

@@ -99,8 +99,6 @@ def test_transformers_5_names_are_read() -> None:
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor is missing"),
         ({"dtype": "float8"}, "dtype is 'float8'"),
-        ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "already quantised ('fbgemm_fp8')"),
-        ({"quantization_config": "int8"}, "already quantised ('int8')"),
     ],
 )
 def test_what_is_out_of_range_is_named_with_what_was_found(fields: dict[str, Any], said: str) -> None:

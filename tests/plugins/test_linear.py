@@ -104,6 +104,20 @@ def test_the_cpus_product_means_the_same(kind: str, static: bool) -> None:
     assert agree(run(graph, x), expected(kind, static))
 
 
+def test_a_bound_saturates_what_lies_beyond_it() -> None:
+    x, stored, scale, _ = arrays("fp8")
+    value, y = ir.val("x", FLOAT, x.shape), ir.val("y", FLOAT, [*x.shape[:2], OUTPUTS])
+    given = [initializer("weight", stored), initializer("weight_scale", scale[:, 0])]
+    nodes = Nodes()
+    source, own_scale = write_input(nodes, value, None, "fp8", FLOAT, bound=1.5)
+    write_linear(nodes, source, own_scale, *given, y, "fp8", FLOAT)
+    graph = ir.Graph([value], [y], nodes=nodes.list, initializers=given, opset_imports={"": OPSET}, name="linear")
+    rows = fake_quantise(x.reshape(-1, INPUTS), None, "fp8", bound=1.5)
+    assert np.isclose(np.abs(rows).max(), 1.5)
+    wanted = rows @ (stored.astype(np.float64) * scale).T
+    assert agree(run(graph, x), wanted.reshape(2, TOKENS, OUTPUTS))
+
+
 @pytest.mark.parametrize(("kind", "static"), KINDS)
 def test_a_written_linear_is_recognised(kind: str, static: bool) -> None:
     graph = canonical(kind, static, ir.DataType.BFLOAT16)

@@ -93,6 +93,7 @@ def matrix(case: Case, arrays: dict[str, Array], name: str, index: int) -> Matri
         weight=initializer(f"{name}.{index}", weight.astype(np.float32) if kind == "fp8" else weight),
         scale=initializer(f"{name}_scale.{index}", scale if kind == "int4" else scale[0]),
         input_scale=initializer(f"{x}.{index}", arrays[x][index]) if case.static else None,
+        input_bound=case.attributes.activation_bound,
     )
 
 

@@ -1,7 +1,7 @@
-"""The canonical decoder graph of a quantised model, made from that of the model it came from.
+"""The canonical decoder graph made that of a quantised model.
 
-Enters: the source's graph, and where each tensor of the new shards lies. Leaves: the same graph with quantised linears
-(as `plugins.linear` writes them), experts and caches, its initializers in the new shards.
+Enters: the graph as it is before quantising, and where each tensor of the quantised model lies. Leaves: the same graph
+with quantised linears (as `plugins.linear` writes them), experts and caches, its initializers in those places.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ..plugins.gqa import op as gqa
 from ..plugins.gqa.body import body as gqa_body
@@ -20,7 +20,7 @@ from ..plugins.moe.body import body as moe_body
 from ..plugins.nodes import Nodes
 from ..shards import Region
 from ..spec import ModelSpec, Recipe
-from .recipe import Choice, choose
+from .choice import Choice, choose
 
 PLACED = {
     "F32": ir.DataType.FLOAT,
@@ -38,19 +38,17 @@ Places = Mapping[str, tuple[str, Region]]
 """The file and region of each tensor, by its full name."""
 
 
-def quantise_graph(path: Path, spec: ModelSpec, recipe: Recipe, places: Places, folder: Path) -> ir.Model:
-    """Rewrites a decoder graph.
+def quantise_graph(model: ir.Model, spec: ModelSpec, recipe: Recipe, places: Places, folder: Path) -> None:
+    """Rewrites a decoder graph in place.
 
     Args:
-        path: The source's graph.
+        model: The graph.
         spec: Geometry.
         recipe: What was quantised, and how.
         places: Where the quantised model's tensors lie.
-        folder: Where their files are.
+        folder: Where the files are that hold its scales.
     """
-    model = ir.from_proto(onnx.load(path, load_external_data=False))
     _Rewriting(model, spec, recipe, places, folder).rewrite()
-    return model
 
 
 class _Rewriting:
@@ -61,7 +59,7 @@ class _Rewriting:
         self.model, self.graph, self.recipe, self.places = model, model.graph, recipe, places
         self.dtype = MODEL_DTYPES[spec.dtype]
         self.head_dim = spec.head_dim
-        self.inputs: dict[tuple[ir.Value, str, str, str], tuple[ir.Value, ir.Value | None]] = {}
+        self.inputs: dict[tuple[ir.Value, str, float | None], tuple[ir.Value, ir.Value | None]] = {}
         self.used_functions: dict[tuple[str, str, str], ir.Function] = {}
 
     def rewrite(self) -> None:
@@ -104,13 +102,17 @@ class _Rewriting:
     def _constant(self, name: str) -> ir.Value:
         """A small scale, held in the graph itself: lowerings compute with it, and runtimes fold what they compute."""
         if name not in self.graph.initializers:
-            file, region = self.places[name]
-            count = region.size // 4
-            array = np.fromfile(self.folder / file, np.float32, count, offset=region.offset).reshape(region.shape)
+            array = self._read(name)
             value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
             value.const_value = ir.tensor(array, name=name)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
+
+    def _read(self, name: str) -> NDArray[np.float32]:
+        """A scale's values."""
+        file, region = self.places[name]
+        values = np.fromfile(self.folder / file, np.float32, region.size // 4, offset=region.offset)
+        return values.reshape(region.shape)
 
     def _rewrite_linear(self, node: ir.Node) -> None:
         x, transposed = node.inputs
@@ -136,11 +138,12 @@ class _Rewriting:
     def _quantised_input(
         self, nodes: Nodes, x: ir.Value, scale_name: str, choice: Choice
     ) -> tuple[ir.Value, ir.Value | None]:
-        """A quantised input, written once for the linears that read it: equal choices have equal scales."""
-        key = x, choice.format, choice.activations, choice.clip
+        """A quantised input, written once for the linears that read it with the same scale."""
+        value = float(self._read(scale_name)) if choice.activations == "static" else None
+        key = x, choice.format, value
         if key not in self.inputs:
-            scale = self._constant(scale_name) if choice.activations == "static" else None
-            self.inputs[key] = write_input(nodes, x, scale, choice.format, self.dtype)
+            scale = None if value is None else self._constant(scale_name)
+            self.inputs[key] = write_input(nodes, x, scale, choice.format, self.dtype, self.recipe.activation_bound)
         return self.inputs[key]
 
     def _rewrite_experts(self, node: ir.Node) -> None:
@@ -158,6 +161,8 @@ class _Rewriting:
         if is_static:
             scales += [self._constant(f"{unit}.{name}") for name in moe.ACTIVATION_SCALES]
         attributes["quantisation"] = choice.format
+        if self.recipe.activation_bound and choice.quantises_activations and not is_static:
+            attributes["activation_bound"] = self.recipe.activation_bound
         overload = f"{choice.format}_{'static' if is_static else 'dynamic'}"
         body = moe_body(moe.Attributes(**attributes), self.dtype, static=is_static, overload=overload)
         self._call(node, [hidden, router_logits, gate_up, down, *scales], attributes, body)
@@ -187,7 +192,7 @@ class _Rewriting:
 
     def _prefix(self) -> str:
         """What the checkpoint's names of layers begin with."""
-        return next(name for name in self.places if name.endswith("norm.weight")).partition("layers.")[0]
+        return next(name for name in self.places if "layers." in name).partition("layers.")[0]
 
     def _call(
         self, node: ir.Node, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], body: ir.Function

@@ -1,0 +1,67 @@
+"""What a recipe says of one linear or of one layer's experts.
+
+Enters: a `spec.Recipe`. Leaves: a `Choice` for each unit of a model. The units are named as in the checkpoint, without
+`model.` and `.weight`; router and LM head are left as they are unless an override gives them a format.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ..spec import Format, ModelSpec, Recipe
+
+KEPT = ("router", "lm_head")
+"""Last names of units that stay in high precision unless asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What a recipe says of one unit; the fields are those of `spec.Recipe`."""
+
+    format: Format
+    activations: str
+    clip: str
+    group_size: int
+    rounding: str
+
+    @property
+    def quantises_activations(self) -> bool:
+        """Whether the input is quantised too."""
+        return self.format in ("int8", "fp8")
+
+
+def units(spec: ModelSpec) -> Iterator[tuple[str, int]]:
+    """Every unit that can be quantised, and the inputs of its products (of experts, of their down projection too)."""
+    for index, layer in enumerate(spec.layers):
+        attention, feed = f"layers.{index}.self_attn", f"layers.{index}.feed_forward"
+        for name in ("q", "k", "v"):
+            yield f"{attention}.{name}_proj", spec.hidden_size
+        yield f"{attention}.o_proj", spec.heads * spec.head_dim
+        mlp, size = feed, spec.dense_size
+        if layer.experts:
+            yield f"{feed}.router", spec.hidden_size
+            yield f"{feed}.experts", spec.hidden_size
+            mlp, size = f"{feed}.shared_expert", spec.expert_size
+        yield f"{mlp}.gate_proj", spec.hidden_size
+        yield f"{mlp}.up_proj", spec.hidden_size
+        yield f"{mlp}.down_proj", size
+    yield "lm_head", spec.hidden_size
+
+
+def choose(recipe: Recipe, name: str) -> Choice:
+    """What the recipe says of a unit."""
+    choice = Choice(
+        format="none" if name.rpartition(".")[2] in KEPT else recipe.format,
+        activations=recipe.activations,
+        clip=recipe.clip,
+        group_size=recipe.group_size,
+        rounding=recipe.rounding,
+    )
+    for override in recipe.overrides:
+        if fnmatchcase(name, override.pattern):
+            given = {field.name: getattr(override, field.name) for field in dataclasses.fields(Choice)}
+            choice = dataclasses.replace(
+                choice, **{field: value for field, value in given.items() if value is not None}
+            )
+    return choice
