@@ -4,19 +4,16 @@ Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 2 cou
 """
 
 import json
-import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import __version__
-from .errors import ArrieroError
+from .terminal import errors_shown, progress_shown
 
 if TYPE_CHECKING:
     from .runtime import Generated, Session
@@ -330,11 +327,11 @@ def turns(first: str | None) -> Iterator[str]:
             yield line.strip()
 
 
-def report_folder(folder: Path, seconds: float, as_json: bool) -> None:
-    """Says what was written."""
+def report_folder(folder: Path, seconds: float, as_json: bool, **more: Any) -> None:
+    """Says what was written, and as JSON what else there is to say."""
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if as_json:
-        print(json.dumps({"folder": str(folder), "bytes": size, "seconds": round(seconds, 3)}))
+        print(json.dumps({"folder": str(folder), "bytes": size, "seconds": round(seconds, 3), **more}))
     else:
         print(f"Wrote {folder} ({size / 1e6:.1f} MB) in {seconds:.1f} s", file=sys.stderr)
 
@@ -343,82 +340,11 @@ def report_quantised(folder: Path, seconds: float, as_json: bool) -> None:
     """Says what became of each weight."""
     report = json.loads((folder / "report.json").read_text("utf-8"))
     records = [record for layer in report["layers"] for record in layer["records"]] + report["head"]
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    if as_json:
-        result = {"folder": str(folder), "bytes": size, "seconds": round(seconds, 3), "weights": records}
-        print(json.dumps(result))
-        return
-    from rich.console import Console
-    from rich.table import Table
+    if not as_json:
+        from .tables import show_weights
 
-    table = Table("weight", "format", "weight SQNR, dB", "output SQNR, dB", box=None)
-    for record in records:
-        errors = (f"{record[name]:.1f}" for name in ("weight_sqnr", "output_sqnr"))
-        table.add_row(record["name"], record["format"], *errors)
-    for name, formats in report["kept"].items():
-        table.add_row(name, formats, "exact", "")
-    Console(stderr=True).print(table)
-    print(f"Wrote {folder} ({size / 1e6:.1f} MB) in {seconds:.1f} s", file=sys.stderr)
-
-
-@contextmanager
-def errors_shown(debug: bool) -> Iterator[None]:
-    """Turns errors into one line on stderr and exit code 2; the traceback is shown where asked for."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders are removed
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        raise typer.Exit(0) from None
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        print(f"arriero: {one_line(error)}", file=sys.stderr)
-        raise typer.Exit(2) from None
-
-
-def one_line(error: Exception) -> str:
-    """An error's message in one line, with the remedy for those that are not Arriero's own."""
-    text = " ".join(str(error).split())
-    if isinstance(error, ArrieroError):
-        return text
-    if isinstance(error, ModuleNotFoundError):
-        return f"{text}: this verb needs an extra, pip install 'arriero[calibration]'"
-    if isinstance(error, UnicodeDecodeError):
-        return "the input is not UTF-8 text: convert it first"
-    return f"internal error, {type(error).__name__}: {text} (--debug shows where)"
-
-
-@contextmanager
-def progress_shown(title: str, unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr where that is a terminal. Yields what stages report to: phase, done, total.
-
-    Args:
-        title: What is being done.
-        unit: What is counted, where its speed is worth showing.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        begun: list[tuple[float, int]] = []
-
-        def report(phase: str, done: int, total: int) -> None:
-            begun.append((time.perf_counter(), done))
-            seconds, counted = (
-                begun[-1][0] - begun[0][0],
-                done - begun[0][1],
-            )  # what an earlier run did is not its speed
-            del begun[1:]
-            speed = f", {counted / seconds:,.0f} {unit}/s" if unit and seconds > 0 else ""
-            bar.update(task, description=f"{title} {phase}{speed}", completed=done, total=total)
-
-        yield report
+        show_weights(records, report["kept"])
+    report_folder(folder, seconds, as_json, weights=records)
 
 
 def show_version(value: bool) -> None:

@@ -19,6 +19,8 @@ from .shards import identity
 from .spec import FolderSpec, WeightFile
 
 SPEC = "spec.json"
+LAYERS, KERNELS = "layers.json", "kernels"
+"""Of an engine's bundle: the fused layers, and the folder of the plugins' compiled kernels."""
 
 CARRIED = (
     "tokenizer.json",
@@ -210,13 +212,16 @@ def carry_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def find_files(folder: Path, files: Iterable[WeightFile], weights: Path | None = None) -> dict[str, Path]:
+def find_files(
+    folder: Path, files: Iterable[WeightFile], weights: Path | None = None, *, option: str = "--weights"
+) -> dict[str, Path]:
     """Finds each weight file: in the folder given, in the model's own, or where it lay at export.
 
     Args:
         folder: The model or bundle.
         files: What its spec lists.
         weights: Folder of the weights after a move.
+        option: What the command line calls that folder.
 
     Raises:
         FolderError: A file is missing, or another than the one exported.
@@ -226,7 +231,7 @@ def find_files(folder: Path, files: Iterable[WeightFile], weights: Path | None =
         places = [weights / file.name] if weights else [folder / file.name, *([Path(file.path)] if file.path else [])]
         path = next((place for place in places if place.is_file()), None)
         if path is None:
-            raise FolderError(f"weight file {file.name} is not at {places[-1]}: give its folder with --weights")
+            raise FolderError(f"weight file {file.name} is not at {places[-1]}: give its folder with {option}")
         try:
             same = path.stat().st_size == file.size and identity(path) == file.identity
         except CheckpointError:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -49,6 +50,17 @@ class Shard:
     path: Path
     size: int
     tensors: dict[str, Region]
+
+
+def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """What a file begins with whose tensors, given by type and shape, lie one behind another in this order."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * ITEM_BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def open_shard(path: Path) -> Shard:

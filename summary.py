@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FolderError
-from .folder import read_spec
+from .folder import LAYERS, read_spec
 from .spec import BITS, EngineSpec, FolderSpec, ModelSpec
 
 QUIET = ("shape_call", "signal", "wait", "copy", "NoOp", "Constant", "ShapeHostToDevice")
@@ -121,7 +121,7 @@ def _with_totals(engine: dict[str, Any]) -> dict[str, Any]:
 
 def _read_layers(folder: Path) -> list[dict[str, Any]]:
     """The engine's fused layers, those that compute nothing left out."""
-    path = folder / "layers.json"
+    path = folder / LAYERS
     try:
         return [layer for layer in json.loads(path.read_text("utf-8")) if layer["kind"] not in QUIET]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""A folder's summary as tables on the terminal."""
+"""What a folder is, and what became of its weights, as tables on the terminal."""
 
 from typing import Any
 
@@ -103,6 +103,17 @@ def parts(layer: dict[str, Any]) -> str:
 def tensors(described: list[dict[str, Any]]) -> str:
     """Types and dimensions, a line each."""
     return "\n".join(f"{each['dtype']} {'×'.join(map(str, each['dims'])) or 'scalar'}" for each in described)
+
+
+def show_weights(records: list[dict[str, Any]], kept: dict[str, str]) -> None:
+    """Prints on stderr what calibration made of each weight, and which it left as they were."""
+    table = Table("weight", "format", "weight SQNR, dB", "output SQNR, dB", box=None)
+    for record in records:
+        errors = (f"{record[name]:.1f}" for name in ("weight_sqnr", "output_sqnr"))
+        table.add_row(record["name"], record["format"], *errors)
+    for name, formats in kept.items():
+        table.add_row(name, formats, "exact", "")
+    Console(stderr=True).print(table)
 
 
 def size(count: int) -> str:

@@ -3,13 +3,14 @@
 int4 has no name in the format: two values lie in a byte of `U8`, the first in the low half, as ONNX packs them.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..shards import encode_header
 
 NAMES = {
     torch.float32: "F32",
@@ -35,14 +36,8 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a file, whole on the disk when it returns."""
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(encode_header({name: (NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}))
         for tensor in tensors.values():
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()

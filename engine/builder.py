@@ -133,8 +133,8 @@ def _profile(builder: Any, definition: Any, network: Network, profile: Profile) 
     found.set_shape("input_ids", *zip(batches, lengths, strict=True))
     found.set_shape("past_lengths", *((batch,) for batch in batches))
     found.set_shape("logit_positions", *zip(batches, positions, strict=True))
-    for name, (shape, _) in network.caches.items():
-        found.set_shape(f"past.{name}", *((batch, *shape) for batch in batches))
+    for cache in network.caches:
+        found.set_shape(f"past.{cache.name}", *((batch, *cache.shape) for batch in batches))
     return found
 
 

@@ -20,7 +20,7 @@ from ..plugins.moe import op as moe
 from ..plugins.moe.body import write_body as write_moe_body
 from ..plugins.nodes import Nodes
 from ..plugins.tensorrt import NAMESPACE, VERSION
-from ..spec import FolderSpec, Stored, Weight
+from ..spec import CacheInput, FolderSpec, Weight
 from .graph import open_graph
 from .supply import STORED
 
@@ -54,14 +54,14 @@ class Network:
         graph: Serialized ONNX.
         weights: The network inputs that are weights, and where they lie.
         paths: The path that each custom op's node took, by node name.
-        caches: Shape of each cache input [K, C, D] and its type, by name.
+        caches: The cache inputs, in order.
         dtypes: Types of the tensors in the graph.
     """
 
     graph: bytes
     weights: tuple[Weight, ...]
     paths: Mapping[str, Way]
-    caches: Mapping[str, tuple[tuple[int, int, int], Stored]]
+    caches: tuple[CacheInput, ...]
     dtypes: frozenset[str]
 
 
@@ -79,7 +79,7 @@ def lower_for_tensorrt(folder: Path, spec: FolderSpec, choices: Choices) -> Netw
         graph=ir.to_proto(lowered).SerializeToString(),
         weights=tuple(lowering.weights.values()),
         paths=lowering.paths,
-        caches=lowering.caches,
+        caches=tuple(lowering.caches),
         dtypes=frozenset(STORED[dtype] for dtype in lowering.dtypes if dtype in STORED),
     )
 
@@ -96,7 +96,7 @@ class _Lowering:
     weights: dict[str, Weight] = field(default_factory=dict)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
     paths: dict[str, Way] = field(default_factory=dict)
-    caches: dict[str, tuple[tuple[int, int, int], Stored]] = field(default_factory=dict)
+    caches: list[CacheInput] = field(default_factory=list)
     dtypes: set[ir.DataType] = field(default_factory=set)
 
     def lower(self) -> ir.Graph:
@@ -231,7 +231,8 @@ class _Lowering:
         slots = min(model.layers[layer].chunk or self.choices.max_seq, self.choices.max_seq)
         shape = (model.kv_heads, slots, model.head_dim)
         if f"{value.name}".startswith("past."):
-            self.caches[f"{value.name}".removeprefix("past.")] = shape, STORED[_dtype(value)]
+            name = f"{value.name}".removeprefix("past.")
+            self.caches.append(CacheInput(name=name, shape=shape, dtype=STORED[_dtype(value)]))
         return ir.Shape(["batch", *shape])
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from ..spec import DType, Weight
+from ..spec import DType, Stored, Weight
 
 FLOAT = ir.DataType.FLOAT
 DTYPES: dict[ir.DataType | None, DType] = {
@@ -13,10 +13,8 @@ DTYPES: dict[ir.DataType | None, DType] = {
     ir.DataType.FLOAT16: "float16",
     ir.DataType.BFLOAT16: "bfloat16",
 }
-STORED: dict[ir.DataType, Literal[DType, "int8", "fp8", "int4"]] = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
+STORED: dict[ir.DataType | None, Stored] = {
+    **DTYPES,
     ir.DataType.INT8: "int8",
     ir.DataType.FLOAT8E4M3FN: "fp8",
     ir.DataType.INT4: "int4",

@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import BuildError, FolderError, SessionError
-from ..folder import find_files
+from ..errors import BuildError, SessionError
+from ..folder import KERNELS, LAYERS, find_files
 from ..plugins.gqa.tensorrt import PLUGIN as GQA
 from ..plugins.moe.tensorrt import PLUGIN as MOE
 from ..plugins.tensorrt import register
-from ..spec import Binary, CacheInput, EngineSpec, FolderSpec, Profile, Weight
+from ..spec import Binary, EngineSpec, FolderSpec, Profile, Weight
 from .builder import Progress, build_engine
 from .layers import read_layers
 from .library import open_library
 from .network import Choices, Network, Placement, lower_for_tensorrt
 from .target import Target, check_dtypes
 
-ENGINE, LAYERS, KERNELS = "decoder.engine", "layers.json", "kernels"
+ENGINE = "decoder.engine"
 DEFAULT_MAX_SEQ = 16384
 DEFAULT_MAX_BATCH = 8
 DEFAULT_MAX_PREFILL = 2048
@@ -97,7 +97,8 @@ def build_tensorrt(
     for creator in creators.values():
         creator.capabilities, creator.needed = target.capabilities, {}
         creator.kernels = creator.failure = None
-    with _together(_files(source, spec, options)) as weights:
+    files = find_files(source, spec.weight_files, options.weights_from, option="--weights-from")
+    with _together(files) as weights:
         built = build_engine(
             trt,
             network,
@@ -124,9 +125,7 @@ def build_tensorrt(
             dataclasses.replace(profile, activations=size)
             for profile, size in zip(profiles, (*built.activations, 0, 0), strict=False)  # 0: the log does not say
         ),
-        caches=tuple(
-            CacheInput(name=name, shape=shape, dtype=dtype) for name, (shape, dtype) in network.caches.items()
-        ),
+        caches=network.caches,
         attention=_way(network, "GroupedQueryAttention"),
         experts=_way(network, "MoeDispatch"),
         placement=placement,
@@ -164,7 +163,7 @@ def _max_seq(spec: FolderSpec, options: Options) -> int:
 def _profiles(network: Network, options: Options) -> list[Profile]:
     """One profile for single tokens of many rows, one for pieces; no piece is longer than the smallest cache."""
     batch = options.max_batch or DEFAULT_MAX_BATCH
-    longest = min(options.max_prefill or DEFAULT_MAX_PREFILL, *(shape[1] for shape, _ in network.caches.values()))
+    longest = min(options.max_prefill or DEFAULT_MAX_PREFILL, *(cache.shape[1] for cache in network.caches))
     decode = Profile(name="decode", max_batch=batch, usual_batch=1, max_length=1, usual_length=1, max_logits=1)
     prefill = Profile(
         name="prefill",
@@ -181,13 +180,6 @@ def _timing_cache(target: Target, options: Options) -> Path | None:
     if options.timing_cache is not None and target.flavour != "tensorrt":
         raise BuildError("TensorRT-RTX times nothing when it builds: leave --timing-cache out")
     return options.timing_cache
-
-
-def _files(source: Path, spec: FolderSpec, options: Options) -> dict[str, Path]:
-    try:
-        return find_files(source, spec.weight_files, options.weights_from)
-    except FolderError as error:
-        raise FolderError(str(error).replace("--weights", "--weights-from")) from error
 
 
 @contextlib.contextmanager

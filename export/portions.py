@@ -5,8 +5,6 @@ piece at a time, whatever the number of files; where it is a hole, so are they.
 """
 
 import errno
-import json
-import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
@@ -18,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExportError
-from ..shards import Region, Shard
+from ..shards import Region, Shard, encode_header
 from ..spec import DType
 from .split import WHOLE, Portion
 
@@ -101,23 +99,18 @@ def rows_taken(portion: Portion, first_row: int, count: int) -> NDArray[np.bool_
 
 def _header(source: Shard, portions: Mapping[str, Portion], dtype: DType | None) -> bytes:
     """The head of a safetensors file that holds the portions in their tensors' order."""
-    header, position = {}, 0
-    for name, region in sorted(source.tensors.items(), key=lambda item: item[1].offset):
-        if name in portions:
-            size = math.prod(portions[name].shape) * _written_dtype(region, dtype).itemsize
-            header[name] = {
-                "dtype": region.dtype if dtype is None else FORMAT_NAMES[dtype],
-                "shape": list(portions[name].shape),
-                "data_offsets": [position, position + size],
-            }
-            position += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    in_order = sorted(source.tensors.items(), key=lambda item: item[1].offset)
+    return encode_header(
+        {name: (_written_name(region, dtype), portions[name].shape) for name, region in in_order if name in portions}
+    )
+
+
+def _written_name(region: Region, dtype: DType | None) -> str:
+    return region.dtype if dtype is None else FORMAT_NAMES[dtype]
 
 
 def _written_dtype(region: Region, dtype: DType | None) -> np.dtype[Any]:
-    return NUMPY_DTYPES[region.dtype if dtype is None else FORMAT_NAMES[dtype]]
+    return NUMPY_DTYPES[_written_name(region, dtype)]
 
 
 def _pieces(source: Shard, reader: IO[bytes], region: Region) -> Iterator[tuple[int, int, Array | None]]:

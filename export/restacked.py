@@ -6,8 +6,6 @@ never rounded; scales are widened, but for those of int4 linears, which take the
 or one linear is held in memory.
 """
 
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError, ExportError
+from ..shards import encode_header
 from ..spec import DType
 from .portions import FORMAT_NAMES, NUMPY_DTYPES
 from .stored import Stored, Tensor
@@ -191,15 +190,8 @@ def transposed(values: Array) -> Array:
 
 def write_made(path: Path, tensors: Mapping[str, Made]) -> None:
     """Writes a safetensors file."""
-    header, end = {}, 0
-    for name, made in tensors.items():
-        bits = {"F32": 32, "F16": 16, "BF16": 16}.get(made.dtype, 8)
-        start, end = end, end + math.prod(made.shape) * bits // 8
-        header[name] = {"dtype": made.dtype, "shape": list(made.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(encode_header({name: (made.dtype, made.shape) for name, made in tensors.items()}))
         for made in tensors.values():
             for piece in made.pieces():
                 file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)

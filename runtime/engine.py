@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FolderError, SessionError
+from ..folder import KERNELS
 from ..plugins.gqa.tensorrt import PLUGIN as GQA
 from ..plugins.launch import Kernels
 from ..plugins.moe.tensorrt import PLUGIN as MOE
@@ -214,7 +215,7 @@ def load_engine(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> En
         raise SessionError(f"{folder} was built for {built_for}, this GPU is sm{capability}: build for sm{capability}")
     if about.kernels:
         binaries = [each for each in about.kernels if each.capability == capability]
-        kernels = Kernels(device.driver, folder / "kernels", binaries)
+        kernels = Kernels(device.driver, folder / KERNELS, binaries)
         for creator in register(trt, (GQA, MOE)).values():
             creator.kernels, creator.capabilities = kernels, (capability,)
     log = trt.Logger(trt.Logger.ERROR)
@@ -233,7 +234,7 @@ def read_engine(folder: Path, about: EngineSpec) -> bytes:
     Raises:
         FolderError: A file is missing, or another.
     """
-    files = {about.file: about.sha256, **{f"kernels/{each.file}": each.sha256 for each in about.kernels}}
+    files = {about.file: about.sha256, **{f"{KERNELS}/{each.file}": each.sha256 for each in about.kernels}}
     data = b""
     for name, expected in files.items():
         path = folder / name

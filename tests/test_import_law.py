@@ -14,7 +14,7 @@ ALLOWED = {
     "engine": GROUND | {"plugins"},
     "runtime": GROUND | {"plugins"},
 }
-HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers"}
+HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "triton", "ml_dtypes"}
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -10,13 +10,12 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from ..linear import token_scale
+from ..linear import STORED, token_scale
 from ..nodes import Nodes, cast, function, ints, number
 from . import op
 from .op import Attributes
 
 FLOAT = ir.DataType.FLOAT
-STORED = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 def body(

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,10 +199,7 @@ def test_an_interrupted_build_leaves_nothing(tiny_model: Path, tmp_path: Path) -
 
 
 def test_an_op_without_a_lowering_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in tiny_model.iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
+    model = shutil.copytree(tiny_model, tmp_path / "model")
     graph = ir.load(model / "decoder.onnx")
     node = next(node for node in graph.graph if node.op_type == "Sigmoid" or node.op_type == "Mul")
     node.op_type, node.domain = "Fancy", "elsewhere"
@@ -211,10 +209,7 @@ def test_an_op_without_a_lowering_is_named(tiny_model: Path, tmp_path: Path) -> 
 
 
 def test_a_standard_op_that_tensorrt_lacks_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in tiny_model.iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
+    model = shutil.copytree(tiny_model, tmp_path / "model")
     graph = ir.load(model / "decoder.onnx")
     node = next(node for node in graph.graph if node.op_type == "Mul")
     node.op_type = "StringConcat"
