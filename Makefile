@@ -26,6 +26,6 @@ clean:
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[calibration,export,tensorrt,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[accuracy,calibration,export,tensorrt,test]'
 	mkdir -p .venv/source && ln -sfn "$(CURDIR)" .venv/source/arriero
 	touch $(READY)

@@ -16,6 +16,10 @@ class ExportError(ArrieroError):
     """A checkpoint could not be turned into a model folder."""
 
 
+class DataError(ArrieroError):
+    """The text given as data cannot be read, or is too little."""
+
+
 class CalibrationError(ArrieroError):
     """A model could not be quantised with the text and the recipe given."""
 
@@ -26,6 +30,10 @@ class FolderError(ArrieroError):
 
 class BuildError(ArrieroError):
     """A model folder could not be lowered or built for its target."""
+
+
+class AccuracyError(ArrieroError):
+    """Two models cannot be compared, or one of them computes no numbers."""
 
 
 class SessionError(ArrieroError):

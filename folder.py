@@ -69,18 +69,19 @@ def check_whole(folder: Path, spec: FolderSpec) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(out: Path, *, force: bool = False, mark: str = SPEC) -> Iterator[Path]:
     """Yields an empty temporary folder that becomes `out` when the block ends without an error.
 
     Args:
         out: Final path. Its parent is created where missing.
         force: Whether an existing folder of Arriero's at `out` is replaced.
+        mark: The file that tells such a folder from others.
 
     Raises:
         FolderError: `out` exists and may not be replaced, or it cannot be written.
     """
     out = out.absolute()
-    check_free(out, force=force)
+    check_free(out, force=force, mark=mark)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
@@ -90,7 +91,7 @@ def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        check_free(out, force=force)  # again: someone may have written there meanwhile
+        check_free(out, force=force, mark=mark)  # again: someone may have written there meanwhile
         replace_folder(temporary, out)
     except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
@@ -149,7 +150,7 @@ def resumed_folder(out: Path, job: str, *, force: bool = False) -> Iterator[tupl
         shutil.rmtree(work, ignore_errors=True)
 
 
-def check_free(out: Path, *, force: bool) -> None:
+def check_free(out: Path, *, force: bool, mark: str = SPEC) -> None:
     """Refuses an output that exists, unless `force` allows to replace it and it is one of Arriero's or empty."""
     if not os.path.lexists(out):
         return
@@ -157,7 +158,7 @@ def check_free(out: Path, *, force: bool) -> None:
         raise FolderError(f"{out} exists: choose another output, or --force to replace it")
     if out.is_symlink():
         raise FolderError(f"{out} is a symlink, which is not replaced: remove it, or give the folder it points to")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / SPEC).exists()):
+    if not out.is_dir() or (any(out.iterdir()) and not (out / mark).exists()):
         raise FolderError(f"{out} exists and is no folder of Arriero's: it is not replaced, choose another output")
 
 

@@ -68,12 +68,12 @@ def _decoder(path: Path, spec: FolderSpec, files: dict[str, Path], threads: int 
     from .runtime.decoder import Decoder
     from .runtime.weights import map_weights
 
-    graph, regions, flags = _graph(path, spec)
+    graph, regions, flags = cpu_graph(path, spec)
     return Decoder(graph, map_weights(regions, files), path, spec.model, flags, threads)
 
 
-def _graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
-    """The graph for the CPU, the weights that it is given, and its session's flags."""
+def cpu_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
+    """The graph for the CPU of a model or of a bundle for it, the weights it is given, and its session's flags."""
     if spec.kind == "bundle":
         try:
             return (path / spec.graph).read_bytes(), spec.weights, spec.session

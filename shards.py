@@ -45,16 +45,20 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A safetensors file and its tensors by name."""
+    """A safetensors file, its tensors by name, and the texts that its writer put beside them."""
 
     path: Path
     size: int
     tensors: dict[str, Region]
+    metadata: dict[str, str]
 
 
-def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+def encode_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """What a file begins with whose tensors, given by type and shape, lie one behind another in this order."""
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * ITEM_BITS[dtype] // 8
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
@@ -79,7 +83,8 @@ def open_shard(path: Path) -> Shard:
     header = _parse(path, text)
     tensors = {name: _region(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
     _check_cover(path, tensors, start, size)
-    return Shard(path, size, tensors)
+    texts = header.get("__metadata__")
+    return Shard(path, size, tensors, texts if isinstance(texts, dict) else {})
 
 
 def identity(path: Path) -> str:

@@ -92,6 +92,15 @@ class ModelSpec:
         if not 1 <= self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token is {self.experts_per_token} of {self.experts} experts")
 
+    @classmethod
+    def from_fields(cls, fields: Any) -> Self:
+        """Rebuilds what `dataclasses.asdict` made.
+
+        Raises:
+            ValueError: A field is missing, unknown, or of another type.
+        """
+        return typing.cast(Self, _decode(cls, fields))
+
     @property
     def chunk(self) -> int:
         """Positions that no piece may cross: the chunk of the chunked layers, 0 where every layer is full."""

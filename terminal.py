@@ -36,7 +36,7 @@ def one_line(error: Exception) -> str:
     if isinstance(error, ArrieroError):
         return text
     if isinstance(error, ModuleNotFoundError):
-        return f"{text}: this verb needs an extra, pip install 'arriero[calibration]'"
+        return f"{text}: this verb needs an extra, pip install 'arriero[accuracy,calibration]'"
     if isinstance(error, UnicodeDecodeError):
         return "the input is not UTF-8 text: convert it first"
     return f"internal error, {type(error).__name__}: {text} (--debug shows where)"

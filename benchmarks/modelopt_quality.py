@@ -43,9 +43,9 @@ from transformers.utils import logging
 
 import arriero
 from arriero.calibration import calibrate_model, fp8, int4, int8
-from arriero.calibration.data import read_windows
 from arriero.calibration.recipe import units
 from arriero.export import export_checkpoint
+from arriero.export.windows import read_windows
 from arriero.folder import read_spec
 from arriero.shards import open_shard
 

@@ -27,10 +27,10 @@ from ..export.choice import choose, units
 from ..export.llama4 import rms_norm
 from ..export.quantised import quantise_graph
 from ..export.walk import TOKENS, Hidden, Weights, embed
+from ..export.windows import read_windows
 from ..folder import SPEC, carry_files, check_apart, check_free, find_files, read_spec, resumed_folder
 from ..shards import identity, open_shard
 from ..spec import FolderSpec, ModelSpec, Recipe, WeightFile
-from .data import read_windows
 from .layer import FLOOR, LayerQuantiser, Limits, emit_product
 from .product import Input, Record, quantise_product
 from .recipe import check_recipe, parse_recipe
@@ -79,8 +79,8 @@ def calibrate_model(
         The model folder.
 
     Raises:
-        CalibrationError: The recipe does not fit, the text is too little, an expert starves, or an activation is not
-            finite.
+        CalibrationError: The recipe does not fit, an expert starves, or an activation is not finite.
+        DataError: The text cannot be read, or is too little.
         FolderError: `model` is no model folder, or `out` exists or cannot be written.
     """
     source, target = Path(model).absolute(), Path(out).absolute()

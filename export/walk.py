@@ -123,6 +123,17 @@ class LayerWalk:
         """One of the layer's tensors in float32."""
         return self.weights.wide(self.prefix + name, index)
 
+    def run(self, x: Hidden, observe: Observe = ignore) -> None:
+        """All of the steps."""
+        self.attend(x, observe)
+        self.feed(observe)
+        if self.layer.experts:
+            for expert in range(self.spec.experts):
+                gate_up, down = (
+                    self.weight(f"feed_forward.experts.{name}_proj", expert) for name in ("gate_up", "down")
+                )
+                self.feed_expert(expert, gate_up, down, observe)
+
     def attend(self, x: Hidden, observe: Observe = ignore) -> None:
         """Norm, attention and residual of each window; observes the inputs of the products, the keys and the values.
 
@@ -217,12 +228,7 @@ class LayerWalk:
 def walk_layer(spec: ModelSpec, index: int, weights: Weights, x: Hidden, observe: Observe = ignore) -> Hidden:
     """A layer's output for hidden states that fit in memory."""
     walk = LayerWalk(spec, index, weights, np.empty_like(x), np.empty_like(x))
-    walk.attend(x, observe)
-    walk.feed(observe)
-    if spec.layers[index].experts:
-        for expert in range(spec.experts):
-            gate_up, down = (walk.weight(f"feed_forward.experts.{name}_proj", expert) for name in ("gate_up", "down"))
-            walk.feed_expert(expert, gate_up, down, observe)
+    walk.run(x, observe)
     return walk.out
 
 

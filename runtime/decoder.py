@@ -4,7 +4,7 @@ Invariant: a graph's caches are updated in place; past and present are bound to 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ PROVIDER = "CPUExecutionProvider"
 LONGEST_PIECE = 512
 """Tokens of a row that prefill computes at once; bounds the memory of attention and of the experts."""
 
+
+Watch = Callable[[dict[str, NDArray[Any]]], None]
+"""Told values of the graph by name."""
 
 CACHE_DTYPES: dict[str, tuple[type[np.generic], int]] = {
     "tensor(float)": (np.float32, 1),
@@ -59,6 +62,8 @@ class Decoder:
         spec: Geometry.
         session: Session configuration entries that the graph needs.
         threads: Threads of one operator; None takes the processors that this process may use.
+        watched: Other outputs of the graph to be looked at.
+        watch: Told their values after each step.
 
     Raises:
         SessionError: ONNX Runtime does not accept the graph, or there are no threads.
@@ -74,24 +79,12 @@ class Decoder:
         spec: ModelSpec,
         session: Mapping[str, str],
         threads: int | None = None,
+        watched: Sequence[str] = (),
+        watch: Watch = lambda values: None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise SessionError(f"threads is {threads}, expected a whole number from 1 up")
-        self.spec = spec
+        self.spec, self.watched, self.watch = spec, watched, watch
         self.weights = weights  # kept: the session reads the memory that these own
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-        for name, value in session.items():
-            options.add_session_config_entry(name, value)
-        for name, weight in weights.items():
-            options.add_initializer(name, weight)
-        try:
-            self.session = ort.InferenceSession(graph, options, providers=[PROVIDER])
-        except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
-            raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error
+        self.session = open_graph(graph, weights, folder, session, threads)
 
     def caches(self, batch: int, positions: int) -> Caches:
         """KV buffers for a batch whose rows hold so many positions."""
@@ -103,11 +96,40 @@ class Decoder:
         return Binding(self, caches, rows)
 
 
+def open_graph(
+    graph: bytes,
+    weights: Mapping[str, ort.OrtValue],
+    folder: Path,
+    session: Mapping[str, str],
+    threads: int | None = None,
+) -> ort.InferenceSession:
+    """Opens a lowered graph; the arguments are those of `Decoder`.
+
+    Raises:
+        SessionError: ONNX Runtime does not accept the graph, or there are no threads.
+    """
+    if threads is not None and threads < 1:
+        raise SessionError(f"threads is {threads}, expected a whole number from 1 up")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    for name, value in session.items():
+        options.add_session_config_entry(name, value)
+    for name, weight in weights.items():
+        options.add_initializer(name, weight)
+    try:
+        return ort.InferenceSession(graph, options, providers=[PROVIDER])
+    except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
+        raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error
+
+
 class Binding:
     """A decoder bound to the caches of some rows."""
 
     def __init__(self, decoder: Decoder, caches: Caches, rows: slice) -> None:
-        self.session = decoder.session
+        self.session, self.watched, self.watch = decoder.session, decoder.watched, decoder.watch
         self.io = self.session.io_binding()
         self.kept = []
         for name, buffer in caches.buffers.items():
@@ -133,7 +155,9 @@ class Binding:
         inputs = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # alive until the step is done
         for name, array in inputs.items():
             self.io.bind_cpu_input(name, array)
-        self.io.bind_output("logits", "cpu")
+        for name in (*self.watched, "logits"):
+            self.io.bind_output(name, "cpu")
         self.session.run_with_iobinding(self.io)
-        logits: NDArray[np.float32] = self.io.get_outputs()[-1].numpy()
+        *watched, logits = (value.numpy() for value in self.io.get_outputs()[-1 - len(self.watched) :])
+        self.watch(dict(zip(self.watched, watched, strict=True)))
         return logits

@@ -189,6 +189,24 @@ class Session:
             logits_BSV[row, start : start + len(logits_SV)] = logits_SV
         return logits_BSV
 
+    def score(self, ids: Sequence[int], decoded: int = 0) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Teacher-forced logits of one sequence piece by piece, so that a long one's need not fit in memory.
+
+        Args:
+            ids: Token ids.
+            decoded: How many of the last tokens run one at a time, as in generation; those before are prefilled.
+
+        Yields:
+            The number of a piece's first token, and logits [S, V] after each of its tokens.
+        """
+        if not 0 <= decoded < len(ids):
+            raise SessionError(f"{decoded} of {len(ids)} tokens are to be decoded: one at least is prefilled")
+        state, prefilled = self.start(1, len(ids)), len(ids) - decoded
+        for _, start, logits_SV in self._run(state, [ids[:prefilled]], last_only=False):
+            yield start, logits_SV
+        for at in range(prefilled, len(ids)):
+            yield at, self.decode(state, [ids[at]])
+
     def generate(self, prompt: Prompt, max_new_tokens: int | None = None, **settings: Unpack[Settings]) -> Generated:
         """Continues a prompt; the arguments are those of `stream`. Returns the new tokens and their text."""
         pieces = list(self.stream(prompt, max_new_tokens, **settings))

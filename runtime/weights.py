@@ -121,8 +121,16 @@ def unsigned_int4(packed: np.ndarray, shape: tuple[int, ...], *, transposed: boo
     flipped = packed ^ np.uint8(0x88)  # -8 … 7 in two's complement is 0 … 15 with the sign bit turned
     if not transposed:
         return flipped.reshape(*shape[:-1], shape[-1] // 2)
-    values = np.empty(shape, dtype=np.uint8)
-    halves = flipped.reshape(*shape[:-1], shape[-1] // 2)
-    values[..., 0::2], values[..., 1::2] = halves & 15, halves >> 4
-    values = np.moveaxis(values, -1, 0)
+    values = np.moveaxis(halves_of(flipped).reshape(shape), -1, 0)
     return np.ascontiguousarray(values[..., 0::2] | (values[..., 1::2] << 4))
+
+
+def unpack_int4(packed: np.ndarray) -> np.ndarray:
+    """Values of -8 to 7 in int8, [2 N], from bytes [N] whose low halves come first."""
+    values: np.ndarray = (halves_of(packed ^ np.uint8(0x88)).view(np.int8)) - np.int8(8)
+    return values
+
+
+def halves_of(packed: np.ndarray) -> np.ndarray:
+    """The low and the high half of each byte, [2 N]."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)

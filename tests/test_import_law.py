@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GROUND = {"spec", "errors", "shards", "folder"}
 ALLOWED = {
+    "accuracy": GROUND | {"plugins", "export", "runtime", "loading"},
     "plugins": GROUND,
     "export": GROUND | {"plugins"},
     "calibration": GROUND | {"plugins", "export"},

@@ -1,4 +1,4 @@
-"""Calibration text as windows of token ids.
+"""Text as windows of token ids, for calibration and for accuracy checks.
 
 Enters: text files, and the model folder's tokenizer. Leaves: ids [W, S], each window begun as the tokenizer begins a
 text, and longer than the model's attention chunk where there is text enough, so that chunk boundaries are crossed.
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ..errors import CalibrationError
+from ..errors import DataError
 from ..spec import ModelSpec
 
 SHORTEST_WINDOW = 512
@@ -40,18 +40,18 @@ def read_windows(
         Ids [W, S].
 
     Raises:
-        CalibrationError: A file cannot be read, or there is too little text.
+        DataError: A file cannot be read, or there is too little text.
     """
     if samples < 1 or (window is not None and not 2 <= window <= spec.max_positions):
-        raise CalibrationError(f"{samples} samples of {window} tokens: expected 1 up, and 2 to {spec.max_positions}")
+        raise DataError(f"{samples} samples of {window} tokens: expected 1 up, and 2 to {spec.max_positions}")
     tokenizer = _tokenizer(folder)
     ids: list[int] = []
     for file in files:
         ids += tokenizer.encode(_text(Path(file)), add_special_tokens=False).ids
     if len(ids) < FEWEST_TOKENS:
-        raise CalibrationError(f"the text has {len(ids)} tokens, expected at least {FEWEST_TOKENS}: give more --data")
+        raise DataError(f"the text has {len(ids)} tokens, expected at least {FEWEST_TOKENS}: give more --data")
     if outside := [token for token in ids if token >= spec.vocab_size]:
-        raise CalibrationError(f"the tokenizer makes id {outside[0]}, the vocabulary has {spec.vocab_size}")
+        raise DataError(f"the tokenizer makes id {outside[0]}, the vocabulary has {spec.vocab_size}")
     start = tokenizer.encode("", add_special_tokens=True).ids
     length = min(window or window_length(spec), len(ids) + len(start)) - len(start)
     count = len(ids) // length
@@ -62,11 +62,11 @@ def read_windows(
 def _tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise CalibrationError(f"{folder} has no tokenizer.json: export again from a checkpoint that has one")
+        raise DataError(f"{folder} has no tokenizer.json: export again from a checkpoint that has one")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise CalibrationError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
+        raise DataError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -76,9 +76,9 @@ def _text(path: Path) -> str:
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text: convert it first") from error
+        raise DataError(f"{path} is not UTF-8 text: convert it first") from error
     except OSError as error:
-        raise CalibrationError(f"{path}: {error.strerror}: give text files with --data") from error
+        raise DataError(f"{path}: {error.strerror}: give text files with --data") from error
     if not text.strip():
-        raise CalibrationError(f"{path} holds no text: give text files with --data")
+        raise DataError(f"{path} holds no text: give text files with --data")
     return text

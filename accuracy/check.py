@@ -1,0 +1,196 @@
+"""The verb: a candidate held against a reference.
+
+Enters: two paths and text. Leaves: a `Verdict`, and where asked for a report. The reference runs first and is let go;
+what is kept of it is the same as a golden file holds.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import __version__
+from ..errors import AccuracyError
+from ..export.windows import read_windows
+from ..spec import ModelSpec
+from .gates import METRICS, Judgement, Outcome, judge, limits_for, overall
+from .golden import Golden, read_golden, record, window_of
+from .locate import Location, locate
+from .metrics import Comparison, Estimate, compare, estimates
+from .sides import Progress, Side, open_side, tokenizer_of
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "experts",
+    "experts_per_token",
+    "expert_size",
+    "dense_size",
+)
+"""What two forms of one model have in common, whatever is wrong with one of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What a check found.
+
+    Attributes:
+        candidate: Path of it.
+        reference: Path of what it is held against.
+        outcome: `pass`, `regressed`, or `undecided` where there is not enough data to tell.
+        judgements: What became of each limit.
+        metrics: All that was estimated.
+        windows: Windows of text.
+        tokens: Their tokens.
+        notes: What a person should know besides.
+        location: Where the candidate goes wrong first, where that was asked for.
+        comparison: What was seen at each token.
+    """
+
+    candidate: str
+    reference: str
+    outcome: Outcome
+    judgements: tuple[Judgement, ...]
+    metrics: Mapping[str, Estimate]
+    windows: int
+    tokens: int
+    notes: tuple[str, ...]
+    location: Location | None
+    comparison: Comparison = field(repr=False)
+
+    def as_fields(self) -> dict[str, Any]:
+        """The verdict in plain values, for JSON; infinite ends of intervals are None."""
+        return {
+            "version": __version__,
+            "candidate": self.candidate,
+            "reference": self.reference,
+            "outcome": self.outcome,
+            "windows": self.windows,
+            "tokens": self.tokens,
+            "metrics": {name: _finite(found) for name, found in self.metrics.items()},
+            "limits": [
+                {"metric": each.metric, "side": each.side, "limit": each.limit, "outcome": each.outcome}
+                for each in self.judgements
+            ],
+            "notes": list(self.notes),
+            "location": None if self.location is None else self.location.as_fields(),
+        }
+
+
+def _finite(found: Estimate) -> dict[str, float | None]:
+    return {name: value if np.isfinite(value) else None for name, value in dataclasses.asdict(found).items()}
+
+
+def check(
+    candidate: str | Path,
+    reference: str | Path,
+    *,
+    data: Sequence[str | Path] | NDArray[np.int64] | None = None,
+    samples: int = 24,
+    window: int | None = None,
+    limits: Mapping[str, float | None] | None = None,
+    locate_fault: bool = False,
+    weights: str | Path | None = None,
+    reference_weights: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> Verdict:
+    """Holds a candidate against a reference.
+
+    Args:
+        candidate: A checkpoint, a model, or a bundle.
+        reference: The same, or a golden file.
+        data: Text files, or token ids [W, S]; nothing for a golden file, which has its own.
+        samples: Windows of text at most.
+        window: Tokens of a window; None is two chunks and a quarter of the model's attention.
+        limits: By metric, see `gates.METRICS`; what is left out is as `gates.DEFAULTS` says.
+        locate_fault: Whether the layers are walked for the first one that is out of line.
+        weights: Folder of the candidate's weight files, where they have moved.
+        reference_weights: The same of the reference.
+        threads: Of one operator on the CPU.
+        progress: Told how far the work is.
+
+    Raises:
+        AccuracyError: The two cannot be compared, or logits are not finite.
+        DataError: The text cannot be read, or is too little.
+    """
+    if unknown := (limits or {}).keys() - METRICS.keys():
+        raise AccuracyError(f"limit {min(unknown)!r} is unknown: choose from {', '.join(METRICS)}")
+    side = open_side(candidate, None if weights is None else Path(weights), threads)
+    limits_given = limits_for("none" if side.recipe is None else side.recipe.format, limits or {})
+    against = Path(reference)
+    if against.is_file():
+        golden, other = read_golden(against), None
+        _check_alike(side, golden.spec, golden.tokenizer, against)
+        if data is not None:
+            raise AccuracyError(f"{against} has its own text: leave --data out")
+        if locate_fault:
+            raise AccuracyError(f"{against} holds no layers to walk: for --locate give the model it was recorded from")
+    else:
+        other = open_side(against, None if reference_weights is None else Path(reference_weights), threads)
+        _check_alike(side, other.spec, tokenizer_of(against), against)
+        if data is None:
+            raise AccuracyError("there is no text: give text files with --data")
+        length = window or window_of(other.spec)
+        ids_WS = data if isinstance(data, np.ndarray) else read_windows(against, data, other.spec, samples, length)
+        golden = record(other, ids_WS, progress)
+    seen = compare(golden, side, progress)
+    found = estimates(seen)
+    judgements = judge(found, limits_given)
+    return Verdict(
+        candidate=str(candidate),
+        reference=str(reference),
+        outcome=overall(judgements),
+        judgements=judgements,
+        metrics=found,
+        windows=golden.ids_WS.shape[0],
+        tokens=golden.ids_WS.size,
+        notes=tuple(_notes(side, golden, seen)),
+        location=locate(side, other, golden.ids_WS, progress) if locate_fault and other is not None else None,
+        comparison=seen,
+    )
+
+
+def _check_alike(side: Side, spec: ModelSpec, tokenizer: str, against: Path) -> None:
+    """Refuses two that are no forms of one model.
+
+    Raises:
+        AccuracyError: Their sizes or tokenizers differ.
+    """
+    kinds = [tuple((layer.experts) for layer in each.layers) for each in (side.spec, spec)]
+    sizes = [(name, getattr(side.spec, name), getattr(spec, name)) for name in SIZES]
+    sizes.insert(0, ("layers", len(side.spec.layers), len(spec.layers)))
+    for name, ours, theirs in sizes:
+        if ours != theirs:
+            raise AccuracyError(f"{side.path} has {name} {ours}, {against} has {theirs}: they are not one model")
+    if kinds[0] != kinds[1]:
+        raise AccuracyError(f"{side.path} and {against} have experts in different layers: they are not one model")
+    if tokenizer_of(side.path) != tokenizer:
+        raise AccuracyError(f"{side.path} and {against} have different tokenizers: export both from one checkpoint")
+
+
+def _notes(side: Side, golden: Golden, seen: Comparison) -> list[str]:
+    """What differs in the two descriptions, and what could not be seen."""
+    notes = []
+    for field_ in dataclasses.fields(ModelSpec):
+        name = field_.name
+        ours, theirs = getattr(side.spec, name), getattr(golden.spec, name)
+        if name == "layers":
+            for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+                if our != their:
+                    notes.append(f"Layer {index} is described as {our}, in the reference as {their}.")
+                    break
+        elif ours != theirs and name != "dtype":
+            notes.append(f"{name} is {ours}, in the reference {theirs}.")
+    if seen.flipped_LWS is None and any(layer.experts for layer in side.spec.layers):
+        notes.append("The choice of experts cannot be seen inside an engine: router flips are not told.")
+    if seen.agreed_P is None:
+        notes.append("A checkpoint does not generate: for greedy agreement give its export as the reference.")
+    return notes

@@ -1,0 +1,75 @@
+"""Limits that a candidate must keep, and the verdict.
+
+Enters: estimates with their intervals. Leaves: an outcome for each limit. A limit is kept where the whole interval
+keeps it, broken where the whole interval breaks it; between the two there is not enough data to tell.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .metrics import Estimate
+
+Outcome = Literal["pass", "regressed", "undecided"]
+
+METRICS = {
+    "perplexity_ratio": ("max", "perplexity over the reference's"),
+    "kl": ("max", "divergence from the reference, nats a token"),
+    "top1": ("min", "tokens where both find the same one likeliest"),
+    "flips": ("max", "tokens that one of them gets right and the other does not"),
+    "router_flips": ("max", "choices of experts that differ"),
+    "greedy": ("min", "tokens generated alike"),
+}
+"""What can be limited: from which side, and what it is."""
+
+DEFAULTS: dict[str, dict[str, float]] = {
+    "none": {"perplexity_ratio": 1.002, "kl": 0.002, "top1": 0.98},
+    "int8": {"perplexity_ratio": 1.015, "kl": 0.03, "top1": 0.92},
+    "fp8": {"perplexity_ratio": 1.02, "kl": 0.05, "top1": 0.88},
+    "int4": {"perplexity_ratio": 1.05, "kl": 0.12, "top1": 0.82},
+}
+"""Limits by the candidate's format. They hold a good quantiser of a small model; large ones keep them with ease."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """What became of one limit.
+
+    Attributes:
+        metric: Its name.
+        limit: The limit.
+        side: `max` or `min`.
+        found: The estimate; None where the metric cannot be told.
+        outcome: Kept, broken, or not enough data to tell.
+    """
+
+    metric: str
+    limit: float
+    side: str
+    found: Estimate | None
+    outcome: Outcome
+
+
+def limits_for(format: str, given: Mapping[str, float | None]) -> dict[str, float]:
+    """The defaults of a format, with those given in their place."""
+    return DEFAULTS[format] | {name: limit for name, limit in given.items() if limit is not None}
+
+
+def judge(found: Mapping[str, Estimate], limits: Mapping[str, float]) -> tuple[Judgement, ...]:
+    """Holds estimates against limits."""
+    judgements = []
+    for metric, limit in limits.items():
+        side, estimate = METRICS[metric][0], found.get(metric)
+        outcome: Outcome = "undecided"
+        if estimate is not None:
+            worst, best = (estimate.high, estimate.low) if side == "max" else (-estimate.low, -estimate.high)
+            bound = limit if side == "max" else -limit
+            outcome = "pass" if worst <= bound else "regressed" if best > bound else "undecided"
+        judgements.append(Judgement(metric=metric, limit=limit, side=side, found=estimate, outcome=outcome))
+    return tuple(judgements)
+
+
+def overall(judgements: Sequence[Judgement]) -> Outcome:
+    """Regressed where a limit is broken, undecided where one is open, else pass."""
+    outcomes = {judgement.outcome for judgement in judgements}
+    return "regressed" if "regressed" in outcomes else "undecided" if "undecided" in outcomes else "pass"

@@ -1,0 +1,285 @@
+"""What is kept of the reference: all that the metrics need, and no more.
+
+Enters: a side and token ids. Leaves: a `Golden`, which a check compares the candidate with, at once or later from a
+file; both are the same comparison. Of each next token's distribution the likeliest tokens are kept with their
+log-probabilities, and of all others together what is left for them.
+
+The file is safetensors: the arrays below by their names, and in its metadata what the reference was.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import __version__
+from ..errors import AccuracyError, CheckpointError
+from ..export.windows import SHORTEST_WINDOW, read_windows
+from ..shards import encode_header, open_shard
+from ..spec import ModelSpec
+from .sides import Block, Experts, Progress, Side, open_side, tokenizer_of
+
+VERSION = "1"
+TOP = 64
+"""Tokens whose probabilities are kept one by one."""
+
+DECODED = 16
+"""Of a window's tokens the last so many run one at a time."""
+
+PROMPTS, PROMPT, CONTINUED = 8, 64, 32
+"""Windows whose beginnings are continued greedily, the tokens of such a beginning, and those of a continuation."""
+
+DTYPES = {"int32": "I32", "int16": "I16", "float32": "F32"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Golden:
+    """A reference, recorded. W windows of S tokens; N = S - 1 of them have a next one; K likeliest tokens.
+
+    Attributes:
+        source: Path of the reference, for messages.
+        spec: Its geometry.
+        tokenizer: Fingerprint of its tokenizer.
+        format: How it is quantised, `none` where it is not.
+        ids_WS: The tokens.
+        top_ids_WNK: The likeliest next tokens, in falling order.
+        top_logs_WNK: Their log-probabilities, nats.
+        rest_logs_WN: That of all others together.
+        next_logs_WN: That of the token that comes.
+        experts_LWSK: Chosen experts, in layers that have some; None where they cannot be seen.
+        continued_PC: Beginnings and what the reference makes of them greedily; None where it does not generate.
+    """
+
+    source: str
+    spec: ModelSpec
+    tokenizer: str
+    format: str
+    ids_WS: NDArray[np.int32]
+    top_ids_WNK: NDArray[np.int32]
+    top_logs_WNK: NDArray[np.float32]
+    rest_logs_WN: NDArray[np.float32]
+    next_logs_WN: NDArray[np.float32]
+    experts_LWSK: Experts | None
+    continued_PC: NDArray[np.int32] | None
+
+    @property
+    def decoded(self) -> int:
+        """How many of a window's last tokens run one at a time."""
+        return min(DECODED, self.ids_WS.shape[1] // 4)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the beginnings that are continued."""
+        return prompt_length(self.ids_WS.shape[1])
+
+
+def prompt_length(length: int) -> int:
+    """Of windows of so many tokens, those that are continued greedily."""
+    return min(PROMPT, length // 2)
+
+
+def window_of(spec: ModelSpec) -> int:
+    """Tokens of a window: two chunks and a quarter, so that two boundaries are crossed, within the context."""
+    return min(spec.max_positions, max(SHORTEST_WINDOW, 2 * spec.chunk + spec.chunk // 4))
+
+
+def record_golden(
+    reference: str | Path,
+    out: str | Path,
+    *,
+    data: Sequence[str | Path],
+    samples: int = 24,
+    window: int | None = None,
+    weights: str | Path | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress = lambda phase, done, total: None,
+) -> Path:
+    """Records a reference once, so that it need not run again.
+
+    Args:
+        reference: A checkpoint, a model, or a bundle.
+        out: The file to write.
+        data: Text files.
+        samples: Windows of text at most.
+        window: Tokens of a window; None is two chunks and a quarter of the model's attention.
+        weights: Folder of the reference's weight files, where they have moved.
+        threads: Of one operator on the CPU.
+        force: Whether an existing golden file is replaced.
+        progress: Told how far the work is.
+
+    Returns:
+        The file.
+
+    Raises:
+        AccuracyError: `reference` cannot be run, or `out` exists or cannot be written.
+        DataError: The text cannot be read, or is too little.
+    """
+    target = Path(out).absolute()
+    check_replaceable(target, force)
+    side = open_side(reference, None if weights is None else Path(weights), threads)
+    ids_WS = read_windows(side.path, data, side.spec, samples, window or window_of(side.spec))
+    write_golden(record(side, ids_WS, progress), target)
+    return target
+
+
+def record(side: Side, ids_WS: NDArray[np.int64], progress: Progress) -> Golden:
+    """Runs the reference.
+
+    Raises:
+        AccuracyError: Its logits are not finite.
+    """
+    spec = side.spec
+    windows, length = ids_WS.shape
+    top = min(TOP, spec.vocab_size)
+    layers = sum(layer.experts for layer in spec.layers)
+    logs = {name: np.zeros((windows, length - 1), np.float32) for name in ("rest", "next")}
+    top_ids = np.zeros((windows, length - 1, top), np.int32)
+    top_logs = np.zeros((windows, length - 1, top), np.float32)
+    experts: Experts | None = None
+    for block in side.score(ids_WS, min(DECODED, length // 4), progress):
+        part, logits_NV = predicting(block, length, side.path)
+        if block.experts_LNK is not None:
+            if experts is None:
+                experts = np.zeros((layers, windows, length, spec.experts_per_token), np.int16)
+            experts[:, block.row, block.start : block.start + block.experts_LNK.shape[1]] = block.experts_LNK
+        if not len(logits_NV):
+            continue
+        total_N1 = logits_NV.logsumexp(-1, keepdim=True)
+        values_NK, ids_NK = logits_NV.topk(top, dim=-1)
+        top_ids[block.row, part], top_logs[block.row, part] = ids_NK.numpy(), (values_NK - total_N1).numpy()
+        logs["rest"][block.row, part] = (rest_of(logits_NV, ids_NK) - total_N1[:, 0]).numpy()
+        logs["next"][block.row, part] = next_of(logits_NV, ids_WS, block, total_N1)
+    continued = None
+    if side.generates:
+        beginnings = ids_WS[:PROMPTS, : prompt_length(length)].tolist()
+        continued = np.array([ids + side.generate(ids, CONTINUED) for ids in beginnings], np.int32)
+    side.close()
+    return Golden(
+        source=str(side.path),
+        spec=spec,
+        tokenizer=tokenizer_of(side.path),
+        format="none" if side.recipe is None else side.recipe.format,
+        ids_WS=ids_WS.astype(np.int32),
+        top_ids_WNK=top_ids,
+        top_logs_WNK=top_logs,
+        rest_logs_WN=logs["rest"],
+        next_logs_WN=logs["next"],
+        experts_LWSK=experts,
+        continued_PC=continued,
+    )
+
+
+def predicting(block: Block, length: int, path: Path) -> tuple[slice, Tensor]:
+    """The tokens of a block that have a next one, and their logits.
+
+    Raises:
+        AccuracyError: A logit is not finite.
+    """
+    end = min(block.start + len(block.logits_NV), length - 1)
+    logits_NV = torch.from_numpy(block.logits_NV[: end - block.start])
+    finite_N = torch.isfinite(logits_NV.sum(-1))
+    if not finite_N.all():
+        at = block.start + int(finite_N.logical_not().nonzero()[0, 0])
+        raise AccuracyError(
+            f"{path}: the logits after token {at} of window {block.row} are NaN or infinite: its weights or scales are "
+            "damaged, or its arithmetic overflows"
+        )
+    return slice(block.start, end), logits_NV
+
+
+def rest_of(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
+    """Log of the summed exponentials of all other logits, [N]."""
+    return logits_NV.scatter(1, ids_NK, -torch.inf).logsumexp(-1)
+
+
+def next_of(logits_NV: Tensor, ids_WS: NDArray[Any], block: Block, total_N1: Tensor) -> NDArray[np.float32]:
+    """The log-probabilities of the tokens that come, [N]."""
+    start = block.start + 1
+    next_N1 = torch.from_numpy(ids_WS[block.row, start : start + len(logits_NV)].astype(np.int64))[:, None]
+    log_N1: Tensor = logits_NV.gather(1, next_N1) - total_N1
+    return log_N1[:, 0].numpy()
+
+
+def check_replaceable(path: Path, force: bool) -> None:
+    """Refuses to write over a file, unless it is a golden one and `force` allows it.
+
+    Raises:
+        AccuracyError: Something else is there.
+    """
+    if path.exists() and not force:
+        raise AccuracyError(f"{path} exists: choose another output, or --force to replace it")
+    if path.exists():
+        read_golden(path)
+
+
+def write_golden(golden: Golden, path: Path) -> None:
+    """Writes a file, complete or not there.
+
+    Raises:
+        AccuracyError: It cannot be written.
+    """
+    arrays = {
+        field.name: value
+        for field in dataclasses.fields(Golden)
+        if isinstance(value := getattr(golden, field.name), np.ndarray)
+    }
+    about = {
+        "golden": VERSION,
+        "arriero": __version__,
+        "source": golden.source,
+        "tokenizer": golden.tokenizer,
+        "format": golden.format,
+        "model": json.dumps(dataclasses.asdict(golden.spec)),
+    }
+    header = encode_header({name: (DTYPES[str(a.dtype)], a.shape) for name, a in arrays.items()}, about)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(header)
+            for array in arrays.values():
+                file.write(np.ascontiguousarray(array).data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise AccuracyError(f"{path}: cannot be written ({error.strerror}): choose another output") from error
+
+
+def read_golden(path: Path) -> Golden:
+    """Reads a golden file.
+
+    Raises:
+        AccuracyError: It is none, damaged, or of another version.
+    """
+    try:
+        shard = open_shard(path)
+    except CheckpointError as error:
+        raise AccuracyError(f"{path} is no golden file ({error}): record one with `arriero golden`") from error
+    about = shard.metadata
+    if about.get("golden") != VERSION:
+        found = f"version {about['golden']}" if "golden" in about else "no golden file"
+        raise AccuracyError(f"{path} is {found}, this Arriero reads version {VERSION}: record it with `arriero golden`")
+    arrays: dict[str, Any] = {"experts_LWSK": None, "continued_PC": None}
+    kinds = {name: np.dtype(kind) for kind, name in DTYPES.items()}
+    for name, region in shard.tensors.items():
+        kind = kinds[region.dtype]
+        values = np.fromfile(path, kind, region.size // kind.itemsize, offset=region.offset)
+        arrays[name] = values.reshape(region.shape)
+    return Golden(
+        source=about["source"],
+        spec=ModelSpec.from_fields(json.loads(about["model"])),
+        tokenizer=about["tokenizer"],
+        format=about["format"],
+        **arrays,
+    )

@@ -1,0 +1,185 @@
+"""How far a candidate is from the reference, in numbers with their confidence intervals.
+
+Enters: a `Golden` and the candidate's side, run over the same tokens. Leaves: a `Comparison`, what was seen at each
+token, and from it `Estimate`s. Tokens of one text depend on one another, so the intervals come from drawing whole
+windows anew (bootstrap percentiles; Efron & Tibshirani 1993, chapter 13).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .golden import Golden, next_of, predicting, rest_of
+from .sides import Experts, Progress, Side
+
+DRAWS, LEVEL = 2000, 0.95
+FEWEST_WINDOWS = 5
+"""With fewer windows there is no interval to speak of."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A number and its confidence interval at `LEVEL`; an infinite one where there are too few windows."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """What was seen at each token that has a next one.
+
+    Attributes:
+        golden: The reference.
+        divergence_WN: Kullback-Leibler divergence of the candidate's distribution from the reference's, nats, over the
+            reference's likeliest tokens and one bucket for all others.
+        next_logs_WN: The candidate's log-probability of the token that comes.
+        likeliest_WN: Its likeliest token.
+        experts_LWSK: Its chosen experts; None where they cannot be seen.
+        agreed_P: How many greedy tokens of the reference it would have chosen too, before the first other one.
+    """
+
+    golden: Golden
+    divergence_WN: Floats
+    next_logs_WN: NDArray[np.float32]
+    likeliest_WN: NDArray[np.int32]
+    experts_LWSK: Experts | None
+    agreed_P: NDArray[np.int64] | None
+
+    @property
+    def reference_likeliest_WN(self) -> NDArray[np.int32]:
+        """The reference's likeliest tokens."""
+        return self.golden.top_ids_WNK[..., 0]
+
+    @property
+    def flipped_LWS(self) -> NDArray[np.bool_] | None:
+        """Where a router chose other experts."""
+        if self.experts_LWSK is None or self.golden.experts_LWSK is None:
+            return None
+        flipped: NDArray[np.bool_] = (self.experts_LWSK != self.golden.experts_LWSK).any(-1)
+        return flipped
+
+
+def compare(golden: Golden, side: Side, progress: Progress) -> Comparison:
+    """Runs the candidate over the reference's tokens.
+
+    Raises:
+        AccuracyError: Its logits are not finite.
+    """
+    ids_WS = golden.ids_WS.astype(np.int64)
+    windows, length = ids_WS.shape
+    divergence = np.zeros((windows, length - 1))
+    next_logs = np.zeros((windows, length - 1), np.float32)
+    likeliest = np.zeros((windows, length - 1), np.int32)
+    experts: Experts | None = None
+    for block in side.score(ids_WS, golden.decoded, progress):
+        part, logits_NV = predicting(block, length, side.path)
+        if block.experts_LNK is not None:
+            if experts is None:
+                layers, _, count = block.experts_LNK.shape
+                experts = np.zeros((layers, windows, length, count), np.int16)
+            experts[:, block.row, block.start : block.start + block.experts_LNK.shape[1]] = block.experts_LNK
+        if not len(logits_NV):
+            continue
+        total_N1 = logits_NV.logsumexp(-1, keepdim=True)
+        next_logs[block.row, part] = next_of(logits_NV, ids_WS, block, total_N1)
+        likeliest[block.row, part] = logits_NV.argmax(-1).numpy()
+        divergence[block.row, part] = divergence_of(golden, block.row, part, logits_NV, total_N1).numpy()
+    agreed = None if golden.continued_PC is None else _agreed(golden.continued_PC, golden.prompt, side, progress)
+    side.close()
+    return Comparison(
+        golden=golden,
+        divergence_WN=divergence,
+        next_logs_WN=next_logs,
+        likeliest_WN=likeliest,
+        experts_LWSK=experts,
+        agreed_P=agreed,
+    )
+
+
+def divergence_of(golden: Golden, row: int, part: slice, logits_NV: Tensor, total_N1: Tensor) -> Tensor:
+    """Σ p (log p - log q) over the reference's likeliest tokens and the bucket of all others, [N] in float64."""
+    ids_NK = torch.from_numpy(golden.top_ids_WNK[row, part].astype(np.int64))
+    rest_N1 = torch.from_numpy(golden.rest_logs_WN[row, part])[:, None]
+    p_NK = torch.cat([torch.from_numpy(golden.top_logs_WNK[row, part]), rest_N1], dim=1).double()
+    rest_q_N1 = rest_of(logits_NV, ids_NK)[:, None] - total_N1
+    q_NK = torch.cat([logits_NV.gather(1, ids_NK) - total_N1, rest_q_N1], dim=1).double()
+    terms_NK = torch.where(p_NK > -torch.inf, p_NK.exp() * (p_NK - q_NK), 0.0)
+    return terms_NK.sum(-1)
+
+
+def _agreed(continued_PC: NDArray[np.int32], prompt: int, side: Side, progress: Progress) -> NDArray[np.int64]:
+    """Where greedy continuations part: at the first token that is not the candidate's likeliest."""
+    ids_PC = continued_PC.astype(np.int64)
+    likeliest_PC = np.zeros_like(ids_PC)
+    for block in side.score(ids_PC, 0, progress):
+        likeliest_PC[block.row, block.start : block.start + len(block.logits_NV)] = block.logits_NV.argmax(-1)
+    same_PC = likeliest_PC[:, prompt - 1 : -1] == ids_PC[:, prompt:]
+    return np.where(same_PC.all(1), same_PC.shape[1], same_PC.argmin(1))
+
+
+def estimate(values_W: NDArray[Any], of_mean: Callable[[Floats], Floats] = lambda mean: mean) -> Estimate:
+    """A function of the mean over windows, with its interval.
+
+    Args:
+        values_W: A number for each window.
+        of_mean: The function, of an array of means.
+    """
+    values_W = np.asarray(values_W, np.float64)
+    value = float(of_mean(values_W.mean(keepdims=True))[0])
+    if len(values_W) < FEWEST_WINDOWS:
+        return Estimate(value=value, low=-np.inf, high=np.inf)
+    drawn = np.random.default_rng(0).integers(0, len(values_W), (DRAWS, len(values_W)))
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(of_mean(values_W[drawn].mean(1)), [tail, 100 - tail])
+    return Estimate(value=value, low=float(low), high=float(high))
+
+
+def estimates(seen: Comparison) -> dict[str, Estimate]:
+    """All metrics that can be told, by name.
+
+    perplexity, reference_perplexity and perplexity_ratio; kl, nats a token; top1, the share of tokens where both find
+    the same one likeliest; flips, where one of them finds the token that comes and the other does not; router_flips,
+    the share of choices of experts that differ; greedy, tokens that the candidate generates before it parts.
+    """
+    golden = seen.golden
+    loss_W, reference_W = -seen.next_logs_WN.mean(1, dtype=np.float64), -golden.next_logs_WN.mean(1, dtype=np.float64)
+    agrees_WN = seen.likeliest_WN == seen.reference_likeliest_WN
+    next_WN = golden.ids_WS[:, 1:]
+    flips_WN = (seen.likeliest_WN == next_WN) != (seen.reference_likeliest_WN == next_WN)
+    found = {
+        "reference_perplexity": estimate(reference_W, np.exp),
+        "perplexity": estimate(loss_W, np.exp),
+        "perplexity_ratio": estimate(loss_W - reference_W, np.exp),
+        "kl": estimate(seen.divergence_WN.mean(1)),
+        "top1": estimate(agrees_WN.mean(1)),
+        "flips": estimate(flips_WN.mean(1)),
+    }
+    if (flipped_LWS := seen.flipped_LWS) is not None:
+        found["router_flips"] = estimate(flipped_LWS.mean((0, 2)))
+    if seen.agreed_P is not None:
+        found["greedy"] = estimate(seen.agreed_P)
+    return found
+
+
+def routing_matrix(seen: Comparison) -> NDArray[np.int64] | None:
+    """How often a token that the reference sent to one expert (row) went to another (column), over all layers."""
+    if seen.flipped_LWS is None or seen.experts_LWSK is None or seen.golden.experts_LWSK is None:
+        return None
+    size = seen.golden.spec.experts
+    matrix = np.zeros((size, size), np.int64)
+    theirs, ours = (each.reshape(-1, each.shape[-1]) for each in (seen.golden.experts_LWSK, seen.experts_LWSK))
+    for place in range(theirs.shape[1]):
+        expert_T = theirs[:, place]
+        kept_T = (ours == expert_T[:, None]).any(1)
+        other_T = np.where(kept_T, expert_T, ours[:, place])
+        np.add.at(matrix, (expert_T, other_T), 1)
+    return matrix

@@ -1,0 +1,259 @@
+"""What can be compared: a checkpoint in PyTorch, or a model or bundle as it runs.
+
+Enters: a path. Leaves: a `Side`, which scores token ids block by block: logits, and which experts each token chose.
+A checkpoint is walked layer by layer over all sequences, so that memory holds one layer and the hidden states lie in
+mapped files; a folder runs as a session, its last tokens one by one as in generation.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import linear
+
+from ..errors import AccuracyError
+from ..export.checkpoint import open_checkpoint
+from ..export.llama4 import rms_norm
+from ..export.walk import Hidden, LayerWalk, Weights, embed
+from ..folder import SPEC, check_whole, find_files, read_spec
+from ..loading import load
+from ..runtime.decoder import Decoder
+from ..runtime.session import Limits, Session
+from ..runtime.text import Text, read_defaults
+from ..runtime.weights import map_weights
+from ..spec import ModelSpec, Recipe
+from .graph import LoweredGraph
+
+Experts = NDArray[np.int16]
+"""The experts of each token, in rising order: [L, N, K], L the layers that have experts."""
+
+Progress = Callable[[str, int, int], None]
+"""Told the phase, the tokens done, and the tokens in all."""
+
+BLOCK_BYTES = 1 << 28
+"""Of logits computed at once from a checkpoint's hidden states."""
+
+
+class Block(NamedTuple):
+    """What a side says of some tokens of one row.
+
+    Attributes:
+        row: Which.
+        start: Number of the first token.
+        logits_NV: After each token.
+        experts_LNK: None where they cannot be seen.
+    """
+
+    row: int
+    start: int
+    logits_NV: NDArray[np.float32]
+    experts_LNK: Experts | None
+
+
+class Side(Protocol):
+    """One of the two that are compared."""
+
+    path: Path
+    spec: ModelSpec
+    recipe: Recipe | None
+    generates: bool
+
+    def score(self, ids_WS: NDArray[np.int64], decoded: int, progress: Progress) -> Iterator[Block]:
+        """Scores rows.
+
+        Args:
+            ids_WS: Token ids.
+            decoded: How many of a row's last tokens run one at a time, where the side can.
+            progress: Told how far it is.
+        """
+        ...
+
+    def generate(self, ids: list[int], count: int) -> list[int]:
+        """Continues greedily by exactly so many tokens, where `generates`."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the weights; they come back when they are needed."""
+        ...
+
+
+def open_side(path: str | Path, weights: Path | None = None, threads: int | None = None) -> Side:
+    """Opens one side; its weights are read when it is run.
+
+    Args:
+        path: A checkpoint, a model, or a bundle.
+        weights: Folder of its weight files, where they have moved.
+        threads: Of one operator on the CPU.
+
+    Raises:
+        AccuracyError: It is none of these.
+        ArrieroError: It is damaged.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file() and not (path / SPEC).exists():
+        return CheckpointSide(path)
+    if path.is_file():
+        raise AccuracyError(f"{path} is a file: give a checkpoint, a model, a bundle, or as --against a golden file")
+    return FolderSide(path, weights, threads)
+
+
+def tokenizer_of(path: Path) -> str:
+    """A fingerprint of what a folder's tokenizer does, whatever the file's layout.
+
+    Raises:
+        AccuracyError: There is none, or it is damaged.
+    """
+    try:
+        content = json.loads((path / "tokenizer.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise AccuracyError(f"{path} has no tokenizer.json that can be read ({error}): export it again") from error
+    fields = {name: content.get(name) for name in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+class CheckpointSide:
+    """A Hugging Face checkpoint, computed by PyTorch in float32 from the weights as they are stored."""
+
+    generates = False
+    recipe: Recipe | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        opened = open_checkpoint(path.absolute())
+        if opened.quantised is not None:
+            method = opened.quantised.scheme.method
+            raise AccuracyError(f"{path} is quantised ({method}): export it, and give the model folder")
+        self.spec = opened.spec
+        self.weights = Weights({shard.path.name: shard.path for shard in opened.shards})
+
+    def score(self, ids_WS: NDArray[np.int64], decoded: int, progress: Progress) -> Iterator[Block]:
+        """Scores rows; whole sequences, there is no cache."""
+        spec, count = self.spec, len(self.spec.layers)
+        with hidden_states((*ids_WS.shape, spec.hidden_size)) as (x, attended, out):
+            embed(self.weights, ids_WS, x)
+            chosen = []
+            for index, layer in enumerate(spec.layers):
+                progress(f"PyTorch, layer {index}", index * ids_WS.size // count, ids_WS.size)
+                walk = LayerWalk(spec, index, self.weights, attended, out)
+                walk.run(x)
+                if layer.experts:
+                    chosen.append(in_order(walk.chosen().numpy()))
+                self.weights.release()
+                x, out = out, x
+            experts_LTK = np.stack(chosen) if chosen else None
+            for row, start, logits_NV in self._head(x):
+                at = row * ids_WS.shape[1] + start
+                experts = None if experts_LTK is None else experts_LTK[:, at : at + len(logits_NV)]
+                yield Block(row, start, logits_NV, experts)
+
+    def _head(self, x: Hidden) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """The logits of the last hidden states, some tokens at a time."""
+        norm = self.weights.wide("norm.weight")
+        head = self.weights.wide("embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight")
+        at_once = max(1, BLOCK_BYTES // (4 * self.spec.vocab_size))
+        for row, hidden_SH in enumerate(x):
+            for start in range(0, len(hidden_SH), at_once):
+                part = torch.from_numpy(np.ascontiguousarray(hidden_SH[start : start + at_once]))
+                yield row, start, linear(rms_norm(part, norm, self.spec.norm_eps), head).numpy()
+
+    def generate(self, ids: list[int], count: int) -> list[int]:
+        """Nothing: without a cache each token would cost a walk over all weights."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Lets go of the mapped pages."""
+        self.weights.release()
+
+
+class FolderSide:
+    """A model or a bundle, run as a session."""
+
+    generates = True
+
+    def __init__(self, path: Path, weights: Path | None, threads: int | None) -> None:
+        self.path, self.weights, self.threads = path, weights, threads
+        self.folder = read_spec(path)
+        check_whole(path, self.folder)
+        self.spec, self.recipe = self.folder.model, self.folder.recipe
+        self.session: Session | None = None
+        self.routed: list[NDArray[np.float32]] = []
+
+    def score(self, ids_WS: NDArray[np.int64], decoded: int, progress: Progress) -> Iterator[Block]:
+        """Scores rows one by one, each prefilled in pieces and then decoded."""
+        for row, ids_S in enumerate(ids_WS):
+            session = self._opened(ids_WS.shape[1])
+            for start, logits_NV in session.score(ids_S.tolist(), decoded):
+                progress(self.path.name, row * ids_WS.shape[1] + start, ids_WS.size)
+                yield Block(row, start, logits_NV, self._chosen())
+
+    def generate(self, ids: list[int], count: int) -> list[int]:
+        """Continues greedily."""
+        session = self._opened(len(ids) + count)
+        settings = {"temperature": 0.0, "repetition_penalty": 1.0, "eos_token_id": [], "stop_strings": ()}
+        return session.generate(ids, count, **settings).ids  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Lets go of the session."""
+        self.session = None
+
+    def _opened(self, positions: int) -> Session:
+        """The session, its routers' logits watched where the graph is open."""
+        if self.session is None or self.session.max_seq < positions:
+            self.session = None  # before another is made
+            positions = max(positions, min(self.spec.max_positions, 4096))
+            self.session = self._watched(positions) if self.is_open else self._closed()
+        return self.session
+
+    @property
+    def is_open(self) -> bool:
+        """Whether values inside the graph can be seen."""
+        return self.folder.engine is None
+
+    def _closed(self) -> Session:
+        return load(self.path, weights=self.weights)
+
+    def _watched(self, positions: int) -> Session:
+        graph = LoweredGraph(self.path, self.folder)
+        layers = [index for index, layer in enumerate(self.spec.layers) if layer.experts]
+        names = [name for index in layers if (name := graph.output_of(f"layers.{index}/feed_forward.router"))]
+        files = find_files(self.path, self.folder.weight_files, self.weights)
+        decoder = Decoder(
+            graph.watching(names),
+            map_weights(graph.weights, files),
+            self.path,
+            self.spec,
+            graph.flags,
+            self.threads,
+            watched=names,
+            watch=lambda values: self.routed.__setitem__(slice(None), values.values()),
+        )
+        limits = Limits.of(self.spec, positions, None)
+        return Session(decoder, Text(self.path), read_defaults(self.path), limits)
+
+    def _chosen(self) -> Experts | None:
+        """The experts of the last step's tokens."""
+        if not self.routed:
+            return None
+        count = self.spec.experts_per_token
+        logits = torch.from_numpy(np.stack(self.routed))
+        return in_order(logits.topk(count, dim=-1).indices.numpy())
+
+
+def in_order(chosen: NDArray[Any]) -> Experts:
+    """Experts [..., K] as sets: in rising order."""
+    return np.sort(chosen, axis=-1).astype(np.int16)
+
+
+@contextmanager
+def hidden_states(shape: tuple[int, ...]) -> Iterator[tuple[Hidden, Hidden, Hidden]]:
+    """Three arrays of hidden states in mapped files, which go when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="arriero-") as folder:
+        first, second, third = (np.memmap(f"{folder}/{name}", np.float32, "w+", shape=shape) for name in "abc")
+        yield first, second, third

@@ -1,0 +1,152 @@
+"""Faults planted in checkpoints, models and bundles, each with what a person would have to be told."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from arriero.folder import read_spec
+from arriero.shards import identity, open_shard
+
+Change = Callable[[Tensor], Tensor]
+
+
+def changed_tensors(source: Path, target: Path, changes: dict[str, Change]) -> Path:
+    """A copy of a checkpoint or of a quantised model with some of its tensors changed."""
+    shutil.copytree(source, target)
+    left = set(changes)
+    for path in target.glob("*.safetensors"):
+        regions = open_shard(path).tensors
+        tensors = load_file(path)
+        for name in left & set(tensors):
+            changed = changes[name](tensors[name]).to(tensors[name].dtype).contiguous()
+            with path.open("r+b") as file:  # in its place: graphs know where tensors lie
+                file.seek(regions[name].offset)
+                file.write(changed.view(-1).view(torch.uint8).numpy().data)
+        left -= set(tensors)
+    assert not left, left
+    if (target / "spec.json").exists():
+        _sign(target)
+    return target
+
+
+def _sign(folder: Path) -> None:
+    """Makes a model accept its changed files."""
+    spec = read_spec(folder)
+    files = tuple(
+        dataclasses.replace(file, size=(folder / file.name).stat().st_size, identity=identity(folder / file.name))
+        for file in spec.weight_files
+    )
+    (folder / "spec.json").write_text(dataclasses.replace(spec, weight_files=files).to_json())
+
+
+def changed_config(source: Path, target: Path, **fields: Any) -> Path:
+    """A copy of a checkpoint with another config."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | fields))
+    return target
+
+
+def changed_graph(source: Path, target: Path, change: Callable[[onnx.GraphProto], int]) -> Path:
+    """A copy of a folder with another graph; the change says in how many places it was made."""
+    shutil.copytree(source, target)
+    model = onnx.load(target / "decoder.onnx", load_external_data=False)
+    assert change(model.graph)
+    onnx.save(model, target / "decoder.onnx")
+    return target
+
+
+def without_temperature(layer: int) -> Callable[[onnx.GraphProto], int]:
+    """A model's layer whose queries are not tuned."""
+
+    def change(graph: onnx.GraphProto) -> int:
+        node = next(node for node in graph.node if node.name == f"layers.{layer}/GroupedQueryAttention")
+        tuned = [attribute for attribute in node.attribute if attribute.name == "temperature_scale" and attribute.f]
+        for attribute in tuned:
+            attribute.f = 0.0
+        return len(tuned)
+
+    return change
+
+
+def rope_over_halves(layer: int) -> Callable[[onnx.GraphProto], int]:
+    """A bundle's layer whose RoPE has the other layout."""
+
+    def change(graph: onnx.GraphProto) -> int:
+        count = 0
+        for node in graph.node:
+            if node.op_type == "RotaryEmbedding" and node.name.startswith(f"layers.{layer}/"):
+                next(attribute for attribute in node.attribute if attribute.name == "interleaved").i = 0
+                count += 1
+        return count
+
+    return change
+
+
+def without_shared_expert(layer: int) -> Callable[[onnx.GraphProto], int]:
+    """A bundle's layer whose output lacks its shared expert."""
+
+    def change(graph: onnx.GraphProto) -> int:
+        prefix = f"layers.{layer}/feed_forward.shared_expert.down_proj"
+        down = [node for node in graph.node if node.name.startswith(prefix)][-1].output[0]
+        total = next(node for node in graph.node if node.op_type == "Add" and down in node.input)
+        routed = next(name for name in total.input if name != down)
+        for node in graph.node:
+            for place, name in enumerate(node.input):
+                if name == total.output[0]:
+                    node.input[place] = routed
+        return 1
+
+    return change
+
+
+def score_on_output(layer: int) -> Callable[[onnx.GraphProto], int]:
+    """A bundle's layer whose router scores multiply what the experts give, not what they take."""
+
+    def change(graph: onnx.GraphProto) -> int:
+        count = 0
+        for node in graph.node:
+            if node.op_type == "If" and node.name.startswith(f"layers.{layer}/MoeDispatch"):
+                branch = next(attribute.g for attribute in node.attribute if attribute.name == "then_branch")
+                scores = next(each.output[0] for each in branch.node if each.op_type == "Unsqueeze")
+                scaled = next(each for each in branch.node if each.op_type == "Mul" and scores in each.input)
+                unscaled = next(name for name in scaled.input if name != scores)
+                for each in branch.node:
+                    each.input[:] = [unscaled if name == scaled.output[0] else name for name in each.input]
+                last = branch.output[1].name
+                maker = next(each for each in branch.node if last in each.output)
+                maker.output[:] = [f"{last}/unscaled" if name == last else name for name in maker.output]
+                branch.node.append(onnx.helper.make_node("Mul", [f"{last}/unscaled", scores], [last]))
+                count += 1
+        return count
+
+    return change
+
+
+def swapped_experts(first: int, second: int) -> Change:
+    """Two experts' weights in each other's place."""
+
+    def change(weight: Tensor) -> Tensor:
+        weight = weight.clone()
+        weight[[first, second]] = weight[[second, first]]
+        return weight
+
+    return change
+
+
+def rows_over_halves(head_dim: int) -> Change:
+    """Queries' or keys' rows as a RoPE over halves wants them."""
+
+    def change(weight: Tensor) -> Tensor:
+        within = torch.arange(head_dim).view(-1, 2).T.flatten()
+        return weight.view(-1, head_dim, weight.shape[1])[:, within].flatten(0, 1)
+
+    return change
