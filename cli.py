@@ -1,29 +1,26 @@
 """The command line: one verb a stage, a thin skin over the Python interface.
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 2 could not, 130 interrupted.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 regressed (`check` only), 2 could not, 130
+interrupted.
 """
 
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from . import __version__
-from .terminal import errors_shown, progress_shown
-
-if TYPE_CHECKING:
-    from .runtime import Generated, Session
+from .terminal import answer, converse, errors_shown, progress_shown
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Takes a Llama 4 checkpoint to the machines that serve it: export, calibrate, build, run.",
+    help="Takes a Llama 4 checkpoint to the machines that serve it: export, calibrate, build, run, check.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -270,66 +267,123 @@ def run(
             answer(session, prompt, settings, as_json, {"load_seconds": loaded})
 
 
-def answer(session: "Session", prompt: Any, settings: dict[str, Any], as_json: bool, measured: dict[str, float]) -> str:
-    """Streams one continuation to stdout, or prints it as JSON. Returns its text."""
-    started = time.perf_counter()
-    pieces: list[Generated] = []
-    first = None
-    for piece in session.stream(prompt, **settings):
-        first = first or time.perf_counter() - started
-        pieces.append(piece)
-        if not as_json:
-            print(piece.text, end="", flush=True)
-    seconds = time.perf_counter() - started
-    text = "".join(piece.text for piece in pieces)
-    count = len(pieces)
-    rate = (count - 1) / (seconds - first) if first and count > 1 else 0.0
-    if as_json:
-        result = {
-            "text": text,
-            "ids": [token for piece in pieces for token in piece.ids],
-            "finish": pieces[-1].finish if pieces else "length",
-            **measured,
-            "first_token_seconds": first,
-            "tokens_per_second": rate,
-        }
-        print(json.dumps(result, ensure_ascii=False))
-    else:
-        print()
-        if first is not None:
-            print(f"[{count} tokens, the first after {first:.2f} s, then {rate:.0f} tokens/s]", file=sys.stderr)
-    return text
-
-
-def converse(
-    session: "Session", system: str | None, first: str | None, settings: dict[str, Any], as_json: bool
+@app.command()
+def check(
+    candidate: Annotated[Path, typer.Argument(help="Checkpoint, model or bundle to be judged.")],
+    against: Annotated[Path, typer.Option(help="The reference: one of these too, or a golden file.")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Text file; may be repeated. A golden file has its own text.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for verdict.json, junit.xml and report.html.")
+    ] = None,
+    locate: Annotated[
+        bool, typer.Option("--locate", help="Walk the layers: which one, which tensor or attribute is wrong first.")
+    ] = False,
+    max_perplexity_ratio: Annotated[
+        float | None, typer.Option(help="Perplexity over the reference's.", show_default="by format")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Nats a token.", show_default="by format")] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Share of tokens with the same likeliest one.", show_default="by format")
+    ] = None,
+    max_flips: Annotated[float | None, typer.Option(help="Share of tokens that only one of them gets right.")] = None,
+    max_router_flips: Annotated[float | None, typer.Option(help="Share of choices of experts that differ.")] = None,
+    min_greedy: Annotated[float | None, typer.Option(help="Tokens generated alike, of 32.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of text at most.")] = 24,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of a window.", show_default="two chunks and a quarter, at least 512")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of the candidate's weight files, where they have moved.")
+    ] = None,
+    against_weights: Annotated[Path | None, typer.Option(help="The same of the reference.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing report.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """Takes a line a turn from stdin and answers in the conversation so far, until stdin ends."""
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    for line in turns(first):
-        messages.append({"role": "user", "content": line})
-        text = answer(session, messages, settings, as_json, {})
-        messages.append({"role": "assistant", "content": text})
+    """Hold a candidate against a reference: by how much accuracy moved, where, and whether that is allowed.
+
+    Exits with 0 where all limits are kept, 1 where one is broken, 2 where it could not run or there is not enough data.
+    """
+    with errors_shown(debug), progress_shown("Checking", "tokens") as progress:
+        from .accuracy import check as hold
+        from .accuracy.report import VERDICT, write_report
+        from .folder import check_free
+
+        if output is not None:
+            check_free(output, force=force, mark=VERDICT)
+        verdict = hold(
+            candidate,
+            against,
+            data=data,
+            samples=samples,
+            window=window,
+            limits={
+                "perplexity_ratio": max_perplexity_ratio,
+                "kl": max_kl,
+                "top1": min_top1,
+                "flips": max_flips,
+                "router_flips": max_router_flips,
+                "greedy": min_greedy,
+            },
+            locate_fault=locate,
+            weights=weights,
+            reference_weights=against_weights,
+            threads=threads,
+            progress=progress,
+        )
+        if output is not None:
+            write_report(verdict, output, force=force)
+    with errors_shown(debug):
+        if as_json:
+            print(json.dumps(verdict.as_fields()))
+        else:
+            from .tables import show_verdict
+
+            show_verdict(verdict.as_fields(), output)
+    raise typer.Exit({"pass": 0, "regressed": 1, "undecided": 2}[verdict.outcome])
 
 
-def turns(first: str | None) -> Iterator[str]:
-    """The user's lines: the one given, then those typed."""
-    if first is not None:
-        yield first
-    interactive = sys.stdin.isatty()
-    while True:
-        if interactive:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
+@app.command()
+def golden(
+    reference: Annotated[Path, typer.Argument(help="Checkpoint, model or bundle.")],
+    data: Annotated[list[Path], typer.Option(help="Text file; may be repeated.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    samples: Annotated[int, typer.Option(help="Windows of text at most.")] = 24,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of a window.", show_default="two chunks and a quarter, at least 512")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing golden file.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Record a reference once, so that checks against it need not run it again."""
+    with errors_shown(debug), progress_shown("Recording", "tokens") as progress:
+        from .accuracy import record_golden
+
+        started = time.perf_counter()
+        file = record_golden(
+            reference,
+            output,
+            data=data,
+            samples=samples,
+            window=window,
+            weights=weights,
+            threads=threads,
+            force=force,
+            progress=progress,
+        )
+        report_folder(file, time.perf_counter() - started, as_json)
 
 
 def report_folder(folder: Path, seconds: float, as_json: bool, **more: Any) -> None:
-    """Says what was written, and as JSON what else there is to say."""
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Says what was written, a folder or a file, and as JSON what else there is to say."""
+    files = [folder] if folder.is_file() else [file for file in folder.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
     if as_json:
         print(json.dumps({"folder": str(folder), "bytes": size, "seconds": round(seconds, 3), **more}))
     else:

@@ -1,7 +1,9 @@
-"""What a folder is, and what became of its weights, as tables on the terminal."""
+"""What a folder is, what became of its weights, and a verdict, as tables on the terminal."""
 
+from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -114,6 +116,47 @@ def show_weights(records: list[dict[str, Any]], kept: dict[str, str]) -> None:
     for name, formats in kept.items():
         table.add_row(name, formats, "exact", "")
     Console(stderr=True).print(table)
+
+
+def show_verdict(found: dict[str, Any], report: Path | None) -> None:
+    """Prints what `accuracy.check` found."""
+    console = Console()
+    colour = {"pass": "green", "regressed": "red", "undecided": "yellow"}
+    limits = {each["metric"]: each for each in found["limits"]}
+    table = Table("", "found", "95 % interval", "limit", "", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name, estimate in found["metrics"].items():
+        limit = limits.get(name)
+        interval = "" if estimate["low"] is None else f"{estimate['low']:.4g} to {estimate['high']:.4g}"
+        bound = f"{'≤' if limit['side'] == 'max' else '≥'} {limit['limit']:g}" if limit else ""
+        outcome = f"[{colour[limit['outcome']]}]{limit['outcome']}[/]" if limit else ""
+        table.add_row(name.replace("_", " "), f"{estimate['value']:.4g}", interval, bound, outcome)
+    console.print(table)
+    for note in found["notes"]:
+        console.print(note, highlight=False)
+    if (location := found["location"]) is not None:
+        console.print(location_text(location), highlight=False)
+    words = {"pass": "passes", "regressed": "has regressed", "undecided": "cannot be judged: give more --data"}
+    outcome = found["outcome"]
+    console.print(
+        f"[bold {colour[outcome]}]{found['candidate']} {words[outcome]}[/], over {found['tokens']:,} tokens in "
+        f"{found['windows']} windows, against {found['reference']}.",
+        highlight=False,
+    )
+    if report is not None:
+        console.print(f"Report: {report / 'report.html'}", highlight=False)
+
+
+def location_text(location: dict[str, Any]) -> str:
+    """Where a candidate goes wrong first, in a sentence or two."""
+    blame = location["blame"]
+    if blame is None:
+        return "No layer is out of line: every unit's error on the reference's input is what rounding explains."
+    attribute = f", attribute {blame['attribute']}" if blame["attribute"] else ""
+    return (
+        f"First out of line: layer {location['layer']}, [bold]{blame['name']}{attribute}[/] ({blame['op']}): "
+        f"{blame['why']}. At {location['unit']} the error is {location['error']:.2g}, where at most "
+        f"{location['explained']:.2g} is explained."
+    )
 
 
 def size(count: int) -> str:

@@ -1,15 +1,20 @@
-"""How the command line speaks on stderr: an error in one line, work as a progress bar."""
+"""How the command line speaks: errors in one line and progress on stderr, a model's words on stdout."""
 
+import json
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .errors import ArrieroError
+
+if TYPE_CHECKING:
+    from .runtime import Generated, Session
 
 
 @contextmanager
@@ -68,3 +73,60 @@ def progress_shown(title: str, unit: str = "") -> Iterator[Callable[[str, int, i
             bar.update(task, description=f"{title} {phase}{speed}", completed=done, total=total)
 
         yield report
+
+
+def answer(session: "Session", prompt: Any, settings: dict[str, Any], as_json: bool, measured: dict[str, float]) -> str:
+    """Streams one continuation to stdout, or prints it as JSON. Returns its text."""
+    started = time.perf_counter()
+    pieces: list[Generated] = []
+    first = None
+    for piece in session.stream(prompt, **settings):
+        first = first or time.perf_counter() - started
+        pieces.append(piece)
+        if not as_json:
+            print(piece.text, end="", flush=True)
+    seconds = time.perf_counter() - started
+    text = "".join(piece.text for piece in pieces)
+    count = len(pieces)
+    rate = (count - 1) / (seconds - first) if first and count > 1 else 0.0
+    if as_json:
+        result = {
+            "text": text,
+            "ids": [token for piece in pieces for token in piece.ids],
+            "finish": pieces[-1].finish if pieces else "length",
+            **measured,
+            "first_token_seconds": first,
+            "tokens_per_second": rate,
+        }
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print()
+        if first is not None:
+            print(f"[{count} tokens, the first after {first:.2f} s, then {rate:.0f} tokens/s]", file=sys.stderr)
+    return text
+
+
+def converse(
+    session: "Session", system: str | None, first: str | None, settings: dict[str, Any], as_json: bool
+) -> None:
+    """Takes a line a turn from stdin and answers in the conversation so far, until stdin ends."""
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    for line in turns(first):
+        messages.append({"role": "user", "content": line})
+        text = answer(session, messages, settings, as_json, {})
+        messages.append({"role": "assistant", "content": text})
+
+
+def turns(first: str | None) -> Iterator[str]:
+    """The user's lines: the one given, then those typed."""
+    if first is not None:
+        yield first
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()

@@ -1,6 +1,8 @@
 """Checkpoints for the tests: random ones of any geometry from `transformers`, and the trained tiny Llama 4."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from hypothesis import HealthCheck, settings
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.utils import logging
 from triton_interpreter import Interpreter
+
+from arriero.spec import Recipe
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -125,6 +129,40 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from arriero.export import export_checkpoint
 
     return export_checkpoint(TINY, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The held-out text of the tiny Llama 4, and a part of the text that it was trained on, for calibration."""
+    folder = tmp_path_factory.mktemp("texts")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from corpus import documents, held_out_text\n"
+        "open(sys.argv[2], 'w').write(held_out_text())\n"
+        "chosen = [each.text for each in documents() if not each.is_held_out][::12]\n"
+        "open(sys.argv[3], 'w').write('\\n\\n\\n'.join(chosen))\n"
+    )
+    held_out, training = folder / "held_out.txt", folder / "training.txt"
+    subprocess.run([sys.executable, "-c", code, str(TINY), str(held_out), str(training)], check=True)
+    return held_out, training
+
+
+@pytest.fixture(scope="session")
+def quantised_tiny(
+    tiny_model: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Recipe], Path]:
+    """The tiny Llama 4 quantised on twelve windows of its training text, once a recipe."""
+    from arriero.calibration import calibrate_model
+
+    made: dict[str, Path] = {}
+
+    def make(recipe: Recipe) -> Path:
+        if repr(recipe) not in made:
+            out = tmp_path_factory.mktemp("quantised") / recipe.format
+            made[repr(recipe)] = calibrate_model(tiny_model, out, recipe=recipe, data=[texts[1]], samples=12)
+        return made[repr(recipe)]
+
+    return make
 
 
 @pytest.fixture

@@ -44,19 +44,6 @@ def times(why: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def quantised(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
-    made: dict[str, Path] = {}
-
-    def make(recipe: Recipe) -> Path:
-        if repr(recipe) not in made:
-            out = tmp_path_factory.mktemp("quantised") / "model"
-            made[repr(recipe)] = calibrate_model(tiny_model, out, recipe=recipe, data=IDS, floor=0)
-        return made[repr(recipe)]
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_bundle(tiny_model, tmp_path_factory.mktemp("bundle") / "cpu", target="cpu")
 
@@ -90,37 +77,39 @@ def test_swapped_experts_are_named(tiny: Path, tmp_path: Path, part: str) -> Non
     ids=lambda value: value if isinstance(value, str) else value.format,
 )
 def test_a_scale_four_times_too_large_is_named(
-    quantised: Callable[[Recipe], Path], tiny_model: Path, tmp_path: Path, recipe: Recipe, unit: str
+    quantised_tiny: Callable[[Recipe], Path], tiny_model: Path, tmp_path: Path, recipe: Recipe, unit: str
 ) -> None:
     name = f"model.layers.4.{unit}.weight"
-    bad = changed_tensors(quantised(recipe), tmp_path / "bad", {f"{name}_scale": lambda scale: scale * 4})
+    bad = changed_tensors(quantised_tiny(recipe), tmp_path / "bad", {f"{name}_scale": lambda scale: scale * 4})
     location = found(bad, tiny_model)
     assert location.blame is not None
     assert (location.layer, location.blame.name) == (4, name)
     assert times(location.blame.why) == pytest.approx(4, rel=0.02)
 
 
-def test_one_channels_scale_is_named(quantised: Callable[[Recipe], Path], tiny_model: Path, tmp_path: Path) -> None:
+def test_one_channels_scale_is_named(
+    quantised_tiny: Callable[[Recipe], Path], tiny_model: Path, tmp_path: Path
+) -> None:
     def change(scale: torch.Tensor) -> torch.Tensor:
         scale = scale.clone()
         scale[17] *= 4
         return scale
 
     name = "model.layers.3.feed_forward.shared_expert.gate_proj.weight"
-    location = found(changed_tensors(quantised(int8()), tmp_path / "bad", {f"{name}_scale": change}), tiny_model)
+    location = found(changed_tensors(quantised_tiny(int8()), tmp_path / "bad", {f"{name}_scale": change}), tiny_model)
     assert location.blame is not None
     assert (location.layer, location.blame.name) == (3, name)
     assert location.blame.why.startswith("1 of its")
 
 
-def test_an_experts_scale_is_named(quantised: Callable[[Recipe], Path], tiny_model: Path, tmp_path: Path) -> None:
+def test_an_experts_scale_is_named(quantised_tiny: Callable[[Recipe], Path], tiny_model: Path, tmp_path: Path) -> None:
     def change(scale: torch.Tensor) -> torch.Tensor:
         scale = scale.clone()
         scale[3] *= 4
         return scale
 
     name = f"{FEED.format(3)}.experts.gate_up_proj"
-    location = found(changed_tensors(quantised(fp8()), tmp_path / "bad", {f"{name}_scale": change}), tiny_model)
+    location = found(changed_tensors(quantised_tiny(fp8()), tmp_path / "bad", {f"{name}_scale": change}), tiny_model)
     assert location.blame is not None
     assert (location.layer, location.blame.name) == (3, name)
     assert location.blame.why.startswith("of expert 3: ")
@@ -128,18 +117,18 @@ def test_an_experts_scale_is_named(quantised: Callable[[Recipe], Path], tiny_mod
 
 
 def test_q_scales_permuted_against_q_weights_are_named(
-    quantised: Callable[[Recipe], Path], tiny_model: Path, tmp_path: Path
+    quantised_tiny: Callable[[Recipe], Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     name = f"{ATTENTION.format(2)}.q_proj.weight"
     turned = torch.arange(32).view(-1, 2).T.flatten()
     change = {f"{name}_scale": lambda scale: scale.view(-1, 32)[:, turned].flatten()}
-    location = found(changed_tensors(quantised(int8()), tmp_path / "bad", change), tiny_model)
+    location = found(changed_tensors(quantised_tiny(int8()), tmp_path / "bad", change), tiny_model)
     assert location.blame is not None
     assert (location.layer, location.blame.name) == (2, name)
     assert location.blame.why == "its scales stand in another order than its rows"
 
 
-def test_an_inputs_scale_is_found(quantised: Callable[[Recipe], Path], tiny_model: Path, tmp_path: Path) -> None:
+def test_an_inputs_scale_is_found(quantised_tiny: Callable[[Recipe], Path], tiny_model: Path, tmp_path: Path) -> None:
     """The scale lies in the graph too, where it is not changed: the weights are right, the product is not."""
     recipe = int8(activations="static", smoothing="none")
 
@@ -151,7 +140,7 @@ def test_an_inputs_scale_is_found(quantised: Callable[[Recipe], Path], tiny_mode
         scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(0.1), name))
         return 1
 
-    location = found(changed_graph(quantised(recipe), tmp_path / "bad", change), tiny_model)
+    location = found(changed_graph(quantised_tiny(recipe), tmp_path / "bad", change), tiny_model)
     assert location.blame is not None
     assert (location.layer, location.blame.name) == (6, f"{ATTENTION.format(6)}.o_proj")
     assert "the scale of its input" in location.blame.why
@@ -210,8 +199,8 @@ def test_faults_at_the_ends_are_named(tiny: Path, tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("recipe", [int8(), fp8(), int4(), int8(kv_cache="int8")], ids=["int8", "fp8", "int4", "kv"])
-def test_rounding_raises_no_alarm(quantised: Callable[[Recipe], Path], tiny_model: Path, recipe: Recipe) -> None:
-    location = found(quantised(recipe), tiny_model)
+def test_rounding_raises_no_alarm(quantised_tiny: Callable[[Recipe], Path], tiny_model: Path, recipe: Recipe) -> None:
+    location = found(quantised_tiny(recipe), tiny_model)
     assert location.blame is None, location.blame
 
 
