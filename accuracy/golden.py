@@ -159,10 +159,8 @@ def record(side: Side, ids_WS: NDArray[np.int64], progress: Progress) -> Golden:
         top_ids[block.row, part], top_logs[block.row, part] = ids_NK.numpy(), (values_NK - total_N1).numpy()
         logs["rest"][block.row, part] = (rest_of(logits_NV, ids_NK) - total_N1[:, 0]).numpy()
         logs["next"][block.row, part] = next_of(logits_NV, ids_WS, block, total_N1)
-    continued = None
-    if side.generates:
-        beginnings = ids_WS[:PROMPTS, : prompt_length(length)].tolist()
-        continued = np.array([ids + side.generate(ids, CONTINUED) for ids in beginnings], np.int32)
+    beginnings = ids_WS[:PROMPTS, : prompt_length(length)].tolist()
+    continued = [ids + more for ids in beginnings if (more := side.generate(ids, CONTINUED)) is not None]
     side.close()
     return Golden(
         source=str(side.path),
@@ -175,7 +173,7 @@ def record(side: Side, ids_WS: NDArray[np.int64], progress: Progress) -> Golden:
         rest_logs_WN=logs["rest"],
         next_logs_WN=logs["next"],
         experts_LWSK=experts,
-        continued_PC=continued,
+        continued_PC=np.array(continued, np.int32) if continued else None,
     )
 
 
@@ -272,14 +270,13 @@ def read_golden(path: Path) -> Golden:
         raise AccuracyError(f"{path} is {found}, this Arriero reads version {VERSION}: record it with `arriero golden`")
     arrays: dict[str, Any] = {"experts_LWSK": None, "continued_PC": None}
     kinds = {name: np.dtype(kind) for kind, name in DTYPES.items()}
-    for name, region in shard.tensors.items():
-        kind = kinds[region.dtype]
-        values = np.fromfile(path, kind, region.size // kind.itemsize, offset=region.offset)
-        arrays[name] = values.reshape(region.shape)
-    return Golden(
-        source=about["source"],
-        spec=ModelSpec.from_fields(json.loads(about["model"])),
-        tokenizer=about["tokenizer"],
-        format=about["format"],
-        **arrays,
-    )
+    try:
+        for name, region in shard.tensors.items():
+            kind = kinds[region.dtype]
+            values = np.fromfile(path, kind, region.size // kind.itemsize, offset=region.offset)
+            arrays[name] = values.reshape(region.shape)
+        spec = ModelSpec.from_fields(json.loads(about["model"]))
+        source, tokenizer, form = (about[name] for name in ("source", "tokenizer", "format"))
+        return Golden(source=source, spec=spec, tokenizer=tokenizer, format=form, **arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise AccuracyError(f"{path} is a damaged golden file ({error!r}): record it again") from error

@@ -63,7 +63,6 @@ class Side(Protocol):
     path: Path
     spec: ModelSpec
     recipe: Recipe | None
-    generates: bool
 
     def score(self, ids_WS: NDArray[np.int64], decoded: int, progress: Progress) -> Iterator[Block]:
         """Scores rows.
@@ -75,8 +74,8 @@ class Side(Protocol):
         """
         ...
 
-    def generate(self, ids: list[int], count: int) -> list[int]:
-        """Continues greedily by exactly so many tokens, where `generates`."""
+    def generate(self, ids: list[int], count: int) -> list[int] | None:
+        """Continues greedily by exactly so many tokens; None where it does not generate."""
         ...
 
     def close(self) -> None:
@@ -121,7 +120,6 @@ def tokenizer_of(path: Path) -> str:
 class CheckpointSide:
     """A Hugging Face checkpoint, computed by PyTorch in float32 from the weights as they are stored."""
 
-    generates = False
     recipe: Recipe | None = None
 
     def __init__(self, path: Path) -> None:
@@ -163,9 +161,9 @@ class CheckpointSide:
                 part = torch.from_numpy(np.ascontiguousarray(hidden_SH[start : start + at_once]))
                 yield row, start, linear(rms_norm(part, norm, self.spec.norm_eps), head).numpy()
 
-    def generate(self, ids: list[int], count: int) -> list[int]:
-        """Nothing: without a cache each token would cost a walk over all weights."""
-        raise NotImplementedError
+    def generate(self, ids: list[int], count: int) -> list[int] | None:
+        """Does not: without a cache each token would cost a walk over all weights."""
+        return None
 
     def close(self) -> None:
         """Lets go of the mapped pages."""
@@ -174,8 +172,6 @@ class CheckpointSide:
 
 class FolderSide:
     """A model or a bundle, run as a session."""
-
-    generates = True
 
     def __init__(self, path: Path, weights: Path | None, threads: int | None) -> None:
         self.path, self.weights, self.threads = path, weights, threads
@@ -193,7 +189,7 @@ class FolderSide:
                 progress(self.path.name, row * ids_WS.shape[1] + start, ids_WS.size)
                 yield Block(row, start, logits_NV, self._chosen())
 
-    def generate(self, ids: list[int], count: int) -> list[int]:
+    def generate(self, ids: list[int], count: int) -> list[int] | None:
         """Continues greedily."""
         session = self._opened(len(ids) + count)
         settings = {"temperature": 0.0, "repetition_penalty": 1.0, "eos_token_id": [], "stop_strings": ()}
@@ -232,10 +228,13 @@ class FolderSide:
             graph.flags,
             self.threads,
             watched=names,
-            watch=lambda values: self.routed.__setitem__(slice(None), values.values()),
+            watch=self._watch,
         )
         limits = Limits.of(self.spec, positions, None)
         return Session(decoder, Text(self.path), read_defaults(self.path), limits)
+
+    def _watch(self, values: dict[str, NDArray[np.float32]]) -> None:
+        self.routed = list(values.values())
 
     def _chosen(self) -> Experts | None:
         """The experts of the last step's tokens."""
