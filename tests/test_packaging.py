@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("calibration", "engine", "export", "plugins", "runtime")
+ROOMS = ("accuracy", "calibration", "engine", "export", "plugins", "runtime")
 
 
 def packages_in_tree() -> set[str]:

@@ -1,0 +1,1 @@
+"""Two runs → where and how much they differ → verdict."""
