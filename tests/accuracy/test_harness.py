@@ -105,7 +105,7 @@ def test_the_tasks_give_the_numbers_of_the_hugging_face_back_end(
     settings = {"apply_chat_template": chat, "num_fewshot": 0}
     found, expected = evaluate(ours, tasks, **settings), evaluate(reference, tasks, **settings)
     for task in TASKS:
-        numbers = {name: value for name, value in expected["results"][task].items() if type(value) is float}
+        numbers = {name: value for name, value in expected["results"][task].items() if isinstance(value, float)}
         assert len(numbers) >= 1
         assert {name: found["results"][task][name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
         for one, other in zip(found["samples"][task], expected["samples"][task], strict=True):
