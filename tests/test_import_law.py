@@ -13,7 +13,7 @@ ALLOWED = {
     "calibration": GROUND | {"plugins", "export"},
     "engine": GROUND | {"plugins"},
     "runtime": GROUND | {"plugins"},
-    "accuracy": GROUND | {"plugins", "export", "engine", "runtime", "loading"},
+    "accuracy": GROUND | {"export", "runtime", "loading"},
 }
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "triton", "ml_dtypes"}
 
