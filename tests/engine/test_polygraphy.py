@@ -100,9 +100,9 @@ def sabotage(path: Path, name: str) -> None:
 
 
 def test_debug_reduce_finds_the_weight_that_is_not_a_number(make_llama4: Loader, tmp_path: Path) -> None:
-    make_llama4(num_hidden_layers=2).save_pretrained(tmp_path / "checkpoint")
+    make_llama4(num_hidden_layers=1).save_pretrained(tmp_path / "checkpoint")
     model = export_checkpoint(tmp_path / "checkpoint", tmp_path / "model", copy_weights=True)
-    broken, culprit = onnx.load(model / "decoder.onnx"), "model.layers.1.self_attn.o_proj.weight"
+    broken, culprit = onnx.load(model / "decoder.onnx"), "model.layers.0.self_attn.o_proj.weight"
     for weight in broken.graph.initializer:
         if weight.name == culprit:
             values = onnx.numpy_helper.to_array(weight).copy()
