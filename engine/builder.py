@@ -70,24 +70,15 @@ def build_engine(
     log = make_log(trt)
     builder = trt.Builder(log)
     log.check("to start")
-    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    definition = builder.create_network(flags)
     progress("parsing", 0, 1)
-    _parse(trt, network, definition, weights, log)
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if target.flavour == "tensorrt-rtx":
-        config.num_compute_capabilities = len(target.capabilities)
-        for index, capability in enumerate(target.capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
+    definition, _ = define(trt, builder, network, weights, log)
+    log.check("to read the graph")
+    config = configure(trt, builder, definition, network, target, profiles)
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     if weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     timings = None if timing_cache is None else _read_timings(config, timing_cache)
-    for profile in profiles:
-        config.add_optimization_profile(_profile(builder, definition, network, profile))
     monitor = config.progress_monitor = _monitor(trt, progress)
     writer = _writer(trt, out)
     try:
@@ -113,7 +104,20 @@ def build_engine(
     return Built(layers=_layers(log.lines), activations=sizes["Activation"], weights=sum(sizes["Weights"]))
 
 
-def _parse(trt: Any, network: Network, definition: Any, weights: Path, log: Any) -> None:
+def define(trt: Any, builder: Any, network: Network, weights: Path, log: Any) -> tuple[Any, Any]:
+    """A network as TensorRT's definition of it, strongly typed. Returns it and its parser.
+
+    Args:
+        trt: The module `tensorrt_rtx` or `tensorrt`.
+        builder: TensorRT's builder.
+        network: What to define.
+        weights: Folder that holds the weight files by the names that the graph knows; read now.
+        log: TensorRT's logger.
+
+    Raises:
+        BuildError: The parser refuses the graph.
+    """
+    definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(definition, log)
     # The parser takes the folder of external data from the path of a model that need not exist.
     parsed = parser.parse(network.graph, str(weights / "decoder.onnx"))
@@ -121,7 +125,23 @@ def _parse(trt: Any, network: Network, definition: Any, weights: Path, log: Any)
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         named = [f"{error.node_name()}: {' '.join(error.desc().split())}" for error in errors]
         raise BuildError(f"TensorRT does not take the graph: {named[0] if named else 'no reason given'}")
-    log.check("to read the graph")
+    return definition, parser
+
+
+def configure(
+    trt: Any, builder: Any, definition: Any, network: Network, target: Target, profiles: Sequence[Profile]
+) -> Any:
+    """TensorRT's configuration of a build: which GPUs, which ranges of shapes, and caches updated in place."""
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if target.flavour == "tensorrt-rtx":
+        config.num_compute_capabilities = len(target.capabilities)
+        for index, capability in enumerate(target.capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
+    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    for profile in profiles:
+        config.add_optimization_profile(_profile(builder, definition, network, profile))
+    return config
 
 
 def _profile(builder: Any, definition: Any, network: Network, profile: Profile) -> Any:

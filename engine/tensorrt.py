@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,68 @@ class Options:
                 raise BuildError(f"{name} is {value!r}, expected one of {', '.join(known)}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """All that is known of a build before it starts.
+
+    Attributes:
+        trt: The module `tensorrt_rtx` or `tensorrt`, fit for plugins.
+        target: What to build for, with its GPUs.
+        network: The lowered graph.
+        placement: Where its weights are.
+        profiles: Ranges of shapes.
+        max_seq: Positions that a sequence may hold.
+        creators: The plugins' creators, registered.
+        files: The weight files, by the names that the graph knows.
+    """
+
+    trt: Any
+    target: Target
+    network: Network
+    placement: Placement
+    profiles: tuple[Profile, ...]
+    max_seq: int
+    creators: dict[str, Any]
+    files: dict[str, Path]
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[Path]:
+        """Yields a folder of links to the weight files: TensorRT reads one folder."""
+        with tempfile.TemporaryDirectory(prefix="arriero-weights-") as folder:
+            for name, path in self.files.items():
+                (Path(folder) / name).symlink_to(path.absolute())
+            yield Path(folder)
+
+
+def prepare(source: Path, spec: FolderSpec, target: Target, options: Options) -> Prepared:
+    """Lowers a model for a target and registers the plugins.
+
+    Raises:
+        BuildError: The target cannot run the model.
+        FolderError: A weight file is missing or has changed.
+    """
+    trt = open_library(target.flavour)
+    target = _resolved(trt, target)
+    max_seq = _max_seq(spec, options)
+    placement: Placement = options.weights or "experts"
+    network = lower_for_tensorrt(source, spec, Choices(gqa=options.gqa, placement=placement, max_seq=max_seq))
+    check_dtypes(target, network.dtypes)
+    creators = register(trt, OPS)
+    for creator in creators.values():
+        creator.capabilities, creator.needed = target.capabilities, {}
+        creator.kernels = creator.failure = None
+    return Prepared(
+        trt=trt,
+        target=target,
+        network=network,
+        placement=placement,
+        profiles=_profiles(network, options),
+        max_seq=max_seq,
+        creators=creators,
+        files=find_files(source, spec.weight_files, options.weights_from, option="--weights-from"),
+    )
+
+
 def build_tensorrt(
     source: Path, spec: FolderSpec, target: Target, options: Options, folder: Path, progress: Progress
 ) -> tuple[EngineSpec, tuple[Weight, ...]]:
@@ -86,27 +148,17 @@ def build_tensorrt(
         BuildError: The target cannot run the model, or TensorRT refuses it.
         FolderError: A weight file is missing or has changed.
     """
-    trt = open_library(target.flavour)
-    target = _resolved(trt, target)
-    max_seq = _max_seq(spec, options)
-    placement: Placement = options.weights or "experts"
-    network = lower_for_tensorrt(source, spec, Choices(gqa=options.gqa, placement=placement, max_seq=max_seq))
-    check_dtypes(target, network.dtypes)
-    profiles = _profiles(network, options)
-    creators = register(trt, OPS)
-    for creator in creators.values():
-        creator.capabilities, creator.needed = target.capabilities, {}
-        creator.kernels = creator.failure = None
-    files = find_files(source, spec.weight_files, options.weights_from, option="--weights-from")
-    with _together(files) as weights:
+    prepared = prepare(source, spec, target, options)
+    network, target = prepared.network, prepared.target
+    with prepared.weights() as weights:
         built = build_engine(
-            trt,
+            prepared.trt,
             network,
             weights,
             target,
-            profiles,
+            prepared.profiles,
             folder / ENGINE,
-            creators=creators.values(),
+            creators=prepared.creators.values(),
             workspace=options.workspace,
             weight_streaming=options.weight_streaming,
             timing_cache=_timing_cache(target, options),
@@ -117,21 +169,22 @@ def build_tensorrt(
     engine = EngineSpec(
         file=ENGINE,
         flavour=target.flavour,  # type: ignore[arg-type]
-        version=trt.__version__,
+        version=prepared.trt.__version__,
         capabilities=target.capabilities,
         sha256=_sha256(folder / ENGINE),
-        max_seq=max_seq,
+        max_seq=prepared.max_seq,
         profiles=tuple(
             dataclasses.replace(profile, activations=size)
-            for profile, size in zip(profiles, (*built.activations, 0, 0), strict=False)  # 0: the log does not say
+            # 0 where the log does not say.
+            for profile, size in zip(prepared.profiles, (*built.activations, 0, 0), strict=False)
         ),
         caches=network.caches,
         attention=_way(network, "GroupedQueryAttention"),
         experts=_way(network, "MoeDispatch"),
-        placement=placement,
+        placement=prepared.placement,
         weight_streaming=options.weight_streaming,
         weights=built.weights,
-        kernels=tuple(_compile(creators, folder / KERNELS, progress)),
+        kernels=tuple(_compile(prepared.creators, folder / KERNELS, progress)),
     )
     return engine, network.weights
 
@@ -160,7 +213,7 @@ def _max_seq(spec: FolderSpec, options: Options) -> int:
     return options.max_seq or min(longest, DEFAULT_MAX_SEQ)
 
 
-def _profiles(network: Network, options: Options) -> list[Profile]:
+def _profiles(network: Network, options: Options) -> tuple[Profile, ...]:
     """One profile for single tokens of many rows, one for pieces; no piece is longer than the smallest cache."""
     batch = options.max_batch or DEFAULT_MAX_BATCH
     longest = min(options.max_prefill or DEFAULT_MAX_PREFILL, *(cache.shape[1] for cache in network.caches))
@@ -173,22 +226,13 @@ def _profiles(network: Network, options: Options) -> list[Profile]:
         usual_length=max(longest // 2, 1),
         max_logits=min(LOGITS, longest),
     )
-    return [decode, prefill]
+    return decode, prefill
 
 
 def _timing_cache(target: Target, options: Options) -> Path | None:
     if options.timing_cache is not None and target.flavour != "tensorrt":
         raise BuildError("TensorRT-RTX times nothing when it builds: leave --timing-cache out")
     return options.timing_cache
-
-
-@contextlib.contextmanager
-def _together(files: Mapping[str, Path]) -> Iterator[Path]:
-    """Yields a folder of links to weight files, by the names that the graph knows: TensorRT reads one folder."""
-    with tempfile.TemporaryDirectory(prefix="arriero-weights-") as folder:
-        for name, path in files.items():
-            (Path(folder) / name).symlink_to(path.absolute())
-        yield Path(folder)
 
 
 def _way(network: Network, op: str) -> str:

@@ -100,8 +100,9 @@ def register(trt: Any, ops: Sequence[PluginOp]) -> dict[str, Any]:
     """Registers the ops' plugin creators once a process. Returns them by name.
 
     A creator's `capabilities` say for which GPUs scratch memory is reckoned, and its `needed` collects the kernels that
-    plugins will launch there. Its `kernels` are what plugins made from an engine launch; there are none at build. Its
-    `failure` is what a plugin raised at build: TensorRT would go on without it.
+    plugins will launch there. Its `kernels` are what plugins made from an engine launch; there are none at build, and
+    an engine is not made into plugins without. Its `failure` is what a plugin raised at build: TensorRT would go on
+    without it.
     """
     registry = trt.get_plugin_registry()
     for op in ops:
@@ -131,6 +132,8 @@ def _creator_class(trt: Any, op: PluginOp) -> Any:
             self.failure: Exception | None = None
 
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
+            if phase == trt.TensorRTPhase.RUNTIME and self.kernels is None:
+                raise SessionError(f"{op.name} has no kernels loaded: run the engine's bundle with Arriero's session")
             values = {field.name: _read_field(field) for field in collection}
             known = {field.name for field in fields(op.settings)}
             settings = op.settings(**{key: value for key, value in values.items() if key in known})

@@ -77,6 +77,23 @@ class State:
         self.decoder = decoder
         self._bindings: dict[tuple[int, int], Binding] = {}
 
+    def rewind(self, past_B: ArrayLike) -> None:
+        """Forgets each row's tokens beyond the first so many, as if they had never been added.
+
+        Raises:
+            SessionError: A row has fewer tokens, or a chunk began since, whose tokens lie where older ones lay.
+        """
+        past = np.asarray(past_B, dtype=np.int32)
+        chunk = self.decoder.spec.chunk
+        if past.shape != self.past_B.shape or (past < 0).any() or (past > self.past_B).any():
+            raise SessionError(f"rewound to {past.tolist()}, the rows hold {self.past_B.tolist()}: give at most that")
+        gone = past < self.past_B
+        if chunk and (gone & (past // chunk != (self.past_B - 1) // chunk)).any():
+            raise SessionError(
+                f"rewound from {self.past_B.tolist()} to {past.tolist()} over a boundary of {chunk}: start again"
+            )
+        self.past_B = past.copy()
+
     def binding(self, rows: slice) -> Binding:
         """The decoder bound to some rows, made once."""
         key = (rows.start, rows.stop)
@@ -144,10 +161,21 @@ class Session:
 
     def prefill(self, state: State, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Adds tokens to each row, at least one. Returns the logits [B, V] after each row's last."""
+        if not all(len(row) for row in rows):
+            raise SessionError(f"expected tokens for each of {len(rows)} rows")
         logits_BV = np.empty((len(rows), self.spec.vocab_size), dtype=np.float32)
         for row, _, logits_SV in self._run(state, rows, last_only=True):
             logits_BV[row] = logits_SV[-1]
         return logits_BV
+
+    def extend(self, state: State, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Adds tokens to each row; a row that holds some already may get none.
+
+        Yields:
+            Row, the number of its new tokens before these, and logits [S, V] after each of the next S. These come in
+            pieces: only one piece's logits are in memory, however many tokens there are.
+        """
+        return self._run(state, rows, last_only=False)
 
     def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
         """Adds one token to every row. Returns the logits [B, V] after it."""
@@ -202,7 +230,7 @@ class Session:
         if not 0 <= decoded < len(ids):
             raise SessionError(f"{decoded} of {len(ids)} tokens are to be decoded: one at least is prefilled")
         state, prefilled = self.start(1, len(ids)), len(ids) - decoded
-        for _, start, logits_SV in self._run(state, [ids[:prefilled]], last_only=False):
+        for _, start, logits_SV in self.extend(state, [ids[:prefilled]]):
             yield start, logits_SV
         for at in range(prefilled, len(ids)):
             yield at, self.decode(state, [ids[at]])
@@ -305,10 +333,12 @@ class Session:
             Row, the number of its new tokens before the piece, and logits [S, V] of the piece's tokens (of its last
             one only where `last_only`; then only those of the last piece count).
         """
-        if len(rows) != state.caches.batch or not all(len(row) for row in rows):
+        held = zip(rows, state.past_B, strict=False)
+        if len(rows) != state.caches.batch or not all(len(row) or past for row, past in held):
             raise SessionError(f"expected tokens for each of {state.caches.batch} rows")
         for row, tokens in enumerate(rows):
-            self._check_ids(tokens)
+            if len(tokens):
+                self._check_ids(tokens)
             total = int(state.past_B[row]) + len(tokens)
             if total > state.caches.positions:
                 raise SessionError(f"row {row} would have {total} tokens, its caches hold {state.caches.positions}")

@@ -19,6 +19,9 @@ from .sampling import Sampling
 Message = dict[str, str]
 """One turn of a conversation: `role` and `content`."""
 
+MARK = "<open-message> "
+"""Put where a message is to be continued; the space at its end shows whether the template trims."""
+
 
 class Text:
     """A folder's tokenizer and chat template.
@@ -64,13 +67,17 @@ class Text:
         """Token ids of a conversation in the checkpoint's chat template, up to where the assistant speaks next."""
         return self.encode(self.render_chat(messages), special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def render_chat(self, messages: Sequence[Message], *, open_last: bool = False) -> str:
         """A conversation as the chat template writes it.
+
+        Args:
+            messages: The turns.
+            open_last: Whether the text ends within the last message, to be continued, not where the assistant begins.
 
         Raises:
             SessionError: There is no template, or it does not take these messages.
         """
-        template = self._chat_template()
+        template = self.chat_template
         if template is None:
             raise SessionError(f"{self.folder} has no chat template: give a plain prompt instead")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
@@ -78,12 +85,21 @@ class Text:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         special = {name: _token(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+        turns = list(messages)
+        if open_last:
+            turns[-1] = {**turns[-1], "content": turns[-1]["content"] + MARK}
         try:
-            return environment.from_string(template).render(
-                messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **special
+            text = environment.from_string(template).render(
+                messages=turns, tools=None, documents=None, add_generation_prompt=not open_last, **special
             )
         except Exception as error:  # a template is a program, and fails in its own ways
             raise SessionError(f"the chat template does not take these messages: {error}") from error
+        return _up_to_mark(text) if open_last else text
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token by its name in `tokenizer_config.json`, as in `bos_token`; None if it has none."""
+        token = _token(self.config.get(name))
+        return self._tokenizer().token_to_id(token) if token else None
 
     def stream(self, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
         """Yields each id with the text that it completes, which is empty while a character is unfinished."""
@@ -92,12 +108,9 @@ class Text:
         for token in ids:
             yield token, decoder.step(tokenizer, token) or ""
 
-    def _tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise SessionError(f"{self.folder} has no tokenizer.json: give token ids instead of text")
-        return self.tokenizer
-
-    def _chat_template(self) -> str | None:
+    @property
+    def chat_template(self) -> str | None:
+        """The template's source, in Jinja; None where there is none."""
         path = self.folder / "chat_template.jinja"
         if path.is_file():
             return path.read_text("utf-8")
@@ -105,6 +118,11 @@ class Text:
         if isinstance(template, list):  # several named templates
             template = {each["name"]: each["template"] for each in template}.get("default")
         return template
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise SessionError(f"{self.folder} has no tokenizer.json: give token ids instead of text")
+        return self.tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,6 +173,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FolderError(f"{path}: not a JSON object: export again from an intact checkpoint")
     return value
+
+
+def _up_to_mark(text: str) -> str:
+    """What a template wrote before the mark, without the space that it trims from a message that ends there."""
+    place = text.rfind(MARK.strip())
+    if place < 0:
+        raise SessionError("the chat template leaves out the end of the last message: it cannot be continued")
+    return text[:place] if text[place:].startswith(MARK) else text[:place].rstrip()
 
 
 def _token(value: Any) -> str:

@@ -10,7 +10,7 @@ def test_the_tree_in_the_readme_names_every_source_file() -> None:
     named = set(re.findall(r"\b(\w+\.py)\b", tree))
     files = {
         path.name
-        for room in ("plugins", "export", "calibration", "engine", "runtime")
+        for room in ("plugins", "export", "calibration", "engine", "runtime", "accuracy")
         for path in (ROOT / room).rglob("*.py")
     }
     files |= {path.name for path in ROOT.glob("*.py")}

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.engine.library import open_library
+from arriero.errors import SessionError
 from arriero.plugins.gqa.op import Attributes as GqaAttributes
 from arriero.plugins.gqa.tensorrt import PLUGIN as GQA
 from arriero.plugins.gqa.tensorrt import Settings
@@ -92,11 +93,15 @@ def test_types_that_the_kernels_do_not_take_are_refused(
     ("op", "settings"),
     [(GQA, SETTINGS), (MOE, Attributes(top_k=2, quantisation="int4")), (MOE, Attributes(top_k=1, first_expert=3))],
 )
-def test_a_plugin_is_the_same_after_it_was_serialised(op: Any, settings: Any) -> None:
+def test_a_plugin_is_the_same_after_it_was_serialised(op: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = open_library("tensorrt-rtx")
     creator = register(trt, (GQA, MOE))[op.name]
     assert trt.get_plugin_registry().get_creator(op.name, VERSION, NAMESPACE) is not None
     plugin = creator.make(settings)
+    monkeypatch.setattr(creator, "kernels", None)
+    with pytest.raises(SessionError, match=f"{op.name} has no kernels loaded: run the engine's bundle with Arriero"):
+        creator.create_plugin("again", plugin.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
+    monkeypatch.setattr(creator, "kernels", "loaded")
     again = creator.create_plugin("again", plugin.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
     for name in settings.__dataclass_fields__:
         assert getattr(again.settings, name) == pytest.approx(getattr(settings, name))

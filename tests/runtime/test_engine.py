@@ -70,6 +70,20 @@ def test_ragged_rows_get_the_cpus_logits(wide_model: Path, on_fake_gpu: tuple[Se
     assert np.abs(found - expected).max() < 1e-4
 
 
+def test_rows_are_extended_and_rewound_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple[Session, FakeEngine]) -> None:
+    sessions = (on_fake_gpu[0], arriero.load(wide_model, max_seq=500))
+    found = []
+    for session in sessions:
+        state = session.start(2, 200)
+        session.prefill(state, [[5] * 60, [9] * 7])
+        for more in ([[11] * 30, []], [[12], [13] * 50]):
+            state.rewind([60, 7])
+            found.append(np.concatenate([logits_SV for _, _, logits_SV in session.extend(state, more)]))
+    for engines, cpus in zip(found[:2], found[2:], strict=True):
+        assert engines.shape == cpus.shape
+        assert np.abs(engines - cpus).max() < 1e-4
+
+
 def test_what_a_session_allocates_goes_with_it(on_fake_gpu: tuple[Session, FakeEngine]) -> None:
     session, engine = on_fake_gpu
     session.generate([10, 11], max_new_tokens=2, eos_token_id=[])  # the step's own buffers stay

@@ -154,3 +154,40 @@ def test_a_bundle_runs_as_its_model_does(session: Session, tiny_model: Path, tmp
     bundle = build_bundle(tiny_model, tmp_path / "bundle")
     ids = [list(range(7, 200))]
     assert np.array_equal(arriero.load(bundle).logits(ids), session.logits(ids))
+
+
+def test_extended_rows_get_the_logits_of_the_whole_sequences(session: Session) -> None:
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(7, 2048, length).tolist() for length in (40, 300, 9)]
+    more = [rng.integers(7, 2048, length).tolist() for length in (200, 0, 3)]
+    state = session.start(3, 320)
+    session.prefill(state, rows)
+    found = [np.empty((len(tokens), session.spec.vocab_size)) for tokens in more]
+    for row, start, logits_SV in session.extend(state, more):
+        found[row][start : start + len(logits_SV)] = logits_SV
+    for row in (0, 2):
+        whole = session.logits([rows[row] + more[row]])[0, len(rows[row]) :]
+        assert np.abs(found[row] - whole).max() < 1e-4
+
+
+def test_a_rewound_row_goes_on_as_if_nothing_had_been_added(session: Session) -> None:
+    rng = np.random.default_rng(2)
+    rows = [rng.integers(7, 2048, length).tolist() for length in (200, 30)]
+    state = session.start(2, 400)
+    session.prefill(state, rows)
+    expected = session.decode(state, [9, 10])
+    for _ in range(2):
+        state.rewind([200, 30])
+        list(session.extend(state, [[5] * 40, [6] * 60]))  # up to position 240 of 256, and 90 of 128
+    state.rewind([200, 30])
+    assert np.abs(session.decode(state, [9, 10]) - expected).max() < 1e-4
+
+
+def test_a_row_is_not_rewound_over_a_chunk_or_forwards(session: Session) -> None:
+    state = session.start(1, 400)
+    session.prefill(state, [[5] * 130])
+    state.rewind([129])
+    with pytest.raises(SessionError, match=r"rewound from \[129\] to \[127\] over a boundary of 128: start again"):
+        state.rewind([127])
+    with pytest.raises(SessionError, match=r"rewound to \[130\], the rows hold \[129\]: give at most that"):
+        state.rewind([130])

@@ -32,6 +32,26 @@ def test_the_chat_template_gives_the_ids_of_transformers(tiny: Path, count: int)
     assert Text(tiny).encode_chat(messages) == expected
 
 
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }}|{% endfor %}"])
+def test_an_open_message_ends_the_prompt_as_in_transformers(tiny: Path, tmp_path: Path, template: str | None) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny / name, tmp_path)
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    messages = [*MESSAGES[:2], {"role": "assistant", "content": "A method, "}]
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    expected = reference.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert Text(tmp_path).render_chat(messages, open_last=True) == expected
+    (tmp_path / "chat_template.jinja").write_text("nothing of it")
+    with pytest.raises(SessionError, match="leaves out the end of the last message: it cannot be continued"):
+        Text(tmp_path).render_chat(messages, open_last=True)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token", "unk_token"])
+def test_special_tokens_have_the_ids_of_transformers(tiny: Path, name: str) -> None:
+    assert Text(tiny).special_id(name) == getattr(AutoTokenizer.from_pretrained(tiny), f"{name}_id")
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_streamed_pieces_make_the_whole_text(tiny: Path, text: str) -> None:
     reader = Text(tiny)

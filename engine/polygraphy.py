@@ -1,0 +1,127 @@
+"""What NVIDIA's Polygraphy asks of a script: a model's inputs, its TensorRT network, and how to build that.
+
+Enters: a model folder. Leaves: the functions that Polygraphy calls by name from a script such as
+
+    from arriero.engine.polygraphy import Scripts
+
+    scripts = Scripts("scout", target="tensorrt-rtx:sm89")
+    load_data, load_network, load_config = scripts.load_data, scripts.load_network, scripts.load_config
+
+Invariant: network and configuration are those of `arriero build`, with the plugins registered.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ..errors import BuildError
+from ..folder import check_whole, read_spec
+from .builder import configure, define
+from .graph import open_graph
+from .target import parse_target
+from .tensorrt import Options, Prepared, prepare
+
+BATCH, LENGTH, SLOTS = 2, 16, 64
+"""Rows, tokens of a row's piece, and positions that a full layer's cache holds, in the inputs."""
+
+RTX = "POLYGRAPHY_USE_TENSORRT_RTX"
+"""The environment variable that makes Polygraphy import TensorRT-RTX, not TensorRT."""
+
+DRAWN = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8)
+"""Types of caches that both numpy and ONNX Runtime hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scripts:
+    """Polygraphy's functions for one model folder.
+
+    Args:
+        model: The folder.
+        target: The TensorRT to build for, as in `tensorrt-rtx:sm89`.
+        options: What `arriero build` takes.
+        seed: Of the inputs.
+    """
+
+    model: str | Path
+    target: str = "tensorrt-rtx:sm89"
+    options: Options = field(default_factory=Options)
+    seed: int = 0
+
+    def load_data(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """Inputs of the model's own graph: a piece of each row over empty caches, then a token over filled ones.
+
+        Raises:
+            BuildError: The caches have a type that ONNX Runtime's CPU does not take from numpy.
+        """
+        folder = Path(self.model)
+        spec = read_spec(folder)
+        graph = open_graph(folder, spec).graph
+        rng = np.random.default_rng(self.seed)
+        chunk_slots = min(spec.model.chunk or SLOTS, SLOTS)
+        length = min(LENGTH, chunk_slots // 2)
+        for sequence, past in ((length, 0), (1, length)):
+            sizes = {"batch": BATCH, "slots": SLOTS, "chunk_slots": chunk_slots}
+            sizes |= {"sequence": sequence, "logit_positions": sequence}
+            inputs: dict[str, NDArray[Any]] = {
+                "input_ids": rng.integers(0, spec.model.vocab_size, (BATCH, sequence)),
+                "past_lengths": np.full(BATCH, past, dtype=np.int32),
+                "logit_positions": np.tile(np.arange(sequence), (BATCH, 1)),
+            }
+            for value in graph.inputs[len(inputs) :]:
+                assert value.shape is not None
+                shape = [size if isinstance(size, int) else sizes[f"{size.value}"] for size in value.shape]
+                inputs[f"{value.name}"] = _draw_cache(value, shape, past, rng)
+            yield inputs
+
+    def load_network(self) -> tuple[Any, Any, Any]:
+        """TensorRT's builder, the network, and its parser.
+
+        Raises:
+            BuildError: The target cannot run the model, or Polygraphy uses another TensorRT.
+            FolderError: The folder or a weight file is not as it must be.
+        """
+        from polygraphy.backend.trt import get_trt_logger
+
+        prepared = self._prepare()
+        # Polygraphy's `inspect` asks for `tensorrt` by that name, whatever the switch says.
+        sys.modules.setdefault("tensorrt", prepared.trt)
+        builder = prepared.trt.Builder(get_trt_logger())
+        with prepared.weights() as weights:
+            definition, parser = define(prepared.trt, builder, prepared.network, weights, get_trt_logger())
+        return builder, definition, parser
+
+    def load_config(self, builder: Any, network: Any) -> Any:
+        """TensorRT's configuration: GPUs, profiles, caches updated in place."""
+        prepared = self._prepare()
+        return configure(prepared.trt, builder, network, prepared.network, prepared.target, prepared.profiles)
+
+    def _prepare(self) -> Prepared:
+        target = parse_target(self.target)
+        if target.flavour == "cpu":
+            raise BuildError("target is cpu: give a TensorRT, as in tensorrt-rtx:sm89")
+        if (os.environ.get(RTX, "0") != "0") != (target.flavour == "tensorrt-rtx"):
+            value = int(target.flavour == "tensorrt-rtx")
+            raise BuildError(f"Polygraphy uses another TensorRT than {target}: set {RTX}={value}")
+        folder = Path(self.model)
+        spec = read_spec(folder)
+        check_whole(folder, spec)
+        return prepare(folder, spec, target, self.options)
+
+
+def _draw_cache(value: ir.Value, shape: list[int], past: int, rng: np.random.Generator) -> NDArray[Any]:
+    """A cache [B, K, C, D]: zeros, but random where tokens have been."""
+    if value.dtype not in DRAWN:
+        raise BuildError(
+            f"{value.name} is {value.dtype}, which ONNX Runtime's CPU does not take: export with --dtype float32"
+        )
+    cache = np.zeros(shape, dtype=value.dtype.numpy())
+    filled = rng.standard_normal((*shape[:2], past, shape[3]))
+    cache[:, :, :past] = filled * 40 if value.dtype == ir.DataType.INT8 else filled
+    return cache
