@@ -8,8 +8,8 @@ of computation is handed to `suspects`, which says why. Memory holds one layer o
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import AccuracyError
 from .layers import Hidden, TorchLayers, Units, open_layers, units_of
-from .rounding import ARITHMETIC, expected_errors
+from .rounding import ARITHMETIC, expected_errors, expected_head_error
 from .sides import CheckpointSide, Progress, Side
 from .suspects import Blame, blame, blame_ends
 
@@ -33,8 +33,8 @@ BEYOND = 3.0
 LENIENCE = 4.0
 """What all layers' errors alike may exceed the expectation by: attention amplifies the rounding of queries and keys."""
 
-HIDDEN_BY_SMOOTHING = {"self_attn.v_proj", "self_attn", "up_proj"}
-"""Units between which a quantiser may move factors; they are seen in what reads them."""
+HIDDEN_BY_SMOOTHING = {"self_attn.v_proj", "self_attn"}
+"""Beside `up_proj`, units whose channels a quantiser may divide; their errors are seen in what reads them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +108,25 @@ def reference_layers(side: Side) -> TorchLayers:
     return TorchLayers(side.spec, layers.weights)
 
 
+@dataclass(slots=True)
+class Errors:
+    """Summed squares of units' outputs and of what differs in them."""
+
+    signal: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    noise: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Takes in the reference's and the candidate's outputs by unit."""
+        for unit, (theirs, ours) in pairs.items():
+            self.signal[unit] += float(theirs.double().square().sum())
+            self.noise[unit] += float((ours - theirs).double().square().sum())
+
+    def relative(self, unit: str) -> float:
+        """Root mean square of what differs, of the output's; 0 where both are nothing."""
+        signal, noise = self.signal[unit], self.noise[unit]
+        return math.sqrt(noise / signal) if signal else (math.inf if noise else 0.0)
+
+
 class _Walk:
     """Both sides, layer by layer."""
 
@@ -122,13 +141,17 @@ class _Walk:
         """Takes the readings, and where one is out of line walks there again to find out why."""
         x_WSH = [self.reference.embed(ids_S) for ids_S in self.ids_WS]
         ours_WSH = [self.candidate.embed(ids_S) for ids_S in self.ids_WS]
-        embedded = [(torch.from_numpy(x), torch.from_numpy(ours)) for x, ours in zip(x_WSH, ours_WSH, strict=True)]
-        self._read(-1, "embed_tokens", embedded)
+        ends = Errors()
+        for x_SH, ours_SH in zip(x_WSH, ours_WSH, strict=True):
+            ends.add({"embed_tokens": (torch.from_numpy(x_SH), torch.from_numpy(ours_SH))})
+        self._read(-1, "embed_tokens", ends)
         count = len(self.reference.spec.layers)
         for index in range(count):
             self.progress(f"both, layer {index}", index, count)
             x_WSH = self._read_layer(index, x_WSH)
-        self._read(count, "lm_head", [(self.reference.head(tail(x)), self.candidate.head(tail(x))) for x in x_WSH])
+        for x_SH in x_WSH:
+            ends.add({"lm_head": (self.reference.head(tail(x_SH)), self.candidate.head(tail(x_SH)))})
+        self._read(count, "lm_head", ends, expected_head_error(self.reference, x_WSH[0], self.recipe))
         self.candidate.release()
         found = self._first_out_of_line()
         blamed = None if found is None else self._blame(found[0])
@@ -144,49 +167,41 @@ class _Walk:
 
     def _read_layer(self, index: int, x_WSH: list[Hidden]) -> list[Hidden]:
         """Reads one layer's units. Returns the reference's output."""
-        pairs: list[dict[str, tuple[Tensor, Tensor]]] = []
-        attended_WSH, out_WSH = [], []
-        for at, x_SH in enumerate(x_WSH):
+        attended_WSH, out_WSH, flipped = [], [], []
+        errors, expected = Errors(), dict[str, float]()
+        for x_SH in x_WSH:
             theirs, ours = self.reference.attend(index, x_SH), self.candidate.attend(index, x_SH)
-            if at == 0:
-                expected = expected_errors(self.reference, index, self.recipe)
+            expected = expected or expected_errors(self.reference, index, self.recipe)
             attended_WSH.append(theirs["attended"].numpy())
-            pairs.append(paired(theirs, ours, "attended", torch.from_numpy(x_SH)))
-        self._read_half(index, pairs, expected)
-        pairs = []
-        flipped: list[Tensor] = []
-        for at, attended_SH in enumerate(attended_WSH):
+            errors.add(paired(theirs, ours, "attended", torch.from_numpy(x_SH)))
+        self._read_half(index, errors, expected)
+        errors, expected = Errors(), {}
+        for attended_SH in attended_WSH:
             theirs, ours = self.reference.feed(index, attended_SH), self.candidate.feed(index, attended_SH)
-            if at == 0:
-                expected = expected_errors(self.reference, index, self.recipe)
+            expected = expected or expected_errors(self.reference, index, self.recipe)
             out_WSH.append(theirs["out"].numpy())
-            found = paired(theirs, ours, "out", torch.from_numpy(attended_SH))
-            if (routers := found.get("feed_forward.router")) is not None:
+            pairs = paired(theirs, ours, "out", torch.from_numpy(attended_SH))
+            if (routers := pairs.get("feed_forward.router")) is not None:
                 kept_S = same_experts(routers, self.reference.spec.experts_per_token)
                 flipped.append(~kept_S)
-                for unit in ("feed_forward.experts", "out"):
-                    if unit in found:
-                        found[unit] = found[unit][0][kept_S], found[unit][1][kept_S]
-            pairs.append(found)
-        self._read_half(index, pairs, expected)
+                for unit in {"feed_forward.experts", "out"} & pairs.keys():
+                    pairs[unit] = pairs[unit][0][kept_S], pairs[unit][1][kept_S]
+            errors.add(pairs)
+        self._read_half(index, errors, expected)
         if flipped:
             self.router_flips[index] = float(torch.cat(flipped).float().mean())
         self.reference.release()
         self.candidate.release()
         return out_WSH
 
-    def _read_half(
-        self, index: int, pairs: Sequence[dict[str, tuple[Tensor, Tensor]]], expected: dict[str, float]
-    ) -> None:
-        for unit in pairs[0]:
-            if self.is_smoothed and (unit in HIDDEN_BY_SMOOTHING or unit.endswith(".up_proj")):
-                continue
-            self._read(index, unit, [pair[unit] for pair in pairs], expected[unit])
+    def _read_half(self, index: int, errors: "Errors", expected: dict[str, float]) -> None:
+        for unit in errors.noise:
+            hidden = unit in HIDDEN_BY_SMOOTHING or unit.endswith(".up_proj")
+            if not (hidden and self.is_smoothed):
+                self._read(index, unit, errors, expected[unit])
 
-    def _read(
-        self, layer: int, unit: str, pairs: Sequence[tuple[Tensor, Tensor]], expected: float = ARITHMETIC
-    ) -> None:
-        error = relative_error(pairs)
+    def _read(self, layer: int, unit: str, errors: "Errors", expected: float = ARITHMETIC) -> None:
+        error = errors.relative(unit)
         if not math.isfinite(error):
             raise AccuracyError(f"layer {layer}: {unit} is NaN or infinite in one of the two: its weights are damaged")
         self.readings.append(Reading(layer=layer, unit=unit, error=error, expected=expected))
@@ -206,7 +221,7 @@ class _Walk:
         """Walks the reference up to a reading's layer, and says what is wrong there."""
         count = len(self.reference.spec.layers)
         if not 0 <= reading.layer < count:
-            return blame_ends(reading.unit, self.reference, self.candidate)
+            return blame_ends(reading.unit, reading.expected, self.reference, self.candidate)
         x_WSH = [self.reference.embed(ids_S) for ids_S in self.ids_WS]
         for index in range(reading.layer):
             self.progress(f"reference, layer {index}", index, reading.layer)
@@ -229,13 +244,6 @@ def same_experts(routers: tuple[Tensor, Tensor], count: int) -> Tensor:
     """Whether both routers choose the same experts, for each token."""
     theirs, ours = (logits_SE.topk(count, dim=-1).indices.sort(-1).values for logits_SE in routers)
     return (theirs == ours).all(-1)
-
-
-def relative_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Root mean square of the difference, of the first's; 0 where there is nothing to compare."""
-    noise = sum(float((ours - theirs).double().square().sum()) for theirs, ours in pairs)
-    signal = sum(float(theirs.double().square().sum()) for theirs, _ in pairs)
-    return math.sqrt(noise / signal) if signal else (math.inf if noise else 0.0)
 
 
 def tail(x_SH: Hidden, rows: int = 64) -> Hidden:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..export.choice import Choice, choose
+from ..export.llama4 import rms_norm
 from ..plugins.quantisation import LARGEST, fake_quantise, quantise
 from ..spec import Recipe
-from .layers import TorchLayers
+from .layers import Hidden, TorchLayers
 
 ARITHMETIC = 2e-5
 """What float32 sums in another order may differ by, of the output."""
@@ -60,6 +61,17 @@ def expected_errors(layers: TorchLayers, index: int, recipe: Recipe | None) -> d
         found["feed_forward.router"] = expected.linear("feed_forward.router", "feed_input")
         found |= {"feed_forward.experts": experts, "out": math.hypot(down, experts)}
     return found
+
+
+def expected_head_error(layers: TorchLayers, x_SH: Hidden, recipe: Recipe | None) -> float:
+    """The same of the head's logits."""
+    choice = None if recipe is None else choose(recipe, "lm_head")
+    if choice is None or choice.format == "none":
+        return ARITHMETIC
+    rows = torch.from_numpy(x_SH[-ROWS:].copy())
+    normed_RH = rms_norm(rows, layers.weights.wide("norm.weight"), layers.spec.norm_eps)
+    weight_VH = sample(layers.weights.wide("lm_head.weight"), OUTPUTS)
+    return max(ARITHMETIC, rounding_error(normed_RH.numpy(), weight_VH.numpy(), choice))
 
 
 class _Expected:

@@ -75,13 +75,14 @@ def blame(
     return suspects.linear(unit)
 
 
-def blame_ends(unit: str, reference: TorchLayers, candidate: Layers) -> Blame:
+def blame_ends(unit: str, expected: float, reference: TorchLayers, candidate: Layers) -> Blame:
     """Says what is wrong with the embedding or the head."""
     tied = reference.spec.tied_embeddings
     names = ["embed_tokens"] if unit == "embed_tokens" else ["norm", "embed_tokens" if tied else "lm_head"]
     for name in names:
         theirs, ours = (each.weights.wide(f"{name}.weight") for each in (reference, candidate))
-        if why := describe(theirs.view(len(theirs), -1), ours.view(len(ours), -1), FLOATS_DIFFER):
+        explained = max(FLOATS_DIFFER, EXPLAINED * expected)
+        if why := describe(theirs.view(len(theirs), -1), ours.view(len(ours), -1), explained):
             full = reference.weights.full_names[f"{name}.weight"]
             return Blame(kind="tensor", op="Gather" if unit == "embed_tokens" else "MatMul", name=full, why=why)
     return Blame(kind="op", op="MatMul", name=unit, why="its weights are right, what is computed from them is not")

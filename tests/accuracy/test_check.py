@@ -13,6 +13,7 @@ from planted_faults import changed_tensors
 from transformers import Llama4ForCausalLM
 from typer.testing import CliRunner
 
+import arriero
 from arriero.accuracy import check, record_golden
 from arriero.accuracy.golden import read_golden
 from arriero.accuracy.metrics import routing_matrix
@@ -89,6 +90,18 @@ def test_a_golden_file_gives_the_live_verdict(
 def test_a_cpu_bundle_is_as_its_model(tiny_model: Path, golden: Path, tmp_path: Path) -> None:
     bundle = build_bundle(tiny_model, tmp_path / "bundle", target="cpu")
     assert abs(check(bundle, golden).metrics["kl"].value) < 1e-7
+
+
+def test_an_engines_choice_of_experts_is_not_told(
+    tiny_model: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine itself needs a GPU: the model's session stands in for its."""
+    engine = build_bundle(tiny_model, tmp_path / "engine", target="tensorrt-rtx:sm89")
+    monkeypatch.setattr("arriero.accuracy.sides.load", lambda path, **settings: arriero.load(tiny_model))
+    verdict = check(engine, golden, limits={"router_flips": 0.5})
+    assert "router_flips" not in verdict.metrics
+    assert any("cannot be seen inside an engine" in note for note in verdict.notes)
+    assert {each.metric: each.outcome for each in verdict.judgements}["router_flips"] == verdict.outcome == "undecided"
 
 
 def test_flipped_experts_are_counted_apart(tiny: Path, tiny_model: Path, golden: Path, tmp_path: Path) -> None:

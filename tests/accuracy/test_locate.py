@@ -27,7 +27,7 @@ from arriero.calibration import calibrate_model, fp8, int4, int8
 from arriero.engine import build_bundle
 from arriero.errors import AccuracyError
 from arriero.export import export_checkpoint
-from arriero.spec import Recipe
+from arriero.spec import Override, Recipe
 
 ATTENTION, FEED = "model.layers.{}.self_attn", "model.layers.{}.feed_forward"
 IDS = np.random.default_rng(0).integers(3, 2048, (2, 300))
@@ -198,7 +198,11 @@ def test_faults_at_the_ends_are_named(tiny: Path, tmp_path: Path, name: str) -> 
     assert location.blame.why == "it is 1.5 times what it should be"
 
 
-@pytest.mark.parametrize("recipe", [int8(), fp8(), int4(), int8(kv_cache="int8")], ids=["int8", "fp8", "int4", "kv"])
+@pytest.mark.parametrize(
+    "recipe",
+    [int8(), fp8(), int4(), int8(kv_cache="int8", overrides=(Override(pattern="lm_head", format="int8"),))],
+    ids=["int8", "fp8", "int4", "with cache and head"],
+)
 def test_rounding_raises_no_alarm(quantised_tiny: Callable[[Recipe], Path], tiny_model: Path, recipe: Recipe) -> None:
     location = found(quantised_tiny(recipe), tiny_model)
     assert location.blame is None, location.blame
