@@ -4,7 +4,9 @@ Writes random Scout-like checkpoints (16 experts in every layer), exports them, 
 own over the same few tokens, so that the weights and not the text take the time. `anonymous` is the process's own
 memory at its peak; the mapped checkpoint and the mapped hidden states can be dropped by the system.
 
-    python benchmarks/calibration_scale.py [--recipe int8] [--deepest 24]
+    python benchmarks/calibration_scale.py [--recipe int8] [--deepest 36]
+
+36 layers and the widest of 4,096 have more than 4 GB of weights each, and take 14 GB of disk while they are made.
 """
 
 import argparse
@@ -61,6 +63,7 @@ def measure(hidden: int, layers: int, recipe: str, folder: Path) -> tuple[float,
     for path in model.glob("*.safetensors"):
         shutil.copyfile(path, folder / "copy")
     copying = time.perf_counter() - started
+    (folder / "copy").unlink()
     command = [sys.executable, "-c", RUN, str(model), str(folder / "quantised"), recipe]
     seconds, peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return size / 1e9, seconds, peak, copying
@@ -69,16 +72,17 @@ def measure(hidden: int, layers: int, recipe: str, folder: Path) -> tuple[float,
 def main() -> None:
     parser = argparse.ArgumentParser(description="Calibration against depth and width.")
     parser.add_argument("--recipe", default="int8")
-    parser.add_argument("--deepest", type=int, default=8)
+    parser.add_argument("--deepest", type=int, default=8, help="layers at most: of 2, 4, 8, 16 and 36")
     arguments = parser.parse_args()
     columns = ("hidden", "layers", "weights, GB", "seconds", "GB/s", "copy, GB/s", "peak anonymous, MB")
     table = Table(*columns, title=f"Calibration to {arguments.recipe}, 1,024 tokens")
-    sizes = [(1024, layers) for layers in (2, 4, 8, 16, 24, 32) if layers <= arguments.deepest]
-    for hidden, layers in [*sizes, (512, 4), (2048, 4)]:
+    sizes = [(1024, layers) for layers in (2, 4, 8, 16, 36) if layers <= arguments.deepest]
+    for hidden, layers in [*sizes, (512, 4), (2048, 4), (4096, 2)]:
         with tempfile.TemporaryDirectory() as name:
             size, seconds, peak, copying = measure(hidden, layers, arguments.recipe, Path(name))
         numbers = (f"{size:.2f}", f"{seconds:.1f}", f"{size / seconds:.2f}", f"{size / copying:.2f}", f"{peak:.0f}")
         table.add_row(str(hidden), str(layers), *numbers)
+        print(hidden, layers, *numbers, file=sys.stderr, flush=True)
     Console().print(table)
 
 

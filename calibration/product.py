@@ -152,6 +152,6 @@ def quantise_product(
 
 
 def sqnr(exact: Tensor, found: Tensor) -> float:
-    """Signal to quantisation noise, dB; 200 at most, so that a perfect one can be plotted."""
-    signal, noise = (float(torch.linalg.vector_norm(x)) ** 2 for x in (exact, found - exact))
+    """Signal to quantisation noise, dB; 200 at most, so that a perfect one can be plotted. Overwrites `found`."""
+    signal, noise = (float(torch.linalg.vector_norm(x)) ** 2 for x in (exact, found.sub_(exact)))
     return min(200.0, 10 * math.log10(signal / noise)) if signal > 0 and noise > 0 else 200.0

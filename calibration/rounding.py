@@ -52,8 +52,8 @@ def in_groups(x_NK: Tensor, scale_NG: Tensor) -> Tensor:
 
 
 def round_to(x: Tensor, kind: str) -> Tensor:
-    """The nearest values of a format, ties to even, saturating; in float32."""
-    x = x.clamp(SMALLEST[kind], LARGEST[kind])
+    """The nearest values of a format, ties to even, saturating; in float32. Overwrites `x`."""
+    x = x.clamp_(SMALLEST[kind], LARGEST[kind])
     return x.to(torch.float8_e4m3fn).float() if kind == "fp8" else x.round_()
 
 
