@@ -229,7 +229,7 @@ class LayerQuantiser:
             source.exponents_K, source.strength = search(readers, lambda a: awq_exponents(mean_K, a), recipe.strength)
             return
         absmax_K = share(source.statistics.absmax_K)
-        weight_K = share(torch.stack([reader.weight_NK.abs().amax(0) for reader in readers]).amax(0))
+        weight_K = share(torch.stack([reader.largest_K for reader in readers]).amax(0))
         source.exponents_K, source.strength = search(
             readers, lambda a: smoothquant_exponents(absmax_K, weight_K, a), recipe.strength
         )

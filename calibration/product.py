@@ -14,8 +14,11 @@ from ..plugins.quantisation import LARGEST
 from ..spec import Recipe
 from .clip import choose_clip
 from .rounding import Rounded, choose_scales, fake_quantise, round_gptq, round_nearest
-from .smoothing import Reader
+from .smoothing import Reader, searched_outputs
 from .statistics import Statistics
+
+MEASURED_ROWS = 32
+"""Sample rows, at least, that the report's noise of a product is measured over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +104,8 @@ class Input:
             return fake_quantise(rows_RK, choice.format, self.scale(choice, exponents_K)) @ rounded.wide().T
 
         sample_RK = self.statistics.sample(torch.zeros_like(self.exponents_K))
-        return Reader(weight_NK, sample_RK, sample_RK @ weight_NK.T, quantise)
+        some_NK = searched_outputs(weight_NK)
+        return Reader(some_NK, weight_NK.abs().amax(0), sample_RK, sample_RK @ some_NK.T, quantise)
 
 
 def quantise_product(
@@ -128,7 +132,9 @@ def quantise_product(
         rounded = round_gptq(moved_NK, scales_NG, choice.format, hessian_KK)
     else:
         rounded = round_nearest(moved_NK, scales_NG, choice.format)
-    scale, wide_NK, rows_RK = source.scale(choice, exponents_K), rounded.wide(), statistics.sample(exponents_K)
+    scale, wide_NK = source.scale(choice, exponents_K), rounded.wide()
+    rows_RK = statistics.sample(exponents_K)
+    rows_RK = rows_RK[:: max(1, len(rows_RK) // MEASURED_ROWS)]
     largest = statistics.absmax(exponents_K)
     found_RN = fake_quantise(rows_RK, choice.format, scale) @ wide_NK.T
     record = Record(
@@ -146,6 +152,6 @@ def quantise_product(
 
 
 def sqnr(exact: Tensor, found: Tensor) -> float:
-    """Signal to quantisation noise, dB; 200 at most, so that a perfect one can be plotted."""
-    signal, noise = float(exact.square().sum()), float((found - exact).square().sum())
+    """Signal to quantisation noise, dB; 200 at most, so that a perfect one can be plotted. Overwrites `found`."""
+    signal, noise = (float(torch.linalg.vector_norm(x)) ** 2 for x in (exact, found.sub_(exact)))
     return min(200.0, 10 * math.log10(signal / noise)) if signal > 0 and noise > 0 else 200.0

@@ -20,8 +20,11 @@ SHRINKS = [1 - step / 40 for step in range(21)]
 DAMPING = 0.001
 """Share of the mean of the Hessian's diagonal that is added to it; the paper's 0.01 leaves more of E4M3's error."""
 
-BLOCK = 128
-"""Columns that GPTQ corrects at once."""
+CHUNK = 1 << 18
+"""Weights whose clips `mse` tries together, few enough to stay in a processor's cache."""
+
+LEAF = 16
+"""Columns that GPTQ corrects one by one; over more, the first half's errors correct the second in one product."""
 
 
 @dataclass(slots=True)
@@ -38,18 +41,20 @@ class Rounded:
 
     def wide(self) -> Tensor:
         """The weight that it stands for, float32."""
-        return self.values_NK.float() * spread(self.scale_NG, self.values_NK.shape[1])
+        wide_NK = self.values_NK.float()
+        in_groups(wide_NK, self.scale_NG).mul_(self.scale_NG[..., None])
+        return wide_NK
 
 
-def spread(scale_NG: Tensor, columns: int) -> Tensor:
-    """Each column's scale: [N, G] → [N, K]."""
-    return scale_NG.repeat_interleave(columns // scale_NG.shape[1], dim=1)
+def in_groups(x_NK: Tensor, scale_NG: Tensor) -> Tensor:
+    """A view [N, G, K / G] that scales [N, G, 1] broadcast over."""
+    return x_NK.unflatten(1, (scale_NG.shape[1], -1))
 
 
 def round_to(x: Tensor, kind: str) -> Tensor:
-    """The nearest values of a format, ties to even, saturating; in float32."""
-    x = x.clamp(SMALLEST[kind], LARGEST[kind])
-    return x.to(torch.float8_e4m3fn).float() if kind == "fp8" else x.round()
+    """The nearest values of a format, ties to even, saturating; in float32. Overwrites `x`."""
+    x = x.clamp_(SMALLEST[kind], LARGEST[kind])
+    return x.to(torch.float8_e4m3fn).float() if kind == "fp8" else x.round_()
 
 
 def scale_of(clip: Tensor, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,16 +81,21 @@ def choose_scales(weight_NK: Tensor, kind: str, group: int, clip: str, dtype: to
         clip: `absmax`, or `mse`: of some clips below it the one with the least squared error of the weight.
         dtype: Type that must hold the scales.
     """
-    blocks_NGB = weight_NK.unflatten(1, (-1, group))
-    largest_NG = blocks_NGB.abs().amax(2)
-    best_NG = scale_of(largest_NG, kind, dtype)
     if clip == "absmax":
-        return best_NG
-    least_NG = torch.full_like(largest_NG, torch.inf)
+        return scale_of(weight_NK.unflatten(1, (-1, group)).abs().amax(2), kind, dtype)
+    rows = max(1, CHUNK // weight_NK.shape[1])
+    return torch.cat([_least_squares(part_NK, kind, group, dtype) for part_NK in weight_NK.split(rows)])
+
+
+def _least_squares(weight_NK: Tensor, kind: str, group: int, dtype: torch.dtype) -> Tensor:
+    """The scales of least squared error among those of `SHRINKS`, the largest of equals."""
+    blocks_NGB = weight_NK.contiguous().unflatten(1, (-1, group))
+    largest_NG = blocks_NGB.abs().amax(2)
+    best_NG, least_NG = torch.ones_like(largest_NG), torch.full_like(largest_NG, torch.inf)
     for shrink in SHRINKS:
         scale_NG = scale_of(largest_NG * shrink, kind, dtype)
-        rounded_NGB = round_to(blocks_NGB / scale_NG[..., None], kind) * scale_NG[..., None]
-        error_NG = (rounded_NGB - blocks_NGB).square().sum(2)
+        rounded_NGB = round_to(blocks_NGB / scale_NG[..., None], kind)
+        error_NG = rounded_NGB.mul_(scale_NG[..., None]).sub_(blocks_NGB).square_().sum(2)
         best_NG = torch.where(error_NG < least_NG, scale_NG, best_NG)
         least_NG = torch.minimum(error_NG, least_NG)
     return best_NG
@@ -93,8 +103,8 @@ def choose_scales(weight_NK: Tensor, kind: str, group: int, clip: str, dtype: to
 
 def round_nearest(weight_NK: Tensor, scale_NG: Tensor, kind: str) -> Rounded:
     """Each weight to the nearest value."""
-    values_NK = round_to(weight_NK / spread(scale_NG, weight_NK.shape[1]), kind)
-    return Rounded(values_NK.to(TORCH_STORED[kind]), scale_NG)
+    values_NGB = round_to(in_groups(weight_NK, scale_NG) / scale_NG[..., None], kind)
+    return Rounded(values_NGB.flatten(1).to(TORCH_STORED[kind]), scale_NG)
 
 
 def round_gptq(weight_NK: Tensor, scale_NG: Tensor, kind: str, hessian_KK: Tensor) -> Rounded:
@@ -110,27 +120,39 @@ def round_gptq(weight_NK: Tensor, scale_NG: Tensor, kind: str, hessian_KK: Tenso
         kind: The format.
         hessian_KK: Sum over inputs of x xᵀ; its factor 2 cancels.
     """
-    columns = weight_NK.shape[1]
-    scale_NK = spread(scale_NG, columns)
+    order_K = hessian_KK.diagonal().argsort(descending=True, stable=True)
+    factor_KK = inverse_factor(hessian_KK[order_K][:, order_K])
+    scale_GN, group_K = scale_NG.T.contiguous(), order_K // (len(order_K) // scale_NG.shape[1])
+    left_KN = weight_NK.T[order_K]  # a column's error takes the place of the column
+    values_KN = torch.empty_like(left_KN, dtype=TORCH_STORED[kind])
+
+    def round_columns(start: int, end: int) -> None:
+        if end - start > LEAF:
+            middle = (start + end) // 2
+            round_columns(start, middle)
+            left_KN[middle:end].addmm_(factor_KK[start:middle, middle:end].T, left_KN[start:middle], alpha=-1)
+            round_columns(middle, end)
+            return
+        for at in range(start, end):
+            scale_N = scale_GN[group_K[at]]
+            values_N = round_to(left_KN[at] / scale_N, kind)
+            values_KN[at] = values_N
+            left_KN[at].addcmul_(values_N, scale_N, value=-1).div_(factor_KK[at, at])
+            left_KN[at + 1 : end].addr_(factor_KK[at, at + 1 : end], left_KN[at], alpha=-1)
+
+    round_columns(0, len(order_K))
+    return Rounded(values_KN[order_K.argsort()].T.contiguous(), scale_NG)
+
+
+def inverse_factor(hessian_KK: Tensor) -> Tensor:
+    """The upper Cholesky factor U of the damped Hessian's inverse, UᵀU = H⁻¹, float32.
+
+    Reversed in rows and columns, H's lower factor becomes an upper R with H = RRᵀ, so that U = R⁻¹: one factorisation
+    and the inverse of a triangle instead of two factorisations and the inverse of a square.
+    """
+    hessian_KK = hessian_KK.double()  # float32's rounding may be larger than the damping
     diagonal_K = hessian_KK.diagonal()
-    order_K = diagonal_K.argsort(descending=True, stable=True)
-    hessian_KK = hessian_KK[order_K][:, order_K].double()
-    dead_K = hessian_KK.diagonal() == 0  # inputs never seen: rounded to nearest, correcting nothing
-    hessian_KK.diagonal()[dead_K] = 1.0
-    hessian_KK.diagonal().add_(DAMPING * hessian_KK.diagonal().mean())
-    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(hessian_KK))
-    factor_KK = torch.linalg.cholesky(inverse_KK, upper=True).float()
-    left_NK, scale_NK = weight_NK[:, order_K].clone(), scale_NK[:, order_K]
-    values_NK = torch.empty_like(left_NK)
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        block_NB, errors_NB = left_NK[:, start:end], torch.empty(len(left_NK), end - start)
-        factor_BB = factor_KK[start:end, start:end]
-        for at in range(end - start):
-            values_N = round_to(block_NB[:, at] / scale_NK[:, start + at], kind)
-            values_NK[:, start + at] = values_N
-            error_N = (block_NB[:, at] - values_N * scale_NK[:, start + at]) / factor_BB[at, at]
-            block_NB[:, at:] -= error_N[:, None] * factor_BB[at, at:]
-            errors_NB[:, at] = error_N
-        left_NK[:, end:] -= errors_NB @ factor_KK[start:end, end:]
-    return Rounded(values_NK[:, order_K.argsort()].to(TORCH_STORED[kind]), scale_NG)
+    diagonal_K[diagonal_K == 0] = 1.0  # inputs never seen: rounded to nearest, correcting nothing
+    diagonal_K += DAMPING * diagonal_K.mean()
+    lower_KK = torch.linalg.cholesky(hessian_KK.flip(0, 1))
+    return torch.linalg.solve_triangular(lower_KK.float(), torch.eye(len(lower_KK)), upper=False).flip(0, 1)

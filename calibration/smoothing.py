@@ -17,22 +17,34 @@ LARGEST_SHIFT = 10
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 """What a search tries beside no smoothing."""
 
+SEARCHED_OUTPUTS = 256
+"""Output channels of a linear that a search measures, evenly spaced: enough to choose one number by, and the search's
+time then grows with the width and not with its square."""
+
 
 @dataclass(slots=True)
 class Reader:
     """A linear that reads a smoothed input.
 
     Attributes:
-        weight_NK: Its weight.
+        weight_NK: Some of its output channels.
+        largest_K: Largest magnitude of each column, over all output channels.
         sample_RK: Some of its input's rows.
-        exact_RN: The product of these.
+        exact_RN: The product of rows and weight.
         quantise: The product that its quantised form computes of rows [R, K] and a weight [N, K].
     """
 
     weight_NK: Tensor
+    largest_K: Tensor
     sample_RK: Tensor
     exact_RN: Tensor
     quantise: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def searched_outputs(weight_NK: Tensor) -> Tensor:
+    """The output channels that a search measures, [at most `SEARCHED_OUTPUTS`, K], in memory of their own."""
+    count = min(len(weight_NK), SEARCHED_OUTPUTS)
+    return weight_NK[torch.linspace(0, len(weight_NK) - 1, count).round().long()].contiguous()
 
 
 def smoothquant_exponents(activation_K: Tensor, weight_K: Tensor, strength: float) -> Tensor:

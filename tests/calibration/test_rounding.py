@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.calibration.rounding import DAMPING, choose_scales, fake_quantise, round_gptq, round_nearest
+from arriero.calibration.rounding import (
+    DAMPING,
+    choose_scales,
+    fake_quantise,
+    inverse_factor,
+    round_gptq,
+    round_nearest,
+)
 from arriero.calibration.shard import pack_int4, unpack_int4
 from arriero.plugins import quantisation
 
@@ -69,6 +76,16 @@ def test_gptq_equals_optimal_brain_quantisation_column_by_column() -> None:
 
     nearest = round_nearest(torch.from_numpy(w).float(), scales, "int4")
     assert loss(found.wide().double().numpy()) < 0.5 * loss(nearest.wide().double().numpy())
+
+
+def test_the_factor_is_that_of_the_damped_hessians_inverse() -> None:
+    x = np.random.default_rng(0).standard_normal((300, 90)) @ np.random.default_rng(1).standard_normal((90, 90))
+    hessian = x.T @ x
+    found = inverse_factor(torch.from_numpy(hessian).float()).double().numpy()
+    damped = hessian + DAMPING * np.mean(np.diag(hessian)) * np.eye(90)
+    expected = np.linalg.cholesky(np.linalg.inv(damped)).T
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.array_equal(found, np.triu(found))
 
 
 def test_inputs_that_were_never_seen_do_not_stop_gptq() -> None:

@@ -5,7 +5,13 @@ import torch
 
 from arriero.calibration.product import Input
 from arriero.calibration.recipe import int4, int8
-from arriero.calibration.smoothing import awq_exponents, output_error, search, smoothquant_exponents
+from arriero.calibration.smoothing import (
+    SEARCHED_OUTPUTS,
+    awq_exponents,
+    output_error,
+    search,
+    smoothquant_exponents,
+)
 from arriero.calibration.statistics import Statistics
 from arriero.export.choice import choose
 
@@ -62,6 +68,25 @@ def test_the_search_takes_the_strength_of_least_output_error() -> None:
     for other in (0.25, 0.5, 0.75):
         assert output_error(readers, exponents) <= output_error(readers, exponents_of(other))
     assert search(readers, exponents_of, 0.5)[1] == 0.5
+
+
+def test_a_wide_linear_is_searched_over_outputs_from_its_first_to_its_last() -> None:
+    x = outliers()[0]
+    w = torch.randn(5 * SEARCHED_OUTPUTS, 48, generator=torch.Generator().manual_seed(1))
+    w[1, 7] = 50.0  # of an output that is not searched
+    source, choice = measured(x, int8()), choose(int8(activations="static"), "layers.0.self_attn.q_proj")
+    reader = source.reader(w, choice)
+    assert torch.equal(reader.weight_NK[[0, -1]], w[[0, -1]])
+    assert len(reader.weight_NK) == SEARCHED_OUTPUTS
+    assert torch.equal(reader.largest_K, w.abs().amax(0))
+
+    def exponents_of(strength: float) -> torch.Tensor:
+        return smoothquant_exponents(source.statistics.absmax_K, reader.largest_K, strength)
+
+    chosen, _ = search([reader], exponents_of, None)
+    every = [source.reader(part, choice) for part in w.split(SEARCHED_OUTPUTS)]
+    errors = [output_error(every, exponents_of(strength)) for strength in (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)]
+    assert output_error(every, chosen) <= 1.02 * min(errors)
 
 
 def test_weights_without_quantised_activations_gain_from_awq() -> None:
