@@ -183,11 +183,16 @@ class FolderSide:
 
     def score(self, ids_WS: NDArray[np.int64], decoded: int, progress: Progress) -> Iterator[Block]:
         """Scores rows one by one, each prefilled in pieces and then decoded."""
-        for row, ids_S in enumerate(ids_WS):
-            session = self._opened(ids_WS.shape[1])
-            for start, logits_NV in session.score(ids_S.tolist(), decoded):
-                progress(self.path.name, row * ids_WS.shape[1] + start, ids_WS.size)
-                yield Block(row, start, logits_NV, self._chosen())
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # ONNX Runtime's threads wait in a loop, on the cores that torch's would need
+        try:
+            for row, ids_S in enumerate(ids_WS):
+                session = self._opened(ids_WS.shape[1])
+                for start, logits_NV in session.score(ids_S.tolist(), decoded):
+                    progress(self.path.name, row * ids_WS.shape[1] + start, ids_WS.size)
+                    yield Block(row, start, logits_NV, self._chosen())
+        finally:
+            torch.set_num_threads(threads)
 
     def generate(self, ids: list[int], count: int) -> list[int] | None:
         """Continues greedily."""
