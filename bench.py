@@ -142,14 +142,15 @@ def draw(found: dict[str, Any], file: Path) -> None:
             of_batch = [case for case in found["cases"] if case["batch"] == batch]
             values = [case[name] / unit for case in of_batch]
             axes.plot([case["prefill"] for case in of_batch], values, "o-", label=f"batch {batch}")
-        axes.set(xlabel="tokens of the prompt", ylabel=label, xscale="log", ylim=(0, None))
+        axes.set(xlabel="tokens of the prompt", ylabel=label, xscale="log")
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     if stream:
         speed = stream["bytes_per_second"] / 1e9
         all_axes[-1].axhline(speed, color="#222222", linestyle=":", label="the memory's own speed")
-        all_axes[-1].set_ylim(0, None)
+    for axes in all_axes:
+        axes.set_ylim(bottom=0)  # last, since it keeps the top where it is then
     figure.legend(*all_axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, dpi=110)
 
