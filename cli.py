@@ -194,14 +194,19 @@ def inspect(
     layers: Annotated[
         bool, typer.Option("--layers", help="List each fused layer of an engine with its sizes.")
     ] = False,
+    max_seq: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a sequence to reckon memory for; CPU.", show_default="the context, at most 16384"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Rows at once to reckon memory for; CPU.")] = 1,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a folder is: geometry, KV cache, and an engine's profiles, memory and fused layers."""
+    """Show what a folder is: geometry, KV cache, the memory it will take, and an engine's profiles and fused layers."""
     with errors_shown(debug):
         from .summary import summarise
 
-        found = summarise(folder, every_layer=layers)
+        found = summarise(folder, every_layer=layers, max_seq=max_seq, batch=batch)
         if as_json:
             print(json.dumps(found))
         else:
@@ -265,6 +270,49 @@ def run(
             converse(session, system, prompt, settings, as_json)
         else:
             answer(session, prompt, settings, as_json, {"load_seconds": loaded})
+
+
+@app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="Model or bundle folder.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.")] = None,
+    prefill: Annotated[
+        str | None, typer.Option(help="Tokens of the prompts.", show_default="128,512,2048, as the context allows")
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Rows at once.", show_default="1,4,8")] = None,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt.")] = 32,
+    runs: Annotated[int, typer.Option(help="Timed runs of each; medians are given.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a model: first token, prefill, decode, and the bandwidth beside what this machine's memory gives."""
+    with errors_shown(debug), progress_shown("Timing") as progress:
+        from .bench import check_output, measure_folder, parse_sizes, write_measured
+
+        if output is not None:
+            check_output(output, force=force)
+        found = measure_folder(
+            folder,
+            prefill=parse_sizes(prefill, "--prefill"),
+            batch=parse_sizes(batch, "--batch"),
+            decode_tokens=decode_tokens,
+            runs=runs,
+            threads=threads,
+            weights=weights,
+            progress=progress,
+        )
+        if output is not None:
+            write_measured(found, output, force=force)
+    with errors_shown(debug):
+        if as_json:
+            print(json.dumps(found))
+        else:
+            from .tables import show_measured
+
+            show_measured(found, output)
 
 
 @app.command()

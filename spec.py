@@ -152,6 +152,16 @@ class Weight:
         """Bytes in the file."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
+    @property
+    def given_size(self) -> int:
+        """Bytes as the graph is given it."""
+        return math.prod(self.shape) * BITS["int4" if self.convert == "uint4" else self.convert] // 8
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the graph is given a copy in other memory, not the file's own bytes."""
+        return self.dtype != self.convert or self.transposed or self.offset % max(1, BITS[self.dtype] // 8) != 0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Override:

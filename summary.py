@@ -1,34 +1,40 @@
 """What a folder is, in numbers: for `arriero inspect`, as JSON or as tables.
 
-Enters: a model or bundle folder; only its `spec.json` and `layers.json` are read. Standard library only.
+Enters: a model or bundle folder; only its `spec.json` and `layers.json` are read. Nothing is loaded.
 """
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .errors import FolderError
 from .folder import LAYERS, read_spec
-from .spec import BITS, EngineSpec, FolderSpec, ModelSpec
+from .spec import BITS, EngineSpec, FolderSpec, ModelSpec, Stored
 
 QUIET = ("shape_call", "signal", "wait", "copy", "NoOp", "Constant", "ShapeHostToDevice")
 """Kinds of layers that move or order things and compute nothing."""
 
 
-def summarise(folder: str | Path, *, every_layer: bool = False) -> dict[str, Any]:
+def summarise(
+    folder: str | Path, *, every_layer: bool = False, max_seq: int | None = None, batch: int = 1
+) -> dict[str, Any]:
     """Describes a folder.
 
     Args:
         folder: A model or bundle folder.
         every_layer: Whether an engine's fused layers are listed one by one, beside how many there are of each kind.
+        max_seq: Tokens of a sequence that a CPU bundle's memory is reckoned for; None takes what a session takes.
+        batch: Rows at once that it is reckoned for.
 
     Returns:
-        JSON-ready: the folder's kind and source, the model's geometry, its KV cache, and of an engine its profiles with
-        the memory each needs and its fused layers.
+        JSON-ready: the folder's kind and source, the model's geometry, its KV cache, of a CPU bundle the memory that a
+        session takes, and of an engine its profiles with the memory each needs and its fused layers.
 
     Raises:
         FolderError: The folder is not one of Arriero's, or damaged.
+        SessionError: `max_seq` or `batch` is out of range.
     """
     path = Path(folder)
     spec = read_spec(path)
@@ -41,6 +47,8 @@ def summarise(folder: str | Path, *, every_layer: bool = False) -> dict[str, Any
         "weight_files": {"count": len(spec.weight_files), "bytes": sum(file.size for file in spec.weight_files)},
         "kv_cache": _cache(spec),
     }
+    if spec.target == "cpu":
+        found["memory"] = _memory(path, spec, max_seq, batch)
     if spec.engine is not None:
         found["engine"] = _with_totals(_engine(path, spec, spec.engine))
         layers = _read_layers(path)
@@ -71,13 +79,29 @@ def _geometry(model: ModelSpec) -> dict[str, Any]:
 def _cache(spec: FolderSpec) -> dict[str, int]:
     """Bytes of keys and values a token; those of chunked layers stop growing at the chunk's length."""
     dtypes = {cache.name: cache.dtype for cache in spec.engine.caches} if spec.engine else {}
-    default = "float32" if spec.target == "cpu" else spec.model.dtype
+    default: Stored = "float32" if spec.target == "cpu" else spec.model.dtype
+    if spec.recipe is not None and spec.recipe.kv_cache != "none":
+        default = spec.recipe.kv_cache
     per_token = {"chunked_bytes_per_token": 0, "full_bytes_per_token": 0}
     for index, layer in enumerate(spec.model.layers):
         bits = sum(BITS[dtypes.get(f"{index}.{kind}", default)] for kind in ("key", "value"))
         name = "chunked_bytes_per_token" if layer.chunk else "full_bytes_per_token"
         per_token[name] += spec.model.kv_heads * spec.model.head_dim * bits // 8
     return {"bytes_per_token": sum(per_token.values()), **per_token}
+
+
+def _memory(folder: Path, spec: FolderSpec, max_seq: int | None, batch: int) -> dict[str, int]:
+    """What a session on the CPU takes, part by part and in all."""
+    from .runtime.memory import session_memory
+    from .runtime.session import Limits
+
+    limits = Limits.of(spec.model, max_seq, batch)
+    try:
+        graph_size = (folder / spec.graph).stat().st_size
+    except OSError as error:
+        raise FolderError(f"{folder / spec.graph}: {error.strerror}: build the bundle again") from error
+    memory = session_memory(spec, graph_size, limits.max_seq, batch)
+    return {"max_seq": limits.max_seq, "batch": batch, **asdict(memory), "total": memory.total}
 
 
 def _engine(folder: Path, spec: FolderSpec, engine: EngineSpec) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a folder is, what became of its weights, and a verdict, as tables on the terminal."""
+"""What a folder is, how fast it runs, what became of its weights, and a verdict, as tables on the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ def show_summary(found: dict[str, Any]) -> None:
     files = found["weight_files"]
     if files["count"]:
         facts.add_row("weight files", f"{files['count']}, {size(files['bytes'])}, read in place")
+    if (memory := found.get("memory")) is not None:
+        facts.add_row("memory", describe_memory(memory))
     if (engine := found.get("engine")) is not None:
         facts.add_row("engine", describe_engine(engine))
     console.print(facts, highlight=False)
@@ -42,6 +44,66 @@ def show_summary(found: dict[str, Any]) -> None:
         console.print(layers_table(found["layers"]))
     if "every_layer" in found:
         console.print(every_layer_table(found["every_layer"]))
+
+
+def describe_memory(memory: dict[str, int]) -> str:
+    """What a session on the CPU will take, in a sentence."""
+    parts = {
+        "mapped": "weights as they lie in their files",
+        "converted": "weights widened or turned",
+        "packed": "matrices packed for integer kernels",
+        "kv_cache": "KV cache",
+        "activations": "activations",
+    }
+    named = [f"{size(memory[part])} {what}" for part, what in parts.items() if memory[part]]
+    return (
+        f"{size(memory['total'])} for {memory['batch']} × {memory['max_seq']} tokens: {', '.join(named)}, "
+        f"{size(memory['process'] + memory['graph'])} the process"
+    )
+
+
+def show_measured(found: dict[str, Any], folder: Path | None) -> None:
+    """Prints what `bench.measure_folder` found."""
+    console, stream = Console(), found["stream"]
+    headers = ["prompt", "batch", "TTFT, ms", "prefill, tokens/s", "ITL, ms", "decode, tokens/s"]
+    table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    if stream:
+        table.add_column("a step reads")
+        table.add_column("GB/s")
+        table.add_column("of the stream")
+    for column in table.columns:
+        column.justify = "right"
+    for case in found["cases"]:
+        row = [
+            f"{case['prefill']}",
+            f"{case['batch']}",
+            f"{case['ttft_seconds'] * 1e3:,.1f}",
+            f"{case['prefill_tokens_per_second']:,.0f}",
+            f"{case['itl_seconds'] * 1e3:,.2f}",
+            f"{case['decode_tokens_per_second']:,.1f}",
+        ]
+        if stream:
+            row += [
+                size(round(case["step_bytes"]["total"])),
+                f"{case['decode_bytes_per_second'] / 1e9:.1f}",
+                f"{case['share_of_stream']:.0%}",
+            ]
+        table.add_row(*row)
+    console.print(table)
+    machine = found["machine"]
+    lines = [
+        f"{found['target']} on {machine['processor']}, {found['threads']} threads; loaded in "
+        f"{found['load_seconds']:.1f} s, peak RSS {size(found['peak_rss_bytes'])}; medians of {found['runs']} runs, "
+        f"{found['decode_tokens']} tokens decoded."
+    ]
+    if stream:
+        lines.append(
+            f"The stream is {stream['bytes_per_second'] / 1e9:.1f} GB/s: as many threads reading "
+            f"{size(stream['buffer_bytes'])} from end to end, between the runs."
+        )
+    if folder is not None:
+        lines.append(f"Plot: {folder / 'bench.png'}")
+    console.print("\n".join(lines), highlight=False)
 
 
 def describe_engine(engine: dict[str, Any]) -> str:

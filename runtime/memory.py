@@ -1,0 +1,148 @@
+"""What a session on the CPU holds in memory, and what one decode step reads of it, reckoned before anything is loaded.
+
+Enters: the geometry, and which weights the graph is given. Leaves: bytes. Weights and caches are counted exactly;
+the process, the graph and the activations follow what was measured with onnxruntime-gpu 1.31 on Linux.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..spec import BITS, FolderSpec, ModelSpec, Weight
+from .decoder import LONGEST_PIECE
+
+PROCESS = 72_000_000
+"""Bytes of Python, numpy, ONNX Runtime and a tokenizer."""
+
+PER_GRAPH_BYTE = 28
+"""Bytes that ONNX Runtime holds for each byte of a serialized graph: 8.6 MB with 128 experts in twelve layers took
+240 MB."""
+
+PER_HIDDEN, PER_WIDTH = 5, 14
+"""Float32 values a token of a piece holds for each hidden channel and for each of the widest feed-forward's, measured.
+ONNX Runtime keeps what a first piece took and plans another block for those like it, so the second number is twice the
+seven values that SwiGLU computes."""
+
+EXPERT = re.compile(r"\[\d+\]$")
+"""How the name of one expert's part of a stacked weight ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes that a session holds at most.
+
+    Attributes:
+        process: Python and its libraries.
+        graph: The graph's nodes as ONNX Runtime holds them.
+        mapped: Weights used as they lie in their files; pages of experts and embedding rows not in use stay away.
+        converted: Weights in memory of their own, in another type or layout than in their files.
+        packed: Copies of matrices that integer kernels lay out anew.
+        kv_cache: Keys and values.
+        activations: What a piece of tokens computes.
+    """
+
+    process: int
+    graph: int
+    mapped: int
+    converted: int
+    packed: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it: the resident set's size once every expert has been used."""
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReads:
+    """Bytes that a decode step must read.
+
+    Attributes:
+        shared: Weights that every token uses: attention, norms, routers, dense and shared MLPs, head, embedding rows.
+        experts: Routed experts, those expected to be chosen.
+        kv_cache: Keys and values of the positions seen.
+    """
+
+    shared: float
+    experts: float
+    kv_cache: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.shared + self.experts + self.kv_cache
+
+
+def session_memory(spec: FolderSpec, graph_size: int, max_seq: int, batch: int) -> Memory:
+    """Reckons what a session of a CPU bundle holds.
+
+    Args:
+        spec: The bundle's.
+        graph_size: Bytes of its graph's file.
+        max_seq: Positions that a sequence may hold.
+        batch: Rows at once.
+    """
+    model, packs = spec.model, spec.session.get("session.disable_prepacking") != "1"
+    tokens = batch * min(LONGEST_PIECE, model.chunk or max_seq, max_seq)
+    width = max(model.expert_size if layer.experts else model.dense_size for layer in model.layers)
+    return Memory(
+        process=PROCESS,
+        graph=graph_size * PER_GRAPH_BYTE,
+        mapped=sum(weight.size for weight in spec.weights if not weight.is_converted),
+        converted=sum(weight.given_size for weight in spec.weights if weight.is_converted),
+        packed=sum(weight.given_size for weight in spec.weights if packs and _is_matrix(weight)),
+        kv_cache=sum(slots * batch for slots in _slots(model, max_seq)) * slot_size(spec),
+        activations=tokens * 4 * (PER_HIDDEN * model.hidden_size + PER_WIDTH * width),
+    )
+
+
+def step_reads(spec: FolderSpec, sizes: Mapping[str, int], batch: int, past: float) -> StepReads:
+    """Reckons what a decode step of a CPU session must read.
+
+    Of a layer's E experts a batch of B tokens with k each is expected to choose E·(1 − (1 − k/E)^B) different ones
+    where routing is even. Attention must read the filled slots, the new token's own among them.
+
+    Args:
+        spec: The folder's.
+        sizes: Bytes of each weight as the graph is given it, by initializer name.
+        batch: Rows.
+        past: Tokens in each row's caches before the step; a mean over several steps where that is meant.
+    """
+    model = spec.model
+    chosen = 1 - (1 - model.experts_per_token / model.experts) ** batch
+    shared, experts = 0.0, 0.0
+    for name, size in sizes.items():
+        if EXPERT.search(name):
+            experts += size * chosen
+        elif _is_embedding(name, model):
+            shared += size * batch / model.vocab_size
+        else:
+            shared += size
+    slots = sum((past % layer.chunk if layer.chunk else past) + 1 for layer in model.layers)
+    return StepReads(shared=shared, experts=experts, kv_cache=batch * slots * slot_size(spec))
+
+
+def slot_size(spec: FolderSpec) -> int:
+    """Bytes of one position's key and value in one layer of a session on the CPU."""
+    quantised = spec.recipe is not None and spec.recipe.kv_cache != "none"
+    return 2 * spec.model.kv_heads * spec.model.head_dim * (1 if quantised else BITS["float32"] // 8)
+
+
+def _slots(model: ModelSpec, max_seq: int) -> list[int]:
+    """Positions that each layer's buffers hold."""
+    return [min(layer.chunk or max_seq, max_seq) for layer in model.layers]
+
+
+def _is_matrix(weight: Weight) -> bool:
+    """Whether a product reads the weight, so that its kernel may lay it out anew; the embedding is only gathered."""
+    return len(weight.shape) > 1 and math.prod(weight.shape) > max(weight.shape) and "embed_tokens" not in weight.name
+
+
+def _is_embedding(name: str, model: ModelSpec) -> bool:
+    """Whether only a token's row is read of it, which a head that is the same initializer reads whole."""
+    stem, _, dtype = name.partition(":")
+    return stem.endswith("embed_tokens.weight") and (bool(dtype) or not model.tied_embeddings)
