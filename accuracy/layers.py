@@ -29,6 +29,9 @@ from .graph import LoweredGraph, Part
 from .sides import CheckpointSide, FolderSide, Side
 from .tensors import FolderWeights
 
+NO_SPINNING = {"session.intra_op.allow_spinning": "0"}
+"""Threads that wait for a layer in a loop would take the cores from PyTorch, which runs in turn with them."""
+
 Hidden = NDArray[np.float32]
 """[S, H]: one sequence."""
 
@@ -279,7 +282,7 @@ class OrtLayers:
         if key not in self.sessions:
             part = self.graph.cut(inputs, outputs)
             weights = map_weights(part.weights, self.files)
-            session = open_graph(part.graph, weights, self.path, self.graph.flags, self.threads)
+            session = open_graph(part.graph, weights, self.path, self.graph.flags | NO_SPINNING, self.threads)
             self.sessions[key] = Opened(session, part, weights)
         return self.sessions[key]
 

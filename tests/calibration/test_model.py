@@ -19,7 +19,7 @@ import arriero
 from arriero.calibration import calibrate_model, fp8, int4, int8
 from arriero.calibration.recipe import parse_recipe
 from arriero.engine import build_bundle
-from arriero.errors import CalibrationError, FolderError
+from arriero.errors import CalibrationError, DataError, FolderError
 from arriero.export import export_checkpoint
 from arriero.folder import read_spec
 from arriero.spec import Override, Recipe
@@ -171,7 +171,7 @@ def test_another_recipe_does_not_go_on_from_it(model: Path, tmp_path: Path) -> N
 
 def test_what_does_not_fit_is_refused(model: Path, tmp_path: Path) -> None:
     def refused(expected: str, recipe: Recipe | str = "int8", **options: Any) -> None:
-        with pytest.raises((CalibrationError, FolderError), match=expected):
+        with pytest.raises((CalibrationError, DataError, FolderError), match=expected):
             calibrate_model(model, tmp_path / "out", recipe=recipe, **{"data": IDS, **options})
         assert not list(tmp_path.glob("*out*"))
 
@@ -200,7 +200,7 @@ def test_text_that_is_none_or_too_little_is_refused(tiny_model: Path, tmp_path: 
         (short, "the text has 5 tokens, expected at least 256: give more --data"),
         (tmp_path / "missing.txt", "No such file or directory: give text files with --data"),
     ):
-        with pytest.raises(CalibrationError, match=expected):
+        with pytest.raises(DataError, match=expected):
             calibrate_model(tiny_model, tmp_path / "out", recipe="int8", data=[path])
 
 
