@@ -27,6 +27,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder of Arriero's.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Moved = Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")]
+Threads = Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")]
+Samples = Annotated[int, typer.Option(help="Windows of text at most.")]
+CheckedWindow = Annotated[
+    int | None, typer.Option(help="Tokens of a window.", show_default="two chunks and a quarter, at least 512")
+]
 
 
 @app.command()
@@ -92,13 +98,13 @@ def calibrate(
     override: Annotated[
         list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights, as 'layers.0.*=none'; may be repeated.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of text at most.")] = 128,
+    samples: Samples = 128,
     window: Annotated[
         int | None, typer.Option(help="Tokens of a window.", show_default="a chunk and a quarter, at least 512")
     ] = None,
     floor: Annotated[int, typer.Option(help="Tokens that every expert must have seen.")] = 32,
     all_experts: Annotated[bool, typer.Option("--all-experts", help="Measure every expert over every token.")] = False,
-    weights: Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")] = None,
+    weights: Moved = None,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -236,8 +242,8 @@ def run(
     max_seq: Annotated[
         int | None, typer.Option(help="Tokens that a sequence may hold.", show_default="the context, at most 16384")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")] = None,
+    threads: Threads = None,
+    weights: Moved = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -282,8 +288,8 @@ def bench(
     batch: Annotated[str | None, typer.Option(help="Rows at once.", show_default="1,4,8")] = None,
     decode_tokens: Annotated[int, typer.Option(help="Tokens decoded after each prompt.")] = 32,
     runs: Annotated[int, typer.Option(help="Timed runs of each; medians are given.")] = 3,
-    threads: Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")] = None,
+    threads: Threads = None,
+    weights: Moved = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -338,15 +344,13 @@ def check(
     max_flips: Annotated[float | None, typer.Option(help="Share of tokens that only one of them gets right.")] = None,
     max_router_flips: Annotated[float | None, typer.Option(help="Share of choices of experts that differ.")] = None,
     min_greedy: Annotated[float | None, typer.Option(help="Tokens generated alike, of 32.")] = None,
-    samples: Annotated[int, typer.Option(help="Windows of text at most.")] = 24,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens of a window.", show_default="two chunks and a quarter, at least 512")
-    ] = None,
+    samples: Samples = 24,
+    window: CheckedWindow = None,
     weights: Annotated[
         Path | None, typer.Option(help="Folder of the candidate's weight files, where they have moved.")
     ] = None,
     against_weights: Annotated[Path | None, typer.Option(help="The same of the reference.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")] = None,
+    threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing report.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -399,12 +403,10 @@ def golden(
     reference: Annotated[Path, typer.Argument(help="Checkpoint, model or bundle.")],
     data: Annotated[list[Path], typer.Option(help="Text file; may be repeated.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
-    samples: Annotated[int, typer.Option(help="Windows of text at most.")] = 24,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens of a window.", show_default="two chunks and a quarter, at least 512")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")] = None,
+    samples: Samples = 24,
+    window: CheckedWindow = None,
+    weights: Moved = None,
+    threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing golden file.")] = False,
     as_json: Json = False,
     debug: Debug = False,

@@ -64,6 +64,8 @@ def describe_memory(memory: dict[str, int]) -> str:
 
 def show_measured(found: dict[str, Any], folder: Path | None) -> None:
     """Prints what `bench.measure_folder` found."""
+    from .bench import PLOT
+
     console, stream = Console(), found["stream"]
     headers = ["prompt", "batch", "TTFT, ms", "prefill, tokens/s", "ITL, ms", "decode, tokens/s"]
     table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -102,7 +104,7 @@ def show_measured(found: dict[str, Any], folder: Path | None) -> None:
             f"{size(stream['buffer_bytes'])} from end to end, between the runs."
         )
     if folder is not None:
-        lines.append(f"Plot: {folder / 'bench.png'}")
+        lines.append(f"Plot: {folder / PLOT}")
     console.print("\n".join(lines), highlight=False)
 
 

@@ -164,7 +164,7 @@ def _check_alike(side: Side, spec: ModelSpec, tokenizer: str, against: Path) -> 
     Raises:
         AccuracyError: Their sizes or tokenizers differ.
     """
-    kinds = [tuple((layer.experts) for layer in each.layers) for each in (side.spec, spec)]
+    kinds = [tuple(layer.experts for layer in each.layers) for each in (side.spec, spec)]
     sizes = [(name, getattr(side.spec, name), getattr(spec, name)) for name in SIZES]
     sizes.insert(0, ("layers", len(side.spec.layers), len(spec.layers)))
     for name, ours, theirs in sizes:

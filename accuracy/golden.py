@@ -74,12 +74,17 @@ class Golden:
     @property
     def decoded(self) -> int:
         """How many of a window's last tokens run one at a time."""
-        return min(DECODED, self.ids_WS.shape[1] // 4)
+        return decoded_tokens(self.ids_WS.shape[1])
 
     @property
     def prompt(self) -> int:
         """Tokens of the beginnings that are continued."""
         return prompt_length(self.ids_WS.shape[1])
+
+
+def decoded_tokens(length: int) -> int:
+    """Of windows of so many tokens, how many of the last run one at a time."""
+    return min(DECODED, length // 4)
 
 
 def prompt_length(length: int) -> int:
@@ -141,17 +146,13 @@ def record(side: Side, ids_WS: NDArray[np.int64], progress: Progress) -> Golden:
     spec = side.spec
     windows, length = ids_WS.shape
     top = min(TOP, spec.vocab_size)
-    layers = sum(layer.experts for layer in spec.layers)
     logs = {name: np.zeros((windows, length - 1), np.float32) for name in ("rest", "next")}
     top_ids = np.zeros((windows, length - 1, top), np.int32)
     top_logs = np.zeros((windows, length - 1, top), np.float32)
     experts: Experts | None = None
-    for block in side.score(ids_WS, min(DECODED, length // 4), progress):
+    for block in side.score(ids_WS, decoded_tokens(length), progress):
         part, logits_NV = predicting(block, length, side.path)
-        if block.experts_LNK is not None:
-            if experts is None:
-                experts = np.zeros((layers, windows, length, spec.experts_per_token), np.int16)
-            experts[:, block.row, block.start : block.start + block.experts_LNK.shape[1]] = block.experts_LNK
+        experts = with_experts(experts, block, windows, length)
         if not len(logits_NV):
             continue
         total_N1 = logits_NV.logsumexp(-1, keepdim=True)
@@ -193,6 +194,17 @@ def predicting(block: Block, length: int, path: Path) -> tuple[slice, Tensor]:
             "damaged, or its arithmetic overflows"
         )
     return slice(block.start, end), logits_NV
+
+
+def with_experts(kept_LWSK: Experts | None, block: Block, windows: int, length: int) -> Experts | None:
+    """Puts a block's choice of experts into those of all windows, which begin with the first block's."""
+    if block.experts_LNK is None:
+        return kept_LWSK
+    layers, tokens, count = block.experts_LNK.shape
+    if kept_LWSK is None:
+        kept_LWSK = np.zeros((layers, windows, length, count), np.int16)
+    kept_LWSK[:, block.row, block.start : block.start + tokens] = block.experts_LNK
+    return kept_LWSK
 
 
 def rest_of(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
@@ -242,14 +254,15 @@ def write_golden(golden: Golden, path: Path) -> None:
     header = encode_header({name: (DTYPES[str(a.dtype)], a.shape) for name, a in arrays.items()}, about)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(header)
-            for array in arrays.values():
-                file.write(np.ascontiguousarray(array).data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            temporary = Path(folder) / path.name
+            with temporary.open("wb") as file:
+                file.write(header)
+                for array in arrays.values():
+                    file.write(np.ascontiguousarray(array).data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except OSError as error:
         raise AccuracyError(f"{path}: cannot be written ({error.strerror}): choose another output") from error
 

@@ -18,14 +18,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..errors import AccuracyError
-from ..export.llama4 import rms_norm
-from ..export.walk import LayerWalk, Weights, embed
-from ..folder import find_files
+from ..export.walk import LayerWalk, Weights, embed, open_head
 from ..runtime.decoder import CACHE_DTYPES, LONGEST_PIECE, Caches, open_graph
 from ..runtime.pieces import cut
 from ..runtime.weights import map_weights
 from ..spec import LayerSpec, ModelSpec
-from .graph import LoweredGraph, Part
+from .graph import Part
 from .sides import CheckpointSide, FolderSide, Side
 from .tensors import FolderWeights
 
@@ -89,14 +87,23 @@ def open_layers(side: Side) -> Layers:
     Raises:
         AccuracyError: It is an engine, whose layers are fused.
     """
+    return OrtLayers(side) if isinstance(side, FolderSide) else TorchLayers(side.spec, weights_of(side))
+
+
+def weights_of(side: Side) -> Weights:
+    """A side's weights as the numbers that they stand for.
+
+    Raises:
+        AccuracyError: It is an engine.
+    """
     if isinstance(side, CheckpointSide):
-        return TorchLayers(side.spec, side.weights)
+        return side.weights
     assert isinstance(side, FolderSide)
     if not side.is_open:
         raise AccuracyError(
             f"{side.path} is an engine, whose layers are fused: give --locate the model it was built of"
         )
-    return OrtLayers(side)
+    return FolderWeights(side.lowered.weights, side.files)
 
 
 class TorchLayers:
@@ -159,9 +166,7 @@ class TorchLayers:
 
     def head(self, x_SH: Hidden) -> Tensor:
         """The logits of the last hidden states."""
-        name = "embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
-        normed_SH = rms_norm(torch.from_numpy(x_SH), self.weights.wide("norm.weight"), self.spec.norm_eps)
-        return linear(normed_SH, self.weights.wide(name))
+        return open_head(self.spec, self.weights)(torch.from_numpy(x_SH))
 
     def release(self) -> None:
         """Lets go of the pages read so far."""
@@ -193,9 +198,8 @@ class OrtLayers:
 
     def __init__(self, side: FolderSide) -> None:
         self.spec, self.path, self.threads = side.spec, side.path, side.threads
-        self.graph = LoweredGraph(side.path, side.folder)
-        self.files = find_files(side.path, side.folder.weight_files, side.weights)
-        self.weights: Weights = FolderWeights(self.graph.weights, self.files)
+        self.weights = weights_of(side)
+        self.graph, self.files = side.lowered, side.files
         self.sessions: dict[tuple[str, ...], Opened] = {}
 
     def embed(self, ids_S: NDArray[np.int64]) -> Hidden:

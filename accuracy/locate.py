@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import AccuracyError
-from .layers import Hidden, TorchLayers, Units, open_layers, units_of
+from .layers import Hidden, TorchLayers, Units, open_layers, units_of, weights_of
 from .rounding import ARITHMETIC, expected_errors, expected_head_error
-from .sides import CheckpointSide, Progress, Side
+from .sides import Progress, Side
 from .suspects import Blame, blame, blame_ends
 
 WINDOWS = 3
@@ -96,18 +96,6 @@ def locate(side: Side, other: Side, ids_WS: NDArray[np.integer], progress: Progr
     return _Walk(side, other, ids_WS[:WINDOWS].astype(np.int64), progress).locate()
 
 
-def reference_layers(side: Side) -> TorchLayers:
-    """The reference's layers as its weights say.
-
-    Raises:
-        AccuracyError: It is an engine.
-    """
-    if isinstance(side, CheckpointSide):
-        return TorchLayers(side.spec, side.weights)
-    layers = open_layers(side)
-    return TorchLayers(side.spec, layers.weights)
-
-
 @dataclass(slots=True)
 class Errors:
     """Summed squares of units' outputs and of what differs in them."""
@@ -131,7 +119,7 @@ class _Walk:
     """Both sides, layer by layer."""
 
     def __init__(self, side: Side, other: Side, ids_WS: NDArray[np.int64], progress: Progress) -> None:
-        self.candidate, self.reference = open_layers(side), reference_layers(other)
+        self.candidate, self.reference = open_layers(side), TorchLayers(other.spec, weights_of(other))
         self.recipe, self.progress, self.ids_WS = side.recipe, progress, ids_WS
         self.is_smoothed = side.recipe is not None or other.recipe is not None
         self.readings: list[Reading] = []

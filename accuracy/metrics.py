@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .golden import Golden, next_of, predicting, rest_of
+from .golden import Golden, next_of, predicting, rest_of, with_experts
 from .sides import Experts, Progress, Side
 
 DRAWS, LEVEL = 2000, 0.95
@@ -82,11 +82,7 @@ def compare(golden: Golden, side: Side, progress: Progress) -> Comparison:
     experts: Experts | None = None
     for block in side.score(ids_WS, golden.decoded, progress):
         part, logits_NV = predicting(block, length, side.path)
-        if block.experts_LNK is not None:
-            if experts is None:
-                layers, _, count = block.experts_LNK.shape
-                experts = np.zeros((layers, windows, length, count), np.int16)
-            experts[:, block.row, block.start : block.start + block.experts_LNK.shape[1]] = block.experts_LNK
+        experts = with_experts(experts, block, windows, length)
         if not len(logits_NV):
             continue
         total_N1 = logits_NV.logsumexp(-1, keepdim=True)

@@ -10,18 +10,17 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import linear
 
 from ..errors import AccuracyError
 from ..export.checkpoint import open_checkpoint
-from ..export.llama4 import rms_norm
-from ..export.walk import Hidden, LayerWalk, Weights, embed
+from ..export.walk import Hidden, LayerWalk, Weights, embed, open_head
 from ..folder import SPEC, check_whole, find_files, read_spec
 from ..loading import load
 from ..runtime.decoder import Decoder
@@ -153,13 +152,12 @@ class CheckpointSide:
 
     def _head(self, x: Hidden) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """The logits of the last hidden states, some tokens at a time."""
-        norm = self.weights.wide("norm.weight")
-        head = self.weights.wide("embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight")
+        head = open_head(self.spec, self.weights)
         at_once = max(1, BLOCK_BYTES // (4 * self.spec.vocab_size))
         for row, hidden_SH in enumerate(x):
             for start in range(0, len(hidden_SH), at_once):
                 part = torch.from_numpy(np.ascontiguousarray(hidden_SH[start : start + at_once]))
-                yield row, start, linear(rms_norm(part, norm, self.spec.norm_eps), head).numpy()
+                yield row, start, head(part).numpy()
 
     def generate(self, ids: list[int], count: int) -> list[int] | None:
         """Does not: without a cache each token would cost a walk over all weights."""
@@ -212,6 +210,16 @@ class FolderSide:
             self.session = self._watched(positions) if self.is_open else self._closed()
         return self.session
 
+    @cached_property
+    def lowered(self) -> LoweredGraph:
+        """The graph that runs on the CPU."""
+        return LoweredGraph(self.path, self.folder)
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """The weight files, found and checked."""
+        return find_files(self.path, self.folder.weight_files, self.weights)
+
     @property
     def is_open(self) -> bool:
         """Whether values inside the graph can be seen."""
@@ -221,13 +229,12 @@ class FolderSide:
         return load(self.path, weights=self.weights)
 
     def _watched(self, positions: int) -> Session:
-        graph = LoweredGraph(self.path, self.folder)
+        graph = self.lowered
         layers = [index for index, layer in enumerate(self.spec.layers) if layer.experts]
         names = [name for index in layers if (name := graph.output_of(f"layers.{index}/feed_forward.router"))]
-        files = find_files(self.path, self.folder.weight_files, self.weights)
         decoder = Decoder(
             graph.watching(names),
-            map_weights(graph.weights, files),
+            map_weights(graph.weights, self.files),
             self.path,
             self.spec,
             graph.flags,

@@ -122,7 +122,7 @@ class _Suspects:
         actual = self._of_candidate("attend", unit)
         replayed = self._replay("attend", unit, self.spec)
         if self._explains(replayed, actual, self._of_reference("attend", unit)):
-            return self._value_or_output()
+            return self._either("self_attn.v_proj", unit)
         whole = self._of_candidate("attend", "self_attn")  # the op itself, before its output is multiplied
         if difference(self._replay("attend", "self_attn", self.spec), whole) <= self.explained:
             return self._input_or_op(unit)
@@ -159,15 +159,12 @@ class _Suspects:
         whole = torch.cat([sum((each[part] for part in parts), torch.zeros(())) for each in units])
         for part in parts:
             without = whole - torch.cat([each[part] for each in units])
-            if difference(without if without.any() else torch.zeros_like(whole), actual) <= ALIKE or not actual.any():
+            if difference(without, actual) <= ALIKE or not actual.any():
                 owner = part.removesuffix(".down_proj")
                 return Blame(
                     kind="op", op="Add", name=self._full(owner), why="it is dropped: the layer's output lacks it"
                 )
         return self._op("feed_forward", "its parts are right, their sum is not")
-
-    def _value_or_output(self) -> Blame:
-        return self._either("self_attn.v_proj", "self_attn.o_proj")
 
     def _either(self, before: str, after: str) -> Blame:
         """Which of two linears is wrong, between whose channels a quantiser may have moved powers of two."""
@@ -190,11 +187,11 @@ class _Suspects:
         unit = "feed_forward.experts"
         ratio_H1 = self._norm_ratio("post_attention_layernorm")[:, None]
         for expert in range(self.spec.experts):
-            for part, is_ours in (("gate_up_proj", True), ("down_proj", False)):
+            for part, reads_norm in (("gate_up_proj", True), ("down_proj", False)):
                 name = f"{unit}.{part}"
                 theirs = self._expert_part(self.reference, name, expert)
-                ours = self._expert_part(self.candidate, name, expert) * (ratio_H1 if is_ours else 1.0)
-                if not is_ours and self.is_rounded:
+                ours = self._expert_part(self.candidate, name, expert) * (ratio_H1 if reads_norm else 1.0)
+                if not reads_norm and self.is_rounded:
                     ours = ours * torch.exp2(-moved_octaves(theirs.T, ours.T))[:, None]
                 if (why := describe(theirs.T, ours.T, self.explained)) is None:
                     continue

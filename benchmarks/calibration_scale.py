@@ -21,25 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from load_in_place import GEOMETRY, fill
+from peak import WATCH
 from rich.console import Console
 from rich.table import Table
 from sparse import write_sparse_checkpoint
 
 from arriero.export import export_checkpoint
 
-RUN = """
-import json, sys, threading, time
+RUN = f"""
+import json, sys, time
 import numpy as np, torch
 torch.set_num_threads(int(sys.argv[4]))
-def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1e3
 from arriero.calibration import calibrate_model
-before, peak, done = anonymous(), [0.0], threading.Event()
-def watch():
-    while not done.wait(0.01):
-        peak[0] = max(peak[0], anonymous())
-threading.Thread(target=watch, daemon=True).start()
-ids = np.random.default_rng(0).integers(3, 30000, (4, 256))
+{WATCH}ids = np.random.default_rng(0).integers(3, 30000, (4, 256))
 started, used = time.perf_counter(), time.process_time()
 calibrate_model(sys.argv[1], sys.argv[2], recipe=sys.argv[3], data=ids, floor=0)
 print(json.dumps([time.perf_counter() - started, time.process_time() - used, peak[0] - before]))

@@ -22,31 +22,25 @@ from typing import Any
 
 import numpy as np
 from load_in_place import GEOMETRY, fill
+from peak import WATCH
 from rich.console import Console
 from rich.table import Table
 from sparse import write_sparse_checkpoint
 
 from arriero.accuracy import check
-from arriero.accuracy.golden import CONTINUED, DECODED, PROMPTS, prompt_length, window_of
+from arriero.accuracy.golden import CONTINUED, PROMPTS, decoded_tokens, prompt_length, window_of
 from arriero.accuracy.sides import open_side
 from arriero.calibration import calibrate_model
 from arriero.export import export_checkpoint
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama4"
 
-RUN = """
-import json, sys, threading
+RUN = f"""
+import json, sys
 import numpy as np
-def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1e3
 from arriero.accuracy import check
 from arriero.accuracy.report import write_report
-before, peak, done = anonymous(), [0.0], threading.Event()
-def watch():
-    while not done.wait(0.01):
-        peak[0] = max(peak[0], anonymous())
-threading.Thread(target=watch, daemon=True).start()
-ids = np.random.default_rng(0).integers(3, 30000, (2, 512))
+{WATCH}ids = np.random.default_rng(0).integers(3, 30000, (2, 512))
 verdict = check(sys.argv[1], sys.argv[2], data=ids, locate_fault=True)
 assert verdict.location.blame is None
 print(json.dumps(peak[0] - before))
@@ -58,7 +52,7 @@ def run_plainly(path: Path, ids_WS: np.ndarray, *, generates: bool) -> None:
     side = open_side(path)
     length = ids_WS.shape[1]
     beginnings = ids_WS[:PROMPTS, : prompt_length(length)]
-    for _ in side.score(ids_WS, min(DECODED, length // 4), lambda *_: None):
+    for _ in side.score(ids_WS, decoded_tokens(length), lambda *_: None):
         pass
     if generates:
         for ids in beginnings.tolist():

@@ -102,6 +102,13 @@ def embed(weights: Weights, ids_WS: NDArray[np.int64], out: Hidden) -> None:
         out[window] = table[torch.from_numpy(ids_S)].float().numpy()
 
 
+def open_head(spec: ModelSpec, weights: Weights) -> Callable[[Tensor], Tensor]:
+    """Reads the last norm and the LM head once. Returns the logits [N, V] of hidden states [N, H] behind the layers."""
+    norm = weights.wide("norm.weight")
+    head = weights.wide("embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight")
+    return lambda hidden_NH: linear(rms_norm(hidden_NH, norm, spec.norm_eps), head)
+
+
 class LayerWalk:
     """One layer's way, in the steps in which its weights are needed: `attend`, `feed`, then `feed_expert` for each.
 
