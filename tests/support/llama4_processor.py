@@ -71,20 +71,23 @@ def answer_cases(cases: list[Case], folder: Path) -> list[Answer]:
 def answer_sizes(
     sizes: list[tuple[int, int]], settings: dict[str, Any]
 ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Asks with images that have a size and no content, and a resize that says how it was called."""
+    """Asks with images that have a size and no content, and a resize that only says how it was called."""
     import torch
     from transformers import Llama4ImageProcessor
+    from transformers.models.llama4 import image_processing_llama4
 
     called: list[tuple[int, int]] = []
 
     class Sizes(Llama4ImageProcessor):
         def resize(self, image: torch.Tensor, size: Any, **_: Any) -> torch.Tensor:
             called.append((int(size.height), int(size.width)))
-            return torch.zeros((), dtype=torch.uint8).expand(1, 3, *called[-1])
+            return torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
 
         def rescale_and_normalize(self, images: torch.Tensor, *_: Any) -> torch.Tensor:
             return images
 
+    image_processing_llama4.pad_to_best_fit = lambda images, _: images
+    image_processing_llama4.split_to_tiles = lambda images, *_: images[None]
     processor, answers = Sizes(**settings), []
     for height, width in sizes:
         image = torch.zeros((), dtype=torch.uint8).expand(3, height, width)
