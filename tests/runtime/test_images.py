@@ -103,7 +103,9 @@ def test_16_bits_of_grey_keep_their_high_byte(form: str) -> None:
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
 def test_of_an_animation_the_first_frame_is_read(form: str) -> None:
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "lime", "blue")]
-    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {}))
+    data = encoded(
+        frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {})
+    )
     opened = Image.open(BytesIO(data))
     assert opened.n_frames == 3
     assert read_image(data).getpixel((3, 3)) == (255, 0, 0)
@@ -151,7 +153,9 @@ def test_an_image_that_is_too_large_is_refused_before_it_is_decoded(size: tuple[
     bomb = bytearray(encoded(Image.new("1", (1, 1)), "PNG"))
     bomb[16:24] = size[0].to_bytes(4, "big") + size[1].to_bytes(4, "big")
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
-    with pytest.raises(SessionError, match=r"(too large|\d+ × \d+ pixels, expected at most \d+ in all).*: scale it down"):
+    with pytest.raises(
+        SessionError, match=r"(too large|\d+ × \d+ pixels, expected at most \d+ in all).*: scale it down"
+    ):
         read_image(bytes(bomb))
 
 

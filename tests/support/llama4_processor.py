@@ -18,6 +18,9 @@ from typing import Any
 
 import numpy as np
 
+Size = tuple[tuple[int, int], tuple[int, int]]
+"""Rows and columns, and height and width."""
+
 
 @dataclass
 class Case:
@@ -42,8 +45,8 @@ def ask_processor(cases: list[Case], folder: Path) -> list[Answer]:
     return _ask("answer_cases", cases, folder)
 
 
-def ask_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """The grid, and the size in it, that the image processor finds for images of these heights and widths."""
+def ask_sizes(sizes: list[tuple[int, int]], settings: list[dict[str, Any]]) -> list[list[Size]]:
+    """The grid, and the size in it, that the image processor finds for heights and widths, with each of settings."""
     return _ask("answer_sizes", sizes, settings)
 
 
@@ -68,9 +71,7 @@ def answer_cases(cases: list[Case], folder: Path) -> list[Answer]:
     return answers
 
 
-def answer_sizes(
-    sizes: list[tuple[int, int]], settings: dict[str, Any]
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def answer_sizes(sizes: list[tuple[int, int]], settings: list[dict[str, Any]]) -> list[list[Size]]:
     """Asks with images that have a size and no content, and a resize that only says how it was called."""
     import torch
     from transformers import Llama4ImageProcessor
@@ -88,14 +89,16 @@ def answer_sizes(
 
     image_processing_llama4.pad_to_best_fit = lambda images, _: images
     image_processing_llama4.split_to_tiles = lambda images, *_: images[None]
-    processor, answers = Sizes(**settings), []
-    for height, width in sizes:
-        image = torch.zeros((), dtype=torch.uint8).expand(3, height, width)
-        called.clear()
-        made = processor._preprocess(
-            [image], **{**SETTINGS, **settings, "size": processor.size}, disable_grouping=True, return_tensors=None
-        )
-        answers.append((tuple(made["aspect_ratios"][0].tolist()), called[0]))
+    answers = []
+    for each in settings:
+        processor, found = Sizes(**each), []
+        for height, width in sizes:
+            called.clear()
+            image = torch.zeros((), dtype=torch.uint8).expand(3, height, width)
+            options = {**SETTINGS, **each, "size": processor.size, "disable_grouping": True, "return_tensors": None}
+            made = processor._preprocess([image], **options)
+            found.append((tuple(made["aspect_ratios"][0].tolist()), called[0]))
+        answers.append(found)
     return answers
 
 
@@ -116,12 +119,13 @@ def stand_in_for_torchvision() -> None:
     """Makes `torchvision` a module of the functions that the processors call."""
     import torch
 
+    torch.set_num_threads(1)  # two wait for each other on a busy machine
     mode = enum.Enum(
-        "InterpolationMode", {name: name.lower() for name in "NEAREST NEAREST_EXACT BILINEAR BICUBIC BOX HAMMING LANCZOS".split()}
+        "InterpolationMode", ["NEAREST", "NEAREST_EXACT", "BILINEAR", "BICUBIC", "BOX", "HAMMING", "LANCZOS"]
     )
 
     def resize(image: torch.Tensor, size: Any, interpolation: Any = None, antialias: bool = True) -> torch.Tensor:
-        assert interpolation == mode.BILINEAR and antialias and image.dtype == torch.uint8
+        assert (interpolation, antialias, image.dtype) == (mode.BILINEAR, True, torch.uint8)
         size = [int(side) for side in size]
         if list(image.shape[-2:]) == size:
             return image
@@ -154,5 +158,7 @@ def stand_in_for_torchvision() -> None:
 if __name__ == "__main__":
     question, arguments = pickle.load(sys.stdin.buffer)
     stand_in_for_torchvision()
-    answer = globals()[question](*arguments)
+    import llama4_processor  # by its name, as who asks knows its classes
+
+    answer = getattr(llama4_processor, question)(*arguments)
     sys.stdout.buffer.write(pickle.dumps(answer))

@@ -15,8 +15,7 @@ def photo(library: str) -> Image.Image:
 
 def photo_path(library: str) -> Path:
     spec = find_spec(library)
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent / PHOTOS[library]
+    return Path(str(spec and spec.origin)).parent / PHOTOS[library]
 
 
 def drawn(width: int, height: int) -> Image.Image:
