@@ -3,7 +3,7 @@
 Both are given the same prompt and the same images, as a JPEG file opened with Pillow (decoding is part of the time) or
 as pixels in memory, and both give token ids and normalised tiles. Runs alternate; a row is the median of each, and the
 median of the ratios of neighbouring runs. That the ids are equal and the pixels a step of the resize apart at most is
-checked on the way. Arriero's runs use one thread; PyTorch's as many as `--threads` says.
+checked on the way. PyTorch has `--threads` threads, and Arriero one a processor for images from a megapixel up.
 
 Where torchvision is not installed, the functions that `transformers` takes from it are the tests' own
 (`tests/support/llama4_processor.py`), which call PyTorch as it does.
