@@ -8,9 +8,6 @@ Shapes: N tiles, P pixels a tile's side.
 """
 
 import math
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -24,16 +21,6 @@ from .text import read_json
 
 FIXED = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 2}
 """Settings that have one value in Llama 4's preprocessors; a resample of 2 is bilinear."""
-
-
-STRIP = 256
-"""Rows or columns that a thread resizes at a time."""
-
-SEVERAL_THREADS = 1 << 20
-"""Pixels from which an image is worth several threads."""
-
-Map = Callable[..., Iterable[Any]]
-"""Of `map`'s form."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,63 +154,37 @@ def fit_size(height: int, width: int, grid: Grid, settings: TileSettings) -> tup
     return int(most_high), max(1, min(math.floor(width * by_height), int(most_wide)))
 
 
-def cut_tiles(
-    image: Image.Image, settings: TileSettings, threads: int | None = None
-) -> tuple[NDArray[np.float32], Grid]:
+def cut_tiles(image: Image.Image, settings: TileSettings) -> tuple[NDArray[np.float32], Grid]:
     """An image's tiles, normalised.
 
     Args:
         image: Of mode RGB.
         settings: The preprocessor's.
-        threads: How many work on it; None is one a processor.
 
     Returns:
         The tiles [N, 3, P, P], whose values are bf16's, black where the image does not fill the grid; and the grid.
     """
     side = settings.side
     grid = choose_grid(image.height, image.width, settings)
+    whole = _resize(image, *fit_size(image.height, image.width, grid, settings))
     corners = [(side * column, side * row) for row in range(grid.rows) for column in range(grid.columns)]
-    pixels_N3PP = np.empty((grid.tiles, 3, side, side), np.float32)
-
-    def normalise(number: int, tile: Image.Image) -> None:
-        for pixels_PP, values_256, band in zip(pixels_N3PP[number], settings.values_3x256, tile.split(), strict=True):
+    tiles = [whole.crop((left, top, left + side, top + side)) for left, top in corners]  # black beyond the edges
+    if len(tiles) > 1:
+        tiles.append(_resize(image, side, side))
+    pixels_N3PP = np.empty((len(tiles), 3, side, side), np.float32)
+    for pixels_3PP, tile in zip(pixels_N3PP, tiles, strict=True):
+        for pixels_PP, values_256, band in zip(pixels_3PP, settings.values_3x256, tile.split(), strict=True):
             np.take(values_256, np.asarray(band), out=pixels_PP, mode="clip")
-
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-        run: Map = pool.map if image.width * image.height >= SEVERAL_THREADS else map
-        whole = _resize(image, *fit_size(image.height, image.width, grid, settings), run)
-        tiles = [whole.crop((left, top, left + side, top + side)) for left, top in corners]  # black beyond the edges
-        if len(tiles) > 1:
-            tiles.append(_resize(image, side, side, run))
-        list(run(normalise, range(len(tiles)), tiles))
     return pixels_N3PP, grid
 
 
-def _resize(image: Image.Image, height: int, width: int, run: Map) -> Image.Image:
+def _resize(image: Image.Image, height: int, width: int) -> Image.Image:
     """Antialiased bilinear: a triangle filter as wide as the reduction, and uint8 between the two passes.
 
-    First along rows, then along columns, so that the rounding between falls where PyTorch's does; Pillow on its own
-    chooses the order by the cost. Neither pass mixes what the strips part.
+    Pillow chooses the order of the passes by their cost, but the rounding between them must fall where PyTorch's does.
     """
-    rows, columns = _strips(image.height), _strips(width)
-    wide = Image.new("RGB", (width, image.height))
-    bands = run(lambda each: _resize_part(image, (0, each[0], image.width, each[1]), width, each[1] - each[0]), rows)
-    for (top, _), band in zip(rows, bands, strict=True):
-        wide.paste(band, (0, top))
-    resized = Image.new("RGB", (width, height))
-    bands = run(lambda each: _resize_part(wide, (each[0], 0, each[1], wide.height), each[1] - each[0], height), columns)
-    for (left, _), band in zip(columns, bands, strict=True):
-        resized.paste(band, (left, 0))
-    return resized
-
-
-def _resize_part(image: Image.Image, box: tuple[int, int, int, int], width: int, height: int) -> Image.Image:
-    return image.crop(box).resize((width, height), Image.Resampling.BILINEAR)
-
-
-def _strips(length: int) -> list[tuple[int, int]]:
-    """Where strips begin and end: small enough for a processor's cache, and for several threads."""
-    return [(start, min(start + STRIP, length)) for start in range(0, length, STRIP)]
+    wide = image.resize((width, image.height), Image.Resampling.BILINEAR)
+    return wide.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _bfloat16(x: NDArray[np.float32]) -> NDArray[np.float32]:
