@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from .errors import FolderError, SessionError
 from .folder import check_whole, find_files, read_spec
-from .spec import EngineSpec, FolderSpec, Weight
+from .spec import EngineSpec, FolderSpec, VisionPart, Weight
 
 if TYPE_CHECKING:
     from .runtime.decoding import Decoding
     from .runtime.session import Session
+    from .runtime.text import Text
+    from .runtime.vision import Vision
 
 
 def load(
@@ -36,7 +38,8 @@ def load(
     Raises:
         ArrieroError: The folder, its weights or a setting is not as it must be.
     """
-    from .runtime.session import Limits, Session
+    from .runtime.session import Session
+    from .runtime.state import Limits
     from .runtime.text import Text, read_defaults
 
     path = Path(folder)
@@ -47,7 +50,9 @@ def load(
     limits = Limits.of(spec.model, max_seq, max_batch)
     text, defaults = Text(path), read_defaults(path)  # small, and checked before weights are loaded
     files = find_files(path, spec.weight_files, None if weights is None else Path(weights))
-    return Session(_decoder(path, spec, files, threads), text, defaults, limits)
+    decoder = _decoder(path, spec, files, threads)
+    vision = None if spec.vision is None else open_vision(path, spec, spec.vision, text, files, threads)
+    return Session(decoder, text, defaults, limits, vision)
 
 
 def _engine_limits(engine: EngineSpec, max_seq: int | None, max_batch: int | None) -> tuple[int, int]:
@@ -72,14 +77,44 @@ def _decoder(path: Path, spec: FolderSpec, files: dict[str, Path], threads: int 
     return Decoder(graph, map_weights(regions, files), path, spec.model, flags, threads)
 
 
+def open_vision(
+    path: Path, spec: FolderSpec, part: VisionPart, text: "Text", files: dict[str, Path], threads: int | None
+) -> "Vision":
+    """What of a multimodal folder takes images; its tower is loaded when there is one."""
+    from .runtime.vision import Vision, VisionTower
+    from .runtime.weights import map_weights
+
+    def open_tower() -> VisionTower:
+        graph, regions, flags = cpu_vision_graph(path, spec, part)
+        return VisionTower(graph, map_weights(regions, files), path, flags, threads)
+
+    return Vision(part.spec, text, open_tower)
+
+
 def cpu_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
     """The graph for the CPU of a model or of a bundle for it, the weights it is given, and its session's flags."""
     if spec.kind == "bundle":
-        try:
-            return (path / spec.graph).read_bytes(), spec.weights, spec.session
-        except OSError as error:
-            raise FolderError(f"{path / spec.graph}: {error.strerror}: build the bundle again") from error
+        return _read_graph(path / spec.graph), spec.weights, spec.session
     from .engine.cpu import lower_for_cpu
 
     lowered = lower_for_cpu(path, spec)
     return lowered.graph, lowered.weights, lowered.session
+
+
+def cpu_vision_graph(
+    path: Path, spec: FolderSpec, vision: VisionPart
+) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
+    """The same of the vision tower."""
+    if spec.kind == "bundle":
+        return _read_graph(path / vision.graph), vision.weights, vision.session
+    from .engine.cpu import lower_tower_for_cpu
+
+    lowered = lower_tower_for_cpu(path, vision)
+    return lowered.graph, lowered.weights, lowered.session
+
+
+def _read_graph(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error

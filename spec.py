@@ -6,17 +6,16 @@ Standard library only: every room imports this one, and the runtime must stay th
 import dataclasses
 import json
 import math
-import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from .errors import FolderError
+from .fields import decode
+from .geometry import ModelSpec, VisionSpec
 
 SCHEMA = 1
 """Version of `spec.json`. A folder with a newer one is refused."""
-
-DType = Literal["float32", "float16", "bfloat16"]
 
 Stored = Literal["float32", "float16", "bfloat16", "int8", "fp8", "int4"]
 BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "fp8": 8, "int4": 4}
@@ -24,87 +23,6 @@ BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "fp8": 8, "int4
 
 Format = Literal["none", "int8", "fp8", "int4"]
 """How weights are stored: in the model's own type, or quantised."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RopeScaling:
-    """Llama 3's frequency scaling, as Scout uses it (`rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerSpec:
-    """What one decoder layer is made of.
-
-    Attributes:
-        rope: Whether queries and keys are rotated; a NoPE layer has its temperature tuned instead.
-        chunk: Attention stays within chunks of this many positions; 0 is full attention.
-        experts: Whether the feed-forward is a mixture of experts.
-    """
-
-    rope: bool
-    chunk: int
-    experts: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSpec:
-    """The geometry of a Llama 4 text decoder, in the words of its `config.json`.
-
-    Attributes:
-        experts_per_token: Experts that each token is sent to (top-k).
-        expert_size: Width of one expert and of the shared expert (I).
-        dense_size: Width of the feed-forward in layers without experts.
-        qk_norm: Whether rotated queries and keys are normalised.
-        temperature_scale: Strength of the NoPE layers' temperature tuning; 0 is none.
-        temperature_floor: Positions per step of that tuning.
-        tied_embeddings: Whether the LM head is the embedding.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    layers: tuple[LayerSpec, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    experts: int
-    experts_per_token: int
-    expert_size: int
-    dense_size: int
-    norm_eps: float
-    qk_norm: bool
-    rope_theta: float
-    rope_scaling: RopeScaling | None = None
-    max_positions: int
-    temperature_scale: float
-    temperature_floor: float
-    tied_embeddings: bool = False
-    dtype: DType
-
-    def __post_init__(self) -> None:
-        counts = (self.vocab_size, self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.max_positions)
-        if min(counts) < 1 or self.heads % self.kv_heads or self.head_dim % 2 or not self.layers:
-            raise ValueError("the model's sizes do not fit together")
-        if not 1 <= self.experts_per_token <= self.experts:
-            raise ValueError(f"experts_per_token is {self.experts_per_token} of {self.experts} experts")
-
-    @classmethod
-    def from_fields(cls, fields: Any) -> Self:
-        """Rebuilds what `dataclasses.asdict` made.
-
-        Raises:
-            ValueError: A field is missing, unknown, or of another type.
-        """
-        return typing.cast(Self, _decode(cls, fields))
-
-    @property
-    def chunk(self) -> int:
-        """Positions that no piece may cross: the chunk of the chunked layers, 0 where every layer is full."""
-        return max((layer.chunk for layer in self.layers), default=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -320,6 +238,23 @@ class EngineSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VisionPart:
+    """What a folder holds of a model's vision tower.
+
+    Attributes:
+        spec: The tower's geometry.
+        graph: File name of its graph; empty where it is an engine.
+        weights: What the runtime hands to a bundle's graph; empty in a model.
+        session: Flags that the graph needs from its session.
+    """
+
+    spec: VisionSpec
+    graph: str = "vision.onnx"
+    weights: tuple[Weight, ...] = ()
+    session: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FolderSpec:
     """`spec.json`: what a folder is, made from what, by which version.
 
@@ -337,6 +272,7 @@ class FolderSpec:
         tools: Versions of the libraries that wrote it.
         session: Flags that the graph needs from its session.
         engine: A TensorRT bundle's engine.
+        vision: The vision tower's part; None where the model takes text only.
         rank: Which rank's the graph is, of a model that is split over several.
         ranks: How many there are.
         expert_groups: Over how many groups of ranks the experts are distributed.
@@ -355,6 +291,7 @@ class FolderSpec:
     tools: dict[str, str] = field(default_factory=dict)
     session: dict[str, str] = field(default_factory=dict)
     engine: EngineSpec | None = None
+    vision: VisionPart | None = None
     rank: int = 0
     ranks: int = 1
     expert_groups: int = 1
@@ -383,33 +320,6 @@ class FolderSpec:
         if schema != SCHEMA:
             raise FolderError(f"spec.json has schema {schema!r}, this Arriero reads {SCHEMA}: use matching versions")
         try:
-            return typing.cast(Self, _decode(cls, fields))
+            return typing.cast(Self, decode(cls, fields))
         except (TypeError, ValueError, AttributeError) as error:
             raise FolderError(f"spec.json is damaged ({error}): write the folder again") from error
-
-
-def _decode(kind: Any, value: Any) -> Any:
-    """Rebuilds a value of an annotated type from plain JSON; unknown or missing fields are errors."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict):
-            raise ValueError(f"{value!r} is no object")
-        hints = typing.get_type_hints(kind)
-        if unknown := sorted(set(value) - set(hints)):
-            raise ValueError(f"unknown field {unknown[0]!r} in {kind.__name__}")
-        return kind(**{name: _decode(hints[name], item) for name, item in value.items()})
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{value!r} is no list")
-        return tuple(_decode(arguments[0], item) for item in value)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _decode(arguments[0], value)
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{value!r} is none of {', '.join(map(repr, arguments))}")
-    elif origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-            raise ValueError(f"{value!r} is no object of texts")
-    elif type(value) is not kind and not (kind is float and type(value) is int):
-        raise ValueError(f"{value!r} is no {kind.__name__}")
-    return value

@@ -11,7 +11,8 @@ from typing import Any
 
 from .errors import FolderError
 from .folder import LAYERS, read_spec
-from .spec import BITS, EngineSpec, FolderSpec, ModelSpec, Stored
+from .geometry import ModelSpec
+from .spec import BITS, EngineSpec, FolderSpec, Stored
 
 QUIET = ("shape_call", "signal", "wait", "copy", "NoOp", "Constant", "ShapeHostToDevice")
 """Kinds of layers that move or order things and compute nothing."""
@@ -93,7 +94,7 @@ def _cache(spec: FolderSpec) -> dict[str, int]:
 def _memory(folder: Path, spec: FolderSpec, max_seq: int | None, batch: int) -> dict[str, int]:
     """What a session on the CPU takes, part by part and in all."""
     from .runtime.memory import session_memory
-    from .runtime.session import Limits
+    from .runtime.state import Limits
 
     limits = Limits.of(spec.model, max_seq, batch)
     try:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..errors import AccuracyError
 from ..export.windows import read_windows
-from ..spec import ModelSpec
+from ..geometry import ModelSpec
 from .gates import METRICS, Judgement, Outcome, judge, limits_for, overall
 from .golden import Golden, read_golden, record, window_of
 from .locate import Location, locate

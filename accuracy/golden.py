@@ -24,8 +24,8 @@ from torch import Tensor
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError
 from ..export.windows import SHORTEST_WINDOW, read_windows
+from ..geometry import ModelSpec
 from ..shards import encode_header, open_shard
-from ..spec import ModelSpec
 from .sides import Block, Experts, Progress, Side, open_side, tokenizer_of
 
 VERSION = "1"

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from ..errors import ArrieroError, SessionError
 from ..folder import read_spec
 from ..loading import load
-from ..runtime.session import Session, State
+from ..runtime.session import Session
+from ..runtime.state import State
 from ..runtime.text import Message
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]

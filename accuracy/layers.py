@@ -19,10 +19,10 @@ from torch.nn.functional import linear
 
 from ..errors import AccuracyError
 from ..export.walk import LayerWalk, Weights, embed, open_head
+from ..geometry import LayerSpec, ModelSpec
 from ..runtime.decoder import CACHE_DTYPES, LONGEST_PIECE, Caches, open_graph
 from ..runtime.pieces import cut
 from ..runtime.weights import map_weights
-from ..spec import LayerSpec, ModelSpec
 from .graph import Part
 from .sides import CheckpointSide, FolderSide, Side
 from .tensors import FolderWeights

@@ -22,12 +22,14 @@ from ..errors import AccuracyError
 from ..export.checkpoint import open_checkpoint
 from ..export.walk import Hidden, LayerWalk, Weights, embed, open_head
 from ..folder import SPEC, check_whole, find_files, read_spec
+from ..geometry import ModelSpec
 from ..loading import load
 from ..runtime.decoder import Decoder
-from ..runtime.session import Limits, Session
+from ..runtime.session import Session
+from ..runtime.state import Limits
 from ..runtime.text import Text, read_defaults
 from ..runtime.weights import map_weights
-from ..spec import ModelSpec, Recipe
+from ..spec import Recipe
 from .graph import LoweredGraph
 
 Experts = NDArray[np.int16]

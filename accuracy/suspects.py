@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from ..export.walk import Weights
-from ..spec import LayerSpec, ModelSpec
+from ..geometry import LayerSpec, ModelSpec
 from .layers import CUSTOM, Hidden, Layers, TorchLayers, Units
 from .weights import ALIKE, HALVES, describe, difference, half_split
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..errors import CalibrationError
 from ..export.choice import Choice, choose
 from ..export.walk import Hidden, LayerWalk, Observe, Weights
+from ..geometry import ModelSpec
 from ..plugins.quantisation import LARGEST
-from ..spec import ModelSpec, Recipe
+from ..spec import Recipe
 from .product import Input, Product, Record, quantise_product
 from .shard import pack_int4
 from .smoothing import Reader, awq_exponents, search, smoothquant_exponents

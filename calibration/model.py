@@ -29,8 +29,9 @@ from ..export.quantised import quantise_graph
 from ..export.walk import TOKENS, Hidden, Weights, embed
 from ..export.windows import read_windows
 from ..folder import SPEC, carry_files, check_apart, check_free, find_files, read_spec, resumed_folder
+from ..geometry import ModelSpec
 from ..shards import identity, open_shard
-from ..spec import FolderSpec, ModelSpec, Recipe, WeightFile
+from ..spec import FolderSpec, Recipe, WeightFile
 from .layer import FLOOR, LayerQuantiser, Limits, emit_product
 from .product import Input, Record, quantise_product
 from .recipe import check_recipe, parse_recipe

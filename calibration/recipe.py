@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 
 from ..errors import CalibrationError
 from ..export.choice import choose, units
-from ..spec import Format, ModelSpec, Override, Recipe
+from ..geometry import ModelSpec
+from ..spec import Format, Override, Recipe
 
 
 def int8(**changes: object) -> Recipe:

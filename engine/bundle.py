@@ -15,7 +15,7 @@ from ..errors import BuildError, FolderError
 from ..folder import SPEC, carry_files, check_apart, check_free, check_whole, copy_sparse, new_folder, read_spec
 from ..spec import FolderSpec, WeightFile
 from .builder import Progress
-from .cpu import lower_for_cpu
+from .cpu import lower_for_cpu, lower_tower_for_cpu
 from .target import Target, parse_target
 from .tensorrt import Options, build_tensorrt
 
@@ -58,7 +58,8 @@ def build_bundle(
     with new_folder(bundle, force=force) as folder:
         built = _build(source, spec, parsed, options or Options(), folder, progress)
         carry_files(source, folder)
-        used = {weight.file for weight in built.weights}
+        tower = () if built.vision is None else built.vision.weights
+        used = {weight.file for weight in (*built.weights, *tower)}
         files = [file for file in spec.weight_files if file.name in used]
         record = dataclasses.replace(
             built,
@@ -79,7 +80,12 @@ def _build(
     if target.flavour == "cpu":
         lowered = lower_for_cpu(source, spec)
         (folder / spec.graph).write_bytes(lowered.graph)
-        return dataclasses.replace(spec, target="cpu", weights=lowered.weights, session=lowered.session)
+        vision = spec.vision
+        if vision is not None:
+            tower = lower_tower_for_cpu(source, vision)
+            (folder / vision.graph).write_bytes(tower.graph)
+            vision = dataclasses.replace(vision, weights=tower.weights, session=tower.session)
+        return dataclasses.replace(spec, target="cpu", weights=lowered.weights, session=lowered.session, vision=vision)
     engine, weights = build_tensorrt(source, spec, target, options, folder, progress)
     built_for = dataclasses.replace(target, capabilities=engine.capabilities)
     return dataclasses.replace(spec, target=str(built_for), graph="", weights=weights, engine=engine)

@@ -1,4 +1,4 @@
-"""The canonical decoder graph lowered for ONNX Runtime's CPU, in memory.
+"""A canonical graph, the decoder's or the vision tower's, lowered for ONNX Runtime's CPU, in memory.
 
 Enters: a model folder. Leaves: a `Lowered` graph that computes in float32 from the checkpoint's own weights, and the
 list of regions in the safetensors files that the runtime hands to it. Float32 weights are used as they lie in the file;
@@ -18,7 +18,7 @@ from ..plugins.moe import cpu as moe_cpu
 from ..plugins.moe import op as moe
 from ..plugins.nodes import Nodes, dims
 from ..plugins.product import Matrix, multiply, multiply_stored, quantise
-from ..spec import FolderSpec, Weight
+from ..spec import FolderSpec, VisionPart, Weight
 from .graph import open_graph
 from .supply import DTYPES, FLOAT, Supply
 
@@ -47,8 +47,17 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
     Raises:
         BuildError: The graph is damaged or holds an op that has no lowering.
     """
-    model = open_graph(folder, spec)
-    lowering = _Lowering(model.graph, spec.model.experts)
+    return _lower(folder / spec.graph, spec.model.experts)
+
+
+def lower_tower_for_cpu(folder: Path, vision: VisionPart) -> Lowered:
+    """Lowers a model folder's vision tower; raises what `lower_for_cpu` does."""
+    return _lower(folder / vision.graph, 0)
+
+
+def _lower(path: Path, router_experts: int) -> Lowered:
+    model = open_graph(path)
+    lowering = _Lowering(model.graph, router_experts)
     lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
     return Lowered(
         graph=ir.to_proto(lowered).SerializeToString(),

@@ -1,4 +1,4 @@
-"""A model folder's canonical graph, read without its weights."""
+"""A model folder's canonical graphs, read without their weights."""
 
 from pathlib import Path
 
@@ -6,16 +6,14 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import BuildError
-from ..spec import FolderSpec
 
 
-def open_graph(folder: Path, spec: FolderSpec) -> ir.Model:
-    """Reads the decoder's graph; its external data is not touched.
+def open_graph(path: Path) -> ir.Model:
+    """Reads a graph; its external data is not touched.
 
     Raises:
         BuildError: The file is missing or damaged.
     """
-    path = folder / spec.graph
     try:
         return ir.from_proto(onnx.load(path, load_external_data=False))
     except OSError as error:

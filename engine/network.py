@@ -71,7 +71,7 @@ def lower_for_tensorrt(folder: Path, spec: FolderSpec, choices: Choices) -> Netw
     Raises:
         BuildError: The graph is damaged, or a choice does not fit it.
     """
-    model = open_graph(folder, spec)
+    model = open_graph(folder / spec.graph)
     lowering = _Lowering(model.graph, spec, choices)
     graph = lowering.lower()
     lowered = ir.Model(graph, ir_version=model.ir_version, producer_name="arriero")

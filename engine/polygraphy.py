@@ -62,7 +62,7 @@ class Scripts:
         """
         folder = Path(self.model)
         spec = read_spec(folder)
-        graph = open_graph(folder, spec).graph
+        graph = open_graph(folder / spec.graph).graph
         rng = np.random.default_rng(self.seed)
         chunk_slots = min(spec.model.chunk or SLOTS, SLOTS)
         length = min(LENGTH, chunk_slots // 2)

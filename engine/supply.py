@@ -5,7 +5,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from ..spec import DType, Stored, Weight
+from ..geometry import DType
+from ..spec import Stored, Weight
 
 FLOAT = ir.DataType.FLOAT
 DTYPES: dict[ir.DataType | None, DType] = {

@@ -1,25 +1,26 @@
 """A Hugging Face checkpoint folder, opened and checked against the Llama 4 that its configuration describes.
 
 Enters: a folder of `config.json` and safetensors shards, perhaps symlinks into a hub cache. Leaves: a `Checkpoint`
-whose every text tensor is present, of the right shape and of one dtype, or quantised as `Scheme` says. No tensor's data
-is read but scales.
+whose every tensor is present, of the right shape and of one dtype, or quantised as `Scheme` says (the vision tower's
+never are). No tensor's data is read but scales.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..geometry import VISION, DType, ModelSpec, VisionSpec
 from ..shards import Shard, open_shard
-from ..spec import DType, ModelSpec
-from .config import model_spec
+from ..spec import Override
+from .config import model_spec, vision_spec
 from .prequantised import Prequantised, find_quantised
 from .scheme import MODELOPT, read_scheme
 from .stored import Tensor
 
 DTYPE_NAMES: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-VISION = ("vision_model.", "multi_modal_projector.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +31,8 @@ class Checkpoint:
         folder: Where it lies, absolute, symlinks kept.
         spec: The text decoder's geometry; its dtype is the one stored.
         prefix: What the text decoder's tensor names begin with (`""` or `"language_model."`).
-        tensors: The text decoder's tensors by their full names.
-        vision_tensors: How many tensors of a vision tower the checkpoint holds besides.
+        tensors: All tensors by their full names.
+        vision: The vision tower's geometry; None where the checkpoint has no tower.
         quantised: What the tensors are, where the checkpoint is quantised.
     """
 
@@ -39,12 +40,12 @@ class Checkpoint:
     spec: ModelSpec
     prefix: str
     tensors: dict[str, Tensor]
-    vision_tensors: int
+    vision: VisionSpec | None = None
     quantised: Prequantised | None = None
 
     @property
     def shards(self) -> list[Shard]:
-        """The shards that hold text tensors, in order of their names."""
+        """The shards, in order of their names."""
         found = {tensor.shard.path: tensor.shard for tensor in self.tensors.values()}
         return [found[path] for path in sorted(found)]
 
@@ -69,17 +70,19 @@ def open_checkpoint(folder: Path, *, any_dtype: bool = False) -> Checkpoint:
     stored = {DTYPE_NAMES[t.region.dtype] for t in found.values() if t.region.dtype in DTYPE_NAMES}
     spec = model_spec(config, stored.pop() if len(stored) == 1 else "bfloat16")
     prefix = "language_model." if any(name.startswith("language_model.") for name in found) else ""
-    vision = {name for name in found if name.startswith(VISION)}
-    text = {name: tensor for name, tensor in found.items() if name not in vision}
+    vision = vision_spec(config) if any(name.startswith(VISION) for name in found) else None
     expected = expected_tensors(spec, prefix)
-    quantised = None if scheme is None else find_quantised(text, expected, spec, prefix, scheme)
+    if vision is not None:
+        expected |= vision_tensors(vision, spec.hidden_size)
+    quantised = None if scheme is None else find_quantised(found, expected, spec, prefix, scheme)
     if quantised is None:
-        _check_tensors(text, expected, spec, any_dtype=any_dtype)
+        _check_tensors(found, expected, spec, any_dtype=any_dtype)
     else:
         _check_tensors(quantised.plain, quantised.plain_shapes, spec, any_dtype=False)
-    return Checkpoint(
-        folder=folder, spec=spec, prefix=prefix, tensors=text, vision_tensors=len(vision), quantised=quantised
-    )
+        if vision is not None:
+            kept = (*quantised.recipe.overrides, Override(pattern="vision_model.*", format="none"))
+            quantised = dataclasses.replace(quantised, recipe=dataclasses.replace(quantised.recipe, overrides=kept))
+    return Checkpoint(folder=folder, spec=spec, prefix=prefix, tensors=found, vision=vision, quantised=quantised)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,6 +126,35 @@ def expected_tensors(spec: ModelSpec, prefix: str = "") -> dict[str, tuple[int, 
     shapes[f"{prefix}model.norm.weight"] = (hidden,)
     if not spec.tied_embeddings:
         shapes[f"{prefix}lm_head.weight"] = (spec.vocab_size, hidden)
+    return shapes
+
+
+def vision_tensors(vision: VisionSpec, text_size: int) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a vision tower's and projector's tensors.
+
+    Args:
+        vision: Geometry.
+        text_size: Hidden size of the text decoder.
+    """
+    hidden, patch_values, width = vision.hidden_size, 3 * vision.patch_size**2, vision.adapter_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "vision_model.class_embedding": (hidden,),
+        "vision_model.positional_embedding_vlm": (vision.grid**2 + 1, hidden),
+        "vision_model.patch_embedding.linear.weight": (hidden, patch_values),
+        "vision_model.vision_adapter.mlp.fc1.weight": (width, vision.mlp_size),
+        "vision_model.vision_adapter.mlp.fc2.weight": (width, width),
+        "multi_modal_projector.linear_1.weight": (text_size, width),
+    }
+    linears = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    linears |= {"mlp.fc1": (vision.mlp_size, hidden), "mlp.fc2": (hidden, vision.mlp_size)}
+    names = [f"vision_model.layernorm_{place}" for place in ("pre", "post")]
+    for index in range(vision.layers):
+        layer = f"vision_model.model.layers.{index}"
+        names += [f"{layer}.{name}_layernorm" for name in ("input", "post_attention")]
+        for name, shape in linears.items():
+            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+    for name in names:
+        shapes |= {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
     return shapes
 
 

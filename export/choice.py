@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ..spec import Format, ModelSpec, Recipe
+from ..geometry import ModelSpec
+from ..spec import Format, Recipe
 
 KEPT = ("router", "lm_head")
 """Last names of units that stay in high precision unless asked."""

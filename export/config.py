@@ -1,18 +1,27 @@
 """A Llama 4 `config.json` as a `ModelSpec`, or a clear refusal.
 
 Enters: the parsed JSON of a text-only (`llama4_text`) or multimodal (`llama4`) checkpoint, in the field names of
-`transformers` 4 and 5. Leaves: a `ModelSpec` whose every number has been checked.
+`transformers` 4 and 5. Leaves: a `ModelSpec`, and a `VisionSpec` of a multimodal one, whose every number has been
+checked.
 """
 
 from typing import Any, NoReturn
 
 from ..errors import CheckpointError
-from ..spec import DType, LayerSpec, ModelSpec, RopeScaling
+from ..geometry import DType, LayerSpec, ModelSpec, RopeScaling, VisionSpec
 
 MOST_LAYERS = 1000
 """A configuration with more is damaged."""
 
 DTYPES: dict[str, DType] = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+
+VISION_FIXED = {
+    "hidden_act": "gelu",
+    "num_channels": 3,
+    "multi_modal_projector_bias": False,
+    "vision_feature_select_strategy": "default",
+}
+"""Fields of a vision tower's configuration that have one value."""
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -89,11 +98,61 @@ def model_spec(config: dict[str, Any], stored_dtype: DType = "bfloat16") -> Mode
     )
 
 
-class Fields:
-    """The values of a configuration, read with their ranges."""
+def vision_spec(config: dict[str, Any]) -> VisionSpec:
+    """Reads the geometry of a multimodal checkpoint's vision tower.
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = values
+    Raises:
+        CheckpointError: A missing field, or a field out of range.
+    """
+    nested = config.get("vision_config")
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"config.json: vision_config is {nested!r}, expected an object: restore the file")
+    fields = Fields(nested, "vision_config.")
+    hidden_size, heads = fields.count("hidden_size", 768), fields.count("num_attention_heads", 16)
+    image_size, patch_size = fields.side("image_size", 448), fields.side("patch_size", 14)
+    if hidden_size % (4 * heads):
+        fields.refuse("hidden_size", f"{heads} heads of a multiple of 4, since RoPE rotates pairs by column and by row")
+    grid, shuffle = image_size // patch_size, round(1 / fields.positive("pixel_shuffle_ratio", 0.5))
+    if fields.positive("pixel_shuffle_ratio", 0.5) * shuffle != 1 or grid % shuffle or not grid:
+        fields.refuse("pixel_shuffle_ratio", f"one over a divisor of the {grid} patches of a side")
+    mlp_size, adapter_size = fields.count("intermediate_size", 5632), fields.count("projector_input_dim", 4096)
+    if mlp_size != hidden_size * shuffle**2:
+        fields.refuse("intermediate_size", f"hidden_size over pixel_shuffle_ratio squared, {hidden_size * shuffle**2}")
+    for name, default in (("projector_output_dim", 4096), ("vision_output_dim", 7680)):
+        if fields.count(name, default) != adapter_size:
+            fields.refuse(name, f"projector_input_dim, {adapter_size}")
+    for name, fixed in VISION_FIXED.items():
+        if fields.get(name, fixed) != fixed:
+            fields.refuse(name, f"{fixed!r}, as in every Llama 4")
+    whole = Fields(config)
+    token = "image_token_id" if "image_token_id" in config else "image_token_index"
+    image_token, vocab_size = whole.count(token, 200092), Fields(text_config(config)).count("vocab_size")
+    if image_token >= vocab_size:
+        whole.refuse(token, f"a token of the vocabulary of {vocab_size}")
+    return VisionSpec(
+        hidden_size=hidden_size,
+        layers=fields.count("num_hidden_layers", 34),
+        heads=heads,
+        mlp_size=mlp_size,
+        image_size=image_size,
+        patch_size=patch_size,
+        shuffle=shuffle,
+        adapter_size=adapter_size,
+        rope_theta=_rope_parameters(fields, 10000.0)[1].positive("rope_theta"),
+        image_token=image_token,
+    )
+
+
+class Fields:
+    """The values of a configuration, read with their ranges.
+
+    Args:
+        values: By name.
+        place: Put before a name in errors.
+    """
+
+    def __init__(self, values: dict[str, Any], place: str = "") -> None:
+        self.values, self.place = values, place
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value as it stands."""
@@ -106,6 +165,13 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.refuse(name, "a whole number from 1 up")
         return value
+
+    def side(self, name: str, default: int) -> int:
+        """A square's side, which may be written as height and width."""
+        value = self.values.get(name)
+        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+            return Fields({name: value[0]}, self.place).count(name)
+        return self.count(name, default)
 
     def positive(self, name: str, default: float | None = None) -> float:
         """A number above 0."""
@@ -132,7 +198,7 @@ class Fields:
     def refuse(self, name: str, expected: str) -> NoReturn:
         """Raises the error for a value out of range."""
         found = repr(self.values[name]) if name in self.values else "missing"
-        raise CheckpointError(f"config.json: {name} is {found}, expected {expected}")
+        raise CheckpointError(f"config.json: {self.place}{name} is {found}, expected {expected}")
 
 
 def _layers(fields: Fields) -> tuple[LayerSpec, ...]:
@@ -160,11 +226,7 @@ def _layers(fields: Fields) -> tuple[LayerSpec, ...]:
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """RoPE's base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
-    nested = fields.get(name) or {}
-    if not isinstance(nested, dict):
-        fields.refuse(name, "an object")
-    rope = Fields({"rope_theta": fields.get("rope_theta", 500000.0), **nested})
+    name, rope = _rope_parameters(fields, 500000.0)
     theta = rope.positive("rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -177,3 +239,12 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
         high_freq_factor=rope.positive("high_freq_factor"),
         original_max_positions=rope.count("original_max_position_embeddings"),
     )
+
+
+def _rope_parameters(fields: Fields, theta: float) -> tuple[str, Fields]:
+    """The field that holds RoPE's parameters, and these, `rope_theta` among them."""
+    name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
+    nested = fields.get(name) or {}
+    if not isinstance(nested, dict):
+        fields.refuse(name, "an object")
+    return name, Fields({"rope_theta": fields.get("rope_theta", theta), **nested}, fields.place)

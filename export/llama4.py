@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from ..geometry import LayerSpec, ModelSpec
 from ..plugins.all_reduce.torch_op import all_reduce
 from ..plugins.gqa import op as gqa
 from ..plugins.gqa.torch_op import attend_whole, grouped_query_attention
 from ..plugins.moe import op as moe
 from ..plugins.moe.torch_op import moe_dispatch
-from ..spec import LayerSpec, ModelSpec
 from .split import WHOLE, Split
 
 
@@ -222,7 +222,10 @@ class TextModel(nn.Module):
 
     def forward(self, input_ids_BS: Tensor) -> Tensor:
         """Token ids [B, S] → normalised hidden states [B, S, H]."""
-        x_BSH = self.embed_tokens(input_ids_BS)
+        return self.run(self.embed_tokens(input_ids_BS))
+
+    def run(self, x_BSH: Tensor) -> Tensor:
+        """Embeddings [B, S, H] → normalised hidden states [B, S, H]."""
         for layer in self.layers:
             x_BSH, _ = layer(x_BSH)
         return self.norm(x_BSH)

@@ -17,8 +17,10 @@ import onnx_ir as ir
 from .. import __version__
 from ..errors import ExportError
 from ..folder import SPEC, carry_files, check_apart, check_free, new_folder
+from ..geometry import DType, ModelSpec
 from ..shards import Region
-from ..spec import DType, FolderSpec, ModelSpec
+from ..spec import FolderSpec, VisionPart
+from .assembly import Progress
 from .checkpoint import Checkpoint, expected_tensors, open_checkpoint, read_json
 from .config import DTYPES, text_config
 from .placement import Placement, place_quantised, place_ranks, place_whole
@@ -27,7 +29,8 @@ from .prequantised import Prequantised
 from .quantised import quantise_graph
 from .scheme import MODELOPT
 from .split import Split, split_model
-from .stitch import Progress, Traced, stitch_decoder
+from .stitch import Traced, stitch_decoder
+from .tower import stitch_tower
 
 GRAPH = "decoder.onnx"
 
@@ -44,7 +47,7 @@ def export_checkpoint(
     progress: Progress = lambda phase, done, total: None,
     notice: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Exports a Llama 4 checkpoint's text decoder.
+    """Exports a Llama 4 checkpoint: the text decoder, and the vision tower where there is one.
 
     Args:
         checkpoint: Folder in Hugging Face layout; only read.
@@ -75,8 +78,6 @@ def export_checkpoint(
     if opened.quantised is not None:
         _check_quantised(opened.spec, dtype, tp)
         _notice_quantised(opened.quantised, notice)
-    if opened.vision_tensors:
-        notice(f"The {opened.vision_tensors} tensors of the vision tower are left out: the text decoder is exported.")
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
     record = FolderSpec(
@@ -87,6 +88,7 @@ def export_checkpoint(
         source=str(source),
         source_hashes=_hashes(source),
         tools={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},
+        vision=None if opened.vision is None else VisionPart(spec=opened.vision),
         ranks=split.ranks,
         expert_groups=split.expert_groups,
     )
@@ -94,8 +96,7 @@ def export_checkpoint(
         if split.ranks == 1:
             placement, model = _make_whole(opened, folder, spec, dtype, copy_weights, progress)
             recipe = None if opened.quantised is None else opened.quantised.recipe
-            files = tuple(placement.files)
-            _write_model(source, folder, model, dataclasses.replace(record, weight_files=files, recipe=recipe))
+            _write_model(source, folder, model, placement, dataclasses.replace(record, recipe=recipe))
         else:
             copied = _write_ranks(opened, folder, split, dtype, copy_weights, record, progress)
             notice(f"{copied / 1e9:.1f} GB of weights are in the ranks' folders; the rest stays where it is.")
@@ -128,14 +129,15 @@ def _make_whole(
     quantised = checkpoint.quantised
     if quantised is None:
         placement = place_whole(checkpoint, folder, dtype, copy_weights, progress)
-        return placement, stitch_decoder(spec, checkpoint.prefix, placement.regions.__getitem__, progress)
+        locate = placement.regions.__getitem__
+        return placement, stitch_decoder(spec, checkpoint.prefix, locate, progress, vision=checkpoint.vision)
     placement = place_quantised(checkpoint, quantised, folder, copy_weights, progress)
     shapes = expected_tensors(spec, checkpoint.prefix)
 
-    def locate(name: str) -> tuple[str, Region]:
+    def locate_later(name: str) -> tuple[str, Region]:
         return "", Region(FORMAT_NAMES[spec.dtype], shapes[name], 0, 0)  # until quantise_graph gives it its place
 
-    model = stitch_decoder(spec, checkpoint.prefix, locate, progress)
+    model = stitch_decoder(spec, checkpoint.prefix, locate_later, progress, vision=checkpoint.vision)
     quantise_graph(model, spec, quantised.recipe, placement.regions, folder)
     return placement, model
 
@@ -156,23 +158,33 @@ def _write_ranks(
     traced: Traced = {}
     copied = 0
     for rank, placement in enumerate(place_ranks(checkpoint, folders, split, dtype, copy_weights, progress)):
-        locate = placement.regions.__getitem__
-        model = stitch_decoder(record.model, checkpoint.prefix, locate, progress, split=split, rank=rank, traced=traced)
-        files = tuple(placement.files)
-        _write_model(
-            checkpoint.folder, folders[rank], model, dataclasses.replace(record, rank=rank, weight_files=files)
+        model = stitch_decoder(
+            record.model,
+            checkpoint.prefix,
+            placement.regions.__getitem__,
+            progress,
+            split=split,
+            rank=rank,
+            traced=traced,
+            vision=checkpoint.vision,
         )
-        copied += sum(file.size for file in files if not file.path)
+        _write_model(checkpoint.folder, folders[rank], model, placement, dataclasses.replace(record, rank=rank))
+        copied += sum(file.size for file in placement.files if not file.path)
     group = dataclasses.replace(record, kind="group", graph="")
     (folder / SPEC).write_text(group.to_json(), "utf-8")
     return copied
 
 
-def _write_model(source: Path, folder: Path, model: ir.Model, record: FolderSpec) -> None:
-    """Writes a graph and all that goes with it."""
+def _write_model(source: Path, folder: Path, model: ir.Model, placement: Placement, record: FolderSpec) -> None:
+    """Writes the decoder's graph, the vision tower's, and all that goes with them."""
     ir.save(model, folder / GRAPH)
+    if record.vision is not None:
+        text = record.model
+        tower = stitch_tower(record.vision.spec, text.hidden_size, text.dtype, placement.regions.__getitem__)
+        ir.save(tower, folder / record.vision.graph)
     carry_files(source, folder)
     _write_generation_config(source, folder)
+    record = dataclasses.replace(record, weight_files=tuple(placement.files))
     (folder / SPEC).write_text(record.to_json(), "utf-8")
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from ..errors import ExportError
 from ..folder import copy_sparse
+from ..geometry import DType
 from ..shards import Region, Shard, identity, open_shard
-from ..spec import DType, WeightFile
+from ..spec import WeightFile
+from .assembly import Progress
 from .checkpoint import DTYPE_NAMES, Checkpoint
 from .portions import convert_shard, write_portions
 from .prequantised import Prequantised
 from .restacked import Made, Tensors, write_made
 from .split import Portion, Split
-from .stitch import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

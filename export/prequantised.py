@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 
 from ..errors import CheckpointError
-from ..spec import ModelSpec, Override, Recipe
+from ..geometry import ModelSpec
+from ..spec import Override, Recipe
 from .choice import units
 from .portions import FORMAT_NAMES
 from .restacked import Tensors

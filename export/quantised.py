@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ..geometry import ModelSpec
 from ..plugins.gqa import op as gqa
 from ..plugins.gqa.body import body as gqa_body
 from ..plugins.linear import STORED, write_input, write_linear
@@ -19,7 +20,7 @@ from ..plugins.moe import op as moe
 from ..plugins.moe.body import body as moe_body
 from ..plugins.nodes import Nodes
 from ..shards import Region
-from ..spec import ModelSpec, Recipe
+from ..spec import Recipe
 from .choice import Choice, choose
 
 PLACED = {

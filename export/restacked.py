@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError, ExportError
+from ..geometry import DType
 from ..shards import encode_header
-from ..spec import DType
 from .portions import FORMAT_NAMES, NUMPY_DTYPES
 from .stored import Stored, Tensor
 

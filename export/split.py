@@ -25,8 +25,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import ExportError
+from ..geometry import VISION, ModelSpec
 from ..shards import Region
-from ..spec import ModelSpec
 
 Span = tuple[int, int]
 """First index and the one after the last."""
@@ -91,7 +91,9 @@ class Split:
     def portion(self, name: str, whole: tuple[int, ...], rank: int) -> Portion:
         """A rank's portion of the tensor of this name and shape."""
         axes: list[tuple[Span, ...]] = [((0, size),) for size in whole]
-        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+        if name.startswith(VISION):
+            pass  # each rank has the whole tower
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
             axes[0] = (share(whole[0], self.ranks, rank),)
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
             axes[1] = (share(whole[1], self.ranks, rank),)

@@ -4,36 +4,23 @@ Leaves: an onnx-ir model in the contract's inputs and outputs, its initializers 
 place from safetensors. Nothing in it is particular to a target.
 """
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import onnx_ir as ir
 
+from ..geometry import LayerSpec, ModelSpec, VisionSpec
 from ..plugins.all_reduce import op as all_reduce
 from ..plugins.gqa import op as gqa
 from ..plugins.gqa.body import body as gqa_body
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import body as moe_body
-from ..plugins.nodes import OPSET, Nodes, ints
-from ..shards import Region
-from ..spec import LayerSpec, ModelSpec
+from ..plugins.nodes import OPSET, Nodes, ints, number
+from .assembly import DTYPES, IR_VERSION, Initializers, Locate, Progress, clone
 from .llama4 import attention_attributes, inverse_frequencies
 from .split import WHOLE, Split
 from .trace import trace_layer
 
-IR_VERSION = 11
-DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-REGION_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-
-Locate = Callable[[str], tuple[str, Region]]
-"""The file's name and the region of a tensor or of the rank's portion of it, by its checkpoint name."""
-
 Traced = dict[tuple[LayerSpec, Split], ir.Graph]
 """Layers traced so far, by their kind and layout."""
-
-Progress = Callable[[str, int, int], None]
-"""Told the phase, the steps done, and the steps in all."""
 
 
 def stitch_decoder(
@@ -45,6 +32,7 @@ def stitch_decoder(
     split: Split = WHOLE,
     rank: int = 0,
     traced: Traced | None = None,
+    vision: VisionSpec | None = None,
 ) -> ir.Model:
     """Builds the decoder graph, or one rank's.
 
@@ -56,20 +44,30 @@ def stitch_decoder(
         split: Layout over ranks.
         rank: Whose graph.
         traced: Layers traced for another rank, extended here.
+        vision: Geometry of the vision tower whose features enter; None for text alone.
     """
-    return Stitcher(spec, prefix, locate, split, rank, {} if traced is None else traced).stitch(progress)
+    return Stitcher(spec, prefix, locate, split, rank, {} if traced is None else traced, vision).stitch(progress)
 
 
 class Stitcher:
     """The graph under construction."""
 
-    def __init__(self, spec: ModelSpec, prefix: str, locate: Locate, split: Split, rank: int, traced: Traced) -> None:
-        self.spec, self.prefix, self.locate = spec, prefix, locate
+    def __init__(
+        self,
+        spec: ModelSpec,
+        prefix: str,
+        locate: Locate,
+        split: Split,
+        rank: int,
+        traced: Traced,
+        vision: VisionSpec | None,
+    ) -> None:
+        self.spec, self.prefix, self.vision = spec, prefix, vision
         self.split, self.rank, self.traced = split, rank, traced
         self.dtype = DTYPES[spec.dtype]
         self.experts = moe.Attributes(top_k=spec.experts_per_token, first_expert=split.first_expert(spec, rank))
-        self.initializers: dict[str, ir.Value] = {}
-        self.inv_freq = self._constant("rope.inv_freq", inverse_frequencies(spec).numpy())
+        self.initializers = Initializers(locate)
+        self.inv_freq = self.initializers.constant("rope.inv_freq", inverse_frequencies(spec).numpy())
         self.functions: dict[str, ir.Function] = {}
 
     def stitch(self, progress: Progress) -> ir.Model:
@@ -78,10 +76,9 @@ class Stitcher:
         input_ids = ir.val("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         past_lengths = ir.val("past_lengths", ir.DataType.INT32, ["batch"])
         logit_positions = ir.val("logit_positions", ir.DataType.INT64, ["batch", "logit_positions"])
-        first = Nodes("embed_tokens/")
+        features = [] if self.vision is None else [ir.val("image_features", self.dtype, ["features", spec.hidden_size])]
         embedding = self.weight("model.embed_tokens.weight")
-        x = first.Gather(embedding, input_ids, axis=0)
-        nodes = first.list
+        x, nodes = self._embed(embedding, input_ids, features)
         caches: list[ir.Value] = []
         presents: list[ir.Value] = []
         for index, layer in enumerate(spec.layers):
@@ -93,10 +90,10 @@ class Stitcher:
         progress("layers", len(spec.layers), len(spec.layers))
         logits, head = self._head(x, logit_positions, embedding)
         graph = ir.Graph(
-            [input_ids, past_lengths, logit_positions, *caches],
+            [input_ids, past_lengths, logit_positions, *features, *caches],
             [logits, *presents],
             nodes=nodes + head,
-            initializers=list(self.initializers.values()),
+            initializers=list(self.initializers.values.values()),
             opset_imports={"": OPSET, gqa.DOMAIN: gqa.VERSION},
             name="decoder",
             doc_string="Llama 4 text decoder; one graph for prefill and decode, its caches updated in place.",
@@ -104,25 +101,23 @@ class Stitcher:
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="arriero", functions=list(self.functions.values()))
 
     def weight(self, name: str) -> ir.Value:
-        """The initializer of a checkpoint's tensor, which lies where the shard has it."""
-        name = self.prefix + name
-        if name not in self.initializers:
-            file, region = self.locate(name)
-            tensor = ir.ExternalTensor(
-                file,
-                region.offset,
-                region.size,
-                REGION_DTYPES[region.dtype],
-                shape=ir.Shape(region.shape),
-                name=name,
-                base_dir=Path("."),
-            )
-            self.initializers[name] = _initializer(name, tensor)
-        return self.initializers[name]
+        """The initializer of a decoder's tensor, by its name in a text-only checkpoint."""
+        return self.initializers.weight(self.prefix + name)
 
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        self.initializers[name] = _initializer(name, ir.tensor(array, name=name))
-        return self.initializers[name]
+    def _embed(
+        self, embedding: ir.Value, input_ids_BS: ir.Value, features: list[ir.Value]
+    ) -> tuple[ir.Value, list[ir.Node]]:
+        """Embeddings, with image features in the places of image tokens, in order. Returns them and their nodes."""
+        nodes = Nodes("embed_tokens/")
+        x_BSH = nodes.Gather(embedding, input_ids_BS, axis=0)
+        if self.vision is None:
+            return x_BSH, nodes.list
+        is_image_BS = nodes.Equal(input_ids_BS, number(self.vision.image_token, np.int64))
+        flags_T = nodes.Reshape(nodes.Cast(is_image_BS, to=ir.DataType.INT32), ints(-1))
+        place_T = nodes.Sub(nodes.CumSum(flags_T, number(0, np.int32)), number(1, np.int32))
+        place_BS = nodes.Reshape(nodes.Max(place_T, number(0, np.int32)), nodes.Shape(input_ids_BS))
+        image_BSH = nodes.Gather(features[0], place_BS, axis=0)
+        return nodes.Where(nodes.Unsqueeze(is_image_BS, ints(2)), image_BSH, x_BSH), nodes.list
 
     def _caches(self, index: int, layer: LayerSpec, when: str) -> list[ir.Value]:
         slots = "chunk_slots" if layer.chunk else "slots"
@@ -149,44 +144,20 @@ class Stitcher:
             parameter = name.removeprefix("layer.")
             is_rope = parameter == "self_attn.inv_freq"
             mapped[value] = self.inv_freq if is_rope else self.weight(f"model.layers.{index}.{parameter}")
-        outputs = dict(zip(traced.outputs[1:], present, strict=True))
-        nodes = [self._clone(node, index, layer, mapped, outputs) for node in traced]
+        mapped |= dict(zip(traced.outputs[1:], present, strict=True))
+        nodes = [self._clone(node, index, layer, mapped) for node in traced]
         return mapped[traced.outputs[0]], nodes
 
-    def _clone(
-        self,
-        node: ir.Node,
-        index: int,
-        layer: LayerSpec,
-        mapped: dict[ir.Value, ir.Value],
-        outputs: dict[ir.Value, ir.Value],
-    ) -> ir.Node:
-        values = []
-        for old in node.outputs:
-            if old in outputs:
-                mapped[old] = outputs[old]
-            else:
-                name, shape = f"layers.{index}/{old.name}", self._named_shape(old.shape)
-                mapped[old] = ir.Value(name=name, shape=shape, type=old.type)
-            values.append(mapped[old])
-        attributes = list(node.attributes.values())
-        if node.op_type == moe.NAME and self.experts.first_expert:
-            attributes.append(ir.AttrInt64("first_expert", self.experts.first_expert))
-        return ir.Node(
-            node.domain,
-            node.op_type,
-            [mapped[value] if value is not None else None for value in node.inputs],
-            attributes=attributes,
+    def _clone(self, node: ir.Node, index: int, layer: LayerSpec, mapped: dict[ir.Value, ir.Value]) -> ir.Node:
+        offset = self.experts.first_expert if node.op_type == moe.NAME else 0
+        return clone(
+            node,
+            mapped,
+            f"layers.{index}",
+            ("batch", "sequence"),
             overload=self._function(node, layer) if node.domain == gqa.DOMAIN else "",
-            outputs=values,
-            name=f"layers.{index}/{_node_name(node)}",
+            more=[ir.AttrInt64("first_expert", offset)] if offset else (),
         )
-
-    def _named_shape(self, shape: ir.Shape | None) -> ir.Shape | None:
-        """A traced shape with the contract's names for its dimensions, or nothing where a name would be a sum."""
-        if shape is None or any(not isinstance(dim, int) for dim in shape.dims[2:]) or len(shape) != 3:
-            return None
-        return ir.Shape(["batch", "sequence", *shape.dims[2:]])
 
     def _function(self, node: ir.Node, layer: LayerSpec) -> str:
         """Adds the function body of a custom op's node, once a kind. Returns the overload that the node calls."""
@@ -224,21 +195,3 @@ class Stitcher:
         padded = nodes.Pad(part, ints(0, 0, start, 0, 0, size - stop))
         total: ir.Value = nodes.AllReduce(padded, domain=all_reduce.DOMAIN, ranks=self.split.ranks)
         return total
-
-
-def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    shape = ir.Shape(tensor.shape.numpy())
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-
-
-def _node_name(node: ir.Node) -> str:
-    """A product or a norm is named by its weight, a sum by what it sums, a custom op by its type; others as traced."""
-    summed = node.inputs[0].producer() if node.op_type == all_reduce.NAME and node.inputs[0] is not None else None
-    if summed is not None:
-        return f"{_node_name(summed)}/{all_reduce.NAME}"
-    weight = node.inputs[1] if node.op_type in ("MatMul", "RMSNormalization") else None
-    source = weight.producer() if weight is not None else None
-    weight = source.inputs[0] if source is not None else weight
-    if weight is not None:
-        return str(weight.name).removeprefix("layer.").removesuffix(".weight")
-    return node.op_type if node.domain else str(node.name).removeprefix("node_")

@@ -1,13 +1,13 @@
-"""One decoder layer of each kind, traced from PyTorch into ONNX with the custom ops as single nodes.
+"""One layer of each kind, traced from PyTorch into ONNX with the custom ops as single nodes.
 
 The layer lives on the meta device: its weights have shapes and no bytes, so the cost does not depend on their size.
 """
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 import torch
@@ -16,14 +16,18 @@ from onnxscript import opset23 as onnx_ops
 from onnxscript.values import Opset
 from torch import Tensor, nn
 
+from ..geometry import DType, LayerSpec, ModelSpec, VisionSpec
 from ..plugins import schemas
 from ..plugins.gqa.op import DOMAIN, VERSION
-from ..spec import LayerSpec, ModelSpec
 from .llama4 import Cache, DecoderLayer
 from .split import WHOLE, Split
+from .vision import VisionLayer
 
 INPUTS = ("x", "past_lengths", "key_cache", "value_cache")
 OUTPUTS = ("y", "present_key", "present_value")
+VISION_INPUTS = ("x", "cos", "sin")
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Step(nn.Module):
@@ -52,7 +56,7 @@ def trace_layer(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> ir.G
     """
     schemas.register()
     dtype = getattr(torch, spec.dtype)
-    module = meta_layer(spec, layer, split)
+    module = on_meta(spec.dtype, lambda: DecoderLayer(spec, layer, split))
     with torch.device("meta"):
         cache = torch.empty(2, spec.kv_heads // split.ranks, 4, spec.head_dim, dtype=dtype)
         arguments = (
@@ -63,33 +67,61 @@ def trace_layer(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> ir.G
         )
     batch, sequence, slots = (torch.export.Dim(name) for name in ("batch", "sequence", "slots"))
     of_cache = {0: batch, 2: slots}
+    graph = _trace(Step(module), arguments, ({0: batch, 1: sequence}, {0: batch}, of_cache, of_cache), INPUTS, OUTPUTS)
+    simplify_reshapes(graph)
+    return graph
+
+
+def trace_vision_layer(vision: VisionSpec, dtype: DType) -> ir.Graph:
+    """Traces a layer of the vision tower.
+
+    Returns:
+        A graph of inputs `VISION_INPUTS` and one output, whose initializers are named `<parameter>` and hold no data.
+    """
+    module = on_meta(dtype, lambda: VisionLayer(vision))
+    positions = vision.grid**2 + 1
+    with torch.device("meta"):
+        x = torch.empty(2, positions, vision.hidden_size, dtype=getattr(torch, dtype))
+        cos, sin = (torch.empty(positions, vision.head_dim // 2) for _ in range(2))
+    graph = _trace(module, (x, cos, sin), ({0: torch.export.Dim("tiles")}, None, None), VISION_INPUTS, ("y",))
+    for node in graph:
+        if node.op_type == "Attention":
+            node.resize_outputs(1)  # the exporter names all that the operator may give
+    return graph
+
+
+def _trace(
+    module: nn.Module,
+    arguments: tuple[Tensor, ...],
+    dynamic_shapes: tuple[Any, ...],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> ir.Graph:
+    """A module's graph, each of its custom ops a node."""
     with quiet():
-        program = torch.export.export(
-            Step(module), arguments, dynamic_shapes=({0: batch, 1: sequence}, {0: batch}, of_cache, of_cache)
-        )
+        program = torch.export.export(module, arguments, dynamic_shapes=dynamic_shapes)
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=23,
-            input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
+            input_names=list(inputs),
+            output_names=list(outputs),
             custom_translation_table=translations(),
             optimize=False,
             verbose=False,
         )
     assert exported is not None
     graph: ir.Graph = exported.model.graph
-    simplify_reshapes(graph)
     return graph
 
 
-def meta_layer(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> DecoderLayer:
-    """A layer in the spec's dtype whose parameters have no bytes."""
+def on_meta(dtype: DType, make: Callable[[], Module]) -> Module:
+    """A module in a type, whose parameters have no bytes."""
     previous = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, spec.dtype))
+    torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device("meta"):
-            return DecoderLayer(spec, layer, split).eval()
+            return make().eval()
     finally:
         torch.set_default_dtype(previous)
 
@@ -124,8 +156,17 @@ def translations() -> dict[Any, Any]:
         return onnx_ops.RMSNormalization(x, weight, epsilon=eps)
 
     def linear(x, weight, bias=None):  # type: ignore[no-untyped-def]
-        assert bias is None
-        return onnx_ops.MatMul(x, onnx_ops.Transpose(weight, perm=[1, 0]))
+        product = onnx_ops.MatMul(x, onnx_ops.Transpose(weight, perm=[1, 0]))
+        return product if bias is None else onnx_ops.Add(product, bias)
+
+    def rotate_patches(x, cos, sin, heads):  # type: ignore[no-untyped-def]
+        wide = onnx_ops.Cast(x, to=ir.DataType.FLOAT)
+        turned = onnx_ops.RotaryEmbedding(wide, cos, sin, interleaved=1, num_heads=heads)
+        return onnx_ops.Cast(turned, to=x.dtype)
+
+    def attend_patches(query, key, value, heads):  # type: ignore[no-untyped-def]
+        attended, *_ = onnx_ops.Attention(query, key, value, q_num_heads=heads, kv_num_heads=heads)
+        return attended
 
     ops = torch.ops
     return {
@@ -133,6 +174,8 @@ def translations() -> dict[Any, Any]:
         ops.arriero.moe_dispatch.default: moe_dispatch,
         ops.arriero.all_reduce.default: all_reduce,
         ops.arriero.rms_norm.default: rms_norm,
+        ops.arriero.rotate_patches.default: rotate_patches,
+        ops.arriero.attend_patches.default: attend_patches,
         ops.aten.linear.default: linear,
     }
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from ..errors import CheckpointError
+from ..geometry import ModelSpec
 from ..plugins.gqa.op import Attributes
 from ..plugins.gqa.torch_op import prepare
 from ..shards import Region, open_shard
-from ..spec import ModelSpec
 from .llama4 import attention_attributes, inverse_frequencies, rms_norm
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

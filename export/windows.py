@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ..errors import DataError
-from ..spec import ModelSpec
+from ..geometry import ModelSpec
 
 SHORTEST_WINDOW = 512
 FEWEST_TOKENS = 256

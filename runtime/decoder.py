@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..errors import SessionError
-from ..spec import ModelSpec
+from ..geometry import ModelSpec
 
 PROVIDER = "CPUExecutionProvider"
 LONGEST_PIECE = 512
@@ -85,6 +85,7 @@ class Decoder:
         self.spec, self.watched, self.watch = spec, watched, watch
         self.weights = weights  # kept: the session reads the memory that these own
         self.session = open_graph(graph, weights, folder, session, threads)
+        self.takes_images = any(value.name == "image_features" for value in self.session.get_inputs())
 
     def caches(self, batch: int, positions: int) -> Caches:
         """KV buffers for a batch whose rows hold so many positions."""
@@ -130,6 +131,7 @@ class Binding:
 
     def __init__(self, decoder: Decoder, caches: Caches, rows: slice) -> None:
         self.session, self.watched, self.watch = decoder.session, decoder.watched, decoder.watch
+        self.no_features = np.zeros((1, decoder.spec.hidden_size), np.float32) if decoder.takes_images else None
         self.io = self.session.io_binding()
         self.kept = []
         for name, buffer in caches.buffers.items():
@@ -139,7 +141,11 @@ class Binding:
             self.io.bind_ortvalue_output(f"present.{name}", value)
 
     def step(
-        self, ids_BS: NDArray[np.int64], past_B: NDArray[np.int32], positions_BR: NDArray[np.int64]
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        positions_BR: NDArray[np.int64],
+        features_MH: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Runs one piece and writes it to the caches.
 
@@ -147,11 +153,14 @@ class Binding:
             ids_BS: Token ids, right-padded.
             past_B: Tokens in each row's cache before the piece.
             positions_BR: Positions of the piece that get logits.
+            features_MH: Image features of the piece's image tokens, row by row; None where it has none.
 
         Returns:
             Logits [B, R, V].
         """
-        inputs = {"input_ids": ids_BS, "past_lengths": past_B, "logit_positions": positions_BR}
+        inputs: dict[str, NDArray[Any]] = {"input_ids": ids_BS, "past_lengths": past_B, "logit_positions": positions_BR}
+        if self.no_features is not None:
+            inputs["image_features"] = self.no_features if features_MH is None else features_MH
         inputs = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # alive until the step is done
         for name, array in inputs.items():
             self.io.bind_cpu_input(name, array)

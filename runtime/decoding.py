@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spec import ModelSpec
+from ..geometry import ModelSpec
 
 
 class Caches(Protocol):
@@ -19,7 +19,11 @@ class Binding(Protocol):
     """An engine bound to some rows of the caches."""
 
     def step(
-        self, ids_BS: NDArray[np.int64], past_B: NDArray[np.int32], positions_BR: NDArray[np.int64]
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        positions_BR: NDArray[np.int64],
+        features_MH: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Runs one piece and writes it to the caches. Returns logits [B, R, V] of the positions asked for."""
         ...

@@ -124,7 +124,11 @@ class EngineBinding:
         self.graph: Graph | None = None
 
     def step(
-        self, ids_BS: NDArray[np.int64], past_B: NDArray[np.int32], positions_BR: NDArray[np.int64]
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        positions_BR: NDArray[np.int64],
+        features_MH: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Runs one piece and writes it to the caches.
 
@@ -132,6 +136,7 @@ class EngineBinding:
             ids_BS: Token ids, right-padded.
             past_B: Tokens in each row's cache before the piece.
             positions_BR: Positions of the piece that get logits.
+            features_MH: Image features of the piece's image tokens, row by row; None where it has none.
 
         Returns:
             Logits [B, R, V].

@@ -33,6 +33,7 @@ class ImagePrompts:
     """
 
     def __init__(self, text: Text) -> None:
+        self.folder = text.folder
         self.settings = read_tile_settings(text.folder)
         self.ids: dict[str, int] = {}
         for token in (IMAGE, PATCH, START, END, NEXT_COLUMN, NEXT_ROW):
@@ -46,6 +47,11 @@ class ImagePrompts:
             self.patches = count_patches(self.settings.side, **_patch_settings(config))
         except FolderError as error:
             raise FolderError(f"{path}: {error}: correct it") from error
+
+    @property
+    def patch_id(self) -> int:
+        """Id of the token that stands for one image feature."""
+        return self.ids[PATCH]
 
     def prepare(self, ids: Sequence[int], sources: Sequence[ImageSource]) -> tuple[list[int], NDArray[np.float32]]:
         """Reads a prompt's images and puts them into it.

@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..spec import BITS, FolderSpec, ModelSpec, Weight
+from ..geometry import ModelSpec
+from ..spec import BITS, FolderSpec, Weight
 from .decoder import LONGEST_PIECE
 
 PROCESS = 72_000_000

@@ -7,23 +7,24 @@ Underneath is a stateful step over a batch of sequences (`start`, `prefill`, `de
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import SessionError
-from ..spec import ModelSpec
-from .decoding import Binding, Decoding
+from ..geometry import ModelSpec
+from .decoding import Decoding
+from .features import Features, RowFeatures
+from .images import ImageSource
 from .pieces import cut
+from .prompt import Prompt, Tokens, read_prompt
 from .sampling import Sampler, Sampling
+from .state import Limits, State
 from .stopping import StopText
-from .text import Defaults, Message, Text
+from .text import Defaults, Text
+from .vision import Vision
 
-DEFAULT_MAX_SEQ = 16384
-"""Positions that a session holds where neither the caller nor a shorter context says otherwise."""
-
-Prompt = str | Sequence[int] | Sequence[Message]
 Finish = Literal["eos", "stop", "length"]
 
 
@@ -68,61 +69,6 @@ class Generated:
     finish: Finish | None
 
 
-class State:
-    """Sequences in progress: their caches and how many tokens each row's hold."""
-
-    def __init__(self, decoder: Decoding, batch: int, positions: int) -> None:
-        self.caches = decoder.caches(batch, positions)
-        self.past_B = np.zeros(batch, dtype=np.int32)
-        self.decoder = decoder
-        self._bindings: dict[tuple[int, int], Binding] = {}
-
-    def rewind(self, past_B: ArrayLike) -> None:
-        """Forgets each row's tokens beyond the first so many, as if they had never been added.
-
-        Raises:
-            SessionError: A row has fewer tokens, or a chunk began since, whose tokens lie where older ones lay.
-        """
-        past = np.asarray(past_B, dtype=np.int32)
-        chunk = self.decoder.spec.chunk
-        if past.shape != self.past_B.shape or (past < 0).any() or (past > self.past_B).any():
-            raise SessionError(f"rewound to {past.tolist()}, the rows hold {self.past_B.tolist()}: give at most that")
-        gone = past < self.past_B
-        if chunk and (gone & (past // chunk != (self.past_B - 1) // chunk)).any():
-            raise SessionError(
-                f"rewound from {self.past_B.tolist()} to {past.tolist()} over a boundary of {chunk}: start again"
-            )
-        self.past_B = past.copy()
-
-    def binding(self, rows: slice) -> Binding:
-        """The decoder bound to some rows, made once."""
-        key = (rows.start, rows.stop)
-        if key not in self._bindings:
-            self._bindings[key] = self.decoder.bind(self.caches, rows)
-        return self._bindings[key]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much a session holds: positions of a sequence, and rows at once (None is no limit)."""
-
-    max_seq: int
-    max_batch: int | None
-
-    @classmethod
-    def of(cls, spec: ModelSpec, max_seq: int | None, max_batch: int | None) -> Self:
-        """Checks what a caller asks for; None for `max_seq` takes the context, at most `DEFAULT_MAX_SEQ`.
-
-        Raises:
-            SessionError: A limit is out of range.
-        """
-        if max_seq is not None and not 1 <= max_seq <= spec.max_positions:
-            raise SessionError(f"max_seq is {max_seq}, expected 1 to {spec.max_positions}, the model's context")
-        if max_batch is not None and max_batch < 1:
-            raise SessionError(f"max_batch is {max_batch}, expected a whole number from 1 up")
-        return cls(max_seq or min(spec.max_positions, DEFAULT_MAX_SEQ), max_batch)
-
-
 class Session:
     """A loaded model.
 
@@ -131,16 +77,24 @@ class Session:
         text: The tokenizer and chat template.
         defaults: The checkpoint's generation defaults.
         limits: How much the session holds.
+        vision: What takes images; None where the model takes none.
     """
 
-    def __init__(self, decoder: Decoding, text: Text, defaults: Defaults, limits: Limits) -> None:
-        self.decoder, self.text, self.defaults = decoder, text, defaults
+    def __init__(
+        self, decoder: Decoding, text: Text, defaults: Defaults, limits: Limits, vision: Vision | None = None
+    ) -> None:
+        self.decoder, self.text, self.defaults, self.vision = decoder, text, defaults, vision
         self.max_seq, self.max_batch = limits.max_seq, limits.max_batch
 
     @property
     def spec(self) -> ModelSpec:
         """The model's geometry."""
         return self.decoder.spec
+
+    @property
+    def image_token(self) -> int | None:
+        """Id of the token that stands for an image feature; None where the model takes no images."""
+        return None if self.vision is None else self.vision.spec.image_token
 
     def start(self, batch: int = 1, positions: int | None = None) -> State:
         """Starts sequences of no tokens.
@@ -159,23 +113,35 @@ class Session:
             raise SessionError(f"{positions} tokens are more than max_seq {self.max_seq}: load with more ({limit})")
         return State(self.decoder, batch, positions)
 
-    def prefill(self, state: State, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Adds tokens to each row, at least one. Returns the logits [B, V] after each row's last."""
+    def prefill(self, state: State, rows: Sequence[Sequence[int]], features: Features = ()) -> NDArray[np.float32]:
+        """Adds tokens to each row, at least one, and where they have images, each row's features.
+
+        Returns:
+            The logits [B, V] after each row's last token.
+        """
         if not all(len(row) for row in rows):
             raise SessionError(f"expected tokens for each of {len(rows)} rows")
         logits_BV = np.empty((len(rows), self.spec.vocab_size), dtype=np.float32)
-        for row, _, logits_SV in self._run(state, rows, last_only=True):
+        for row, _, logits_SV in self._run(state, rows, features, last_only=True):
             logits_BV[row] = logits_SV[-1]
         return logits_BV
 
-    def extend(self, state: State, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+    def extend(
+        self, state: State, rows: Sequence[Sequence[int]], features: Features = ()
+    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Adds tokens to each row; a row that holds some already may get none.
+
+        Args:
+            state: The sequences.
+            rows: Each row's new tokens.
+            features: Each row's image features [M, H], one for each image token among the new ones; empty where no row
+                has any.
 
         Yields:
             Row, the number of its new tokens before these, and logits [S, V] after each of the next S. These come in
             pieces: only one piece's logits are in memory, however many tokens there are.
         """
-        return self._run(state, rows, last_only=False)
+        return self._run(state, rows, features, last_only=False)
 
     def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
         """Adds one token to every row. Returns the logits [B, V] after it."""
@@ -213,16 +179,20 @@ class Session:
         state = self.start(batch, length)
         logits_BSV = np.zeros((batch, length, self.spec.vocab_size), dtype=np.float32)
         rows = [row[:count].tolist() for row, count in zip(ids, lengths, strict=True)]
-        for row, start, logits_SV in self._run(state, rows, last_only=False):
+        for row, start, logits_SV in self._run(state, rows, (), last_only=False):
             logits_BSV[row, start : start + len(logits_SV)] = logits_SV
         return logits_BSV
 
-    def score(self, ids: Sequence[int], decoded: int = 0) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    def score(
+        self, ids: Sequence[int], decoded: int = 0, features_MH: NDArray[np.float32] | None = None
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Teacher-forced logits of one sequence piece by piece, so that a long one's need not fit in memory.
 
         Args:
             ids: Token ids.
             decoded: How many of the last tokens run one at a time, as in generation; those before are prefilled.
+                A decoded token is never an image's.
+            features_MH: The features of its images; None where it has none.
 
         Yields:
             The number of a piece's first token, and logits [S, V] after each of its tokens.
@@ -230,73 +200,91 @@ class Session:
         if not 0 <= decoded < len(ids):
             raise SessionError(f"{decoded} of {len(ids)} tokens are to be decoded: one at least is prefilled")
         state, prefilled = self.start(1, len(ids)), len(ids) - decoded
-        for _, start, logits_SV in self.extend(state, [ids[:prefilled]]):
+        features = () if features_MH is None else [features_MH]
+        for _, start, logits_SV in self.extend(state, [ids[:prefilled]], features):
             yield start, logits_SV
         for at in range(prefilled, len(ids)):
             yield at, self.decode(state, [ids[at]])
 
-    def generate(self, prompt: Prompt, max_new_tokens: int | None = None, **settings: Unpack[Settings]) -> Generated:
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        images: Sequence[ImageSource] = (),
+        **settings: Unpack[Settings],
+    ) -> Generated:
         """Continues a prompt; the arguments are those of `stream`. Returns the new tokens and their text."""
-        pieces = list(self.stream(prompt, max_new_tokens, **settings))
+        pieces = list(self.stream(prompt, max_new_tokens, images, **settings))
         ids = [token for piece in pieces for token in piece.ids]
         return Generated(ids, "".join(piece.text for piece in pieces), pieces[-1].finish if pieces else "length")
 
     def stream(
-        self, prompt: Prompt, max_new_tokens: int | None = None, **settings: Unpack[Settings]
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        images: Sequence[ImageSource] = (),
+        **settings: Unpack[Settings],
     ) -> Iterator[Generated]:
         """Continues a prompt piece by piece.
 
         Args:
-            prompt: A text, token ids taken as they are, or messages for the chat template.
+            prompt: A text, token ids taken as they are, or messages for the chat template; see `prompt.read_prompt`.
             max_new_tokens: New tokens at most; None is until the end of the sequence or of `max_seq`.
+            images: Paths, bytes, PIL images or arrays: one for each `<|image|>` in the prompt, or what it is about.
             **settings: How tokens are chosen and what ends them, see `Settings`.
 
         Raises:
-            SessionError: The prompt is empty, too long, or not in the vocabulary, or a setting is out of range.
+            SessionError: The prompt is empty, too long, or not in the vocabulary, an image cannot be read or has no
+                place in it, or a setting is out of range.
         """
         if unknown := sorted(settings.keys() - Settings.__annotations__.keys()):
             raise TypeError(f"unknown setting {unknown[0]!r}: choose from {', '.join(Settings.__annotations__)}")
-        ids = self.prompt_ids(prompt)
+        tokens = self.read(prompt, images)
         fields = {field.name for field in dataclasses.fields(Sampling)}
         given: dict[str, Any] = {name: v for name, v in settings.items() if name in fields and v is not None}
         sampler = Sampler(dataclasses.replace(self.defaults.sampling, **given))
         ends = settings.get("eos_token_id")
         ends = self.defaults.eos_token_ids if ends is None else np.atleast_1d(np.asarray(ends, dtype=np.int64)).tolist()
-        room = self.max_seq - len(ids)
+        room = self.max_seq - len(tokens.ids)
         if not room and max_new_tokens != 0:
             raise SessionError(f"the prompt fills all {self.max_seq} tokens that the session holds: load with more")
         if max_new_tokens is not None and max_new_tokens < 0:
             raise SessionError(f"max_new_tokens is {max_new_tokens}, expected a whole number from 0 up")
         count = room if max_new_tokens is None else min(max_new_tokens, room)
-        return self._stream(ids, count, sampler, set(ends), StopText(settings.get("stop_strings") or ()))
+        return self._stream(tokens, count, sampler, set(ends), StopText(settings.get("stop_strings") or ()))
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """A prompt's token ids, checked against the vocabulary and the session's length."""
-        if isinstance(prompt, str):
-            ids = self.text.encode(prompt)
-        elif len(prompt) and isinstance(prompt[0], dict):
-            ids = self.text.encode_chat(prompt)  # type: ignore[arg-type]
-        else:
-            array = np.asarray(prompt)
-            if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-                found = f"{array.dtype} {list(array.shape)}"
-                raise SessionError(f"the prompt is {found}, expected a text, messages, or one list of token ids")
-            ids = array.tolist()
+    def read(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Tokens:
+        """A prompt's token ids, checked against the vocabulary and the session's length, and its images' tiles.
+
+        Raises:
+            SessionError: As `stream` does.
+        """
+        tokens = read_prompt(prompt, images, self.text, self.vision)
+        ids = tokens.ids
         if not ids:
             raise SessionError("the prompt holds no tokens: give some text or ids")
         self._check_ids(ids)
         if len(ids) > self.max_seq:
+            seen = sum(token == self.image_token for token in ids)
+            of_images = f" ({seen} of its images)" if seen else ""
             raise SessionError(
-                f"the prompt has {len(ids)} tokens, the session holds {self.max_seq}: shorten it, or load with a "
-                f"larger max_seq (the model's context is {self.spec.max_positions})"
+                f"the prompt has {len(ids)} tokens{of_images}, the session holds {self.max_seq}: shorten it, or load "
+                f"with a larger max_seq (the model's context is {self.spec.max_positions})"
             )
-        return ids
+        return tokens
+
+    def encode(self, pixels_N3PP: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+        """Image features [M, H] of tiles [N, 3, P, P]; None of none."""
+        if pixels_N3PP is None or not len(pixels_N3PP):
+            return None
+        assert self.vision is not None
+        return self.vision.tower.encode(pixels_N3PP)
 
     def _stream(
-        self, ids: list[int], count: int, sampler: Sampler, ends: set[int], stop: StopText
+        self, prompt: Tokens, count: int, sampler: Sampler, ends: set[int], stop: StopText
     ) -> Iterator[Generated]:
         has_text = self.text.tokenizer is not None
-        tokens = self._tokens(ids, count, sampler, ends)
+        tokens = self._tokens(prompt, count, sampler, ends)
         pieces = self.text.stream(tokens) if has_text else ((token, "") for token in tokens)
         for produced, (token, text) in enumerate(pieces, start=1):
             text, stopped = stop.take(text)
@@ -309,13 +297,14 @@ class Session:
             if finish is not None:
                 return
 
-    def _tokens(self, ids: list[int], count: int, sampler: Sampler, ends: set[int]) -> Iterator[int]:
+    def _tokens(self, prompt: Tokens, count: int, sampler: Sampler, ends: set[int]) -> Iterator[int]:
         """Prefills the prompt, then draws tokens until an end or the count."""
         if count == 0:
             return
-        state = self.start(1, len(ids) + count)
-        logits_BV = self.prefill(state, [ids])
-        seen = list(ids)
+        state = self.start(1, len(prompt.ids) + count)
+        features_MH = self.encode(prompt.pixels_N3PP)
+        logits_BV = self.prefill(state, [prompt.ids], () if features_MH is None else [features_MH])
+        seen = list(prompt.ids)
         for produced in range(1, count + 1):
             token = sampler(logits_BV[0], seen)
             seen.append(token)
@@ -325,7 +314,7 @@ class Session:
             logits_BV = self.decode(state, [token])
 
     def _run(
-        self, state: State, rows: Sequence[Sequence[int]], *, last_only: bool
+        self, state: State, rows: Sequence[Sequence[int]], features: Features, *, last_only: bool
     ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Adds tokens piece by piece.
 
@@ -342,6 +331,7 @@ class Session:
             total = int(state.past_B[row]) + len(tokens)
             if total > state.caches.positions:
                 raise SessionError(f"row {row} would have {total} tokens, its caches hold {state.caches.positions}")
+        given = RowFeatures(rows, features, self.image_token, self.spec.hidden_size)
         done = [0] * len(rows)
         longest = self.decoder.longest if last_only else self.decoder.longest_with_logits
         for piece in cut(state.past_B.tolist(), [len(row) for row in rows], self.spec.chunk, longest):
@@ -356,7 +346,8 @@ class Session:
                 if last_only
                 else np.broadcast_to(np.arange(width, dtype=np.int64), ids_BS.shape)
             )
-            logits = state.binding(piece.rows).step(ids_BS, state.past_B[piece.rows], positions_BR)
+            features_MH = given.take(piece.rows, ids_BS)
+            logits = state.binding(piece.rows).step(ids_BS, state.past_B[piece.rows], positions_BR, features_MH)
             state.past_B[piece.rows] += lengths_B
             for index, length in enumerate(piece.lengths):
                 yield first + index, done[first + index], logits[index] if last_only else logits[index, :length]

@@ -16,8 +16,8 @@ from tokenizers.decoders import DecodeStream
 from ..errors import FolderError, SessionError
 from .sampling import Sampling
 
-Message = dict[str, str]
-"""One turn of a conversation: `role` and `content`."""
+Message = dict[str, Any]
+"""One turn of a conversation: `role`, and `content`, a text or a list of parts."""
 
 MARK = "<open-message> "
 """Put where a message is to be continued; the space at its end shows whether the template trims."""

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import (
+    Llama4Config,
+    Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
+    Llama4TextConfig,
+    Llama4VisionConfig,
+)
 from transformers.utils import logging
 from triton_interpreter import Interpreter
 
@@ -54,6 +60,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def llama4(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Llama4ForCausalLM:
     """A random small Llama 4 of `transformers`, its weights large enough that every part matters."""
+    torch.manual_seed(seed)
+    return Llama4ForCausalLM(text_config(**overrides)).eval().to(dtype)
+
+
+def multimodal(
+    seed: int = 0, dtype: torch.dtype = torch.float32, vision: dict[str, Any] | None = None, **overrides: Any
+) -> Llama4ForConditionalGeneration:
+    """A random small multimodal Llama 4 of `transformers`; its last token is that of image features."""
+    geometry: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "image_size": 28,
+        "patch_size": 7,
+        "pixel_shuffle_ratio": 0.5,
+        "projector_input_dim": 40,
+        "projector_output_dim": 40,
+        "vision_output_dim": 40,
+        "initializer_range": 0.1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        **(vision or {}),
+    }
+    text = text_config(**overrides)
+    torch.manual_seed(seed)
+    config = Llama4Config(
+        vision_config=Llama4VisionConfig(**geometry),
+        text_config=text,
+        image_token_index=text.vocab_size - 1,
+        boi_token_index=text.vocab_size - 2,
+        eoi_token_index=text.vocab_size - 3,
+    )
+    model = Llama4ForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():  # biases begin at 0 and norms at 1: give them something to say
+        if name.startswith("vision_model.") and parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, float("norm.weight" in name), 0.1)
+    return model.bfloat16() if dtype == torch.bfloat16 else model  # `to` would drop a complex buffer's other half
+
+
+def text_config(**overrides: Any) -> Llama4TextConfig:
+    """The geometry of a small text decoder."""
     geometry: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": 32,
@@ -75,8 +122,27 @@ def llama4(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) 
         **SCOUT_LIKE,
         **overrides,
     }
-    torch.manual_seed(seed)
-    return Llama4ForCausalLM(Llama4TextConfig(**geometry)).eval().to(dtype)
+    return Llama4TextConfig(**geometry)
+
+
+def random_vision(seed: int) -> dict[str, Any]:
+    """The geometry of a vision tower drawn at random."""
+    rng = random.Random(seed)
+    heads, head_dim, shuffle = rng.choice([1, 2, 4]), rng.choice([8, 12, 16]), rng.choice([1, 2, 3])
+    patch_size, width = rng.choice([4, 7, 8]), rng.choice([24, 40])
+    return {
+        "hidden_size": heads * head_dim,
+        "num_attention_heads": heads,
+        "num_hidden_layers": rng.choice([1, 2, 3]),
+        "intermediate_size": heads * head_dim * shuffle**2,
+        "image_size": patch_size * shuffle * rng.choice([1, 2]) + rng.choice([0, 3]),
+        "patch_size": patch_size,
+        "pixel_shuffle_ratio": 1 / shuffle,
+        "projector_input_dim": width,
+        "projector_output_dim": width,
+        "vision_output_dim": width,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rng.choice([1000.0, 10000.0])},
+    }
 
 
 def random_overrides(seed: int) -> dict[str, Any]:
@@ -106,6 +172,16 @@ def random_overrides(seed: int) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def make_llama4() -> Callable[..., Llama4ForCausalLM]:
     return llama4
+
+
+@pytest.fixture(scope="session")
+def make_multimodal() -> Callable[..., Llama4ForConditionalGeneration]:
+    return multimodal
+
+
+@pytest.fixture(scope="session")
+def draw_vision() -> Callable[[int], dict[str, Any]]:
+    return random_vision
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GROUND = {"spec", "errors", "shards", "folder"}
+GROUND = {"geometry", "fields", "spec", "errors", "shards", "folder"}
 ALLOWED = {
     "accuracy": GROUND | {"plugins", "export", "runtime", "loading"},
     "plugins": GROUND,

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.errors import FolderError
-from arriero.spec import FolderSpec, LayerSpec, ModelSpec, RopeScaling, Weight, WeightFile
+from arriero.geometry import LayerSpec, ModelSpec, RopeScaling
+from arriero.spec import FolderSpec, Weight, WeightFile
 
 MODEL = ModelSpec(
     vocab_size=100,

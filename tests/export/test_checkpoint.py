@@ -144,23 +144,24 @@ def test_a_geometry_that_is_not_the_weights(checkpoint: Path) -> None:
     refuses(checkpoint, "has shape [4, 32], config.json makes it [8, 32]")
 
 
-def test_vision_tensors_are_counted_apart(checkpoint: Path) -> None:
-    def make_multimodal(tensors: Tensors) -> None:
-        for name in list(tensors):
-            tensors[f"language_model.{name}"] = tensors.pop(name)
-        tensors["vision_model.class_embedding"] = torch.zeros(4)
-        tensors["multi_modal_projector.linear_1.weight"] = torch.zeros(2, 2)
-
-    config = json.loads((checkpoint / "config.json").read_text())
-    merged: Tensors = {}
-    for path in checkpoint.glob("*.safetensors"):
-        merged |= load_file(path)
-        path.unlink()
-    (checkpoint / "model.safetensors.index.json").unlink()
-    make_multimodal(merged)
-    save_file(merged, checkpoint / "model.safetensors")
-    (checkpoint / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": config}))
-    opened = open_checkpoint(checkpoint)
-    assert opened.vision_tensors == 2
+def test_a_multimodal_checkpoint_is_checked_whole(make_multimodal: Callable[..., Any], tmp_path: Path) -> None:
+    make_multimodal(num_hidden_layers=1, vision={"num_hidden_layers": 1}).save_pretrained(tmp_path)
+    opened = open_checkpoint(tmp_path)
     assert opened.prefix == "language_model."
-    assert all(name.startswith("language_model.") for name in opened.tensors)
+    assert opened.vision is not None
+    assert opened.vision.features == 4
+    shard = tmp_path / "model.safetensors"
+    tensors = load_file(shard)
+    del tensors["vision_model.layernorm_pre.bias"]
+    save_file(tensors, shard, {"format": "pt"})
+    refuses(tmp_path, "tensor 'vision_model.layernorm_pre.bias' is missing")
+
+
+def test_a_multimodal_checkpoint_without_its_tower_is_one_of_text(
+    make_multimodal: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_multimodal(num_hidden_layers=1, vision={"num_hidden_layers": 1}).save_pretrained(tmp_path)
+    shard = tmp_path / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(shard).items() if name.startswith("language_model.")}
+    save_file(tensors, shard, {"format": "pt"})
+    assert open_checkpoint(tmp_path).vision is None

@@ -246,19 +246,25 @@ DAMAGES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
 Q, E = "model.layers.1.self_attn.q_proj.", "model.layers.1.feed_forward.experts."
 
 
-def test_a_multimodal_checkpoint_exports_its_quantised_text(fp8: Path, fp8_model: Path, tmp_path: Path) -> None:
+def test_a_multimodal_checkpoint_keeps_its_tower_and_its_quantised_text(
+    fp8: Path, fp8_model: Path, make_multimodal: Callable[..., Any], tmp_path: Path
+) -> None:
     config = json.loads((fp8 / "config.json").read_text())
-    scheme = config.pop("quantization_config")
+    reference = make_multimodal(hidden_size=config["hidden_size"])
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    nested = {"model_type": "llama4", "text_config": config, "quantization_config": scheme}
+    nested = json.loads(reference.config.to_json_string())
+    nested |= {"image_token_index": 1, "text_config": config, "quantization_config": config.pop("quantization_config")}
     (folder / "config.json").write_text(json.dumps(nested))
     tensors = {f"language_model.{name}": tensor for name, tensor in tensors_of(fp8).items()}
-    tensors["vision_model.class_embedding"] = torch.zeros(3)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tower = {name: x for name, x in reference.state_dict().items() if not name.startswith("language_model.")}
+    save_file(tensors | tower, folder / "model.safetensors", {"format": "pt"})
     said: list[str] = []
     model = export_checkpoint(folder, tmp_path / "model", notice=said.append)
     assert said[0] == "The checkpoint is quantised (compressed-tensors, fp8): its own scales are kept."
+    spec = read_spec(model)
+    assert spec.recipe is not None
+    assert choose(spec.recipe, "vision_model.model.layers.0.mlp.fc1").format == "none"
     assert np.array_equal(arriero.load(model).logits(IDS), arriero.load(fp8_model).logits(IDS))
 
 

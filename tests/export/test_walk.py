@@ -11,7 +11,7 @@ import torch
 from arriero.errors import CheckpointError
 from arriero.export.checkpoint import open_checkpoint
 from arriero.export.walk import LayerWalk, Weights, embed, walk_layer
-from arriero.spec import ModelSpec
+from arriero.geometry import ModelSpec
 
 
 def opened(folder: Path) -> tuple[ModelSpec, Weights]:

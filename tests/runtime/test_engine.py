@@ -20,7 +20,8 @@ from arriero.plugins.launch import Driver
 from arriero.runtime import engine as runtime_engine
 from arriero.runtime.device import Device
 from arriero.runtime.engine import EngineDecoder, load_engine, open_version, read_engine
-from arriero.runtime.session import Limits, Session
+from arriero.runtime.session import Session
+from arriero.runtime.state import Limits
 
 TARGET = "tensorrt-rtx:sm89"
 TRT = SimpleNamespace(

@@ -1,0 +1,119 @@
+"""What a graph is assembled with: initializers that lie in safetensors files, and traced nodes cloned onto new values.
+
+Enters: where each tensor lies, and traced graphs. Leaves: values and nodes of the graph under construction.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ..geometry import DType
+from ..shards import Region
+
+IR_VERSION = 11
+DTYPES: dict[DType, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+REGION_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+
+Locate = Callable[[str], tuple[str, Region]]
+"""The file's name and the region of a tensor or of the rank's portion of it, by its checkpoint name."""
+
+Progress = Callable[[str, int, int], None]
+"""Told the phase, the steps done, and the steps in all."""
+
+
+class Initializers:
+    """A graph's initializers, each made when it is first asked for.
+
+    Args:
+        locate: Finds a tensor in the weight files.
+    """
+
+    def __init__(self, locate: Locate) -> None:
+        self.locate = locate
+        self.values: dict[str, ir.Value] = {}
+
+    def weight(self, name: str) -> ir.Value:
+        """A checkpoint's tensor by its full name, which lies where the shard has it."""
+        if name not in self.values:
+            file, region = self.locate(name)
+            tensor = ir.ExternalTensor(
+                file,
+                region.offset,
+                region.size,
+                REGION_DTYPES[region.dtype],
+                shape=ir.Shape(region.shape),
+                name=name,
+                base_dir=Path("."),
+            )
+            self.values[name] = _initializer(name, tensor)
+        return self.values[name]
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """A small array that the graph itself holds."""
+        if name not in self.values:
+            self.values[name] = _initializer(name, ir.tensor(array, name=name))
+        return self.values[name]
+
+
+def clone(
+    node: ir.Node,
+    mapped: dict[ir.Value, ir.Value],
+    prefix: str,
+    dimensions: Sequence[str],
+    *,
+    overload: str = "",
+    more: Sequence[ir.Attr] = (),
+) -> ir.Node:
+    """A copy of a traced node.
+
+    Args:
+        node: The traced node.
+        mapped: The new graph's values by the traced graph's; extended by the node's outputs that are not in it yet.
+        prefix: Put before the names of the node and of its values.
+        dimensions: Names of the first dimensions of a value of three; those of others are left open.
+        overload: Of the function that a custom op's node calls.
+        more: Attributes beside the traced ones.
+    """
+    for old in node.outputs:
+        if old not in mapped:
+            mapped[old] = ir.Value(name=f"{prefix}/{old.name}", shape=_named(old.shape, dimensions), type=old.type)
+    return ir.Node(
+        node.domain,
+        node.op_type,
+        [mapped[value] if value is not None else None for value in node.inputs],
+        attributes=[*node.attributes.values(), *more],
+        overload=overload,
+        outputs=[mapped[old] for old in node.outputs],
+        name=f"{prefix}/{name_of(node)}",
+    )
+
+
+def name_of(node: ir.Node) -> str:
+    """A product or a norm is named by its weight, a sum by what it sums, attention or a custom op by its type."""
+    summed = node.inputs[0].producer() if node.op_type == "AllReduce" and node.inputs[0] is not None else None
+    if summed is not None:
+        return f"{name_of(summed)}/{node.op_type}"
+    weight = node.inputs[1] if node.op_type in ("MatMul", "RMSNormalization", "LayerNormalization") else None
+    source = weight.producer() if weight is not None else None
+    weight = source.inputs[0] if source is not None else weight
+    if weight is not None:
+        return str(weight.name).removeprefix("layer.").removesuffix(".weight")
+    return node.op_type if node.domain or node.op_type == "Attention" else str(node.name).removeprefix("node_")
+
+
+def _named(shape: ir.Shape | None, dimensions: Sequence[str]) -> ir.Shape | None:
+    """A traced shape with names for its first dimensions, or nothing where a name would be a sum."""
+    if shape is None or any(not isinstance(dim, int) for dim in shape.dims[2:]) or len(shape) != 3:
+        return None
+    return ir.Shape([*dimensions, *shape.dims[len(dimensions) :]])
+
+
+def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)

@@ -1,0 +1,69 @@
+"""Sequences in progress, and how much a session holds of them."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import SessionError
+from ..geometry import ModelSpec
+from .decoding import Binding, Decoding
+
+DEFAULT_MAX_SEQ = 16384
+"""Positions that a session holds where neither the caller nor a shorter context says otherwise."""
+
+
+class State:
+    """Sequences in progress: their caches and how many tokens each row's hold."""
+
+    def __init__(self, decoder: Decoding, batch: int, positions: int) -> None:
+        self.caches = decoder.caches(batch, positions)
+        self.past_B = np.zeros(batch, dtype=np.int32)
+        self.decoder = decoder
+        self._bindings: dict[tuple[int, int], Binding] = {}
+
+    def rewind(self, past_B: ArrayLike) -> None:
+        """Forgets each row's tokens beyond the first so many, as if they had never been added.
+
+        Raises:
+            SessionError: A row has fewer tokens, or a chunk began since, whose tokens lie where older ones lay.
+        """
+        past = np.asarray(past_B, dtype=np.int32)
+        chunk = self.decoder.spec.chunk
+        if past.shape != self.past_B.shape or (past < 0).any() or (past > self.past_B).any():
+            raise SessionError(f"rewound to {past.tolist()}, the rows hold {self.past_B.tolist()}: give at most that")
+        gone = past < self.past_B
+        if chunk and (gone & (past // chunk != (self.past_B - 1) // chunk)).any():
+            raise SessionError(
+                f"rewound from {self.past_B.tolist()} to {past.tolist()} over a boundary of {chunk}: start again"
+            )
+        self.past_B = past.copy()
+
+    def binding(self, rows: slice) -> Binding:
+        """The decoder bound to some rows, made once."""
+        key = (rows.start, rows.stop)
+        if key not in self._bindings:
+            self._bindings[key] = self.decoder.bind(self.caches, rows)
+        return self._bindings[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a session holds: positions of a sequence, and rows at once (None is no limit)."""
+
+    max_seq: int
+    max_batch: int | None
+
+    @classmethod
+    def of(cls, spec: ModelSpec, max_seq: int | None, max_batch: int | None) -> Self:
+        """Checks what a caller asks for; None for `max_seq` takes the context, at most `DEFAULT_MAX_SEQ`.
+
+        Raises:
+            SessionError: A limit is out of range.
+        """
+        if max_seq is not None and not 1 <= max_seq <= spec.max_positions:
+            raise SessionError(f"max_seq is {max_seq}, expected 1 to {spec.max_positions}, the model's context")
+        if max_batch is not None and max_batch < 1:
+            raise SessionError(f"max_batch is {max_batch}, expected a whole number from 1 up")
+        return cls(max_seq or min(spec.max_positions, DEFAULT_MAX_SEQ), max_batch)
