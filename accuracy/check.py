@@ -139,7 +139,10 @@ def check(
         if data is None:
             raise AccuracyError("there is no text: give text files with --data")
         length = window or window_of(other.spec)
-        ids_WS = data if isinstance(data, np.ndarray) else read_windows(against, data, other.spec, samples, length)
+        if isinstance(data, np.ndarray):
+            ids_WS = data
+        else:
+            ids_WS = read_windows(against, data, other.spec, samples, length).ids_WS
         golden = record(other, ids_WS, progress)
     seen = compare(golden, side, progress)
     found = estimates(seen)

@@ -132,7 +132,7 @@ def record_golden(
     target = Path(out).absolute()
     check_replaceable(target, force)
     side = open_side(reference, None if weights is None else Path(weights), threads)
-    ids_WS = read_windows(side.path, data, side.spec, samples, window or window_of(side.spec))
+    ids_WS = read_windows(side.path, data, side.spec, samples, window or window_of(side.spec)).ids_WS
     write_golden(record(side, ids_WS, progress), target)
     return target
 

@@ -246,7 +246,7 @@ def compare(windows: int, count: int) -> Iterator[Quality]:
         folder = Path(name)
         held_out, training = write_texts(folder)
         model = export_checkpoint(TINY, folder / "model")
-        ids_WS = read_windows(model, [training], read_spec(model).model, windows)
+        ids_WS = read_windows(model, [training], read_spec(model).model, windows).ids_WS
         rows_RS, reference = held_out_rows(model, held_out, count), transformers_logits(load_reference())
         ruler = Ruler(rows_RS=rows_RS, exact=[reference(row_S) for row_S in rows_RS])
         yield ruler.measure(

@@ -96,7 +96,7 @@ def calibrate_model(
     check_apart(source, target)
     check_free(target, force=force)
     files = find_files(source, spec.weight_files, None if weights is None else Path(weights))
-    ids_WS = data if isinstance(data, np.ndarray) else read_windows(source, data, spec.model, samples, window)
+    ids_WS = data if isinstance(data, np.ndarray) else read_windows(source, data, spec.model, samples, window).ids_WS
     limits = Limits(floor=floor, all_experts=all_experts)
     job = _job(spec, recipe, limits, ids_WS)
     with resumed_folder(target, job, force=force) as (folder, scratch):

@@ -59,19 +59,34 @@ def _(query_NSC, key_NSC, value_NSC, heads):  # type: ignore[no-untyped-def]
     return torch.empty_like(query_NSC)
 
 
+def split_patches(pixels_N3PP: Tensor, spec: VisionSpec) -> Tensor:
+    """Tiles as patches [N, S - 1, 3·side²], row by row, each in the order of channel, row, column.
+
+    What is left over beyond the last whole patch is not read.
+    """
+    side, used = spec.patch_size, spec.grid * spec.patch_size
+    patches = pixels_N3PP[:, :, :used, :used].unflatten(3, (-1, side)).unflatten(2, (-1, side))
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def shuffle_patches(x_NSC: Tensor, spec: VisionSpec) -> Tensor:
+    """Pixel shuffle: [N, S - 1, C] → [N, F, C·shuffle²]; a square's patches follow one another row by row."""
+    squares = (spec.grid // spec.shuffle, spec.shuffle)
+    patches = x_NSC.unflatten(1, (*squares, *squares))
+    return patches.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+
+
 class PatchEmbedding(nn.Module):
-    """Each patch's pixels, in the order of channel, row, column, through one linear."""
+    """Each patch's pixels through one linear."""
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
-        self.grid, self.side = spec.grid, spec.patch_size
+        self.spec = spec
         self.linear = nn.Linear(3 * spec.patch_size**2, spec.hidden_size, bias=False)
 
     def forward(self, pixels_N3PP: Tensor) -> Tensor:
-        """[N, 3, P, P] → [N, S - 1, C], row by row; what is left over beyond the last whole patch is not read."""
-        used = self.grid * self.side
-        patches = pixels_N3PP[:, :, :used, :used].unflatten(3, (-1, self.side)).unflatten(2, (-1, self.side))
-        return self.linear(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        """[N, 3, P, P] → [N, S - 1, C]."""
+        return self.linear(split_patches(pixels_N3PP, self.spec))
 
 
 class VisionAttention(nn.Module):
@@ -139,14 +154,12 @@ class VisionAdapter(nn.Module):
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
-        self.grid, self.shuffle = spec.grid, spec.shuffle
+        self.spec = spec
         self.mlp = AdapterMLP(spec)
 
     def forward(self, x_NSC: Tensor) -> Tensor:
-        """[N, S - 1, C] → [N, F, adapter size]; a square's patches follow one another row by row."""
-        squares = (self.grid // self.shuffle, self.shuffle)
-        patches = x_NSC.unflatten(1, (*squares, *squares))
-        return self.mlp(patches.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2))
+        """[N, S - 1, C] → [N, F, adapter size]."""
+        return self.mlp(shuffle_patches(x_NSC, self.spec))
 
 
 class Projector(nn.Module):

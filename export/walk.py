@@ -95,11 +95,23 @@ class Weights:
         self.maps.clear()
 
 
-def embed(weights: Weights, ids_WS: NDArray[np.int64], out: Hidden) -> None:
-    """Writes the embeddings of token ids."""
+def embed(
+    weights: Weights,
+    ids_WS: NDArray[np.int64],
+    out: Hidden,
+    image_token: int | None = None,
+    features_MH: NDArray[np.float32] | None = None,
+) -> None:
+    """Writes the embeddings of token ids, with image features in the places of image tokens, in order."""
     table = weights.stored("embed_tokens.weight")
+    taken = 0
     for window, ids_S in enumerate(ids_WS):
         out[window] = table[torch.from_numpy(ids_S)].float().numpy()
+        if features_MH is not None:
+            is_image_S = ids_S == image_token
+            count = int(is_image_S.sum())
+            out[window][is_image_S] = features_MH[taken : taken + count]
+            taken += count
 
 
 def open_head(spec: ModelSpec, weights: Weights) -> Callable[[Tensor], Tensor]:

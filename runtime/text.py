@@ -64,7 +64,10 @@ class Text:
         return text
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation in the checkpoint's chat template, up to where the assistant speaks next."""
+        """Token ids of a conversation in the checkpoint's chat template, up to where the assistant speaks next.
+
+        A conversation whose last message is the assistant's ends with it.
+        """
         return self.encode(self.render_chat(messages), special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message], *, open_last: bool = False) -> str:
@@ -86,11 +89,12 @@ class Text:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         special = {name: _token(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
         turns = list(messages)
+        asks = not turns or turns[-1].get("role") != "assistant"
         if open_last:
             turns[-1] = {**turns[-1], "content": turns[-1]["content"] + MARK}
         try:
             text = environment.from_string(template).render(
-                messages=turns, tools=None, documents=None, add_generation_prompt=not open_last, **special
+                messages=turns, tools=None, documents=None, add_generation_prompt=asks and not open_last, **special
             )
         except Exception as error:  # a template is a program, and fails in its own ways
             raise SessionError(f"the chat template does not take these messages: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from multimodal import VOCABULARY, write_multimodal
 from transformers import (
     Llama4Config,
     Llama4ForCausalLM,
@@ -177,6 +178,21 @@ def make_llama4() -> Callable[..., Llama4ForCausalLM]:
 @pytest.fixture(scope="session")
 def make_multimodal() -> Callable[..., Llama4ForConditionalGeneration]:
     return multimodal
+
+
+@pytest.fixture(scope="session")
+def multimodal_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random multimodal checkpoint with all its files; not to be written to."""
+    folder = tmp_path_factory.mktemp("multimodal") / "checkpoint"
+    return write_multimodal(multimodal(vocab_size=VOCABULARY, hidden_size=64), folder)
+
+
+@pytest.fixture(scope="session")
+def multimodal_model(multimodal_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, exported once."""
+    from arriero.export import export_checkpoint
+
+    return export_checkpoint(multimodal_checkpoint, tmp_path_factory.mktemp("multimodal") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ GROUND = {"geometry", "fields", "spec", "errors", "shards", "folder"}
 ALLOWED = {
     "accuracy": GROUND | {"plugins", "export", "runtime", "loading"},
     "plugins": GROUND,
-    "export": GROUND | {"plugins"},
+    "export": GROUND | {"plugins", "runtime"},
     "calibration": GROUND | {"plugins", "export"},
     "engine": GROUND | {"plugins"},
     "runtime": GROUND | {"plugins"},

@@ -2,15 +2,20 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import Llama4ForConditionalGeneration
 
 from arriero.errors import CheckpointError
+from arriero.export.checkpoint import open_checkpoint
 from arriero.export.config import model_spec, vision_spec
 from arriero.export.vision import MultimodalLlama4
+from arriero.export.vision_walk import encode_tiles
+from arriero.export.walk import Weights
 
 Make = Callable[..., Llama4ForConditionalGeneration]
 
@@ -66,3 +71,15 @@ def test_an_image_token_outside_the_vocabulary_is_named(make_multimodal: Make) -
     config["image_token_index"] = 97
     with pytest.raises(CheckpointError, match="image_token_index is 97, expected a token of the vocabulary of 97"):
         vision_spec(config)
+
+
+def test_the_walk_over_the_tower_equals_it(make_multimodal: Make, tmp_path: Path) -> None:
+    reference = make_multimodal(5)
+    reference.save_pretrained(tmp_path)
+    opened = open_checkpoint(tmp_path)
+    assert opened.vision is not None
+    pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = ours_of(reference, "float32").encode(pixels)
+    found = encode_tiles(opened.vision, Weights({each.path.name: each.path for each in opened.shards}), pixels.numpy())
+    assert np.abs(found - expected.numpy()).max() <= 1e-6 * expected.abs().max()

@@ -1,0 +1,127 @@
+"""The vision tower walked layer by layer over tiles, each tensor in float32 and read when it is needed.
+
+Enters: a model's stored tensors, and tiles or hidden states. Leaves: the next layer's hidden states, and on the way
+what every product takes in, told to an observer; at the end the image features. As in `walk`, memory holds one linear
+at a time besides the hidden states, which may be mapped files.
+
+Shapes: as in `vision`; hidden states are [N, S, C].
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, linear
+
+from ..geometry import VisionSpec
+from .vision import NORM_EPS, attend_patches, rotate_patches, shuffle_patches, split_patches, turns
+from .walk import TOKENS, Hidden, Observe, Weights, ignore
+
+LAYERS = "vision_model.model.layers."
+"""What the names of the tower's layers begin with."""
+
+
+def positions(vision: VisionSpec) -> int:
+    """Patches of a tile and the class token (S)."""
+    return vision.grid**2 + 1
+
+
+def embed_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: NDArray[np.float32], out: Hidden) -> None:
+    """Writes what enters the first layer."""
+    linear_weight, last, places = (
+        weights.wide(f"vision_model.{name}")
+        for name in ("patch_embedding.linear.weight", "class_embedding", "positional_embedding_vlm")
+    )
+    for part in _parts(vision, len(pixels_N3PP)):
+        patches = split_patches(torch.from_numpy(np.ascontiguousarray(pixels_N3PP[part])), vision)
+        tokens = torch.cat([linear(patches, linear_weight), last.expand(len(patches), 1, -1)], dim=1)
+        out[part] = _normed(weights, "vision_model.layernorm_pre", tokens + places).numpy()
+
+
+class VisionLayerWalk:
+    """One layer's way, in two steps: `attend`, then `feed`.
+
+    Args:
+        vision: Geometry.
+        index: Which layer.
+        weights: Where its tensors are read from.
+        attended: Hidden states behind the attention's residual; written by `attend`, read by `feed`.
+        out: The layer's output; written by `feed`.
+    """
+
+    def __init__(self, vision: VisionSpec, index: int, weights: Weights, attended: Hidden, out: Hidden) -> None:
+        self.vision, self.weights = vision, weights
+        self.prefix = f"{LAYERS}{index}."
+        self.attended, self.out = attended, out
+
+    def weight(self, name: str) -> Tensor:
+        """One of the layer's tensors in float32."""
+        return self.weights.wide(self.prefix + name)
+
+    def run(self, x: Hidden, observe: Observe = ignore) -> None:
+        """Both steps."""
+        self.attend(x, observe)
+        self.feed(observe)
+
+    def attend(self, x: Hidden, observe: Observe = ignore) -> None:
+        """Norm, attention and residual; observes `attention_input` and `attention_output`, [N·S, C]."""
+        cos_SP, sin_SP = turns(self.vision)
+        heads = self.vision.heads
+        for part in _parts(self.vision, len(x)):
+            x_NSC = torch.from_numpy(np.ascontiguousarray(x[part]))
+            normed = _normed(self.weights, f"{self.prefix}input_layernorm", x_NSC)
+            observe("attention_input", normed.flatten(0, 1))
+            query, key, value = (self._linear(f"self_attn.{name}_proj", normed) for name in "qkv")
+            query, key = (rotate_patches(turned, cos_SP, sin_SP, heads) for turned in (query, key))
+            attended = attend_patches(query, key, value, heads)
+            observe("attention_output", attended.flatten(0, 1))
+            self.attended[part] = (x_NSC + self._linear("self_attn.o_proj", attended)).numpy()
+
+    def feed(self, observe: Observe = ignore) -> None:
+        """Norm, feed-forward and residual; observes `feed_input` and `down_input`."""
+        for part in _parts(self.vision, len(self.attended)):
+            x_NSC = torch.from_numpy(np.ascontiguousarray(self.attended[part]))
+            normed = _normed(self.weights, f"{self.prefix}post_attention_layernorm", x_NSC)
+            observe("feed_input", normed.flatten(0, 1))
+            activated = gelu(self._linear("mlp.fc1", normed))
+            observe("down_input", activated.flatten(0, 1))
+            self.out[part] = (x_NSC + self._linear("mlp.fc2", activated)).numpy()
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return linear(x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
+
+
+def project(vision: VisionSpec, weights: Weights, x: Hidden) -> NDArray[np.float32]:
+    """The image features [M, H] of the last layer's output."""
+    names = ("vision_model.vision_adapter.mlp.fc1", "vision_model.vision_adapter.mlp.fc2")
+    fc1, fc2, projector = (weights.wide(f"{name}.weight") for name in (*names, "multi_modal_projector.linear_1"))
+    found = []
+    for part in _parts(vision, len(x)):
+        normed = _normed(weights, "vision_model.layernorm_post", torch.from_numpy(np.ascontiguousarray(x[part])))
+        features = gelu(linear(gelu(linear(shuffle_patches(normed[:, :-1], vision), fc1)), fc2))
+        found.append(linear(features, projector).flatten(0, 1).numpy())
+    return np.concatenate(found)
+
+
+def encode_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The image features [M, H] of tiles whose hidden states fit in memory."""
+    x, attended, out = (
+        np.empty((len(pixels_N3PP), positions(vision), vision.hidden_size), np.float32) for _ in range(3)
+    )
+    embed_tiles(vision, weights, pixels_N3PP, x)
+    for index in range(vision.layers):
+        VisionLayerWalk(vision, index, weights, attended, out).run(x)
+        x, out = out, x
+    return project(vision, weights, x)
+
+
+def _parts(vision: VisionSpec, tiles: int) -> Iterator[slice]:
+    """Some tiles at a time."""
+    at_once = max(1, TOKENS // positions(vision))
+    return (slice(start, start + at_once) for start in range(0, tiles, at_once))
+
+
+def _normed(weights: Weights, name: str, x: Tensor) -> Tensor:
+    return layer_norm(x, x.shape[-1:], weights.wide(f"{name}.weight"), weights.wide(f"{name}.bias"), NORM_EPS)
