@@ -134,7 +134,7 @@ Cut = tuple[NDArray[np.int64], tuple[Path, ...]]
 
 
 def _pack(talks: Sequence[Conversation], length: int) -> Iterator[Cut]:
-    """Windows of whole conversations; one that is cut at a window's end begins the next."""
+    """Windows of conversations; one that is cut at a window's end begins the next, but for the last of all."""
     at, left = 0, sum(len(talk.ids_S) for talk in talks)
     while at < len(talks):
         is_last = left < length

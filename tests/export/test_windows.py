@@ -63,12 +63,12 @@ def test_each_window_begins_with_a_conversation_and_holds_its_features(
     assert len(joined) == (found.ids_WS == found.vision.image_token).sum()
 
 
-def test_every_conversation_is_whole_in_some_window(multimodal_checkpoint: Path, write: Write) -> None:
+def test_every_conversation_but_the_last_is_whole_in_some_window(multimodal_checkpoint: Path, write: Write) -> None:
     path = write([asked(f"Say {at}.", f"It is {at}. " * (1 + at % 4)) for at in range(40)])
     text = Text(multimodal_checkpoint)
     found = windows_of(multimodal_checkpoint, [path], window=128)
     said = [text.decode(ids_S.tolist()) for ids_S in found.ids_WS]
-    for at in range(40):
+    for at in range(39):  # the last may be cut
         assert any(f"Say {at}." in each and f"It is {at}. " * (1 + at % 4) in each + " " for each in said), at
 
 
