@@ -14,6 +14,7 @@ Where torchvision is not installed, the functions that `transformers` takes from
 
 import argparse
 import io
+import os
 import shutil
 import statistics
 import sys
