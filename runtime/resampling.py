@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-STRIP = 96
+STRIP = 144
 """Rows whose columns are resampled at once: in float32 they should stay in a core's cache."""
 
 ACROSS, DOWN = 16, 8
@@ -27,58 +27,58 @@ HALF = np.float32(0.5)
 """Added before a pixel is cut off to 8 bits: halves are rounded up, as by Pillow and PyTorch."""
 
 
-def resample(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.uint8]]:
-    """An image at other sizes; it is read once for all of them.
+def resample(image: Image.Image, into: Sequence[NDArray[np.uint8]]) -> None:
+    """Gives an image other sizes. It is read once for all of them.
 
     Args:
         image: Of mode RGB.
-        sizes: Heights and widths.
-
-    Returns:
-        Pixels [height, 3, width] for each size.
+        into: Where the pixels are put, [height, 3, width] for each of the sizes.
     """
     height, width = image.height, image.width
-    bands = [_blocks(width, wanted, ACROSS) for _, wanted in sizes]
-    wides = [np.empty((height, 3, wanted), np.uint8) for _, wanted in sizes]
-    x_3SW = np.empty((3, STRIP, width), np.float32)
+    bands = [_blocks(width, each.shape[2], ACROSS) for each in into]
+    wides = [each if len(each) == height else np.empty((height, *each.shape[1:]), np.uint8) for each in into]
+    x_S3W = np.empty((STRIP, 3, width), np.float32)
+    scratch = np.empty(3 * STRIP * max(each.shape[2] for each in into), np.float32)
     for top in range(0, height, STRIP):
         strip = image.crop((0, top, width, min(top + STRIP, height)))
-        for x_SW, colour in zip(x_3SW, strip.split(), strict=True):
-            x_SW[: strip.height] = np.asarray(colour)
+        pixels_S3W = np.frombuffer(strip.tobytes("raw", "RGB;L"), np.uint8).reshape(-1, 3, width)
+        x_S3W[: strip.height] = pixels_S3W
         for wide_H3W, band in zip(wides, bands, strict=True):
-            y_3SW = x_3SW if wide_H3W.shape[2] == width else _resample_columns(x_3SW, wide_H3W.shape[2], *band)
-            y_S3W = y_3SW[:, : strip.height].transpose(1, 0, 2)
-            np.add(y_S3W, HALF, out=wide_H3W[top : top + STRIP], casting="unsafe")
-    return [_resample_rows(wide_H3W, wanted) for wide_H3W, (wanted, _) in zip(wides, sizes, strict=True)]
+            wide_S3W = wide_H3W[top : top + STRIP]
+            if wide_S3W.shape == pixels_S3W.shape:
+                wide_S3W[:] = pixels_S3W
+            else:
+                _resample_columns(x_S3W[: strip.height], wide_S3W, scratch, *band)
+    for wide_H3W, y_H3W in zip(wides, into, strict=True):
+        if wide_H3W is not y_H3W:
+            _resample_rows(wide_H3W, y_H3W)
 
 
 def _resample_columns(
-    x_3SW: NDArray[np.float32], wanted: int, starts: list[int], weights_BKO: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Columns at another width, not rounded."""
-    x_RW = x_3SW.reshape(-1, x_3SW.shape[2])
-    y_RW = np.empty((len(x_RW), wanted), np.float32)
+    x_S3W: NDArray[np.float32],
+    y_S3W: NDArray[np.uint8],
+    scratch: NDArray[np.float32],
+    starts: list[int],
+    weights_BKO: NDArray[np.float32],
+) -> None:
     inputs, outputs = weights_BKO.shape[1:]
+    x_RW = x_S3W.reshape(-1, x_S3W.shape[2])
+    y_RW = scratch[: y_S3W.size].reshape(len(x_RW), -1)
     for number, (start, weights_KO) in enumerate(zip(starts, weights_BKO, strict=True)):
         y_RO = y_RW[:, number * outputs : (number + 1) * outputs]
         np.matmul(x_RW[:, start : start + inputs], weights_KO[:, : y_RO.shape[1]], out=y_RO)
-    return y_RW.reshape(*x_3SW.shape[:2], wanted)
+    np.add(y_RW.reshape(y_S3W.shape), HALF, out=y_S3W, casting="unsafe")
 
 
-def _resample_rows(x_H3W: NDArray[np.uint8], wanted: int) -> NDArray[np.uint8]:
-    """Rows at another height."""
-    if len(x_H3W) == wanted:
-        return x_H3W
-    starts, weights_BKO = _blocks(len(x_H3W), wanted, DOWN)
+def _resample_rows(x_H3W: NDArray[np.uint8], y_H3W: NDArray[np.uint8]) -> None:
+    starts, weights_BKO = _blocks(len(x_H3W), len(y_H3W), DOWN)
     weights_BOK = np.ascontiguousarray(weights_BKO.transpose(0, 2, 1))
     outputs, inputs = weights_BOK.shape[1:]
-    x_HL = x_H3W.reshape(len(x_H3W), -1)
-    y_HL = np.empty((wanted, x_HL.shape[1]), np.uint8)
     for number, (start, weights_OK) in enumerate(zip(starts, weights_BOK, strict=True)):
-        y_OL = y_HL[number * outputs : (number + 1) * outputs]
-        x_KL = x_HL[start : start + inputs].astype(np.float32)
-        np.add(weights_OK[: len(y_OL)] @ x_KL, HALF, out=y_OL, casting="unsafe")
-    return y_HL.reshape(wanted, *x_H3W.shape[1:])
+        y_O3W = y_H3W[number * outputs : (number + 1) * outputs]
+        x_KL = x_H3W[start : start + inputs].reshape(inputs, -1).astype(np.float32)
+        y_OL = weights_OK[: len(y_O3W)] @ x_KL
+        np.add(y_OL.reshape(y_O3W.shape), HALF, out=y_O3W, casting="unsafe")
 
 
 def _blocks(size: int, wanted: int, outputs: int) -> tuple[list[int], NDArray[np.float32]]:

@@ -178,10 +178,10 @@ def cut_tiles(
     """
     side = settings.side
     grid = choose_grid(image.height, image.width, settings)
-    sizes = [fit_size(image.height, image.width, grid, settings), (side, side)]
-    whole, *globe = resample(image, sizes[: 1 + (grid.tiles > 1)])
+    height, width = fit_size(image.height, image.width, grid, settings)
     canvas = np.zeros((grid.rows * side, 3, grid.columns * side), np.uint8)
-    canvas[: whole.shape[0], :, : whole.shape[2]] = whole
+    globe = [np.empty((side, 3, side), np.uint8)] if grid.tiles > 1 else []
+    resample(image, [canvas[:height, :, :width], *globe])
     corners = [(side * row, side * column) for row in range(grid.rows) for column in range(grid.columns)]
     tiles = [canvas[top : top + side, :, left : left + side] for top, left in corners] + globe
     pixels_N3PP = np.empty((len(tiles), 3, side, side), np.float32) if room is None else room[: len(tiles)]
