@@ -14,7 +14,6 @@ Where torchvision is not installed, the functions that `transformers` takes from
 
 import argparse
 import io
-import os
 import shutil
 import statistics
 import sys
