@@ -62,7 +62,8 @@ class ImagePrompts:
         """
         self._check(ids, len(sources))
         side, most = self.settings.side, self.settings.max_tiles + 1
-        pixels_N3PP, used = np.empty((most * len(sources), 3, side, side), np.float32), 0
+        pixels_N3PP = np.empty((most * len(sources), 3, side, side), np.float32)  # no memory until written
+        used = 0
         grids = []
         for number, source in enumerate(sources, 1):
             _, grid = cut_tiles(read_image(source, f"image {number}"), self.settings, pixels_N3PP[used:])

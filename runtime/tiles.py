@@ -2,7 +2,7 @@
 
 What enters is an RGB image; what leaves is its tiles, row by row, and after several of them the whole image once more
 as one, the global tile. Grid and sizes are those of `transformers`, and each pixel is within one step of 255 of its
-own: its resize keeps weights of 16 bits, Pillow's of 22.
+own: its resize keeps weights of 16 bits, ours of float32.
 
 Shapes: N tiles, P pixels a tile's side.
 """
@@ -35,6 +35,8 @@ class TileSettings:
         rescale: What a pixel of 0 to 255 is multiplied by.
         mean: Of the rescaled red, green and blue; subtracted.
         std: Of the same; divided by.
+        values_3x256: What each pixel of 0 to 255 becomes in each channel.
+        runs: The same as the look-up takes it.
     """
 
     side: int = 336
@@ -85,7 +87,12 @@ class TileSettings:
         return _bfloat16(_bfloat16(rescaled_256 - mean_3x1) / std_3x1)
 
     def _runs(self) -> tuple[type, NDArray[np.generic]]:
-        """The same of two neighbours at once where a side is even, as two numbers in one of their size."""
+        """What neighbouring pixels become, by the number that their bytes make: two are looked up in the time of one.
+
+        Returns:
+            The numbers' type, and for each of them in each channel its values' bytes, again as one number. A side that
+            is not even is looked up by single pixels.
+        """
         indices, values = (np.uint8, np.uint32) if self.side % 2 else (np.uint16, np.uint64)
         pixels = np.arange(np.iinfo(indices).max + 1, dtype=indices)[:, None].view(np.uint8)
         return indices, np.take(self.values_3x256, pixels, axis=1).view(values)[:, :, 0]
@@ -171,7 +178,7 @@ def cut_tiles(
     Args:
         image: Of mode RGB.
         settings: The preprocessor's.
-        room: Where the tiles are put, of that shape or longer; new where there is none.
+        room: Where to put the tiles, of their shape or with more of them; new memory where None.
 
     Returns:
         The tiles [N, 3, P, P], whose values are bf16's, black where the image does not fill the grid; and the grid.
@@ -188,7 +195,7 @@ def cut_tiles(
     indices, values_3V = settings.runs
     for pixels_3PP, tile_P3P in zip(pixels_N3PP, tiles, strict=True):
         for pixels_PP, values_V, tile_PP in zip(pixels_3PP, values_3V, tile_P3P.transpose(1, 0, 2), strict=True):
-            np.take(values_V, tile_PP.view(indices), out=pixels_PP.view(values_V.dtype), mode="clip")
+            np.take(values_V, tile_PP.view(indices), out=pixels_PP.view(values_V.dtype), mode="wrap")
     return pixels_N3PP, grid
 
 
