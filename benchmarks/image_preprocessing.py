@@ -3,13 +3,14 @@
 Both are given the same prompt and the same images, as a JPEG file opened with Pillow (decoding is part of the time) or
 as pixels in memory, and both give token ids and normalised tiles. Runs alternate; a row is the median of each, and the
 median of the ratios of neighbouring runs. That the ids are equal and the pixels a step of the resize apart at most is
-checked on the way. Each has one thread by default: with two, on a virtual machine of two cores, PyTorch's wait for one
-another, and a small image takes `transformers` more than ten times as long, which is no measure of anything else.
+checked on the way. Each has one thread by default (ours: of NumPy's BLAS): with two, on a virtual machine of two cores,
+PyTorch's wait for one another, and a small image takes `transformers` more than ten times as long, which is no measure
+of anything else. On a machine that others use, `--cpu` counts the process's own time instead of the clock's.
 
 Where torchvision is not installed, the functions that `transformers` takes from it are the tests' own
 (`tests/support/llama4_processor.py`), which call PyTorch as it does.
 
-    python benchmarks/image_preprocessing.py [--runs 9] [--threads 1]
+    python benchmarks/image_preprocessing.py [--runs 9] [--threads 1] [--cpu]
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 
 from arriero.runtime.image_prompt import ImagePrompts
 from arriero.runtime.text import Text
@@ -55,22 +57,25 @@ def prepare_folder(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text("{}")
 
 
-def timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Image preprocessing beside transformers.")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu else time.perf_counter
     peer = "torchvision"
     if find_spec("torchvision") is None:
         stand_in_for_torchvision()
         peer = "torchvision's stand-in"
     torch.set_num_threads(arguments.threads)
+    threadpool_limits(arguments.threads, "blas")
     table = Table("image", "from", "tiles", "tokens", "Arriero, ms", "transformers, ms", "ratio")
     with tempfile.TemporaryDirectory() as name:
         prepare_folder(Path(name))
@@ -97,8 +102,9 @@ def main() -> None:
                 assert np.abs(tiles - pixels.float().numpy()).max() <= 3 / 255  # a step of 2/255, rounded to bf16
                 rows = []
                 for _ in range(arguments.runs):
-                    ours = timed(lambda give=give, prompt=prompt: prompts.prepare(text.encode(prompt), give()))
-                    rows.append((ours, timed(lambda give=give, prompt=prompt: processor(images=give(), text=prompt))))
+                    ours = timed(lambda give=give, prompt=prompt: prompts.prepare(text.encode(prompt), give()), clock)
+                    peer_s = timed(lambda give=give, prompt=prompt: processor(images=give(), text=prompt), clock)
+                    rows.append((ours, peer_s))
                 ours, peers = (statistics.median(each) * 1e3 for each in zip(*rows, strict=True))
                 ratio = statistics.median(their / our for our, their in rows)
                 row = f"{len(tiles)}", f"{len(ids)}", f"{ours:.1f}", f"{peers:.1f}", f"{ratio:.2f}"

@@ -67,13 +67,15 @@ class ImagePrompts:
             SessionError: An image cannot be read, or the placeholders are not as many.
         """
         self._check(ids, len(sources))
-        tiles: list[NDArray[np.float32]] = [np.empty((0, 3, self.settings.side, self.settings.side), np.float32)]
+        side, most = self.settings.side, self.settings.max_tiles + 1
+        pixels_N3PP = np.empty((most * len(sources), 3, side, side), np.float32)  # no memory until written
+        used = 0
         grids = []
         for number, source in enumerate(sources, 1):
-            pixels_N3PP, grid = cut_tiles(read_image(source, f"image {number}"), self.settings)
-            tiles.append(pixels_N3PP)
+            _, grid = cut_tiles(read_image(source, f"image {number}"), self.settings, pixels_N3PP[used:])
+            used += grid.tiles
             grids.append(grid)
-        return self.expand(ids, grids), np.concatenate(tiles)
+        return self.expand(ids, grids), pixels_N3PP[:used]
 
     def expand(self, ids: Sequence[int], grids: Sequence[Grid]) -> list[int]:
         """Replaces each placeholder by the tokens of its image.

@@ -2,7 +2,7 @@
 
 What enters is an RGB image; what leaves is its tiles, row by row, and after several of them the whole image once more
 as one, the global tile. Grid and sizes are those of `transformers`, and each pixel is within one step of 255 of its
-own: its resize keeps weights of 16 bits, Pillow's of 22.
+own: its resize keeps weights of 16 bits, ours of float32.
 
 Shapes: N tiles, P pixels a tile's side.
 """
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import FolderError, SessionError
+from .resampling import resample
 from .text import read_json
 
 FIXED = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 2}
@@ -34,6 +35,8 @@ class TileSettings:
         rescale: What a pixel of 0 to 255 is multiplied by.
         mean: Of the rescaled red, green and blue; subtracted.
         std: Of the same; divided by.
+        values_3x256: What each pixel of 0 to 255 becomes in each channel.
+        runs: The same as the look-up takes it.
     """
 
     side: int = 336
@@ -43,6 +46,7 @@ class TileSettings:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     values_3x256: NDArray[np.float32] = field(init=False, repr=False, compare=False)
+    runs: tuple[type, NDArray[np.generic]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if type(self.side) is not int or self.side < 1 or type(self.max_tiles) is not int or self.max_tiles < 1:
@@ -51,6 +55,7 @@ class TileSettings:
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or 0 in self.std:
             raise FolderError(f"rescale {self.rescale}, mean {self.mean}, std {self.std}: expected numbers, std not 0")
         object.__setattr__(self, "values_3x256", self._values())
+        object.__setattr__(self, "runs", self._runs())
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Self:
@@ -80,6 +85,17 @@ class TileSettings:
         mean_3x1, std_3x1 = (_bfloat16(np.array([each], np.float32).T) for each in (self.mean, self.std))
         rescaled_256 = _bfloat16(np.arange(256, dtype=np.float32) * np.float32(self.rescale))
         return _bfloat16(_bfloat16(rescaled_256 - mean_3x1) / std_3x1)
+
+    def _runs(self) -> tuple[type, NDArray[np.generic]]:
+        """What neighbouring pixels become, by the number that their bytes make: two are looked up in the time of one.
+
+        Returns:
+            The numbers' type, and for each of them in each channel its values' bytes, again as one number. A side that
+            is not even is looked up by single pixels.
+        """
+        indices, values = (np.uint8, np.uint32) if self.side % 2 else (np.uint16, np.uint64)
+        pixels = np.arange(np.iinfo(indices).max + 1, dtype=indices)[:, None].view(np.uint8)
+        return indices, np.take(self.values_3x256, pixels, axis=1).view(values)[:, :, 0]
 
 
 def read_tile_settings(folder: Path) -> TileSettings:
@@ -154,37 +170,33 @@ def fit_size(height: int, width: int, grid: Grid, settings: TileSettings) -> tup
     return int(most_high), max(1, min(math.floor(width * by_height), int(most_wide)))
 
 
-def cut_tiles(image: Image.Image, settings: TileSettings) -> tuple[NDArray[np.float32], Grid]:
+def cut_tiles(
+    image: Image.Image, settings: TileSettings, room: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.float32], Grid]:
     """An image's tiles, normalised.
 
     Args:
         image: Of mode RGB.
         settings: The preprocessor's.
+        room: Where to put the tiles, of their shape or with more of them; new memory where None.
 
     Returns:
         The tiles [N, 3, P, P], whose values are bf16's, black where the image does not fill the grid; and the grid.
     """
     side = settings.side
     grid = choose_grid(image.height, image.width, settings)
-    whole = _resize(image, *fit_size(image.height, image.width, grid, settings))
-    corners = [(side * column, side * row) for row in range(grid.rows) for column in range(grid.columns)]
-    tiles = [whole.crop((left, top, left + side, top + side)) for left, top in corners]  # black beyond the edges
-    if len(tiles) > 1:
-        tiles.append(_resize(image, side, side))
-    pixels_N3PP = np.empty((len(tiles), 3, side, side), np.float32)
-    for pixels_3PP, tile in zip(pixels_N3PP, tiles, strict=True):
-        for pixels_PP, values_256, band in zip(pixels_3PP, settings.values_3x256, tile.split(), strict=True):
-            np.take(values_256, np.asarray(band), out=pixels_PP, mode="clip")
+    height, width = fit_size(image.height, image.width, grid, settings)
+    canvas = np.zeros((grid.rows * side, 3, grid.columns * side), np.uint8)
+    globe = [np.empty((side, 3, side), np.uint8)] if grid.tiles > 1 else []
+    resample(image, [canvas[:height, :, :width], *globe])
+    corners = [(side * row, side * column) for row in range(grid.rows) for column in range(grid.columns)]
+    tiles = [canvas[top : top + side, :, left : left + side] for top, left in corners] + globe
+    pixels_N3PP = np.empty((len(tiles), 3, side, side), np.float32) if room is None else room[: len(tiles)]
+    indices, values_3V = settings.runs
+    for pixels_3PP, tile_P3P in zip(pixels_N3PP, tiles, strict=True):
+        for pixels_PP, values_V, tile_PP in zip(pixels_3PP, values_3V, tile_P3P.transpose(1, 0, 2), strict=True):
+            np.take(values_V, tile_PP.view(indices), out=pixels_PP.view(values_V.dtype), mode="wrap")
     return pixels_N3PP, grid
-
-
-def _resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Antialiased bilinear: a triangle filter as wide as the reduction, and uint8 between the two passes.
-
-    Pillow chooses the order of the passes by their cost, but the rounding between them must fall where PyTorch's does.
-    """
-    wide = image.resize((width, image.height), Image.Resampling.BILINEAR)
-    return wide.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _bfloat16(x: NDArray[np.float32]) -> NDArray[np.float32]:

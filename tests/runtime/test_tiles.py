@@ -78,6 +78,19 @@ def test_an_image_that_does_not_fill_its_grid_is_black_beyond() -> None:
     assert (tiles[2] == 1).all()
 
 
+@pytest.mark.parametrize("side", [34, 35])
+def test_pixels_of_even_and_odd_sides_are_normalised(side: int) -> None:
+    settings = TileSettings(side=side, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    picture = noise(side, side)
+    room = np.full((2, 3, side, side), 7, np.float32)
+    tiles, grid = cut_tiles(picture, settings, room)
+    assert grid.tiles == len(tiles) == 1
+    assert np.shares_memory(tiles, room)
+    assert (room[1] == 7).all()
+    for channel, values_256 in enumerate(settings.values_3x256):
+        assert np.array_equal(tiles[0, channel], values_256[np.asarray(picture)[:, :, channel]])
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_settings_come_from_either_file(tmp_path: Path, nested: bool) -> None:
     config = {**PUBLISHED, "size": {"height": 28, "width": 28}, "max_patches": 4}
