@@ -225,7 +225,14 @@ def inspect(
 def run(
     folder: Annotated[Path, typer.Argument(help="Model or bundle folder.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads it from stdin.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation, one line a turn.")] = False,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image that the prompt is about, or that stands at its <|image|>; may be repeated."),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Hold a conversation, one line a turn; /image FILE adds an image to the next."),
+    ] = False,
     system: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 512,
     temperature: Annotated[
@@ -247,7 +254,7 @@ def run(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run a model: stream the continuation of a prompt, or chat."""
+    """Run a model: stream the continuation of a prompt, say what is in an image, or chat."""
     with errors_shown(debug):
         from .errors import SessionError
         from .loading import load
@@ -273,9 +280,9 @@ def run(
         if prompt == "-":
             prompt = sys.stdin.read()
         if chat:
-            converse(session, system, prompt, settings, as_json)
+            converse(session, system, prompt, image or [], settings, as_json)
         else:
-            answer(session, prompt, settings, as_json, {"load_seconds": loaded})
+            answer(session, prompt, {**settings, "images": image or ()}, as_json, {"load_seconds": loaded})
 
 
 @app.command()

@@ -5,16 +5,21 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .errors import ArrieroError
+from .errors import ArrieroError, SessionError
 
 if TYPE_CHECKING:
     from .runtime import Generated, Session
+
+
+IMAGE_LINE = "/image "
+"""How a line of a conversation begins that names an image for the next."""
 
 
 @contextmanager
@@ -107,14 +112,36 @@ def answer(session: "Session", prompt: Any, settings: dict[str, Any], as_json: b
 
 
 def converse(
-    session: "Session", system: str | None, first: str | None, settings: dict[str, Any], as_json: bool
+    session: "Session",
+    system: str | None,
+    first: str | None,
+    images: Sequence[Path],
+    settings: dict[str, Any],
+    as_json: bool,
 ) -> None:
-    """Takes a line a turn from stdin and answers in the conversation so far, until stdin ends."""
-    messages = [{"role": "system", "content": system}] if system is not None else []
+    """Takes a line a turn from stdin and answers in the conversation so far, until stdin ends.
+
+    The images belong to the first turn; a line `/image FILE` adds one to the next. A turn whose image cannot be taken
+    is told of and forgotten.
+    """
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
+    waiting = list(images)
     for line in turns(first):
-        messages.append({"role": "user", "content": line})
-        text = answer(session, messages, settings, as_json, {})
-        messages.append({"role": "assistant", "content": text})
+        if line.startswith(IMAGE_LINE):
+            waiting.append(Path(line.removeprefix(IMAGE_LINE).strip()).expanduser())
+            continue
+        parts = [{"type": "image", "path": str(path)} for path in waiting]
+        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": line}] if parts else line})
+        waiting = []
+        try:
+            text = answer(session, messages, settings, as_json, {})
+        except SessionError as error:
+            if not parts or not sys.stdin.isatty():
+                raise
+            print(f"arriero: {one_line(error)}", file=sys.stderr)
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": text})
 
 
 def turns(first: str | None) -> Iterator[str]:

@@ -278,7 +278,7 @@ class Session:
         if pixels_N3PP is None or not len(pixels_N3PP):
             return None
         assert self.vision is not None
-        return self.vision.tower.encode(pixels_N3PP)
+        return self.vision.encode(pixels_N3PP)
 
     def _stream(
         self, prompt: Tokens, count: int, sampler: Sampler, ends: set[int], stop: StopText

@@ -5,6 +5,7 @@ Enters: tiles, as the preprocessor cuts them. Leaves: image features, one for ea
 Shapes: N tiles, P pixels of a tile's side, M features of all tiles, H the decoder's hidden size.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,10 @@ from .text import Text
 
 TILES = 4
 """Tiles that the tower computes at once; bounds the memory of their activations."""
+
+
+KEPT = 64
+"""Tiles whose features are kept, those that came last: of Llama 4, 3 MB each."""
 
 
 class Encoding(Protocol):
@@ -43,11 +48,28 @@ class Vision:
 
     def __init__(self, spec: VisionSpec, text: Text, open_tower: Callable[[], Encoding]) -> None:
         self.spec, self.text, self.open_tower = spec, text, open_tower
+        self.seen: dict[bytes, NDArray[np.float32]] = {}
 
     @cached_property
     def tower(self) -> Encoding:
         """The vision tower."""
         return self.open_tower()
+
+    def encode(self, pixels_N3PP: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Tiles, normalised → image features [M, H]; a tile seen lately is not computed again.
+
+        In a conversation the same images come with every turn.
+        """
+        keys = [hashlib.blake2b(np.ascontiguousarray(tile).data, digest_size=16).digest() for tile in pixels_N3PP]
+        new = [index for index, key in enumerate(keys) if key not in self.seen]
+        if new:
+            found_MH = self.tower.encode(pixels_N3PP[new])
+            found = dict(zip([keys[index] for index in new], np.split(found_MH, len(new)), strict=True))
+            self.seen |= found
+        features_MH = np.concatenate([self.seen[key] for key in keys])
+        for key in list(self.seen)[: max(0, len(self.seen) - KEPT)]:
+            del self.seen[key]
+        return features_MH
 
     @cached_property
     def prompts(self) -> ImagePrompts:

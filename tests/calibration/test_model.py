@@ -197,7 +197,7 @@ def test_text_that_is_none_or_too_little_is_refused(tiny_model: Path, tmp_path: 
     for path, expected in (
         (empty, "empty.txt holds no text"),
         (binary, "is not UTF-8 text: convert it first"),
-        (short, "the text has 5 tokens, expected at least 256: give more --data"),
+        (short, "the data has 5 tokens, expected at least 256: give more --data"),
         (tmp_path / "missing.txt", "No such file or directory: give text files with --data"),
     ):
         with pytest.raises(DataError, match=expected):
