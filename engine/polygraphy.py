@@ -100,7 +100,7 @@ class Scripts:
     def load_config(self, builder: Any, network: Any) -> Any:
         """TensorRT's configuration: GPUs, profiles, caches updated in place."""
         prepared = self._prepare()
-        return configure(prepared.trt, builder, network, prepared.network, prepared.target, prepared.profiles)
+        return configure(prepared.trt, builder, prepared.target, prepared.shapes)
 
     def _prepare(self) -> Prepared:
         target = parse_target(self.target)
