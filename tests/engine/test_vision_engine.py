@@ -16,11 +16,14 @@ import pytest
 
 from arriero.engine import Options, build_bundle
 from arriero.engine.network import Placement, lower_tower_for_tensorrt
+from arriero.engine.polygraphy import Scripts
 from arriero.engine.profiles import decoder_profiles, decoder_shapes, tower_shapes
-from arriero.errors import BuildError
+from arriero.errors import BuildError, FolderError
 from arriero.export import export_checkpoint
 from arriero.folder import find_files, read_spec
 from arriero.spec import CacheInput, TowerEngine
+from arriero.summary import summarise
+from arriero.tables import parts, show_summary
 
 TARGET = "tensorrt-rtx:sm89"
 SMALL = Options(max_batch=2, max_seq=64, max_prefill=8, max_tiles=3)
@@ -147,18 +150,18 @@ def test_the_lowered_tower_computes_what_the_canonical_one_does(models: Callable
     for node in graph.graph:
         node.attributes.pop("TRT_decomposable", None)  # ONNX Runtime knows it not
     pixels = np.random.default_rng(0).standard_normal((2, 3, 28, 28)).astype(np.float32)
-    (weights,) = find_files(model, spec.weight_files).values()
-    found = run(ir.to_proto(graph).SerializeToString(), weights.parent, pixels)
-    expected = run((model / "vision.onnx").read_bytes(), weights.parent, pixels)
+    graphs = (ir.to_proto(graph).SerializeToString(), (model / "vision.onnx").read_bytes())
+    found, expected = (open_graph(each, model).run(None, {"pixels": pixels})[0] for each in graphs)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def run(graph: bytes, folder: Path, pixels: np.ndarray) -> np.ndarray:
+def open_graph(graph: bytes, model: Path) -> ort.InferenceSession:
+    """A graph on ONNX Runtime as it is, its weights where the model's are."""
+    (weights,) = find_files(model, read_spec(model).weight_files).values()
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    features: np.ndarray = session.run(None, {"pixels": pixels})[0]
-    return features
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.parent))
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def test_attention_that_export_did_not_write_is_named(models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -171,6 +174,40 @@ def test_attention_that_export_did_not_write_is_named(models: Callable[[str], Pa
     assert spec.vision is not None
     with pytest.raises(BuildError, match=r"layers\.0/Attention: its query is not one that export rotates"):
         lower_tower_for_tensorrt(model, spec, spec.vision, "inside")
+
+
+def test_polygraphys_inputs_hold_image_features(models: Callable[[str], Path]) -> None:
+    model = models("float32")
+    session = open_graph((model / "decoder.onnx").read_bytes(), model)
+    prefill, decode = Scripts(model).load_data()
+    assert (prefill["input_ids"] == 96).sum() == len(prefill["image_features"]) == 8
+    assert len(decode["image_features"]) == 1
+    blind = prefill | {"image_features": np.zeros_like(prefill["image_features"])}
+    seen, unseen = (session.run(["logits"], each)[0] for each in (prefill, blind))
+    assert np.abs(seen[:, 1:] - unseen[:, 1:]).min(axis=-1).max() > 1e-3
+    assert np.array_equal(seen[:, 0], unseen[:, 0])  # before the first image token
+
+
+def test_the_summary_tells_the_towers_engine(
+    bundles: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = bundles("bfloat16")
+    found = summarise(bundle, every_layer=True)
+    vision, engine = found["vision"], engine_of(bundle)
+    assert vision["engine"]["tiles_bytes"] == 3 * (3 * 28 * 28 * 4 + 4 * 32 * 2)
+    held = ("weights_inside", "weights_outside", "activations", "tiles")
+    assert vision["engine"]["total_bytes"] == sum(vision["engine"][f"{part}_bytes"] for part in held)
+    assert vision["engine"]["bytes"] == (bundle / engine.file).stat().st_size
+    assert sum(layer["count"] for layer in vision["fused_layers"]) == len(vision["every_layer"])
+    show_summary(found)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "3 layers, hidden 64, 2 heads; a tile of 28 × 28 pixels is 4 tokens" in shown
+    assert "for 1–3 tiles" in shown
+    assert "layers.2: Attention" in {parts(layer) for layer in vision["every_layer"]}
+    (bundle / "vision_layers.json").rename(bundle / "gone.json")
+    with pytest.raises(FolderError, match=r"vision_layers\.json: cannot be read"):
+        summarise(bundle)
+    (bundle / "gone.json").rename(bundle / "vision_layers.json")
 
 
 def test_too_few_tiles_are_named() -> None:
