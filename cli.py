@@ -155,6 +155,9 @@ def build(
         int | None, typer.Option(help="Tokens that a sequence may hold.", show_default="the context, at most 16384")
     ] = None,
     max_prefill: Annotated[int | None, typer.Option(help="Tokens of a prefill piece.", show_default="2048")] = None,
+    max_tiles: Annotated[
+        int | None, typer.Option(help="Tiles of images that the vision tower takes at once.", show_default="17")
+    ] = None,
     gqa: Annotated[
         str | None, typer.Option(help="Attention by our plugin or TensorRT's own layers: plugin, native.")
     ] = None,
@@ -183,6 +186,7 @@ def build(
             max_batch=max_batch,
             max_seq=max_seq,
             max_prefill=max_prefill,
+            max_tiles=max_tiles,
             gqa=gqa,  # type: ignore[arg-type]
             weights=weights,  # type: ignore[arg-type]
             workspace=None if workspace is None else workspace << 20,

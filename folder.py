@@ -19,8 +19,9 @@ from .shards import identity
 from .spec import FolderSpec, WeightFile
 
 SPEC = "spec.json"
-LAYERS, KERNELS = "layers.json", "kernels"
-"""Of an engine's bundle: the fused layers, and the folder of the plugins' compiled kernels."""
+LAYERS, VISION_LAYERS, KERNELS = "layers.json", "vision_layers.json", "kernels"
+"""Of an engine's bundle: the fused layers of the decoder's and of the vision tower's, and the folder of the plugins'
+compiled kernels."""
 
 CARRIED = (
     "tokenizer.json",

@@ -81,10 +81,14 @@ def open_vision(
     path: Path, spec: FolderSpec, part: VisionPart, text: "Text", files: dict[str, Path], threads: int | None
 ) -> "Vision":
     """What of a multimodal folder takes images; its tower is loaded when there is one."""
-    from .runtime.vision import Vision, VisionTower
+    from .runtime.vision import Encoding, Vision, VisionTower
     from .runtime.weights import map_weights
 
-    def open_tower() -> VisionTower:
+    def open_tower() -> Encoding:
+        if part.engine is not None:
+            from .runtime.vision_engine import load_tower
+
+            return load_tower(path, spec, files)
         graph, regions, flags = cpu_vision_graph(path, spec, part)
         return VisionTower(graph, map_weights(regions, files), path, flags, threads)
 

@@ -238,6 +238,25 @@ class EngineSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TowerEngine:
+    """A vision tower's engine. It is for the TensorRT and the GPUs that the decoder's is for.
+
+    Attributes:
+        file: Its file name.
+        sha256: Of the file.
+        max_tiles: Tiles that it takes at once at most.
+        activations: Bytes of activations and scratch memory for so many, as the build reckoned.
+        weights: Bytes of the weights inside.
+    """
+
+    file: str
+    sha256: str
+    max_tiles: int
+    activations: int
+    weights: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VisionPart:
     """What a folder holds of a model's vision tower.
 
@@ -246,12 +265,14 @@ class VisionPart:
         graph: File name of its graph; empty where it is an engine.
         weights: What the runtime hands to a bundle's graph; empty in a model.
         session: Flags that the graph needs from its session.
+        engine: A TensorRT bundle's engine of the tower.
     """
 
     spec: VisionSpec
     graph: str = "vision.onnx"
     weights: tuple[Weight, ...] = ()
     session: dict[str, str] = field(default_factory=dict)
+    engine: TowerEngine | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """What a folder is, in numbers: for `arriero inspect`, as JSON or as tables.
 
-Enters: a model or bundle folder; only its `spec.json` and `layers.json` are read. Nothing is loaded.
+Enters: a model or bundle folder; only its `spec.json` and the lists of fused layers are read. Nothing is loaded.
 """
 
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FolderError
-from .folder import LAYERS, read_spec
+from .folder import LAYERS, VISION_LAYERS, read_spec
 from .geometry import ModelSpec
-from .spec import BITS, EngineSpec, FolderSpec, Stored
+from .spec import BITS, EngineSpec, FolderSpec, Stored, VisionPart
 
 QUIET = ("shape_call", "signal", "wait", "copy", "NoOp", "Constant", "ShapeHostToDevice")
 """Kinds of layers that move or order things and compute nothing."""
@@ -30,8 +30,8 @@ def summarise(
         batch: Rows at once that it is reckoned for.
 
     Returns:
-        JSON-ready: the folder's kind and source, the model's geometry, its KV cache, of a CPU bundle the memory that a
-        session takes, and of an engine its profiles with the memory each needs and its fused layers.
+        JSON-ready: the folder's kind and source, the model's geometry, its KV cache, its vision tower, of a CPU bundle
+        the memory that a session takes, and of an engine its profiles with the memory each needs and its fused layers.
 
     Raises:
         FolderError: The folder is not one of Arriero's, or damaged.
@@ -48,11 +48,13 @@ def summarise(
         "weight_files": {"count": len(spec.weight_files), "bytes": sum(file.size for file in spec.weight_files)},
         "kv_cache": _cache(spec),
     }
+    if spec.vision is not None:
+        found["vision"] = _vision(path, spec.model, spec.vision, every_layer=every_layer)
     if spec.target == "cpu":
         found["memory"] = _memory(path, spec, max_seq, batch)
     if spec.engine is not None:
         found["engine"] = _with_totals(_engine(path, spec, spec.engine))
-        layers = _read_layers(path)
+        layers = _read_layers(path / LAYERS)
         found["layers"] = _counted(layers)
         if every_layer:
             found["every_layer"] = layers
@@ -97,12 +99,48 @@ def _memory(folder: Path, spec: FolderSpec, max_seq: int | None, batch: int) -> 
     from .runtime.state import Limits
 
     limits = Limits.of(spec.model, max_seq, batch)
-    try:
-        graph_size = (folder / spec.graph).stat().st_size
-    except OSError as error:
-        raise FolderError(f"{folder / spec.graph}: {error.strerror}: build the bundle again") from error
-    memory = session_memory(spec, graph_size, limits.max_seq, batch)
+    graph_size = _size(folder / spec.graph)
+    tower_size = 0 if spec.vision is None else _size(folder / spec.vision.graph)
+    memory = session_memory(spec, graph_size, tower_size, limits.max_seq, batch)
     return {"max_seq": limits.max_seq, "batch": batch, **asdict(memory), "total": memory.total}
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error
+
+
+def _vision(folder: Path, model: ModelSpec, vision: VisionPart, *, every_layer: bool) -> dict[str, Any]:
+    """The vision tower's geometry, and of its engine the memory on the GPU and the fused layers."""
+    spec = vision.spec
+    found: dict[str, Any] = {
+        "layers": spec.layers,
+        "hidden_size": spec.hidden_size,
+        "heads": spec.heads,
+        "image_size": spec.image_size,
+        "features": spec.features,
+    }
+    engine = vision.engine
+    if engine is None:
+        return found
+    outside = sum(weight.size for weight in vision.weights)
+    of_a_tile = 3 * spec.image_size**2 * 4 + spec.features * model.hidden_size * BITS[model.dtype] // 8
+    layers = _read_layers(folder / VISION_LAYERS)
+    found["engine"] = {
+        "bytes": _size(folder / engine.file),
+        "max_tiles": engine.max_tiles,
+        "weights_inside_bytes": engine.weights,
+        "weights_outside_bytes": outside,
+        "activations_bytes": engine.activations,
+        "tiles_bytes": engine.max_tiles * of_a_tile,
+        "total_bytes": engine.weights + outside + engine.activations + engine.max_tiles * of_a_tile,
+    }
+    found["fused_layers"] = _counted(layers)
+    if every_layer:
+        found["every_layer"] = layers
+    return found
 
 
 def _engine(folder: Path, spec: FolderSpec, engine: EngineSpec) -> dict[str, Any]:
@@ -144,9 +182,8 @@ def _with_totals(engine: dict[str, Any]) -> dict[str, Any]:
     return engine
 
 
-def _read_layers(folder: Path) -> list[dict[str, Any]]:
-    """The engine's fused layers, those that compute nothing left out."""
-    path = folder / LAYERS
+def _read_layers(path: Path) -> list[dict[str, Any]]:
+    """An engine's fused layers, those that compute nothing left out."""
     try:
         return [layer for layer in json.loads(path.read_text("utf-8")) if layer["kind"] not in QUIET]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -34,6 +34,8 @@ def show_summary(found: dict[str, Any]) -> None:
     files = found["weight_files"]
     if files["count"]:
         facts.add_row("weight files", f"{files['count']}, {size(files['bytes'])}, read in place")
+    if (vision := found.get("vision")) is not None:
+        facts.add_row("vision tower", describe_vision(vision))
     if (memory := found.get("memory")) is not None:
         facts.add_row("memory", describe_memory(memory))
     if (engine := found.get("engine")) is not None:
@@ -44,6 +46,10 @@ def show_summary(found: dict[str, Any]) -> None:
         console.print(layers_table(found["layers"]))
     if "every_layer" in found:
         console.print(every_layer_table(found["every_layer"]))
+    if vision is not None and "engine" in vision:
+        console.print(layers_table(vision["fused_layers"], title="From the build log of the vision tower"))
+        if "every_layer" in vision:
+            console.print(every_layer_table(vision["every_layer"], title="Every fused layer of the vision tower"))
 
 
 def describe_memory(memory: dict[str, int]) -> str:
@@ -54,6 +60,8 @@ def describe_memory(memory: dict[str, int]) -> str:
         "packed": "matrices packed for integer kernels",
         "kv_cache": "KV cache",
         "activations": "activations",
+        "tower": "the vision tower from the first image on",
+        "tiles": "its activations",
     }
     named = [f"{size(memory[part])} {what}" for part, what in parts.items() if memory[part]]
     return (
@@ -108,6 +116,22 @@ def show_measured(found: dict[str, Any], folder: Path | None) -> None:
     console.print("\n".join(lines), highlight=False)
 
 
+def describe_vision(vision: dict[str, Any]) -> str:
+    """The vision tower in a sentence, and its engine in another."""
+    found = (
+        f"{vision['layers']} layers, hidden {vision['hidden_size']}, {vision['heads']} heads; a tile of "
+        f"{vision['image_size']} × {vision['image_size']} pixels is {vision['features']} tokens"
+    )
+    if (engine := vision.get("engine")) is None:
+        return found
+    return (
+        f"{found}\nengine of {size(engine['bytes'])} for 1–{engine['max_tiles']} tiles; on the GPU "
+        f"{size(engine['total_bytes'])} in all: {size(engine['weights_inside_bytes'])} weights inside, "
+        f"{size(engine['weights_outside_bytes'])} outside, {size(engine['activations_bytes'])} activations, "
+        f"{size(engine['tiles_bytes'])} tiles and their features"
+    )
+
+
 def describe_engine(engine: dict[str, Any]) -> str:
     """One line on an engine."""
     gpus = ", ".join(f"sm{capability}" for capability in engine["capabilities"])
@@ -136,17 +160,17 @@ def profiles_table(engine: dict[str, Any]) -> Table:
     return table
 
 
-def layers_table(layers: list[dict[str, Any]]) -> Table:
+def layers_table(layers: list[dict[str, Any]], *, title: str = "From the build log, all profiles") -> Table:
     """The fused layers by kind and types."""
-    table = Table("fused layers", "kind", "types in", "types out", title="From the build log, all profiles")
+    table = Table("fused layers", "kind", "types in", "types out", title=title)
     for layer in layers:
         table.add_row(str(layer["count"]), layer["kind"], layer["inputs"], layer["outputs"])
     return table
 
 
-def every_layer_table(layers: list[dict[str, Any]]) -> Table:
+def every_layer_table(layers: list[dict[str, Any]], *, title: str = "Every fused layer") -> Table:
     """Each fused layer: what of the graph is in it, and its tensors' types and sizes; -1 is a size that varies."""
-    table = Table(title="Every fused layer", show_lines=True)
+    table = Table(title=title, show_lines=True)
     for header in ("of the graph", "kind", "in", "out"):
         table.add_column(header, overflow="fold")
     for layer in layers:
@@ -160,7 +184,7 @@ def parts(layer: dict[str, Any]) -> str:
     for node in layer["nodes"]:
         where, _, rest = node.partition("/")
         what = rest.partition("/")[0]
-        named = "." in what or what in ("GroupedQueryAttention", "MoeDispatch")
+        named = "." in what or what in ("GroupedQueryAttention", "MoeDispatch", "Attention")
         found.setdefault(where, {}).update({what: None} if named else {})
     lines = [f"{where}: {', '.join(names)}" if names else where for where, names in found.items()]
     return "\n".join(lines) or layer["name"]

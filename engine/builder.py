@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from ..spec import Profile
 from .library import make_log
 from .network import Network
+from .profiles import Shapes
 from .target import Target
 
 Progress = Callable[[str, int, int], None]
@@ -40,7 +40,7 @@ def build_engine(
     network: Network,
     weights: Path,
     target: Target,
-    profiles: Sequence[Profile],
+    profiles: Sequence[Shapes],
     out: Path,
     *,
     creators: Iterable[Any] = (),
@@ -73,7 +73,7 @@ def build_engine(
     progress("parsing", 0, 1)
     definition, _ = define(trt, builder, network, weights, log)
     log.check("to read the graph")
-    config = configure(trt, builder, definition, network, target, profiles)
+    config = configure(trt, builder, target, profiles)
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     if weight_streaming:
@@ -120,7 +120,7 @@ def define(trt: Any, builder: Any, network: Network, weights: Path, log: Any) ->
     definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(definition, log)
     # The parser takes the folder of external data from the path of a model that need not exist.
-    parsed = parser.parse(network.graph, str(weights / "decoder.onnx"))
+    parsed = parser.parse(network.graph, str(weights / "graph.onnx"))
     if not parsed:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         named = [f"{error.node_name()}: {' '.join(error.desc().split())}" for error in errors]
@@ -128,9 +128,7 @@ def define(trt: Any, builder: Any, network: Network, weights: Path, log: Any) ->
     return definition, parser
 
 
-def configure(
-    trt: Any, builder: Any, definition: Any, network: Network, target: Target, profiles: Sequence[Profile]
-) -> Any:
+def configure(trt: Any, builder: Any, target: Target, profiles: Sequence[Shapes]) -> Any:
     """TensorRT's configuration of a build: which GPUs, which ranges of shapes, and caches updated in place."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -139,23 +137,12 @@ def configure(
         for index, capability in enumerate(target.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-    for profile in profiles:
-        config.add_optimization_profile(_profile(builder, definition, network, profile))
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for name, (smallest, usual, largest) in shapes.items():
+            profile.set_shape(name, smallest, usual, largest)
+        config.add_optimization_profile(profile)
     return config
-
-
-def _profile(builder: Any, definition: Any, network: Network, profile: Profile) -> Any:
-    """Smallest, usual and largest shape of each input; weights have one."""
-    found = builder.create_optimization_profile()
-    batches = (1, profile.usual_batch, profile.max_batch)
-    lengths = (1, profile.usual_length, profile.max_length)
-    positions = (1, 1, profile.max_logits)
-    found.set_shape("input_ids", *zip(batches, lengths, strict=True))
-    found.set_shape("past_lengths", *((batch,) for batch in batches))
-    found.set_shape("logit_positions", *zip(batches, positions, strict=True))
-    for cache in network.caches:
-        found.set_shape(f"past.{cache.name}", *((batch, *cache.shape) for batch in batches))
-    return found
 
 
 def _writer(trt: Any, path: Path) -> Any:

@@ -1,8 +1,8 @@
 """A model folder built for one target, as a bundle folder.
 
 For `cpu` that is the lowered graph, the list of weight regions it is given, and the tokenizer: the runtime needs no
-onnx to load it. For `tensorrt-rtx` and `tensorrt` it is the engine with its plugins' kernels. Weights that are not in
-an engine stay where the model has them.
+onnx to load it. For `tensorrt-rtx` and `tensorrt` it is the engines with the plugins' kernels. Weights that are not
+in an engine stay where the model has them.
 """
 
 import dataclasses
@@ -86,9 +86,7 @@ def _build(
             (folder / vision.graph).write_bytes(tower.graph)
             vision = dataclasses.replace(vision, weights=tower.weights, session=tower.session)
         return dataclasses.replace(spec, target="cpu", weights=lowered.weights, session=lowered.session, vision=vision)
-    engine, weights = build_tensorrt(source, spec, target, options, folder, progress)
-    built_for = dataclasses.replace(target, capabilities=engine.capabilities)
-    return dataclasses.replace(spec, target=str(built_for), graph="", weights=weights, engine=engine)
+    return build_tensorrt(source, spec, target, options, folder, progress)
 
 
 def _place(file: WeightFile, source: Path, folder: Path) -> WeightFile:

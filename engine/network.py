@@ -1,12 +1,13 @@
-"""The canonical decoder graph as the ONNX that TensorRT's parser takes: custom ops as plugins or native layers.
+"""A canonical graph as the ONNX that TensorRT's parser takes: custom ops as plugins or native layers.
 
-Enters: a model folder. Leaves: a `Network` whose weights still lie in the model's safetensors, either as external data
-that the parser reads, or as network inputs that a session binds at load. Caches have static capacities.
+Enters: a model folder's decoder or vision tower. Leaves: a `Network` whose weights still lie in the model's
+safetensors, either as external data that the parser reads, or as network inputs that a session binds at load. Caches
+have static capacities.
 
 Invariant: each custom op's node records which path it took: `plugin`, `native` layers, or the op's `function`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,13 +15,14 @@ from typing import Literal
 import onnx_ir as ir
 
 from ..errors import BuildError
+from ..geometry import ModelSpec
 from ..plugins.gqa import native as gqa_native
 from ..plugins.gqa import op as gqa
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import write_body as write_moe_body
-from ..plugins.nodes import Nodes
+from ..plugins.nodes import Nodes, number
 from ..plugins.tensorrt import NAMESPACE, VERSION
-from ..spec import CacheInput, FolderSpec, Weight
+from ..spec import CacheInput, FolderSpec, VisionPart, Weight
 from .graph import open_graph
 from .supply import STORED
 
@@ -71,7 +73,16 @@ def lower_for_tensorrt(folder: Path, spec: FolderSpec, choices: Choices) -> Netw
     Raises:
         BuildError: The graph is damaged, or a choice does not fit it.
     """
-    model = open_graph(folder / spec.graph)
+    return _lower(folder / spec.graph, spec.model, choices)
+
+
+def lower_tower_for_tensorrt(folder: Path, spec: FolderSpec, vision: VisionPart, placement: Placement) -> Network:
+    """Lowers a model folder's vision tower; raises what `lower_for_tensorrt` does."""
+    return _lower(folder / vision.graph, spec.model, Choices(gqa=None, placement=placement, max_seq=0))
+
+
+def _lower(path: Path, spec: ModelSpec, choices: Choices) -> Network:
+    model = open_graph(path)
     lowering = _Lowering(model.graph, spec, choices)
     graph = lowering.lower()
     lowered = ir.Model(graph, ir_version=model.ir_version, producer_name="arriero")
@@ -89,7 +100,7 @@ class _Lowering:
     """The new graph under construction; values keep their names and types."""
 
     source: ir.Graph
-    spec: FolderSpec
+    spec: ModelSpec
     choices: Choices
     mapped: dict[ir.Value, ir.Value] = field(default_factory=dict)
     inputs: list[ir.Value] = field(default_factory=list)
@@ -153,6 +164,8 @@ class _Lowering:
         outputs = [self._value(value) for value in node.outputs]
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         match node.domain, node.op_type:
+            case "", "Attention":
+                self._lower_patches(nodes, node, outputs)
             case "", _:
                 nodes.node(node.op_type, inputs, outputs=outputs, attributes=attributes)
             case gqa.DOMAIN, gqa.NAME:
@@ -163,6 +176,22 @@ class _Lowering:
                 raise BuildError(
                     f"{node.name}: {domain}.{op_type} has no lowering for TensorRT: export the model again"
                 )
+
+    def _lower_patches(self, nodes: Nodes, node: ir.Node, outputs: list[ir.Value]) -> None:
+        """Attention between patches. The query is scaled in float32, before its one rounding.
+
+        TensorRT's parser would scale query and key in their own type. Where there is no fused kernel, for float32 and
+        for some head dims, the attention may be several layers.
+        """
+        query, *others = _given(node.inputs)
+        rounding, heads = query.producer(), node.attributes["q_num_heads"].as_int()
+        channels = None if query.shape is None else query.shape[-1]
+        if rounding is None or rounding.op_type != "Cast" or not isinstance(channels, int):
+            raise BuildError(f"{node.name}: its query is not one that export rotates: export the model again")
+        wide, factor = self._value(_present(rounding.inputs, 0)), number((channels // heads) ** -0.5)
+        inputs = [nodes.Cast(nodes.Mul(wide, factor), to=_dtype(query)), *map(self._value, others)]
+        settings = {"q_num_heads": heads, "kv_num_heads": heads, "scale": 1.0, "TRT_decomposable": 1}
+        nodes.node("Attention", inputs, outputs=outputs, attributes=settings)
 
     def _lower_attention(
         self,
@@ -227,7 +256,7 @@ class _Lowering:
         return self.mapped[value]
 
     def _cache_shape(self, value: ir.Value, layer: int) -> ir.Shape:
-        model = self.spec.model
+        model = self.spec
         slots = min(model.layers[layer].chunk or self.choices.max_seq, self.choices.max_seq)
         shape = (model.kv_heads, slots, model.head_dim)
         if f"{value.name}".startswith("past."):
@@ -247,13 +276,13 @@ def _plugin_attributes(attributes: gqa.Attributes | moe.Attributes, **more: int)
     return {**named, **more, "plugin_namespace": NAMESPACE, "plugin_version": VERSION}
 
 
-def _present(inputs: list[ir.Value | None], index: int) -> ir.Value:
+def _present(inputs: Sequence[ir.Value | None], index: int) -> ir.Value:
     value = inputs[index]
     assert value is not None
     return value
 
 
-def _given(inputs: list[ir.Value | None]) -> list[ir.Value]:
+def _given(inputs: Sequence[ir.Value | None]) -> list[ir.Value]:
     return [value for value in inputs if value is not None]
 
 

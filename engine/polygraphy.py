@@ -1,6 +1,6 @@
 """What NVIDIA's Polygraphy asks of a script: a model's inputs, its TensorRT network, and how to build that.
 
-Enters: a model folder. Leaves: the functions that Polygraphy calls by name from a script such as
+Enters: a model folder, whose decoder it is. Leaves: the functions that Polygraphy calls by name from a script such as
 
     from arriero.engine.polygraphy import Scripts
 
@@ -35,7 +35,7 @@ RTX = "POLYGRAPHY_USE_TENSORRT_RTX"
 """The environment variable that makes Polygraphy import TensorRT-RTX, not TensorRT."""
 
 DRAWN = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8)
-"""Types of caches that both numpy and ONNX Runtime hold."""
+"""Types of caches and image features that both numpy and ONNX Runtime hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,10 @@ class Scripts:
     def load_data(self) -> Iterator[dict[str, NDArray[Any]]]:
         """Inputs of the model's own graph: a piece of each row over empty caches, then a token over filled ones.
 
+        Where the model takes images, every other token of the piece is of one.
+
         Raises:
-            BuildError: The caches have a type that ONNX Runtime's CPU does not take from numpy.
+            BuildError: The caches or the image features have a type that ONNX Runtime's CPU does not take from numpy.
         """
         folder = Path(self.model)
         spec = read_spec(folder)
@@ -68,7 +70,7 @@ class Scripts:
         length = min(LENGTH, chunk_slots // 2)
         for sequence, past in ((length, 0), (1, length)):
             sizes = {"batch": BATCH, "slots": SLOTS, "chunk_slots": chunk_slots}
-            sizes |= {"sequence": sequence, "logit_positions": sequence}
+            sizes |= {"sequence": sequence, "logit_positions": sequence, "features": max(BATCH * (sequence // 2), 1)}
             inputs: dict[str, NDArray[Any]] = {
                 "input_ids": rng.integers(0, spec.model.vocab_size, (BATCH, sequence)),
                 "past_lengths": np.full(BATCH, past, dtype=np.int32),
@@ -77,7 +79,9 @@ class Scripts:
             for value in graph.inputs[len(inputs) :]:
                 assert value.shape is not None
                 shape = [size if isinstance(size, int) else sizes[f"{size.value}"] for size in value.shape]
-                inputs[f"{value.name}"] = _draw_cache(value, shape, past, rng)
+                inputs[f"{value.name}"] = _draw(value, shape, past, rng)
+            if spec.vision is not None:
+                inputs["input_ids"][:, 1::2] = spec.vision.spec.image_token
             yield inputs
 
     def load_network(self) -> tuple[Any, Any, Any]:
@@ -100,7 +104,7 @@ class Scripts:
     def load_config(self, builder: Any, network: Any) -> Any:
         """TensorRT's configuration: GPUs, profiles, caches updated in place."""
         prepared = self._prepare()
-        return configure(prepared.trt, builder, network, prepared.network, prepared.target, prepared.profiles)
+        return configure(prepared.trt, builder, prepared.target, prepared.shapes)
 
     def _prepare(self) -> Prepared:
         target = parse_target(self.target)
@@ -115,13 +119,16 @@ class Scripts:
         return prepare(folder, spec, target, self.options)
 
 
-def _draw_cache(value: ir.Value, shape: list[int], past: int, rng: np.random.Generator) -> NDArray[Any]:
-    """A cache [B, K, C, D]: zeros, but random where tokens have been."""
+def _draw(value: ir.Value, shape: list[int], past: int, rng: np.random.Generator) -> NDArray[Any]:
+    """Image features [M, H], or a cache [B, K, C, D]: zeros, but random where tokens have been."""
     if value.dtype not in DRAWN:
         raise BuildError(
             f"{value.name} is {value.dtype}, which ONNX Runtime's CPU does not take: export with --dtype float32"
         )
-    cache = np.zeros(shape, dtype=value.dtype.numpy())
+    dtype = value.dtype.numpy()
+    if len(shape) == 2:
+        return rng.standard_normal(shape).astype(dtype)
+    cache = np.zeros(shape, dtype=dtype)
     filled = rng.standard_normal((*shape[:2], past, shape[3]))
     cache[:, :, :past] = filled * 40 if value.dtype == ir.DataType.INT8 else filled
     return cache

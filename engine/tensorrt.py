@@ -1,7 +1,8 @@
-"""A model built into a TensorRT bundle: the engine, the plugins' kernels, and what a session must know of them.
+"""A model built into a TensorRT bundle: its engines, the plugins' kernels, and what a session must know of them.
 
-Enters: a model folder and a temporary folder to fill. Leaves there: `decoder.engine`, `kernels/*.cubin`, `layers.json`.
-Invariant: the engine, its kernels and its description come from one build.
+Enters: a model folder and a temporary folder to fill. Leaves there: `decoder.engine`, `kernels/*.cubin`, `layers.json`,
+and of a multimodal model `vision.engine` and `vision_layers.json`. Invariant: engines, kernels and their description
+come from one build.
 """
 
 import contextlib
@@ -10,29 +11,30 @@ import hashlib
 import importlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import BuildError, SessionError
-from ..folder import KERNELS, LAYERS, find_files
+from ..folder import KERNELS, LAYERS, VISION_LAYERS, find_files
 from ..plugins.gqa.tensorrt import PLUGIN as GQA
 from ..plugins.moe.tensorrt import PLUGIN as MOE
 from ..plugins.tensorrt import register
-from ..spec import Binary, EngineSpec, FolderSpec, Profile, Weight
-from .builder import Progress, build_engine
+from ..spec import Binary, EngineSpec, FolderSpec, Profile, TowerEngine, VisionPart
+from .builder import Built, Progress, build_engine
 from .layers import read_layers
 from .library import open_library
-from .network import Choices, Network, Placement, lower_for_tensorrt
+from .network import Choices, Network, Placement, lower_for_tensorrt, lower_tower_for_tensorrt
+from .profiles import Shapes, decoder_profiles, decoder_shapes, tower_shapes
 from .target import Target, check_dtypes
 
-ENGINE = "decoder.engine"
+ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
 DEFAULT_MAX_SEQ = 16384
 DEFAULT_MAX_BATCH = 8
 DEFAULT_MAX_PREFILL = 2048
-LOGITS = 128
-"""Positions of one prefill piece that get logits at most: a vocabulary of 202,048 takes 0.8 MB each in float32."""
+DEFAULT_MAX_TILES = 17
+"""An image's tiles at most: sixteen, and the whole image once more."""
 
 OPS = (GQA, MOE)
 
@@ -45,10 +47,12 @@ class Options:
         max_batch: Rows at once at most (8).
         max_seq: Positions that a sequence may hold (the model's context, at most 16,384).
         max_prefill: Tokens of a row's piece at most (2,048); never more than a chunk.
+        max_tiles: Tiles of images that the vision tower takes at once at most (17); more go in several runs.
         gqa: `plugin` or `native` (the plugin, where its kernels take the model's type).
-        weights: `inside`, `experts` or `outside` of the engine (experts).
+        weights: `inside`, `experts` or `outside` of the engine (experts); the vision tower's are inside but for
+            `outside`.
         workspace: Bytes of scratch memory that layers may use (no limit).
-        weight_streaming: Whether weights may stay in the host's memory (no).
+        weight_streaming: Whether the decoder's weights may stay in the host's memory (no).
         timing_cache: File of the timing cache, for `tensorrt` only.
         weights_from: Folder of the model's weight files, where they have moved.
     """
@@ -56,6 +60,7 @@ class Options:
     max_batch: int | None = None
     max_seq: int | None = None
     max_prefill: int | None = None
+    max_tiles: int | None = None
     gqa: Literal["plugin", "native"] | None = None
     weights: Placement | None = None
     workspace: int | None = None
@@ -64,7 +69,7 @@ class Options:
     weights_from: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_seq", "max_prefill", "workspace"):
+        for name in ("max_batch", "max_seq", "max_prefill", "max_tiles", "workspace"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BuildError(f"{name} is {value}, expected a whole number from 1 up")
@@ -81,22 +86,33 @@ class Prepared:
     Attributes:
         trt: The module `tensorrt_rtx` or `tensorrt`, fit for plugins.
         target: What to build for, with its GPUs.
-        network: The lowered graph.
-        placement: Where its weights are.
-        profiles: Ranges of shapes.
+        spec: The model's.
+        network: The lowered decoder.
+        tower: The lowered vision tower; None where there is none.
+        placement: Where the weights are.
+        profiles: The decoder's, in the order that a session numbers them.
         max_seq: Positions that a sequence may hold.
+        max_tiles: Tiles that the vision tower takes at once.
         creators: The plugins' creators, registered.
         files: The weight files, by the names that the graph knows.
     """
 
     trt: Any
     target: Target
+    spec: FolderSpec
     network: Network
+    tower: Network | None
     placement: Placement
     profiles: tuple[Profile, ...]
     max_seq: int
+    max_tiles: int
     creators: dict[str, Any]
     files: dict[str, Path]
+
+    @property
+    def shapes(self) -> list[Shapes]:
+        """The decoder's inputs in each of its profiles."""
+        return [decoder_shapes(self.spec, profile, self.network.caches) for profile in self.profiles]
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[Path]:
@@ -119,7 +135,10 @@ def prepare(source: Path, spec: FolderSpec, target: Target, options: Options) ->
     max_seq = _max_seq(spec, options)
     placement: Placement = options.weights or "experts"
     network = lower_for_tensorrt(source, spec, Choices(gqa=options.gqa, placement=placement, max_seq=max_seq))
-    check_dtypes(target, network.dtypes)
+    tower = None
+    if spec.vision is not None:
+        tower = lower_tower_for_tensorrt(source, spec, spec.vision, placement)
+    check_dtypes(target, network.dtypes | (tower.dtypes if tower else frozenset()))
     creators = register(trt, OPS)
     for creator in creators.values():
         creator.capabilities, creator.needed = target.capabilities, {}
@@ -127,10 +146,15 @@ def prepare(source: Path, spec: FolderSpec, target: Target, options: Options) ->
     return Prepared(
         trt=trt,
         target=target,
+        spec=spec,
         network=network,
+        tower=tower,
         placement=placement,
-        profiles=_profiles(network, options),
+        profiles=decoder_profiles(
+            network.caches, options.max_batch or DEFAULT_MAX_BATCH, options.max_prefill or DEFAULT_MAX_PREFILL
+        ),
         max_seq=max_seq,
+        max_tiles=options.max_tiles or DEFAULT_MAX_TILES,
         creators=creators,
         files=find_files(source, spec.weight_files, options.weights_from, option="--weights-from"),
     )
@@ -138,11 +162,11 @@ def prepare(source: Path, spec: FolderSpec, target: Target, options: Options) ->
 
 def build_tensorrt(
     source: Path, spec: FolderSpec, target: Target, options: Options, folder: Path, progress: Progress
-) -> tuple[EngineSpec, tuple[Weight, ...]]:
-    """Builds an engine with all that belongs to it into `folder`.
+) -> FolderSpec:
+    """Builds a model's engines with all that belongs to them into `folder`.
 
     Returns:
-        The engine's description, and the weights that a session binds to it.
+        The model's spec with the engines' descriptions, and the weights that a session binds to them.
 
     Raises:
         BuildError: The target cannot run the model, or TensorRT refuses it.
@@ -150,22 +174,7 @@ def build_tensorrt(
     """
     prepared = prepare(source, spec, target, options)
     network, target = prepared.network, prepared.target
-    with prepared.weights() as weights:
-        built = build_engine(
-            prepared.trt,
-            network,
-            weights,
-            target,
-            prepared.profiles,
-            folder / ENGINE,
-            creators=prepared.creators.values(),
-            workspace=options.workspace,
-            weight_streaming=options.weight_streaming,
-            timing_cache=_timing_cache(target, options),
-            progress=progress,
-        )
-    layers = read_layers(built.layers)
-    (folder / LAYERS).write_text(json.dumps([dataclasses.asdict(layer) for layer in layers]) + "\n", "utf-8")
+    built = _build(prepared, network, prepared.shapes, options, folder / ENGINE, folder / LAYERS, progress)
     engine = EngineSpec(
         file=ENGINE,
         flavour=target.flavour,  # type: ignore[arg-type]
@@ -186,7 +195,59 @@ def build_tensorrt(
         weights=built.weights,
         kernels=tuple(_compile(prepared.creators, folder / KERNELS, progress)),
     )
-    return engine, network.weights
+    vision = None if spec.vision is None else _build_tower(prepared, spec.vision, options, folder, progress)
+    return dataclasses.replace(
+        spec, target=str(target), graph="", weights=network.weights, engine=engine, vision=vision
+    )
+
+
+def _build_tower(
+    prepared: Prepared, vision: VisionPart, options: Options, folder: Path, progress: Progress
+) -> VisionPart:
+    """Builds the vision tower's engine."""
+    network = prepared.tower
+    assert network is not None
+    whole = dataclasses.replace(options, weight_streaming=False)  # it is small beside the decoder
+    shapes = tower_shapes(vision.spec, prepared.max_tiles)
+    file = folder / VISION_ENGINE
+    built = _build(prepared, network, [shapes], whole, file, folder / VISION_LAYERS, progress)
+    engine = TowerEngine(
+        file=VISION_ENGINE,
+        sha256=_sha256(file),
+        max_tiles=prepared.max_tiles,
+        activations=max(built.activations, default=0),
+        weights=built.weights,
+    )
+    return dataclasses.replace(vision, graph="", weights=network.weights, engine=engine)
+
+
+def _build(
+    prepared: Prepared,
+    network: Network,
+    profiles: Sequence[Shapes],
+    options: Options,
+    out: Path,
+    layers: Path,
+    progress: Progress,
+) -> Built:
+    """Builds an engine, and lists its fused layers in a file beside it."""
+    with prepared.weights() as weights:
+        built = build_engine(
+            prepared.trt,
+            network,
+            weights,
+            prepared.target,
+            profiles,
+            out,
+            creators=prepared.creators.values(),
+            workspace=options.workspace,
+            weight_streaming=options.weight_streaming,
+            timing_cache=_timing_cache(prepared.target, options),
+            progress=progress,
+        )
+    described = [dataclasses.asdict(layer) for layer in read_layers(built.layers)]
+    layers.write_text(json.dumps(described) + "\n", "utf-8")
+    return built
 
 
 def _resolved(trt: Any, target: Target) -> Target:
@@ -211,22 +272,6 @@ def _max_seq(spec: FolderSpec, options: Options) -> int:
     if options.max_seq is not None and options.max_seq > longest:
         raise BuildError(f"max_seq is {options.max_seq}, the model's context holds {longest}: give at most that")
     return options.max_seq or min(longest, DEFAULT_MAX_SEQ)
-
-
-def _profiles(network: Network, options: Options) -> tuple[Profile, ...]:
-    """One profile for single tokens of many rows, one for pieces; no piece is longer than the smallest cache."""
-    batch = options.max_batch or DEFAULT_MAX_BATCH
-    longest = min(options.max_prefill or DEFAULT_MAX_PREFILL, *(cache.shape[1] for cache in network.caches))
-    decode = Profile(name="decode", max_batch=batch, usual_batch=1, max_length=1, usual_length=1, max_logits=1)
-    prefill = Profile(
-        name="prefill",
-        max_batch=batch,
-        usual_batch=1,
-        max_length=longest,
-        usual_length=max(longest // 2, 1),
-        max_logits=min(LOGITS, longest),
-    )
-    return decode, prefill
 
 
 def _timing_cache(target: Target, options: Options) -> Path | None:

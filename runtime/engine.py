@@ -4,10 +4,7 @@ The same steps as `decoder`, which runs the graph on ONNX Runtime. Invariant: an
 past and present are one address.
 """
 
-import hashlib
-import importlib
 import itertools
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,24 +12,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import FolderError, SessionError
+from ..errors import SessionError
 from ..folder import KERNELS
 from ..plugins.gqa.tensorrt import PLUGIN as GQA
 from ..plugins.launch import Kernels
 from ..plugins.moe.tensorrt import PLUGIN as MOE
-from ..plugins.tensorrt import MODULES, REMEDIES, register
-from ..spec import EngineSpec, FolderSpec, Weight
+from ..plugins.tensorrt import register
+from ..spec import EngineSpec, FolderSpec
 from .device import Device, Graph, Memory
-
-PIECE = 64 << 20
-"""Bytes of a weight that are sent to the GPU at a time."""
+from .execution import Execution, accept, deserialise, open_version, read_built, upload_weights
+from .weights import narrow
 
 
 class EngineDecoder:
     """An engine with its weights, ready to run.
 
-    One context serves each profile. They never run at once, so they share the memory of their activations, and the
-    buffers of the step's inputs and logits, which grow to what steps need.
+    One context serves each profile. They never run at once, so they share the buffers of the step's inputs and logits,
+    which grow to what steps need.
 
     Args:
         trt: The module `tensorrt_rtx` or `tensorrt`.
@@ -46,12 +42,11 @@ class EngineDecoder:
         self, trt: Any, device: Device, engine: Any, weights: Mapping[str, Memory], folder: FolderSpec
     ) -> None:
         assert folder.engine is not None
-        self.trt, self.device, self.engine, self.weights = trt, device, engine, weights
-        self.about, self.spec = folder.engine, folder.model
-        profiles = range(len(self.about.profiles))
-        size = max(engine.get_device_memory_size_for_profile_v2(index) for index in profiles)
-        self.activations = Memory(device, size)
-        self.contexts = [self._context(index) for index in profiles]
+        self.device, self.about, self.spec = device, folder.engine, folder.model
+        self.execution = Execution(trt=trt, flavour=self.about.flavour, device=device, engine=engine, weights=weights)
+        self.contexts = self.execution.contexts(len(self.about.profiles), repeats=[0])  # single tokens
+        no_features = np.zeros((1, self.spec.hidden_size), np.float32)
+        self.no_features = None if folder.vision is None else no_features
         self.buffers: dict[str, Memory] = {}
         self.bindings = itertools.count()
         self.bound: dict[int, object] = {}
@@ -81,26 +76,6 @@ class EngineDecoder:
             if name not in self.buffers or self.buffers[name].size < size:
                 self.bound.clear()
                 self.buffers[name] = Memory(self.device, size)
-
-    def _context(self, profile: int) -> Any:
-        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self.about.flavour == "tensorrt-rtx":
-            config = self.engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            if profile == 0:  # single tokens: shapes repeat, so the library captures them itself
-                config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            context = self.engine.create_execution_context(config)
-        else:
-            context = self.engine.create_execution_context(strategy)
-        if context is None:
-            raise SessionError(
-                "the engine does not fit this GPU's memory: build with a smaller --max-batch or --max-seq"
-            )
-        context.set_device_memory(self.activations.address, self.activations.size)
-        accept(context.set_optimization_profile_async(profile, self.device.stream), f"profile {profile}")
-        for name, memory in self.weights.items():
-            accept(context.set_tensor_address(name, memory.address), name)
-        return context
 
 
 class EngineCaches:
@@ -145,17 +120,22 @@ class EngineBinding:
         device.enter()
         logits = np.empty((*positions_BR.shape, decoder.spec.vocab_size), dtype=np.float32)
         inputs: dict[str, NDArray[Any]] = {"input_ids": ids_BS, "past_lengths": past_B, "logit_positions": positions_BR}
+        if decoder.no_features is not None:
+            given_MH = decoder.no_features if features_MH is None else features_MH
+            inputs["image_features"] = narrow(given_MH, decoder.spec.dtype)
         decoder.reserve({name: array.nbytes for name, array in (*inputs.items(), ("logits", logits))})
         for name, array in inputs.items():
             device.upload(decoder.buffers[name].address, array)
-        single = ids_BS.shape[1] == 1 and positions_BR.shape[1] == 1
-        self._run({name: array.shape for name, array in inputs.items()}, 0 if single else len(decoder.contexts) - 1)
+        single = ids_BS.shape[1] == 1 and positions_BR.shape[1] == 1 and features_MH is None
+        self._run(
+            {name: array.shape for name, array in inputs.items()}, 0 if single else len(decoder.contexts.made) - 1
+        )
         device.download(decoder.buffers["logits"].address, logits)
         return logits
 
     def _run(self, shapes: dict[str, tuple[int, ...]], profile: int) -> None:
         """Runs a profile's context; single tokens as a graph, once they have run without one."""
-        context, was_bound = self.decoder.contexts[profile], self._bind(shapes, profile)
+        context, was_bound = self.decoder.contexts.made[profile], self._bind(shapes, profile)
         if profile == 0 and was_bound and self.captures:
             if self.graph is None:
                 try:
@@ -169,7 +149,7 @@ class EngineBinding:
 
     def _bind(self, shapes: dict[str, tuple[int, ...]], profile: int) -> bool:
         """Gives the context this binding's shapes and addresses. Returns whether it had them already."""
-        decoder, context = self.decoder, self.decoder.contexts[profile]
+        decoder, context = self.decoder, self.decoder.contexts.made[profile]
         if decoder.bound.get(profile) == (self.number, shapes):
             return True
         decoder.bound.pop(profile, None)
@@ -189,12 +169,6 @@ class EngineBinding:
 
     def _enqueue(self, context: Any) -> None:
         accept(context.execute_async_v3(self.decoder.device.stream), "the step")
-
-
-def accept(answer: bool, what: str) -> None:
-    """Raises a `SessionError` where TensorRT refuses."""
-    if not answer:
-        raise SessionError(f"the engine refuses {what}: see TensorRT's message above")
 
 
 def load_engine(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> EngineDecoder:
@@ -223,14 +197,10 @@ def load_engine(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> En
         kernels = Kernels(device.driver, folder / KERNELS, binaries)
         for creator in register(trt, (GQA, MOE)).values():
             creator.kernels, creator.capabilities = kernels, (capability,)
-    log = trt.Logger(trt.Logger.ERROR)
-    engine = trt.Runtime(log).deserialize_cuda_engine(data)
-    if engine is None:
-        raise SessionError(f"{about.flavour} does not take {folder / about.file}: build it again on this machine")
+    engine = deserialise(trt, data, folder / about.file)
     if about.weight_streaming:
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-    weights = {weight.name: _upload(device, weight, files[weight.file]) for weight in spec.weights}
-    return EngineDecoder(trt, device, engine, weights, spec)
+    return EngineDecoder(trt, device, engine, upload_weights(device, spec.weights, files), spec)
 
 
 def read_engine(folder: Path, about: EngineSpec) -> bytes:
@@ -239,49 +209,7 @@ def read_engine(folder: Path, about: EngineSpec) -> bytes:
     Raises:
         FolderError: A file is missing, or another.
     """
-    files = {about.file: about.sha256, **{f"{KERNELS}/{each.file}": each.sha256 for each in about.kernels}}
-    data = b""
-    for name, expected in files.items():
-        path = folder / name
-        try:
-            found = path.read_bytes()
-        except OSError as error:
-            raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error
-        if hashlib.sha256(found).hexdigest() != expected:
-            raise FolderError(f"{path} is not what was built (truncated or changed): build the bundle again")
-        data = data or found
+    data = read_built(folder / about.file, about.sha256)
+    for kernel in about.kernels:
+        read_built(folder / KERNELS / kernel.file, kernel.sha256)
     return data
-
-
-def open_version(about: EngineSpec) -> Any:
-    """Imports the TensorRT that built an engine.
-
-    Raises:
-        SessionError: It is not installed, or of another version.
-    """
-    try:
-        trt = importlib.import_module(MODULES[about.flavour])
-    except (ImportError, OSError) as error:
-        needed = f"this bundle needs {about.flavour} {about.version}, which does not load ({error})"
-        raise SessionError(f"{needed}: {REMEDIES[about.flavour]}") from error
-    if trt.__version__ != about.version:
-        raise SessionError(
-            f"this bundle was built by {about.flavour} {about.version}, here is {trt.__version__}: "
-            f"install that version, or build again"
-        )
-    return trt
-
-
-def _upload(device: Device, weight: Weight, path: Path) -> Memory:
-    """Sends a weight to the GPU, a piece of the mapped file at a time."""
-    size = weight.size
-    memory = Memory(device, size)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        if weight.offset + size > len(mapped):
-            raise FolderError(f"spec.json puts {weight.name!r} outside {path}: build the bundle again")
-        for start in range(0, size, PIECE):
-            piece = np.frombuffer(mapped, np.uint8, min(PIECE, size - start), weight.offset + start)
-            device.upload(memory.address + start, piece)
-            device.synchronise()
-            del piece
-    return memory

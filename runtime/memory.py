@@ -7,12 +7,13 @@ the process, the graph and the activations follow what was measured with onnxrun
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..geometry import ModelSpec
+from ..geometry import ModelSpec, VisionSpec
 from ..spec import BITS, FolderSpec, Weight
 from .decoder import LONGEST_PIECE
+from .vision import TILES
 
 PROCESS = 72_000_000
 """Bytes of Python, numpy, ONNX Runtime and a tokenizer."""
@@ -25,6 +26,10 @@ PER_HIDDEN, PER_WIDTH = 5, 14
 """Float32 values a token of a piece holds for each hidden channel and for each of the widest feed-forward's, measured.
 ONNX Runtime keeps what a first piece took and plans another block for those like it, so the second number is twice the
 seven values that SwiGLU computes."""
+
+PER_CHANNEL, PER_MLP = 10, 4
+"""The same of the vision tower, for each patch of the tiles that it computes at once: values for each of its channels
+and for each of its feed-forward's. The scores of attention come on top, measured with towers up to Scout's width."""
 
 EXPERT = re.compile(r"\[\d+\]$")
 """How the name of one expert's part of a stacked weight ends."""
@@ -42,6 +47,8 @@ class Memory:
         packed: Copies of matrices that integer kernels lay out anew.
         kv_cache: Keys and values.
         activations: What a piece of tokens computes.
+        tower: The vision tower's weights and graph; from the first image on.
+        tiles: What the tower computes of the tiles that it takes at once; from the first image on.
     """
 
     process: int
@@ -51,10 +58,12 @@ class Memory:
     packed: int
     kv_cache: int
     activations: int
+    tower: int = 0
+    tiles: int = 0
 
     @property
     def total(self) -> int:
-        """All of it: the resident set's size once every expert has been used."""
+        """All of it: the resident set's size once every expert has been used, and the vision tower if there is one."""
         return sum(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
@@ -78,26 +87,31 @@ class StepReads:
         return self.shared + self.experts + self.kv_cache
 
 
-def session_memory(spec: FolderSpec, graph_size: int, max_seq: int, batch: int) -> Memory:
+def session_memory(spec: FolderSpec, graph_size: int, tower_size: int, max_seq: int, batch: int) -> Memory:
     """Reckons what a session of a CPU bundle holds.
 
     Args:
         spec: The bundle's.
         graph_size: Bytes of its graph's file.
+        tower_size: Bytes of the file of the vision tower's graph; 0 where there is none.
         max_seq: Positions that a sequence may hold.
         batch: Rows at once.
     """
-    model, packs = spec.model, spec.session.get("session.disable_prepacking") != "1"
+    model = spec.model
+    mapped, converted, packed = _held(spec.weights, spec.session)
+    tower = () if spec.vision is None else _held(spec.vision.weights, spec.vision.session)
     tokens = batch * min(LONGEST_PIECE, model.chunk or max_seq, max_seq)
     width = max(model.expert_size if layer.experts else model.dense_size for layer in model.layers)
     return Memory(
         process=PROCESS,
         graph=graph_size * PER_GRAPH_BYTE,
-        mapped=sum(weight.size for weight in spec.weights if not weight.is_converted),
-        converted=sum(weight.given_size for weight in spec.weights if weight.is_converted),
-        packed=sum(weight.given_size for weight in spec.weights if packs and _is_matrix(weight)),
+        mapped=mapped,
+        converted=converted,
+        packed=packed,
         kv_cache=sum(slots * batch for slots in _slots(model, max_seq)) * slot_size(spec),
         activations=tokens * 4 * (PER_HIDDEN * model.hidden_size + PER_WIDTH * width),
+        tower=sum(tower) + tower_size * PER_GRAPH_BYTE,
+        tiles=0 if spec.vision is None else _tiles(spec.vision.spec),
     )
 
 
@@ -136,6 +150,21 @@ def slot_size(spec: FolderSpec) -> int:
 def _slots(model: ModelSpec, max_seq: int) -> list[int]:
     """Positions that each layer's buffers hold."""
     return [min(layer.chunk or max_seq, max_seq) for layer in model.layers]
+
+
+def _held(weights: Sequence[Weight], session: Mapping[str, str]) -> tuple[int, int, int]:
+    """Bytes of weights used as they lie in their files, of those in memory of their own, and of matrices packed."""
+    packs = session.get("session.disable_prepacking") != "1"
+    mapped = sum(weight.size for weight in weights if not weight.is_converted)
+    converted = sum(weight.given_size for weight in weights if weight.is_converted)
+    return mapped, converted, sum(weight.given_size for weight in weights if packs and _is_matrix(weight))
+
+
+def _tiles(vision: VisionSpec) -> int:
+    """Bytes of what the vision tower computes of the tiles that it takes at once."""
+    patches = vision.grid**2 + 1
+    scores = vision.heads * patches**2
+    return TILES * 4 * (patches * (PER_CHANNEL * vision.hidden_size + PER_MLP * vision.mlp_size) + scores)
 
 
 def _is_matrix(weight: Weight) -> bool:

@@ -2,7 +2,8 @@
 
 A tensor whose stored type and layout the graph takes is a view of the mapped file: its pages are read when they are
 used and belong to the page cache. Others are converted in memory of their own (floats and E4M3 widened to float32, int4
-made unsigned, matrices turned), and the pages they came from are let go.
+made unsigned, matrices turned), and the pages they came from are let go. What an engine takes and gives is converted
+here too: numpy has no bfloat16.
 """
 
 import mmap
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from ..errors import FolderError
 from ..spec import Weight
@@ -93,6 +95,16 @@ def widen(array: np.ndarray, dtype: str) -> np.ndarray:
         else:
             target[start : start + PIECE] = piece
     return wide
+
+
+def narrow(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """A float32 array as float16 or as the bits of bfloat16, rounded to nearest, ties to even; float32 as it is."""
+    if dtype != "bfloat16":
+        return array.astype(NUMPY_DTYPES[dtype], copy=False)
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)
+    quiet = bits | np.uint32(0x400000)  # a NaN stays one: the sum could carry it over into a number
+    return (np.where(np.isnan(array), quiet, rounded) >> 16).astype(np.uint16)
 
 
 def fp8_values() -> np.ndarray:

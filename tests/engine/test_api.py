@@ -18,7 +18,15 @@ import pytest
 import arriero
 
 ROOT = Path(arriero.__file__).parent
-SOURCES = ("engine/builder.py", "engine/library.py", "engine/tensorrt.py", "plugins/tensorrt.py", "runtime/engine.py")
+SOURCES = (
+    "engine/builder.py",
+    "engine/library.py",
+    "engine/tensorrt.py",
+    "plugins/tensorrt.py",
+    "runtime/engine.py",
+    "runtime/execution.py",
+    "runtime/vision_engine.py",
+)
 CLASSES = {
     "builder": "Builder",
     "config": "IBuilderConfig",
@@ -85,7 +93,7 @@ def used_names() -> set[str]:
             path = ".".join(reversed(chain))
             if value.id == "trt":
                 names.add(path.removesuffix(".__init__"))
-            elif value.id in CLASSES and len(chain) == 1 and source != "runtime/engine.py":
+            elif value.id in CLASSES and len(chain) == 1 and not source.startswith("runtime/"):
                 names.add(f"{CLASSES[value.id]}.{path}")
             elif value.id == "context" and len(chain) == 1:
                 names.add(f"IExecutionContext.{path}")

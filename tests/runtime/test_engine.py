@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import FakeDriver, FakeEngine
+from fake_gpu import TRT, FakeDecoder, FakeDriver
 
 import arriero
 from arriero.engine import Options, build_bundle
@@ -19,15 +19,12 @@ from arriero.folder import read_spec
 from arriero.plugins.launch import Driver
 from arriero.runtime import engine as runtime_engine
 from arriero.runtime.device import Device
-from arriero.runtime.engine import EngineDecoder, load_engine, open_version, read_engine
+from arriero.runtime.engine import EngineDecoder, load_engine, read_engine
+from arriero.runtime.execution import open_version
 from arriero.runtime.session import Session
 from arriero.runtime.state import Limits
 
 TARGET = "tensorrt-rtx:sm89"
-TRT = SimpleNamespace(
-    CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
-    ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +39,15 @@ def wide_bundle(wide_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def on_fake_gpu(wide_model: Path, wide_bundle: Path) -> tuple[Session, FakeEngine]:
+def on_fake_gpu(wide_model: Path, wide_bundle: Path) -> tuple[Session, FakeDecoder]:
     spec, plain = read_spec(wide_bundle), arriero.load(wide_model, max_seq=500)
     driver = FakeDriver()
-    engine = FakeEngine(wide_model, driver)
+    engine = FakeDecoder(wide_model, driver)
     decoder = EngineDecoder(TRT, Device(driver), engine, {}, spec)  # type: ignore[arg-type]
     return Session(decoder, plain.text, plain.defaults, Limits(500, 3)), engine
 
 
-def test_an_engines_session_gives_the_cpus_tokens(wide_model: Path, on_fake_gpu: tuple[Session, FakeEngine]) -> None:
+def test_an_engines_session_gives_the_cpus_tokens(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
     session, engine = on_fake_gpu
     prompt = "The list type has a method that returns the number of items. " * 4  # longer than a piece and a chunk
     settings: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0, "eos_token_id": []}
@@ -63,7 +60,7 @@ def test_an_engines_session_gives_the_cpus_tokens(wide_model: Path, on_fake_gpu:
     assert prefill.config.cuda_graph_strategy is None
 
 
-def test_ragged_rows_get_the_cpus_logits(wide_model: Path, on_fake_gpu: tuple[Session, FakeEngine]) -> None:
+def test_ragged_rows_get_the_cpus_logits(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
     session, _ = on_fake_gpu
     ids = np.random.default_rng(0).integers(10, 2000, (3, 180))
     found = session.logits(ids, [180, 7, 131])
@@ -71,7 +68,9 @@ def test_ragged_rows_get_the_cpus_logits(wide_model: Path, on_fake_gpu: tuple[Se
     assert np.abs(found - expected).max() < 1e-4
 
 
-def test_rows_are_extended_and_rewound_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple[Session, FakeEngine]) -> None:
+def test_rows_are_extended_and_rewound_as_on_the_cpu(
+    wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]
+) -> None:
     sessions = (on_fake_gpu[0], arriero.load(wide_model, max_seq=500))
     found = []
     for session in sessions:
@@ -85,7 +84,7 @@ def test_rows_are_extended_and_rewound_as_on_the_cpu(wide_model: Path, on_fake_g
         assert np.abs(engines - cpus).max() < 1e-4
 
 
-def test_what_a_session_allocates_goes_with_it(on_fake_gpu: tuple[Session, FakeEngine]) -> None:
+def test_what_a_session_allocates_goes_with_it(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
     session, engine = on_fake_gpu
     session.generate([10, 11], max_new_tokens=2, eos_token_id=[])  # the step's own buffers stay
     before = set(engine.driver.memory)
@@ -102,7 +101,7 @@ def test_a_graph_is_captured_once_and_replayed(wide_bundle: Path, wide_model: Pa
     assert spec.engine is not None
     full = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, flavour="tensorrt"))
     driver = FakeDriver()
-    engine = FakeEngine(wide_model, driver)
+    engine = FakeDecoder(wide_model, driver)
     captures, launches = [], []
 
     class CapturingDevice(Device):
@@ -134,13 +133,13 @@ def test_where_capture_fails_steps_run_without_a_graph(wide_bundle: Path, wide_m
         def capture(self, work: Callable[[], None]) -> Any:
             raise SessionError("cuStreamBeginCapture_v2 failed")
 
-    decoder = EngineDecoder(TRT, FailingDevice(driver), FakeEngine(wide_model, driver), {}, full)  # type: ignore[arg-type]
+    decoder = EngineDecoder(TRT, FailingDevice(driver), FakeDecoder(wide_model, driver), {}, full)  # type: ignore[arg-type]
     session = Session(decoder, plain.text, plain.defaults, Limits(500, 3))
     settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0, "eos_token_id": []}
     assert session.generate("The list type", **settings) == plain.generate("The list type", **settings)
 
 
-def test_a_refusal_of_tensorrt_is_an_error(on_fake_gpu: tuple[Session, FakeEngine], monkeypatch: Any) -> None:
+def test_a_refusal_of_tensorrt_is_an_error(on_fake_gpu: tuple[Session, FakeDecoder], monkeypatch: Any) -> None:
     session, engine = on_fake_gpu
     monkeypatch.setattr(engine.contexts[1], "set_input_shape", lambda name, shape: name != "past.3.key")
     for _ in range(2):  # the second time as well: what was half bound is not taken for bound

@@ -1,11 +1,14 @@
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from arriero.engine import build_bundle
+from arriero.export import export_checkpoint
 from arriero.folder import read_spec
 from arriero.runtime.memory import step_reads
 from arriero.spec import FolderSpec
@@ -26,6 +29,16 @@ for _ in range(3):  # ONNX Runtime plans its memory once it has seen a shape
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
+ENCODE = """
+import sys
+import numpy as np
+import arriero
+session = arriero.load(sys.argv[1], threads=2)
+for _ in range(3):
+    session.encode(np.zeros((8, 3, 336, 336), np.float32))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
 
 @pytest.fixture(scope="module")
 def bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,6 +56,20 @@ def test_the_memory_that_inspect_tells_is_what_a_session_takes(bundle: Path, max
     command = [sys.executable, "-c", RUN, str(bundle), str(max_seq), str(batch)]
     taken = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024
     assert found["total"] == pytest.approx(taken, rel=0.1)
+
+
+def test_a_vision_tower_takes_what_inspect_tells(make_multimodal: Callable[..., Any], tmp_path: Path) -> None:
+    tower = {"hidden_size": 704, "num_attention_heads": 8, "intermediate_size": 2816, "num_hidden_layers": 1}
+    tower |= {"image_size": 336, "patch_size": 14}
+    make_multimodal(vision=tower, num_hidden_layers=1).save_pretrained(tmp_path / "checkpoint")
+    bundle = build_bundle(export_checkpoint(tmp_path / "checkpoint", tmp_path / "model"), tmp_path / "bundle")
+    found = summarise(bundle)["memory"]
+    weights = read_spec(bundle).vision
+    assert weights is not None
+    assert found["tower"] > sum(weight.size for weight in weights.weights)
+    command = [sys.executable, "-c", ENCODE, str(bundle)]
+    taken = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024
+    assert found["total"] == pytest.approx(taken, rel=0.15)
 
 
 def test_weights_and_caches_are_counted_exactly(bundle: Path) -> None:

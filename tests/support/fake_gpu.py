@@ -1,19 +1,27 @@
 """A GPU and a TensorRT that are not there: host memory for the driver's, ONNX Runtime for the engine.
 
-What a session does around an engine (addresses, shapes, profiles, copies) runs for real; the engine's work is done by
+What a session does around its engines (addresses, shapes, profiles, copies) runs for real; the engines' work is done by
 the CPU's lowering of the same model, in float32, over the memory that the session bound.
 """
 
 import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from arriero.engine.cpu import lower_for_cpu
+from arriero.engine.cpu import lower_for_cpu, lower_tower_for_cpu
 from arriero.folder import find_files, read_spec
 from arriero.runtime.decoder import Decoder
-from arriero.runtime.weights import map_weights
+from arriero.runtime.vision import VisionTower
+from arriero.runtime.weights import NUMPY_DTYPES, map_weights, narrow, widen
+
+TRT = SimpleNamespace(
+    CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
+    ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
+)
+"""What a session takes of TensorRT's module."""
 
 TYPES = {"input_ids": np.int64, "past_lengths": np.int32, "logit_positions": np.int64}
 
@@ -69,16 +77,15 @@ class FakeDriver:
 
 
 class FakeEngine:
-    """An engine of a float32 model folder, for `arriero.runtime.engine`."""
+    """An engine of a float32 model folder; what it does with its inputs is its subclass's.
 
-    def __init__(self, model: Path, driver: FakeDriver) -> None:
-        spec = read_spec(model)
-        lowered = lower_for_cpu(model, spec)
-        files = find_files(model, spec.weight_files)
-        self.driver = driver
-        self.decoder = Decoder(
-            lowered.graph, map_weights(lowered.weights, files), model, spec.model, lowered.session, 1
-        )
+    Args:
+        driver: The GPU's.
+        dtype: Type that image features have in it.
+    """
+
+    def __init__(self, driver: FakeDriver, dtype: str = "float32") -> None:
+        self.driver, self.dtype = driver, dtype
         self.contexts: list[FakeContext] = []
 
     def create_execution_context(self, config: Any = None) -> "FakeContext":
@@ -93,10 +100,52 @@ class FakeEngine:
         return 1 << (16 + profile)
 
 
-class FakeContext:
-    """Runs the decoder over the addresses and shapes it has been given."""
+class FakeDecoder(FakeEngine):
+    """A decoder's engine, for `arriero.runtime.engine`."""
 
-    def __init__(self, engine: FakeEngine, config: Any) -> None:
+    def __init__(self, model: Path, driver: FakeDriver, dtype: str = "float32") -> None:
+        super().__init__(driver, dtype)
+        spec = read_spec(model)
+        lowered = lower_for_cpu(model, spec)
+        weights = map_weights(lowered.weights, find_files(model, spec.weight_files))
+        self.decoder = Decoder(lowered.graph, weights, model, spec.model, lowered.session, 1)
+
+    def run(self, context: "FakeContext") -> None:
+        ids, past, positions = (context.array(name, kind) for name, kind in TYPES.items())
+        context.runs.append(ids.shape)
+        caches = FakeCaches()
+        for name in context.shapes:
+            if name.startswith("past."):
+                assert context.addresses[name] == context.addresses[f"present.{name[5:]}"]
+                caches.buffers[name[5:]] = context.array(name, np.float32)
+        features = context.array("image_features", NUMPY_DTYPES[self.dtype]) if self.decoder.takes_images else None
+        if features is not None and self.dtype != "float32":
+            features = widen(features, self.dtype)
+        binding = self.decoder.bind(caches, slice(0, len(ids)))  # type: ignore[arg-type]
+        context.write("logits", binding.step(ids, past, positions, features))
+
+
+class FakeTower(FakeEngine):
+    """A vision tower's engine, for `arriero.runtime.vision_engine`."""
+
+    def __init__(self, model: Path, driver: FakeDriver, dtype: str = "float32") -> None:
+        super().__init__(driver, dtype)
+        spec = read_spec(model)
+        assert spec.vision is not None
+        lowered = lower_tower_for_cpu(model, spec.vision)
+        weights = map_weights(lowered.weights, find_files(model, spec.weight_files))
+        self.tower = VisionTower(lowered.graph, weights, model, lowered.session, 1)
+
+    def run(self, context: "FakeContext") -> None:
+        pixels = context.array("pixels", np.float32)
+        context.runs.append(pixels.shape)
+        context.write("image_features", narrow(self.tower.encode(pixels), self.dtype))
+
+
+class FakeContext:
+    """Runs an engine over the addresses and shapes it has been given."""
+
+    def __init__(self, engine: Any, config: Any) -> None:
         self.engine, self.config = engine, config
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -120,24 +169,21 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self.profile is not None
-        ids, past, positions = (self.array(name, kind) for name, kind in TYPES.items())
-        self.runs.append(ids.shape)
-        caches = FakeCaches()
-        for name in self.shapes:
-            if name.startswith("past."):
-                assert self.addresses[name] == self.addresses[f"present.{name[5:]}"]
-                caches.buffers[name[5:]] = self.array(name, np.float32)
-        logits = self.engine.decoder.bind(caches, slice(0, len(ids))).step(ids, past, positions)  # type: ignore[arg-type]
-        self.engine.driver.check(self.addresses["logits"], logits.nbytes)
-        ctypes.memmove(self.addresses["logits"], logits.ctypes.data, logits.nbytes)
+        self.engine.run(self)
         return True
 
     def array(self, name: str, dtype: Any) -> np.ndarray[Any, Any]:
+        """An input as it lies in the device's memory."""
         shape = self.shapes[name]
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self.engine.driver.check(self.addresses[name], size)
         raw = (ctypes.c_char * size).from_address(self.addresses[name])
         return np.frombuffer(raw, dtype).reshape(shape)
+
+    def write(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        """Puts an output where the session wants it."""
+        self.engine.driver.check(self.addresses[name], array.nbytes)
+        ctypes.memmove(self.addresses[name], array.ctypes.data, array.nbytes)
 
 
 class FakeCaches:
