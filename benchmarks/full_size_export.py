@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from sparse import MAVERICK, SCOUT, write_sparse_checkpoint
+from sparse import MAVERICK, SCOUT, multimodal, write_sparse_checkpoint
 
 EXPORT = """
 import resource, sys, time
@@ -55,10 +55,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     cases = {
-        "Scout, 48 layers": SCOUT,
-        "Maverick, 48 layers": MAVERICK,
-        **{f"Scout, {layers} layers": {**SCOUT, "num_hidden_layers": layers} for layers in (12, 24, 96)},
-        **{f"Scout, {experts} experts": {**SCOUT, "num_local_experts": experts} for experts in (4, 64)},
+        "Scout's text decoder": SCOUT,
+        "Scout": multimodal(SCOUT),
+        "Maverick's text decoder": MAVERICK,
+        "Maverick": multimodal(MAVERICK),
+        **{f"Scout's, {layers} layers": {**SCOUT, "num_hidden_layers": layers} for layers in (12, 24, 96)},
+        **{f"Scout's, {experts} experts": {**SCOUT, "num_local_experts": experts} for experts in (4, 64)},
     }
     table = Table("checkpoint", "weights, GB", "wall, s", "peak RSS, MB", "written, MB")
     results = {}

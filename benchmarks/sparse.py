@@ -1,6 +1,7 @@
 """Full-size Llama 4 checkpoints that take no disk: safetensors files whose data is one hole.
 
-The geometries are those of the published configurations (Scout 17B-16E, Maverick 17B-128E), text part.
+The geometries are those of the published configurations (Scout 17B-16E, Maverick 17B-128E): of their text decoders, and
+with `multimodal` of the whole models.
 """
 
 import json
@@ -8,8 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from arriero.export.checkpoint import expected_tensors
-from arriero.export.config import model_spec
+from arriero.export.checkpoint import expected_tensors, vision_tensors
+from arriero.export.config import model_spec, vision_spec
 
 SHARED = {
     "model_type": "llama4_text",
@@ -55,9 +56,41 @@ MAVERICK = {
     "max_position_embeddings": 1048576,
     "rope_scaling": None,
 }
+VISION = {
+    "hidden_size": 1408,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 16,
+    "intermediate_size": 5632,
+    "image_size": 336,
+    "patch_size": 14,
+    "pixel_shuffle_ratio": 0.5,
+    "projector_input_dim": 4096,
+    "projector_output_dim": 4096,
+    "vision_output_dim": 4096,
+    "rope_theta": 10000.0,
+}
 ITEM_SIZES = {"BF16": 2, "F32": 4}
 SHARD_SIZE = 5 << 30
 """Bytes at which a new shard begins, about as in the published checkpoints."""
+
+
+def multimodal(text: dict[str, Any], **vision: Any) -> dict[str, Any]:
+    """The configuration of a whole model with this text decoder; `vision` changes its tower."""
+    return {
+        "model_type": "llama4",
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "image_token_index": min(200092, text["vocab_size"] - 1),
+        "text_config": text,
+        "vision_config": {**VISION, **vision},
+    }
+
+
+def tensors_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a checkpoint's tensors."""
+    spec = model_spec(config)
+    if config["model_type"] != "llama4":
+        return expected_tensors(spec)
+    return vision_tensors(vision_spec(config), spec.hidden_size) | expected_tensors(spec, "language_model.")
 
 
 def write_sparse_checkpoint(config: dict[str, Any], folder: Path, dtype: str = "BF16") -> int:
@@ -66,7 +99,7 @@ def write_sparse_checkpoint(config: dict[str, Any], folder: Path, dtype: str = "
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in expected_tensors(model_spec(config)).items():
+    for name, shape in tensors_of(config).items():
         if sum(map(math.prod, shards[-1].values())) * item_size > SHARD_SIZE:
             shards.append({})
         shards[-1][name] = shape

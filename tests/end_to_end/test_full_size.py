@@ -24,15 +24,15 @@ def sparse() -> Any:
 @pytest.mark.parametrize(
     ("name", "gigabytes", "split", "graph"),
     [
-        ("SCOUT", 215, {}, "decoder.onnx"),
-        ("MAVERICK", 801, {}, "decoder.onnx"),
-        ("SCOUT", 215, {"tp": 2, "ep": 2}, "rank-1/decoder.onnx"),
+        ("SCOUT", 217, {}, "decoder.onnx"),
+        ("MAVERICK", 803, {}, "vision.onnx"),
+        ("SCOUT", 217, {"tp": 2, "ep": 2}, "rank-1/decoder.onnx"),
     ],
 )
 def test_full_size_exports_in_little_memory_and_passes_the_checker(
     sparse: Any, tmp_path: Path, name: str, gigabytes: int, split: dict[str, int], graph: str
 ) -> None:
-    total = sparse.write_sparse_checkpoint(getattr(sparse, name), tmp_path / "checkpoint")
+    total = sparse.write_sparse_checkpoint(sparse.multimodal(getattr(sparse, name)), tmp_path / "checkpoint")
     assert total // 10**9 == gigabytes
     code = (
         "import sys\n"
