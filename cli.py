@@ -78,7 +78,14 @@ def calibrate(
     model: Annotated[Path, typer.Argument(help="Model folder that `arriero export` wrote; only read.")],
     output: Output,
     recipe: Annotated[str, typer.Option(help="int8, fp8 or int4.")],
-    data: Annotated[list[Path], typer.Option(help="Text file to calibrate on; may be repeated.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="File to calibrate on: text, or conversations (.jsonl): a line each, as "
+            '{"messages": [{"role": "user", "content": "What is this?"}, …], "images": ["photo.jpg"]}, '
+            "paths relative to the file; may be repeated."
+        ),
+    ],
     activations: Annotated[
         str | None, typer.Option(help="static, or dynamic: a scale a token.", show_default="the recipe's")
     ] = None,
@@ -109,7 +116,7 @@ def calibrate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Quantise a model with statistics of text: another model folder. A killed run goes on where it was."""
+    """Quantise a model with statistics of text and images: another model folder. A killed run goes on where it was."""
     with errors_shown(debug), progress_shown("Calibrating", "tokens") as progress:
         from .calibration import calibrate_model
         from .calibration.recipe import parse_recipe
@@ -454,7 +461,8 @@ def report_folder(folder: Path, seconds: float, as_json: bool, **more: Any) -> N
 def report_quantised(folder: Path, seconds: float, as_json: bool) -> None:
     """Says what became of each weight."""
     report = json.loads((folder / "report.json").read_text("utf-8"))
-    records = [record for layer in report["layers"] for record in layer["records"]] + report["head"]
+    records = [record for layer in report["layers"] + report["tower"] for record in layer["records"]]
+    records += report["head"]
     if not as_json:
         from .tables import show_weights
 

@@ -9,6 +9,9 @@ from .fields import decode
 VISION = ("vision_model.", "multi_modal_projector.")
 """What the names of a vision tower's and projector's tensors begin with."""
 
+VISION_LAYERS = "vision_model.model.layers."
+"""What the names of the tower's layers begin with."""
+
 DType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -136,3 +139,8 @@ class VisionSpec:
     def features(self) -> int:
         """Image features of a tile, and tokens that they take the place of."""
         return (self.grid // self.shuffle) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """Values of a patch: its pixels in three colours."""
+        return 3 * self.patch_size**2

@@ -14,27 +14,39 @@ from .product import Record
 
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
 
-KINDS = {
-    "attention in": r"self_attn\.[qkv]_proj$",
-    "attention out": r"self_attn\.o_proj$",
-    "MLP gate and up": r"feed_forward\.(shared_expert\.)?(gate|up)_proj$",
-    "MLP down": r"feed_forward\.(shared_expert\.)?down_proj$",
-    "experts gate and up": r"experts\.gate_up_proj",
-    "experts down": r"experts\.down_proj",
+Kinds = Mapping[str, str]
+"""Kinds of products, each a line, and the pattern of their weights' names, whose first group is the layer's number."""
+
+DECODER = {
+    "attention in": r"layers\.(\d+)\.self_attn\.[qkv]_proj$",
+    "attention out": r"layers\.(\d+)\.self_attn\.o_proj$",
+    "MLP gate and up": r"layers\.(\d+)\.feed_forward\.(shared_expert\.)?(gate|up)_proj$",
+    "MLP down": r"layers\.(\d+)\.feed_forward\.(shared_expert\.)?down_proj$",
+    "experts gate and up": r"layers\.(\d+)\.feed_forward\.experts\.gate_up_proj",
+    "experts down": r"layers\.(\d+)\.feed_forward\.experts\.down_proj",
 }
-"""The kinds of products, each a line, by their weights' names."""
+TOWER = {
+    "attention in": r"vision_model\.model\.layers\.(\d+)\.self_attn\.[qkv]_proj$",
+    "attention out": r"vision_model\.model\.layers\.(\d+)\.self_attn\.o_proj$",
+    "MLP fc1": r"vision_model\.model\.layers\.(\d+)\.mlp\.fc1$",
+    "MLP fc2": r"vision_model\.model\.layers\.(\d+)\.mlp\.fc2$",
+}
 
-COLOURS = dict(zip(KINDS, ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377"), strict=True))
-"""Paul Tol's bright scheme, which colour-blind people can tell apart."""
+COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
+"""Of the kinds, in order: Paul Tol's bright scheme, which colour-blind people can tell apart."""
 
 
-def plot_errors(records: Sequence[Record]) -> str:
-    """SQNR of weights and of outputs by layer."""
+def plot_errors(records: Sequence[Record], kinds: Kinds) -> str:
+    """SQNR of weights and of outputs by layer; empty where none of the records is of these kinds."""
+    if not grouped(records, "clip", kinds):
+        return ""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, name, title in ((left, "weight_sqnr", "weights"), (right, "output_sqnr", "outputs")):
-        for kind, by_layer in grouped(records, name).items():
-            _line(axes, kind, by_layer)
+        groups = grouped(records, name, kinds)
+        for kind, colour in zip(kinds, COLOURS, strict=False):
+            if kind in groups:
+                _line(axes, kind, groups[kind], colour)
         axes.set(title=title, xlabel="layer")
         axes.grid(axis="y", alpha=0.3)
     left.set_ylabel("SQNR, dB")
@@ -42,22 +54,25 @@ def plot_errors(records: Sequence[Record]) -> str:
     return _png(figure)
 
 
-def plot_clips(records: Sequence[Record]) -> str:
-    """The largest magnitude and the clip of each kind of input by layer."""
-    largest, clips = grouped(records, "largest"), grouped(records, "clip")
+def plot_clips(records: Sequence[Record], kinds: Kinds) -> str:
+    """The largest magnitude and the clip of each kind of input by layer; empty as `plot_errors` is."""
+    largest, clips = grouped(records, "largest", kinds), grouped(records, "clip", kinds)
+    if not clips:
+        return ""
     figure = Figure(figsize=(10, 5.4), layout="constrained")
-    panels = figure.subplots(2, 3, sharex=True).flat
-    for axes, kind in zip(panels, KINDS, strict=True):
+    columns = len(kinds) // 2
+    panels = figure.subplots(2, columns, sharex=True).flat
+    for axes, kind, colour in zip(panels, kinds, COLOURS, strict=False):
         axes.set_title(kind)
         if kind not in largest:
             axes.text(0.5, 0.5, "not quantised", ha="center", transform=axes.transAxes, color="#888888")
             continue
         layers = sorted(largest[kind])
         values = np.array([[max(largest[kind][at]), max(clips[kind][at])] for at in layers])
-        axes.vlines(layers, 0, values[:, 0], color=COLOURS[kind], alpha=0.35, linewidth=4, label="largest")
+        axes.vlines(layers, 0, values[:, 0], color=colour, alpha=0.35, linewidth=4, label="largest")
         axes.plot(layers, values[:, 1], "_", color="#222222", markersize=10, markeredgewidth=2, label="clip")
         axes.set_ylim(bottom=0)
-    for axes in figure.axes[-3:]:
+    for axes in figure.axes[-columns:]:
         axes.set_xlabel("layer")
     handles = next(axes.get_legend_handles_labels() for axes in figure.axes if axes.get_legend_handles_labels()[0])
     figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
@@ -83,22 +98,21 @@ def plot_loads(loads: Mapping[int, Sequence[int]]) -> str:
     return _png(figure)
 
 
-def grouped(records: Iterable[Record], name: str) -> dict[str, dict[int, list[float]]]:
+def grouped(records: Iterable[Record], name: str, kinds: Kinds) -> dict[str, dict[int, list[float]]]:
     """The values of one field by kind of product and layer."""
     groups: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        layer = re.match(r"layers\.(\d+)\.", record.name)
-        for kind, pattern in KINDS.items():
-            if layer and re.search(pattern, record.name):
+        for kind, pattern in kinds.items():
+            if layer := re.match(pattern, record.name):
                 groups[kind][int(layer[1])].append(getattr(record, name))
     return groups
 
 
-def _line(axes: "matplotlib.axes.Axes", kind: str, by_layer: Mapping[int, Sequence[float]]) -> None:
+def _line(axes: "matplotlib.axes.Axes", kind: str, by_layer: Mapping[int, Sequence[float]], colour: str) -> None:
     layers = sorted(by_layer)
-    axes.plot(layers, [np.median(by_layer[at]) for at in layers], "o-", color=COLOURS[kind], markersize=3, label=kind)
+    axes.plot(layers, [np.median(by_layer[at]) for at in layers], "o-", color=colour, markersize=3, label=kind)
     low, high = ([extreme(by_layer[at]) for at in layers] for extreme in (min, max))
-    axes.fill_between(layers, low, high, color=COLOURS[kind], alpha=0.15)
+    axes.fill_between(layers, low, high, color=colour, alpha=0.15)
 
 
 def _png(figure: Figure) -> str:

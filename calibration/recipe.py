@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from ..errors import CalibrationError
 from ..export.choice import choose, units
-from ..geometry import ModelSpec
+from ..geometry import ModelSpec, VisionSpec
 from ..spec import Format, Override, Recipe
 
 
@@ -75,13 +75,13 @@ def parse_recipe(name: str, changes: Mapping[str, object], overrides: Sequence[s
     return PRESETS[name](**changes, overrides=tuple(parsed))
 
 
-def check_recipe(recipe: Recipe, spec: ModelSpec) -> None:
+def check_recipe(recipe: Recipe, spec: ModelSpec, vision: VisionSpec | None = None) -> None:
     """Refuses a recipe that does not fit a model, before anything is read.
 
     Raises:
         CalibrationError: A group size does not divide, a pattern matches nothing, or a method is not for its format.
     """
-    named = dict(units(spec))
+    named = dict(units(spec, vision))
     for override in recipe.overrides:
         if not any(fnmatchcase(name, override.pattern) for name in named):
             some = ", ".join(list(named)[:3])

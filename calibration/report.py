@@ -13,7 +13,7 @@ from jinja2 import Environment
 
 from .. import __version__
 from ..spec import Recipe
-from .plots import plot_clips, plot_errors, plot_loads
+from .plots import DECODER, TOWER, plot_clips, plot_errors, plot_loads
 from .product import Record
 
 WORST = 10
@@ -44,6 +44,8 @@ class Report:
         layers: In order.
         head: The LM head's record, where it is quantised.
         kept: The weights that are not quantised, and their type.
+        tiles: Tiles of the images.
+        tower: The vision tower's layers in order, behind them what lies around them; empty where there were no images.
     """
 
     recipe: Recipe
@@ -52,11 +54,18 @@ class Report:
     layers: tuple[LayerReport, ...]
     head: tuple[Record, ...]
     kept: dict[str, str]
+    tiles: int = 0
+    tower: tuple[LayerReport, ...] = ()
 
     @property
     def records(self) -> list[Record]:
-        """Every weight's record, in the order of the layers."""
+        """The record of every weight of the decoder, in the order of the layers."""
         return [record for layer in self.layers for record in layer.records] + list(self.head)
+
+    @property
+    def tower_records(self) -> list[Record]:
+        """The same of the vision tower."""
+        return [record for layer in self.tower for record in layer.records]
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -67,17 +76,19 @@ def write_report(folder: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The page."""
-    records = report.records
+    decoder, tower = report.records, report.tower_records
     loads = {index: layer.expert_tokens for index, layer in enumerate(report.layers) if layer.expert_tokens}
     template = Environment(autoescape=True).from_string(TEMPLATE)
     return template.render(
         report=report,
         recipe={field.name: getattr(report.recipe, field.name) for field in dataclasses.fields(Recipe)},
         version=__version__,
-        worst=sorted(records, key=lambda record: record.output_sqnr)[:WORST],
-        records=records,
-        errors=plot_errors(records) if records else "",
-        clips=plot_clips(records) if records else "",
+        worst=sorted(decoder + tower, key=lambda record: record.output_sqnr)[:WORST],
+        records=decoder + tower,
+        parts=[
+            {"title": title, "errors": plot_errors(records, kinds), "clips": plot_clips(records, kinds)}
+            for title, records, kinds in (("Decoder", decoder, DECODER), ("Vision tower", tower, TOWER))
+        ],
         loads=plot_loads(loads) if loads else "",
         fewest=min((min(tokens) for tokens in loads.values()), default=0),
     )
@@ -93,7 +104,8 @@ td, th { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px soli
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } summary { cursor: pointer }
 </style></head><body>
 <h1>Calibration to {{ report.recipe.format }}</h1>
-<p>{{ "{:,}".format(report.tokens) }} tokens in {{ report.windows }} windows; {{ records|length }} weights
+<p>{{ "{:,}".format(report.tokens) }} tokens in {{ report.windows }} windows
+{%- if report.tiles %}, {{ "{:,}".format(report.tiles) }} tiles of images{% endif %}; {{ records|length }} weights
 quantised, {{ report.kept|length }} kept as they were. Arriero {{ version }}.</p>
 <p>Recipe: {% for name, value in recipe.items() if name != "overrides" %}{{ name }} {{ value }}
 {{- ", " if not loop.last }}{% endfor %}
@@ -107,12 +119,15 @@ quantised, {{ report.kept|length }} kept as they were. Arriero {{ version }}.</p
 {% endfor %}</table>{% endmacro %}
 {% if worst %}<h2>The worst</h2><p>The weights whose products are furthest off, over sample tokens.</p>
 {{ rows(worst) }}{% endif %}
-{% if errors %}<h2>Errors</h2><p>Signal to quantisation noise by layer: of the weights alone, and of the products with
-their inputs quantised too. Higher is better; 6 dB are one bit. Of experts the median and, as a band, the range.</p>
-<img alt="SQNR by layer" src="data:image/png;base64,{{ errors }}">{% endif %}
-{% if clips %}<h2>Ranges</h2>
+{% for part in parts %}
+{% if part.errors %}<h2>{{ part.title }}: errors</h2><p>Signal to quantisation noise by layer: of the weights alone, and
+of the products with their inputs quantised too. Higher is better; 6 dB are one bit. Of experts the median and, as a
+band, the range.</p>
+<img alt="SQNR by layer" src="data:image/png;base64,{{ part.errors }}">{% endif %}
+{% if part.clips %}<h2>{{ part.title }}: ranges</h2>
 <p>The largest magnitude of each product's input, and the clip that its scale
-represents.</p><img alt="Ranges and clips by layer" src="data:image/png;base64,{{ clips }}">{% endif %}
+represents.</p><img alt="Ranges and clips by layer" src="data:image/png;base64,{{ part.clips }}">{% endif %}
+{% endfor %}
 {% if loads %}<h2>Expert load</h2><p>The share of a layer's tokens that chose each expert; the least busy saw
 {{ "{:,}".format(fewest) }} tokens.</p><img alt="Expert load" src="data:image/png;base64,{{ loads }}">{% endif %}
 <h2>Every weight</h2><details><summary>{{ records|length }} quantised</summary>{{ rows(records) }}</details>

@@ -1,4 +1,4 @@
-"""The canonical decoder graph made that of a quantised model.
+"""A canonical graph, the decoder's or the vision tower's, made that of a quantised model.
 
 Enters: the graph as it is before quantising, and where each tensor of the quantised model lies. Leaves: the same graph
 with quantised linears (as `plugins.linear` writes them), experts and caches, its initializers in those places.
@@ -40,7 +40,7 @@ Places = Mapping[str, tuple[str, Region]]
 
 
 def quantise_graph(model: ir.Model, spec: ModelSpec, recipe: Recipe, places: Places, folder: Path) -> None:
-    """Rewrites a decoder graph in place.
+    """Rewrites a decoder's or a vision tower's graph in place.
 
     Args:
         model: The graph.

@@ -82,7 +82,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.linear = nn.Linear(3 * spec.patch_size**2, spec.hidden_size, bias=False)
+        self.linear = nn.Linear(spec.patch_values, spec.hidden_size, bias=False)
 
     def forward(self, pixels_N3PP: Tensor) -> Tensor:
         """[N, 3, P, P] → [N, S - 1, C]."""

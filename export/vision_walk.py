@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
-from ..geometry import VisionSpec
+from ..geometry import VISION_LAYERS, VisionSpec
+from .choice import ADAPTER, PROJECTOR
 from .vision import NORM_EPS, attend_patches, rotate_patches, shuffle_patches, split_patches, turns
 from .walk import TOKENS, Hidden, Observe, Weights, ignore
 
-LAYERS = "vision_model.model.layers."
-"""What the names of the tower's layers begin with."""
+Pixels = NDArray[np.float32] | NDArray[np.float16]
+"""Tiles [N, 3, P, P], normalised."""
 
 
 def positions(vision: VisionSpec) -> int:
@@ -28,14 +29,19 @@ def positions(vision: VisionSpec) -> int:
     return vision.grid**2 + 1
 
 
-def embed_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: NDArray[np.float32], out: Hidden) -> None:
+def each_patches(vision: VisionSpec, pixels_N3PP: Pixels) -> Iterator[tuple[slice, Tensor]]:
+    """Which tiles, and their patches [N, S - 1, 3·side²] in float32, some tiles at a time."""
+    for part in _parts(vision, len(pixels_N3PP)):
+        yield part, split_patches(torch.from_numpy(pixels_N3PP[part].astype(np.float32)), vision)
+
+
+def embed_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels, out: Hidden) -> None:
     """Writes what enters the first layer."""
     linear_weight, last, places = (
         weights.wide(f"vision_model.{name}")
         for name in ("patch_embedding.linear.weight", "class_embedding", "positional_embedding_vlm")
     )
-    for part in _parts(vision, len(pixels_N3PP)):
-        patches = split_patches(torch.from_numpy(np.ascontiguousarray(pixels_N3PP[part])), vision)
+    for part, patches in each_patches(vision, pixels_N3PP):
         tokens = torch.cat([linear(patches, linear_weight), last.expand(len(patches), 1, -1)], dim=1)
         out[part] = _normed(weights, "vision_model.layernorm_pre", tokens + places).numpy()
 
@@ -53,7 +59,7 @@ class VisionLayerWalk:
 
     def __init__(self, vision: VisionSpec, index: int, weights: Weights, attended: Hidden, out: Hidden) -> None:
         self.vision, self.weights = vision, weights
-        self.prefix = f"{LAYERS}{index}."
+        self.prefix = f"{VISION_LAYERS}{index}."
         self.attended, self.out = attended, out
 
     def weight(self, name: str) -> Tensor:
@@ -93,19 +99,27 @@ class VisionLayerWalk:
         return linear(x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
 
 
-def project(vision: VisionSpec, weights: Weights, x: Hidden) -> NDArray[np.float32]:
-    """The image features [M, H] of the last layer's output."""
-    names = ("vision_model.vision_adapter.mlp.fc1", "vision_model.vision_adapter.mlp.fc2")
-    fc1, fc2, projector = (weights.wide(f"{name}.weight") for name in (*names, "multi_modal_projector.linear_1"))
-    found = []
+def project(
+    vision: VisionSpec, weights: Weights, x: Hidden, out: NDArray[np.float32], observe: Observe = ignore
+) -> None:
+    """Writes the image features [M, H] of the last layer's output.
+
+    Observes `adapter_input`, `adapter_middle` and `projector_input`, [M, K] each.
+    """
+    fc1, fc2, projector = (weights.wide(f"{name}.weight") for name in (*ADAPTER, PROJECTOR))
     for part in _parts(vision, len(x)):
         normed = _normed(weights, "vision_model.layernorm_post", torch.from_numpy(np.ascontiguousarray(x[part])))
-        features = gelu(linear(gelu(linear(shuffle_patches(normed[:, :-1], vision), fc1)), fc2))
-        found.append(linear(features, projector).flatten(0, 1).numpy())
-    return np.concatenate(found)
+        squares = shuffle_patches(normed[:, :-1], vision).flatten(0, 1)
+        observe("adapter_input", squares)
+        middle = gelu(linear(squares, fc1))
+        observe("adapter_middle", middle)
+        features = gelu(linear(middle, fc2))
+        observe("projector_input", features)
+        start = part.start * vision.features
+        out[start : start + len(features)] = linear(features, projector).numpy()
 
 
-def encode_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: NDArray[np.float32]) -> NDArray[np.float32]:
+def encode_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels) -> NDArray[np.float32]:
     """The image features [M, H] of tiles whose hidden states fit in memory."""
     x, attended, out = (
         np.empty((len(pixels_N3PP), positions(vision), vision.hidden_size), np.float32) for _ in range(3)
@@ -114,7 +128,10 @@ def encode_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: NDArray[np.f
     for index in range(vision.layers):
         VisionLayerWalk(vision, index, weights, attended, out).run(x)
         x, out = out, x
-    return project(vision, weights, x)
+    _, region = weights.region(f"{PROJECTOR}.weight")
+    features = np.empty((len(x) * vision.features, region.shape[0]), np.float32)
+    project(vision, weights, x, features)
+    return features
 
 
 def _parts(vision: VisionSpec, tiles: int) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from ..errors import CheckpointError
-from ..geometry import ModelSpec
+from ..geometry import VISION, ModelSpec
 from ..plugins.gqa.op import Attributes
 from ..plugins.gqa.torch_op import prepare
 from ..shards import Region, open_shard
@@ -65,8 +65,11 @@ class Weights:
         return self.regions[name]
 
     def full_name(self, name: str) -> str:
-        """A layer's tensor under the checkpoint's prefix, whether it is stored or new."""
-        return self.full_names["norm.weight"].removesuffix("norm.weight") + name
+        """A tensor's name under the checkpoint's prefix, whether it is stored or new beside stored ones."""
+        if name.startswith(VISION):
+            return name
+        beside = "lm_head.weight" if name.startswith("lm_head.") else "norm.weight"
+        return self.full_names[beside].removesuffix(beside) + name
 
     def stored(self, name: str, index: int | None = None) -> Tensor:
         """A tensor as it is stored, a view of the mapped file; of a stacked one the part `index`."""

@@ -1,0 +1,215 @@
+"""The walk of calibration over all layers, and what of it survives a kill.
+
+Enters: windows of tokens, the tiles of their images, a model's weights. Leaves: a shard for each layer in the model's
+new folder, and a `Report`. The vision tower comes first, then the decoder, which sees the unquantised tower's features.
+
+Layer by layer: the hidden states go through the unquantised layer, the quantised layer is written, both are let go.
+The scratch folder holds the hidden states in front of the layer that is next, those behind it, those between its
+attention and its feed-forward, and `progress.json`, which is replaced when a layer's shard is on the disk.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..export.choice import choose, units
+from ..export.llama4 import rms_norm
+from ..export.vision_walk import embed_tiles, positions
+from ..export.walk import TOKENS, Hidden, Weights, embed
+from ..export.windows import Windows
+from ..geometry import VISION, ModelSpec, VisionSpec
+from ..spec import Recipe
+from .layer import LayerQuantiser, Limits
+from .linears import Linears
+from .product import Input, Record
+from .report import LayerReport, Report
+from .shard import write_shard
+from .statistics import Statistics
+from .vision import quantise_vision_ends, quantise_vision_layer
+
+Progress = Callable[[str, int, int], None]
+"""Told the phase, the tokens done (each once a layer; the tower's are patches), and the tokens in all."""
+
+PROGRESS = "progress.json"
+
+
+@dataclass(slots=True)
+class Reached:
+    """What is done: the reports of the tower's layers, with one more of what lies around them, and of the decoder's."""
+
+    tower: list[LayerReport] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Work:
+    """The walk; `run` does all of it.
+
+    Attributes:
+        spec: The decoder's geometry.
+        vision: The vision tower's; None where the model has none.
+        recipe: What is to become of the weights; leaves the tower as it is where the windows hold no image.
+        limits: What is asked of the routing.
+        weights: The model's.
+        windows: Tokens and tiles.
+        folder: Where the shards go.
+        scratch: Where everything else goes.
+    """
+
+    spec: ModelSpec
+    vision: VisionSpec | None
+    recipe: Recipe
+    limits: Limits
+    weights: Weights
+    windows: Windows
+    folder: Path
+    scratch: Path
+    reached: Reached = field(init=False)
+
+    def run(self, progress: Progress, notice: Callable[[str], None]) -> Report:
+        """Quantises the layers that are not yet, and writes the rest."""
+        self.reached = self._read_progress()
+        count, tokens, tower = len(self.spec.layers), self.windows.ids_WS.size, 0
+        if self.windows.vision is not None:
+            tower = len(self.windows.pixels_N3PP) * positions(self.windows.vision) * self.windows.vision.layers
+        total = tower + count * tokens
+        self._say_where(notice)
+        if self.windows.vision is not None:
+            self._quantise_tower(self.windows.vision, lambda phase, share: progress(phase, int(share * tower), total))
+        if not self.reached.layers:
+            self._embed()
+        for index in range(len(self.reached.layers), count):
+            quantiser = LayerQuantiser(self.spec, index, self.weights, self.recipe, self.limits)
+            hidden = self._hidden(index), self._hidden("attended"), self._hidden(index + 1)
+
+            def report(share: float, at: int = index) -> None:
+                progress(f"layer {at}", tower + int((at + share) * tokens), total)
+
+            quantiser.quantise(*hidden, report)
+            self._write_step(
+                f"layer-{index:05}", quantiser.linears, hidden[-1], self.reached.layers, quantiser.expert_tokens
+            )
+        head = self._write_rest()
+        measured = units(self.spec, self.windows.vision)
+        kept = [name for name, _ in measured if choose(self.recipe, name).format == "none"]
+        if self.vision is not None and self.windows.vision is None:
+            kept.append("vision tower")
+        return Report(
+            recipe=self.recipe,
+            windows=len(self.windows.ids_WS),
+            tokens=tokens,
+            layers=tuple(self.reached.layers),
+            head=tuple(head),
+            kept=dict.fromkeys(["embed_tokens", "norms", *kept], self.spec.dtype),
+            tiles=len(self.windows.pixels_N3PP),
+            tower=tuple(self.reached.tower),
+        )
+
+    def _quantise_tower(self, vision: VisionSpec, told: Callable[[str, float], None]) -> None:
+        """The tower's layers, then what lies around them and the image features."""
+        pixels_N3PP, tower = self.windows.pixels_N3PP, self.reached.tower
+        if len(tower) > vision.layers:
+            return
+        shape = len(pixels_N3PP), positions(vision), vision.hidden_size
+        if not tower:
+            embed_tiles(vision, self.weights, pixels_N3PP, self._mapped("vision-0", shape))
+        for index in range(len(tower), vision.layers):
+            x, attended, out = (
+                self._mapped(f"vision-{name}", shape) for name in (index % 2, "attended", (index + 1) % 2)
+            )
+            linears = quantise_vision_layer(vision, index, self.weights, self.recipe, x, attended, out)
+            self._write_step(f"vision-{index:05}", linears, out, tower)
+            told(f"vision layer {index}", (index + 1) / vision.layers)
+        x, features_MH = self._mapped(f"vision-{vision.layers % 2}", shape), self._features(vision)
+        linears = quantise_vision_ends(vision, self.weights, self.recipe, pixels_N3PP, x, features_MH)
+        self._write_step("vision-rest", linears, features_MH, tower)
+        for path in self.scratch.glob("vision-*"):
+            path.unlink()
+
+    def _embed(self) -> None:
+        """What enters the decoder's first layer: embeddings, and image features in the places of image tokens."""
+        windows, hidden = self.windows, self._hidden(0)
+        features_MH = None if windows.vision is None else self._features(windows.vision)
+        for at in range(len(windows.ids_WS)):
+            some = slice(at, at + 1)
+            features = windows.features_of(at, features_MH)
+            embed(self.weights, windows.ids_WS[some], hidden[some], windows.image_token, features)
+
+    def _write_step(
+        self,
+        name: str,
+        linears: Linears,
+        output: NDArray[np.float32],
+        reports: list[LayerReport],
+        expert_tokens: list[int] | None = None,
+    ) -> None:
+        """Puts a step's shard and output on the disk, and then what is reached."""
+        write_shard(self.folder / f"{name}.safetensors", linears.tensors)
+        assert isinstance(output, np.memmap)
+        output.flush()
+        reports.append(LayerReport(records=tuple(linears.records), expert_tokens=tuple(expert_tokens or ())))
+        temporary = self.scratch / f"{PROGRESS}.new"
+        temporary.write_text(json.dumps(dataclasses.asdict(self.reached)))
+        temporary.replace(self.scratch / PROGRESS)
+        self.weights.release()
+
+    def _read_progress(self) -> Reached:
+        path = self.scratch / PROGRESS
+        if not path.exists():
+            return Reached()
+        lists = json.loads(path.read_text())
+        return Reached(**{name: [LayerReport.from_fields(each) for each in some] for name, some in lists.items()})
+
+    def _say_where(self, notice: Callable[[str], None]) -> None:
+        tower, layers = len(self.reached.tower), len(self.reached.layers)
+        where = f"{layers} of {len(self.spec.layers)}"
+        if self.vision is not None and 0 < tower < self.vision.layers:
+            where = f"{tower} of {self.vision.layers} of the vision tower"
+        if tower or layers:
+            notice(f"Going on at layer {where}, where the last run had come to.")
+
+    def _hidden(self, name: int | str) -> Any:
+        """The decoder's hidden states [W, S, H]; a layer's input and output take turns in two files."""
+        shape = (*self.windows.ids_WS.shape, self.spec.hidden_size)
+        return self._mapped(str(name % 2 if isinstance(name, int) else name), shape)
+
+    def _features(self, vision: VisionSpec) -> Any:
+        """The image features of all tiles [M, H]."""
+        return self._mapped("features", (len(self.windows.pixels_N3PP) * vision.features, self.spec.hidden_size))
+
+    def _mapped(self, name: str, shape: tuple[int, ...]) -> Any:
+        """An array in a mapped file."""
+        path = self.scratch / f"{name}.f32"
+        size = int(np.prod(shape)) * 4
+        if not path.exists() or path.stat().st_size != size:
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, not a fault when it is used
+        return np.memmap(path, np.float32, "r+", shape=shape)
+
+    def _write_rest(self) -> list[Record]:
+        """Embedding, last norm and LM head, the head quantised where the recipe asks for it; a tower that is left."""
+        linears = Linears(self.weights, self.recipe, "", "lm_head")
+        names = ["embed_tokens.weight", "norm.weight", "lm_head.weight"]
+        if self.vision is not None and self.windows.vision is None:
+            names += [name for name in self.weights.regions if name.startswith(VISION)]
+        for name in names:
+            if name in self.weights.regions:
+                linears.emit_kept(name)
+        if linears.choice("lm_head").format != "none":
+            source = Input(Statistics("lm_head: its input", self.spec.hidden_size), self.recipe)
+            norm = self.weights.wide("norm.weight")
+            last: Hidden = self._hidden(len(self.spec.layers)).reshape(-1, self.spec.hidden_size)
+            for start in range(0, len(last), TOKENS):
+                rows_NH = torch.from_numpy(np.ascontiguousarray(last[start : start + TOKENS]))
+                source.statistics.update(rms_norm(rows_NH, norm, self.spec.norm_eps))
+            linears.emit_linear("lm_head", self.weights.wide("lm_head.weight"), source)
+        write_shard(self.folder / "rest.safetensors", linears.tensors)
+        return linears.records
