@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import AccuracyError
-from ..export.windows import read_windows
+from ..export.windows import Windows, read_windows
 from ..geometry import ModelSpec
 from .gates import METRICS, Judgement, Outcome, judge, limits_for, overall
 from .golden import Golden, read_golden, record, window_of
@@ -140,10 +140,15 @@ def check(
             raise AccuracyError("there is no text: give text files with --data")
         length = window or window_of(other.spec)
         if isinstance(data, np.ndarray):
-            ids_WS = data
+            windows = Windows(ids_WS=data)
         else:
-            ids_WS = read_windows(against, data, other.spec, samples, length).ids_WS
-        golden = record(other, ids_WS, progress)
+            windows = read_windows(against, data, other.spec, samples, length, other.vision)
+        golden = record(other, windows, progress)
+    if golden.vision is not None and side.vision != golden.vision:
+        tower = "has none" if side.vision is None else "has another"
+        raise AccuracyError(
+            f"the data has images for {against}'s vision tower, {side.path} {tower}: give text, or another candidate"
+        )
     seen = compare(golden, side, progress)
     found = estimates(seen)
     judgements = judge(found, limits_given)
@@ -156,7 +161,7 @@ def check(
         windows=golden.ids_WS.shape[0],
         tokens=golden.ids_WS.size,
         notes=tuple(_notes(side, golden, seen)),
-        location=locate(side, other, golden.ids_WS, progress) if locate_fault and other is not None else None,
+        location=locate(side, other, golden.windows, progress) if locate_fault and other is not None else None,
         comparison=seen,
     )
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError
-from ..export.windows import SHORTEST_WINDOW, read_windows
-from ..geometry import ModelSpec
+from ..export.windows import SHORTEST_WINDOW, Windows, read_windows
+from ..geometry import ModelSpec, VisionSpec
 from ..shards import encode_header, open_shard
 from .sides import Block, Experts, Progress, Side, open_side, tokenizer_of
 
@@ -38,7 +38,9 @@ DECODED = 16
 PROMPTS, PROMPT, CONTINUED = 8, 64, 32
 """Windows whose beginnings are continued greedily, the tokens of such a beginning, and those of a continuation."""
 
-DTYPES = {"int32": "I32", "int16": "I16", "float32": "F32"}
+DTYPES = {"int32": "I32", "int16": "I16", "float32": "F32", "float16": "F16", "bool": "BOOL"}
+OPTIONAL = ("experts_LWSK", "continued_PC", "is_image_WS", "tiles_W", "pixels_N3PP")
+"""Arrays that not every golden file has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,10 @@ class Golden:
         tokenizer: Fingerprint of its tokenizer.
         format: How it is quantised, `none` where it is not.
         ids_WS: The tokens.
+        is_image_WS: Which of them belong to images; None, as the next three, where there are no images.
+        tiles_W: How many tiles each window's images have.
+        pixels_N3PP: All tiles, so that a later check needs no images.
+        vision: Geometry of the vision tower.
         top_ids_WNK: The likeliest next tokens, in falling order.
         top_logs_WNK: Their log-probabilities, nats.
         rest_logs_WN: That of all others together.
@@ -64,12 +70,35 @@ class Golden:
     tokenizer: str
     format: str
     ids_WS: NDArray[np.int32]
+    is_image_WS: NDArray[np.bool_] | None
+    tiles_W: NDArray[np.int32] | None
+    pixels_N3PP: NDArray[np.float16] | None
+    vision: VisionSpec | None
     top_ids_WNK: NDArray[np.int32]
     top_logs_WNK: NDArray[np.float32]
     rest_logs_WN: NDArray[np.float32]
     next_logs_WN: NDArray[np.float32]
     experts_LWSK: Experts | None
     continued_PC: NDArray[np.int32] | None
+
+    @property
+    def windows(self) -> Windows:
+        """The tokens and their images."""
+        ids_WS = self.ids_WS.astype(np.int64)
+        if self.is_image_WS is None or self.tiles_W is None or self.pixels_N3PP is None:
+            return Windows(ids_WS=ids_WS)
+        return Windows(
+            ids_WS=ids_WS,
+            is_image_WS=self.is_image_WS,
+            tiles_W=self.tiles_W.astype(np.int64),
+            pixels_N3PP=self.pixels_N3PP,
+            vision=self.vision,
+        )
+
+    @property
+    def judged_WN(self) -> NDArray[np.bool_]:
+        """Where the token that comes is one that a model writes: not an image's."""
+        return ~self.windows.is_image_WS[:, 1:]
 
     @property
     def decoded(self) -> int:
@@ -132,25 +161,25 @@ def record_golden(
     target = Path(out).absolute()
     check_replaceable(target, force)
     side = open_side(reference, None if weights is None else Path(weights), threads)
-    ids_WS = read_windows(side.path, data, side.spec, samples, window or window_of(side.spec)).ids_WS
-    write_golden(record(side, ids_WS, progress), target)
+    windows = read_windows(side.path, data, side.spec, samples, window or window_of(side.spec), side.vision)
+    write_golden(record(side, windows, progress), target)
     return target
 
 
-def record(side: Side, ids_WS: NDArray[np.int64], progress: Progress) -> Golden:
+def record(side: Side, data: Windows, progress: Progress) -> Golden:
     """Runs the reference.
 
     Raises:
         AccuracyError: Its logits are not finite.
     """
-    spec = side.spec
+    spec, ids_WS = side.spec, data.ids_WS
     windows, length = ids_WS.shape
     top = min(TOP, spec.vocab_size)
     logs = {name: np.zeros((windows, length - 1), np.float32) for name in ("rest", "next")}
     top_ids = np.zeros((windows, length - 1, top), np.int32)
     top_logs = np.zeros((windows, length - 1, top), np.float32)
     experts: Experts | None = None
-    for block in side.score(ids_WS, decoded_tokens(length), progress):
+    for block in side.score(data, decoded_tokens(length), progress):
         part, logits_NV = predicting(block, length, side.path)
         experts = with_experts(experts, block, windows, length)
         if not len(logits_NV):
@@ -160,8 +189,12 @@ def record(side: Side, ids_WS: NDArray[np.int64], progress: Progress) -> Golden:
         top_ids[block.row, part], top_logs[block.row, part] = ids_NK.numpy(), (values_NK - total_N1).numpy()
         logs["rest"][block.row, part] = (rest_of(logits_NV, ids_NK) - total_N1[:, 0]).numpy()
         logs["next"][block.row, part] = next_of(logits_NV, ids_WS, block, total_N1)
-    beginnings = ids_WS[:PROMPTS, : prompt_length(length)].tolist()
-    continued = [ids + more for ids in beginnings if (more := side.generate(ids, CONTINUED)) is not None]
+    prompt, has_images = prompt_length(length), bool(data.tiles_W.any())
+    continued = [
+        [*ids_WS[window, :prompt].tolist(), *more]
+        for window in range(min(PROMPTS, windows))
+        if (more := side.generate(data, window, prompt, CONTINUED)) is not None
+    ]
     side.close()
     return Golden(
         source=str(side.path),
@@ -169,6 +202,10 @@ def record(side: Side, ids_WS: NDArray[np.int64], progress: Progress) -> Golden:
         tokenizer=tokenizer_of(side.path),
         format="none" if side.recipe is None else side.recipe.format,
         ids_WS=ids_WS.astype(np.int32),
+        is_image_WS=data.is_image_WS if has_images else None,
+        tiles_W=data.tiles_W.astype(np.int32) if has_images else None,
+        pixels_N3PP=data.pixels_N3PP if has_images else None,
+        vision=data.vision if has_images else None,
         top_ids_WNK=top_ids,
         top_logs_WNK=top_logs,
         rest_logs_WN=logs["rest"],
@@ -251,6 +288,8 @@ def write_golden(golden: Golden, path: Path) -> None:
         "format": golden.format,
         "model": json.dumps(dataclasses.asdict(golden.spec)),
     }
+    if golden.vision is not None:
+        about["vision"] = json.dumps(dataclasses.asdict(golden.vision))
     header = encode_header({name: (DTYPES[str(a.dtype)], a.shape) for name, a in arrays.items()}, about)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +320,7 @@ def read_golden(path: Path) -> Golden:
     if about.get("golden") != VERSION:
         found = f"version {about['golden']}" if "golden" in about else "no golden file"
         raise AccuracyError(f"{path} is {found}, this Arriero reads version {VERSION}: record it with `arriero golden`")
-    arrays: dict[str, Any] = {"experts_LWSK": None, "continued_PC": None}
+    arrays: dict[str, Any] = dict.fromkeys(OPTIONAL)
     kinds = {name: np.dtype(kind) for kind, name in DTYPES.items()}
     try:
         for name, region in shard.tensors.items():
@@ -289,7 +328,8 @@ def read_golden(path: Path) -> Golden:
             values = np.fromfile(path, kind, region.size // kind.itemsize, offset=region.offset)
             arrays[name] = values.reshape(region.shape)
         spec = ModelSpec.from_fields(json.loads(about["model"]))
+        vision = VisionSpec(**json.loads(about["vision"])) if "vision" in about else None
         source, tokenizer, form = (about[name] for name in ("source", "tokenizer", "format"))
-        return Golden(source=source, spec=spec, tokenizer=tokenizer, format=form, **arrays)
+        return Golden(source=source, spec=spec, vision=vision, tokenizer=tokenizer, format=form, **arrays)
     except (KeyError, TypeError, ValueError) as error:
         raise AccuracyError(f"{path} is a damaged golden file ({error!r}): record it again") from error

@@ -49,6 +49,11 @@ class LoweredGraph:
         self.producers = {name: number for number, node in enumerate(self.nodes) for name in node.output if name}
         self.units = {"/".join(node.name.split("/")[:2]): node for node in self.nodes}  # of a unit the last stays
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether image features are among its inputs."""
+        return any(value.name == "image_features" for value in self.model.graph.input)
+
     def output_of(self, unit: str) -> str | None:
         """The value that a unit computes, as in `layers.3/self_attn.q_proj`; None where the graph has no such unit."""
         return self.units[unit].output[0] if unit in self.units else None

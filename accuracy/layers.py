@@ -60,8 +60,8 @@ class Layers(Protocol):
     spec: ModelSpec
     weights: Weights
 
-    def embed(self, ids_S: NDArray[np.int64]) -> Hidden:
-        """The embeddings."""
+    def embed(self, ids_S: NDArray[np.int64], image_token: int | None, features_MH: Hidden | None) -> Hidden:
+        """The embeddings, with image features in the places of image tokens."""
         ...
 
     def attend(self, index: int, x_SH: Hidden) -> Units:
@@ -123,10 +123,10 @@ class TorchLayers:
         self.inputs: dict[str, Tensor] = {}
         self.walk: LayerWalk
 
-    def embed(self, ids_S: NDArray[np.int64]) -> Hidden:
-        """The embeddings."""
+    def embed(self, ids_S: NDArray[np.int64], image_token: int | None, features_MH: Hidden | None) -> Hidden:
+        """The embeddings, with image features in the places of image tokens."""
         x_1SH = np.empty((1, len(ids_S), self.spec.hidden_size), np.float32)
-        embed(self.weights, ids_S[None], x_1SH)
+        embed(self.weights, ids_S[None], x_1SH, image_token, features_MH)
         return x_1SH[0]
 
     def attend(self, index: int, x_SH: Hidden) -> Units:
@@ -202,9 +202,13 @@ class OrtLayers:
         self.graph, self.files = side.lowered, side.files
         self.sessions: dict[tuple[str, ...], Opened] = {}
 
-    def embed(self, ids_S: NDArray[np.int64]) -> Hidden:
-        """The embeddings."""
-        return self._run(["input_ids"], {"x": self._input(0)}, {"input_ids": ids_S[None]})["x"].numpy()
+    def embed(self, ids_S: NDArray[np.int64], image_token: int | None, features_MH: Hidden | None) -> Hidden:
+        """The embeddings, with image features in the places of image tokens."""
+        feeds: dict[str, NDArray[Any]] = {"input_ids": ids_S[None]}
+        if self.graph.takes_images:
+            nothing = np.zeros((1, self.spec.hidden_size), np.float32)
+            feeds["image_features"] = nothing if features_MH is None else features_MH
+        return self._run(list(feeds), {"x": self._input(0)}, feeds)["x"].numpy()
 
     def attend(self, index: int, x_SH: Hidden) -> Units:
         """A layer's first half, in pieces over a cache as a session runs them."""

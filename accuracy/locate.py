@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import AccuracyError
-from .layers import Hidden, TorchLayers, Units, open_layers, units_of, weights_of
+from ..export.windows import Windows
+from .layers import Hidden, Layers, TorchLayers, Units, open_layers, units_of, weights_of
 from .rounding import ARITHMETIC, expected_errors, expected_head_error
 from .sides import Progress, Side
 from .suspects import Blame, blame, blame_ends
@@ -81,19 +81,19 @@ class Location:
         return dataclasses.asdict(self)
 
 
-def locate(side: Side, other: Side, ids_WS: NDArray[np.integer], progress: Progress) -> Location:
+def locate(side: Side, other: Side, windows: Windows, progress: Progress) -> Location:
     """Walks the layers of both.
 
     Args:
         side: The candidate.
         other: The reference, whose layers PyTorch computes from its weights.
-        ids_WS: Token ids; the first `WINDOWS` are used.
+        windows: Token ids and images; the first `WINDOWS` are used. Image features are the reference's for both.
         progress: Told of each layer.
 
     Raises:
         AccuracyError: One of them is an engine.
     """
-    return _Walk(side, other, ids_WS[:WINDOWS].astype(np.int64), progress).locate()
+    return _Walk(side, other, windows.first(WINDOWS), progress).locate()
 
 
 @dataclass(slots=True)
@@ -118,17 +118,17 @@ class Errors:
 class _Walk:
     """Both sides, layer by layer."""
 
-    def __init__(self, side: Side, other: Side, ids_WS: NDArray[np.int64], progress: Progress) -> None:
+    def __init__(self, side: Side, other: Side, windows: Windows, progress: Progress) -> None:
         self.candidate, self.reference = open_layers(side), TorchLayers(other.spec, weights_of(other))
-        self.recipe, self.progress, self.ids_WS = side.recipe, progress, ids_WS
+        self.recipe, self.progress, self.windows = side.recipe, progress, windows
+        self.features_MH = other.encode(windows, progress)
         self.is_smoothed = side.recipe is not None or other.recipe is not None
         self.readings: list[Reading] = []
         self.router_flips: dict[int, float] = {}
 
     def locate(self) -> Location:
         """Takes the readings, and where one is out of line walks there again to find out why."""
-        x_WSH = [self.reference.embed(ids_S) for ids_S in self.ids_WS]
-        ours_WSH = [self.candidate.embed(ids_S) for ids_S in self.ids_WS]
+        x_WSH, ours_WSH = self._embedded(self.reference), self._embedded(self.candidate)
         ends = Errors()
         for x_SH, ours_SH in zip(x_WSH, ours_WSH, strict=True):
             ends.add({"embed_tokens": (torch.from_numpy(x_SH), torch.from_numpy(ours_SH))})
@@ -152,6 +152,14 @@ class _Walk:
             readings=tuple(self.readings),
             router_flips=self.router_flips,
         )
+
+    def _embedded(self, layers: Layers) -> list[Hidden]:
+        """What enters the first layer of each window."""
+        windows = self.windows
+        return [
+            layers.embed(ids_S, windows.image_token, windows.features_of(row, self.features_MH))
+            for row, ids_S in enumerate(windows.ids_WS)
+        ]
 
     def _read_layer(self, index: int, x_WSH: list[Hidden]) -> list[Hidden]:
         """Reads one layer's units. Returns the reference's output."""
@@ -210,7 +218,7 @@ class _Walk:
         count = len(self.reference.spec.layers)
         if not 0 <= reading.layer < count:
             return blame_ends(reading.unit, reading.expected, self.reference, self.candidate)
-        x_WSH = [self.reference.embed(ids_S) for ids_S in self.ids_WS]
+        x_WSH = self._embedded(self.reference)
         for index in range(reading.layer):
             self.progress(f"reference, layer {index}", index, reading.layer)
             for at, x_SH in enumerate(x_WSH):

@@ -74,13 +74,14 @@ def compare(golden: Golden, side: Side, progress: Progress) -> Comparison:
     Raises:
         AccuracyError: Its logits are not finite.
     """
-    ids_WS = golden.ids_WS.astype(np.int64)
+    data = golden.windows
+    ids_WS = data.ids_WS
     windows, length = ids_WS.shape
     divergence = np.zeros((windows, length - 1))
     next_logs = np.zeros((windows, length - 1), np.float32)
     likeliest = np.zeros((windows, length - 1), np.int32)
     experts: Experts | None = None
-    for block in side.score(ids_WS, golden.decoded, progress):
+    for block in side.score(data, golden.decoded, progress):
         part, logits_NV = predicting(block, length, side.path)
         experts = with_experts(experts, block, windows, length)
         if not len(logits_NV):
@@ -89,7 +90,7 @@ def compare(golden: Golden, side: Side, progress: Progress) -> Comparison:
         next_logs[block.row, part] = next_of(logits_NV, ids_WS, block, total_N1)
         likeliest[block.row, part] = logits_NV.argmax(-1).numpy()
         divergence[block.row, part] = divergence_of(golden, block.row, part, logits_NV, total_N1).numpy()
-    agreed = None if golden.continued_PC is None else _agreed(golden.continued_PC, golden.prompt, side, progress)
+    agreed = None if golden.continued_PC is None else _agreed(golden, golden.continued_PC, side, progress)
     side.close()
     return Comparison(
         golden=golden,
@@ -112,30 +113,37 @@ def divergence_of(golden: Golden, row: int, part: slice, logits_NV: Tensor, tota
     return terms_NK.sum(-1)
 
 
-def _agreed(continued_PC: NDArray[np.int32], prompt: int, side: Side, progress: Progress) -> NDArray[np.int64]:
+def _agreed(golden: Golden, continued_PC: NDArray[np.int32], side: Side, progress: Progress) -> NDArray[np.int64]:
     """Where greedy continuations part: at the first token that is not the candidate's likeliest."""
-    ids_PC = continued_PC.astype(np.int64)
+    ids_PC, prompt = continued_PC.astype(np.int64), golden.prompt
     likeliest_PC = np.zeros_like(ids_PC)
-    for block in side.score(ids_PC, 0, progress):
+    for block in side.score(golden.windows.continued(ids_PC, prompt), 0, progress):
         likeliest_PC[block.row, block.start : block.start + len(block.logits_NV)] = block.logits_NV.argmax(-1)
     same_PC = likeliest_PC[:, prompt - 1 : -1] == ids_PC[:, prompt:]
     return np.where(same_PC.all(1), same_PC.shape[1], same_PC.argmin(1))
 
 
-def estimate(values_W: NDArray[Any], of_mean: Callable[[Floats], Floats] = lambda mean: mean) -> Estimate:
+def estimate(
+    values_W: NDArray[Any],
+    of_mean: Callable[[Floats], Floats] = lambda mean: mean,
+    counts_W: NDArray[np.int64] | None = None,
+) -> Estimate:
     """A function of the mean over windows, with its interval.
 
     Args:
         values_W: A number for each window.
         of_mean: The function, of an array of means.
+        counts_W: How much each window counts, its tokens; None is one like another.
     """
     values_W = np.asarray(values_W, np.float64)
-    value = float(of_mean(values_W.mean(keepdims=True))[0])
+    weights_W = np.ones(len(values_W)) if counts_W is None else counts_W / counts_W.mean()
+    value = float(of_mean(np.average(values_W, weights=weights_W, keepdims=True))[0])
     if len(values_W) < FEWEST_WINDOWS:
         return Estimate(value=value, low=-np.inf, high=np.inf)
     drawn = np.random.default_rng(0).integers(0, len(values_W), (DRAWS, len(values_W)))
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(of_mean(values_W[drawn].mean(1)), [tail, 100 - tail])
+    means = np.average(values_W[drawn], axis=1, weights=weights_W[drawn])
+    low, high = np.percentile(of_mean(means), [tail, 100 - tail])
     return Estimate(value=value, low=float(low), high=float(high))
 
 
@@ -146,18 +154,28 @@ def estimates(seen: Comparison) -> dict[str, Estimate]:
     the same one likeliest; flips, where one of them finds the token that comes and the other does not; router_flips,
     the share of choices of experts that differ; greedy, tokens that the candidate generates before it parts.
     """
-    golden = seen.golden
-    loss_W, reference_W = -seen.next_logs_WN.mean(1, dtype=np.float64), -golden.next_logs_WN.mean(1, dtype=np.float64)
+    golden, judged_WN = seen.golden, seen.golden.judged_WN
+    counts_W = judged_WN.sum(1)
+
+    def mean(values_WN: NDArray[Any]) -> Floats:
+        """Of each window's tokens that are judged."""
+        found_W: Floats = (values_WN * judged_WN).sum(1, dtype=np.float64) / np.maximum(counts_W, 1)
+        return found_W
+
+    def over(values_W: Floats, of_mean: Callable[[Floats], Floats] = lambda mean: mean) -> Estimate:
+        return estimate(values_W, of_mean, counts_W)
+
+    loss_W, reference_W = -mean(seen.next_logs_WN), -mean(golden.next_logs_WN)
     agrees_WN = seen.likeliest_WN == seen.reference_likeliest_WN
     next_WN = golden.ids_WS[:, 1:]
     flips_WN = (seen.likeliest_WN == next_WN) != (seen.reference_likeliest_WN == next_WN)
     found = {
-        "reference_perplexity": estimate(reference_W, np.exp),
-        "perplexity": estimate(loss_W, np.exp),
-        "perplexity_ratio": estimate(loss_W - reference_W, np.exp),
-        "kl": estimate(seen.divergence_WN.mean(1)),
-        "top1": estimate(agrees_WN.mean(1)),
-        "flips": estimate(flips_WN.mean(1)),
+        "reference_perplexity": over(reference_W, np.exp),
+        "perplexity": over(loss_W, np.exp),
+        "perplexity_ratio": over(loss_W - reference_W, np.exp),
+        "kl": over(mean(seen.divergence_WN)),
+        "top1": over(mean(agrees_WN)),
+        "flips": over(mean(flips_WN)),
     }
     if (flipped_LWS := seen.flipped_LWS) is not None:
         found["router_flips"] = estimate(flipped_LWS.mean((0, 2)))

@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from ..errors import AccuracyError
 from ..export.checkpoint import open_checkpoint
+from ..export.vision_walk import encode_tiles
 from ..export.walk import Hidden, LayerWalk, Weights, embed, open_head
+from ..export.windows import Windows
 from ..folder import SPEC, check_whole, find_files, read_spec
-from ..geometry import ModelSpec
-from ..loading import load
+from ..geometry import ModelSpec, VisionSpec
+from ..loading import load, open_vision
 from ..runtime.decoder import Decoder
 from ..runtime.session import Session
 from ..runtime.state import Limits
@@ -37,6 +39,9 @@ Experts = NDArray[np.int16]
 
 Progress = Callable[[str, int, int], None]
 """Told the phase, the tokens done, and the tokens in all."""
+
+TILES = 8
+"""Tiles that PyTorch computes at once."""
 
 BLOCK_BYTES = 1 << 28
 """Of logits computed at once from a checkpoint's hidden states."""
@@ -63,20 +68,25 @@ class Side(Protocol):
 
     path: Path
     spec: ModelSpec
+    vision: VisionSpec | None
     recipe: Recipe | None
 
-    def score(self, ids_WS: NDArray[np.int64], decoded: int, progress: Progress) -> Iterator[Block]:
+    def score(self, windows: Windows, decoded: int, progress: Progress) -> Iterator[Block]:
         """Scores rows.
 
         Args:
-            ids_WS: Token ids.
+            windows: Token ids, and their images, which the side's own vision tower reads.
             decoded: How many of a row's last tokens run one at a time, where the side can.
             progress: Told how far it is.
         """
         ...
 
-    def generate(self, ids: list[int], count: int) -> list[int] | None:
-        """Continues greedily by exactly so many tokens; None where it does not generate."""
+    def encode(self, windows: Windows, progress: Progress) -> NDArray[np.float32] | None:
+        """The image features [M, H] of all tiles; None where there are none."""
+        ...
+
+    def generate(self, windows: Windows, window: int, prompt: int, count: int) -> list[int] | None:
+        """Continues a window's first tokens greedily by exactly so many; None where it does not generate."""
         ...
 
     def close(self) -> None:
@@ -129,14 +139,15 @@ class CheckpointSide:
         if opened.quantised is not None:
             method = opened.quantised.scheme.method
             raise AccuracyError(f"{path} is quantised ({method}): export it, and give the model folder")
-        self.spec = opened.spec
+        self.spec, self.vision = opened.spec, opened.vision
         self.weights = Weights({shard.path.name: shard.path for shard in opened.shards})
 
-    def score(self, ids_WS: NDArray[np.int64], decoded: int, progress: Progress) -> Iterator[Block]:
+    def score(self, windows: Windows, decoded: int, progress: Progress) -> Iterator[Block]:
         """Scores rows; whole sequences, there is no cache."""
-        spec, count = self.spec, len(self.spec.layers)
+        spec, count, ids_WS = self.spec, len(self.spec.layers), windows.ids_WS
+        features_MH = windows.features_in_order(self.encode(windows, progress))
         with hidden_states((*ids_WS.shape, spec.hidden_size)) as (x, attended, out):
-            embed(self.weights, ids_WS, x)
+            embed(self.weights, ids_WS, x, windows.image_token, features_MH)
             chosen = []
             for index, layer in enumerate(spec.layers):
                 progress(f"PyTorch, layer {index}", index * ids_WS.size // count, ids_WS.size)
@@ -161,7 +172,19 @@ class CheckpointSide:
                 part = torch.from_numpy(np.ascontiguousarray(hidden_SH[start : start + at_once]))
                 yield row, start, head(part).numpy()
 
-    def generate(self, ids: list[int], count: int) -> list[int] | None:
+    def encode(self, windows: Windows, progress: Progress) -> NDArray[np.float32] | None:
+        """The image features [M, H] of all tiles; None where there are none."""
+        if windows.vision is None or not len(windows.pixels_N3PP):
+            return None
+        found, tiles = [], len(windows.pixels_N3PP)
+        for start in range(0, tiles, TILES):
+            progress("PyTorch, tiles", start, tiles)
+            part = windows.pixels_N3PP[start : start + TILES].astype(np.float32)
+            found.append(encode_tiles(windows.vision, self.weights, part))
+        self.weights.release()
+        return np.concatenate(found)
+
+    def generate(self, windows: Windows, window: int, prompt: int, count: int) -> list[int] | None:
         """Does not: without a cache each token would cost a walk over all weights."""
         return None
 
@@ -178,27 +201,55 @@ class FolderSide:
         self.folder = read_spec(path)
         check_whole(path, self.folder)
         self.spec, self.recipe = self.folder.model, self.folder.recipe
+        self.vision = None if self.folder.vision is None else self.folder.vision.spec
         self.session: Session | None = None
         self.routed: list[NDArray[np.float32]] = []
 
-    def score(self, ids_WS: NDArray[np.int64], decoded: int, progress: Progress) -> Iterator[Block]:
-        """Scores rows one by one, each prefilled in pieces and then decoded."""
+    def score(self, windows: Windows, decoded: int, progress: Progress) -> Iterator[Block]:
+        """Scores rows one by one, each prefilled in pieces and then decoded, but for an image at its end."""
+        ids_WS = windows.ids_WS
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # ONNX Runtime's threads wait in a loop, on the cores that torch's would need
         try:
             for row, ids_S in enumerate(ids_WS):
                 session = self._opened(ids_WS.shape[1])
-                for start, logits_NV in session.score(ids_S.tolist(), decoded):
+                seen = windows.is_image_WS[row].nonzero()[0]
+                alone = min(decoded, len(ids_S) - 1 - int(seen[-1])) if len(seen) else decoded
+                features_MH = self._features(session, windows, row)
+                for start, logits_NV in session.score(ids_S.tolist(), alone, features_MH):
                     progress(self.path.name, row * ids_WS.shape[1] + start, ids_WS.size)
                     yield Block(row, start, logits_NV, self._chosen())
         finally:
             torch.set_num_threads(threads)
 
-    def generate(self, ids: list[int], count: int) -> list[int] | None:
-        """Continues greedily."""
-        session = self._opened(len(ids) + count)
-        settings = {"temperature": 0.0, "repetition_penalty": 1.0, "eos_token_id": [], "stop_strings": ()}
-        return session.generate(ids, count, **settings).ids  # type: ignore[arg-type]
+    def generate(self, windows: Windows, window: int, prompt: int, count: int) -> list[int] | None:
+        """Continues greedily; never by an image's token, which would need an image."""
+        session, ids = self._opened(prompt + count), windows.ids_WS[window, :prompt].tolist()
+        state, features_MH = session.start(1, prompt + count), self._features(session, windows, window, prompt)
+        logits_BV = session.prefill(state, [ids], () if features_MH is None else [features_MH])
+        found: list[int] = []
+        while len(found) < count:
+            if windows.image_token is not None:
+                logits_BV[0, windows.image_token] = -np.inf
+            found.append(int(logits_BV[0].argmax()))
+            logits_BV = session.decode(state, found[-1:])
+        return found
+
+    def encode(self, windows: Windows, progress: Progress) -> NDArray[np.float32] | None:
+        """The image features [M, H] of all tiles; None where there are none."""
+        return self._opened(1).encode(windows.pixels_N3PP.astype(np.float32))
+
+    def _features(
+        self, session: Session, windows: Windows, window: int, prompt: int | None = None
+    ) -> NDArray[np.float32] | None:
+        """The image features of a window, or of its first tokens."""
+        if not windows.tiles_W[window]:
+            return None
+        first = int(windows.tiles_W[:window].sum())
+        pixels_N3PP = windows.pixels_N3PP[first : first + int(windows.tiles_W[window])].astype(np.float32)
+        features_MH = session.encode(pixels_N3PP)
+        assert features_MH is not None
+        return features_MH[: int(np.count_nonzero(windows.ids_WS[window, :prompt] == windows.image_token))]
 
     def close(self) -> None:
         """Lets go of the session."""
@@ -244,8 +295,9 @@ class FolderSide:
             watched=names,
             watch=self._watch,
         )
-        limits = Limits.of(self.spec, positions, None)
-        return Session(decoder, Text(self.path), read_defaults(self.path), limits)
+        limits, text, part = Limits.of(self.spec, positions, None), Text(self.path), self.folder.vision
+        vision = None if part is None else open_vision(self.path, self.folder, part, text, self.files, self.threads)
+        return Session(decoder, text, read_defaults(self.path), limits, vision)
 
     def _watch(self, values: dict[str, NDArray[np.float32]]) -> None:
         self.routed = list(values.values())

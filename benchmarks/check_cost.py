@@ -32,6 +32,7 @@ from arriero.accuracy.golden import CONTINUED, PROMPTS, decoded_tokens, prompt_l
 from arriero.accuracy.sides import open_side
 from arriero.calibration import calibrate_model
 from arriero.export import export_checkpoint
+from arriero.export.windows import Windows
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama4"
 
@@ -51,15 +52,16 @@ def run_plainly(path: Path, ids_WS: np.ndarray, *, generates: bool) -> None:
     """One side's part of a check, with nothing looked at."""
     side = open_side(path)
     length = ids_WS.shape[1]
-    beginnings = ids_WS[:PROMPTS, : prompt_length(length)]
-    for _ in side.score(ids_WS, decoded_tokens(length), lambda *_: None):
+    windows, prompt = Windows(ids_WS=ids_WS), prompt_length(length)
+    beginnings = ids_WS[:PROMPTS, :prompt]
+    for _ in side.score(windows, decoded_tokens(length), lambda *_: None):
         pass
     if generates:
-        for ids in beginnings.tolist():
-            side.generate(ids, CONTINUED)
+        for window in range(len(beginnings)):
+            side.generate(windows, window, prompt, CONTINUED)
     else:
         continued = np.concatenate([beginnings, beginnings[:, :CONTINUED]], axis=1)
-        for _ in side.score(continued, 0, lambda *_: None):
+        for _ in side.score(Windows(ids_WS=continued), 0, lambda *_: None):
             pass
     side.close()
 

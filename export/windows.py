@@ -6,7 +6,7 @@ follow. Windows are longer than the model's attention chunk where there is enoug
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,13 @@ class Windows:
         parts = (self.features_of(window, features_MH) for window in range(len(self.ids_WS)))
         found = [part for part in parts if part is not None]
         return np.concatenate(found) if found else None
+
+    def continued(self, ids_PC: NDArray[np.int64], prompt: int) -> "Windows":
+        """The first windows' beginnings, of so many tokens, with other tokens behind them."""
+        first = self.first(len(ids_PC))
+        is_image_PC = np.zeros(ids_PC.shape, bool)
+        is_image_PC[:, :prompt] = first.is_image_WS[:, :prompt]
+        return replace(first, ids_WS=ids_PC, is_image_WS=is_image_PC)
 
     def first(self, count: int) -> "Windows":
         """The first so many windows."""

@@ -1,0 +1,87 @@
+"""Checks over conversations with images: each side's own vision tower, and only what a model writes is judged."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import drawn
+from safetensors.torch import load_file, save_file
+
+from arriero.accuracy import check, record_golden
+from arriero.errors import AccuracyError, DataError
+from arriero.export import export_checkpoint
+from arriero.folder import read_spec
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations about drawn pictures of one and of several tiles, and some without."""
+    folder = tmp_path_factory.mktemp("talks")
+    lines = []
+    for number in range(24):
+        images = [f"{number}.png"] if number % 4 else []
+        drawn(20 + 5 * number, 28).save(folder / f"{number}.png")
+        said = [
+            {"role": "user", "content": f"What is number {number}?"},
+            {"role": "assistant", "content": "A drawing."},
+        ]
+        lines.append(json.dumps({"messages": said, "images": images}))
+    (folder / "talks.jsonl").write_text("\n".join(lines))
+    return folder / "talks.jsonl"
+
+
+def test_an_export_equals_its_checkpoint_with_images(
+    multimodal_checkpoint: Path, multimodal_model: Path, talks: Path
+) -> None:
+    verdict = check(multimodal_model, multimodal_checkpoint, data=[talks], window=120, locate_fault=True)
+    assert verdict.outcome == "pass"
+    assert verdict.metrics["kl"].value < 1e-6
+    assert abs(verdict.metrics["perplexity_ratio"].value - 1) < 1e-6
+    golden = verdict.comparison.golden
+    assert golden.tiles_W is not None
+    assert 0 < golden.judged_WN.mean() < 1
+    assert verdict.location is not None
+    assert verdict.location.blame is None
+
+
+def test_a_golden_file_holds_the_images(multimodal_model: Path, talks: Path, tmp_path: Path) -> None:
+    golden = record_golden(multimodal_model, tmp_path / "golden.safetensors", data=[talks], window=100)
+    live = check(multimodal_model, multimodal_model, data=[talks], window=100)
+    later = check(multimodal_model, golden)
+    assert {name: each.value for name, each in later.metrics.items()} == {
+        name: each.value for name, each in live.metrics.items()
+    }
+    assert later.metrics["greedy"].value == 32
+
+
+def test_a_fault_in_the_tower_shows(
+    multimodal_checkpoint: Path, multimodal_model: Path, talks: Path, tmp_path: Path
+) -> None:
+    faulty = tmp_path / "checkpoint"
+    shutil.copytree(multimodal_checkpoint, faulty)
+    name = "multi_modal_projector.linear_1.weight"
+    index = json.loads((faulty / "model.safetensors.index.json").read_text())
+    shard = faulty / index["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name] = -4 * tensors[name]
+    save_file(tensors, shard, {"format": "pt"})
+    model = export_checkpoint(faulty, tmp_path / "model")
+    images = check(model, multimodal_model, data=[talks], window=120)
+    assert images.metrics["kl"].value > 1e-3
+    assert np.isfinite(images.metrics["perplexity"].value)
+
+
+def test_images_need_a_tower_on_both_sides(
+    multimodal_model: Path, multimodal_checkpoint: Path, talks: Path, tmp_path: Path
+) -> None:
+    spec = json.loads((multimodal_model / "spec.json").read_text())
+    plain = tmp_path / "plain"
+    shutil.copytree(multimodal_model, plain)
+    (plain / "spec.json").write_text(json.dumps({**spec, "vision": None}))
+    assert read_spec(plain).vision is None
+    with pytest.raises(AccuracyError, match="vision tower, .* has none: give text"):
+        check(plain, multimodal_checkpoint, data=[talks], window=100)
+    with pytest.raises(DataError, match="has an image, the model takes text only"):
+        check(multimodal_model, plain, data=[talks], window=100)
