@@ -70,10 +70,10 @@ class Golden:
     tokenizer: str
     format: str
     ids_WS: NDArray[np.int32]
-    is_image_WS: NDArray[np.bool_] | None
-    tiles_W: NDArray[np.int32] | None
-    pixels_N3PP: NDArray[np.float16] | None
-    vision: VisionSpec | None
+    is_image_WS: NDArray[np.bool_] | None = None
+    tiles_W: NDArray[np.int32] | None = None
+    pixels_N3PP: NDArray[np.float16] | None = None
+    vision: VisionSpec | None = None
     top_ids_WNK: NDArray[np.int32]
     top_logs_WNK: NDArray[np.float32]
     rest_logs_WN: NDArray[np.float32]
