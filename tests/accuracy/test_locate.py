@@ -27,6 +27,7 @@ from arriero.calibration import calibrate_model, fp8, int4, int8
 from arriero.engine import build_bundle
 from arriero.errors import AccuracyError
 from arriero.export import export_checkpoint
+from arriero.export.windows import Windows
 from arriero.spec import Override, Recipe
 
 ATTENTION, FEED = "model.layers.{}.self_attn", "model.layers.{}.feed_forward"
@@ -34,7 +35,7 @@ IDS = np.random.default_rng(0).integers(3, 2048, (2, 300))
 
 
 def found(candidate: Path, reference: Path, ids: np.ndarray = IDS) -> Location:
-    return locate(open_side(candidate), open_side(reference), ids, lambda phase, done, total: None)
+    return locate(open_side(candidate), open_side(reference), Windows(ids_WS=ids), lambda phase, done, total: None)
 
 
 def times(why: str) -> float:
