@@ -24,7 +24,6 @@ def sparse() -> Any:
 @pytest.mark.parametrize(
     ("name", "gigabytes", "split", "graph"),
     [
-        ("SCOUT", 217, {}, "decoder.onnx"),
         ("MAVERICK", 803, {}, "vision.onnx"),
         ("SCOUT", 217, {"tp": 2, "ep": 2}, "rank-1/decoder.onnx"),
     ],
