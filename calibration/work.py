@@ -125,8 +125,12 @@ class Work:
             x, attended, out = (
                 self._mapped(f"vision-{name}", shape) for name in (index % 2, "attended", (index + 1) % 2)
             )
-            linears = quantise_vision_layer(vision, index, self.weights, self.recipe, x, attended, out)
-            self._write_step(f"vision-{index:05}", linears, out, tower)
+            self._write_step(
+                f"vision-{index:05}",
+                quantise_vision_layer(vision, index, self.weights, self.recipe, x, attended, out),
+                out,
+                tower,
+            )  # unnamed, so that a layer is let go before the next
             told(f"vision layer {index}", (index + 1) / vision.layers)
         x, features_MH = self._mapped(f"vision-{vision.layers % 2}", shape), self._features(vision)
         linears = quantise_vision_ends(vision, self.weights, self.recipe, pixels_N3PP, x, features_MH)
