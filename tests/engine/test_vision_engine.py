@@ -13,7 +13,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from multimodal import VOCABULARY, write_multimodal
+from pictures import drawn
 
+from arriero.calibration import calibrate_model, fp8, int4, int8
 from arriero.engine import Options, build_bundle
 from arriero.engine.network import Placement, lower_tower_for_tensorrt
 from arriero.engine.polygraphy import Scripts
@@ -21,7 +24,7 @@ from arriero.engine.profiles import decoder_profiles, decoder_shapes, tower_shap
 from arriero.errors import BuildError, FolderError
 from arriero.export import export_checkpoint
 from arriero.folder import find_files, read_spec
-from arriero.spec import CacheInput, TowerEngine
+from arriero.spec import CacheInput, Recipe, TowerEngine
 from arriero.summary import summarise
 from arriero.tables import parts, show_summary
 
@@ -30,7 +33,10 @@ SMALL = Options(max_batch=2, max_seq=64, max_prefill=8, max_tiles=3)
 TOWER = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 256}
 """Heads of 32, the narrowest here for which there are fused kernels."""
 
-LAYERS, LINEARS = 3, 3 * 6
+LAYERS = 3
+PLAIN: dict[str, Any] = {"smoothing": "none", "rounding": "nearest", "weight_clip": "absmax"}
+"""The quickest methods of a recipe: types are what is looked at here."""
+
 NAMES = {"bfloat16": "BFloat16", "float16": "Half", "float32": "Float"}
 
 
@@ -46,6 +52,21 @@ def models(make_multimodal: Callable[..., Any], tmp_path_factory: pytest.TempPat
         return folder / dtype
 
     return make
+
+
+@pytest.fixture(scope="module")
+def seeing(make_multimodal: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model of one layer each with a tokenizer, and conversations about pictures to calibrate it on."""
+    folder = tmp_path_factory.mktemp("seeing")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    reference = make_multimodal(vocab_size=VOCABULARY, vision={**TOWER, "num_hidden_layers": 1}, **sizes)
+    model = export_checkpoint(write_multimodal(reference, folder / "checkpoint"), folder / "model", dtype="bfloat16")
+    said = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A photo."}]
+    for index in range(8):
+        drawn(30 + 9 * index, 50 - 3 * index).save(folder / f"{index}.png")
+    lines = (json.dumps({"messages": said, "images": [f"{index}.png"]}) for index in range(8))
+    (folder / "talks.jsonl").write_text("\n".join(lines))
+    return model, folder / "talks.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +234,32 @@ def test_the_summary_tells_the_towers_engine(
 def test_too_few_tiles_are_named() -> None:
     with pytest.raises(BuildError, match="max_tiles is 0, expected a whole number from 1 up"):
         Options(max_tiles=0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        (int8(**PLAIN, activations="static"), "Int8"),
+        (int8(**PLAIN, activations="dynamic"), "Int8"),
+        (fp8(**PLAIN), "FP8"),
+        (int4(**PLAIN, group_size=32), "Int4"),
+    ],
+    ids=["int8", "dynamic int8", "fp8", "int4"],
+)
+def test_a_quantised_towers_products_have_the_recipes_type(
+    recipe: Recipe, name: str, seeing: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, data = seeing
+    quantised = calibrate_model(model, tmp_path / "model", recipe=recipe, data=[data], samples=4, window=64, floor=0)
+    layers = layers_of(build_bundle(quantised, tmp_path / "bundle", target=TARGET, options=SMALL))
+    products = [
+        layer
+        for layer in layers
+        if name in {each["dtype"] for each in layer["inputs"] if len(each["dims"]) > 1}
+        and layer["kind"] in ("gemm", "runtime_fusion")
+    ]
+    fused = {node for layer in products for node in layer["nodes"] if "layers." in node and "/MatMul" in node}
+    assert len(fused) == 6  # the linears of one layer
+    if name != "Int4":  # both operands are quantised
+        assert all({each["dtype"] for each in layer["inputs"] if len(each["dims"]) > 1} == {name} for layer in products)
+    assert sum("_mha" in layer["tactic"] for layer in layers) == 1
