@@ -25,7 +25,7 @@ from ..export.walk import Hidden, LayerWalk, Weights, embed, open_head
 from ..export.windows import Windows
 from ..folder import SPEC, check_whole, find_files, read_spec
 from ..geometry import ModelSpec, VisionSpec
-from ..loading import load, open_vision
+from ..loading import cpu_graph, load, open_vision
 from ..runtime.decoder import Decoder
 from ..runtime.session import Session
 from ..runtime.state import Limits
@@ -266,7 +266,7 @@ class FolderSide:
     @cached_property
     def lowered(self) -> LoweredGraph:
         """The graph that runs on the CPU."""
-        return LoweredGraph(self.path, self.folder)
+        return LoweredGraph(*cpu_graph(self.path, self.folder))
 
     @cached_property
     def files(self) -> dict[str, Path]:

@@ -81,7 +81,7 @@ def test_images_need_a_tower_on_both_sides(
     shutil.copytree(multimodal_model, plain)
     (plain / "spec.json").write_text(json.dumps({**spec, "vision": None}))
     assert read_spec(plain).vision is None
-    with pytest.raises(AccuracyError, match="vision tower, .* has none: give text"):
+    with pytest.raises(AccuracyError, match=r"vision tower, .* has none: give text"):
         check(plain, multimodal_checkpoint, data=[talks], window=100)
     with pytest.raises(DataError, match="has an image, the model takes text only"):
         check(multimodal_model, plain, data=[talks], window=100)
