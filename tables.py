@@ -241,7 +241,7 @@ def location_text(location: dict[str, Any]) -> str:
         return "No layer is out of line: every unit's error on the reference's input is what rounding explains."
     attribute = f", attribute {blame['attribute']}" if blame["attribute"] else ""
     return (
-        f"First out of line: layer {location['layer']}, [bold]{blame['name']}{attribute}[/] ({blame['op']}): "
+        f"First out of line: {location['place']}, [bold]{blame['name']}{attribute}[/] ({blame['op']}): "
         f"{blame['why']}. At {location['unit']} the error is {location['error']:.2g}, where at most "
         f"{location['explained']:.2g} is explained."
     )

@@ -199,6 +199,8 @@ def _notes(side: Side, golden: Golden, seen: Comparison) -> list[str]:
             notes.append(f"{name} is {ours}, in the reference {theirs}.")
     if seen.flipped_LWS is None and any(layer.experts for layer in side.spec.layers):
         notes.append("The choice of experts cannot be seen inside an engine: router flips are not told.")
-    if seen.agreed_P is None:
+    if not golden.beginnings[1]:
+        notes.append("Every window ends within an image: greedy agreement is not told.")
+    elif seen.agreed_P is None:
         notes.append("A checkpoint does not generate: for greedy agreement give its export as the reference.")
     return notes

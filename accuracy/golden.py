@@ -106,9 +106,9 @@ class Golden:
         return decoded_tokens(self.ids_WS.shape[1])
 
     @property
-    def prompt(self) -> int:
-        """Tokens of the beginnings that are continued."""
-        return prompt_length(self.ids_WS.shape[1])
+    def beginnings(self) -> tuple[int, list[int]]:
+        """Tokens of the beginnings that are continued, and of which windows."""
+        return beginnings(self.windows.is_image_WS)
 
 
 def decoded_tokens(length: int) -> int:
@@ -119,6 +119,19 @@ def decoded_tokens(length: int) -> int:
 def prompt_length(length: int) -> int:
     """Of windows of so many tokens, those that are continued greedily."""
     return min(PROMPT, length // 2)
+
+
+def beginnings(is_image_WS: NDArray[np.bool_]) -> tuple[int, list[int]]:
+    """Which windows are continued greedily, and after how many tokens: the fewest at which most are in no image.
+
+    Args:
+        is_image_WS: Which tokens belong to images; where none do, the first windows are taken after `prompt_length`.
+    """
+    windows, length = is_image_WS.shape
+    shortest, enough = prompt_length(length), min(PROMPTS, windows)
+    is_free_WS = ~is_image_WS[:, shortest : max(shortest, length - CONTINUED) + 1]
+    at = int(is_free_WS.sum(0).clip(max=enough).argmax())
+    return shortest + at, np.flatnonzero(is_free_WS[:, at])[:enough].tolist()
 
 
 def window_of(spec: ModelSpec) -> int:
@@ -189,10 +202,10 @@ def record(side: Side, data: Windows, progress: Progress) -> Golden:
         top_ids[block.row, part], top_logs[block.row, part] = ids_NK.numpy(), (values_NK - total_N1).numpy()
         logs["rest"][block.row, part] = (rest_of(logits_NV, ids_NK) - total_N1[:, 0]).numpy()
         logs["next"][block.row, part] = next_of(logits_NV, ids_WS, block, total_N1)
-    prompt, has_images = prompt_length(length), bool(data.tiles_W.any())
+    has_images, (prompt, begun) = bool(data.tiles_W.any()), beginnings(data.is_image_WS)
     continued = [
         [*ids_WS[window, :prompt].tolist(), *more]
-        for window in range(min(PROMPTS, windows))
+        for window in begun
         if (more := side.generate(data, window, prompt, CONTINUED)) is not None
     ]
     side.close()

@@ -1,18 +1,16 @@
-"""A decoder graph lowered for the CPU, looked into: which value each unit computes, and parts of the graph cut out.
+"""A graph lowered for the CPU, looked into: which value each unit computes, and parts of the graph cut out.
 
-Enters: a model folder, or a bundle for the CPU. Nothing of its weights is read here. Nodes are named `layers.N/unit/…`
+Enters: a decoder's or a vision tower's graph. Nothing of its weights is read here. Nodes are named `layers.N/unit/…`
 by export and lowering, and the last node of a unit computes what the unit stands for.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx
 
 from ..errors import AccuracyError
-from ..loading import cpu_graph
-from ..spec import FolderSpec, Weight
+from ..spec import Weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,16 +32,13 @@ class LoweredGraph:
     """The graph of a folder.
 
     Args:
-        folder: A model, or a bundle for the CPU.
-        spec: Its spec.
-
-    Attributes:
+        graph: Serialized ONNX.
         weights: The regions of weight files that it is given.
         flags: What its session needs.
     """
 
-    def __init__(self, folder: Path, spec: FolderSpec) -> None:
-        graph, self.weights, self.flags = cpu_graph(folder, spec)
+    def __init__(self, graph: bytes, weights: Sequence[Weight], flags: Mapping[str, str]) -> None:
+        self.weights, self.flags = tuple(weights), dict(flags)
         self.model = onnx.load_from_string(graph)
         self.nodes = list(self.model.graph.node)
         self.producers = {name: number for number, node in enumerate(self.nodes) for name in node.output if name}
@@ -58,6 +53,20 @@ class LoweredGraph:
         """The value that a unit computes, as in `layers.3/self_attn.q_proj`; None where the graph has no such unit."""
         return self.units[unit].output[0] if unit in self.units else None
 
+    def unit_reading(self, weight: str) -> str | None:
+        """The unit that a weight is read in, as in `head/MatMul_11`; None where nothing reads it."""
+        for node in self.nodes:
+            if any(name.partition(":")[0] == weight for name in node.input):
+                return "/".join(node.name.split("/")[:2])
+        return None
+
+    def with_bias(self, value: str, bias: str) -> str:
+        """What a value becomes by the sum with a bias; the value itself where it is summed with none."""
+        for node in self.nodes:
+            if node.op_type == "Add" and {*node.input} == {value, bias}:
+                return str(node.output[0])
+        return value
+
     def input_of(self, unit: str) -> str:
         """What the first node of a unit takes in first.
 
@@ -68,6 +77,17 @@ class LoweredGraph:
             if node.name.startswith(f"{unit}/"):
                 return str(node.input[0])
         raise AccuracyError(f"the graph has no {unit}: it is not as Arriero writes it, export the model again")
+
+    def norm_input(self, weight: str) -> str:
+        """What the norm of a weight takes in.
+
+        Raises:
+            AccuracyError: The graph has no such norm.
+        """
+        for node in self.nodes:
+            if node.op_type == "LayerNormalization" and weight in node.input:
+                return str(node.input[0])
+        raise AccuracyError(f"the graph reads {weight} in no norm: it is not as Arriero writes it, export it again")
 
     def head_input(self) -> str:
         """The hidden states behind the last layer.

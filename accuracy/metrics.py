@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .golden import Golden, next_of, predicting, rest_of, with_experts
-from .sides import Experts, Progress, Side
+from .sides import Experts, Progress, Side, likeliest
 
 DRAWS, LEVEL = 2000, 0.95
 FEWEST_WINDOWS = 5
@@ -79,7 +79,7 @@ def compare(golden: Golden, side: Side, progress: Progress) -> Comparison:
     windows, length = ids_WS.shape
     divergence = np.zeros((windows, length - 1))
     next_logs = np.zeros((windows, length - 1), np.float32)
-    likeliest = np.zeros((windows, length - 1), np.int32)
+    likeliest_WN = np.zeros((windows, length - 1), np.int32)
     experts: Experts | None = None
     for block in side.score(data, golden.decoded, progress):
         part, logits_NV = predicting(block, length, side.path)
@@ -88,7 +88,7 @@ def compare(golden: Golden, side: Side, progress: Progress) -> Comparison:
             continue
         total_N1 = logits_NV.logsumexp(-1, keepdim=True)
         next_logs[block.row, part] = next_of(logits_NV, ids_WS, block, total_N1)
-        likeliest[block.row, part] = logits_NV.argmax(-1).numpy()
+        likeliest_WN[block.row, part] = logits_NV.argmax(-1).numpy()
         divergence[block.row, part] = divergence_of(golden, block.row, part, logits_NV, total_N1).numpy()
     agreed = None if golden.continued_PC is None else _agreed(golden, golden.continued_PC, side, progress)
     side.close()
@@ -96,7 +96,7 @@ def compare(golden: Golden, side: Side, progress: Progress) -> Comparison:
         golden=golden,
         divergence_WN=divergence,
         next_logs_WN=next_logs,
-        likeliest_WN=likeliest,
+        likeliest_WN=likeliest_WN,
         experts_LWSK=experts,
         agreed_P=agreed,
     )
@@ -115,10 +115,12 @@ def divergence_of(golden: Golden, row: int, part: slice, logits_NV: Tensor, tota
 
 def _agreed(golden: Golden, continued_PC: NDArray[np.int32], side: Side, progress: Progress) -> NDArray[np.int64]:
     """Where greedy continuations part: at the first token that is not the candidate's likeliest."""
-    ids_PC, prompt = continued_PC.astype(np.int64), golden.prompt
+    ids_PC, (prompt, begun) = continued_PC.astype(np.int64), golden.beginnings
     likeliest_PC = np.zeros_like(ids_PC)
-    for block in side.score(golden.windows.continued(ids_PC, prompt), 0, progress):
-        likeliest_PC[block.row, block.start : block.start + len(block.logits_NV)] = block.logits_NV.argmax(-1)
+    windows = golden.windows.at(begun).continued(ids_PC, prompt)
+    for block in side.score(windows, 0, progress):
+        found_N = likeliest(block.logits_NV, windows.image_token)
+        likeliest_PC[block.row, block.start : block.start + len(found_N)] = found_N
     same_PC = likeliest_PC[:, prompt - 1 : -1] == ids_PC[:, prompt:]
     return np.where(same_PC.all(1), same_PC.shape[1], same_PC.argmin(1))
 

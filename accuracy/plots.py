@@ -8,11 +8,16 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from .locate import Location, Reading
+from ..export.choice import ADAPTER, PATCHES, PROJECTOR
+from .locate import Location
 from .metrics import Comparison
+from .readings import Part, Reading
+from .vision_layers import STEM
 
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
 
@@ -25,48 +30,65 @@ KINDS = {
         "feed_forward.up_proj",
         "feed_forward.shared_expert.gate_proj",
         "feed_forward.shared_expert.up_proj",
+        "mlp.fc1",
     ),
-    "MLP down": ("feed_forward.down_proj", "feed_forward.shared_expert.down_proj"),
+    "MLP down": ("feed_forward.down_proj", "feed_forward.shared_expert.down_proj", "mlp.fc2"),
     "experts": ("feed_forward.experts",),
+    "stem, adapter, projector": (PATCHES, STEM, *ADAPTER, PROJECTOR),
 }
-"""Units by what they are, each a line."""
+"""Units by what they are, each a line; the vision tower's stem is at -1, adapter and projector behind its layers."""
 
-COLOURS = dict(zip(KINDS, ("#4477aa", "#66ccee", "#888888", "#228833", "#ccbb44", "#aa3377"), strict=True))
-"""Paul Tol's bright scheme, which colour-blind people can tell apart."""
+COLOURS = dict(zip(KINDS, ("#4477aa", "#66ccee", "#888888", "#228833", "#ccbb44", "#aa3377", "#222255"), strict=True))
+"""Paul Tol's bright scheme, which colour-blind people can tell apart, and a dark blue."""
 
+WORDS = {"vision": "vision tower", "decoder": "decoder"}
 RED = "#cc3311"
 MOST_LABELLED = 16
 """Experts up to which the matrix has its numbers written in."""
 
 
 def plot_profile(location: Location) -> str:
-    """The error of each kind of unit by layer, over what rounding explains; what is out of line is marked."""
+    """The error of each kind of unit by layer, over what rounding explains; what is out of line is marked.
+
+    Where the vision tower was walked, it stands beside the decoder.
+    """
+    parts: list[Part] = ["decoder"]
+    if any(reading.part == "vision" for reading in location.readings):
+        parts.insert(0, "vision")
     figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots()
+    named: dict[str, Artist] = {}
+    for part, axes in zip(parts, figure.subplots(1, len(parts), sharey=True, squeeze=False)[0], strict=True):
+        _plot_part(axes, [reading for reading in location.readings if reading.part == part], location)
+        axes.set(yscale="log", xlabel="layer" if len(parts) == 1 else f"layer of the {WORDS[part]}")
+        axes.grid(axis="y", alpha=0.3)
+        named |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.axes[0].set_ylabel("relative error on the reference's input")
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, frameon=False)
+    return _png(figure)
+
+
+def _plot_part(axes: Axes, readings: Sequence[Reading], location: Location) -> None:
     for kind, units in KINDS.items():
         worst: dict[int, float] = defaultdict(float)
-        for reading in location.readings:
+        for reading in readings:
             if reading.unit in units:
                 worst[reading.layer] = max(worst[reading.layer], reading.error)
         if worst:
             layers = sorted(worst)
             axes.plot(layers, [worst[at] for at in layers], "o-", color=COLOURS[kind], markersize=4, label=kind)
-    blamed = [each for each in location.readings if (each.layer, each.unit) == (location.layer, location.unit)]
-    for reading in blamed:
-        axes.plot(reading.layer, reading.error, "o", color=RED, markersize=13, fillstyle="none", markeredgewidth=2)
-        axes.annotate(
-            f"layer {reading.layer}, {reading.unit}",
-            (reading.layer, reading.error),
-            textcoords="offset points",
-            xytext=(10, 4),
-            color=RED,
-        )
-    expected = _typical(location.readings)
+    blamed = location.part, location.layer, location.unit
+    for reading in readings:
+        if (reading.part, reading.layer, reading.unit) == blamed:
+            axes.plot(reading.layer, reading.error, "o", color=RED, markersize=13, fillstyle="none", markeredgewidth=2)
+            axes.annotate(
+                f"{reading.place}, {reading.unit}",
+                (reading.layer, reading.error),
+                textcoords="offset points",
+                xytext=(10, 4),
+                color=RED,
+            )
+    expected = _typical(readings)
     axes.plot(list(expected), list(expected.values()), ":", color="#222222", label="largest that rounding explains")
-    axes.set(yscale="log", xlabel="layer", ylabel="relative error on the reference's input")
-    axes.grid(axis="y", alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    return _png(figure)
 
 
 def _typical(readings: Sequence[Reading]) -> dict[int, float]:

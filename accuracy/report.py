@@ -72,7 +72,7 @@ def junit(verdict: Verdict) -> bytes:
             ElementTree.SubElement(case, "error", message=f"{text}: not enough data to tell")
     if verdict.location is not None and verdict.location.blame is not None:
         blame = verdict.location.blame
-        ElementTree.SubElement(suite, "system-out").text = f"layer {verdict.location.layer}: {blame.name}: {blame.why}"
+        ElementTree.SubElement(suite, "system-out").text = f"{verdict.location.place}: {blame.name}: {blame.why}"
     return bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
 
 
@@ -159,7 +159,7 @@ code { font: 13px ui-monospace, monospace; background: #f3f3f3; padding: 0 .2rem
 windows. Intervals hold 95 %, by drawing windows anew. Arriero {{ version }}.</p>
 {% for note in verdict.notes %}<p>{{ note }}</p>{% endfor %}
 {% set l = verdict.location %}{% if l %}{% if l.blame %}
-<div class="box"><p><b>First out of line: layer {{ l.layer }}, {{ l.blame.name }}
+<div class="box"><p><b>First out of line: {{ l.place }}, {{ l.blame.name }}
 {%- if l.blame.attribute %}, attribute {{ l.blame.attribute }}{% endif %}</b> ({{ l.blame.op }}): {{ l.blame.why }}.</p>
 <p>It shows at {{ l.unit }}: an error of {{ "%.2g"|format(l.error) }} on the reference's input, where at most
 {{ "%.2g"|format(l.explained) }} is explained by rounding and by the other layers.</p></div>

@@ -25,7 +25,7 @@ from ..export.walk import Hidden, LayerWalk, Weights, embed, open_head
 from ..export.windows import Windows
 from ..folder import SPEC, check_whole, find_files, read_spec
 from ..geometry import ModelSpec, VisionSpec
-from ..loading import load, open_vision
+from ..loading import cpu_graph, load, open_vision
 from ..runtime.decoder import Decoder
 from ..runtime.session import Session
 from ..runtime.state import Limits
@@ -229,9 +229,7 @@ class FolderSide:
         logits_BV = session.prefill(state, [ids], () if features_MH is None else [features_MH])
         found: list[int] = []
         while len(found) < count:
-            if windows.image_token is not None:
-                logits_BV[0, windows.image_token] = -np.inf
-            found.append(int(logits_BV[0].argmax()))
+            found.append(int(likeliest(logits_BV, windows.image_token)[0]))
             logits_BV = session.decode(state, found[-1:])
         return found
 
@@ -266,7 +264,7 @@ class FolderSide:
     @cached_property
     def lowered(self) -> LoweredGraph:
         """The graph that runs on the CPU."""
-        return LoweredGraph(self.path, self.folder)
+        return LoweredGraph(*cpu_graph(self.path, self.folder))
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -309,6 +307,15 @@ class FolderSide:
         count = self.spec.experts_per_token
         logits = torch.from_numpy(np.stack(self.routed))
         return in_order(logits.topk(count, dim=-1).indices.numpy())
+
+
+def likeliest(logits_NV: NDArray[np.float32], image_token: int | None) -> NDArray[np.int64]:
+    """The likeliest tokens [N] but for an image's, which no model writes."""
+    if image_token is not None:
+        logits_NV = logits_NV.copy()
+        logits_NV[:, image_token] = -np.inf
+    found_N: NDArray[np.int64] = logits_NV.argmax(-1)
+    return found_N
 
 
 def in_order(chosen: NDArray[Any]) -> Experts:

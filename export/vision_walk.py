@@ -43,7 +43,7 @@ def embed_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels, out: 
     )
     for part, patches in each_patches(vision, pixels_N3PP):
         tokens = torch.cat([linear(patches, linear_weight), last.expand(len(patches), 1, -1)], dim=1)
-        out[part] = _normed(weights, "vision_model.layernorm_pre", tokens + places).numpy()
+        out[part] = normed(weights, "vision_model.layernorm_pre", tokens + places).numpy()
 
 
 class VisionLayerWalk:
@@ -77,9 +77,9 @@ class VisionLayerWalk:
         heads = self.vision.heads
         for part in _parts(self.vision, len(x)):
             x_NSC = torch.from_numpy(np.ascontiguousarray(x[part]))
-            normed = _normed(self.weights, f"{self.prefix}input_layernorm", x_NSC)
-            observe("attention_input", normed.flatten(0, 1))
-            query, key, value = (self._linear(f"self_attn.{name}_proj", normed) for name in "qkv")
+            normed_NSC = normed(self.weights, f"{self.prefix}input_layernorm", x_NSC)
+            observe("attention_input", normed_NSC.flatten(0, 1))
+            query, key, value = (self._linear(f"self_attn.{name}_proj", normed_NSC) for name in "qkv")
             query, key = (rotate_patches(turned, cos_SP, sin_SP, heads) for turned in (query, key))
             attended = attend_patches(query, key, value, heads)
             observe("attention_output", attended.flatten(0, 1))
@@ -89,9 +89,9 @@ class VisionLayerWalk:
         """Norm, feed-forward and residual; observes `feed_input` and `down_input`."""
         for part in _parts(self.vision, len(self.attended)):
             x_NSC = torch.from_numpy(np.ascontiguousarray(self.attended[part]))
-            normed = _normed(self.weights, f"{self.prefix}post_attention_layernorm", x_NSC)
-            observe("feed_input", normed.flatten(0, 1))
-            activated = gelu(self._linear("mlp.fc1", normed))
+            normed_NSC = normed(self.weights, f"{self.prefix}post_attention_layernorm", x_NSC)
+            observe("feed_input", normed_NSC.flatten(0, 1))
+            activated = gelu(self._linear("mlp.fc1", normed_NSC))
             observe("down_input", activated.flatten(0, 1))
             self.out[part] = (x_NSC + self._linear("mlp.fc2", activated)).numpy()
 
@@ -108,8 +108,8 @@ def project(
     """
     fc1, fc2, projector = (weights.wide(f"{name}.weight") for name in (*ADAPTER, PROJECTOR))
     for part in _parts(vision, len(x)):
-        normed = _normed(weights, "vision_model.layernorm_post", torch.from_numpy(np.ascontiguousarray(x[part])))
-        squares = shuffle_patches(normed[:, :-1], vision).flatten(0, 1)
+        normed_NSC = normed(weights, "vision_model.layernorm_post", torch.from_numpy(np.ascontiguousarray(x[part])))
+        squares = shuffle_patches(normed_NSC[:, :-1], vision).flatten(0, 1)
         observe("adapter_input", squares)
         middle = gelu(linear(squares, fc1))
         observe("adapter_middle", middle)
@@ -140,5 +140,6 @@ def _parts(vision: VisionSpec, tiles: int) -> Iterator[slice]:
     return (slice(start, start + at_once) for start in range(0, tiles, at_once))
 
 
-def _normed(weights: Weights, name: str, x: Tensor) -> Tensor:
+def normed(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """What one of the tower's layer norms makes of [..., C]."""
     return layer_norm(x, x.shape[-1:], weights.wide(f"{name}.weight"), weights.wide(f"{name}.bias"), NORM_EPS)

@@ -65,22 +65,26 @@ class Windows:
         found = [part for part in parts if part is not None]
         return np.concatenate(found) if found else None
 
-    def continued(self, ids_PC: NDArray[np.int64], prompt: int) -> "Windows":
-        """The first windows' beginnings, of so many tokens, with other tokens behind them."""
-        first = self.first(len(ids_PC))
-        is_image_PC = np.zeros(ids_PC.shape, bool)
-        is_image_PC[:, :prompt] = first.is_image_WS[:, :prompt]
-        return replace(first, ids_WS=ids_PC, is_image_WS=is_image_PC)
+    def continued(self, ids_WC: NDArray[np.int64], prompt: int) -> "Windows":
+        """The windows' beginnings, of so many tokens, with other tokens behind them."""
+        is_image_WC = np.zeros(ids_WC.shape, bool)
+        is_image_WC[:, :prompt] = self.is_image_WS[:, :prompt]
+        return replace(self, ids_WS=ids_WC, is_image_WS=is_image_WC)
+
+    def at(self, rows: Sequence[int]) -> "Windows":
+        """Some of the windows, in rising order, with their tiles."""
+        taken_W = np.isin(np.arange(len(self.ids_WS)), rows)
+        return Windows(
+            ids_WS=self.ids_WS[taken_W],
+            is_image_WS=self.is_image_WS[taken_W],
+            tiles_W=self.tiles_W[taken_W],
+            pixels_N3PP=self.pixels_N3PP[np.repeat(taken_W, self.tiles_W)],
+            vision=self.vision,
+        )
 
     def first(self, count: int) -> "Windows":
         """The first so many windows."""
-        return Windows(
-            ids_WS=self.ids_WS[:count],
-            is_image_WS=self.is_image_WS[:count],
-            tiles_W=self.tiles_W[:count],
-            pixels_N3PP=self.pixels_N3PP[: int(self.tiles_W[:count].sum())],
-            vision=self.vision,
-        )
+        return self.at(range(count))
 
 
 def window_length(spec: ModelSpec) -> int:

@@ -55,12 +55,14 @@ def changed_config(source: Path, target: Path, **fields: Any) -> Path:
     return target
 
 
-def changed_graph(source: Path, target: Path, change: Callable[[onnx.GraphProto], int]) -> Path:
+def changed_graph(
+    source: Path, target: Path, change: Callable[[onnx.GraphProto], int], file: str = "decoder.onnx"
+) -> Path:
     """A copy of a folder with another graph; the change says in how many places it was made."""
     shutil.copytree(source, target)
-    model = onnx.load(target / "decoder.onnx", load_external_data=False)
+    model = onnx.load(target / file, load_external_data=False)
     assert change(model.graph)
-    onnx.save(model, target / "decoder.onnx")
+    onnx.save(model, target / file)
     return target
 
 
@@ -78,7 +80,7 @@ def without_temperature(layer: int) -> Callable[[onnx.GraphProto], int]:
 
 
 def rope_over_halves(layer: int) -> Callable[[onnx.GraphProto], int]:
-    """A bundle's layer whose RoPE has the other layout."""
+    """A bundle's layer, or a vision tower's, whose RoPE has the other layout."""
 
     def change(graph: onnx.GraphProto) -> int:
         count = 0
@@ -148,5 +150,81 @@ def rows_over_halves(head_dim: int) -> Change:
     def change(weight: Tensor) -> Tensor:
         within = torch.arange(head_dim).view(-1, 2).T.flatten()
         return weight.view(-1, head_dim, weight.shape[1])[:, within].flatten(0, 1)
+
+    return change
+
+
+def other_order(place: str, order: list[int]) -> Callable[[onnx.GraphProto], int]:
+    """A vision tower whose stem or head puts patches in another order."""
+
+    def change(graph: onnx.GraphProto) -> int:
+        nodes = [each for each in graph.node if each.name.startswith(f"{place}/") and each.op_type == "Transpose"]
+        moved = [each.attribute[0].ints for each in nodes if len(each.attribute[0].ints) == 6]
+        for ints in moved:
+            ints[:] = order
+        return len(moved)
+
+    return change
+
+
+def without_bias(name: str) -> Callable[[onnx.GraphProto], int]:
+    """A graph in which a bias is not added."""
+
+    def change(graph: onnx.GraphProto) -> int:
+        (node,) = (each for each in graph.node if each.op_type == "Add" and name in each.input)
+        left = next(each for each in node.input if each != name)
+        for reader in graph.node:
+            reader.input[:] = [left if each == node.output[0] else each for each in reader.input]
+        graph.node.remove(node)
+        return 1
+
+    return change
+
+
+def without_residual(layer: int, norm: str) -> Callable[[onnx.GraphProto], int]:
+    """A vision tower whose layer does not add what enters a half to what the half computes, before a norm."""
+
+    def change(graph: onnx.GraphProto) -> int:
+        read = next(each.input[0] for each in graph.node if each.name == f"layers.{layer}/{norm}")
+        total = next(each for each in graph.node if read in each.output)
+        total.input[0] = total.input[1]
+        total.op_type = "Mean"
+        return 1
+
+    return change
+
+
+def exchanged_inputs(layer: int) -> Callable[[onnx.GraphProto], int]:
+    """A vision tower's layer whose queries and keys stand in each other's place."""
+
+    def change(graph: onnx.GraphProto) -> int:
+        node = next(each for each in graph.node if each.name == f"layers.{layer}/Attention")
+        node.input[0], node.input[1] = node.input[1], node.input[0]
+        return 1
+
+    return change
+
+
+def approximate_gelu(place: str) -> Callable[[onnx.GraphProto], int]:
+    """A vision tower's layer or head whose GELUs are approximated by a tanh."""
+
+    def change(graph: onnx.GraphProto) -> int:
+        nodes = [each for each in graph.node if each.op_type == "Gelu" and each.name.startswith(f"{place}/")]
+        for node in nodes:
+            del node.attribute[:]
+            node.attribute.append(onnx.helper.make_attribute("approximate", "tanh"))
+        return len(nodes)
+
+    return change
+
+
+def without_gelu(place: str) -> Callable[[onnx.GraphProto], int]:
+    """A vision tower's layer or head whose last GELU is left out."""
+
+    def change(graph: onnx.GraphProto) -> int:
+        node = [each for each in graph.node if each.op_type == "Gelu" and each.name.startswith(f"{place}/")][-1]
+        node.op_type = "Identity"
+        del node.attribute[:]
+        return 1
 
     return change
