@@ -17,8 +17,8 @@ from .geometry import ModelSpec, VisionSpec
 SCHEMA = 1
 """Version of `spec.json`. A folder with a newer one is refused."""
 
-Stored = Literal["float32", "float16", "bfloat16", "int8", "fp8", "int4"]
-BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "fp8": 8, "int4": 4}
+Stored = Literal["float32", "float16", "bfloat16", "int8", "uint8", "fp8", "int4", "uint4"]
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "fp8": 8, "int4": 4, "uint4": 4}
 """Of an element, by its type as it is stored."""
 
 Format = Literal["none", "int8", "fp8", "int4"]
@@ -53,8 +53,11 @@ class Weight:
         shape: Dimensions, row-major.
         dtype: Type in the file; two of `int4` lie in a byte, the first in its low half.
         convert: Type the graph wants; equal to `dtype` where the file's bytes are used as they lie. `uint4` is `int4`
-            plus 8.
+            plus 8, `uint8` is `int8` plus 128.
         transposed: Whether the graph wants the last dimension first.
+        stacked: Whether the first dimension counts experts, and the rest is laid out for each by itself.
+        interleaved: Whether the graph wants the first and the second half of the last dimension by turns.
+        repeats: How often the graph wants each value, beside itself.
     """
 
     name: str
@@ -62,8 +65,11 @@ class Weight:
     offset: int
     shape: tuple[int, ...]
     dtype: Stored
-    convert: Literal["float32", "float16", "bfloat16", "int8", "fp8", "int4", "uint4"]
+    convert: Stored
     transposed: bool = False
+    stacked: bool = False
+    interleaved: bool = False
+    repeats: int = 1
 
     @property
     def size(self) -> int:
@@ -71,14 +77,30 @@ class Weight:
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
     @property
+    def given_shape(self) -> tuple[int, ...]:
+        """Dimensions as the graph is given them, of small integers the bytes'."""
+        first, rest = (self.shape[:1], self.shape[1:]) if self.stacked else ((), self.shape)
+        if self.transposed:
+            rest = (rest[-1], *rest[:-1])
+        if rest:
+            rest = (*rest[:-1], rest[-1] * self.repeats * (BITS[self.convert] if self.is_packed else 8) // 8)
+        return (*first, *rest)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether two values lie in a byte of what the graph is given."""
+        return BITS[self.convert] == 4
+
+    @property
     def given_size(self) -> int:
         """Bytes as the graph is given it."""
-        return math.prod(self.shape) * BITS["int4" if self.convert == "uint4" else self.convert] // 8
+        return math.prod(self.shape) * self.repeats * BITS[self.convert] // 8
 
     @property
     def is_converted(self) -> bool:
         """Whether the graph is given a copy in other memory, not the file's own bytes."""
-        return self.dtype != self.convert or self.transposed or self.offset % max(1, BITS[self.dtype] // 8) != 0
+        is_moved = self.transposed or self.interleaved or self.repeats > 1
+        return self.dtype != self.convert or is_moved or self.offset % max(1, BITS[self.dtype] // 8) != 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..export.walk import TORCH_DTYPES, Weights
-from ..runtime.weights import unpack_int4, widen
+from ..plugins.layout import unpack_int4, widen
 from ..shards import Region
 from ..spec import Weight
 

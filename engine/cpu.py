@@ -7,6 +7,7 @@ others are widened when they are loaded, except the embedding, of which only the
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -18,7 +19,7 @@ from ..plugins.moe import cpu as moe_cpu
 from ..plugins.moe import op as moe
 from ..plugins.nodes import Nodes, dims
 from ..plugins.product import Matrix, multiply, multiply_stored, quantise
-from ..spec import FolderSpec, VisionPart, Weight
+from ..spec import FolderSpec, Stored, VisionPart, Weight
 from .graph import open_graph
 from .supply import DTYPES, FLOAT, Supply
 
@@ -81,7 +82,7 @@ class _Lowering:
     @property
     def has_integers(self) -> bool:
         """Whether weights are given to integer kernels."""
-        return any(weight.convert in ("int8", "uint4") for weight in self.supply.weights.values())
+        return any(weight.convert in ("int8", "uint8", "uint4") for weight in self.supply.weights.values())
 
     def lower(self) -> ir.Graph:
         """Lowers node by node, in order."""
@@ -127,11 +128,7 @@ class _Lowering:
                 given = [None if value is None else self._input(value) for value in node.inputs]
                 gqa_cpu.lower(nodes, given, outputs, gqa.Attributes(**attributes), self.shared)
             case moe.DOMAIN, moe.NAME:
-                tokens = self._input(sources[0]), self._input(sources[1])
-                hidden, settings = dims(sources[3])[2], moe.Attributes(**attributes)
-                experts = self._experts(sources[2:], settings)
-                in_part = len(experts) < self.router_experts
-                moe_cpu.lower(nodes, *tokens, experts, hidden, outputs[0], settings, in_part=in_part)
+                self._lower_experts(nodes, sources, outputs[0], moe.Attributes(**attributes))
             case domain, op_type:
                 raise BuildError(f"{node.name}: {domain}.{op_type} has no lowering for the CPU: export the model again")
 
@@ -156,6 +153,31 @@ class _Lowering:
             is_turned=not is_int8,
         )
         return multiply_stored(nodes, self.quantised[linear.x, linear.x_scale], x_scale, matrix)
+
+    def _lower_experts(self, nodes: Nodes, sources: list[ir.Value], output: ir.Value, settings: moe.Attributes) -> None:
+        tokens = self._input(sources[0]), self._input(sources[1])
+        weights, scales, statics = sources[2:4], sources[4:6], sources[6:]
+        count, hidden = dims(weights[0])[0], dims(weights[1])[2]
+        in_part = count < self.router_experts
+        sizes = [dims(weight)[1] for weight in weights]
+        group = sizes[0] // dims(scales[0])[1] if settings.quantisation == "int4" else 0
+        block = 0 if in_part else moe_cpu.stacked_block(settings, count, sizes, group, static=bool(statics))
+        if block:
+            pair = [self._stacked(weights[part], scales[part], block, interleaved=not part) for part in range(2)]
+            moe_cpu.lower_stacked(nodes, *tokens, pair[0], pair[1], block, output, settings)
+            return
+        experts = self._experts(sources[2:], settings)
+        moe_cpu.lower(nodes, *tokens, experts, hidden, output, settings, in_part=in_part)
+
+    def _stacked(self, weight: ir.Value, scale: ir.Value, block: int, *, interleaved: bool) -> moe_cpu.Stacked:
+        """All experts' matrices of one kind, and their scales block by block."""
+        laid_out: dict[str, Any] = {"transposed": True, "stacked": True, "interleaved": interleaved}
+        repeats = dims(weight)[1] // dims(scale)[1] // block
+        unsigned: Stored = "uint4" if weight.dtype == ir.DataType.INT4 else "uint8"
+        return moe_cpu.Stacked(
+            weight=self.supply.part(weight, convert=unsigned, **laid_out),
+            scale=self.supply.part(scale, repeats=repeats, **laid_out),
+        )
 
     def _experts(self, sources: list[ir.Value], settings: moe.Attributes) -> list[tuple[Matrix, Matrix]]:
         """Each expert's two matrices, from the op's weights and scales."""

@@ -1,7 +1,7 @@
 """The initializers of a lowered graph: which regions of the weight files the runtime hands to it, and as what type."""
 
 import math
-from typing import Literal
+from typing import Any
 
 import onnx_ir as ir
 
@@ -25,6 +25,7 @@ GIVEN: dict[str, ir.DataType] = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
     "int8": ir.DataType.INT8,
+    "uint8": ir.DataType.UINT8,
     "uint4": ir.DataType.UINT8,  # two in a byte, as the contrib ops take them
 }
 PLACEHOLDER = "spec.json"
@@ -66,9 +67,9 @@ class Supply:
         source: ir.Value,
         index: int | None = None,
         *,
-        convert: Literal[DType, "int8", "uint4"] = "float32",
+        convert: Stored = "float32",
         shape: tuple[int, ...] | None = None,
-        transposed: bool = False,
+        **layout: Any,
     ) -> ir.Value:
         """A weight, or one expert's part of a stacked one.
 
@@ -77,7 +78,7 @@ class Supply:
             index: Which part; None is the whole.
             convert: Type that the graph wants.
             shape: Shape to read it in; None is its own.
-            transposed: Whether the graph wants the last dimension first.
+            **layout: How the graph wants it laid out: further fields of `Weight`.
         """
         tensor = source.const_value
         if not isinstance(tensor, ir.ExternalTensor):
@@ -87,7 +88,7 @@ class Supply:
         if index is not None:
             count, *rest = own
             name, start, own = f"{name}[{index}]", int(tensor.nbytes // count * index), tuple(rest)
-        return self._region(name, tensor, start, own if shape is None else shape, convert, transposed)
+        return self._region(name, tensor, start, own if shape is None else shape, convert, **layout)
 
     def _small_part(self, source: ir.Value, index: int | None) -> ir.Value:
         """A constant that lies in the graph itself, or a part of it."""
@@ -109,24 +110,22 @@ class Supply:
         tensor: ir.ExternalTensor,
         start: int,
         shape: tuple[int, ...],
-        convert: Literal[DType, "int8", "uint4"],
-        transposed: bool = False,
+        convert: Stored,
+        **layout: Any,
     ) -> ir.Value:
         """The initializer for a part of a weight that begins `start` bytes into it."""
         if name not in self.weights:
-            self.weights[name] = Weight(
+            weight = Weight(
                 name=name,
                 file=str(tensor.location),
                 offset=(tensor.offset or 0) + start,
                 shape=shape,
                 dtype=STORED[tensor.dtype],
                 convert=convert,
-                transposed=transposed,
+                **layout,
             )
-            given = (shape[-1], *shape[:-1]) if transposed else shape
-            if convert == "uint4":
-                given = (*given[:-1], given[-1] // 2)
-            dtype = GIVEN[convert]
+            self.weights[name] = weight
+            given, dtype = weight.given_shape, GIVEN[convert]
             placeholder = ir.ExternalTensor(
                 PLACEHOLDER, 0, int(math.prod(given) * dtype.itemsize), dtype, shape=ir.Shape(given), name=name
             )

@@ -1,7 +1,9 @@
 """A quantised product on ONNX Runtime's CPU: integers multiplied as integers, E4M3 as the float32 that it stands for.
 
 Enters: float32 activations and a weight in the layout that its kernel takes. Leaves: float32. In int8 the activations
-are stored as uint8 with a zero point of 128, which stands for the same values and is what the kernels are fast in.
+are stored as uint8 with a zero point of 128, which stands for the same values and is what the kernels are fast in. In
+int4 the kernel quantises them itself, to int8 with a scale for each block of a token's inputs, so that it multiplies
+integers: several times as fast as with float32 activations, and finer than the weights by far.
 """
 
 from dataclasses import dataclass
@@ -14,6 +16,10 @@ from .nodes import Nodes, dims, number
 
 MICROSOFT = "com.microsoft"
 FP8 = ir.DataType.FLOAT8E4M3FN
+BLOCKS = (16, 32, 64, 128, 256)
+"""Inputs that may share a scale in the kernels of block-wise weights."""
+INT8_ACTIVATIONS = 4
+"""The `accuracy_level` of those kernels that lets them quantise activations to int8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +51,15 @@ def multiply(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
     if matrix.kind == "int4":
         count, blocks, half = dims(matrix.weight)
         product: ir.Value = nodes.MatMulNBits(
-            x, matrix.weight, matrix.scale, domain=MICROSOFT, K=blocks * half * 2, N=count, bits=4, block_size=half * 2
+            x,
+            matrix.weight,
+            matrix.scale,
+            domain=MICROSOFT,
+            K=blocks * half * 2,
+            N=count,
+            bits=4,
+            block_size=half * 2,
+            accuracy_level=INT8_ACTIVATIONS,
         )
         return product
     if matrix.input_scale is not None:

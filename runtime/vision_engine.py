@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..geometry import VisionSpec
+from ..plugins.layout import NUMPY_DTYPES, widen
 from ..spec import FolderSpec, TowerEngine
 from .device import Device, Memory
 from .execution import Execution, accept, deserialise, open_version, read_built, upload_weights
-from .weights import NUMPY_DTYPES, widen
 
 
 class VisionEngine:

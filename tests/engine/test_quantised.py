@@ -51,8 +51,9 @@ def test_the_lowered_model_equals_numpy(model: Path, tmp_path: Path, name: str) 
     found = arriero.load(quantised).logits(IDS[:1, :LENGTH])[0]
     expected = Emulation(quantised, RECIPES[name]).logits(IDS[0, :LENGTH])
     error = np.abs(found - expected) / np.abs(expected).max()
-    # float32 sums put a few activations on the other side of a rounding border than float64 does
-    assert np.median(error) < 2e-3
+    # float32 sums put a few activations on the other side of a rounding border than float64 does, and int4's kernels
+    # round activations by blocks, which the recipe leaves as they are
+    assert np.median(error) < (4e-3 if name == "int4" else 2e-3)
     assert error.max() < 5e-2
 
 

@@ -101,7 +101,14 @@ def test_the_cpus_product_means_the_same(kind: str, static: bool) -> None:
     given = [each for each in (matrix.weight, matrix.scale, matrix.input_scale) if each is not None]
     imports = {"": OPSET, "com.microsoft": 1}
     graph = ir.Graph([value], [y], nodes=nodes.list, initializers=given, opset_imports=imports, name="product")
-    assert agree(run(graph, x), expected(kind, static))
+    found = run(graph, x)
+    if kind == "int4":  # the kernel rounds activations to int8, each block by its own scale
+        assert np.sqrt(np.mean((found - expected(kind, static)) ** 2)) < 1e-2 * np.std(found)
+        blocks = fake_quantise(x.reshape(-1, BLOCK), None, "int8").reshape(x.shape)
+        wide = stored.astype(np.float64) * np.repeat(scale.astype(np.float64), BLOCK, axis=1)
+        assert agree(found, blocks @ wide.T)
+    else:
+        assert agree(found, expected(kind, static))
 
 
 def test_a_bound_saturates_what_lies_beyond_it() -> None:

@@ -20,6 +20,7 @@ from arriero.plugins.moe.meaning import moe_dispatch
 from arriero.plugins.moe.torch_op import moe_dispatch as torch_moe_dispatch
 from arriero.plugins.nodes import OPSET, Nodes
 from arriero.plugins.product import Matrix
+from arriero.plugins.quantisation import dequantise, fake_quantise
 
 Array = np.ndarray[Any, Any]
 
@@ -78,6 +79,45 @@ def by_cpu_lowering(case: Case) -> Array:
     return run(graph_of(inputs, output, nodes.list, initializers=weights), case, [])
 
 
+def by_cpu_lowering_of_stacked_experts(case: Case) -> Array:
+    arrays = case.inputs()
+    inputs = [ir.val(name, ir.DataType.FLOAT, arrays[name].shape) for name in ("hidden", "router_logits")]
+    output = ir.val("output", ir.DataType.FLOAT, [None, None])
+    block = stacked_block_of(case)
+    pair = [stacked(case, arrays, name, block) for name in ("gate_up", "down")]
+    nodes = Nodes()
+    cpu.lower_stacked(nodes, *inputs, *pair, block, output, case.attributes)
+    weights = [value for part in pair for value in (part.weight, part.scale)]
+    return run(graph_of(inputs, output, nodes.list, initializers=weights), case, [])
+
+
+def stacked_block_of(case: Case) -> int:
+    """The block of a case that the stacked form is taken for; 0 where it is not."""
+    sizes = [case.hidden, case.expert_size]
+    whole = case.held is None and case.attributes.quantisation != "none"
+    return whole and cpu.stacked_block(case.attributes, case.experts, sizes, case.group, static=case.static)
+
+
+def stacked(case: Case, arrays: dict[str, Array], name: str, block: int) -> cpu.Stacked:
+    """All experts' matrices in the layout that QMoE takes."""
+    weight_ENK = arrays[name].astype(np.int8).swapaxes(1, 2)
+    scale_ENG = arrays[f"{name}_scale"].swapaxes(1, 2)
+    if case.attributes.quantisation == "int8":
+        scale_ENG = np.repeat(scale_ENG, weight_ENK.shape[2] // block, axis=2)
+    if name == "gate_up":
+        order = np.arange(2 * case.expert_size).reshape(2, -1).T.ravel()  # gate, up, gate, up, …
+        weight_ENK, scale_ENG = weight_ENK[:, order], scale_ENG[:, order]
+    if case.attributes.quantisation == "int4":
+        unsigned = (weight_ENK + 8).astype(np.uint8)
+        stored = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
+    else:
+        stored = (weight_ENK.astype(np.int16) + 128).astype(np.uint8)
+    return cpu.Stacked(
+        weight=initializer(name, np.ascontiguousarray(stored)),
+        scale=initializer(f"{name}_scale", np.ascontiguousarray(scale_ENG)),
+    )
+
+
 def matrix(case: Case, arrays: dict[str, Array], name: str, index: int) -> Matrix:
     """One expert's matrix in the layout that the CPU's products take."""
     kind, weight = case.attributes.quantisation, arrays[name][index]
@@ -129,7 +169,24 @@ def test_an_implementation_of_quantised_experts_equals_the_meaning(
     if implementation is by_cpu_lowering and case.name == "int4, whole columns":
         pytest.skip("the CPU's kernel knows blocks of 16 to 256 only, and no recipe makes others")
     expected = moe_dispatch(**case.inputs(), attributes=case.attributes)
+    if implementation is by_cpu_lowering and case.attributes.quantisation == "int4":
+        expected = with_blockwise_activations(case, case.group or case.hidden)
     assert agrees(implementation(case), expected)
+
+
+STACKED_CASES = [case for case in QUANTISED_CASES if stacked_block_of(case)]
+
+
+def test_int4_and_many_int8_experts_are_stacked() -> None:
+    names = {case.name for case in STACKED_CASES}
+    assert names == {"int4, one token", "int4, groups of 32", "int4, groups of 128", "int8, many experts"}
+
+
+@pytest.mark.parametrize("case", STACKED_CASES, ids=lambda case: case.name)
+def test_stacked_experts_equal_the_meaning(case: Case) -> None:
+    found, exact = by_cpu_lowering_of_stacked_experts(case), moe_dispatch(**case.inputs(), attributes=case.attributes)
+    assert agrees(found, with_blockwise_activations(case, stacked_block_of(case)))
+    assert np.sqrt(np.mean((found - exact) ** 2)) < 2e-2 * np.sqrt(np.mean(exact**2))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.experts == 8], ids=lambda case: case.name)
@@ -141,6 +198,26 @@ def test_the_parts_of_the_experts_add_up_to_the_whole(case: Case) -> None:
         held = {name: array[first:end] if array.ndim == 3 else array for name, array in inputs.items()}
         parts.append(moe_dispatch(**held, attributes=dataclasses.replace(case.attributes, first_expert=first)))
     assert np.allclose(sum(parts), moe_dispatch(**inputs, attributes=whole.attributes), atol=1e-12)
+
+
+def with_blockwise_activations(case: Case, block: int) -> Array:
+    """The meaning of one expert a token whose products round their activations to int8, each block by its own scale."""
+    arrays = case.inputs()
+    weights = [dequantise(arrays[name], arrays[f"{name}_scale"]) for name in ("gate_up", "down")]
+    output = np.zeros((case.tokens, case.hidden))
+    for token, logits in enumerate(arrays["router_logits"].astype(np.float64)):
+        for expert in np.argsort(-logits)[: case.attributes.top_k] - case.attributes.first_expert:
+            if not 0 <= expert < case.weights:
+                continue
+            x = arrays["hidden"][token] / (1 + np.exp(-logits[expert + case.attributes.first_expert]))
+            gate, up = np.split(rounded(x, block) @ weights[0][expert], 2)
+            output[token] += rounded(up * gate / (1 + np.exp(-gate)), block) @ weights[1][expert]
+    return output
+
+
+def rounded(x: Array, block: int) -> Array:
+    """Activations [K] in int8, each block of them by its own absolute maximum."""
+    return fake_quantise(x.reshape(-1, block), None, "int8").reshape(-1)
 
 
 def agrees(found: Array, expected: Array) -> bool:
