@@ -18,7 +18,7 @@ from ..plugins.linear import Linear, read_linear
 from ..plugins.moe import cpu as moe_cpu
 from ..plugins.moe import op as moe
 from ..plugins.nodes import Nodes, dims
-from ..plugins.product import Matrix, multiply, multiply_stored, quantise
+from ..plugins.product import Matrix, largest_block, multiply, multiply_stored, quantise
 from ..spec import FolderSpec, Stored, VisionPart, Weight
 from .graph import open_graph
 from .supply import DTYPES, FLOAT, Supply
@@ -77,6 +77,8 @@ class _Lowering:
         self.mapped: dict[ir.Value, ir.Value] = {}
         self.linears = {node: linear for node in source if (linear := read_linear(node)) is not None}
         self.absorbed = {node for product in self.linears for node in absorbed(product)}
+        self.blocks = {node: block for node, linear in self.linears.items() if (block := _int8_block(linear))}
+        self.absorbed |= {part for node in self.blocks for part in self.linears[node].scaling}
         self.quantised: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     @property
@@ -109,8 +111,10 @@ class _Lowering:
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         match node.domain, node.op_type:
             case "", "MatMul" if node in self.linears:
-                outputs[0] = self._lower_linear(nodes, self.linears[node])
-                self.mapped[node.outputs[0]] = outputs[0]
+                if node in self.blocks:
+                    self._lower_unscaled(nodes, node)
+                else:
+                    self.mapped[node.outputs[0]] = self._lower_linear(nodes, self.linears[node])
             case "", "Transpose" if sources[0].is_initializer():
                 pass  # the product that reads it takes the weight as it lies
             case "", "MatMul" if (weight := _transposed_weight(sources[1])) is not None:
@@ -154,6 +158,20 @@ class _Lowering:
         )
         return multiply_stored(nodes, self.quantised[linear.x, linear.x_scale], x_scale, matrix)
 
+    def _lower_unscaled(self, nodes: Nodes, product: ir.Node) -> None:
+        """An int8 linear whose kernel quantises activations itself, so that there is nothing to scale around it."""
+        linear, block = self.linears[product], self.blocks[product]
+        count, size = dims(linear.weight)
+        matrix = Matrix(
+            kind="int8",
+            weight=self.supply.part(linear.weight, convert="uint8", shape=(count, size // block, block)),
+            scale=self.supply.part(linear.weight_scale, shape=(count, 1), repeats=size // block),
+            has_blocks=True,
+        )
+        scaled = product.outputs[0].consumers()[0]
+        self.mapped[scaled.outputs[0]] = multiply(nodes, self._input(linear.unscaled), matrix)
+        self.absorbed.add(scaled)
+
     def _lower_experts(self, nodes: Nodes, sources: list[ir.Value], output: ir.Value, settings: moe.Attributes) -> None:
         tokens = self._input(sources[0]), self._input(sources[1])
         weights, scales, statics = sources[2:4], sources[4:6], sources[6:]
@@ -161,7 +179,7 @@ class _Lowering:
         in_part = count < self.router_experts
         sizes = [dims(weight)[1] for weight in weights]
         group = sizes[0] // dims(scales[0])[1] if settings.quantisation == "int4" else 0
-        block = 0 if in_part else moe_cpu.stacked_block(settings, count, sizes, group, static=bool(statics))
+        block = 0 if in_part else moe_cpu.stacked_block(settings, sizes, group, static=bool(statics))
         if block:
             pair = [self._stacked(weights[part], scales[part], block, interleaved=not part) for part in range(2)]
             moe_cpu.lower_stacked(nodes, *tokens, pair[0], pair[1], block, output, settings)
@@ -225,6 +243,11 @@ class _Lowering:
 
     def _input(self, value: ir.Value) -> ir.Value:
         return self.supply.widened(value) if value.is_initializer() else self._value(value)
+
+
+def _int8_block(linear: Linear) -> int:
+    """Inputs of an int8 linear that its kernel quantises together; 0 where activations are quantised as written."""
+    return 0 if linear.kind != "int8" or linear.own_scale is None else largest_block(dims(linear.weight)[1])
 
 
 def absorbed(product: ir.Node) -> list[ir.Node]:

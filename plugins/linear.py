@@ -34,6 +34,8 @@ class Linear:
         x_scale: Its scale; None in `int4`.
         weight: The stored weight [N, K], an initializer.
         weight_scale: [N], or [N, K / block] in `int4`.
+        own_scale: The scale that each token has of its own, which `x` is divided by and the product multiplied; None
+            where there is none.
     """
 
     kind: str
@@ -41,6 +43,27 @@ class Linear:
     x_scale: ir.Value | None
     weight: ir.Value
     weight_scale: ir.Value
+    own_scale: ir.Value | None = None
+
+    @property
+    def unscaled(self) -> ir.Value:
+        """What is divided by the tokens' own scales."""
+        division = _producer(self.x, "Div")
+        assert division is not None
+        value = division.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def scaling(self) -> list[ir.Node]:
+        """The nodes that compute the tokens' own scales and divide by them: those behind `unscaled`."""
+        pending, found = [self.x], list[ir.Node]()
+        while pending:
+            node = pending.pop().producer()
+            if node is not None and node not in found:
+                found.append(node)
+                pending += [value for value in node.inputs if value is not None and value is not self.unscaled]
+        return found
 
 
 def token_scale(nodes: Nodes, x: ir.Value, kind: str, bound: float = 0.0) -> ir.Value:
@@ -140,7 +163,23 @@ def read_linear(product: ir.Node) -> Linear | None:
     quantise = _producer(behind.inputs[0], "QuantizeLinear") if behind else None
     if quantise is None or quantise.inputs[0] is None:
         return None
-    return Linear(kind=kind, x=quantise.inputs[0], x_scale=quantise.inputs[1], weight=weight, weight_scale=weight_scale)
+    x = quantise.inputs[0]
+    return Linear(
+        kind=kind,
+        x=x,
+        x_scale=quantise.inputs[1],
+        weight=weight,
+        weight_scale=weight_scale,
+        own_scale=_own_scale(x, product.outputs[0]),
+    )
+
+
+def _own_scale(x: ir.Value, product: ir.Value) -> ir.Value | None:
+    """What an input is divided by and its product multiplied with, and nothing else is done with that product."""
+    division, readers = _producer(x, "Div"), product.consumers()
+    if division is None or len(readers) != 1 or readers[0].op_type != "Mul":
+        return None
+    return division.inputs[1] if division.inputs[1] in readers[0].inputs else None
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

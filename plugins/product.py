@@ -34,6 +34,7 @@ class Matrix:
         input_scale: The input's static scale, float32; None takes each token's own.
         input_bound: The largest magnitude that such a scale is chosen for; 0 is none.
         is_turned: Whether a float32 weight lies as [N, K].
+        has_blocks: Whether an int8 weight is uint8 about 128 [N, K / block, block], with a scale for each block.
     """
 
     kind: str
@@ -42,23 +43,31 @@ class Matrix:
     input_scale: ir.Value | None = None
     input_bound: float = 0.0
     is_turned: bool = False
+    has_blocks: bool = False
+
+    @property
+    def is_blockwise(self) -> bool:
+        """Whether the kernel is the one of block-wise weights, which quantises activations itself."""
+        return self.kind == "int4" or self.has_blocks
 
 
 def multiply(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
     """Writes x [..., K] times a matrix, [..., N]."""
     if matrix.kind == "none":
         return _float_product(nodes, x, matrix)
-    if matrix.kind == "int4":
-        count, blocks, half = dims(matrix.weight)
+    if matrix.is_blockwise:
+        count, blocks, size = dims(matrix.weight)
+        bits = 4 if matrix.kind == "int4" else 8
+        block = size * 8 // bits
         product: ir.Value = nodes.MatMulNBits(
             x,
             matrix.weight,
             matrix.scale,
             domain=MICROSOFT,
-            K=blocks * half * 2,
+            K=blocks * block,
             N=count,
-            bits=4,
-            block_size=half * 2,
+            bits=bits,
+            block_size=block,
             accuracy_level=INT8_ACTIVATIONS,
         )
         return product
@@ -97,3 +106,8 @@ def _float_product(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
         return turned
     product: ir.Value = nodes.MatMul(x, matrix.weight)
     return product
+
+
+def largest_block(*sizes: int) -> int:
+    """The largest block that divides all these numbers of inputs; 0 where none does."""
+    return next((block for block in reversed(BLOCKS) if not any(size % block for size in sizes)), 0)

@@ -31,8 +31,8 @@ PER_CHANNEL, PER_MLP = 10, 4
 """The same of the vision tower, for each patch of the tiles that it computes at once: values for each of its channels
 and for each of its feed-forward's. The scores of attention come on top, measured with towers up to Scout's width."""
 
-EXPERT = re.compile(r"\[\d+\]$")
-"""How the name of one expert's part of a stacked weight ends."""
+EXPERT = re.compile(r"\.experts\.")
+"""What names of routed experts' weights hold, of one's or of all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

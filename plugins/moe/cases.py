@@ -114,7 +114,7 @@ QUANTISED_CASES = (
     Case(name="int8, static", attributes=INT8, tokens=40, experts=8, static=True),
     Case(name="int8, static, one token", attributes=INT8, tokens=1, experts=4, static=True),
     Case(name="int8, more experts than tokens", attributes=INT8, tokens=9, experts=128),
-    Case(name="int8, many experts", attributes=INT8, tokens=9, experts=64, hidden=64, expert_size=32),
+    Case(name="int8, blocks of 32", attributes=INT8, tokens=9, experts=64, hidden=64, expert_size=32),
     Case(name="int8, two experts a token", attributes=INT8_TOP_2, tokens=33, experts=8, static=True),
     Case(name="int8, odd sizes", attributes=INT8, tokens=13, experts=3, hidden=27, expert_size=19),
     Case(name="fp8, one token", attributes=FP8, tokens=1, experts=8),

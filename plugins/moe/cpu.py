@@ -1,8 +1,7 @@
 """Mixture-of-experts dispatch for ONNX Runtime's CPU, so that only chosen experts are computed.
 
 There are two forms. `lower_stacked` is the contrib op `com.microsoft.QMoE` over all experts of a layer, whose integer
-kernels quantise activations in the weights' blocks. It is the faster one in int4, and in int8 where experts are many
-and each sees few tokens; it knows one expert a token.
+kernels quantise activations block by block. It is the faster one in int4 and int8 and knows one expert a token.
 
 `lower` writes one `If` an expert. Each expert's weights are initializers of their own, matrices that lie in the
 checkpoint as they are used: nothing is gathered. An expert without tokens costs one branch. The branches return their
@@ -16,14 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from ..nodes import OPSET, Nodes, ints, number
-from ..product import BLOCKS, INT8_ACTIVATIONS, MICROSOFT, Matrix, multiply
+from ..product import BLOCKS, INT8_ACTIVATIONS, MICROSOFT, Matrix, largest_block, multiply
 from .body import route
 from .op import Attributes
 
 INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
-FEW = 32
-"""Experts up to which int8 is faster with an `If` each: a prompt of 512 tokens gives each expert so many rows that the
-kernels of whole products win (measured: 2.2 times with 16 experts, 1.4 with 32, but 0.7 with 128)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +35,11 @@ class Stacked:
     scale: ir.Value
 
 
-def stacked_block(attributes: Attributes, experts: int, sizes: Sequence[int], group: int, *, static: bool) -> int:
+def stacked_block(attributes: Attributes, sizes: Sequence[int], group: int, *, static: bool) -> int:
     """Inputs that share a scale where `lower_stacked` is the form to take; 0 where it is not.
 
     Args:
         attributes: The op's.
-        experts: How many the router knows, all of which are held.
         sizes: Inputs of the two products.
         group: Inputs that share a scale in `int4`.
         static: Whether the activations have static scales.
@@ -53,9 +48,7 @@ def stacked_block(attributes: Attributes, experts: int, sizes: Sequence[int], gr
         return 0
     if attributes.quantisation == "int4":
         return group if group in BLOCKS else 0
-    if attributes.quantisation == "int8" and experts > FEW:
-        return next((block for block in reversed(BLOCKS) if not any(size % block for size in sizes)), 0)
-    return 0
+    return largest_block(*sizes) if attributes.quantisation == "int8" else 0
 
 
 def lower_stacked(

@@ -60,8 +60,9 @@ def test_the_lowered_model_equals_numpy(model: Path, tmp_path: Path, name: str) 
 def test_int8_runs_on_integer_kernels(model: Path, tmp_path: Path) -> None:
     quantised = calibrate_model(model, tmp_path / "quantised", recipe="int8", data=IDS, floor=0)
     graph = onnx.ModelProto.FromString(lower_for_cpu(quantised, read_spec(quantised)).graph).graph
-    integers = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    integers = [node for node in graph.node if node.op_type == "MatMulNBits"]
     assert len(integers) == 4 + 3  # attention and the shared expert; each expert's two are in its branch
+    assert not {"QuantizeLinear", "Abs"} & {node.op_type for node in graph.node}
     branches = [attribute.g for node in graph.node if node.op_type == "If" for attribute in node.attribute]
     inside = [node.op_type for branch in branches for node in branch.node]
     assert inside.count("MatMulIntegerToFloat") == 4 * 2

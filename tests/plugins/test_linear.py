@@ -133,6 +133,7 @@ def test_a_written_linear_is_recognised(kind: str, static: bool) -> None:
     assert found[0].kind == kind
     assert found[0].weight.name == "weight"
     assert (found[0].x_scale is None) == (kind == "int4")
+    assert (found[0].own_scale is not None) == (kind != "int4" and not static)
 
 
 @pytest.mark.parametrize("dtype", [ir.DataType.BFLOAT16, ir.DataType.FLOAT16])
