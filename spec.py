@@ -58,6 +58,8 @@ class Weight:
         stacked: Whether the first dimension counts experts, and the rest is laid out for each by itself.
         interleaved: Whether the graph wants the first and the second half of the last dimension by turns.
         repeats: How often the graph wants each value, beside itself.
+        plane: Which 8 bits of a float weight [N, blocks, block] the graph wants: those that round it in its block
+            (`high`), or those that round the rest (`low`); with `convert` float32 the scales of their blocks.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Weight:
     stacked: bool = False
     interleaved: bool = False
     repeats: int = 1
+    plane: Literal["whole", "high", "low"] = "whole"
 
     @property
     def size(self) -> int:
@@ -82,6 +85,8 @@ class Weight:
         first, rest = (self.shape[:1], self.shape[1:]) if self.stacked else ((), self.shape)
         if self.transposed:
             rest = (rest[-1], *rest[:-1])
+        if self.is_plane_scale:
+            return rest[:-1]
         if rest:
             rest = (*rest[:-1], rest[-1] * self.repeats * (BITS[self.convert] if self.is_packed else 8) // 8)
         return (*first, *rest)
@@ -92,14 +97,20 @@ class Weight:
         return BITS[self.convert] == 4
 
     @property
+    def is_plane_scale(self) -> bool:
+        """Whether the graph is given the scales of a plane."""
+        return self.plane != "whole" and self.convert == "float32"
+
+    @property
     def given_size(self) -> int:
         """Bytes as the graph is given it."""
-        return math.prod(self.shape) * self.repeats * BITS[self.convert] // 8
+        block = self.shape[-1] if self.is_plane_scale else 1
+        return math.prod(self.shape) // block * self.repeats * BITS[self.convert] // 8
 
     @property
     def is_converted(self) -> bool:
         """Whether the graph is given a copy in other memory, not the file's own bytes."""
-        is_moved = self.transposed or self.interleaved or self.repeats > 1
+        is_moved = self.transposed or self.interleaved or self.repeats > 1 or self.plane != "whole"
         return self.dtype != self.convert or is_moved or self.offset % max(1, BITS[self.dtype] // 8) != 0
 
 

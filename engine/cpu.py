@@ -18,7 +18,7 @@ from ..plugins.linear import Linear, read_linear
 from ..plugins.moe import cpu as moe_cpu
 from ..plugins.moe import op as moe
 from ..plugins.nodes import Nodes, dims
-from ..plugins.product import Matrix, largest_block, multiply, multiply_stored, quantise
+from ..plugins.product import Matrix, largest_block, multiply, multiply_planes, multiply_stored, quantise
 from ..spec import FolderSpec, Stored, VisionPart, Weight
 from .graph import open_graph
 from .supply import DTYPES, FLOAT, Supply
@@ -82,6 +82,11 @@ class _Lowering:
         self.quantised: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether a linear is."""
+        return bool(self.linears)
+
+    @property
     def has_integers(self) -> bool:
         """Whether weights are given to integer kernels."""
         return any(weight.convert in ("int8", "uint8", "uint4") for weight in self.supply.weights.values())
@@ -117,6 +122,10 @@ class _Lowering:
                     self.mapped[node.outputs[0]] = self._lower_linear(nodes, self.linears[node])
             case "", "Transpose" if sources[0].is_initializer():
                 pass  # the product that reads it takes the weight as it lies
+            case "", "MatMul" if (weight := _transposed_weight(sources[1])) is not None and self._has_planes(
+                node, weight
+            ):
+                self.mapped[node.outputs[0]] = self._lower_planes(nodes, self._input(sources[0]), weight)
             case "", "MatMul" if (weight := _transposed_weight(sources[1])) is not None:
                 inputs = [self._input(sources[0]), self.supply.widened(weight)]
                 nodes.node("FusedMatMul", inputs, outputs=outputs, domain="com.microsoft", attributes={"transB": 1})
@@ -171,6 +180,26 @@ class _Lowering:
         scaled = product.outputs[0].consumers()[0]
         self.mapped[scaled.outputs[0]] = multiply(nodes, self._input(linear.unscaled), matrix)
         self.absorbed.add(scaled)
+
+    def _has_planes(self, node: ir.Node, weight: ir.Value) -> bool:
+        """Whether a linear is the unquantised head of a quantised model: its 16 bits are read as such, not as 32."""
+        is_head = str(node.name).startswith("lm_head/") and self.is_quantised
+        return is_head and weight.dtype != FLOAT and largest_block(dims(weight)[1]) > 0
+
+    def _lower_planes(self, nodes: Nodes, x: ir.Value, weight: ir.Value) -> ir.Value:
+        count, size = dims(weight)
+        block = largest_block(size)
+        shape = (count, size // block, block)
+        high, low = (
+            Matrix(
+                kind="int8",
+                weight=self.supply.plane(weight, name, shape, "uint8"),
+                scale=self.supply.plane(weight, name, shape, "float32"),
+                has_blocks=True,
+            )
+            for name in ("high", "low")
+        )
+        return multiply_planes(nodes, x, high, low)
 
     def _lower_experts(self, nodes: Nodes, sources: list[ir.Value], output: ir.Value, settings: moe.Attributes) -> None:
         tokens = self._input(sources[0]), self._input(sources[1])

@@ -1,7 +1,7 @@
 """The initializers of a lowered graph: which regions of the weight files the runtime hands to it, and as what type."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -89,6 +89,15 @@ class Supply:
             count, *rest = own
             name, start, own = f"{name}[{index}]", int(tensor.nbytes // count * index), tuple(rest)
         return self._region(name, tensor, start, own if shape is None else shape, convert, **layout)
+
+    def plane(
+        self, source: ir.Value, name: Literal["high", "low"], shape: tuple[int, ...], convert: Stored
+    ) -> ir.Value:
+        """8 bits of a float weight read in blocks, or in float32 the scales of these; see `spec.Weight.plane`."""
+        tensor = source.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        suffix = "" if convert == "uint8" else "_scale"
+        return self._region(f"{source.name}:{name}{suffix}", tensor, 0, shape, convert, plane=name)
 
     def _small_part(self, source: ir.Value, index: int | None) -> ir.Value:
         """A constant that lies in the graph itself, or a part of it."""

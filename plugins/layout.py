@@ -25,6 +25,8 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 
 PIECE = 1 << 20
 """Elements widened at a time, so that the piece stays in the processor's cache."""
+SMALLEST = 1e-30
+"""What a block of zeros is taken to be as large as."""
 TILE = 32
 """Rows transposed at a time: what they write lies in as many cache lines as the cache holds."""
 
@@ -45,6 +47,8 @@ def lay_out(data: Bytes, weight: Weight) -> np.ndarray:
 
 def _converted(values: np.ndarray, weight: Weight, shape: tuple[int, ...]) -> np.ndarray:
     """One matrix, or a whole weight that is not stacked."""
+    if weight.plane != "whole":
+        return _plane(values, weight)
     if weight.convert == "uint4":
         values = values ^ np.uint8(0x88)  # -8 … 7 in two's complement is 0 … 15 with the sign bit turned
         if weight.transposed:
@@ -56,6 +60,27 @@ def _converted(values: np.ndarray, weight: Weight, shape: tuple[int, ...]) -> np
     if weight.interleaved:
         values = np.stack(np.split(values.reshape(shape[-1], -1), 2), axis=1)
     return np.repeat(values, weight.repeats, axis=-1) if weight.repeats > 1 else values
+
+
+def _plane(values: np.ndarray, weight: Weight) -> np.ndarray:
+    """8 of the 16 bits that a float weight is given in, or the scales of their blocks.
+
+    In a block of largest magnitude m the high plane has steps of s = m / 127, the low one, for what it leaves, of
+    s / 254: together they are off by m / 64516 at most, where bfloat16 rounds a value of that size by m / 512.
+    """
+    count, blocks, block = weight.shape
+    made = np.empty(weight.given_shape, dtype=np.float32 if weight.is_plane_scale else np.uint8)
+    rows = max(1, PIECE // (blocks * block))
+    for start in range(0, count, rows):
+        part = values[start * blocks * block : (start + rows) * blocks * block]
+        wide = widen(part, weight.dtype).reshape(-1, blocks, block)
+        step = np.maximum(np.abs(wide).max(axis=2), SMALLEST) / np.float32(127)
+        high = np.rint(wide / step[..., None])
+        if weight.plane == "low":
+            wide, step = wide - high * step[..., None], step / np.float32(254)
+            high = np.clip(np.rint(wide / step[..., None]), -127, 127)
+        made[start : start + rows] = step if weight.is_plane_scale else high + np.float32(128)
+    return made
 
 
 def _typed(values: np.ndarray, weight: Weight) -> np.ndarray:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from .layout import SMALLEST
 from .linear import token_scale
-from .nodes import Nodes, dims, number
+from .nodes import Nodes, dims, ints, number
 
 MICROSOFT = "com.microsoft"
 FP8 = ir.DataType.FLOAT8E4M3FN
@@ -78,6 +79,24 @@ def multiply(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
     stored = quantise(nodes, nodes.Div(x, own_scale), one, matrix.kind)
     scaled: ir.Value = nodes.Mul(multiply_stored(nodes, stored, one, matrix), own_scale)
     return scaled
+
+
+def multiply_planes(nodes: Nodes, x: ir.Value, high: Matrix, low: Matrix) -> ir.Value:
+    """Writes x [B, S, K] times a weight that is the sum of two int8 ones, to 16 bits of both.
+
+    Two bytes a weight are read where float32 takes four: a step that decodes one token is bound by them. The kernel
+    rounds activations to int8 by blocks, so they go in as two rows: what it keeps exactly, and what that leaves. The
+    product of both remainders, 1/64516 of the whole, is left out.
+    """
+    _, blocks, block = dims(high.weight)
+    parts = nodes.Reshape(x, ints(0, 0, blocks, block))
+    largest = nodes.ReduceMax(nodes.Abs(parts), ints(-1), keepdims=1)
+    step = nodes.Div(nodes.Max(largest, number(SMALLEST)), number(127))
+    kept = nodes.Reshape(nodes.Mul(nodes.Round(nodes.Div(parts, step)), step), ints(0, 0, -1))
+    both = multiply(nodes, nodes.Concat(kept, nodes.Sub(x, kept), axis=0), high)
+    of_kept, of_rest = nodes.Split(both, axis=0, num_outputs=2, outputs=2)
+    product: ir.Value = nodes.Sum(of_kept, of_rest, multiply(nodes, kept, low))
+    return product
 
 
 def quantise(nodes: Nodes, x: ir.Value, scale: ir.Value, kind: str) -> ir.Value:

@@ -9,10 +9,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from arriero.plugins.layout import lay_out
 from arriero.plugins.linear import read_linear, write_input, write_linear
 from arriero.plugins.nodes import OPSET, Nodes
-from arriero.plugins.product import Matrix, multiply
+from arriero.plugins.product import Matrix, multiply, multiply_planes
 from arriero.plugins.quantisation import LARGEST, fake_quantise, quantise
+from arriero.spec import Weight
 
 Array = np.ndarray[Any, Any]
 KINDS = [("int8", True), ("int8", False), ("fp8", True), ("fp8", False), ("int4", False)]
@@ -109,6 +111,30 @@ def test_the_cpus_product_means_the_same(kind: str, static: bool) -> None:
         assert agree(found, blocks @ wide.T)
     else:
         assert agree(found, expected(kind, static))
+
+
+def test_two_int8_planes_make_a_product_of_16_bits() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 5, 512)).astype(np.float32)
+    x[1, 3] = 0
+    weights = (rng.standard_normal((OUTPUTS, 2, 256)) / 16).astype(np.float32)
+    planes = []
+    for plane in ("high", "low"):
+        arrays = [
+            lay_out(weights.reshape(-1).view(np.uint8), Weight(
+                name="w", file="f", offset=0, shape=weights.shape, dtype="float32", convert=convert, plane=plane))
+            for convert in ("uint8", "float32")
+        ]  # fmt: skip
+        stored, scale = (initializer(f"{plane}{index}", array) for index, array in enumerate(arrays))
+        planes.append(Matrix(kind="int8", weight=stored, scale=scale, has_blocks=True))
+    value, y = ir.val("x", FLOAT, ["batch", "sequence", 512]), ir.val("y", FLOAT, ["batch", "sequence", OUTPUTS])
+    nodes = Nodes()
+    nodes.node("Identity", [multiply_planes(nodes, value, *planes)], outputs=[y])
+    given = [each for matrix in planes for each in (matrix.weight, matrix.scale) if each is not None]
+    imports = {"": OPSET, "com.microsoft": 1}
+    graph = ir.Graph([value], [y], nodes=nodes.list, initializers=given, opset_imports=imports, name="planes")
+    exact = x.astype(np.float64) @ weights.reshape(OUTPUTS, -1).astype(np.float64).T
+    assert np.abs(run(graph, x) - exact).max() < 3e-4 * np.std(exact)
 
 
 def test_a_bound_saturates_what_lies_beyond_it() -> None:
