@@ -60,6 +60,7 @@ class Weight:
         repeats: How often the graph wants each value, beside itself.
         plane: Which 8 bits of a float weight [N, blocks, block] the graph wants: those that round it in its block
             (`high`), or those that round the rest (`low`); with `convert` float32 the scales of their blocks.
+        is_made: Whether the file holds it as the graph is given it; `dtype` and `shape` say what it was made from.
     """
 
     name: str
@@ -73,10 +74,13 @@ class Weight:
     interleaved: bool = False
     repeats: int = 1
     plane: Literal["whole", "high", "low"] = "whole"
+    is_made: bool = False
 
     @property
     def size(self) -> int:
         """Bytes in the file."""
+        if self.is_made:
+            return self.given_size
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
     @property
@@ -90,6 +94,12 @@ class Weight:
         if rest:
             rest = (*rest[:-1], rest[-1] * self.repeats * (BITS[self.convert] if self.is_packed else 8) // 8)
         return (*first, *rest)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the graph is given small integers, or the scales of such, laid out for their kernels."""
+        is_laid_out = self.transposed or self.interleaved or self.repeats > 1 or self.plane != "whole"
+        return is_laid_out or self.convert in ("int8", "uint8", "uint4")
 
     @property
     def is_packed(self) -> bool:
@@ -110,6 +120,8 @@ class Weight:
     @property
     def is_converted(self) -> bool:
         """Whether the graph is given a copy in other memory, not the file's own bytes."""
+        if self.is_made:
+            return False
         is_moved = self.transposed or self.interleaved or self.repeats > 1 or self.plane != "whole"
         return self.dtype != self.convert or is_moved or self.offset % max(1, BITS[self.dtype] // 8) != 0
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..export.walk import TORCH_DTYPES, Weights
-from ..plugins.layout import unpack_int4, widen
+from ..plugins.layout import lay_out, stored_values, unpack_int4, widen
 from ..shards import Region
 from ..spec import Weight
 
@@ -29,31 +29,71 @@ class FolderWeights(Weights):
 
     def __init__(self, weights: Sequence[Weight], files: Mapping[str, Path]) -> None:
         super().__init__({})
+        self.made: dict[str, tuple[Path, Weight]] = {}
         for weight in weights:
-            full = weight.name.partition(":")[0]  # behind it stands how the graph wants it
+            full, _, form = weight.name.partition(":")  # behind it stands how the graph wants it
             short = full.removeprefix("language_model.").removeprefix("model.")
-            region = Region(FORMAT_NAMES[weight.dtype], weight.shape, weight.offset, weight.size)
-            self.regions[short], self.full_names[short] = (files[weight.file], region), full
+            path, self.full_names[short] = files[weight.file], full
+            if weight.is_made:
+                self.made[f"{short}:{form}" if form else short] = path, weight
+                continue
+            parts = weight.shape[0] if weight.stacked else 1
+            shape, size = weight.shape[1:] if weight.stacked else weight.shape, weight.size // parts
+            if weight.plane != "whole":
+                shape = (shape[0], shape[1] * shape[2])
+            for index in range(parts):
+                region = Region(FORMAT_NAMES[weight.dtype], shape, weight.offset + index * size, size)
+                self.regions[f"{short}[{index}]" if weight.stacked else short] = path, region
 
     def wide(self, name: str, index: int | None = None) -> Tensor:
         """A tensor in float32; of a stacked one the part `index`."""
+        if f"{name}:high" in self.made:
+            planes = [self._plane(name, plane) for plane in ("high", "low")]
+            return planes[0] + planes[1]
         part = "" if index is None else f"[{index}]"
-        path, region = self.region(name + part)
-        if region.dtype in TORCH_DTYPES:
-            return self.stored(name + part).float()
-        data = np.fromfile(path, np.uint8, region.size, offset=region.offset)
-        match region.dtype:
-            case "I8":
-                values = data.view(np.int8).astype(np.float32)
-            case "F8_E4M3":
-                values = widen(data, "fp8")
-            case _:
-                values = unpack_int4(data).astype(np.float32)
+        if name in self.made or name + part in self.made:
+            values, shape = self._made(name if name in self.made else name + part, index)
+        else:
+            path, region = self.region(name + part)
+            if region.dtype in TORCH_DTYPES:
+                return self.stored(name + part).float()
+            values, shape = _values(path, region), region.shape
+        if name.endswith("_scale"):
+            return torch.from_numpy(values).view(shape)
         scale = self.wide(f"{name}_scale{part}")
         if index is None:  # [N, K], a scale a row or a block of it
-            values_NK = torch.from_numpy(values).view(region.shape[0], -1)
+            values_NK = torch.from_numpy(values).view(shape[0], -1)
             scale_NG = scale.view(len(values_NK), -1)
             return values_NK * scale_NG.repeat_interleave(values_NK.shape[1] // scale_NG.shape[1], dim=1)
-        values_KN = torch.from_numpy(values).view(-1, region.shape[-1])  # a scale a column or a block of it
+        values_KN = torch.from_numpy(values).view(-1, shape[-1])  # a scale a column or a block of it
         scale_GN = scale.view(-1, values_KN.shape[1])
         return values_KN * scale_GN.repeat_interleave(len(values_KN) // len(scale_GN), dim=0)
+
+    def _made(self, name: str, index: int | None) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Values in float32 of a weight that a bundle holds as its kernels read it, or of a part of it; their shape."""
+        path, weight = self.made[name]
+        values = stored_values(_read(path, weight), weight, index if weight.stacked else None)
+        return values.astype(np.float32), values.shape
+
+    def _plane(self, name: str, plane: str) -> Tensor:
+        """What 8 bits of a float weight stand for, [N, K]."""
+        (path, weight), (scale_path, scale) = (self.made[f"{name}:{plane}{part}"] for part in ("", "_scale"))
+        steps = lay_out(_read(scale_path, scale), scale)[..., None]
+        values = (lay_out(_read(path, weight), weight).astype(np.float32) - 128).reshape(weight.shape) * steps
+        return torch.from_numpy(values.reshape(len(values), -1))
+
+
+def _read(path: Path, weight: Weight) -> np.ndarray:
+    return np.fromfile(path, np.uint8, weight.size, offset=weight.offset)
+
+
+def _values(path: Path, region: Region) -> np.ndarray:
+    """Quantised values in float32."""
+    data = np.fromfile(path, np.uint8, region.size, offset=region.offset)
+    match region.dtype:
+        case "I8":
+            return data.view(np.int8).astype(np.float32)
+        case "F8_E4M3":
+            return widen(data, "fp8")
+        case _:
+            return unpack_int4(data).astype(np.float32)

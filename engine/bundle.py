@@ -12,10 +12,21 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import BuildError, FolderError
-from ..folder import SPEC, carry_files, check_apart, check_free, check_whole, copy_sparse, new_folder, read_spec
+from ..folder import (
+    SPEC,
+    carry_files,
+    check_apart,
+    check_free,
+    check_whole,
+    copy_sparse,
+    find_files,
+    new_folder,
+    read_spec,
+)
 from ..spec import FolderSpec, WeightFile
 from .builder import Progress
 from .cpu import lower_for_cpu, lower_tower_for_cpu
+from .packed import write_packed
 from .target import Target, parse_target
 from .tensorrt import Options, build_tensorrt
 
@@ -60,7 +71,7 @@ def build_bundle(
         carry_files(source, folder)
         tower = () if built.vision is None else built.vision.weights
         used = {weight.file for weight in (*built.weights, *tower)}
-        files = [file for file in spec.weight_files if file.name in used]
+        files = [file for file in built.weight_files if file.name in used]
         record = dataclasses.replace(
             built,
             kind="bundle",
@@ -85,13 +96,28 @@ def _build(
             tower = lower_tower_for_cpu(source, vision)
             (folder / vision.graph).write_bytes(tower.graph)
             vision = dataclasses.replace(vision, weights=tower.weights, session=tower.session)
-        return dataclasses.replace(spec, target="cpu", weights=lowered.weights, session=lowered.session, vision=vision)
+        built = dataclasses.replace(spec, target="cpu", weights=lowered.weights, session=lowered.session, vision=vision)
+        return _with_packed(source, built, folder)
     return build_tensorrt(source, spec, target, options, folder, progress)
+
+
+def _with_packed(source: Path, spec: FolderSpec, folder: Path) -> FolderSpec:
+    """Writes the weights where integer kernels read them. Returns the spec with where they lie."""
+    vision = spec.vision
+    weights = (*spec.weights, *(() if vision is None else vision.weights))
+    if not any(weight.is_integer for weight in weights):
+        return spec
+    placed, file = write_packed(weights, find_files(source, spec.weight_files, None), folder)
+    if vision is not None:
+        vision = dataclasses.replace(vision, weights=tuple(placed[weight.name] for weight in vision.weights))
+    return dataclasses.replace(
+        spec, weights=tuple(placed[weight.name] for weight in spec.weights), vision=vision, weight_files=(file,)
+    )
 
 
 def _place(file: WeightFile, source: Path, folder: Path) -> WeightFile:
     """Weights of a self-contained model go into the bundle, as hard links where the file system has them."""
-    if file.path:
+    if file.path or (folder / file.name).exists():
         return file
     try:
         os.link(source / file.name, folder / file.name)

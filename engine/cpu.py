@@ -24,7 +24,9 @@ from .graph import open_graph
 from .supply import DTYPES, FLOAT, Supply
 
 SESSION = {"session.disable_prepacking": "1"}
-"""Prepacking would copy every weight: the file's pages are used instead. Integer kernels are slow without it."""
+"""Prepacking would copy every weight: the file's pages are used instead."""
+INTEGER_SESSION = {"session.prepack.enable_parallel": "1"}
+"""Integer kernels are slow without it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +65,7 @@ def _lower(path: Path, router_experts: int) -> Lowered:
     return Lowered(
         graph=ir.to_proto(lowered).SerializeToString(),
         weights=tuple(lowering.supply.weights.values()),
-        session={} if lowering.has_integers else SESSION,
+        session=INTEGER_SESSION if lowering.has_integers else SESSION,
     )
 
 

@@ -35,14 +35,40 @@ Bytes = NDArray[np.uint8]
 
 def lay_out(data: Bytes, weight: Weight) -> np.ndarray:
     """A region's bytes as the graph is given them."""
-    stored = data.view(NUMPY_DTYPES[weight.dtype])
     if not weight.is_converted:
-        return stored.reshape(weight.given_shape)
+        return data.view(NUMPY_DTYPES[weight.convert]).reshape(weight.given_shape)
     parts = weight.shape[0] if weight.stacked else 1
     shape = weight.shape[1:] if weight.stacked else weight.shape
-    made = [_converted(part, weight, shape) for part in stored.reshape(parts, -1)]
-    whole = np.stack(made) if weight.stacked else made[0]
-    return whole.reshape(weight.given_shape)
+    stored = data.view(NUMPY_DTYPES[weight.dtype]).reshape(parts, -1)
+    if not weight.stacked:
+        return _converted(stored[0], weight, shape).reshape(weight.given_shape)
+    made = np.empty(weight.given_shape, dtype=NUMPY_DTYPES[weight.convert])
+    for part, source in zip(made, stored, strict=True):
+        part[...] = _converted(source, weight, shape).reshape(part.shape)
+    return made
+
+
+def stored_values(data: Bytes, weight: Weight, index: int | None = None) -> np.ndarray:
+    """The values, of integers as int8, that a weight was made from by `lay_out`; of a stacked one those of a part.
+
+    Args:
+        data: The bytes of what was made.
+        weight: What says how it was; no plane.
+        index: Which part.
+    """
+    made = data.view(NUMPY_DTYPES[weight.convert]).reshape(weight.given_shape)
+    made = made if index is None else made[index]
+    shape = weight.shape if index is None else weight.shape[1:]
+    if weight.convert == "uint4":
+        made = unpack_int4(made.reshape(-1) ^ np.uint8(0x88))
+    elif weight.convert == "uint8":
+        made = (made ^ np.uint8(0x80)).view(np.int8)
+    if weight.transposed:
+        made = made.reshape(shape[-1], -1)
+    made = made[..., :: weight.repeats]
+    if weight.interleaved:
+        made = made.reshape(shape[-1] // 2, 2, -1).swapaxes(0, 1).reshape(shape[-1], -1)
+    return np.ascontiguousarray(made.T if weight.transposed else made).reshape(shape)
 
 
 def _converted(values: np.ndarray, weight: Weight, shape: tuple[int, ...]) -> np.ndarray:

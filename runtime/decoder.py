@@ -5,6 +5,7 @@ Invariant: a graph's caches are updated in place; past and present are bound to 
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from ..geometry import ModelSpec
+from .weights import MappedWeights
 
 PROVIDER = "CPUExecutionProvider"
 LONGEST_PIECE = 512
@@ -121,7 +123,8 @@ def open_graph(
     for name, weight in weights.items():
         options.add_initializer(name, weight)
     try:
-        return ort.InferenceSession(graph, options, providers=[PROVIDER])
+        with weights.released() if isinstance(weights, MappedWeights) else nullcontext():
+            return ort.InferenceSession(graph, options, providers=[PROVIDER])
     except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
         raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error
 

@@ -153,11 +153,22 @@ def _slots(model: ModelSpec, max_seq: int) -> list[int]:
 
 
 def _held(weights: Sequence[Weight], session: Mapping[str, str]) -> tuple[int, int, int]:
-    """Bytes of weights used as they lie in their files, of those in memory of their own, and of matrices packed."""
+    """Bytes of weights used as they lie in their files, of those in memory of their own, and of matrices packed.
+
+    What integer kernels have packed they read no more, and its file's pages are let go. Beside a block's values they
+    hold its scale, and the sum that an offset is taken off with.
+    """
     packs = session.get("session.disable_prepacking") != "1"
-    mapped = sum(weight.size for weight in weights if not weight.is_converted)
+    packed = [weight for weight in weights if packs and _is_matrix(weight)]
+    away = {weight.name for weight in packed if weight.is_integer and not weight.is_converted}
+    mapped = sum(weight.size for weight in weights if not weight.is_converted and weight.name not in away)
     converted = sum(weight.given_size for weight in weights if weight.is_converted)
-    return mapped, converted, sum(weight.given_size for weight in weights if packs and _is_matrix(weight))
+    return mapped, converted, sum(weight.given_size * (2 if _is_scale(weight) else 1) for weight in packed)
+
+
+def _is_scale(weight: Weight) -> bool:
+    """Whether a weight is the scales of an integer one."""
+    return weight.is_integer and weight.convert == "float32"
 
 
 def _tiles(vision: VisionSpec) -> int:
