@@ -1,7 +1,7 @@
 """Llama 4's attention raced: our kernels over three kinds of cache, and PyTorch's back ends. For `kernel_speed`.
 
-Decoding attends all of the past, as Llama 4's full layers do, over a cache made for 32k; prefill is the first piece of a
-chunk, with RoPE and norm. The oracle is PyTorch's attention over queries prepared here in float32, and over the cache
+Decoding attends all of the past, as Llama 4's full layers do, over a cache made for 32k; prefill is the first piece of
+a chunk, with RoPE and norm. The oracle is PyTorch's attention over queries prepared here in float32, and over the cache
 that our kernels have written, whose new keys are checked too.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from gpu_race import Contestant, Ours, Row, able, distance, race, sets_for
+from gpu_race import Contestant, Ours, Row, able, distance, race, scratch, sets_for
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -48,14 +48,17 @@ class Shape:
 
     @property
     def layer(self) -> Attributes:
+        """A full layer's attributes in decoding, a chunked one's in prefill."""
         return FULL if self.length == 1 else CHUNKED
 
     @property
     def capacity(self) -> int:
+        """Slots of the cache."""
         return FULL_CAPACITY if self.length == 1 else CHUNKED.chunk
 
     @property
     def seen(self) -> int:
+        """Slots that the last new token sees."""
         return self.past + self.length
 
     def size(self, element: int) -> float:
@@ -65,6 +68,7 @@ class Shape:
 
     @property
     def operations(self) -> float:
+        """Floating-point operations of the two products, over what each token sees."""
         pairs = self.length * self.past + self.length * (self.length + 1) / 2
         return 4 * self.batch * HEADS * HEAD_DIM * pairs
 
@@ -90,29 +94,17 @@ def plans(capability: int) -> Iterator[Plan]:
 
 def rows(shape: Shape, kernels: Kernels, say: Callable[[str], None]) -> Iterator[Row]:
     """One row a kind of cache; the peers run beside each in bfloat16."""
-    count = sets_for(shape.size(1))
-    sets = [inputs(shape) for _ in range(count)]
-    first_layer = shape.layer
-    ours, errors, largest = [], {}, {}
-    peer_sets: list[tuple[Tensor, Tensor, Tensor]] = []
-    for cache in CACHES:
-        layer_plan = plan(first_layer, cache, kernels.capability)
-        sizes = (shape.batch, shape.length, shape.capacity)
-        calls = [
-            Ours(kernels, stored, layer_plan.workspace(*sizes), lambda at: layer_plan.launches(at, *sizes))  # noqa: B023
-            for stored in (in_kind(each, cache) for each in sets)
-        ]
-        for call in calls:
+    sets = [inputs(shape) for _ in range(sets_for(shape.size(1)))]
+    ours = [Contestant(name=cache, calls=calls_of(shape, cache, sets, kernels)) for cache in CACHES]
+    for each in ours:
+        for call in each.calls:
             call()
-        if cache == "none":
-            peer_sets = [(prepared(each["query"], HEADS, shape, each, heats=True), *seen(each, shape)) for each in sets]
-        errors[cache] = error_of(calls[0], shape, cache, peer_sets[0][0])
-        largest[cache] = MOST[cache]
-        ours.append(Contestant(name=cache, calls=calls))
+    peer_sets = [(prepared(each["query"], HEADS, shape, each, heats=True), *seen(each, shape)) for each in sets]
+    errors = {each.name: error_of(each.calls[0], shape, each.name, peer_sets[0][0]) for each in ours}
     peers, refusals = able(peers_of(peer_sets, shape))
     for name, reason in refusals.items():
         say(f"{name} does not run attention, {shape}: {reason}")
-    right = [each for each in ours if errors[each.name] < largest[each.name]]
+    right = [each for each in ours if errors[each.name] < MOST[each.name]]
     micros = race([*right, *peers])
     for cache, dtype in CACHES.items():
         yield Row(
@@ -120,13 +112,21 @@ def rows(shape: Shape, kernels: Kernels, say: Callable[[str], None]) -> Iterator
             shape=str(shape),
             kind=f"{cache} cache" if cache != "none" else "bf16 cache",
             error=errors[cache],
-            most=largest[cache],
+            most=MOST[cache],
             bytes=shape.size(dtype.itemsize),
             operations=shape.operations,
             is_bound_by_bytes=shape.length == 1,
             ours=micros.get(cache),
             peers={each.name: micros[each.name] for each in peers},
         )
+
+
+def calls_of(shape: Shape, cache: str, sets: list[Tensors], kernels: Kernels) -> list[Ours]:
+    """Our kernels over each set, its caches stored in that kind."""
+    sizes = (shape.batch, shape.length, shape.capacity)
+    layer_plan = plan(shape.layer, cache, kernels.capability)
+    space = scratch(layer_plan.workspace(*sizes))
+    return [Ours(kernels, in_kind(each, cache) | space, lambda at: layer_plan.launches(at, *sizes)) for each in sets]
 
 
 def inputs(shape: Shape) -> Tensors:

@@ -61,7 +61,8 @@ class Row:
 
     @property
     def is_right(self) -> bool:
-        return self.error < self.most  # false for NaN
+        """Whether rounding explains the error; it does not explain NaN."""
+        return self.error < self.most
 
 
 class Ours:
@@ -69,8 +70,7 @@ class Ours:
 
     Args:
         kernels: Loaded.
-        tensors: The op's inputs, and `output`, by name.
-        workspace: What the plan asks for.
+        tensors: The op's inputs, `output`, and what `scratch` makes, by name.
         launches: Makes the launches of a call whose arrays lie at these addresses.
     """
 
@@ -78,20 +78,23 @@ class Ours:
         self,
         kernels: Kernels,
         tensors: Mapping[str, Tensor],
-        workspace: Mapping[str, Buffer],
         launches: Callable[[dict[str, Any]], list[Launch]],
     ) -> None:
         self.kernels = kernels
-        # Full of NaN, so that what is not written is seen.
-        scratch = {name: torch.full((each.size,), 255, dtype=torch.uint8) for name, each in workspace.items()}
-        self.tensors = {**tensors, **scratch}
+        self.tensors = tensors
         self.launches = launches(addresses(self.tensors))
 
     def __call__(self) -> Tensor:
+        """Puts the launches into the current stream; the output is there when they are done."""
         stream = current_stream()
         for launch in self.launches:
             self.kernels.launch(launch, stream)
         return self.tensors["output"]
+
+
+def scratch(workspace: Mapping[str, Buffer]) -> dict[str, Tensor]:
+    """What a plan asks for, for calls that run one after another; full of NaN, so that what is not written is seen."""
+    return {name: torch.full((each.size,), 255, dtype=torch.uint8) for name, each in workspace.items()}
 
 
 def addresses(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -104,7 +107,7 @@ def current_stream() -> int:
 
 def sets_for(size: float) -> int:
     """How many sets of inputs of that many bytes a contestant's calls need, two at least."""
-    return max(2, min(24, -int(-ROTATED // size)))
+    return max(2, min(64, -int(-ROTATED // size)))
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

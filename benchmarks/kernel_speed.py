@@ -1,15 +1,15 @@
 """Our Triton kernels' speed on this GPU, beside PyTorch's kernels for the same work, in one run at Llama 4's geometry.
 
 Ours are launched as the TensorRT plugin launches them. Each contestant's calls, over several sets of inputs that are
-together larger than the L2 cache, are captured in a CUDA graph; graphs are replayed in turns, each behind a flush of that
-cache, and a figure is the median. Each result is checked before it is timed: a wrong kernel gets its error in the table,
-no time, and exit status 1.
+together larger than the L2 cache, are captured in a CUDA graph; graphs are replayed in turns, each behind a flush of
+that cache, and a figure is the median. Each result is checked before it is timed: a wrong kernel gets its error in the
+table, no time, and exit status 1.
 
 Attention: ours with RoPE or temperature, norm, and the cache's write; the peer is the fastest of PyTorch's
-`scaled_dot_product_attention` back ends, given prepared queries and a bfloat16 cache, with nothing to write. Experts: ours
-with routing, sorting and quantising; the peer is the faster of a grouped and of plain matrix products in bfloat16, given
-tokens that are sorted already. Percents are of this card's own copy (bytes) and bfloat16 product (operations), measured
-in the same run.
+`scaled_dot_product_attention` back ends, given prepared queries and a bfloat16 cache, with nothing to write. Experts:
+ours with routing, sorting and quantising; the peer is the faster of a grouped and of plain matrix products in bfloat16,
+given tokens that are sorted already. Percents are of this card's own copy (bytes) and bfloat16 product (operations),
+measured in the same run.
 
     python benchmarks/kernel_speed.py [--quick] [--seconds 90] [--json FILE] [--kernels FOLDER]
     python benchmarks/kernel_speed.py --compile-for 90 --kernels FOLDER    # on any machine; then carry the folder
