@@ -131,12 +131,13 @@ def main() -> int:
         sys.exit("no NVIDIA GPU here: this benchmark needs one")
     torch.set_default_device("cuda")
     torch.zeros(1)  # makes torch's context the current one
+    device = torch.cuda.get_device_name()
     driver = Driver()
     if not (folder / LIST).exists():
         compile_all(driver.capability(), arguments.quick, folder, arguments.workers)
     listed = json.loads((folder / LIST).read_text())
     kernels = Kernels(driver, folder, [Binary(**each) for each in listed["binaries"]])
-    console.print(f"{torch.cuda.get_device_name()}, kernels of Triton {listed['triton']}, PyTorch {torch.__version__}")
+    console.print(f"{device}, kernels of Triton {listed['triton']}, PyTorch {torch.__version__}")
     console.print(f"{len(listed['binaries'])} kernels ready after {time.perf_counter() - started:.0f} s")
     copy, product = ceilings()
     console.print(f"copy {copy / 1e9:.0f} GB/s read and written, bf16 product {product / 1e12:.0f} TFLOP/s")
@@ -152,7 +153,7 @@ def main() -> int:
         console.print(table(rows, copy, product))
         if arguments.json:
             found = [asdict(row) | {"is_right": row.is_right} | figures(row, copy, product) for row in rows]
-            head = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": listed["triton"]}
+            head = {"device": device, "torch": torch.__version__, "triton": listed["triton"]}
             arguments.json.write_text(json.dumps({**head, "copy": copy, "product": product, "rows": found}, indent=1))
     console.print(f"{len(rows)} rows in {time.perf_counter() - started:.0f} s")
     return 0 if all(row.is_right for row in rows) else 1
