@@ -98,7 +98,8 @@ def figures(row: Row, copy: float, product: float) -> dict[str, float | str]:
 
 
 def table(rows: list[Row], copy: float, product: float) -> Table:
-    made = Table("op", "call", "stored", "error", "ours, µs", "rate", "of ceiling", "peer", "peer, µs", "peer / ours")
+    columns = ("op", "call", "stored", "error", "ours, µs", "rate", "of ceiling", "peer", "peer, µs", "peer / ours")
+    made = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         found = figures(row, copy, product)
         peer = (str(found["peer"]), f"{found['peer_us']:.1f}") if row.peers else ("none runs", "")
@@ -122,7 +123,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    console = Console(width=160)
+    console = Console(width=150)
     folder = arguments.kernels or Path(tempfile.mkdtemp(prefix="kernel_speed."))
     if arguments.compile_for:
         compile_all(arguments.compile_for, arguments.quick, folder, arguments.workers)
