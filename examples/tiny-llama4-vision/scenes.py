@@ -190,8 +190,13 @@ def _draw_shape(
         pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=colour)
 
 
-if __name__ == "__main__":
-    rng = random.Random(4)
+def draw_one(path: Path) -> Scene:
+    """Draws a held-out scene of three things into a file."""
+    rng = random.Random(12)
     scene = random_scene(rng, held_out=True)
-    scene.draw(192, 192, rng).save(sys.argv[1])
-    print(scene.caption)
+    scene.draw(192, 192, rng).save(path)
+    return scene
+
+
+if __name__ == "__main__":
+    print(draw_one(Path(sys.argv[1])).caption)

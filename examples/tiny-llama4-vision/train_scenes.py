@@ -41,8 +41,8 @@ HERE = Path(__file__).parent
 TEXT_MODEL = HERE.parent / "tiny-llama4"
 sys.path.insert(0, str(TEXT_MODEL))
 
-from corpus import documents  # noqa: E402
-from train import EOT, HEADER_END, HEADER_START, balance_loss, epoch_ids  # noqa: E402
+from corpus import documents, held_out_text  # noqa: E402
+from train import EOT, HEADER_END, HEADER_START, balance_loss, epoch_ids, perplexity  # noqa: E402
 
 from arriero.runtime.image_prompt import ImagePrompts  # noqa: E402
 from arriero.runtime.images import read_image  # noqa: E402
@@ -54,7 +54,7 @@ IMAGE_TOKENS = [
 ]
 TILE, PATCH, SHUFFLE, MOST_TILES = 64, 8, 0.5, 4
 ANSWER_TURN = f"{HEADER_START}assistant{HEADER_END}\n\n"
-TEXT_ROWS, TEXT_LENGTH = 4, 512
+TEXT_LENGTH = 512
 IGNORED = -100
 """The label of a token that is no answer's, as `cross_entropy` has it."""
 
@@ -218,7 +218,7 @@ def score(model: Llama4ForConditionalGeneration, reader: Reader, asked: int, dev
     return {"all": round(sum(right) / asked, 4), **shares}
 
 
-def train(minutes: float, rows: int, start: Path, output: Path, seed: int, device: str) -> None:
+def train(minutes: float, rows: int, peak_rate: float, start: Path, output: Path, seed: int, device: str) -> None:
     """Trains for so many minutes with AdamW and a cosine that ends with the time, then writes the checkpoint."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
@@ -251,7 +251,7 @@ def train(minutes: float, rows: int, start: Path, output: Path, seed: int, devic
     tokenizer = AutoTokenizer.from_pretrained(TEXT_MODEL)
     text_ids = epoch_ids(training, tokenizer, rng)
 
-    peak_rate, warm_up, step = 1e-3, 300, 0
+    warm_up, step = 300, 0
     started = time.monotonic()
     for step, batch in zip(count(), loader, strict=False):
         elapsed = (time.monotonic() - started) / 60
@@ -260,7 +260,7 @@ def train(minutes: float, rows: int, start: Path, output: Path, seed: int, devic
         for group in optimizer.param_groups:
             cosine = 0.5 * (1 + math.cos(math.pi * elapsed / minutes))
             group["lr"] = peak_rate * min(1, (step + 1) / warm_up) * (0.01 + 0.99 * cosine)
-        starts = [rng.randrange(len(text_ids) - TEXT_LENGTH) for _ in range(TEXT_ROWS)]
+        starts = [rng.randrange(len(text_ids) - TEXT_LENGTH) for _ in range(max(1, rows // 64))]
         text_BS = torch.stack([text_ids[start : start + TEXT_LENGTH] for start in starts]).to(device)
         batch = batch.to(device)
         router_logits.clear()
@@ -291,6 +291,8 @@ def train(minutes: float, rows: int, start: Path, output: Path, seed: int, devic
         "steps": step + before.get("steps", 0),
         "scenes_seen": step * rows + before.get("scenes_seen", 0),
         "held_out_answers_right_bf16_weights_fp32_arithmetic": score(reloaded, reader, 2000, device),
+        "held_out_text_perplexity": round(perplexity(reloaded.cpu(), tokenizer, held_out_text()), 4),
+        "python": sys.version.split()[0],
     }
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     print(json.dumps(record, indent=2))
@@ -309,9 +311,18 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Teach the tiny Llama 4 to see.")
     parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--rows", type=int, default=256, help="Conversations in a batch.")
+    parser.add_argument("--rate", type=float, default=1e-3, help="Peak learning rate.")
     parser.add_argument("--start", type=Path, default=TEXT_MODEL, help="A checkpoint of this script goes on.")
     parser.add_argument("--output", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    train(arguments.minutes, arguments.rows, arguments.start, arguments.output, arguments.seed, arguments.device)
+    train(
+        arguments.minutes,
+        arguments.rows,
+        arguments.rate,
+        arguments.start,
+        arguments.output,
+        arguments.seed,
+        arguments.device,
+    )
