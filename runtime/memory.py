@@ -180,10 +180,12 @@ def _tiles(vision: VisionSpec) -> int:
 
 def _is_matrix(weight: Weight) -> bool:
     """Whether a product reads the weight, so that its kernel may lay it out anew; the embedding is only gathered."""
-    return len(weight.shape) > 1 and math.prod(weight.shape) > max(weight.shape) and "embed_tokens" not in weight.name
+    is_gathered = "embed_tokens" in weight.name and weight.plane == "whole"
+    return len(weight.shape) > 1 and math.prod(weight.shape) > max(weight.shape) and not is_gathered
 
 
 def _is_embedding(name: str, model: ModelSpec) -> bool:
     """Whether only a token's row is read of it, which a head that is the same initializer reads whole."""
     stem, _, dtype = name.partition(":")
-    return stem.endswith("embed_tokens.weight") and (bool(dtype) or not model.tied_embeddings)
+    is_gathered = dtype in BITS or not (dtype or model.tied_embeddings)  # as planes it is a head
+    return stem.endswith("embed_tokens.weight") and is_gathered

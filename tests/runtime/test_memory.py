@@ -98,6 +98,9 @@ def test_a_tied_embedding_is_read_whole_by_the_head_that_shares_it(spec: FolderS
     tied = replace(spec, model=replace(spec.model, tied_embeddings=True))
     assert step_reads(spec, sizes, 1, 0).shared == 4 * 192
     assert step_reads(tied, sizes, 1, 0).shared == 4 * 2048 * 192
+    planes = {f"model.embed_tokens.weight:{plane}": 2048 * 192 for plane in ("high", "low")}
+    rows = {"model.embed_tokens.weight:bfloat16": 2 * 2048 * 192}
+    assert step_reads(tied, planes | rows, 1, 0).shared == 2 * 2048 * 192 + 2 * 192
 
 
 def tiny_weights() -> int:
