@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from ..geometry import ModelSpec
+from .decoding import standing
 
 PROVIDER = "CPUExecutionProvider"
 LONGEST_PIECE = 512
@@ -45,11 +46,19 @@ class Caches:
         self.batch, self.positions = batch, positions
         dtype, self.onnx_type = CACHE_DTYPES[kind]
         self.buffers: dict[str, NDArray[Any]] = {}
+        self.chunks: dict[str, int] = {}
         for index, layer in enumerate(spec.layers):
             slots = min(layer.chunk or positions, positions)
             for kind in ("key", "value"):
                 shape = (batch, spec.kv_heads, slots, spec.head_dim)
                 self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=dtype)
+                self.chunks[f"{index}.{kind}"] = layer.chunk
+
+    def copy(self, source: int, target: int, past: int) -> None:
+        """Copies a row that holds so many tokens over another: what later tokens attend to."""
+        for name, buffer in self.buffers.items():
+            slots = standing(self.chunks[name], past)
+            buffer[target, :, :slots] = buffer[source, :, :slots]
 
 
 class Decoder:

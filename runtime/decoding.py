@@ -8,11 +8,20 @@ from numpy.typing import NDArray
 from ..geometry import ModelSpec
 
 
+def standing(chunk: int, past: int) -> int:
+    """Slots of a row that later tokens attend to, the first ones, when it holds so many tokens; 0 is no chunk."""
+    return past % chunk if chunk else past
+
+
 class Caches(Protocol):
     """KV buffers: how many rows, and how many positions each holds."""
 
     batch: int
     positions: int
+
+    def copy(self, source: int, target: int, past: int) -> None:
+        """Copies a row that holds so many tokens over another."""
+        ...
 
 
 class Binding(Protocol):

@@ -65,6 +65,16 @@ class Device:
         )
         self.synchronise()
 
+    def copy(self, source: int, target: int, size: int) -> None:
+        """Copies bytes on the device, behind what the stream holds."""
+        self.driver.call(
+            "cuMemcpyDtoDAsync_v2",
+            ctypes.c_uint64(target),
+            ctypes.c_uint64(source),
+            ctypes.c_size_t(size),
+            ctypes.c_void_p(self.stream),
+        )
+
     def synchronise(self) -> None:
         """Waits for all that the stream holds."""
         self.driver.call("cuStreamSynchronize", ctypes.c_void_p(self.stream))

@@ -82,11 +82,18 @@ class EngineCaches:
     """KV buffers of a batch of sequences on the GPU, zeros at first."""
 
     def __init__(self, device: Device, about: EngineSpec, batch: int, positions: int) -> None:
-        self.batch, self.positions = batch, positions
+        self.device, self.batch, self.positions = device, batch, positions
         self.row_bytes = {each.name: each.row_size for each in about.caches}
         self.buffers = {name: Memory(device, batch * size) for name, size in self.row_bytes.items()}
         for memory in self.buffers.values():
             memory.zero()
+
+    def copy(self, source: int, target: int, past: int) -> None:
+        """Copies a row over another, whatever it holds: the GPU is quick at whole rows."""
+        self.device.enter()
+        for name, memory in self.buffers.items():
+            size = self.row_bytes[name]
+            self.device.copy(memory.address + source * size, memory.address + target * size, size)
 
 
 class EngineBinding:

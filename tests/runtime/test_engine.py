@@ -17,7 +17,9 @@ from arriero.errors import FolderError, SessionError
 from arriero.export import export_checkpoint
 from arriero.folder import read_spec
 from arriero.plugins.launch import Driver
+from arriero.runtime import Flight
 from arriero.runtime import engine as runtime_engine
+from arriero.runtime.continuation import joined
 from arriero.runtime.device import Device
 from arriero.runtime.engine import EngineDecoder, load_engine, read_engine
 from arriero.runtime.execution import open_version
@@ -82,6 +84,23 @@ def test_rows_are_extended_and_rewound_as_on_the_cpu(
     for engines, cpus in zip(found[:2], found[2:], strict=True):
         assert engines.shape == cpus.shape
         assert np.abs(engines - cpus).max() < 1e-4
+
+
+def test_sequences_join_and_leave_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
+    session, engine = on_fake_gpu
+    prompts = [[9 + number] * length for number, length in enumerate((130, 3, 60, 8, 1))]
+    settings: dict[str, Any] = {"temperature": 0, "eos_token_id": []}
+    requests = [(prompt, {"max_new_tokens": 5 + 9 * number, **settings}) for number, prompt in enumerate(prompts)]
+    flight, pieces = Flight(session), {}
+    for prompt, asked in requests:
+        flight.join(session.request(prompt, **asked))
+    while flight.riding or flight.waiting:
+        for number, piece in flight.step():
+            pieces.setdefault(number, []).append(piece)
+    plain = arriero.load(wide_model, max_seq=500)
+    for number, (prompt, asked) in enumerate(requests):
+        assert joined(pieces[number]) == plain.generate(prompt, **asked)
+    assert {(1, 1), (2, 1), (3, 1)} == set(engine.contexts[0].runs)
 
 
 def test_what_a_session_allocates_goes_with_it(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
