@@ -23,6 +23,9 @@ app = typer.Typer(
     help="Takes a Llama 4 checkpoint to the machines that serve it: export, calibrate, build, run, check.",
 )
 
+CHAT_BYTES = 1 << 30
+"""Keys and values of a conversation's earlier turns that are kept at most."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder of Arriero's.")]
@@ -275,7 +278,8 @@ def run(
         if system is not None and not chat:
             raise SessionError("--system is the first message of a conversation: add --chat")
         started = time.perf_counter()
-        session = load(folder, max_seq=max_seq, threads=threads, weights=weights)
+        kept = CHAT_BYTES if chat else 0
+        session = load(folder, max_seq=max_seq, threads=threads, weights=weights, prefix_bytes=kept)
         loaded = time.perf_counter() - started
         settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,

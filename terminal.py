@@ -92,13 +92,14 @@ def answer(session: "Session", prompt: Any, settings: dict[str, Any], as_json: b
             print(piece.text, end="", flush=True)
     seconds = time.perf_counter() - started
     text = "".join(piece.text for piece in pieces)
-    count = len(pieces)
+    count, reused = len(pieces), sum(piece.reused for piece in pieces)
     rate = (count - 1) / (seconds - first) if first and count > 1 else 0.0
     if as_json:
         result = {
             "text": text,
             "ids": [token for piece in pieces for token in piece.ids],
             "finish": pieces[-1].finish if pieces else "length",
+            "reused_tokens": reused,
             **measured,
             "first_token_seconds": first,
             "tokens_per_second": rate,
@@ -107,7 +108,9 @@ def answer(session: "Session", prompt: Any, settings: dict[str, Any], as_json: b
     else:
         print()
         if first is not None:
-            print(f"[{count} tokens, the first after {first:.2f} s, then {rate:.0f} tokens/s]", file=sys.stderr)
+            known = f" ({reused} tokens of the prompt were known)" if reused else ""
+            said = f"{count} tokens, the first after {first:.2f} s{known}, then {rate:.0f} tokens/s"
+            print(f"[{said}]", file=sys.stderr)
     return text
 
 

@@ -6,7 +6,7 @@ been through the model yet.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -54,11 +54,13 @@ class Generated:
         ids: New token ids, an end-of-sequence token included.
         text: Their text, without special tokens, up to a stop string.
         finish: Why it ended: an end-of-sequence token, a stop string, or the length; None where it goes on.
+        reused: Tokens of the prompt that were known from an earlier one; told with the first piece.
     """
 
     ids: list[int]
     text: str
     finish: Finish | None
+    reused: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +93,11 @@ class Continuation:
     Args:
         request: What is asked for.
         text: The tokenizer; without one there are ids and no text.
+        reused: Tokens of the prompt that were known.
     """
 
-    def __init__(self, request: Request, text: Text) -> None:
-        self.request, self.ids = request, list(request.prompt.ids)
+    def __init__(self, request: Request, text: Text, reused: int = 0) -> None:
+        self.request, self.ids, self.reused = request, list(request.prompt.ids), reused
         self.sampler, self.stop = Sampler(request.sampling), StopText(request.stop_strings)
         self.read = text.open_stream()
 
@@ -108,10 +111,12 @@ class Continuation:
             finish = "length"
         if finish in ("eos", "length"):
             text += self.stop.rest()
-        return Generated([token], text, finish)
+        reused, self.reused = self.reused, 0
+        return Generated([token], text, finish, reused)
 
 
 def joined(pieces: Sequence[Generated]) -> Generated:
     """The pieces of a stream as one."""
     ids = [token for piece in pieces for token in piece.ids]
-    return Generated(ids, "".join(piece.text for piece in pieces), pieces[-1].finish if pieces else "length")
+    text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish if pieces else "length"
+    return Generated(ids, text, finish, reused=sum(piece.reused for piece in pieces))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from ..geometry import ModelSpec
-from .decoding import standing
+from .decoding import Slots, cache_chunk, is_standing, slots_of, standing
 
 PROVIDER = "CPUExecutionProvider"
 LONGEST_PIECE = 512
@@ -43,22 +43,34 @@ class Caches:
     """
 
     def __init__(self, spec: ModelSpec, batch: int, positions: int, kind: str = "tensor(float)") -> None:
-        self.batch, self.positions = batch, positions
+        self.spec, self.batch, self.positions = spec, batch, positions
         dtype, self.onnx_type = CACHE_DTYPES[kind]
         self.buffers: dict[str, NDArray[Any]] = {}
-        self.chunks: dict[str, int] = {}
         for index, layer in enumerate(spec.layers):
             slots = min(layer.chunk or positions, positions)
             for kind in ("key", "value"):
                 shape = (batch, spec.kv_heads, slots, spec.head_dim)
                 self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=dtype)
-                self.chunks[f"{index}.{kind}"] = layer.chunk
 
     def copy(self, source: int, target: int, past: int) -> None:
         """Copies a row that holds so many tokens over another: what later tokens attend to."""
         for name, buffer in self.buffers.items():
-            slots = standing(self.chunks[name], past)
+            slots = standing(cache_chunk(self.spec, name), past)
             buffer[target, :, :slots] = buffer[source, :, :slots]
+
+    def read(self, row: int, start: int, stop: int) -> Slots:
+        """A copy of what some positions of one chunk have in a row: [K, positions, D] of each cache."""
+        return {
+            name: buffer[row, :, slots_of(cache_chunk(self.spec, name), start, stop)].copy()
+            for name, buffer in self.buffers.items()
+        }
+
+    def write(self, row: int, start: int, slots: Slots, past: int) -> None:
+        """Puts back what `read` gave from `start` on, where tokens after the first `past` attend to it."""
+        for name, values in slots.items():
+            chunk = cache_chunk(self.spec, name)
+            if is_standing(chunk, start, past):
+                self.buffers[name][row, :, slots_of(chunk, start, start + values.shape[1])] = values
 
 
 class Decoder:

@@ -14,8 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import SessionError
 from .continuation import Continuation, Generated, Request
+from .prefix import Trail
+from .state import State
 
 if TYPE_CHECKING:
     from .session import Session
@@ -29,10 +34,18 @@ Pieces = list[tuple[int, Generated]]
 
 @dataclass(frozen=True, slots=True)
 class Rider:
-    """A request under way, and the number it is known by."""
+    """A request in a row of a state."""
 
-    number: int
     continuation: Continuation
+    trail: Trail
+
+    def take(self, state: State, row: int, logits_V: NDArray[np.float32]) -> Generated:
+        """Chooses the next token; what of the row may serve later prompts is kept in time. Returns the piece."""
+        self.trail.follow(state, row, self.continuation.ids)
+        piece = self.continuation.take(logits_V)
+        if piece.finish is not None:
+            self.trail.keep(state, row, self.continuation.ids)
+        return piece
 
 
 class Flight:
@@ -53,13 +66,13 @@ class Flight:
         self.slots = min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS) if slots is None else slots
         self.state = session.start(self.slots, positions)
         self.waiting: deque[tuple[int, Request]] = deque()
-        self.rows: list[Rider | None] = []  # None is a row that was left
+        self.rows: list[tuple[int, Rider] | None] = []  # None is a row that was left
         self.numbers = itertools.count()
 
     @property
     def riding(self) -> int:
         """Sequences that have a row."""
-        return sum(rider is not None for rider in self.rows)
+        return sum(riding is not None for riding in self.rows)
 
     def join(self, request: Request) -> int:
         """Puts a request, as `Session.request` makes it, into the queue. Returns the number it is known by.
@@ -82,8 +95,8 @@ class Flight:
         Raises:
             SessionError: There is none of this number, or it has ended.
         """
-        for row, rider in enumerate(self.rows):
-            if rider is not None and rider.number == number:
+        for row, riding in enumerate(self.rows):
+            if riding is not None and riding[0] == number:
                 self.rows[row] = None
                 return
         remaining = deque(each for each in self.waiting if each[0] != number)
@@ -100,13 +113,13 @@ class Flight:
         """
         pieces = self._admit()
         self._close_up()
-        riders = [rider for rider in self.rows if rider is not None]
-        if riders:
-            tokens_B = [rider.continuation.ids[-1] for rider in riders]
-            logits_BV = self.session.decode(self.state.rows(0, len(riders)), tokens_B)
-            for row, (rider, logits_V) in enumerate(zip(riders, logits_BV, strict=True)):
-                piece = rider.continuation.take(logits_V)
-                pieces.append((rider.number, piece))
+        riding = [each for each in self.rows if each is not None]
+        if riding:
+            tokens_B = [rider.continuation.ids[-1] for _, rider in riding]
+            logits_BV = self.session.decode(self.state.rows(0, len(riding)), tokens_B)
+            for row, ((number, rider), logits_V) in enumerate(zip(riding, logits_BV, strict=True)):
+                piece = rider.take(self.state, row, logits_V)
+                pieces.append((number, piece))
                 if piece.finish is not None:
                     self.rows[row] = None
         return pieces
@@ -122,20 +135,20 @@ class Flight:
             row = self.rows.index(None) if None in self.rows else len(self.rows)
             part = self.state.rows(row, row + 1)
             part.rewind([0])
-            rider = Rider(number, Continuation(request, self.session.text))
-            piece = rider.continuation.take(self.session.begin(part, request.prompt))
+            rider, logits_V = self.session.begin(part, request)
+            piece = rider.take(part, 0, logits_V)
             pieces.append((number, piece))
-            self.rows[row : row + 1] = [rider if piece.finish is None else None]
+            self.rows[row : row + 1] = [(number, rider) if piece.finish is None else None]
         return pieces
 
     def _close_up(self) -> None:
         """Moves sequences from the last rows into those that were left."""
         while None in self.rows:
-            rider = self.rows.pop()
-            if rider is not None:
+            last = self.rows.pop()
+            if last is not None:
                 row = self.rows.index(None)
                 self.state.move(len(self.rows), row)
-                self.rows[row] = rider
+                self.rows[row] = last
 
 
 def stream_requests(

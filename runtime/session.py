@@ -16,9 +16,10 @@ from ..geometry import ModelSpec
 from .continuation import Continuation, Generated, Request, Settings, joined
 from .decoding import Decoding
 from .features import Features, RowFeatures
-from .flight import stream_requests
+from .flight import Rider, stream_requests
 from .images import ImageSource
 from .pieces import cut
+from .prefix import Prefixes, Trail
 from .prompt import Prompt, Tokens, read_prompt
 from .sampling import Sampling
 from .state import Limits, State
@@ -35,13 +36,21 @@ class Session:
         defaults: The checkpoint's generation defaults.
         limits: How much the session holds.
         vision: What takes images; None where the model takes none.
+        prefix_bytes: Keys and values of earlier prompts to keep for those that begin alike; 0 keeps none.
     """
 
     def __init__(
-        self, decoder: Decoding, text: Text, defaults: Defaults, limits: Limits, vision: Vision | None = None
+        self,
+        decoder: Decoding,
+        text: Text,
+        defaults: Defaults,
+        limits: Limits,
+        vision: Vision | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
         self.decoder, self.text, self.defaults, self.vision = decoder, text, defaults, vision
         self.max_seq, self.max_batch = limits.max_seq, limits.max_batch
+        self.prefixes = Prefixes(decoder.spec.chunk, prefix_bytes)
 
     @property
     def spec(self) -> ModelSpec:
@@ -265,10 +274,23 @@ class Session:
             stop_strings=settings.get("stop_strings") or (),
         )
 
-    def begin(self, state: State, prompt: Tokens) -> NDArray[np.float32]:
-        """Prefills a prompt, its images included, into the one row of a state. Returns the logits [V] after it."""
-        features_MH = self.encode(prompt.pixels_N3PP)
-        return self.prefill(state, [prompt.ids], () if features_MH is None else [features_MH])[0]
+    def begin(self, state: State, request: Request) -> tuple[Rider, NDArray[np.float32]]:
+        """Prefills a prompt, its images included, into the one row of a state, but for a beginning that is known.
+
+        Returns:
+            The request under way, and the logits [V] after its prompt.
+        """
+        ids, features_MH = request.prompt.ids, self.encode(request.prompt.pixels_N3PP)
+        trail = Trail(self.prefixes, self.image_token, features_MH)
+        done = trail.restore(state, 0, ids)
+        chunk = self.spec.chunk or len(ids)
+        while done < len(ids):
+            stop = min(done - done % chunk + chunk, len(ids))  # what is to be kept is read before the next chunk
+            features = () if features_MH is None else [features_MH[self._images(ids[:done]) : self._images(ids[:stop])]]
+            logits_V = self.prefill(state, [ids[done:stop]], features)[0]
+            trail.keep(state, 0, ids)
+            done = stop
+        return Rider(Continuation(request, self.text, trail.reused), trail), logits_V
 
     def read(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Tokens:
         """A prompt's token ids, checked against the vocabulary and the session's length, and its images' tiles.
@@ -282,8 +304,7 @@ class Session:
             raise SessionError("the prompt holds no tokens: give some text or ids")
         self._check_ids(ids)
         if len(ids) > self.max_seq:
-            seen = sum(token == self.image_token for token in ids)
-            of_images = f" ({seen} of its images)" if seen else ""
+            of_images = f" ({seen} of its images)" if (seen := self._images(ids)) else ""
             raise SessionError(
                 f"the prompt has {len(ids)} tokens{of_images}, the session holds {self.max_seq}: shorten it, or load "
                 f"with a larger max_seq (the model's context is {self.spec.max_positions})"
@@ -300,10 +321,10 @@ class Session:
     def _stream(self, request: Request) -> Iterator[Generated]:
         if request.count == 0:
             return
-        state, continuation = self.start(1, request.positions), Continuation(request, self.text)
-        logits_V = self.begin(state, request.prompt)
+        state = self.start(1, request.positions)
+        rider, logits_V = self.begin(state, request)
         while True:
-            piece = continuation.take(logits_V)
+            piece = rider.take(state, 0, logits_V)
             yield piece
             if piece.finish is not None:
                 return
@@ -348,6 +369,10 @@ class Session:
             for index, length in enumerate(piece.lengths):
                 yield first + index, done[first + index], logits[index] if last_only else logits[index, :length]
                 done[first + index] += length
+
+    def _images(self, ids: Sequence[int]) -> int:
+        """Image tokens among some."""
+        return sum(token == self.image_token for token in ids)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if outside := [token for token in (min(ids), max(ids)) if not 0 <= token < self.spec.vocab_size]:

@@ -18,14 +18,14 @@ DEFAULT_MAX_SEQ = 16384
 class State:
     """Sequences in progress: their caches and how many tokens each row's hold.
 
-    A part of the rows (`rows`) is a state as well, over the same caches and lengths.
+    A part of the rows (`rows`) is a state as well, over the same caches and lengths; `first` is its first row there.
     """
 
     def __init__(self, decoder: Decoding, batch: int, positions: int) -> None:
         self.caches = decoder.caches(batch, positions)
         self.past_B = np.zeros(batch, dtype=np.int32)
         self.decoder = decoder
-        self._first = 0
+        self.first = 0
         self._bindings: dict[tuple[int, int], Binding] = {}
 
     @property
@@ -36,12 +36,12 @@ class State:
     def rows(self, start: int, stop: int) -> "State":
         """Some of the rows, one after another; what is done to them is done to this state's."""
         part = copy.copy(self)
-        part.past_B, part._first = self.past_B[start:stop], self._first + start
+        part.past_B, part.first = self.past_B[start:stop], self.first + start
         return part
 
     def move(self, source: int, target: int) -> None:
         """Puts one row's sequence in the place of another's."""
-        self.caches.copy(self._first + source, self._first + target, int(self.past_B[source]))
+        self.caches.copy(self.first + source, self.first + target, int(self.past_B[source]))
         self.past_B[target] = self.past_B[source]
 
     def rewind(self, past_B: ArrayLike) -> None:
@@ -65,7 +65,7 @@ class State:
 
     def binding(self, rows: slice) -> Binding:
         """The decoder bound to some rows, made once."""
-        key = (self._first + rows.start, self._first + rows.stop)
+        key = (self.first + rows.start, self.first + rows.stop)
         if key not in self._bindings:
             self._bindings[key] = self.decoder.bind(self.caches, slice(*key))
         return self._bindings[key]

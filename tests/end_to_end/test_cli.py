@@ -64,7 +64,9 @@ def test_run_prints_json_for_programs(tiny_model: Path) -> None:
 def test_chat_takes_a_line_a_turn(tiny_model: Path) -> None:
     lines = "What is str.join?\n\nExplain dict.get.\n"
     run = arriero("run", tiny_model, "--chat", "--json", "--max-new-tokens", 20, stdin=lines)
-    assert len([json.loads(line) for line in run.stdout.splitlines()]) == 2
+    first, second = (json.loads(line) for line in run.stdout.splitlines())
+    assert first["reused_tokens"] == 0
+    assert second["reused_tokens"] > 0  # the first turn is not computed again
 
 
 @pytest.mark.parametrize(

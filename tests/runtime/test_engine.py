@@ -23,6 +23,7 @@ from arriero.runtime.continuation import joined
 from arriero.runtime.device import Device
 from arriero.runtime.engine import EngineDecoder, load_engine, read_engine
 from arriero.runtime.execution import open_version
+from arriero.runtime.prefix import Prefixes
 from arriero.runtime.session import Session
 from arriero.runtime.state import Limits
 
@@ -101,6 +102,17 @@ def test_sequences_join_and_leave_as_on_the_cpu(wide_model: Path, on_fake_gpu: t
     for number, (prompt, asked) in enumerate(requests):
         assert joined(pieces[number]) == plain.generate(prompt, **asked)
     assert {(1, 1), (2, 1), (3, 1)} == set(engine.contexts[0].runs)
+
+
+def test_beginnings_are_known_again_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
+    session, plain = on_fake_gpu[0], arriero.load(wide_model, max_seq=500)
+    session.prefixes = Prefixes(session.spec.chunk, 1 << 26)
+    settings: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0, "eos_token_id": []}
+    prompt = np.random.default_rng(0).integers(10, 2000, 200).tolist()
+    for end, reused in (([9], 0), ([11, 12], 192)):
+        found = session.generate(prompt + end, **settings)
+        assert found == plain.generate(prompt + end, **settings)
+        assert found.reused == reused
 
 
 def test_what_a_session_allocates_goes_with_it(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
