@@ -62,7 +62,7 @@ def test_run_prints_json_for_programs(tiny_model: Path) -> None:
 
 
 def test_chat_takes_a_line_a_turn(tiny_model: Path) -> None:
-    lines = "What is str.join?\n\nExplain dict.get.\n"
+    lines = "What is str.join, and what does it return where the list is empty?\n\nExplain dict.get.\n"
     run = arriero("run", tiny_model, "--chat", "--json", "--max-new-tokens", 20, stdin=lines)
     first, second = (json.loads(line) for line in run.stdout.splitlines())
     assert first["reused_tokens"] == 0
