@@ -257,6 +257,13 @@ def run(
     min_p: Annotated[float | None, typer.Option(help="Keep those with this share of the likeliest's.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random draws.")] = None,
+    prompt_lookup: Annotated[
+        int,
+        typer.Option(
+            help="Guess so many tokens at most from what the last ones were followed by before, and verify them "
+            "at once; the text stays the same."
+        ),
+    ] = 0,
     stop_string: Annotated[list[str] | None, typer.Option(help="Text that ends it; may be repeated.")] = None,
     eos_token_id: Annotated[list[int] | None, typer.Option(help="Token that ends it; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Let no token end it.")] = False,
@@ -289,6 +296,7 @@ def run(
             "min_p": min_p,
             "repetition_penalty": repetition_penalty,
             "seed": seed,
+            "prompt_lookup_num_tokens": prompt_lookup,
             "stop_strings": stop_string or (),
             "eos_token_id": [] if ignore_eos else eos_token_id,
         }

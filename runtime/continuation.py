@@ -18,6 +18,8 @@ from .stopping import StopText
 from .text import Text
 
 Finish = Literal["eos", "stop", "length"]
+COUNTS = ("reused", "drafted", "accepted")
+"""What is counted of a continuation beside its tokens."""
 
 
 class Settings(TypedDict, total=False):
@@ -55,12 +57,16 @@ class Generated:
         text: Their text, without special tokens, up to a stop string.
         finish: Why it ended: an end-of-sequence token, a stop string, or the length; None where it goes on.
         reused: Tokens of the prompt that were known from an earlier one; told with the first piece.
+        drafted: Tokens that prompt lookup guessed; told with the first piece that they were verified for.
+        accepted: Those of them that the model chose as well.
     """
 
     ids: list[int]
     text: str
     finish: Finish | None
     reused: int = field(default=0, compare=False)
+    drafted: int = field(default=0, compare=False)
+    accepted: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,13 +107,18 @@ class Continuation:
         self.sampler, self.stop = Sampler(request.sampling), StopText(request.stop_strings)
         self.read = text.open_stream()
 
+    @property
+    def left(self) -> int:
+        """New tokens that may still come."""
+        return self.request.positions - len(self.ids)
+
     def take(self, logits_V: NDArray[np.float32]) -> Generated:
         """Chooses the next token from the logits after the last one. Returns it with the text that it completes."""
         token = self.sampler(logits_V, self.ids)
         self.ids.append(token)
         text, stopped = self.stop.take(self.read(token))
         finish: Finish | None = "stop" if stopped else "eos" if token in self.request.ends else None
-        if finish is None and len(self.ids) == self.request.positions:
+        if finish is None and not self.left:
             finish = "length"
         if finish in ("eos", "length"):
             text += self.stop.rest()
@@ -119,4 +130,5 @@ def joined(pieces: Sequence[Generated]) -> Generated:
     """The pieces of a stream as one."""
     ids = [token for piece in pieces for token in piece.ids]
     text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish if pieces else "length"
-    return Generated(ids, text, finish, reused=sum(piece.reused for piece in pieces))
+    reused, drafted, accepted = (sum(getattr(piece, name) for piece in pieces) for name in COUNTS)
+    return Generated(ids, text, finish, reused, drafted, accepted)

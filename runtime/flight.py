@@ -11,16 +11,11 @@ float32's rounding, and tokens are the same but for ties within it.
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..errors import SessionError
-from .continuation import Continuation, Generated, Request
-from .prefix import Trail
-from .state import State
+from .continuation import Generated, Request
+from .rider import Rider, board
 
 if TYPE_CHECKING:
     from .session import Session
@@ -30,22 +25,6 @@ DEFAULT_SLOTS = 8
 
 Pieces = list[tuple[int, Generated]]
 """Requests' numbers, each with a piece of its continuation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rider:
-    """A request in a row of a state."""
-
-    continuation: Continuation
-    trail: Trail
-
-    def take(self, state: State, row: int, logits_V: NDArray[np.float32]) -> Generated:
-        """Chooses the next token; what of the row may serve later prompts is kept in time. Returns the piece."""
-        self.trail.follow(state, row, self.continuation.ids)
-        piece = self.continuation.take(logits_V)
-        if piece.finish is not None:
-            self.trail.keep(state, row, self.continuation.ids)
-        return piece
 
 
 class Flight:
@@ -135,7 +114,7 @@ class Flight:
             row = self.rows.index(None) if None in self.rows else len(self.rows)
             part = self.state.rows(row, row + 1)
             part.rewind([0])
-            rider, logits_V = self.session.begin(part, request)
+            rider, logits_V = board(self.session, part, request)
             piece = rider.take(part, 0, logits_V)
             pieces.append((number, piece))
             self.rows[row : row + 1] = [(number, rider) if piece.finish is None else None]

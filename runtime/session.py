@@ -13,14 +13,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import SessionError
 from ..geometry import ModelSpec
-from .continuation import Continuation, Generated, Request, Settings, joined
+from .continuation import Generated, Request, Settings, joined
 from .decoding import Decoding
 from .features import Features, RowFeatures
-from .flight import Rider, stream_requests
+from .flight import stream_requests
 from .images import ImageSource
+from .lookup import Lookup
 from .pieces import cut
-from .prefix import Prefixes, Trail
+from .prefix import Prefixes
 from .prompt import Prompt, Tokens, read_prompt
+from .rider import ride_alone
 from .sampling import Sampling
 from .state import Limits, State
 from .text import Defaults, Text
@@ -177,16 +179,18 @@ class Session:
         prompt: Prompt,
         max_new_tokens: int | None = None,
         images: Sequence[ImageSource] = (),
+        prompt_lookup_num_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Generated:
         """Continues a prompt; the arguments are those of `stream`. Returns the new tokens and their text."""
-        return joined(list(self.stream(prompt, max_new_tokens, images, **settings)))
+        return joined(list(self.stream(prompt, max_new_tokens, images, prompt_lookup_num_tokens, **settings)))
 
     def stream(
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
         images: Sequence[ImageSource] = (),
+        prompt_lookup_num_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Generated]:
         """Continues a prompt piece by piece.
@@ -195,13 +199,17 @@ class Session:
             prompt: A text, token ids taken as they are, or messages for the chat template; see `prompt.read_prompt`.
             max_new_tokens: New tokens at most; None is until the end of the sequence or of `max_seq`.
             images: Paths, bytes, PIL images or arrays: one for each `<|image|>` in the prompt, or what it is about.
+            prompt_lookup_num_tokens: Tokens at most that are guessed from what the last ones were followed by before,
+                and verified in one piece; None or 0 is none. The continuation is the same, with draws as without.
             **settings: How tokens are chosen and what ends them, see `Settings`.
 
         Raises:
             SessionError: The prompt is empty, too long, or not in the vocabulary, an image cannot be read or has no
                 place in it, or a setting is out of range.
         """
-        return self._stream(self.request(prompt, max_new_tokens, images, **settings))
+        if (drafts := prompt_lookup_num_tokens or 0) < 0:
+            raise SessionError(f"prompt_lookup_num_tokens is {drafts}, expected a whole number from 0 up")
+        return ride_alone(self, self.request(prompt, max_new_tokens, images, **settings), Lookup(drafts))
 
     def generate_many(
         self,
@@ -274,24 +282,6 @@ class Session:
             stop_strings=settings.get("stop_strings") or (),
         )
 
-    def begin(self, state: State, request: Request) -> tuple[Rider, NDArray[np.float32]]:
-        """Prefills a prompt, its images included, into the one row of a state, but for a beginning that is known.
-
-        Returns:
-            The request under way, and the logits [V] after its prompt.
-        """
-        ids, features_MH = request.prompt.ids, self.encode(request.prompt.pixels_N3PP)
-        trail = Trail(self.prefixes, self.image_token, features_MH)
-        done = trail.restore(state, 0, ids)
-        chunk = self.spec.chunk or len(ids)
-        while done < len(ids):
-            stop = min(done - done % chunk + chunk, len(ids))  # what is to be kept is read before the next chunk
-            features = () if features_MH is None else [features_MH[self._images(ids[:done]) : self._images(ids[:stop])]]
-            logits_V = self.prefill(state, [ids[done:stop]], features)[0]
-            trail.keep(state, 0, ids)
-            done = stop
-        return Rider(Continuation(request, self.text, trail.reused), trail), logits_V
-
     def read(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Tokens:
         """A prompt's token ids, checked against the vocabulary and the session's length, and its images' tiles.
 
@@ -304,7 +294,7 @@ class Session:
             raise SessionError("the prompt holds no tokens: give some text or ids")
         self._check_ids(ids)
         if len(ids) > self.max_seq:
-            of_images = f" ({seen} of its images)" if (seen := self._images(ids)) else ""
+            of_images = f" ({seen} of its images)" if (seen := sum(token == self.image_token for token in ids)) else ""
             raise SessionError(
                 f"the prompt has {len(ids)} tokens{of_images}, the session holds {self.max_seq}: shorten it, or load "
                 f"with a larger max_seq (the model's context is {self.spec.max_positions})"
@@ -317,18 +307,6 @@ class Session:
             return None
         assert self.vision is not None
         return self.vision.encode(pixels_N3PP)
-
-    def _stream(self, request: Request) -> Iterator[Generated]:
-        if request.count == 0:
-            return
-        state = self.start(1, request.positions)
-        rider, logits_V = self.begin(state, request)
-        while True:
-            piece = rider.take(state, 0, logits_V)
-            yield piece
-            if piece.finish is not None:
-                return
-            logits_V = self.decode(state, piece.ids)[0]
 
     def _run(
         self, state: State, rows: Sequence[Sequence[int]], features: Features, *, last_only: bool
@@ -369,10 +347,6 @@ class Session:
             for index, length in enumerate(piece.lengths):
                 yield first + index, done[first + index], logits[index] if last_only else logits[index, :length]
                 done[first + index] += length
-
-    def _images(self, ids: Sequence[int]) -> int:
-        """Image tokens among some."""
-        return sum(token == self.image_token for token in ids)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if outside := [token for token in (min(ids), max(ids)) if not 0 <= token < self.spec.vocab_size]:

@@ -61,6 +61,16 @@ def test_run_prints_json_for_programs(tiny_model: Path) -> None:
     assert result["tokens_per_second"] > 0
 
 
+def test_run_tells_how_many_guesses_were_right(tiny_model: Path) -> None:
+    prompt = "The list type has a list. The list type has a list."
+    settings = ("--max-new-tokens", 60, "--temperature", 0, "--ignore-eos", "--prompt-lookup", 5)
+    command = ("run", tiny_model, "--prompt", prompt, *settings)
+    result = json.loads(arriero(*command, "--json").stdout)
+    assert result["acceptance_rate"] == result["accepted_tokens"] / result["drafted_tokens"] > 0
+    told = f"{result['accepted_tokens']} of {result['drafted_tokens']} guesses right"
+    assert told in arriero(*command).stderr
+
+
 def test_chat_takes_a_line_a_turn(tiny_model: Path) -> None:
     lines = "What is str.join, and what does it return where the list is empty?\n\nExplain dict.get.\n"
     run = arriero("run", tiny_model, "--chat", "--json", "--max-new-tokens", 20, stdin=lines)

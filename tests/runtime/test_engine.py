@@ -104,6 +104,14 @@ def test_sequences_join_and_leave_as_on_the_cpu(wide_model: Path, on_fake_gpu: t
     assert {(1, 1), (2, 1), (3, 1)} == set(engine.contexts[0].runs)
 
 
+def test_guesses_are_verified_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
+    prompt = "The list type has a method. The list type has a method that returns the list. The list type has"
+    settings: dict[str, Any] = {"max_new_tokens": 60, "temperature": 0, "eos_token_id": []}
+    found = on_fake_gpu[0].generate(prompt, prompt_lookup_num_tokens=6, **settings)
+    assert found == arriero.load(wide_model, max_seq=500).generate(prompt, **settings)
+    assert found.accepted > 5
+
+
 def test_beginnings_are_known_again_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
     session, plain = on_fake_gpu[0], arriero.load(wide_model, max_seq=500)
     session.prefixes = Prefixes(session.spec.chunk, 1 << 26)
