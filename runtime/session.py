@@ -51,7 +51,7 @@ class Session:
         prefix_bytes: int = 0,
     ) -> None:
         self.decoder, self.text, self.defaults, self.vision = decoder, text, defaults, vision
-        self.max_seq, self.max_batch = limits.max_seq, limits.max_batch
+        self.limits, self.max_seq, self.max_batch = limits, limits.max_seq, limits.max_batch
         self.prefixes = Prefixes(decoder.spec.chunk, prefix_bytes)
 
     @property
