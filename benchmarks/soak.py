@@ -2,10 +2,10 @@
 
 Requests are drawn from a pool: prompts of 1 to 300 tokens of documentation, some with a common beginning, greedy and
 drawn, with ends of all kinds. The pool's outputs are computed alone first, by a session that shares nothing. Then so
-many sequences join the flight at random moments, some are called off on their way, and each output is compared, token
-for token. Where one differs, a tie may be the reason: two tokens so near each other that the rounding of a product over
-another number of rows decides. It is taken for one if the other token comes out when the logits of the sequence alone
-are changed by 1e-4 at random; ties are counted, all else is wrong.
+many sequences join one of two flights at random moments; one of these keeps beginnings. Some are called off on their
+way, and each output is compared, token for token. Where one differs, a tie may be the reason: two tokens so near each
+other that the rounding of a product over another number of rows decides. It is taken for one if the other token comes
+out when the logits of the sequence alone are changed by 1e-4 at random; ties are counted, all else is wrong.
 
     python benchmarks/soak.py [--minutes 10] [--sequences 2000] [--slots 8] [--threads 2] [--model MODEL]
 """
@@ -103,43 +103,43 @@ def is_tie(session: Session, request: Request, found: Sequence[int]) -> bool:
     return False
 
 
-def soak(session: Session, plain: Session, sequences: int, seconds: float, slots: int, size: int = POOL) -> Found:
+def soak(keeping: Session, plain: Session, sequences: int, seconds: float, slots: int, size: int = POOL) -> Found:
     """Lets sequences join and leave, at least so many and so long.
 
     Args:
-        session: Runs them together.
-        plain: Runs each alone.
+        keeping: Runs some of them together.
+        plain: Runs each alone, and the others together.
         sequences: How many join.
         seconds: How long they go on joining.
-        slots: Sequences at once.
+        slots: Sequences at once in each flight.
         size: Requests in the pool.
     """
     rng, found = np.random.default_rng(0), Found()
     pool = make_pool(plain, rng, size)
     alone = [run_alone(plain, request) for request in pool]
-    flight = Flight(session, slots, max(request.positions for request in pool))
-    on_board: dict[int, tuple[int, list[Generated]]] = {}
+    flights = [Flight(each, slots, max(request.positions for request in pool)) for each in (keeping, plain)]
+    on_board: dict[tuple[int, int], tuple[int, list[Generated]]] = {}
     started = time.perf_counter()
     while found.sequences < sequences or time.perf_counter() - started < seconds or on_board:
         joining = found.sequences < sequences or time.perf_counter() - started < seconds
-        while joining and len(on_board) < 2 * slots and rng.random() < 0.5:
-            index = int(rng.integers(len(pool)))
-            on_board[flight.join(pool[index])] = index, []
+        while joining and len(on_board) < 4 * slots and rng.random() < 0.6:
+            index, place = int(rng.integers(len(pool))), int(rng.integers(len(flights)))
+            on_board[place, flights[place].join(pool[index])] = index, []
             found.sequences += 1
-        for number, piece in flight.step():
-            on_board[number][1].append(piece)
-            if piece.finish is not None:
-                index, pieces = on_board.pop(number)
-                compare(plain, pool[index], joined(pieces), alone[index], found)
-        if on_board and rng.random() < 0.004:
-            number = int(rng.choice(list(on_board)))
-            flight.leave(number)
-            index, pieces = on_board.pop(number)
+        for place, flight in enumerate(flights):
+            for number, piece in flight.step():
+                on_board[place, number][1].append(piece)
+                if piece.finish is not None:
+                    index, pieces = on_board.pop((place, number))
+                    compare(plain, pool[index], joined(pieces), alone[index], found)
+        if on_board and rng.random() < 0.01:
+            place, number = list(on_board)[rng.integers(len(on_board))]
+            flights[place].leave(number)
+            index, pieces = on_board.pop((place, number))
             found.called_off += 1
             ids = joined(pieces).ids
-            compare(
-                plain, pool[index], Generated(ids, "", None), Generated(alone[index].ids[: len(ids)], "", None), found
-            )
+            expected = Generated(alone[index].ids[: len(ids)], "", None)
+            compare(plain, pool[index], Generated(ids, "", None), expected, found)
         if found.sequences % 10 == 0:
             found.memory.append(resident())
     return found
@@ -176,9 +176,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or export_checkpoint(TINY, Path(folder) / "model")
         plain = arriero.load(model, max_seq=512, threads=arguments.threads)
-        session = arriero.load(model, max_seq=512, threads=arguments.threads, prefix_bytes=PREFIX_BYTES)
+        keeping = Session(plain.decoder, plain.text, plain.defaults, plain.limits, prefix_bytes=PREFIX_BYTES)
         started = time.perf_counter()
-        found = soak(session, plain, arguments.sequences, arguments.minutes * 60, arguments.slots)
+        found = soak(keeping, plain, arguments.sequences, arguments.minutes * 60, arguments.slots)
     minutes = (time.perf_counter() - started) / 60
     print(f"{found.sequences} sequences, {found.called_off} called off, {found.tokens} tokens in {minutes:.1f} minutes")
     print(f"{found.reused} tokens of prompts reused, {found.ties} ties decided otherwise, {len(found.wrong)} wrong")

@@ -92,6 +92,11 @@ class Request:
         """Tokens that its sequence may have."""
         return len(self.prompt.ids) + self.count
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is something to do, and no image in it."""
+        return self.count > 0 and self.prompt.pixels_N3PP is None
+
 
 class Continuation:
     """A request under way.

@@ -1,8 +1,8 @@
 """Sequences in flight: rows of one state that decode together, where sequences join and leave between steps.
 
 Enters: requests, at any time. Leaves: each one's pieces, as if it ran alone; it has its own sampler and seed.
-Invariant: in a decode step the rows in use lie side by side from the first on, so that a step costs what its sequences
-cost. A row that was left is given to who waits; where nobody does, the last row's sequence moves there.
+Invariant: the rows in use lie side by side from the first on, so that a step costs what its sequences cost. Where one
+is left, the last row's sequence moves there, which costs far less than a row that idles along.
 
 A product over several rows adds up in another order than over one. So logits equal those of the sequence alone to
 float32's rounding, and tokens are the same but for ties within it.
@@ -12,6 +12,9 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import SessionError
 from .continuation import Generated, Request
@@ -45,13 +48,13 @@ class Flight:
         self.slots = min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS) if slots is None else slots
         self.state = session.start(self.slots, positions)
         self.waiting: deque[tuple[int, Request]] = deque()
-        self.rows: list[tuple[int, Rider] | None] = []  # None is a row that was left
+        self.rows: list[tuple[int, Rider]] = []
         self.numbers = itertools.count()
 
     @property
     def riding(self) -> int:
         """Sequences that have a row."""
-        return sum(riding is not None for riding in self.rows)
+        return len(self.rows)
 
     def join(self, request: Request) -> int:
         """Puts a request, as `Session.request` makes it, into the queue. Returns the number it is known by.
@@ -74,9 +77,9 @@ class Flight:
         Raises:
             SessionError: There is none of this number, or it has ended.
         """
-        for row, riding in enumerate(self.rows):
-            if riding is not None and riding[0] == number:
-                self.rows[row] = None
+        for row, (riding, _) in enumerate(self.rows):
+            if riding == number:
+                self._vacate(row)
                 return
         remaining = deque(each for each in self.waiting if each[0] != number)
         if len(remaining) == len(self.waiting):
@@ -90,44 +93,59 @@ class Flight:
             The pieces that came: one of each sequence, two of one that has just joined. A request has ended, and left,
             with the piece that has a `finish`. Nothing when nobody is there.
         """
-        pieces = self._admit()
-        self._close_up()
-        riding = [each for each in self.rows if each is not None]
-        if riding:
-            tokens_B = [rider.continuation.ids[-1] for _, rider in riding]
-            logits_BV = self.session.decode(self.state.rows(0, len(riding)), tokens_B)
-            for row, ((number, rider), logits_V) in enumerate(zip(riding, logits_BV, strict=True)):
-                piece = rider.take(self.state, row, logits_V)
-                pieces.append((number, piece))
-                if piece.finish is not None:
-                    self.rows[row] = None
+        pieces: Pieces = []
+        while self.waiting and len(self.rows) < self.slots:
+            pieces += self._admit()
+        if self.rows:
+            tokens_B = [rider.continuation.ids[-1] for _, rider in self.rows]
+            logits_BV = self.session.decode(self.state.rows(0, len(self.rows)), tokens_B)
+            pieces += self._take(0, logits_BV)
         return pieces
 
     def _admit(self) -> Pieces:
-        """Prefills as many as there are rows for. Returns their first pieces."""
+        """Reads the next prompts into free rows. Returns their first pieces."""
+        group = self._group()
+        if group[0][1].count == 0:
+            return [(group[0][0], Generated([], "", "length"))]
+        first, numbers = len(self.rows), [number for number, _ in group]
+        part = self.state.rows(first, first + len(group))
+        part.rewind([0] * len(group))
+        riders, logits_BV = board(self.session, part, [request for _, request in group])
+        self.rows += zip(numbers, riders, strict=True)
+        return self._take(first, logits_BV)
+
+    def _group(self) -> list[tuple[int, Request]]:
+        """Takes the next out of the queue: several at once where their prompts together are no longer than a piece.
+
+        Not where one may go on from what another's row holds, nor with images.
+        """
+        group, longest = [self.waiting.popleft()], 0
+        most = min(self.session.decoder.longest, self.session.spec.chunk or self.session.decoder.longest)
+        free = self.slots - len(self.rows)
+        while self.waiting and len(group) < free and not self.session.prefixes.limit:
+            pair = group[-1][1], self.waiting[0][1]
+            longest = max(longest, *(len(request.prompt.ids) for request in pair))
+            if (len(group) + 1) * longest > most or not all(request.is_plain for request in pair):
+                break
+            group.append(self.waiting.popleft())
+        return group
+
+    def _take(self, first: int, logits_BV: NDArray[np.float32]) -> Pieces:
+        """Chooses a token in each of the rows from one on; those that have ended are left."""
         pieces: Pieces = []
-        while self.waiting and self.riding < self.slots:
-            number, request = self.waiting.popleft()
-            if request.count == 0:
-                pieces.append((number, Generated([], "", "length")))
-                continue
-            row = self.rows.index(None) if None in self.rows else len(self.rows)
-            part = self.state.rows(row, row + 1)
-            part.rewind([0])
-            rider, logits_V = board(self.session, part, request)
-            piece = rider.take(part, 0, logits_V)
-            pieces.append((number, piece))
-            self.rows[row : row + 1] = [(number, rider) if piece.finish is None else None]
+        for row, ((number, rider), logits_V) in enumerate(zip(self.rows[first:], logits_BV, strict=True), start=first):
+            pieces.append((number, rider.take(self.state, row, logits_V)))
+        for row in reversed(range(first, len(self.rows))):
+            if pieces[row - first][1].finish is not None:
+                self._vacate(row)
         return pieces
 
-    def _close_up(self) -> None:
-        """Moves sequences from the last rows into those that were left."""
-        while None in self.rows:
-            last = self.rows.pop()
-            if last is not None:
-                row = self.rows.index(None)
-                self.state.move(len(self.rows), row)
-                self.rows[row] = last
+    def _vacate(self, row: int) -> None:
+        """Leaves a row, and moves the last row's sequence there."""
+        last = self.rows.pop()
+        if row < len(self.rows):
+            self.state.move(len(self.rows), row)
+            self.rows[row] = last
 
 
 def stream_requests(

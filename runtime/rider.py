@@ -61,12 +61,18 @@ class Rider:
         keep(state, row, self.continuation.ids)
 
 
-def board(session: "Session", state: State, request: Request) -> tuple[Rider, NDArray[np.float32]]:
-    """Reads a prompt, its images included, into the one row of a state, but for a beginning that is known.
+def board(session: "Session", state: State, requests: Sequence[Request]) -> tuple[list[Rider], NDArray[np.float32]]:
+    """Reads prompts, their images included, into the empty rows of a state, a row each.
+
+    Several are read at once and have no images; of one alone a beginning that is known is not computed.
 
     Returns:
-        The request under way, and the logits [V] after its prompt.
+        The requests under way, and the logits [B, V] after their prompts.
     """
+    if len(requests) > 1:
+        riders = [Rider(Continuation(each, session.text), Trail(session.prefixes)) for each in requests]
+        return riders, session.prefill(state, [each.prompt.ids for each in requests])
+    request = requests[0]
     ids, features_MH = request.prompt.ids, session.encode(request.prompt.pixels_N3PP)
     trail = Trail(session.prefixes, session.image_token, features_MH)
     done = trail.restore(state, 0, ids)
@@ -75,10 +81,10 @@ def board(session: "Session", state: State, request: Request) -> tuple[Rider, ND
         stop = min(done - done % chunk + chunk, len(ids))  # what is to be kept is read before the next chunk
         seen, after = (sum(token == session.image_token for token in ids[:end]) for end in (done, stop))
         features = () if features_MH is None else [features_MH[seen:after]]
-        logits_V = session.prefill(state, [ids[done:stop]], features)[0]
+        logits_1V = session.prefill(state, [ids[done:stop]], features)
         trail.keep(state, 0, ids)
         done = stop
-    return Rider(Continuation(request, session.text, trail.reused), trail), logits_V
+    return [Rider(Continuation(request, session.text, trail.reused), trail)], logits_1V
 
 
 def ride_alone(session: "Session", request: Request, lookup: Lookup) -> Iterator[Generated]:
@@ -86,8 +92,8 @@ def ride_alone(session: "Session", request: Request, lookup: Lookup) -> Iterator
     if request.count == 0:
         return
     state = session.start(1, request.positions)
-    rider, logits_V = board(session, state, request)
-    pieces = [rider.take(state, 0, logits_V)]
+    (rider,), logits_1V = board(session, state, [request])
+    pieces = [rider.take(state, 0, logits_1V[0])]
     yield from pieces
     ids = rider.continuation.ids
     while pieces[-1].finish is None:

@@ -11,7 +11,7 @@ import torch
 import arriero
 from arriero.errors import SessionError
 from arriero.export import export_checkpoint
-from arriero.runtime import Flight, Generated, Session
+from arriero.runtime import Flight, Generated, Session, State
 from arriero.runtime.continuation import joined
 
 FREE: dict[str, Any] = {"eos_token_id": []}
@@ -97,6 +97,22 @@ def test_a_flight_is_the_greedy_search_of_transformers(make_llama4: Callable[...
         settings: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
         whole = reference.generate(torch.tensor([prompt]), **settings)
         assert generated.ids == whole[0, len(prompt) :].tolist()
+
+
+def test_short_prompts_are_read_together(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[list[int]] = []
+    prefill = session.prefill
+
+    def watched(state: State, rows: list[list[int]], *more: Any) -> Any:
+        read.append([len(row) for row in rows])
+        return prefill(state, rows, *more)
+
+    prompts = [[9 + length] * length for length in (20, 30, 25, 100, 3, 2)]
+    settings: dict[str, Any] = {"max_new_tokens": 10, "temperature": 0, **FREE}
+    expected = [session.generate(prompt, **settings) for prompt in prompts]
+    monkeypatch.setattr(session, "prefill", watched)
+    assert session.generate_many(prompts, slots=5, **settings) == expected
+    assert read == [[20, 30, 25], [100], [3], [2]]  # 128 is a chunk
 
 
 def test_images_ride_along(multimodal_model: Path) -> None:

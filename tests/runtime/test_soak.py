@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import arriero
+from arriero.runtime import Session
 from arriero.runtime.decoder import Caches
 
 
@@ -24,8 +25,8 @@ def script() -> ModuleType:
 
 def run(script: ModuleType, model: Path, sequences: int) -> Any:
     plain = arriero.load(model, max_seq=512)
-    session = arriero.load(model, max_seq=512, prefix_bytes=script.PREFIX_BYTES)
-    return script.soak(session, plain, sequences, seconds=0, slots=4, size=12)
+    keeping = Session(plain.decoder, plain.text, plain.defaults, plain.limits, prefix_bytes=script.PREFIX_BYTES)
+    return script.soak(keeping, plain, sequences, seconds=0, slots=4, size=12)
 
 
 def test_sequences_join_and_leave_at_random_and_all_is_right(script: ModuleType, tiny_model: Path) -> None:
