@@ -80,12 +80,13 @@ def test_what_was_guessed_wrongly_is_not_kept_for_later_prompts(tiny_model: Path
 
 def test_a_draft_is_what_followed_the_last_time() -> None:
     lookup = Lookup(4)
-    assert lookup.draft([1, 2, 3, 9, 1, 2, 3, 7, 8, 1, 2], 4) == [3, 7]
+    assert lookup.draft([1, 2, 3, 9, 1, 2, 3, 7, 8, 1, 2], 4) == []
     assert lookup.draft([1, 2, 3, 9, 1, 2, 3, 7, 8, 1, 2, 3], 4) == [7, 8]
     assert lookup.draft([1, 2, 3, 9, 1, 2, 3, 7, 8, 1, 2, 3, 9], 4) == [1, 2]
     assert lookup.draft([1, 2, 3, 9, 1, 2, 3, 7, 8, 1, 2, 3, 9, 4], 4) == []
-    assert Lookup(4).draft([1, 2, 1, 2], 1) == [1]
-    assert Lookup(0).draft([1, 2, 1, 2], 4) == []
+    assert Lookup(4).draft([1, 2, 3, 1, 2, 3], 1) == [1]
+    assert Lookup(0).draft([1, 2, 3, 1, 2, 3], 4) == []
+    assert Lookup(4).draft([1, 2, 3, 4, 5, 6, 3, 4, 5, 9, 1, 2, 3, 4, 5], 4) == [6, 3]  # five are worth more than three
 
 
 def test_drafts_are_as_long_as_they_are_right() -> None:
