@@ -105,8 +105,9 @@ class EngineCaches:
         for each in self.about:
             lines = np.empty((each.shape[0], (stop - start) * self._slot_size(each)), dtype=np.uint8)
             for address, line in zip(self._addresses(each, row, start), lines, strict=True):
-                self.device.download(address, line)
+                self.device.fetch(address, line)
             found[each.name] = lines
+        self.device.synchronise()
         return found
 
     def write(self, row: int, start: int, slots: Slots, past: int) -> None:
