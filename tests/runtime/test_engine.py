@@ -123,6 +123,24 @@ def test_beginnings_are_known_again_as_on_the_cpu(wide_model: Path, on_fake_gpu:
         assert found.reused == reused
 
 
+def check_rows_are_copied_and_put_back(session: Session) -> None:
+    state = session.start(3, 300)
+    session.prefill(state, [[5] * 40, np.random.default_rng(0).integers(10, 2000, 190).tolist(), [6] * 9])
+    caches, blocks = state.caches, range(128, 190, 31)  # past a boundary of chunks
+    expected = [caches.read(1, start, start + 31) for start in blocks]
+    state.move(1, 0)
+    for start, slots in zip(blocks, expected, strict=True):
+        caches.write(2, start, slots, 190)
+        for row in (0, 2):
+            found = caches.read(row, start, start + 31)
+            assert all(np.array_equal(found[name], slots[name]) for name in slots)
+    assert len({slots["3.key"].tobytes() for slots in expected}) == 2
+
+
+def test_rows_are_copied_and_put_back(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
+    check_rows_are_copied_and_put_back(on_fake_gpu[0])
+
+
 def test_what_a_session_allocates_goes_with_it(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
     session, engine = on_fake_gpu
     session.generate([10, 11], max_new_tokens=2, eos_token_id=[])  # the step's own buffers stay
@@ -236,6 +254,16 @@ def test_a_machine_without_a_gpu_is_told_so(wide_bundle: Path, monkeypatch: pyte
 
 def _no_library(*_: Any, **__: Any) -> None:
     raise OSError("libcuda.so.1: cannot open shared object file")
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_copies_rows_and_puts_them_back(tiny_model: Path, tmp_path: Path) -> None:
+    capability = Driver().capability()
+    target = f"tensorrt-rtx:sm{capability}" if capability in CAPABILITIES["tensorrt-rtx"] else "tensorrt"
+    options = Options(max_batch=3, max_seq=600, max_prefill=96)
+    check_rows_are_copied_and_put_back(
+        arriero.load(build_bundle(tiny_model, tmp_path / "bundle", target=target, options=options))
+    )
 
 
 @pytest.mark.gpu
