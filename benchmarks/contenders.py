@@ -35,6 +35,7 @@ class Task:
         runs: Times that each case is timed; 0 leaves out the case.
         batch: Rows of the batch.
         batch_context: Tokens in front of a batch's decoded ones.
+        cpu_time: Whether seconds are the processor's and not the clock's.
         logits: Where to write the logits of the prompt that contenders are compared on; then nothing is timed.
     """
 
@@ -48,6 +49,7 @@ class Task:
     runs: int
     batch: int
     batch_context: int
+    cpu_time: bool = False
     logits: str | None = None
 
 
@@ -220,13 +222,14 @@ def measure(contender: Contender, task: Task) -> dict[str, Any]:
         kept = {name: [] for name in found} if run == 0 else found
         prompt = draw(rng, task, 1, task.context)
         contender.start(1, task.context + task.steps + 1)
-        kept["prefill"].append(timed(contender.prefill, prompt))
-        kept["decode"].append(decode(contender, rng, task, 1))
+        with Seconds(task, kept["prefill"]):
+            contender.prefill(prompt).argmax(-1)
+        decode(contender, rng, task, 1, kept["decode"])
     for run in range(task.runs + 1 if task.batch > 1 else 0):
         kept = {"batch": []} if run == 0 else found
         contender.start(task.batch, task.batch_context + task.steps + 1)
         contender.prefill(draw(rng, task, task.batch, task.batch_context)).argmax(-1)
-        kept["batch"].append(decode(contender, rng, task, task.batch))
+        decode(contender, rng, task, task.batch, kept["batch"])
     return found
 
 
@@ -234,19 +237,26 @@ def draw(rng: np.random.Generator, task: Task, batch: int, length: int) -> list[
     return rng.integers(0, task.vocabulary, (batch, length)).tolist()
 
 
-def timed(work: Any, argument: Any) -> float:
-    started = time.perf_counter()
-    work(argument).argmax(-1)
-    return time.perf_counter() - started
+class Seconds:
+    """The seconds that a block takes, in parts of so many, added to a list."""
+
+    def __init__(self, task: Task, found: list[float], parts: int = 1) -> None:
+        self.clock = time.process_time if task.cpu_time else time.perf_counter
+        self.found, self.parts = found, parts
+
+    def __enter__(self) -> None:
+        self.started = self.clock()
+
+    def __exit__(self, *error: object) -> None:
+        self.found.append((self.clock() - self.started) / self.parts)
 
 
-def decode(contender: Contender, rng: np.random.Generator, task: Task, batch: int) -> float:
-    """Seconds of one decode step, the mean over the task's. Tokens are drawn, so that experts are chosen widely."""
+def decode(contender: Contender, rng: np.random.Generator, task: Task, batch: int, found: list[float]) -> None:
+    """Times one decode step, the mean over the task's. Tokens are drawn, so that experts are chosen widely."""
     steps = draw(rng, task, task.steps, batch)
-    started = time.perf_counter()
-    for tokens_B in steps:
-        contender.decode(tokens_B).argmax(-1)
-    return (time.perf_counter() - started) / task.steps
+    with Seconds(task, found, task.steps):
+        for tokens_B in steps:
+            contender.decode(tokens_B).argmax(-1)
 
 
 def peak_memory() -> int:
@@ -274,7 +284,7 @@ def main() -> None:
     else:
         contender.start(1, FIRST_PROMPT + 1)
         contender.prefill(draw(rng, task, 1, FIRST_PROMPT)).argmax(-1)
-        found = {"first_at": time.monotonic()}
+        found = {"first": time.process_time()} if task.cpu_time else {"first_at": time.monotonic()}
         if task.runs:
             found |= measure(contender, task)
         found["peak_rss"] = peak_memory()

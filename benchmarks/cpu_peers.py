@@ -72,10 +72,10 @@ ENTRIES = (
 
 
 class Workshop:
-    """Makes what contenders run, each thing once a folder."""
+    """Makes what contenders run, each thing once a folder; but bundles, which are what is being worked on."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], group: int) -> None:
-        self.folder, self.config, self.group = folder, config, group
+    def __init__(self, folder: Path, bundles: Path, config: dict[str, Any], group: int) -> None:
+        self.folder, self.bundles, self.config, self.group = folder, bundles, config, group
         self.checkpoint = folder / "checkpoint"
         folder.mkdir(parents=True, exist_ok=True)
         if not self.checkpoint.exists():
@@ -112,8 +112,8 @@ class Workshop:
     def _bundle(self, form: str) -> Path:
         from arriero.engine import build_bundle
 
-        model = self._model(form)
-        return build_bundle(model, self.folder / f"bundle-{form}", force=True)
+        path = self.bundles / form
+        return path if path.exists() else build_bundle(self._model(form), path)
 
     def _model(self, form: str) -> Path:
         name = f"model-int4-{self.group}" if form == "int4" else f"model-{form}"
@@ -221,6 +221,7 @@ def race(entries: list[Entry], workshop: Workshop, threads: int, arguments: argp
         "steps": arguments.steps,
         "runs": arguments.runs if set(arguments.cases) & {"prefill", "decode", "batch"} else 0,
         "batch": arguments.batch if "batch" in arguments.cases else 1,
+        "cpu_time": arguments.cpu_time,
     }
     made = {entry: workshop.make(entry) for entry in entries}
     reference = workshop.reference()
@@ -243,10 +244,17 @@ def race(entries: list[Entry], workshop: Workshop, threads: int, arguments: argp
     for number in range(arguments.rounds):
         for entry in entries:
             say(f"{threads} thread(s), round {number + 1}: {entry.name}")
-            speed = stream.read()
+            speed = stream_speed(stream, arguments.cpu_time)
             task = task_of(entry.engine, made[entry], workshop.config, dtype=entry.form, **changes)
             records[entry]["rounds"].append({**run_child(task), "stream": speed})
     return [record | summary(record, changes["batch"], arguments) for record in records.values()]
+
+
+def stream_speed(stream: Stream, cpu_time: bool) -> float:
+    """Bytes that can be read in a second."""
+    started = time.process_time()
+    speed = stream.read()
+    return stream.size / (time.process_time() - started) if cpu_time else speed
 
 
 def step_bytes(entry: Entry, made: Path, workshop: Workshop, arguments: argparse.Namespace) -> float | None:
@@ -347,16 +355,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="Decode steps of a run.")
     parser.add_argument("--runs", type=int, default=2, help="Timed runs of each case in a process.")
     parser.add_argument("--rounds", type=int, default=3, help="Processes of each contender.")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="Take the processor's seconds, not the clock's: where others use the machine. One thread only.",
+    )
     parser.add_argument("--folder", type=Path, help="Where to keep what is made.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     names = arguments.contenders.split(",") if arguments.contenders else None
     entries = [entry for entry in ENTRIES if (entry.name in names if names else entry.bits in arguments.bits)]
     config = peer(arguments.shape, arguments.layers, arguments.experts)
-    with tempfile.TemporaryDirectory() as temporary:
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         place = arguments.folder or Path(temporary)
         of_shape = f"{arguments.shape}-{config['num_hidden_layers']}-{config['num_local_experts']}"
-        workshop = Workshop(place / of_shape, config, arguments.group)
+        workshop = Workshop(place / of_shape, Path(temporary), config, arguments.group)
         records = []
         allowed = sorted(os.sched_getaffinity(0))
         for threads in arguments.threads:
