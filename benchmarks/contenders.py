@@ -35,6 +35,7 @@ class Task:
         runs: Times that each case is timed; 0 leaves out the case.
         batch: Rows of the batch.
         batch_context: Tokens in front of a batch's decoded ones.
+        lengths: Tokens in the caches at which decoding is timed, growing, instead of all cases.
         cpu_time: Whether seconds are the processor's and not the clock's.
         logits: Where to write the logits of the prompt that contenders are compared on; then nothing is timed.
     """
@@ -49,6 +50,7 @@ class Task:
     runs: int
     batch: int
     batch_context: int
+    lengths: Sequence[int] = ()
     cpu_time: bool = False
     logits: str | None = None
 
@@ -124,7 +126,7 @@ class Llama:
             api.llama_batch_free(self.batch)
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = batch * padded(positions), batch
-        settings.n_batch = settings.n_ctx
+        settings.n_batch = self.size = min(settings.n_ctx, 2048)
         settings.n_threads = settings.n_threads_batch = self.threads
         settings.swa_full = False
         self.context = api.llama_init_from_model(self.model, settings)
@@ -144,20 +146,30 @@ class Llama:
         return self._run([ids], last_only=False)
 
     def _run(self, rows: Sequence[Sequence[int]], *, last_only: bool) -> Logits:
-        batch, count = self.batch, 0
-        for row, tokens in enumerate(rows):
-            for place, token in enumerate(tokens):
-                batch.token[count], batch.pos[count] = token, self.past + place
-                batch.n_seq_id[count], batch.seq_id[count][0] = 1, row
-                batch.logits[count] = not last_only or place == len(tokens) - 1
-                count += 1
-        batch.n_tokens = count
+        tokens = [(row, place, token) for row, of_row in enumerate(rows) for place, token in enumerate(of_row)]
+        last = len(rows[0]) - 1
+        parts = [
+            self._submit([(row, place, token, not last_only or place == last) for row, place, token in some])
+            for some in (tokens[at : at + self.size] for at in range(0, len(tokens), self.size))
+        ]
+        self.past += len(rows[0])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _submit(self, tokens: Sequence[tuple[int, int, int, bool]]) -> Logits:
+        """Runs some tokens: row, place among the new ones, id, and whether its logits are wanted."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for at, (row, place, token, wanted) in enumerate(tokens):
+            batch.token[at], batch.pos[at] = token, self.past + place
+            batch.n_seq_id[at], batch.seq_id[at][0] = 1, row
+            batch.logits[at] = wanted
         if (code := self.api.llama_decode(self.context, batch)) != 0:
             raise SystemExit(f"llama_decode returned {code}")
-        self.past += len(rows[0])
-        outputs = len(rows) if last_only else count
-        found = self.api.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(found, (outputs, self.vocabulary))
+        outputs = sum(wanted for *_, wanted in tokens)
+        if not outputs:
+            return np.empty((0, self.vocabulary), np.float32)
+        logits = np.ctypeslib.as_array(self.api.llama_get_logits(self.context), (outputs, self.vocabulary))
+        return logits if len(tokens) < self.size else logits.copy()  # the next call writes over it
 
 
 class Torch:
@@ -206,7 +218,7 @@ class Torch:
 
 def longest(task: Task) -> int:
     """Positions that the longest sequence of a task takes."""
-    return max(task.context, task.batch_context) + task.steps + 1
+    return max(task.context, task.batch_context, *task.lengths) + task.steps + 1
 
 
 def padded(positions: int) -> int:
@@ -230,6 +242,22 @@ def measure(contender: Contender, task: Task) -> dict[str, Any]:
         contender.start(task.batch, task.batch_context + task.steps + 1)
         contender.prefill(draw(rng, task, task.batch, task.batch_context)).argmax(-1)
         decode(contender, rng, task, task.batch, kept["batch"])
+    return found
+
+
+def measure_lengths(contender: Contender, task: Task) -> list[float]:
+    """Seconds of a decode step at each length; the steps themselves count towards the next."""
+    rng = np.random.default_rng(1)
+    contender.start(1, longest(task))
+    found: list[float] = []
+    past = 0
+    for length in task.lengths:
+        while past < length:
+            count = min(512, length - past)
+            contender.prefill(draw(rng, task, 1, count))
+            past += count
+        decode(contender, rng, task, 1, found)
+        past += task.steps
     return found
 
 
@@ -285,7 +313,9 @@ def main() -> None:
         contender.start(1, FIRST_PROMPT + 1)
         contender.prefill(draw(rng, task, 1, FIRST_PROMPT)).argmax(-1)
         found = {"first": time.process_time()} if task.cpu_time else {"first_at": time.monotonic()}
-        if task.runs:
+        if task.lengths:
+            found["at_lengths"] = measure_lengths(contender, task)
+        elif task.runs:
             found |= measure(contender, task)
         found["peak_rss"] = peak_memory()
     if isinstance(contender, Arriero):

@@ -147,23 +147,6 @@ def is_wide(target: str) -> bool:
     return target.endswith(("norm.weight", "ffn_gate_inp.weight"))
 
 
-def step_bytes(file: Path, spec: ModelSpec, batch: int, past: float) -> float:
-    """Bytes that a decode step must read of a file, its caches in float16.
-
-    Args:
-        file: The GGUF.
-        spec: Geometry.
-        batch: Rows; where routing is even they choose E·(1 − (1 − k/E)^B) experts of a layer.
-        past: Tokens in each row's cache.
-    """
-    chosen = 1 - (1 - spec.experts_per_token / spec.experts) ** batch
-    total = 0.0
-    for tensor in gguf.GGUFReader(file).tensors:
-        if "_exps." in tensor.name:
-            total += tensor.n_bytes * chosen
-        elif tensor.name == "token_embd.weight":
-            total += tensor.n_bytes * batch / spec.vocab_size
-        else:
-            total += tensor.n_bytes
-    slots = sum((past % layer.chunk if layer.chunk else past) + 1 for layer in spec.layers)
-    return total + batch * slots * 2 * spec.kv_heads * spec.head_dim * 2
+def tensor_sizes(file: Path) -> dict[str, int]:
+    """Bytes of each tensor of a file."""
+    return {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors}
