@@ -14,6 +14,7 @@ import json
 import os
 import re
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -200,7 +201,7 @@ def show(title: str, rows: list[Row]) -> None:
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def main() -> None:
