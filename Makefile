@@ -10,7 +10,7 @@ demo: $(READY)  ## the tiny Llama 4, from its checkpoint to text
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from .shards import identity
 from .spec import FolderSpec, WeightFile
 
 SPEC = "spec.json"
-LAYERS, VISION_LAYERS, KERNELS = "layers.json", "vision_layers.json", "kernels"
+LAYERS, TOWER_LAYERS, KERNELS = "layers.json", "vision_layers.json", "kernels"
 """Of an engine's bundle: the fused layers of the decoder's and of the vision tower's, and the folder of the plugins'
 compiled kernels."""
 

@@ -141,6 +141,11 @@ class VisionSpec:
         return (self.grid // self.shuffle) ** 2
 
     @property
+    def positions(self) -> int:
+        """Patches of a tile and the class token (S)."""
+        return self.grid**2 + 1
+
+    @property
     def patch_values(self) -> int:
         """Values of a patch: its pixels in three colours."""
         return 3 * self.patch_size**2

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FolderError
-from .folder import LAYERS, VISION_LAYERS, read_spec
+from .folder import LAYERS, TOWER_LAYERS, read_spec
 from .geometry import ModelSpec
 from .spec import BITS, EngineSpec, FolderSpec, Stored, VisionPart
 
@@ -127,7 +127,7 @@ def _vision(folder: Path, model: ModelSpec, vision: VisionPart, *, every_layer: 
         return found
     outside = sum(weight.size for weight in vision.weights)
     of_a_tile = 3 * spec.image_size**2 * 4 + spec.features * model.hidden_size * BITS[model.dtype] // 8
-    layers = _read_layers(folder / VISION_LAYERS)
+    layers = _read_layers(folder / TOWER_LAYERS)
     found["engine"] = {
         "bytes": _size(folder / engine.file),
         "max_tiles": engine.max_tiles,

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError
 from ..export.windows import SHORTEST_WINDOW, Windows, read_windows
+from ..fields import decode
 from ..geometry import ModelSpec, VisionSpec
 from ..shards import encode_header, open_shard
 from .sides import Block, Experts, Progress, Side, open_side, tokenizer_of
@@ -341,7 +342,7 @@ def read_golden(path: Path) -> Golden:
             values = np.fromfile(path, kind, region.size // kind.itemsize, offset=region.offset)
             arrays[name] = values.reshape(region.shape)
         spec = ModelSpec.from_fields(json.loads(about["model"]))
-        vision = VisionSpec(**json.loads(about["vision"])) if "vision" in about else None
+        vision = decode(VisionSpec, json.loads(about["vision"])) if "vision" in about else None
         source, tokenizer, form = (about[name] for name in ("source", "tokenizer", "format"))
         return Golden(source=source, spec=spec, vision=vision, tokenizer=tokenizer, format=form, **arrays)
     except (KeyError, TypeError, ValueError) as error:

@@ -7,7 +7,7 @@ layer.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..errors import AccuracyError
-from ..export.walk import LayerWalk, Weights, embed, open_head
+from ..export.walk import LayerWalk, Observe, Weights, embed, open_head
 from ..geometry import LayerSpec, ModelSpec
 from ..runtime.decoder import CACHE_DTYPES, LONGEST_PIECE, Caches, open_graph
 from ..runtime.pieces import cut
@@ -132,7 +132,7 @@ class TorchLayers:
     def attend(self, index: int, x_SH: Hidden) -> Units:
         """A layer's first half."""
         self.walk = LayerWalk(self.spec, index, self.weights, np.empty_like(x_SH[None]), np.empty_like(x_SH[None]))
-        self.inputs = self._observing(lambda observe: self.walk.attend(x_SH[None], observe))
+        self.inputs = observed(lambda observe: self.walk.attend(x_SH[None], observe))
         source, attended = self.inputs["attention_input"], self.inputs["attention_output"]
         found = {f"self_attn.{part}_proj": self._product(f"self_attn.{part}_proj", source) for part in "qkv"}
         found["self_attn"] = attended
@@ -143,7 +143,7 @@ class TorchLayers:
         """A layer's second half; of experts each by itself."""
         layer, zeros = self.spec.layers[index], np.zeros_like(attended_SH[None])
         self.walk = LayerWalk(self.spec, index, self.weights, np.ascontiguousarray(attended_SH)[None], zeros)
-        self.inputs = self._observing(self.walk.feed)
+        self.inputs = observed(self.walk.feed)
         name = "feed_forward.shared_expert" if layer.experts else "feed_forward"
         found: Units = {}
         if layer.experts:
@@ -174,11 +174,6 @@ class TorchLayers:
 
     def _product(self, unit: str, x_SK: Tensor) -> Tensor:
         return linear(x_SK, self.walk.weight(f"{unit}.weight"))
-
-    def _observing(self, run: Any) -> dict[str, Tensor]:
-        parts: dict[str, list[Tensor]] = {}
-        run(lambda name, rows: parts.setdefault(name, []).append(rows))
-        return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
 class Opened(NamedTuple):
@@ -299,3 +294,10 @@ def rows_of(array: NDArray[np.float32]) -> Tensor:
     """[1, S, …] or [S, …] as rows."""
     tensor = torch.from_numpy(array)
     return tensor[0] if tensor.ndim == 3 else tensor
+
+
+def observed(run: Callable[[Observe], None]) -> dict[str, Tensor]:
+    """What the products of a walk take in."""
+    parts: dict[str, list[Tensor]] = {}
+    run(lambda name, rows: parts.setdefault(name, []).append(rows))
+    return {name: torch.cat(rows) for name, rows in parts.items()}

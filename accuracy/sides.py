@@ -235,7 +235,11 @@ class FolderSide:
 
     def encode(self, windows: Windows, progress: Progress) -> NDArray[np.float32] | None:
         """The image features [M, H] of all tiles; None where there are none."""
-        return self._opened(1).encode(windows.pixels_N3PP.astype(np.float32))
+        part = self.folder.vision
+        if part is None or not len(windows.pixels_N3PP):
+            return None
+        vision = open_vision(self.path, self.folder, part, Text(self.path), self.files, self.threads)
+        return vision.encode(windows.pixels_N3PP.astype(np.float32))
 
     def _features(
         self, session: Session, windows: Windows, window: int, prompt: int | None = None
@@ -243,9 +247,7 @@ class FolderSide:
         """The image features of a window, or of its first tokens."""
         if not windows.tiles_W[window]:
             return None
-        first = int(windows.tiles_W[:window].sum())
-        pixels_N3PP = windows.pixels_N3PP[first : first + int(windows.tiles_W[window])].astype(np.float32)
-        features_MH = session.encode(pixels_N3PP)
+        features_MH = session.encode(windows.pixels_of(window))
         assert features_MH is not None
         return features_MH[: int(np.count_nonzero(windows.ids_WS[window, :prompt] == windows.image_token))]
 

@@ -7,7 +7,7 @@ from a side's weights, and of a folder each part is cut out of the lowered graph
 Shapes: as in `export.vision`; R rows are all positions of all tiles, or all features.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -19,14 +19,14 @@ from torch.nn.functional import linear
 from ..errors import AccuracyError
 from ..export.choice import ADAPTER, PATCHES, PROJECTOR
 from ..export.vision import split_patches
-from ..export.vision_walk import Pixels, VisionLayerWalk, embed_tiles, positions, project
-from ..export.walk import Hidden, Observe, Weights
+from ..export.vision_walk import Pixels, VisionLayerWalk, embed_tiles, project
+from ..export.walk import Hidden, Weights
 from ..geometry import VISION_LAYERS, VisionSpec
 from ..loading import cpu_vision_graph
 from ..runtime.decoder import open_graph
 from ..runtime.weights import map_weights
 from .graph import LoweredGraph
-from .layers import NO_SPINNING, Units
+from .layers import NO_SPINNING, Units, observed
 from .sides import CheckpointSide, FolderSide, Side
 from .tensors import FolderWeights
 
@@ -110,7 +110,7 @@ class TorchTower:
 
     def stem(self, pixels_N3PP: Pixels) -> Units:
         """The patches' product, and what enters the first layer."""
-        x_NSC = np.empty((len(pixels_N3PP), positions(self.vision), self.vision.hidden_size), np.float32)
+        x_NSC = np.empty((len(pixels_N3PP), self.vision.positions, self.vision.hidden_size), np.float32)
         embed_tiles(self.vision, self.weights, pixels_N3PP, x_NSC)
         patches = split_patches(torch.from_numpy(pixels_N3PP.astype(np.float32)), self.vision)
         self.inputs = {"patches": patches.flatten(0, 1)}
@@ -212,7 +212,7 @@ class OrtTower:
         part = self.graph.cut([given], list(values.values()))
         weights = map_weights(part.weights, self.side.files)
         session = open_graph(part.graph, weights, self.side.path, self.graph.flags | NO_SPINNING, self.side.threads)
-        shape = (len(x), positions(self.vision), self.vision.hidden_size)
+        shape = (len(x), self.vision.positions, self.vision.hidden_size)
         feeds = {name: np.zeros(shape, np.float32) for name in part.shapes} | {given: np.ascontiguousarray(x)}
         return dict(zip(values, map(rows_of, session.run(list(values.values()), feeds)), strict=True))
 
@@ -221,10 +221,3 @@ def rows_of(array: NDArray[np.float32]) -> Tensor:
     """[N, S, …] or [R, …] as rows."""
     tensor = torch.from_numpy(array)
     return tensor.flatten(0, 1) if tensor.ndim == 3 else tensor
-
-
-def observed(run: Callable[[Observe], None]) -> dict[str, Tensor]:
-    """What the products of a walk take in."""
-    parts: dict[str, list[Tensor]] = {}
-    run(lambda name, rows: parts.setdefault(name, []).append(rows))
-    return {name: torch.cat(rows) for name, rows in parts.items()}

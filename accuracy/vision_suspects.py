@@ -15,7 +15,7 @@ from torch.nn.functional import gelu, linear, relu, silu
 
 from ..export.choice import ADAPTER, PATCHES, PROJECTOR
 from ..export.vision import attend_patches, rotate_patches, turns
-from ..export.vision_walk import normed, positions
+from ..export.vision_walk import normed
 from ..export.walk import Hidden
 from ..geometry import VISION_LAYERS
 from .layers import Units
@@ -267,7 +267,7 @@ class _Suspects:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attention [R, C] of what the three linears compute."""
         cos_SP, sin_SP = turns(self.vision) if angles is None else angles
-        split = (rows.view(-1, positions(self.vision), self.vision.hidden_size) for rows in (query, key, value))
+        split = (rows.view(-1, self.vision.positions, self.vision.hidden_size) for rows in (query, key, value))
         query, key, value = split
         query, key = (rotate_patches(turned, cos_SP, sin_SP, self.vision.heads) for turned in (query, key))
         return attend_patches(query, key, value, self.vision.heads).flatten(0, 1)

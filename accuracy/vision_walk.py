@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..export.choice import ADAPTER, PATCHES, PROJECTOR, choose
-from ..export.vision_walk import positions
 from ..export.walk import Hidden
 from ..export.windows import Windows
 from ..geometry import VISION_LAYERS
@@ -101,7 +100,7 @@ class TowerWalk:
 
     def _hidden(self, rows: Tensor) -> Hidden:
         """Rows as hidden states [N, S, C]."""
-        hidden_NSC: Hidden = rows.view(-1, positions(self.vision), self.vision.hidden_size).numpy()
+        hidden_NSC: Hidden = rows.view(-1, self.vision.positions, self.vision.hidden_size).numpy()
         return hidden_NSC
 
     def _expected(self, index: int, half: str) -> dict[str, float]:

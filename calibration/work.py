@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ..export.choice import choose, units
 from ..export.llama4 import rms_norm
-from ..export.vision_walk import embed_tiles, positions
+from ..export.vision_walk import embed_tiles
 from ..export.walk import TOKENS, Hidden, Weights, embed
 from ..export.windows import Windows
 from ..geometry import VISION, ModelSpec, VisionSpec
@@ -79,7 +79,7 @@ class Work:
         self.reached = self._read_progress()
         count, tokens, tower = len(self.spec.layers), self.windows.ids_WS.size, 0
         if self.windows.vision is not None:
-            tower = len(self.windows.pixels_N3PP) * positions(self.windows.vision) * self.windows.vision.layers
+            tower = len(self.windows.pixels_N3PP) * self.windows.vision.positions * self.windows.vision.layers
         total = tower + count * tokens
         self._say_where(notice)
         if self.windows.vision is not None:
@@ -118,7 +118,7 @@ class Work:
         pixels_N3PP, tower = self.windows.pixels_N3PP, self.reached.tower
         if len(tower) > vision.layers:
             return
-        shape = len(pixels_N3PP), positions(vision), vision.hidden_size
+        shape = len(pixels_N3PP), vision.positions, vision.hidden_size
         if not tower:
             embed_tiles(vision, self.weights, pixels_N3PP, self._mapped("vision-0", shape))
         for index in range(len(tower), vision.layers):

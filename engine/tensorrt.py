@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import BuildError, SessionError
-from ..folder import KERNELS, LAYERS, VISION_LAYERS, find_files
+from ..folder import KERNELS, LAYERS, TOWER_LAYERS, find_files
 from ..plugins.gqa.tensorrt import PLUGIN as GQA
 from ..plugins.moe.tensorrt import PLUGIN as MOE
 from ..plugins.tensorrt import register
@@ -210,7 +210,7 @@ def _build_tower(
     whole = dataclasses.replace(options, weight_streaming=False)  # it is small beside the decoder
     shapes = tower_shapes(vision.spec, prepared.max_tiles)
     file = folder / VISION_ENGINE
-    built = _build(prepared, network, [shapes], whole, file, folder / VISION_LAYERS, progress)
+    built = _build(prepared, network, [shapes], whole, file, folder / TOWER_LAYERS, progress)
     engine = TowerEngine(
         file=VISION_ENGINE,
         sha256=_sha256(file),

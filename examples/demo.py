@@ -1,6 +1,6 @@
 """The main job end to end, each step as a person would type it, with its time; then what quantising costs.
 
-Leaves its folders in `demo/`.
+Leaves its folders in `demo/`, and the image that it describes, `demo/scene.png`.
 """
 
 import json
@@ -15,6 +15,7 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 ARRIERO = Path(sys.executable).with_name("arriero")
 CALIBRATE = "calibrate demo/model --data README.md --data demo/training.txt --samples 16 --force"
+SEE = "run demo/sees-int8 --image demo/scene.png --temperature 0 --prompt"
 STEPS = (
     ("export", "export examples/tiny-llama4 -o demo/model --force"),
     ("INT8", f"{CALIBRATE} --recipe int8 -o demo/int8"),
@@ -26,16 +27,23 @@ STEPS = (
     ("run", "run demo/cpu --prompt 'The with statement is used to' --max-new-tokens 100 --temperature 0.3 --seed 1"),
     ("engine", "build demo/model -o demo/rtx --target tensorrt-rtx:sm89 --force"),
     ("inspect", "inspect demo/rtx"),
+    ("export", "export examples/tiny-llama4-vision -o demo/sees --force"),
+    ("INT8", "calibrate demo/sees -o demo/sees-int8 --recipe int8 --data demo/scenes/conversations.jsonl --force"),
+    ("describe", f"{SEE} 'What is this?'"),
+    ("ask", f"{SEE} 'Where is the yellow cross?'"),
     ("chat", "run demo/cpu --chat --prompt 'Explain list.append.' --max-new-tokens 80 --temperature 0"),
 )
 
 
-def write_texts() -> None:
-    """Writes the held-out documentation, and some of what the model was trained on for calibration."""
-    sys.path.insert(0, str(ROOT / "examples" / "tiny-llama4"))
+def write_data() -> None:
+    """Writes held-out documentation and a held-out scene, and some of what the models were trained on to calibrate."""
+    sys.path += [str(ROOT / "examples" / "tiny-llama4"), str(ROOT / "examples" / "tiny-llama4-vision")]
     from corpus import documents, held_out_text
+    from scenes import draw_one, write_conversations
 
     (ROOT / "demo").mkdir(exist_ok=True)
+    draw_one(ROOT / "demo" / "scene.png")
+    write_conversations(ROOT / "demo" / "scenes", 48)
     training = [document.text for document in documents() if not document.is_held_out][::12]
     (ROOT / "demo" / "training.txt").write_text("\n\n\n".join(training), "utf-8")
     (ROOT / "demo" / "held_out.txt").write_text(held_out_text(), "utf-8")
@@ -65,7 +73,7 @@ def megabytes(folder: Path) -> str:
 def main() -> None:
     """Runs the steps; the first that fails ends the demo with its exit code."""
     console = Console()
-    write_texts()
+    write_data()
     table = Table("step", "seconds", title="From a Llama 4 checkpoint to text", min_width=40)
     for name, command in STEPS:
         console.print(f"\n[bold]$ arriero {command}[/bold]", highlight=False)

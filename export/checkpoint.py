@@ -139,7 +139,7 @@ def vision_tensors(vision: VisionSpec, text_size: int) -> dict[str, tuple[int, .
     hidden, width = vision.hidden_size, vision.adapter_size
     shapes: dict[str, tuple[int, ...]] = {
         "vision_model.class_embedding": (hidden,),
-        "vision_model.positional_embedding_vlm": (vision.grid**2 + 1, hidden),
+        "vision_model.positional_embedding_vlm": (vision.positions, hidden),
         "vision_model.patch_embedding.linear.weight": (hidden, vision.patch_values),
         "vision_model.vision_adapter.mlp.fc1.weight": (width, vision.mlp_size),
         "vision_model.vision_adapter.mlp.fc2.weight": (width, width),

@@ -22,7 +22,7 @@ from ..runtime.image_prompt import ImagePrompts
 from ..runtime.images import read_image
 from ..runtime.prompt import images_of, without_images
 from ..runtime.text import Text
-from ..runtime.tiles import cut_tiles
+from ..runtime.tiles import choose_grid, cut_tiles
 
 SUFFIX = ".jsonl"
 
@@ -61,7 +61,8 @@ def read_conversations(path: Path, text: Text, prompts: ImagePrompts | None) -> 
             if images:
                 if prompts is None:
                     raise DataError(f"{where} has an image, the model takes text only: leave it out")
-                ids, _ = prompts.prepare(ids, images)
+                pictures = (read_image(image) for image in images)
+                ids = prompts.expand(ids, [choose_grid(each.height, each.width, prompts.settings) for each in pictures])
         except (SessionError, FolderError) as error:
             raise DataError(f"{where}: {error}") from error
         found.append(Conversation(np.array(ids, np.int64), images))
@@ -81,14 +82,22 @@ def cut_images(images: tuple[Path, ...], prompts: ImagePrompts) -> NDArray[np.fl
     return np.concatenate(tiles)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_utf8(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        DataError: It cannot be read, or is none.
+    """
     try:
-        text = path.read_text("utf-8")
+        return path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: convert it first") from error
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}: give files with --data") from error
-    for number, line in enumerate(text.splitlines(), start=1):
+        raise DataError(f"{path}: {error.strerror}: give text files with --data") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -21,6 +21,7 @@ from ..plugins.moe.body import body as moe_body
 from ..plugins.nodes import Nodes
 from ..shards import Region
 from ..spec import Recipe
+from .assembly import DTYPES
 from .choice import Choice, choose
 
 PLACED = {
@@ -32,8 +33,6 @@ PLACED = {
     "U8": ir.DataType.INT4,
 }
 """What the shards' types are in the graph; bytes hold two int4."""
-
-MODEL_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 Places = Mapping[str, tuple[str, Region]]
 """The file and region of each tensor, by its full name."""
@@ -58,7 +57,7 @@ class _Rewriting:
     def __init__(self, model: ir.Model, spec: ModelSpec, recipe: Recipe, places: Places, folder: Path) -> None:
         self.folder = folder
         self.model, self.graph, self.recipe, self.places = model, model.graph, recipe, places
-        self.dtype = MODEL_DTYPES[spec.dtype]
+        self.dtype = DTYPES[spec.dtype]
         self.head_dim = spec.head_dim
         self.inputs: dict[tuple[ir.Value, str, float | None], tuple[ir.Value, ir.Value | None]] = {}
         self.used_functions: dict[tuple[str, str, str], ir.Function] = {}

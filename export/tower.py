@@ -6,9 +6,10 @@ type, in the order of the tiles. Its initializers are named as in the checkpoint
 
 import onnx_ir as ir
 
-from ..geometry import DType, VisionSpec
+from ..geometry import VISION_LAYERS, DType, VisionSpec
 from ..plugins.nodes import OPSET, Nodes, ints
 from .assembly import DTYPES, IR_VERSION, Initializers, Locate, clone
+from .choice import ADAPTER, PATCHES, PROJECTOR
 from .trace import trace_vision_layer
 from .vision import NORM_EPS, turns
 
@@ -36,7 +37,7 @@ def stitch_tower(vision: VisionSpec, text_size: int, dtype: DType, locate: Locat
     nodes = Nodes("head/")
     features = _head(nodes, x, tensors, vision)
     output = ir.val("image_features", DTYPES[dtype], ["features", text_size])
-    nodes.node("MatMul", [features, _turned(nodes, tensors, "multi_modal_projector.linear_1")], outputs=[output])
+    nodes.node("MatMul", [features, _turned(nodes, tensors, PROJECTOR)], outputs=[output])
     graph = ir.Graph(
         [pixels],
         [output],
@@ -56,8 +57,10 @@ def _stem(nodes: Nodes, pixels: ir.Value, tensors: Initializers, vision: VisionS
     if grid * side < vision.image_size:
         x = nodes.Slice(x, ints(0, 0), ints(grid * side, grid * side), ints(2, 3))
     squares = nodes.Reshape(x, ints(0, 3, grid, side, grid, side))
-    patches = nodes.Reshape(nodes.Transpose(squares, perm=[0, 2, 4, 1, 3, 5]), ints(0, grid * grid, 3 * side * side))
-    x = nodes.MatMul(patches, _turned(nodes, tensors, f"{TOWER}patch_embedding.linear"))
+    patches = nodes.Reshape(
+        nodes.Transpose(squares, perm=[0, 2, 4, 1, 3, 5]), ints(0, grid * grid, vision.patch_values)
+    )
+    x = nodes.MatMul(patches, _turned(nodes, tensors, PATCHES))
     count = nodes.Shape(pixels, start=0, end=1)
     last = nodes.Expand(tensors.weight(f"{TOWER}class_embedding"), nodes.Concat(count, ints(1, 1), axis=0))
     placed = nodes.Add(nodes.Concat(x, last, axis=1), tensors.weight(f"{TOWER}positional_embedding_vlm"))
@@ -81,7 +84,7 @@ def _layer(
     """Clones the traced layer. Returns its output and its nodes."""
     mapped: dict[ir.Value, ir.Value] = dict(zip(traced.inputs, [x, cos, sin], strict=True))
     for name, value in traced.initializers.items():
-        mapped[value] = tensors.weight(f"{TOWER}model.layers.{index}.{name}")
+        mapped[value] = tensors.weight(f"{VISION_LAYERS}{index}.{name}")
     nodes = [clone(node, mapped, f"layers.{index}", ("tiles",)) for node in traced]
     return mapped[traced.outputs[0]], nodes
 
@@ -93,8 +96,8 @@ def _head(nodes: Nodes, x: ir.Value, tensors: Initializers, vision: VisionSpec) 
     across, shuffle = vision.grid // vision.shuffle, vision.shuffle
     squares = nodes.Reshape(patches, ints(0, across, shuffle, across, shuffle, vision.hidden_size))
     x = nodes.Reshape(nodes.Transpose(squares, perm=[0, 1, 3, 2, 4, 5]), ints(-1, vision.mlp_size))
-    for name in ("fc1", "fc2"):
-        x = nodes.Gelu(nodes.MatMul(x, _turned(nodes, tensors, f"{TOWER}vision_adapter.mlp.{name}")))
+    for name in ADAPTER:
+        x = nodes.Gelu(nodes.MatMul(x, _turned(nodes, tensors, name)))
     return x
 
 

@@ -79,10 +79,9 @@ def trace_vision_layer(vision: VisionSpec, dtype: DType) -> ir.Graph:
         A graph of inputs `VISION_INPUTS` and one output, whose initializers are named `<parameter>` and hold no data.
     """
     module = on_meta(dtype, lambda: VisionLayer(vision))
-    positions = vision.grid**2 + 1
     with torch.device("meta"):
-        x = torch.empty(2, positions, vision.hidden_size, dtype=getattr(torch, dtype))
-        cos, sin = (torch.empty(positions, vision.head_dim // 2) for _ in range(2))
+        x = torch.empty(2, vision.positions, vision.hidden_size, dtype=getattr(torch, dtype))
+        cos, sin = (torch.empty(vision.positions, vision.head_dim // 2) for _ in range(2))
     graph = _trace(module, (x, cos, sin), ({0: torch.export.Dim("tiles")}, None, None), VISION_INPUTS, ("y",))
     for node in graph:
         if node.op_type == "Attention":

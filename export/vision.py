@@ -190,7 +190,7 @@ class VisionModel(nn.Module):
         self.spec = spec
         self.patch_embedding = PatchEmbedding(spec)
         self.class_embedding = nn.Parameter(torch.empty(spec.hidden_size))
-        self.positional_embedding_vlm = nn.Parameter(torch.empty(spec.grid**2 + 1, spec.hidden_size))
+        self.positional_embedding_vlm = nn.Parameter(torch.empty(spec.positions, spec.hidden_size))
         self.layernorm_pre = nn.LayerNorm(spec.hidden_size, NORM_EPS)
         self.model = VisionEncoder(spec)
         self.layernorm_post = nn.LayerNorm(spec.hidden_size, NORM_EPS)

@@ -16,17 +16,12 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
 from ..geometry import VISION_LAYERS, VisionSpec
-from .choice import ADAPTER, PROJECTOR
+from .choice import ADAPTER, PATCHES, PROJECTOR
 from .vision import NORM_EPS, attend_patches, rotate_patches, shuffle_patches, split_patches, turns
 from .walk import TOKENS, Hidden, Observe, Weights, ignore
 
 Pixels = NDArray[np.float32] | NDArray[np.float16]
 """Tiles [N, 3, P, P], normalised."""
-
-
-def positions(vision: VisionSpec) -> int:
-    """Patches of a tile and the class token (S)."""
-    return vision.grid**2 + 1
 
 
 def each_patches(vision: VisionSpec, pixels_N3PP: Pixels) -> Iterator[tuple[slice, Tensor]]:
@@ -38,8 +33,8 @@ def each_patches(vision: VisionSpec, pixels_N3PP: Pixels) -> Iterator[tuple[slic
 def embed_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels, out: Hidden) -> None:
     """Writes what enters the first layer."""
     linear_weight, last, places = (
-        weights.wide(f"vision_model.{name}")
-        for name in ("patch_embedding.linear.weight", "class_embedding", "positional_embedding_vlm")
+        weights.wide(name)
+        for name in (f"{PATCHES}.weight", "vision_model.class_embedding", "vision_model.positional_embedding_vlm")
     )
     for part, patches in each_patches(vision, pixels_N3PP):
         tokens = torch.cat([linear(patches, linear_weight), last.expand(len(patches), 1, -1)], dim=1)
@@ -122,7 +117,7 @@ def project(
 def encode_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels) -> NDArray[np.float32]:
     """The image features [M, H] of tiles whose hidden states fit in memory."""
     x, attended, out = (
-        np.empty((len(pixels_N3PP), positions(vision), vision.hidden_size), np.float32) for _ in range(3)
+        np.empty((len(pixels_N3PP), vision.positions, vision.hidden_size), np.float32) for _ in range(3)
     )
     embed_tiles(vision, weights, pixels_N3PP, x)
     for index in range(vision.layers):
@@ -136,7 +131,7 @@ def encode_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels) -> N
 
 def _parts(vision: VisionSpec, tiles: int) -> Iterator[slice]:
     """Some tiles at a time."""
-    at_once = max(1, TOKENS // positions(vision))
+    at_once = max(1, TOKENS // vision.positions)
     return (slice(start, start + at_once) for start in range(0, tiles, at_once))
 
 

@@ -17,7 +17,7 @@ from ..errors import DataError, FolderError, SessionError
 from ..geometry import ModelSpec, VisionSpec
 from ..runtime.image_prompt import ImagePrompts
 from ..runtime.text import Text
-from .conversations import SUFFIX, Conversation, cut_images, read_conversations
+from .conversations import SUFFIX, Conversation, cut_images, read_conversations, read_utf8
 
 SHORTEST_WINDOW = 512
 FEWEST_TOKENS = 256
@@ -51,6 +51,11 @@ class Windows:
     def image_token(self) -> int | None:
         """Id of the token that stands for an image feature; None where there are no images."""
         return None if self.vision is None else self.vision.image_token
+
+    def pixels_of(self, window: int) -> NDArray[np.float32]:
+        """A window's tiles."""
+        first = int(self.tiles_W[:window].sum())
+        return self.pixels_N3PP[first : first + int(self.tiles_W[window])].astype(np.float32)
 
     def features_of(self, window: int, features_MH: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
         """A window's image features, one for each image token, of those of all tiles; None where it has none."""
@@ -201,12 +206,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _text(path: Path) -> str:
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: convert it first") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}: give text files with --data") from error
+    text = read_utf8(path)
     if not text.strip():
         raise DataError(f"{path} holds no text: give text files with --data")
     return text

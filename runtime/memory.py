@@ -162,7 +162,7 @@ def _held(weights: Sequence[Weight], session: Mapping[str, str]) -> tuple[int, i
 
 def _tiles(vision: VisionSpec) -> int:
     """Bytes of what the vision tower computes of the tiles that it takes at once."""
-    patches = vision.grid**2 + 1
+    patches = vision.positions
     scores = vision.heads * patches**2
     return TILES * 4 * (patches * (PER_CHANNEL * vision.hidden_size + PER_MLP * vision.mlp_size) + scores)
 

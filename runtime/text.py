@@ -1,5 +1,6 @@
 """Text in and out: the tokenizer, the chat template, and the defaults of generation, from a folder's own files."""
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
@@ -83,17 +84,13 @@ class Text:
         template = self.chat_template
         if template is None:
             raise SessionError(f"{self.folder} has no chat template: give a plain prompt instead")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         special = {name: _token(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
         turns = list(messages)
         asks = not turns or turns[-1].get("role") != "assistant"
         if open_last:
             turns[-1] = {**turns[-1], "content": turns[-1]["content"] + MARK}
         try:
-            text = environment.from_string(template).render(
+            text = _compiled(template).render(
                 messages=turns, tools=None, documents=None, add_generation_prompt=asks and not open_last, **special
             )
         except Exception as error:  # a template is a program, and fails in its own ways
@@ -112,7 +109,7 @@ class Text:
         for token in ids:
             yield token, decoder.step(tokenizer, token) or ""
 
-    @property
+    @functools.cached_property
     def chat_template(self) -> str | None:
         """The template's source, in Jinja; None where there is none."""
         path = self.folder / "chat_template.jinja"
@@ -160,6 +157,16 @@ def read_defaults(folder: Path) -> Defaults:
     except (TypeError, SessionError) as error:
         raise FolderError(f"{folder / 'generation_config.json'}: {error}: correct it") from error
     return Defaults(eos_token_ids=tuple(ends), sampling=sampling)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(source: str) -> Template:
+    """A chat template, compiled once: that takes longer than all else that a short prompt needs."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
 
 
 def read_json(path: Path) -> dict[str, Any]:

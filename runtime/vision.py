@@ -25,7 +25,6 @@ TILES = 1
 """Tiles that the tower computes at once. One of 577 positions fills the kernels; its activations stay in the
 processor's cache, and several at once were 10 to 15 % slower."""
 
-
 KEPT = 64
 """Tiles whose features are kept, those that came last: of Llama 4, 3 MB each."""
 
@@ -62,11 +61,10 @@ class Vision:
         In a conversation the same images come with every turn.
         """
         keys = [hashlib.blake2b(np.ascontiguousarray(tile).data, digest_size=16).digest() for tile in pixels_N3PP]
-        new = [index for index, key in enumerate(keys) if key not in self.seen]
+        new = {key: index for index, key in enumerate(keys) if key not in self.seen}
         if new:
-            found_MH = self.tower.encode(pixels_N3PP[new])
-            found = dict(zip([keys[index] for index in new], np.split(found_MH, len(new)), strict=True))
-            self.seen |= found
+            found_MH = self.tower.encode(pixels_N3PP[list(new.values())])
+            self.seen |= dict(zip(new, np.split(found_MH, len(new)), strict=True))
         features_MH = np.concatenate([self.seen[key] for key in keys])
         for key in list(self.seen)[: max(0, len(self.seen) - KEPT)]:
             del self.seen[key]

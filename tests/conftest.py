@@ -1,5 +1,6 @@
 """Checkpoints for the tests: random ones of any geometry from `transformers`, and the trained tiny Llama 4."""
 
+import os
 import random
 import subprocess
 import sys
@@ -25,7 +26,11 @@ from arriero.spec import Recipe
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-torch.set_num_threads(2)
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # a processor each: the threads of several would wait for another's
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
+torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
 
 # A busy machine is slow, which says nothing about the code.
 settings.register_profile("arriero", deadline=None, suppress_health_check=[HealthCheck.too_slow])

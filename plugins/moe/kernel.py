@@ -11,7 +11,17 @@ constants; expert numbers count from the first expert whose weights are here, an
 import triton
 import triton.language as tl
 
-from .tile import add_product, arranged_rows, load_x, of_expert, scaled, store_tile, tile_and_column, zero
+from .tile import (
+    add_product,
+    arranged_rows,
+    load_x,
+    scaled,
+    scales_before,
+    store_tile,
+    tile_and_column,
+    weights_before,
+    zero,
+)
 
 ROUNDER = tl.constexpr(12582912.0)
 """1.5 · 2^23: added to a float32 of less than 2^22 and taken away again, it leaves the nearest even integer."""
@@ -135,7 +145,9 @@ def gate_and_up(
     if expert == LOCAL:
         return
     STRIDE: tl.constexpr = 2 * WIDTH
-    weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, STRIDE)
+    weight += weights_before(expert, KIND, DEPTH, STRIDE)
+    if KIND != "none":
+        weight_scale += scales_before(expert, GROUP, DEPTH, STRIDE)
     gate_MN = zero(KIND, BLOCK_M, BLOCK_N)
     up_MN = zero(KIND, BLOCK_M, BLOCK_N)
     for start in tl.range(0, DEPTH, BLOCK_K):
@@ -182,7 +194,9 @@ def product(
     expert, rows_M, inside_M = arranged_rows(order, tile_expert, tile, pairs, BLOCK_M)
     if expert == LOCAL:
         return
-    weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, WIDTH)
+    weight += weights_before(expert, KIND, DEPTH, WIDTH)
+    if KIND != "none":
+        weight_scale += scales_before(expert, GROUP, DEPTH, WIDTH)
     total_MN = zero(KIND, BLOCK_M, BLOCK_N)
     for start in tl.range(0, DEPTH, BLOCK_K):
         x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K)
@@ -230,7 +244,9 @@ def few_products(
     if (expert == LOCAL) | (earlier > 0):
         return
     rows_M = tl.where(inside_M, rows_M, pair)
-    weight, weight_scale = of_expert(weight, weight_scale, expert, KIND, GROUP, DEPTH, WIDTH)
+    weight += weights_before(expert, KIND, DEPTH, WIDTH)
+    if KIND != "none":
+        weight_scale += scales_before(expert, GROUP, DEPTH, WIDTH)
     total_MN = zero(KIND, BLOCK_M, BLOCK_N)
     for start in tl.range(part * PART, tl.minimum(part * PART + PART, DEPTH), BLOCK_K):
         x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K)

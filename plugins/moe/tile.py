@@ -29,15 +29,16 @@ def arranged_rows(order, tile_expert, tile, pairs, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def of_expert(
-    weight, weight_scale, expert, KIND: tl.constexpr, GROUP: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr
-):
-    """Where an expert's weight [K, N] and its scales [K / group, N] begin; `int4` has two weights a byte."""
+def weights_before(expert, KIND: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr):
+    """Stored elements that lie before an expert's weight [K, N]; `int4` has two weights a byte."""
     size: tl.constexpr = DEPTH * N // 2 if KIND == "int4" else DEPTH * N
-    weight += expert.to(tl.int64) * size
-    if KIND != "none":
-        weight_scale += expert.to(tl.int64) * ((DEPTH // GROUP if GROUP else 1) * N)
-    return weight, weight_scale
+    return expert.to(tl.int64) * size
+
+
+@triton.jit
+def scales_before(expert, GROUP: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr):
+    """Scales that lie before an expert's [K / group, N]."""
+    return expert.to(tl.int64) * ((DEPTH // GROUP if GROUP else 1) * N)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from arriero.errors import CalibrationError, DataError
 from arriero.export import export_checkpoint
 from arriero.export.choice import Choice
 from arriero.export.llama4 import rms_norm
-from arriero.export.vision_walk import VisionLayerWalk, embed_tiles, encode_tiles, positions
+from arriero.export.vision_walk import VisionLayerWalk, embed_tiles, encode_tiles
 from arriero.export.walk import Weights, embed
 from arriero.export.windows import Windows, read_windows
 from arriero.folder import read_spec
@@ -189,7 +189,7 @@ def test_smoothing_leaves_what_a_layer_computes(
     monkeypatch.setattr(linears, "laid_out", lambda product, choice: product.weight.values_NK)
     vision, before = windows.vision, Weights(files_of(model))
     assert vision is not None
-    x, attended, exact, found = np.empty((4, len(windows.pixels_N3PP), positions(vision), vision.hidden_size), "f4")
+    x, attended, exact, found = np.empty((4, len(windows.pixels_N3PP), vision.positions, vision.hidden_size), "f4")
     embed_tiles(vision, before, windows.pixels_N3PP, x)
     tensors = quantise_vision_layer(vision, 0, before, recipe, x, attended, exact).tensors
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "layer.safetensors")

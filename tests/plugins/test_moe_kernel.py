@@ -33,7 +33,8 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 def distance(found: Array, expected: Array) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    error, size = np.linalg.norm(found - expected), np.linalg.norm(expected)
+    return float(error / size) if size else float(error)  # no expert held may be a token's: all zeros
 
 
 def cases_and_ways(cases: tuple[Case, ...]) -> list[Any]:
@@ -311,4 +312,6 @@ def test_the_kernels_equal_the_meaning_at_full_width(kind: str, tmp_path: Path) 
         sample = np.unique([0, tokens // 2, tokens - 1])  # the meaning takes a token at a time, and its time
         inputs |= {name: inputs[name][sample] for name in ("hidden", "router_logits")}
         expected = moe_dispatch(**inputs, attributes=geometry.attributes)
-        assert distance(found[sample], expected) < (1e-2 if kind in ("none", "int4") else 3e-2)
+        # Rounded to bf16 before it is quantised, an activation can move by a step: up to 5.2e-2 a row in E4M3 at this
+        # width, where the same is done in float64.
+        assert distance(found[sample], expected) < {"none": 1e-2, "int4": 1e-2, "int8": 3e-2, "fp8": 6e-2}[kind]
