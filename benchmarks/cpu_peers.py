@@ -56,6 +56,10 @@ class Entry:
     def name(self) -> str:
         return f"{self.engine}-{self.form}"
 
+    def is_usual(self, bits: list[int]) -> bool:
+        """Whether it takes part where it is not named: what is compiled for minutes does not."""
+        return self.bits in bits and self.engine != "compiled"
+
 
 ENTRIES = (
     Entry(engine="arriero", form="int4", bits=4),
@@ -366,7 +370,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--experts", type=int, help="Other than the shape's own.")
     parser.add_argument("--bits", type=numbers, default=[4, 8])
-    parser.add_argument("--contenders", help=f"Of {', '.join(entry.name for entry in ENTRIES)}; replaces --bits.")
+    parser.add_argument("--contenders", help=f"Instead of --bits: of {', '.join(entry.name for entry in ENTRIES)}.")
     parser.add_argument("--group", type=int, default=32, help="Weights that share an int4 scale in ours.")
     parser.add_argument(
         "--cases", type=lambda text: text.split(","), default=CASES, help="Of first, prefill, decode, batch."
@@ -387,7 +391,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     names = arguments.contenders.split(",") if arguments.contenders else None
-    entries = [entry for entry in ENTRIES if (entry.name in names if names else entry.bits in arguments.bits)]
+    entries = [entry for entry in ENTRIES if (entry.name in names if names else entry.is_usual(arguments.bits))]
     config = peer(arguments.shape, arguments.layers, arguments.experts)
     if arguments.folder:
         arguments.folder.mkdir(parents=True, exist_ok=True)

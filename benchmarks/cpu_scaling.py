@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import numpy as np
 import onnxruntime as ort
-from cpu_peers import ENTRIES, Entry, Workshop, numbers, run_child, say, task_of
+from cpu_peers import ENTRIES, Entry, Workshop, numbers, run_child, say, stream_speed, task_of
 from dense import peer
 from rich.console import Console
 from rich.table import Table
@@ -97,7 +97,7 @@ def profile(entry: Entry, workshop: Workshop, arguments: argparse.Namespace) -> 
     """Where a decode step of ours spends its time, part by part."""
     os.sched_setaffinity(0, arguments.allowed[-1:])
     bundle = workshop.make(entry)
-    stream = max(Stream(1).read() for _ in range(5))
+    stream = stream_speed(Stream(1), arguments.cpu_time)
     rows: list[Row] = []
     for past in (512, arguments.longest):
         say(f"profile of {entry.name} at {past}")

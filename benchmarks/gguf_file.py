@@ -19,7 +19,6 @@ from arriero.export.checkpoint import open_checkpoint
 from arriero.export.config import text_config
 from arriero.export.llama4 import inverse_frequencies
 from arriero.geometry import ModelSpec
-from arriero.runtime.weights import widen
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -69,7 +68,7 @@ def write_gguf(checkpoint: Path, out: Path) -> None:
         values = tensor.read().view(np.uint16)
         for (target, _), part in zip(targets(name, values.shape), parts(name, values), strict=True):
             whole = np.ascontiguousarray(part)
-            writer.write_tensor_data(widen(whole, "bfloat16") if is_wide(target) else whole)
+            writer.write_tensor_data(whole.astype(np.uint32) << 16 if is_wide(target) else whole)
     if spec.rope_scaling is not None:
         writer.write_tensor_data(factors_F)
     writer.close()
