@@ -23,6 +23,9 @@ app = typer.Typer(
     help="Takes a Llama 4 checkpoint to the machines that serve it: export, calibrate, build, run, check.",
 )
 
+CHAT_BYTES = 1 << 30
+"""Keys and values of a conversation's earlier turns that are kept at most."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder of Arriero's.")]
@@ -254,6 +257,13 @@ def run(
     min_p: Annotated[float | None, typer.Option(help="Keep those with this share of the likeliest's.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random draws.")] = None,
+    prompt_lookup: Annotated[
+        int,
+        typer.Option(
+            help="Guess so many tokens at most from what the last ones were followed by before, and verify them "
+            "at once; the text stays the same."
+        ),
+    ] = 0,
     stop_string: Annotated[list[str] | None, typer.Option(help="Text that ends it; may be repeated.")] = None,
     eos_token_id: Annotated[list[int] | None, typer.Option(help="Token that ends it; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Let no token end it.")] = False,
@@ -275,7 +285,8 @@ def run(
         if system is not None and not chat:
             raise SessionError("--system is the first message of a conversation: add --chat")
         started = time.perf_counter()
-        session = load(folder, max_seq=max_seq, threads=threads, weights=weights)
+        kept = CHAT_BYTES if chat else 0
+        session = load(folder, max_seq=max_seq, threads=threads, weights=weights, prefix_bytes=kept)
         loaded = time.perf_counter() - started
         settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -285,6 +296,7 @@ def run(
             "min_p": min_p,
             "repetition_penalty": repetition_penalty,
             "seed": seed,
+            "prompt_lookup_num_tokens": prompt_lookup,
             "stop_strings": stop_string or (),
             "eos_token_id": [] if ignore_eos else eos_token_id,
         }

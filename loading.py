@@ -24,6 +24,7 @@ def load(
     max_batch: int | None = None,
     threads: int | None = None,
     weights: str | Path | None = None,
+    prefix_bytes: int = 0,
 ) -> "Session":
     """Loads a model or bundle folder. A model is lowered for the CPU in memory first, which needs onnx.
 
@@ -34,6 +35,8 @@ def load(
         max_batch: Rows at once at most; None is no limit, or what an engine was built for.
         threads: Threads of one operator on the CPU; None takes the processors that this process may use.
         weights: Folder of the weight files, where they have moved.
+        prefix_bytes: Keys and values of earlier prompts that may be kept, so that a prompt that begins alike has only
+            its rest computed; 0 keeps none.
 
     Raises:
         ArrieroError: The folder, its weights or a setting is not as it must be.
@@ -47,12 +50,14 @@ def load(
     check_whole(path, spec)
     if spec.engine is not None:
         max_seq, max_batch = _engine_limits(spec.engine, max_seq, max_batch)
+    if prefix_bytes < 0:
+        raise SessionError(f"prefix_bytes is {prefix_bytes}, expected a whole number from 0 up")
     limits = Limits.of(spec.model, max_seq, max_batch)
     text, defaults = Text(path), read_defaults(path)  # small, and checked before weights are loaded
     files = find_files(path, spec.weight_files, None if weights is None else Path(weights))
     decoder = _decoder(path, spec, files, threads)
     vision = None if spec.vision is None else open_vision(path, spec, spec.vision, text, files, threads)
-    return Session(decoder, text, defaults, limits, vision)
+    return Session(decoder, text, defaults, limits, vision, prefix_bytes)
 
 
 def _engine_limits(engine: EngineSpec, max_seq: int | None, max_batch: int | None) -> tuple[int, int]:

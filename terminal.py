@@ -82,6 +82,8 @@ def progress_shown(title: str, unit: str = "") -> Iterator[Callable[[str, int, i
 
 def answer(session: "Session", prompt: Any, settings: dict[str, Any], as_json: bool, measured: dict[str, float]) -> str:
     """Streams one continuation to stdout, or prints it as JSON. Returns its text."""
+    from .runtime.continuation import joined
+
     started = time.perf_counter()
     pieces: list[Generated] = []
     first = None
@@ -91,24 +93,33 @@ def answer(session: "Session", prompt: Any, settings: dict[str, Any], as_json: b
         if not as_json:
             print(piece.text, end="", flush=True)
     seconds = time.perf_counter() - started
-    text = "".join(piece.text for piece in pieces)
-    count = len(pieces)
+    whole, count = joined(pieces), len(pieces)
     rate = (count - 1) / (seconds - first) if first and count > 1 else 0.0
+    accepted = whole.accepted / whole.drafted if whole.drafted else None
     if as_json:
         result = {
-            "text": text,
-            "ids": [token for piece in pieces for token in piece.ids],
-            "finish": pieces[-1].finish if pieces else "length",
+            "text": whole.text,
+            "ids": whole.ids,
+            "finish": whole.finish,
             **measured,
             "first_token_seconds": first,
             "tokens_per_second": rate,
+            "reused_tokens": whole.reused,
+            "drafted_tokens": whole.drafted,
+            "accepted_tokens": whole.accepted,
+            "acceptance_rate": accepted,
         }
         print(json.dumps(result, ensure_ascii=False))
     else:
         print()
         if first is not None:
-            print(f"[{count} tokens, the first after {first:.2f} s, then {rate:.0f} tokens/s]", file=sys.stderr)
-    return text
+            known = f" ({whole.reused} of the prompt's tokens were known)" if whole.reused else ""
+            guessed = (
+                "" if accepted is None else f", {whole.accepted} of {whole.drafted} guesses right ({accepted:.0%})"
+            )
+            said = f"{count} tokens, the first after {first:.2f} s{known}, then {rate:.0f} tokens/s{guessed}"
+            print(f"[{said}]", file=sys.stderr)
+    return whole.text
 
 
 def converse(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sparse import SHARED
+from sparse import MAVERICK, SCOUT, SHARED
 
 from arriero.export.checkpoint import expected_tensors
 from arriero.export.config import model_spec
@@ -34,6 +34,31 @@ def scout_like(layers: int, hidden: int = 1024, experts: int = 8) -> dict[str, A
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+
+
+PEERS: dict[str, dict[str, Any]] = {
+    "scout": {**SCOUT, "intermediate_size": 2048, "intermediate_size_mlp": 4096},
+    "maverick": {**MAVERICK, "intermediate_size": 512, "intermediate_size_mlp": 4096},
+}
+"""Two shapes of 1.4 billion parameters, of which a token uses 0.25 and 0.19: hundreds of MB read in every step."""
+
+
+def peer(shape: str, layers: int = 8, experts: int | None = None) -> dict[str, Any]:
+    """A shape of `PEERS`; QK norm is off where there are 128 experts, as llama.cpp takes it to be."""
+    config = {
+        **PEERS[shape],
+        "hidden_size": 1536,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "max_position_embeddings": 131072,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if experts is not None:
+        config |= {"num_local_experts": experts, "use_qk_norm": experts != 128}
+    return config
 
 
 def write_random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0) -> int:

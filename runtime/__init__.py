@@ -1,6 +1,8 @@
 """From a bundle to tokens and text. Imports no torch, no onnx and no transformers."""
 
-from .session import Generated, Session
+from .continuation import Generated, Request
+from .flight import Flight
+from .session import Session
 from .state import State
 
-__all__ = ["Generated", "Session", "State"]
+__all__ = ["Flight", "Generated", "Request", "Session", "State"]

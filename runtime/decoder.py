@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from ..geometry import ModelSpec
+from .decoding import Slots, cache_chunk, is_standing, slots_of, standing
 from .weights import MappedWeights
 
 PROVIDER = "CPUExecutionProvider"
@@ -44,7 +45,7 @@ class Caches:
     """
 
     def __init__(self, spec: ModelSpec, batch: int, positions: int, kind: str = "tensor(float)") -> None:
-        self.batch, self.positions = batch, positions
+        self.spec, self.batch, self.positions = spec, batch, positions
         dtype, self.onnx_type = CACHE_DTYPES[kind]
         self.buffers: dict[str, NDArray[Any]] = {}
         for index, layer in enumerate(spec.layers):
@@ -52,6 +53,26 @@ class Caches:
             for kind in ("key", "value"):
                 shape = (batch, spec.kv_heads, slots, spec.head_dim)
                 self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=dtype)
+
+    def copy(self, source: int, target: int, past: int) -> None:
+        """Copies a row that holds so many tokens over another: what later tokens attend to."""
+        for name, buffer in self.buffers.items():
+            slots = standing(cache_chunk(self.spec, name), past)
+            buffer[target, :, :slots] = buffer[source, :, :slots]
+
+    def read(self, row: int, start: int, stop: int) -> Slots:
+        """A copy of what some positions of one chunk have in a row: [K, positions, D] of each cache."""
+        return {
+            name: buffer[row, :, slots_of(cache_chunk(self.spec, name), start, stop)].copy()
+            for name, buffer in self.buffers.items()
+        }
+
+    def write(self, row: int, start: int, slots: Slots, past: int) -> None:
+        """Puts back what `read` gave from `start` on, where tokens after the first `past` attend to it."""
+        for name, values in slots.items():
+            chunk = cache_chunk(self.spec, name)
+            if is_standing(chunk, start, past):
+                self.buffers[name][row, :, slots_of(chunk, start, start + values.shape[1])] = values
 
 
 class Decoder:
@@ -134,6 +155,7 @@ class Binding:
 
     def __init__(self, decoder: Decoder, caches: Caches, rows: slice) -> None:
         self.session, self.watched, self.watch = decoder.session, decoder.watched, decoder.watch
+        self.vocab_size = decoder.spec.vocab_size
         self.no_features = np.zeros((1, decoder.spec.hidden_size), np.float32) if decoder.takes_images else None
         self.io = self.session.io_binding()
         self.kept = []
@@ -167,9 +189,13 @@ class Binding:
         inputs = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # alive until the step is done
         for name, array in inputs.items():
             self.io.bind_cpu_input(name, array)
-        for name in (*self.watched, "logits"):
+        logits_BRV = np.empty((*positions_BR.shape, self.vocab_size), dtype=np.float32)
+        value = ort.OrtValue.ortvalue_from_numpy(logits_BRV)  # the same memory
+        self.io.bind_ortvalue_output("logits", value)
+        for name in self.watched:
             self.io.bind_output(name, "cpu")
         self.session.run_with_iobinding(self.io)
-        *watched, logits = (value.numpy() for value in self.io.get_outputs()[-1 - len(self.watched) :])
-        self.watch(dict(zip(self.watched, watched, strict=True)))
-        return logits
+        if self.watched:  # asking for outputs makes an object of each cache
+            watched = (value.numpy() for value in self.io.get_outputs()[-len(self.watched) :])
+            self.watch(dict(zip(self.watched, watched, strict=True)))
+        return logits_BRV

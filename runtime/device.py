@@ -56,6 +56,11 @@ class Device:
 
     def download(self, address: int, array: np.ndarray[Any, Any]) -> None:
         """Fills an array from the device, and waits for it."""
+        self.fetch(address, array)
+        self.synchronise()
+
+    def fetch(self, address: int, array: np.ndarray[Any, Any]) -> None:
+        """Fills an array from the device, behind what the stream holds; it may not be read until `synchronise`."""
         self.driver.call(
             "cuMemcpyDtoHAsync_v2",
             ctypes.c_void_p(array.ctypes.data),
@@ -63,7 +68,16 @@ class Device:
             ctypes.c_size_t(array.nbytes),
             ctypes.c_void_p(self.stream),
         )
-        self.synchronise()
+
+    def copy(self, source: int, target: int, size: int) -> None:
+        """Copies bytes on the device, behind what the stream holds."""
+        self.driver.call(
+            "cuMemcpyDtoDAsync_v2",
+            ctypes.c_uint64(target),
+            ctypes.c_uint64(source),
+            ctypes.c_size_t(size),
+            ctypes.c_void_p(self.stream),
+        )
 
     def synchronise(self) -> None:
         """Waits for all that the stream holds."""

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from ..folder import KERNELS
+from ..geometry import ModelSpec
 from ..plugins.gqa.tensorrt import PLUGIN as GQA
 from ..plugins.launch import Kernels
 from ..plugins.moe.tensorrt import PLUGIN as MOE
 from ..plugins.tensorrt import register
-from ..spec import EngineSpec, FolderSpec
+from ..spec import CacheInput, EngineSpec, FolderSpec
+from .decoding import Slots, cache_chunk, is_standing, slots_of
 from .device import Device, Graph, Memory
 from .execution import Execution, accept, deserialise, open_version, read_built, upload_weights
 from .weights import narrow
@@ -64,7 +66,7 @@ class EngineDecoder:
     def caches(self, batch: int, positions: int) -> "EngineCaches":
         """KV buffers for a batch; the engine fixes how many positions a row's hold."""
         self.device.enter()
-        return EngineCaches(self.device, self.about, batch, positions)
+        return EngineCaches(self.device, self.spec, self.about, batch, positions)
 
     def bind(self, caches: "EngineCaches", rows: slice) -> "EngineBinding":
         """Binds some rows of the caches, for any number of steps."""
@@ -81,12 +83,51 @@ class EngineDecoder:
 class EngineCaches:
     """KV buffers of a batch of sequences on the GPU, zeros at first."""
 
-    def __init__(self, device: Device, about: EngineSpec, batch: int, positions: int) -> None:
+    def __init__(self, device: Device, spec: ModelSpec, about: EngineSpec, batch: int, positions: int) -> None:
+        self.device, self.spec, self.about = device, spec, about.caches
         self.batch, self.positions = batch, positions
         self.row_bytes = {each.name: each.row_size for each in about.caches}
         self.buffers = {name: Memory(device, batch * size) for name, size in self.row_bytes.items()}
         for memory in self.buffers.values():
             memory.zero()
+
+    def copy(self, source: int, target: int, past: int) -> None:
+        """Copies a row over another, whatever it holds: the GPU is quick at whole rows."""
+        self.device.enter()
+        for name, memory in self.buffers.items():
+            size = self.row_bytes[name]
+            self.device.copy(memory.address + source * size, memory.address + target * size, size)
+
+    def read(self, row: int, start: int, stop: int) -> Slots:
+        """A copy in the host's memory of what some positions of one chunk have in a row: bytes, a line a head."""
+        self.device.enter()
+        found = {}
+        for each in self.about:
+            lines = np.empty((each.shape[0], (stop - start) * self._slot_size(each)), dtype=np.uint8)
+            for address, line in zip(self._addresses(each, row, start), lines, strict=True):
+                self.device.fetch(address, line)
+            found[each.name] = lines
+        self.device.synchronise()
+        return found
+
+    def write(self, row: int, start: int, slots: Slots, past: int) -> None:
+        """Puts back what `read` gave from `start` on, where tokens after the first `past` attend to it."""
+        self.device.enter()
+        for each in self.about:
+            if is_standing(cache_chunk(self.spec, each.name), start, past):
+                for address, line in zip(self._addresses(each, row, start), slots[each.name], strict=True):
+                    self.device.upload(address, line)
+
+    def _addresses(self, cache: CacheInput, row: int, start: int) -> list[int]:
+        """Where a position lies, for each head."""
+        slot = slots_of(cache_chunk(self.spec, cache.name), start, start).start
+        heads, capacity, _ = cache.shape
+        first = self.buffers[cache.name].address + row * cache.row_size
+        return [first + (head * capacity + slot) * self._slot_size(cache) for head in range(heads)]
+
+    @staticmethod
+    def _slot_size(cache: CacheInput) -> int:
+        return cache.row_size // (cache.shape[0] * cache.shape[1])
 
 
 class EngineBinding:

@@ -3,9 +3,9 @@
 Repetition penalty, then temperature, top-k, top-p, min-p. The same seed draws the same tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,59 +48,86 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens one after another."""
+    """Draws the tokens of one sequence, one after another."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self.rng = np.random.default_rng(sampling.seed)
+        self.occurred_V: NDArray[np.bool_] | None = None
+        self.counted = 0
 
     def __call__(self, logits_V: NDArray[np.float32], seen: Sequence[int]) -> int:
         """Chooses the next token.
 
         Args:
             logits_V: The model's logits.
-            seen: The ids of the prompt and of what came since, for the repetition penalty.
+            seen: The ids of the prompt and of what came since, for the repetition penalty: the same sequence every
+                time, with more at its end.
         """
         sampling = self.sampling
-        if sampling.repetition_penalty != 1 and len(seen):
-            logits_V = penalise(logits_V, seen, sampling.repetition_penalty)
+        if sampling.repetition_penalty != 1:
+            logits_V = penalise(logits_V, self._occurred(seen, len(logits_V)), sampling.repetition_penalty)
         if sampling.temperature == 0:
             return int(logits_V.argmax())
-        scores_V = (logits_V - logits_V.max()).astype(np.float64) / sampling.temperature
-        tokens, scores = keep_largest(scores_V, sampling.top_k)
-        probabilities = softmax(scores)
+        draw = self.rng.random()
+        below_V = logits_V - logits_V.max()
+        tokens, total = candidates(below_V, sampling, draw)
+        tokens = tokens[np.argsort(-below_V[tokens], kind="stable")]
+        weights = np.exp(below_V[tokens].astype(np.float64) / sampling.temperature)
+        cumulative = np.cumsum(weights)
+        count = len(tokens)
+        if total is None:
+            total = cumulative[-1]
         if sampling.top_p < 1:
-            before = np.cumsum(probabilities) - probabilities
-            probabilities = np.where(before < sampling.top_p, probabilities, 0)
-            probabilities /= probabilities.sum()
+            count = min(count, int(np.searchsorted(cumulative, sampling.top_p * total)) + 1)
         if sampling.min_p > 0:
-            probabilities = np.where(probabilities >= sampling.min_p * probabilities[0], probabilities, 0)
-        cumulative = np.cumsum(probabilities)
-        drawn = np.searchsorted(cumulative, self.rng.random() * cumulative[-1], side="right")
-        return int(tokens[min(drawn, np.flatnonzero(probabilities)[-1])])
+            count = min(count, int(np.count_nonzero(weights >= sampling.min_p * weights[0])))
+        if sampling.top_p < 1 or sampling.min_p > 0:
+            total = cumulative[count - 1]
+        drawn = np.searchsorted(cumulative[:count], draw * total, side="right")
+        last = np.searchsorted(cumulative[:count], cumulative[count - 1])  # what comes later weighs nothing
+        return int(tokens[min(drawn, last)])
+
+    def _occurred(self, seen: Sequence[int], vocabulary: int) -> NDArray[np.int64]:
+        """The tokens that occurred, each once; only those that are new since the last time are looked at."""
+        if self.occurred_V is None:
+            self.occurred_V = np.zeros(vocabulary, dtype=np.bool_)
+        self.occurred_V[np.asarray(seen[self.counted :], dtype=np.int64)] = True
+        self.counted = len(seen)
+        return np.flatnonzero(self.occurred_V)
 
 
-def penalise(logits_V: NDArray[np.float32], seen: Sequence[int], penalty: float) -> NDArray[np.float32]:
+def penalise(logits_V: NDArray[np.float32], tokens: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
     """Makes tokens that occurred less likely."""
-    tokens = np.unique(np.asarray(seen))
     logits_V = logits_V.copy()
     scores = logits_V[tokens]
     logits_V[tokens] = np.where(scores < 0, scores * penalty, scores / penalty)
     return logits_V
 
 
-def keep_largest(scores_V: NDArray[np.float64], count: int) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """The `count` largest scores (0 is all; ties of the last are kept) and their tokens, largest first."""
-    if 0 < count < len(scores_V):
-        tokens = np.flatnonzero(scores_V >= np.partition(scores_V, -count)[-count])
+def candidates(below_V: NDArray[np.float32], sampling: Sampling, draw: float) -> tuple[NDArray[np.int64], float | None]:
+    """The tokens among which the draw and the filters can end; a whole vocabulary takes long to sort.
+
+    Args:
+        below_V: The logits less the largest of them.
+        sampling: How tokens are chosen.
+        draw: A share of all probability, 0 to 1: the token where the likeliest ones together pass it is the one drawn.
+
+    Returns:
+        Tokens, in no order, none of them less likely than one left out, and the weight of all tokens where that of the
+        likeliest is 1; None where only these count.
+    """
+    if 0 < sampling.top_k < len(below_V):
+        return np.flatnonzero(below_V >= np.partition(below_V, -sampling.top_k)[-sampling.top_k]), None
+    with np.errstate(over="ignore", under="ignore"):
+        weights_V = np.exp(below_V / np.float32(max(sampling.temperature, 1e-30)))
+    total = float(weights_V.sum())
+    if sampling.min_p > 0:
+        share, depths = 0.0, [-math.log(sampling.min_p) + 1e-3]
     else:
-        tokens = np.arange(len(scores_V))
-    order = np.argsort(-scores_V[tokens], kind="stable")
-    return tokens[order], scores_V[tokens[order]]
-
-
-def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Probabilities of scores that are sorted, largest first."""
-    weights = np.exp(scores - scores[0])
-    probabilities: NDArray[np.float64] = weights / weights.sum()
-    return probabilities
+        share, depths = sampling.top_p if sampling.top_p < 1 else draw, [2.0**power for power in range(1, 7)]
+    for depth in depths:
+        tokens = np.flatnonzero(below_V >= -depth * sampling.temperature)
+        if float(weights_V[tokens].sum()) > share * total:
+            return tokens, total
+    return np.arange(len(below_V)), total

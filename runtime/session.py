@@ -6,67 +6,27 @@ Underneath is a stateful step over a batch of sequences (`start`, `prefill`, `de
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import SessionError
 from ..geometry import ModelSpec
+from .continuation import Generated, Request, Settings, joined
 from .decoding import Decoding
 from .features import Features, RowFeatures
+from .flight import stream_requests
 from .images import ImageSource
+from .lookup import Lookup
 from .pieces import cut
+from .prefix import Prefixes
 from .prompt import Prompt, Tokens, read_prompt
-from .sampling import Sampler, Sampling
+from .rider import ride_alone
+from .sampling import Sampling
 from .state import Limits, State
-from .stopping import StopText
 from .text import Defaults, Text
 from .vision import Vision
-
-Finish = Literal["eos", "stop", "length"]
-
-
-class Settings(TypedDict, total=False):
-    """How a prompt is continued, in the words of `transformers`' `generate`.
-
-    What is None or left out is as the checkpoint's generation config says.
-
-    Attributes:
-        temperature: 0 is greedy. See `sampling.Sampling` for this and the next four.
-        top_k: Keep so many of the likeliest; 0 keeps all.
-        top_p: Keep the likeliest that make up this probability.
-        min_p: Keep those with this share of the likeliest's probability.
-        repetition_penalty: Above 1 discourages tokens that occurred.
-        seed: Of the draws.
-        eos_token_id: Tokens that end the sequence: one, or several, or an empty list for none.
-        stop_strings: Texts that end it; the text returned ends before them.
-    """
-
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | None
-    eos_token_id: int | Sequence[int] | None
-    stop_strings: str | Sequence[str] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Generated:
-    """New tokens and their text; as a piece of a stream, what came since the last piece.
-
-    Attributes:
-        ids: New token ids, an end-of-sequence token included.
-        text: Their text, without special tokens, up to a stop string.
-        finish: Why it ended: an end-of-sequence token, a stop string, or the length; None where it goes on.
-    """
-
-    ids: list[int]
-    text: str
-    finish: Finish | None
 
 
 class Session:
@@ -78,13 +38,21 @@ class Session:
         defaults: The checkpoint's generation defaults.
         limits: How much the session holds.
         vision: What takes images; None where the model takes none.
+        prefix_bytes: Keys and values of earlier prompts to keep for those that begin alike; 0 keeps none.
     """
 
     def __init__(
-        self, decoder: Decoding, text: Text, defaults: Defaults, limits: Limits, vision: Vision | None = None
+        self,
+        decoder: Decoding,
+        text: Text,
+        defaults: Defaults,
+        limits: Limits,
+        vision: Vision | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
         self.decoder, self.text, self.defaults, self.vision = decoder, text, defaults, vision
-        self.max_seq, self.max_batch = limits.max_seq, limits.max_batch
+        self.limits, self.max_seq, self.max_batch = limits, limits.max_seq, limits.max_batch
+        self.prefixes = Prefixes(decoder.spec.chunk, prefix_bytes)
 
     @property
     def spec(self) -> ModelSpec:
@@ -145,8 +113,8 @@ class Session:
 
     def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
         """Adds one token to every row. Returns the logits [B, V] after it."""
-        if len(tokens_B) != state.caches.batch:
-            raise SessionError(f"{len(tokens_B)} tokens for {state.caches.batch} rows: give each row one")
+        if len(tokens_B) != state.batch:
+            raise SessionError(f"{len(tokens_B)} tokens for {state.batch} rows: give each row one")
         if int(state.past_B.max()) >= state.caches.positions:
             raise SessionError(f"a sequence is full at {state.caches.positions} tokens: start it with more positions")
         self._check_ids(tokens_B)
@@ -211,18 +179,18 @@ class Session:
         prompt: Prompt,
         max_new_tokens: int | None = None,
         images: Sequence[ImageSource] = (),
+        prompt_lookup_num_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Generated:
         """Continues a prompt; the arguments are those of `stream`. Returns the new tokens and their text."""
-        pieces = list(self.stream(prompt, max_new_tokens, images, **settings))
-        ids = [token for piece in pieces for token in piece.ids]
-        return Generated(ids, "".join(piece.text for piece in pieces), pieces[-1].finish if pieces else "length")
+        return joined(list(self.stream(prompt, max_new_tokens, images, prompt_lookup_num_tokens, **settings)))
 
     def stream(
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
         images: Sequence[ImageSource] = (),
+        prompt_lookup_num_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Generated]:
         """Continues a prompt piece by piece.
@@ -231,18 +199,74 @@ class Session:
             prompt: A text, token ids taken as they are, or messages for the chat template; see `prompt.read_prompt`.
             max_new_tokens: New tokens at most; None is until the end of the sequence or of `max_seq`.
             images: Paths, bytes, PIL images or arrays: one for each `<|image|>` in the prompt, or what it is about.
+            prompt_lookup_num_tokens: Tokens at most that are guessed from what the last ones were followed by before,
+                and verified in one piece; None or 0 is none. The continuation is the same, with draws as without.
             **settings: How tokens are chosen and what ends them, see `Settings`.
 
         Raises:
             SessionError: The prompt is empty, too long, or not in the vocabulary, an image cannot be read or has no
                 place in it, or a setting is out of range.
         """
+        if (drafts := prompt_lookup_num_tokens or 0) < 0:
+            raise SessionError(f"prompt_lookup_num_tokens is {drafts}, expected a whole number from 0 up")
+        return ride_alone(self, self.request(prompt, max_new_tokens, images, **settings), Lookup(drafts))
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        *,
+        slots: int | None = None,
+        **settings: Unpack[Settings],
+    ) -> list[Generated]:
+        """Continues several prompts at once; the arguments are those of `stream_many`.
+
+        Returns:
+            The new tokens and their text, in the order of the prompts.
+        """
+        pieces: list[list[Generated]] = [[] for _ in prompts]
+        for number, piece in self.stream_many(prompts, max_new_tokens, slots=slots, **settings):
+            pieces[number].append(piece)
+        return [joined(each) for each in pieces]
+
+    def stream_many(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        *,
+        slots: int | None = None,
+        **settings: Unpack[Settings],
+    ) -> Iterator[tuple[int, Generated]]:
+        """Continues several prompts at once, each as if it were alone: one that ends makes room for the next.
+
+        Args:
+            prompts: Each as in `stream`; images stand in messages.
+            max_new_tokens: New tokens of each at most; None is until its end or that of `max_seq`.
+            slots: Sequences at once; None takes `flight.DEFAULT_SLOTS`, or `max_batch` if that is less.
+            **settings: Of all of them, see `Settings`. Each has a sampler of its own with the same seed.
+
+        Yields:
+            The prompt's number, and a piece of its continuation.
+
+        Raises:
+            SessionError: As `stream` does, before anything is computed.
+        """
+        requests = [self.request(prompt, max_new_tokens, **settings) for prompt in prompts]
+        return stream_requests(self, requests, slots)
+
+    def request(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        images: Sequence[ImageSource] = (),
+        **settings: Unpack[Settings],
+    ) -> Request:
+        """A prompt and how to continue it, checked, for a `Flight` to take; the arguments are those of `stream`."""
         if unknown := sorted(settings.keys() - Settings.__annotations__.keys()):
             raise TypeError(f"unknown setting {unknown[0]!r}: choose from {', '.join(Settings.__annotations__)}")
         tokens = self.read(prompt, images)
         fields = {field.name for field in dataclasses.fields(Sampling)}
         given: dict[str, Any] = {name: v for name, v in settings.items() if name in fields and v is not None}
-        sampler = Sampler(dataclasses.replace(self.defaults.sampling, **given))
         ends = settings.get("eos_token_id")
         ends = self.defaults.eos_token_ids if ends is None else np.atleast_1d(np.asarray(ends, dtype=np.int64)).tolist()
         room = self.max_seq - len(tokens.ids)
@@ -250,8 +274,13 @@ class Session:
             raise SessionError(f"the prompt fills all {self.max_seq} tokens that the session holds: load with more")
         if max_new_tokens is not None and max_new_tokens < 0:
             raise SessionError(f"max_new_tokens is {max_new_tokens}, expected a whole number from 0 up")
-        count = room if max_new_tokens is None else min(max_new_tokens, room)
-        return self._stream(tokens, count, sampler, set(ends), StopText(settings.get("stop_strings") or ()))
+        return Request(
+            prompt=tokens,
+            count=room if max_new_tokens is None else min(max_new_tokens, room),
+            sampling=dataclasses.replace(self.defaults.sampling, **given),
+            ends=frozenset(ends),
+            stop_strings=settings.get("stop_strings") or (),
+        )
 
     def read(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Tokens:
         """A prompt's token ids, checked against the vocabulary and the session's length, and its images' tiles.
@@ -265,8 +294,7 @@ class Session:
             raise SessionError("the prompt holds no tokens: give some text or ids")
         self._check_ids(ids)
         if len(ids) > self.max_seq:
-            seen = sum(token == self.image_token for token in ids)
-            of_images = f" ({seen} of its images)" if seen else ""
+            of_images = f" ({seen} of its images)" if (seen := sum(token == self.image_token for token in ids)) else ""
             raise SessionError(
                 f"the prompt has {len(ids)} tokens{of_images}, the session holds {self.max_seq}: shorten it, or load "
                 f"with a larger max_seq (the model's context is {self.spec.max_positions})"
@@ -280,39 +308,6 @@ class Session:
         assert self.vision is not None
         return self.vision.encode(pixels_N3PP)
 
-    def _stream(
-        self, prompt: Tokens, count: int, sampler: Sampler, ends: set[int], stop: StopText
-    ) -> Iterator[Generated]:
-        has_text = self.text.tokenizer is not None
-        tokens = self._tokens(prompt, count, sampler, ends)
-        pieces = self.text.stream(tokens) if has_text else ((token, "") for token in tokens)
-        for produced, (token, text) in enumerate(pieces, start=1):
-            text, stopped = stop.take(text)
-            finish: Finish | None = "stop" if stopped else "eos" if token in ends else None
-            if finish is None and produced == count:
-                finish = "length"
-            if finish in ("eos", "length"):
-                text += stop.rest()
-            yield Generated([token], text, finish)
-            if finish is not None:
-                return
-
-    def _tokens(self, prompt: Tokens, count: int, sampler: Sampler, ends: set[int]) -> Iterator[int]:
-        """Prefills the prompt, then draws tokens until an end or the count."""
-        if count == 0:
-            return
-        state = self.start(1, len(prompt.ids) + count)
-        features_MH = self.encode(prompt.pixels_N3PP)
-        logits_BV = self.prefill(state, [prompt.ids], () if features_MH is None else [features_MH])
-        seen = list(prompt.ids)
-        for produced in range(1, count + 1):
-            token = sampler(logits_BV[0], seen)
-            seen.append(token)
-            yield token
-            if token in ends or produced == count:
-                return
-            logits_BV = self.decode(state, [token])
-
     def _run(
         self, state: State, rows: Sequence[Sequence[int]], features: Features, *, last_only: bool
     ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
@@ -323,8 +318,8 @@ class Session:
             one only where `last_only`; then only those of the last piece count).
         """
         held = zip(rows, state.past_B, strict=False)
-        if len(rows) != state.caches.batch or not all(len(row) or past for row, past in held):
-            raise SessionError(f"expected tokens for each of {state.caches.batch} rows")
+        if len(rows) != state.batch or not all(len(row) or past for row, past in held):
+            raise SessionError(f"expected tokens for each of {state.batch} rows")
         for row, tokens in enumerate(rows):
             if len(tokens):
                 self._check_ids(tokens)

@@ -1,5 +1,6 @@
 """Sequences in progress, and how much a session holds of them."""
 
+import copy
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,16 +16,38 @@ DEFAULT_MAX_SEQ = 16384
 
 
 class State:
-    """Sequences in progress: their caches and how many tokens each row's hold."""
+    """Sequences in progress: their caches and how many tokens each row's hold.
+
+    A part of the rows (`rows`) is a state as well, over the same caches and lengths; `first` is its first row there.
+    """
 
     def __init__(self, decoder: Decoding, batch: int, positions: int) -> None:
         self.caches = decoder.caches(batch, positions)
         self.past_B = np.zeros(batch, dtype=np.int32)
         self.decoder = decoder
+        self.first = 0
         self._bindings: dict[tuple[int, int], Binding] = {}
+
+    @property
+    def batch(self) -> int:
+        """How many rows there are."""
+        return len(self.past_B)
+
+    def rows(self, start: int, stop: int) -> "State":
+        """Some of the rows, one after another; what is done to them is done to this state's."""
+        part = copy.copy(self)
+        part.past_B, part.first = self.past_B[start:stop], self.first + start
+        return part
+
+    def move(self, source: int, target: int) -> None:
+        """Puts one row's sequence in the place of another's."""
+        self.caches.copy(self.first + source, self.first + target, int(self.past_B[source]))
+        self.past_B[target] = self.past_B[source]
 
     def rewind(self, past_B: ArrayLike) -> None:
         """Forgets each row's tokens beyond the first so many, as if they had never been added.
+
+        To where a chunk begins is always possible: what comes next attends to none of the chunked layers' slots.
 
         Raises:
             SessionError: A row has fewer tokens, or a chunk began since, whose tokens lie where older ones lay.
@@ -34,17 +57,17 @@ class State:
         if past.shape != self.past_B.shape or (past < 0).any() or (past > self.past_B).any():
             raise SessionError(f"rewound to {past.tolist()}, the rows hold {self.past_B.tolist()}: give at most that")
         gone = past < self.past_B
-        if chunk and (gone & (past // chunk != (self.past_B - 1) // chunk)).any():
+        if chunk and (gone & (past % chunk > 0) & (past // chunk != (self.past_B - 1) // chunk)).any():
             raise SessionError(
                 f"rewound from {self.past_B.tolist()} to {past.tolist()} over a boundary of {chunk}: start again"
             )
-        self.past_B = past.copy()
+        self.past_B[:] = past
 
     def binding(self, rows: slice) -> Binding:
         """The decoder bound to some rows, made once."""
-        key = (rows.start, rows.stop)
+        key = (self.first + rows.start, self.first + rows.stop)
         if key not in self._bindings:
-            self._bindings[key] = self.decoder.bind(self.caches, rows)
+            self._bindings[key] = self.decoder.bind(self.caches, slice(*key))
         return self._bindings[key]
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -102,12 +102,15 @@ class Text:
         token = _token(self.config.get(name))
         return self._tokenizer().token_to_id(token) if token else None
 
-    def stream(self, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
-        """Yields each id with the text that it completes, which is empty while a character is unfinished."""
-        tokenizer = self._tokenizer()
-        decoder = DecodeStream(skip_special_tokens=True)
-        for token in ids:
-            yield token, decoder.step(tokenizer, token) or ""
+    def open_stream(self) -> Callable[[int], str]:
+        """Opens a stream of tokens: what is returned takes one id after another, and gives the text that it completes.
+
+        The text is empty while a character is unfinished, and always where there is no tokenizer.
+        """
+        tokenizer, decoder = self.tokenizer, DecodeStream(skip_special_tokens=True)
+        if tokenizer is None:
+            return lambda token: ""
+        return lambda token: decoder.step(tokenizer, token) or ""
 
     @functools.cached_property
     def chat_template(self) -> str | None:

@@ -1,6 +1,7 @@
 """The command as its user types it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,10 +62,22 @@ def test_run_prints_json_for_programs(tiny_model: Path) -> None:
     assert result["tokens_per_second"] > 0
 
 
+def test_run_tells_how_many_guesses_were_right(tiny_model: Path) -> None:
+    prompt = "The list type has a list. The list type has a list."
+    settings = ("--max-new-tokens", 60, "--temperature", 0, "--ignore-eos", "--prompt-lookup", 5)
+    run = arriero("run", tiny_model, "--prompt", prompt, *settings)
+    told = re.search(r"(\d+) of (\d+) guesses right \((\d+)%\)", run.stderr)
+    assert told is not None
+    right, guesses, share = map(int, told.groups())
+    assert share == round(100 * right / guesses)
+
+
 def test_chat_takes_a_line_a_turn(tiny_model: Path) -> None:
-    lines = "What is str.join?\n\nExplain dict.get.\n"
+    lines = "What is str.join, and what does it return where the list is empty?\n\nExplain dict.get.\n"
     run = arriero("run", tiny_model, "--chat", "--json", "--max-new-tokens", 20, stdin=lines)
-    assert len([json.loads(line) for line in run.stdout.splitlines()]) == 2
+    first, second = (json.loads(line) for line in run.stdout.splitlines())
+    assert (first["reused_tokens"], first["acceptance_rate"]) == (0, None)
+    assert second["reused_tokens"] > 0  # the first turn is not computed again
 
 
 @pytest.mark.parametrize(

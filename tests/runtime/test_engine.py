@@ -17,10 +17,13 @@ from arriero.errors import FolderError, SessionError
 from arriero.export import export_checkpoint
 from arriero.folder import read_spec
 from arriero.plugins.launch import Driver
+from arriero.runtime import Flight
 from arriero.runtime import engine as runtime_engine
+from arriero.runtime.continuation import joined
 from arriero.runtime.device import Device
 from arriero.runtime.engine import EngineDecoder, load_engine, read_engine
 from arriero.runtime.execution import open_version
+from arriero.runtime.prefix import Prefixes
 from arriero.runtime.session import Session
 from arriero.runtime.state import Limits
 
@@ -82,6 +85,60 @@ def test_rows_are_extended_and_rewound_as_on_the_cpu(
     for engines, cpus in zip(found[:2], found[2:], strict=True):
         assert engines.shape == cpus.shape
         assert np.abs(engines - cpus).max() < 1e-4
+
+
+def test_sequences_join_and_leave_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
+    session, engine = on_fake_gpu
+    prompts = [[9 + number] * length for number, length in enumerate((130, 3, 60, 8, 1))]
+    settings: dict[str, Any] = {"temperature": 0, "eos_token_id": []}
+    requests = [(prompt, {"max_new_tokens": 5 + 9 * number, **settings}) for number, prompt in enumerate(prompts)]
+    flight, pieces = Flight(session), {}
+    for prompt, asked in requests:
+        flight.join(session.request(prompt, **asked))
+    while flight.riding or flight.waiting:
+        for number, piece in flight.step():
+            pieces.setdefault(number, []).append(piece)
+    plain = arriero.load(wide_model, max_seq=500)
+    for number, (prompt, asked) in enumerate(requests):
+        assert joined(pieces[number]) == plain.generate(prompt, **asked)
+    assert {(1, 1), (2, 1), (3, 1)} == set(engine.contexts[0].runs)
+
+
+def test_guesses_are_verified_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
+    prompt = "The list type has a method. The list type has a method that returns the list. The list type has"
+    settings: dict[str, Any] = {"max_new_tokens": 60, "temperature": 0, "eos_token_id": []}
+    found = on_fake_gpu[0].generate(prompt, prompt_lookup_num_tokens=6, **settings)
+    assert found == arriero.load(wide_model, max_seq=500).generate(prompt, **settings)
+    assert found.accepted > 0
+
+
+def test_beginnings_are_known_again_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
+    session, plain = on_fake_gpu[0], arriero.load(wide_model, max_seq=500)
+    session.prefixes = Prefixes(session.spec.chunk, 1 << 26)
+    settings: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0, "eos_token_id": []}
+    prompt = np.random.default_rng(0).integers(10, 2000, 200).tolist()
+    for end, reused in (([9], 0), ([11, 12], 192)):
+        found = session.generate(prompt + end, **settings)
+        assert found == plain.generate(prompt + end, **settings)
+        assert found.reused == reused
+
+
+def check_rows_are_copied_and_put_back(session: Session) -> None:
+    state = session.start(3, 300)
+    session.prefill(state, [[5] * 40, np.random.default_rng(0).integers(10, 2000, 190).tolist(), [6] * 9])
+    caches, blocks = state.caches, range(128, 190, 31)  # past a boundary of chunks
+    expected = [caches.read(1, start, start + 31) for start in blocks]
+    state.move(1, 0)
+    for start, slots in zip(blocks, expected, strict=True):
+        caches.write(2, start, slots, 190)
+        for row in (0, 2):
+            found = caches.read(row, start, start + 31)
+            assert all(np.array_equal(found[name], slots[name]) for name in slots)
+    assert len({slots["3.key"].tobytes() for slots in expected}) == 2
+
+
+def test_rows_are_copied_and_put_back(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
+    check_rows_are_copied_and_put_back(on_fake_gpu[0])
 
 
 def test_what_a_session_allocates_goes_with_it(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
@@ -197,6 +254,16 @@ def test_a_machine_without_a_gpu_is_told_so(wide_bundle: Path, monkeypatch: pyte
 
 def _no_library(*_: Any, **__: Any) -> None:
     raise OSError("libcuda.so.1: cannot open shared object file")
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_copies_rows_and_puts_them_back(tiny_model: Path, tmp_path: Path) -> None:
+    capability = Driver().capability()
+    target = f"tensorrt-rtx:sm{capability}" if capability in CAPABILITIES["tensorrt-rtx"] else "tensorrt"
+    options = Options(max_batch=3, max_seq=600, max_prefill=96)
+    check_rows_are_copied_and_put_back(
+        arriero.load(build_bundle(tiny_model, tmp_path / "bundle", target=target, options=options))
+    )
 
 
 @pytest.mark.gpu

@@ -62,6 +62,43 @@ def test_the_draws_follow_the_distribution_of_transformers(settings: dict[str, A
     assert np.abs(found - expected).max() < 0.02
 
 
+@pytest.mark.parametrize("scale", [0.05, 1.0, 6.0])  # nearly even, and with few likely ones
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.3},
+        {"top_p": 0.9},
+        {"top_p": 0.999, "temperature": 2.5},
+        {"min_p": 0.001},
+        {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "temperature": 0.6},
+        {"top_p": 0.7, "min_p": 0.3},
+    ],
+    ids=str,
+)
+def test_a_draw_of_a_large_vocabulary_is_where_the_likeliest_pass_it(settings: dict[str, Any], scale: float) -> None:
+    logits = (np.random.default_rng(2).normal(size=3000) * scale).astype(np.float32)
+    sampling = Sampling(**{"temperature": 1.0, **settings, "seed": 5})
+    probabilities = distribution(logits, sampling)
+    order = np.argsort(-probabilities, kind="stable")
+    rng, sampler = np.random.default_rng(5), Sampler(sampling)
+    expected = [order[np.searchsorted(np.cumsum(probabilities[order]), rng.random())] for _ in range(100)]
+    assert [sampler(logits, []) for _ in range(100)] == expected
+
+
+def test_the_penalty_follows_a_sequence_as_it_grows() -> None:
+    logits = np.random.default_rng(3).normal(size=40).astype(np.float32)
+    sampling, ids = Sampling(temperature=1, repetition_penalty=3.0, seed=0), [3, 3, 7]
+    sampler, rng = Sampler(sampling), np.random.default_rng(0)
+    for _ in range(60):
+        steps = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])
+        scores = steps(torch.tensor([ids]), torch.from_numpy(logits)[None].double())[0]
+        probabilities = scores.softmax(-1).numpy()
+        order = np.argsort(-probabilities, kind="stable")
+        ids.append(int(order[np.searchsorted(np.cumsum(probabilities[order]), rng.random())]))
+        assert sampler(logits, ids[:-1]) == ids[-1]
+
+
 @given(
     st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40),
     st.integers(0, 50),

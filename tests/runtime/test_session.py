@@ -189,5 +189,8 @@ def test_a_row_is_not_rewound_over_a_chunk_or_forwards(session: Session) -> None
     state.rewind([129])
     with pytest.raises(SessionError, match=r"rewound from \[129\] to \[127\] over a boundary of 128: start again"):
         state.rewind([127])
+    state.rewind([0])
+    state.rewind([0])
+    session.prefill(state, [[5] * 129])
     with pytest.raises(SessionError, match=r"rewound to \[130\], the rows hold \[129\]: give at most that"):
         state.rewind([130])

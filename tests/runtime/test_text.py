@@ -56,7 +56,7 @@ def test_special_tokens_have_the_ids_of_transformers(tiny: Path, name: str) -> N
 def test_streamed_pieces_make_the_whole_text(tiny: Path, text: str) -> None:
     reader = Text(tiny)
     ids = reader.encode(text, special_tokens=False)
-    pieces = [piece for _, piece in reader.stream(ids)]
+    pieces = list(map(reader.open_stream(), ids))
     assert "".join(pieces) == reader.decode(ids)
     assert "\ufffd" not in "".join(pieces)
 

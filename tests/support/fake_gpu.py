@@ -57,6 +57,11 @@ class FakeDriver:
         self.check(source.value, size.value)
         ctypes.memmove(target, source.value, size.value)
 
+    def cuMemcpyDtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> None:
+        self.check(source.value, size.value)
+        self.check(target.value, size.value)
+        ctypes.memmove(target.value, source.value, size.value)
+
     def cuMemsetD8Async(self, address: Any, value: int, size: Any, stream: Any) -> None:
         self.check(address.value, size.value)
         ctypes.memset(address.value, value, size.value)

@@ -1,0 +1,147 @@
+"""Beginnings that sequences share: their keys and values, kept in blocks of tokens beside the sequences' own caches.
+
+Enters: rows of a state as they fill. Leaves: the longest beginning of a prompt that is known, put into a row; only the
+rest is computed. A block is known by its tokens, image features and all that came before it; sequences that begin alike
+share it. What was used longest ago goes first, a sequence's end before its beginning.
+
+Invariants: no block crosses a boundary of the chunks, and none is read after later tokens took its slots; the bytes of
+all blocks stay within the limit.
+"""
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .decoding import Slots
+from .state import State
+
+BLOCK = 32
+"""Tokens of a block, where chunks are multiples of it."""
+
+
+class Prefixes:
+    """The blocks of a session.
+
+    Args:
+        chunk: Positions of a chunk; 0 where there are none.
+        limit: Bytes of keys and values at most; 0 keeps nothing.
+    """
+
+    def __init__(self, chunk: int, limit: int) -> None:
+        self.chunk, self.limit = chunk, limit
+        self.block = math.gcd(chunk, BLOCK)
+        self.blocks: OrderedDict[bytes, Slots] = OrderedDict()  # the one used longest ago first
+        self.size = 0
+
+    def find(self, keys: Sequence[bytes]) -> int:
+        """How many of a sequence's blocks are known, from its beginning."""
+        return next((index for index, key in enumerate(keys) if key not in self.blocks), len(keys))
+
+    def add(self, key: bytes, slots: Slots, chain: set[bytes]) -> bool:
+        """Keeps a block where there is room, or something older than its own chain. Returns whether it did."""
+        size = total(slots)
+        while self.size + size > self.limit:
+            oldest = next(iter(self.blocks), None)
+            if oldest is None or oldest in chain:
+                return False
+            self.size -= total(self.blocks.pop(oldest))
+        self.blocks[key] = slots
+        self.size += size
+        return True
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Marks blocks as just used, the first as the last to go."""
+        for key in reversed(keys):
+            self.blocks.move_to_end(key)
+
+
+class Trail:
+    """One sequence among the blocks.
+
+    Args:
+        prefixes: The session's.
+        image_token: Id of the token that stands for an image feature; None where the model takes no images.
+        features_MH: The features of the sequence's images; None where it has none.
+
+    Attributes:
+        reused: Tokens that were put into its row, not computed.
+    """
+
+    def __init__(
+        self, prefixes: Prefixes, image_token: int | None = None, features_MH: NDArray[np.float32] | None = None
+    ) -> None:
+        self.prefixes, self.image_token, self.features_MH = prefixes, image_token, features_MH
+        self.keys: list[bytes] = []
+        self.used = self.reused = 0
+
+    def restore(self, state: State, row: int, ids: Sequence[int]) -> int:
+        """Puts the known beginning of a sequence into an empty row, all but its last token at most.
+
+        Returns:
+            Tokens that the row holds then.
+        """
+        if not self.prefixes.limit:
+            return 0
+        keys = self._chain(ids, len(ids) - 1)
+        keys = keys[: self.prefixes.find(keys)]
+        size = self.prefixes.block
+        self.reused = len(keys) * size
+        for index, key in enumerate(keys):
+            state.caches.write(row + state.first, index * size, self.prefixes.blocks[key], self.reused)
+        self.prefixes.touch(keys)
+        state.past_B[row] = self.reused
+        return self.reused
+
+    def keep(self, state: State, row: int, ids: Sequence[int]) -> None:
+        """Keeps the blocks that are whole in a row and not known yet.
+
+        Args:
+            state: Where the sequence is.
+            row: Its row.
+            ids: Its tokens, at least those that the row holds.
+        """
+        if not self.prefixes.limit:
+            return
+        past, chunk, size = int(state.past_B[row]), self.prefixes.chunk, self.prefixes.block
+        keys = self._chain(ids, past)
+        known = self.prefixes.find(keys)
+        self.prefixes.touch(keys[:known])
+        standing = (past - 1) // chunk * chunk if chunk else 0
+        if known * size < standing:
+            return  # the block that would come next is overwritten
+        chain = set(keys)
+        for index in range(known, len(keys)):
+            slots = state.caches.read(row + state.first, index * size, (index + 1) * size)
+            if not self.prefixes.add(keys[index], slots, chain):
+                break
+            known += 1
+        self.prefixes.touch(keys[:known])
+
+    def follow(self, state: State, row: int, ids: Sequence[int]) -> None:
+        """Keeps what the next token would overwrite: to be called after every step."""
+        if self.prefixes.limit and self.prefixes.chunk and state.past_B[row] % self.prefixes.chunk == 0:
+            self.keep(state, row, ids)
+
+    def _chain(self, ids: Sequence[int], count: int) -> list[bytes]:
+        """The keys of the whole blocks among the first `count` tokens."""
+        size = self.prefixes.block
+        while len(self.keys) < count // size:
+            start = len(self.keys) * size
+            tokens = np.asarray(ids[start : start + size], dtype=np.int64)
+            key = hashlib.sha256(self.keys[-1] if self.keys else b"")
+            key.update(tokens.tobytes())
+            seen = 0 if self.image_token is None else int(np.count_nonzero(tokens == self.image_token))
+            if seen and self.features_MH is not None:
+                key.update(self.features_MH[self.used : self.used + seen].tobytes())
+                self.used += seen
+            self.keys.append(key.digest())
+        return self.keys[: count // size]
+
+
+def total(slots: Slots) -> int:
+    """Bytes of a block."""
+    return sum(each.nbytes for each in slots.values())
