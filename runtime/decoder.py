@@ -138,6 +138,7 @@ def open_graph(
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # it keeps what the largest pieces took, of each shape anew; malloc reuses it
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     for name, value in session.items():
         options.add_session_config_entry(name, value)

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from ..errors import FolderError, SessionError
 from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 Message = dict[str, Any]
 """One turn of a conversation: `role`, and `content`, a text or a list of parts."""
@@ -163,11 +163,18 @@ def read_defaults(folder: Path) -> Defaults:
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(source: str) -> Template:
+def _compiled(source: str) -> "Template":
     """A chat template, compiled once: that takes longer than all else that a short prompt needs."""
+    from jinja2 import TemplateError  # here, since ids and plain text need none of it and a process starts sooner
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = _raise
+    environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
 
@@ -200,7 +207,3 @@ def _up_to_mark(text: str) -> str:
 def _token(value: Any) -> str:
     """A special token's text; tokenizer configs write it plainly or as an object."""
     return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
