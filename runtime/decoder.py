@@ -107,7 +107,7 @@ class Decoder:
     ) -> None:
         self.spec, self.watched, self.watch = spec, watched, watch
         self.weights = weights  # kept: the session reads the memory that these own
-        self.session = open_graph(graph, weights, folder, session, threads)
+        self.session = open_graph(graph, weights, folder, session, threads, has_arena=False)
         self.takes_images = any(value.name == "image_features" for value in self.session.get_inputs())
 
     def caches(self, batch: int, positions: int) -> Caches:
@@ -126,8 +126,19 @@ def open_graph(
     folder: Path,
     session: Mapping[str, str],
     threads: int | None = None,
+    *,
+    has_arena: bool = True,
 ) -> ort.InferenceSession:
-    """Opens a lowered graph; the arguments are those of `Decoder`.
+    """Opens a lowered graph.
+
+    Args:
+        graph: Serialized ONNX.
+        weights: Initializers by name.
+        folder: The model's or bundle's folder.
+        session: Session configuration entries that the graph needs.
+        threads: Threads of one operator.
+        has_arena: Whether ONNX Runtime keeps the memory of activations. It keeps a block of each shape that has come
+            twice, which adds up where lengths and batches change; without it malloc has what a step is done with.
 
     Raises:
         SessionError: ONNX Runtime does not accept the graph, or there are no threads.
@@ -138,7 +149,7 @@ def open_graph(
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False  # it keeps what the largest pieces took, of each shape anew; malloc reuses it
+    options.enable_cpu_mem_arena = has_arena
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     for name, value in session.items():
         options.add_session_config_entry(name, value)
