@@ -60,7 +60,7 @@ class FolderWeights(Weights):
             values, shape = _values(path, region), region.shape
         if name.endswith("_scale"):
             return torch.from_numpy(values).view(shape)
-        scale = self.wide(f"{name}_scale{part}")
+        scale = self.wide(f"{name}_scale", index)
         if index is None:  # [N, K], a scale a row or a block of it
             values_NK = torch.from_numpy(values).view(shape[0], -1)
             scale_NG = scale.view(len(values_NK), -1)

@@ -15,7 +15,8 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 ARRIERO = Path(sys.executable).with_name("arriero")
 CALIBRATE = "calibrate demo/model --data README.md --data demo/training.txt --samples 16 --force"
-SEE = "run demo/sees-int8 --image demo/scene.png --temperature 0 --prompt"
+SHOWN = "calibrate demo/sees --data demo/scenes/conversations.jsonl --data demo/training.txt --samples 16 --force"
+SEE = "run demo/sees-fp8 --image demo/scene.png --temperature 0 --prompt"
 STEPS = (
     ("export", "export examples/tiny-llama4 -o demo/model --force"),
     ("INT8", f"{CALIBRATE} --recipe int8 -o demo/int8"),
@@ -28,7 +29,7 @@ STEPS = (
     ("engine", "build demo/model -o demo/rtx --target tensorrt-rtx:sm89 --force"),
     ("inspect", "inspect demo/rtx"),
     ("export", "export examples/tiny-llama4-vision -o demo/sees --force"),
-    ("INT8", "calibrate demo/sees -o demo/sees-int8 --recipe int8 --data demo/scenes/conversations.jsonl --force"),
+    ("FP8", f"{SHOWN} -o demo/sees-fp8 --recipe fp8"),
     ("describe", f"{SEE} 'What is this?'"),
     ("ask", f"{SEE} 'Where is the yellow cross?'"),
     ("chat", "run demo/cpu --chat --prompt 'Explain list.append.' --max-new-tokens 80 --temperature 0"),
@@ -43,7 +44,7 @@ def write_data() -> None:
 
     (ROOT / "demo").mkdir(exist_ok=True)
     draw_one(ROOT / "demo" / "scene.png")
-    write_conversations(ROOT / "demo" / "scenes", 48)
+    write_conversations(ROOT / "demo" / "scenes", 16)
     training = [document.text for document in documents() if not document.is_held_out][::12]
     (ROOT / "demo" / "training.txt").write_text("\n\n\n".join(training), "utf-8")
     (ROOT / "demo" / "held_out.txt").write_text(held_out_text(), "utf-8")

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from arriero.plugins.layout import lay_out
+from arriero.plugins.layout import lay_out, stored_values
 from arriero.spec import Stored, Weight
 
 Array = np.ndarray[Any, Any]
@@ -64,3 +64,20 @@ def test_two_planes_are_a_float_weight_to_16_bits() -> None:
         total += (stored.astype(np.float64) - 128) * scale[..., None].astype(np.float64)
     wide = values.astype(np.float64)
     assert np.all(np.abs(total - wide) <= np.abs(wide).max(axis=2, keepdims=True) / 64000)
+
+
+def test_what_is_laid_out_leads_back_to_what_was_stored() -> None:
+    values = np.random.default_rng(0).integers(-8, 8, (3, 64, 20)).astype(np.int8)
+    scales = np.random.default_rng(1).random((3, 2, 20), dtype=np.float32)
+    stacked: dict[str, Any] = {"transposed": True, "stacked": True, "interleaved": True}
+    for stored, about in (
+        (packed(values), weight(values.shape, "int4", "uint4", **stacked)),
+        (values, weight(values.shape, "int8", "uint8", **stacked)),
+        (scales, weight(scales.shape, "float32", "float32", repeats=4, **stacked)),
+    ):
+        made = lay_out(stored.reshape(-1).view(np.uint8), about).reshape(-1).view(np.uint8)
+        original = scales if stored is scales else values
+        assert all(np.array_equal(stored_values(made, about, index), original[index]) for index in range(3))
+    for about in (weight((64, 20), "int4", "uint4", transposed=True), weight((64, 20), "int4", "uint4")):
+        made = lay_out(packed(values[0]).reshape(-1), about).reshape(-1)
+        assert np.array_equal(stored_values(made, about), values[0])
