@@ -20,7 +20,7 @@ from .weights import MappedWeights
 
 PROVIDER = "CPUExecutionProvider"
 LONGEST_PIECE = 512
-"""Tokens of a row that prefill computes at once; bounds the memory of attention and of the experts."""
+"""Tokens that prefill computes at once, of all rows; bounds the memory of attention and of the experts."""
 
 
 Watch = Callable[[dict[str, NDArray[Any]]], None]
@@ -92,7 +92,7 @@ class Decoder:
         SessionError: ONNX Runtime does not accept the graph, or there are no threads.
     """
 
-    longest = longest_with_logits = LONGEST_PIECE
+    longest = longest_with_logits = most = LONGEST_PIECE
 
     def __init__(
         self,

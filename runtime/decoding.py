@@ -80,6 +80,11 @@ class Decoding(Protocol):
         """Tokens of a row's piece at most where each gets logits."""
         ...
 
+    @property
+    def most(self) -> int | None:
+        """Tokens of a piece of several rows at most; None is no limit."""
+        ...
+
     def caches(self, batch: int, positions: int) -> Any:
         """KV buffers for a batch whose rows hold so many positions."""
         ...

@@ -63,6 +63,11 @@ class EngineDecoder:
         """Tokens of a row's piece at most where each gets logits."""
         return self.about.profiles[-1].max_logits
 
+    @property
+    def most(self) -> int | None:
+        """Tokens of a piece of several rows at most: the profiles' own limits, no other."""
+        return None
+
     def caches(self, batch: int, positions: int) -> "EngineCaches":
         """KV buffers for a batch; the engine fixes how many positions a row's hold."""
         self.device.enter()

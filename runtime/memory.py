@@ -100,7 +100,7 @@ def session_memory(spec: FolderSpec, graph_size: int, tower_size: int, max_seq: 
     model = spec.model
     mapped, converted, packed = _held(spec.weights, spec.session)
     tower = () if spec.vision is None else _held(spec.vision.weights, spec.vision.session)
-    tokens = batch * min(LONGEST_PIECE, model.chunk or max_seq, max_seq)
+    tokens = max(batch, min(LONGEST_PIECE, batch * min(model.chunk or max_seq, max_seq)))
     width = max(model.expert_size if layer.experts else model.dense_size for layer in model.layers)
     return Memory(
         process=PROCESS,

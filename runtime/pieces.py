@@ -16,7 +16,7 @@ class Piece:
     lengths: tuple[int, ...]
 
 
-def cut(past: Sequence[int], new: Sequence[int], chunk: int, longest: int) -> Iterator[Piece]:
+def cut(past: Sequence[int], new: Sequence[int], chunk: int, longest: int, most: int | None = None) -> Iterator[Piece]:
     """Cuts each row's new tokens into pieces, in the order to run them.
 
     Args:
@@ -24,12 +24,18 @@ def cut(past: Sequence[int], new: Sequence[int], chunk: int, longest: int) -> It
         new: Tokens to add to each row.
         chunk: Positions that no piece may cross; 0 where there are none.
         longest: Tokens of a row's piece at most.
+        most: Tokens of a piece of several rows at most, pads included; None is no limit.
     """
     past, left = list(past), list(new)
     if len(past) > 1 and not any(past):
         longest_first = min(longest, chunk) if chunk else longest
         lengths = tuple(min(tokens, longest_first) for tokens in left)
-        yield Piece(slice(0, len(past)), lengths)
+        start = 0
+        for stop in range(1, len(lengths) + 1):
+            wider = lengths[start : stop + 1]
+            if stop == len(lengths) or (most is not None and len(wider) * max(wider) > most):
+                yield Piece(slice(start, stop), lengths[start:stop])
+                start = stop
         past = list(lengths)
         left = [tokens - length for tokens, length in zip(left, lengths, strict=True)]
     for row, tokens in enumerate(left):

@@ -329,7 +329,8 @@ class Session:
         given = RowFeatures(rows, features, self.image_token, self.spec.hidden_size)
         done = [0] * len(rows)
         longest = self.decoder.longest if last_only else self.decoder.longest_with_logits
-        for piece in cut(state.past_B.tolist(), [len(row) for row in rows], self.spec.chunk, longest):
+        new = [len(row) for row in rows]
+        for piece in cut(state.past_B.tolist(), new, self.spec.chunk, longest, self.decoder.most):
             first, width = piece.rows.start, max(piece.lengths)
             ids_BS = np.zeros((len(piece.lengths), width), dtype=np.int64)
             for index, length in enumerate(piece.lengths):
