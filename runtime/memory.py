@@ -24,8 +24,8 @@ PER_GRAPH_BYTE = 28
 
 PER_HIDDEN, PER_WIDTH = 5, 14
 """Float32 values a token of a piece holds for each hidden channel and for each of the widest feed-forward's, measured.
-ONNX Runtime keeps what a first piece took and plans another block for those like it, so the second number is twice the
-seven values that SwiGLU computes."""
+The allocator keeps some of what a first piece took and ONNX Runtime plans another block for those like it,
+so the second number is twice the seven values that SwiGLU computes."""
 
 PER_CHANNEL, PER_MLP = 10, 4
 """The same of the vision tower, for each patch of the tiles that it computes at once: values for each of its channels
