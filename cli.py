@@ -261,7 +261,7 @@ def run(
         int,
         typer.Option(
             help="Guess so many tokens at most from what the last ones were followed by before, and verify them "
-            "at once; the text stays the same."
+            "at once; the text stays the same but for rounding."
         ),
     ] = 0,
     stop_string: Annotated[list[str] | None, typer.Option(help="Text that ends it; may be repeated.")] = None,
