@@ -5,7 +5,8 @@ Invariant: the rows in use lie side by side from the first on, so that a step co
 is left, the last row's sequence moves there, which costs far less than a row that idles along.
 
 A product over several rows adds up in another order than over one. So logits equal those of the sequence alone to
-float32's rounding, and tokens are the same but for ties within it.
+float32's rounding, and tokens are the same but for ties within it. The kernels of int8 and int4 round activations
+otherwise for several rows than for one: there texts may part where two tokens are nearly as likely.
 """
 
 import itertools

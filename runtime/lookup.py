@@ -3,7 +3,7 @@
 Enters: a sequence as it grows. Leaves: a draft of its next tokens, for the model to verify in one piece; a text that
 quotes its prompt, or itself, is then read several tokens at a time (Saxena 2023, as in `transformers`'
 `prompt_lookup_num_tokens`). A draft is only a guess: whoever verifies it goes on from the first token that the model
-would have chosen otherwise, so that nothing changes but the time.
+would have chosen otherwise, so that nothing changes but the time and what a piece rounds otherwise than a step.
 """
 
 from collections.abc import Sequence
