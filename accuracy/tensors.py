@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from ..export.walk import TORCH_DTYPES, Weights
-from ..plugins.layout import lay_out, stored_values, unpack_int4, widen
+from ..plugins.layout import FORMAT_NAMES, lay_out, stored_values, unpack_int4, widen
 from ..shards import Region
 from ..spec import Weight
-
-FORMAT_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "fp8": "F8_E4M3", "int4": "U8"}
 
 
 class FolderWeights(Weights):

@@ -84,11 +84,6 @@ class _Lowering:
         self.quantised: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     @property
-    def is_quantised(self) -> bool:
-        """Whether a linear is."""
-        return bool(self.linears)
-
-    @property
     def has_integers(self) -> bool:
         """Whether weights are given to integer kernels."""
         return any(weight.convert in ("int8", "uint8", "uint4") for weight in self.supply.weights.values())
@@ -124,12 +119,12 @@ class _Lowering:
                     self.mapped[node.outputs[0]] = self._lower_linear(nodes, self.linears[node])
             case "", "Transpose" if sources[0].is_initializer():
                 pass  # the product that reads it takes the weight as it lies
-            case "", "MatMul" if (weight := _transposed_weight(sources[1])) is not None and self._has_planes(
-                node, weight
-            ):
-                self.mapped[node.outputs[0]] = self._lower_planes(nodes, self._input(sources[0]), weight)
             case "", "MatMul" if (weight := _transposed_weight(sources[1])) is not None:
-                inputs = [self._input(sources[0]), self.supply.widened(weight)]
+                x = self._input(sources[0])
+                if self._has_planes(node, weight):
+                    self.mapped[node.outputs[0]] = self._lower_planes(nodes, x, weight)
+                    return
+                inputs = [x, self.supply.widened(weight)]
                 nodes.node("FusedMatMul", inputs, outputs=outputs, domain="com.microsoft", attributes={"transB": 1})
             case "", "Gather" if sources[0].is_initializer():
                 rows = nodes.Gather(self.supply.stored(sources[0]), self._input(sources[1]), axis=0)
@@ -185,7 +180,7 @@ class _Lowering:
 
     def _has_planes(self, node: ir.Node, weight: ir.Value) -> bool:
         """Whether a linear is the unquantised head of a quantised model: its 16 bits are read as such, not as 32."""
-        is_head = str(node.name).startswith("lm_head/") and self.is_quantised
+        is_head = str(node.name).startswith("lm_head/") and bool(self.linears)
         return is_head and weight.dtype != FLOAT and largest_block(dims(weight)[1]) > 0
 
     def _lower_planes(self, nodes: Nodes, x: ir.Value, weight: ir.Value) -> ir.Value:

@@ -13,22 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..plugins.layout import NUMPY_DTYPES, lay_out
+from ..plugins.layout import FORMAT_NAMES, NUMPY_DTYPES, lay_out
 from ..shards import encode_header, identity
 from ..spec import Weight, WeightFile
 
 FILE = "weights.safetensors"
-NAMES = {
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int8": "I8",
-    "uint8": "U8",
-    "fp8": "F8_E4M3",
-    "int4": "U8",
-    "uint4": "U8",
-}
-"""The format's types; two of the 4-bit integers lie in a byte."""
 
 
 def write_packed(
@@ -45,7 +34,7 @@ def write_packed(
         The weights by name, in their new places, and the file.
     """
     ordered = sorted(weights, key=lambda weight: -NUMPY_DTYPES[_type(weight)].itemsize)  # so that each is aligned
-    header = encode_header({weight.name: (NAMES[_type(weight)], _shape(weight)) for weight in ordered})
+    header = encode_header({weight.name: (FORMAT_NAMES[_type(weight)], _shape(weight)) for weight in ordered})
     placed, offset = {}, len(header)
     for weight in ordered:
         moved = dataclasses.replace(weight, file=FILE, offset=offset, is_made=weight.is_integer)

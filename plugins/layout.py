@@ -23,6 +23,18 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 }
 """How numpy holds each type: bfloat16 and E4M3 as bits; two of the 4-bit integers lie in a byte, the first low."""
 
+FORMAT_NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int8": "I8",
+    "uint8": "U8",
+    "fp8": "F8_E4M3",
+    "int4": "U8",
+    "uint4": "U8",
+}
+"""What safetensors files call each type; two of the 4-bit integers lie in a byte."""
+
 PIECE = 1 << 20
 """Elements widened at a time, so that the piece stays in the processor's cache."""
 SMALLEST = 1e-30

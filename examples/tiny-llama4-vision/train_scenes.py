@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +231,7 @@ def train(minutes: float, rows: int, peak_rate: float, start: Path, output: Path
     teacher = Llama4ForCausalLM.from_pretrained(TEXT_MODEL, dtype=torch.float32).to(device).eval()
     router_logits: list[torch.Tensor] = []
     hooks = [
-        module.register_forward_hook(lambda module, given, result: router_logits.append(result[1].reshape(-1, 8)))
+        module.register_forward_hook(lambda module, given, result: router_logits.append(result[1].flatten(0, -2)))
         for module in model.modules()
         if isinstance(module, Llama4TextMoe)
     ]
@@ -253,7 +252,7 @@ def train(minutes: float, rows: int, peak_rate: float, start: Path, output: Path
 
     warm_up, step = 300, 0
     started = time.monotonic()
-    for step, batch in zip(count(), loader, strict=False):
+    for step, batch in enumerate(loader):
         elapsed = (time.monotonic() - started) / 60
         if elapsed >= minutes:
             break
