@@ -18,6 +18,10 @@ SCHEMA = 1
 """Version of `spec.json`. A folder with a newer one is refused."""
 
 Stored = Literal["float32", "float16", "bfloat16", "int8", "uint8", "fp8", "int4", "uint4"]
+PANEL = 32
+"""Outputs of a matrix that the CPU's own kernels compute together."""
+BLOCK = 32
+"""Inputs that these kernels round by one scale, at most; a matrix is padded to a multiple."""
 BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "fp8": 8, "int4": 4, "uint4": 4}
 """Of an element, by its type as it is stored."""
 
@@ -54,12 +58,10 @@ class Weight:
         dtype: Type in the file; two of `int4` lie in a byte, the first in its low half.
         convert: Type the graph wants; equal to `dtype` where the file's bytes are used as they lie. `uint4` is `int4`
             plus 8, `uint8` is `int8` plus 128.
-        transposed: Whether the graph wants the last dimension first.
-        stacked: Whether the first dimension counts experts, and the rest is laid out for each by itself.
-        interleaved: Whether the graph wants the first and the second half of the last dimension by turns.
-        repeats: How often the graph wants each value, beside itself.
-        plane: Which 8 bits of a float weight [N, blocks, block] the graph wants: those that round it in its block
-            (`high`), or those that round the rest (`low`); with `convert` float32 the scales of their blocks.
+        layout: How the graph wants it: in `rows`, as it is stored; in `panels` of 32 outputs, those of the CPU's own
+            kernels, a matrix; or as the `scales` of such panels.
+        stacked: Whether it is all experts' [E, K, N], a matrix for each; others in panels are [N, K].
+        interleaved: Whether a panel is 16 of a matrix's first half of outputs, and the same 16 of the second.
         is_made: Whether the file holds it as the graph is given it; `dtype` and `shape` say what it was made from.
     """
 
@@ -69,61 +71,52 @@ class Weight:
     shape: tuple[int, ...]
     dtype: Stored
     convert: Stored
-    transposed: bool = False
+    layout: Literal["rows", "panels", "scales"] = "rows"
     stacked: bool = False
     interleaved: bool = False
-    repeats: int = 1
-    plane: Literal["whole", "high", "low"] = "whole"
     is_made: bool = False
 
     @property
     def size(self) -> int:
         """Bytes in the file."""
-        if self.is_made:
-            return self.given_size
-        return math.prod(self.shape) * BITS[self.dtype] // 8
+        return self.given_size if self.is_made else math.prod(self.shape) * BITS[self.dtype] // 8
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Outputs, and inputs or groups of them, of one matrix or its scales."""
+        if self.stacked:
+            return self.shape[2], self.shape[1]
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def panels(self) -> int:
+        """Panels of one matrix."""
+        outputs = self.matrix[0] // 2 if self.interleaved else self.matrix[0]
+        return -(-outputs // (PANEL // 2 if self.interleaved else PANEL))
 
     @property
     def given_shape(self) -> tuple[int, ...]:
-        """Dimensions as the graph is given them, of small integers the bytes'."""
-        first, rest = (self.shape[:1], self.shape[1:]) if self.stacked else ((), self.shape)
-        if self.transposed:
-            rest = (rest[-1], *rest[:-1])
-        if self.is_plane_scale:
-            return rest[:-1]
-        if rest:
-            rest = (*rest[:-1], rest[-1] * self.repeats * (BITS[self.convert] if self.is_packed else 8) // 8)
-        return (*first, *rest)
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether the graph is given small integers, or the scales of such, laid out for their kernels."""
-        is_laid_out = self.transposed or self.interleaved or self.repeats > 1 or self.plane != "whole"
-        return is_laid_out or self.convert in ("int8", "uint8", "uint4")
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether two values lie in a byte of what the graph is given."""
-        return BITS[self.convert] == 4
-
-    @property
-    def is_plane_scale(self) -> bool:
-        """Whether the graph is given the scales of a plane."""
-        return self.plane != "whole" and self.convert == "float32"
+        """Dimensions as the graph is given them, of panels those of bytes."""
+        if self.layout == "rows":
+            return self.shape
+        experts = self.shape[:1] if self.stacked else ()
+        if self.layout == "scales":
+            return (*experts, self.panels, self.matrix[1], PANEL)
+        padded = -(-self.matrix[1] // BLOCK) * BLOCK
+        return (*experts, self.panels, padded * PANEL * BITS[self.convert] // 8)
 
     @property
     def given_size(self) -> int:
         """Bytes as the graph is given it."""
-        block = self.shape[-1] if self.is_plane_scale else 1
-        return math.prod(self.shape) // block * self.repeats * BITS[self.convert] // 8
+        return math.prod(self.given_shape) * (1 if self.layout == "panels" else BITS[self.convert] // 8)
 
     @property
     def is_converted(self) -> bool:
         """Whether the graph is given a copy in other memory, not the file's own bytes."""
         if self.is_made:
             return False
-        is_moved = self.transposed or self.interleaved or self.repeats > 1 or self.plane != "whole"
-        return self.dtype != self.convert or is_moved or self.offset % max(1, BITS[self.dtype] // 8) != 0
+        is_misaligned = self.offset % max(1, BITS[self.dtype] // 8) != 0
+        return self.dtype != self.convert or self.layout != "rows" or is_misaligned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -57,7 +57,6 @@ def describe_memory(memory: dict[str, int]) -> str:
     parts = {
         "mapped": "weights as they lie in their files",
         "converted": "weights widened or turned",
-        "packed": "matrices packed for integer kernels",
         "kv_cache": "KV cache",
         "activations": "activations",
         "tower": "the vision tower from the first image on",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..export.walk import TORCH_DTYPES, Weights
-from ..plugins.layout import FORMAT_NAMES, lay_out, stored_values, unpack_int4, widen
+from ..plugins.layout import FORMAT_NAMES, stored_values, unpack_int4, widen
 from ..shards import Region
 from ..spec import Weight
 
@@ -37,20 +37,20 @@ class FolderWeights(Weights):
                 continue
             parts = weight.shape[0] if weight.stacked else 1
             shape, size = weight.shape[1:] if weight.stacked else weight.shape, weight.size // parts
-            if weight.plane != "whole":
-                shape = (shape[0], shape[1] * shape[2])
             for index in range(parts):
                 region = Region(FORMAT_NAMES[weight.dtype], shape, weight.offset + index * size, size)
                 self.regions[f"{short}[{index}]" if weight.stacked else short] = path, region
 
     def wide(self, name: str, index: int | None = None) -> Tensor:
         """A tensor in float32; of a stacked one the part `index`."""
-        if f"{name}:high" in self.made:
-            planes = [self._plane(name, plane) for plane in ("high", "low")]
-            return planes[0] + planes[1]
         part = "" if index is None else f"[{index}]"
-        if name in self.made or name + part in self.made:
-            values, shape = self._made(name if name in self.made else name + part, index)
+        made = next((each for each in (f"{name}:panels", name, name + part) if each in self.made), None)
+        if made is not None:
+            path, weight = self.made[made]
+            values = stored_values(_read(path, weight), weight, index if weight.stacked else None).astype(np.float32)
+            shape = values.shape
+            if weight.convert == "bfloat16":
+                return torch.from_numpy(values).view(shape)
         else:
             path, region = self.region(name + part)
             if region.dtype in TORCH_DTYPES:
@@ -66,19 +66,6 @@ class FolderWeights(Weights):
         values_KN = torch.from_numpy(values).view(-1, shape[-1])  # a scale a column or a block of it
         scale_GN = scale.view(-1, values_KN.shape[1])
         return values_KN * scale_GN.repeat_interleave(len(values_KN) // len(scale_GN), dim=0)
-
-    def _made(self, name: str, index: int | None) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Values in float32 of a weight that a bundle holds as its kernels read it, or of a part of it; their shape."""
-        path, weight = self.made[name]
-        values = stored_values(_read(path, weight), weight, index if weight.stacked else None)
-        return values.astype(np.float32), values.shape
-
-    def _plane(self, name: str, plane: str) -> Tensor:
-        """What 8 bits of a float weight stand for, [N, K]."""
-        (path, weight), (scale_path, scale) = (self.made[f"{name}:{plane}{part}"] for part in ("", "_scale"))
-        steps = lay_out(_read(scale_path, scale), scale)[..., None]
-        values = (lay_out(_read(path, weight), weight).astype(np.float32) - 128).reshape(weight.shape) * steps
-        return torch.from_numpy(values.reshape(len(values), -1))
 
 
 def _read(path: Path, weight: Weight) -> np.ndarray:

@@ -105,7 +105,7 @@ def _with_packed(source: Path, spec: FolderSpec, folder: Path) -> FolderSpec:
     """Writes the weights where integer kernels read them. Returns the spec with where they lie."""
     vision = spec.vision
     weights = (*spec.weights, *(() if vision is None else vision.weights))
-    if not any(weight.is_integer for weight in weights):
+    if not any(weight.layout != "rows" for weight in weights):
         return spec
     placed, file = write_packed(weights, find_files(source, spec.weight_files, None), folder)
     if vision is not None:

@@ -1,4 +1,4 @@
-"""The weights of a bundle for a CPU whose kernels multiply integers, written as these read them.
+"""The weights of a bundle for a CPU whose own kernels multiply integers, written as these read them.
 
 Nothing is converted when it is loaded, and the model it was built from is not needed any more.
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..plugins.layout import FORMAT_NAMES, NUMPY_DTYPES, lay_out
+from ..plugins.layout import FORMAT_NAMES, lay_out
 from ..shards import encode_header, identity
-from ..spec import Weight, WeightFile
+from ..spec import BITS, Weight, WeightFile
 
 FILE = "weights.safetensors"
 
@@ -33,11 +33,11 @@ def write_packed(
     Returns:
         The weights by name, in their new places, and the file.
     """
-    ordered = sorted(weights, key=lambda weight: -NUMPY_DTYPES[_type(weight)].itemsize)  # so that each is aligned
-    header = encode_header({weight.name: (FORMAT_NAMES[_type(weight)], _shape(weight)) for weight in ordered})
+    ordered = sorted(weights, key=_order)
+    header = encode_header({weight.name: (_type(weight), _shape(weight)) for weight in ordered})
     placed, offset = {}, len(header)
     for weight in ordered:
-        moved = dataclasses.replace(weight, file=FILE, offset=offset, is_made=weight.is_integer)
+        moved = dataclasses.replace(weight, file=FILE, offset=offset, is_made=weight.layout != "rows")
         placed[weight.name], offset = moved, offset + moved.size
     path = folder / FILE
     with path.open("xb") as file:
@@ -47,16 +47,23 @@ def write_packed(
     return placed, WeightFile(name=FILE, path="", size=offset, identity=identity(path))
 
 
+def _order(weight: Weight) -> int:
+    """Larger elements first, so that each is aligned; before them panels and scales, whole cache lines."""
+    return -64 if weight.layout != "rows" else -BITS[weight.dtype]
+
+
 def _type(weight: Weight) -> str:
-    """The type that a weight is written in."""
-    return weight.convert if weight.is_integer else weight.dtype
+    """What the file calls the type that a weight is written in."""
+    if weight.layout == "panels":
+        return FORMAT_NAMES["uint8"]
+    return FORMAT_NAMES[weight.dtype if weight.layout == "rows" else weight.convert]
 
 
 def _shape(weight: Weight) -> tuple[int, ...]:
     """The shape that a weight is written in."""
-    if weight.is_integer:
-        return weight.given_shape
-    return (*weight.shape[:-1], weight.shape[-1] // 2) if weight.dtype == "int4" else weight.shape
+    if weight.dtype == "int4" and weight.layout == "rows":
+        return (*weight.shape[:-1], weight.shape[-1] // 2)
+    return weight.given_shape
 
 
 def _written(weights: Iterable[Weight], files: Mapping[str, Path]) -> Iterator[np.ndarray]:
@@ -67,9 +74,8 @@ def _written(weights: Iterable[Weight], files: Mapping[str, Path]) -> Iterator[n
             with files[weight.file].open("rb") as file:
                 maps[weight.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         data = np.frombuffer(maps[weight.file], np.uint8, weight.size, weight.offset)
-        if weight.is_integer:
-            aligned = data if weight.offset % NUMPY_DTYPES[weight.dtype].itemsize == 0 else data.copy()
-            yield lay_out(aligned, weight)
-        else:
+        if weight.layout == "rows":
             yield data
+        else:
+            yield lay_out(data if weight.offset % max(1, BITS[weight.dtype] // 8) == 0 else data.copy(), weight)
         maps[weight.file].madvise(mmap.MADV_DONTNEED)

@@ -26,7 +26,6 @@ GIVEN: dict[str, ir.DataType] = {
     "bfloat16": ir.DataType.BFLOAT16,
     "int8": ir.DataType.INT8,
     "uint8": ir.DataType.UINT8,
-    "uint4": ir.DataType.UINT8,  # two in a byte, as the contrib ops take them
 }
 PLACEHOLDER = "spec.json"
 """External location of what the runtime supplies by name: ONNX Runtime wants the file to exist, and never reads it."""
@@ -67,18 +66,14 @@ class Supply:
         source: ir.Value,
         index: int | None = None,
         *,
-        convert: Stored = "float32",
         shape: tuple[int, ...] | None = None,
-        **layout: Any,
     ) -> ir.Value:
-        """A weight, or one expert's part of a stacked one.
+        """A weight in float32, or one expert's part of a stacked one.
 
         Args:
             source: The weight.
             index: Which part; None is the whole.
-            convert: Type that the graph wants.
             shape: Shape to read it in; None is its own.
-            **layout: How the graph wants it laid out: further fields of `Weight`.
         """
         tensor = source.const_value
         if not isinstance(tensor, ir.ExternalTensor):
@@ -88,16 +83,31 @@ class Supply:
         if index is not None:
             count, *rest = own
             name, start, own = f"{name}[{index}]", int(tensor.nbytes // count * index), tuple(rest)
-        return self._region(name, tensor, start, own if shape is None else shape, convert, **layout)
+        return self._region(name, tensor, start, own if shape is None else shape, "float32")
 
-    def plane(
-        self, source: ir.Value, name: Literal["high", "low"], shape: tuple[int, ...], convert: Stored
+    def panels(self, source: ir.Value, *, convert: Stored, interleaved: bool = False) -> ir.Value:
+        """A matrix [N, K], or all experts' [E, K, N], in the panels of the CPU's own kernels."""
+        return self._matrix(f"{source.name}:panels", source, convert, "panels", interleaved=interleaved)
+
+    def panel_scales(self, source: ir.Value, *, interleaved: bool = False) -> ir.Value:
+        """The scales [N, groups], or [E, groups, N], of such panels; bfloat16 as it is, others in float32."""
+        convert: Stored = "bfloat16" if source.dtype == ir.DataType.BFLOAT16 else "float32"
+        return self._matrix(f"{source.name}", source, convert, "scales", interleaved=interleaved)
+
+    def _matrix(
+        self,
+        name: str,
+        source: ir.Value,
+        convert: Stored,
+        layout: Literal["panels", "scales"],
+        *,
+        interleaved: bool,
     ) -> ir.Value:
-        """8 bits of a float weight read in blocks, or in float32 the scales of these; see `spec.Weight.plane`."""
         tensor = source.const_value
         assert isinstance(tensor, ir.ExternalTensor)
-        suffix = "" if convert == "uint8" else "_scale"
-        return self._region(f"{source.name}:{name}{suffix}", tensor, 0, shape, convert, plane=name)
+        shape = tensor.shape.numpy()
+        how = {"layout": layout, "stacked": len(shape) == 3, "interleaved": interleaved}
+        return self._region(name, tensor, 0, shape, convert, **how)
 
     def _small_part(self, source: ir.Value, index: int | None) -> ir.Value:
         """A constant that lies in the graph itself, or a part of it."""
@@ -122,7 +132,7 @@ class Supply:
         convert: Stored,
         **layout: Any,
     ) -> ir.Value:
-        """The initializer for a part of a weight that begins `start` bytes into it."""
+        """The initializer, laid out so, for a part of a weight that begins `start` bytes into it."""
         if name not in self.weights:
             weight = Weight(
                 name=name,
@@ -134,7 +144,7 @@ class Supply:
                 **layout,
             )
             self.weights[name] = weight
-            given, dtype = weight.given_shape, GIVEN[convert]
+            given, dtype = weight.given_shape, GIVEN["uint8" if weight.layout == "panels" else convert]
             placeholder = ir.ExternalTensor(
                 PLACEHOLDER, 0, int(math.prod(given) * dtype.itemsize), dtype, shape=ir.Shape(given), name=name
             )

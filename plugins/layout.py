@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spec import Weight
+from ..spec import BITS, BLOCK, PANEL, Weight
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -37,8 +37,8 @@ FORMAT_NAMES = {
 
 PIECE = 1 << 20
 """Elements widened at a time, so that the piece stays in the processor's cache."""
-SMALLEST = 1e-30
-"""What a block of zeros is taken to be as large as."""
+OFFSETS = {"uint4": 0x88888888, "uint8": 0x80808080, "bfloat16": 0}
+"""What a word of signed integers is turned to unsigned ones with: their sign bits."""
 TILE = 32
 """Rows transposed at a time: what they write lies in as many cache lines as the cache holds."""
 
@@ -48,86 +48,77 @@ Bytes = NDArray[np.uint8]
 def lay_out(data: Bytes, weight: Weight) -> np.ndarray:
     """A region's bytes as the graph is given them."""
     if not weight.is_converted:
-        return data.view(NUMPY_DTYPES[weight.convert]).reshape(weight.given_shape)
-    parts = weight.shape[0] if weight.stacked else 1
-    shape = weight.shape[1:] if weight.stacked else weight.shape
-    stored = data.view(NUMPY_DTYPES[weight.dtype]).reshape(parts, -1)
+        dtype = np.dtype(np.uint8) if weight.layout == "panels" else NUMPY_DTYPES[weight.convert]
+        return data.view(dtype).reshape(weight.given_shape)
+    stored = data.view(NUMPY_DTYPES[weight.dtype])
+    if weight.layout == "rows":
+        values = stored if weight.dtype == weight.convert else widen(stored, weight.dtype)
+        return values.reshape(weight.given_shape)
+    arrange = _panels if weight.layout == "panels" else _panel_scales
     if not weight.stacked:
-        return _converted(stored[0], weight, shape).reshape(weight.given_shape)
-    made = np.empty(weight.given_shape, dtype=NUMPY_DTYPES[weight.convert])
-    for part, source in zip(made, stored, strict=True):
-        part[...] = _converted(source, weight, shape).reshape(part.shape)
+        return arrange(stored.reshape(weight.matrix[0], -1), weight)
+    made = None
+    for index, part in enumerate(stored.reshape(weight.shape[0], weight.matrix[1], -1)):
+        arranged = arrange(transpose_halves(part) if weight.dtype == "int4" else transpose(part), weight)
+        if made is None:
+            made = np.empty((weight.shape[0], *arranged.shape), dtype=arranged.dtype)
+        made[index] = arranged
+    assert made is not None
     return made
+
+
+def _panels(rows: np.ndarray, weight: Weight) -> Bytes:
+    """A matrix [N, K] in panels of 32 outputs: for each four bytes of inputs the outputs' words, one after another."""
+    size = BLOCK * BITS[weight.dtype] // 8 // rows.itemsize
+    rows = rows if rows.shape[1] % size == 0 else np.pad(rows, ((0, 0), (0, -rows.shape[1] % size)))
+    words = _by_panel(np.ascontiguousarray(rows).view(np.uint32), weight).swapaxes(1, 2)
+    made = np.ascontiguousarray(words)
+    made ^= np.uint32(OFFSETS[weight.convert])
+    return made.view(np.uint8).reshape(len(made), -1)
+
+
+def _panel_scales(scales: np.ndarray, weight: Weight) -> np.ndarray:
+    """Scales [N, groups] in panels, [N / 32, groups, 32], in the type wanted."""
+    if weight.dtype != weight.convert:
+        scales = widen(scales, weight.dtype)
+    return np.ascontiguousarray(_by_panel(scales, weight).swapaxes(1, 2))
+
+
+def _by_panel(rows: np.ndarray, weight: Weight) -> np.ndarray:
+    """Rows [N, X] as [panels, 32, X], what is missing as zeros."""
+    halves = np.split(rows, 2) if weight.interleaved else [rows]
+    each = PANEL // len(halves)
+    padded = [np.pad(half, ((0, -len(half) % each), (0, 0))) if len(half) % each else half for half in halves]
+    panels = [half.reshape(-1, each, half.shape[1]) for half in padded]
+    return panels[0] if len(panels) == 1 else np.concatenate(panels, axis=1)
 
 
 def stored_values(data: Bytes, weight: Weight, index: int | None = None) -> np.ndarray:
-    """The values, of integers as int8, that a weight was made from by `lay_out`; of a stacked one those of a part.
+    """The values that a weight was made from by `lay_out`: integers as int8, scales and bfloat16 in float32.
 
     Args:
         data: The bytes of what was made.
-        weight: What says how it was; no plane.
-        index: Which part.
+        weight: What says how it was.
+        index: Which expert's part, of stacked ones.
+
+    Returns:
+        [N, K] or [N, groups], of stacked experts [K, N] or [groups, N].
     """
-    made = data.view(NUMPY_DTYPES[weight.convert]).reshape(weight.given_shape)
-    made = made if index is None else made[index]
-    shape = weight.shape if index is None else weight.shape[1:]
-    if weight.convert == "uint4":
-        made = unpack_int4(made.reshape(-1) ^ np.uint8(0x88))
-    elif weight.convert == "uint8":
-        made = (made ^ np.uint8(0x80)).view(np.int8)
-    if weight.transposed:
-        made = made.reshape(shape[-1], -1)
-    made = made[..., :: weight.repeats]
-    if weight.interleaved:
-        made = made.reshape(shape[-1] // 2, 2, -1).swapaxes(0, 1).reshape(shape[-1], -1)
-    return np.ascontiguousarray(made.T if weight.transposed else made).reshape(shape)
-
-
-def _converted(values: np.ndarray, weight: Weight, shape: tuple[int, ...]) -> np.ndarray:
-    """One matrix, or a whole weight that is not stacked."""
-    if weight.plane != "whole":
-        return _plane(values, weight)
-    if weight.convert == "uint4":
-        values = values ^ np.uint8(0x88)  # -8 … 7 in two's complement is 0 … 15 with the sign bit turned
-        if weight.transposed:
-            values = transpose_halves(values.reshape(-1, shape[-1] // 2))
+    made = data.reshape(-1, data.size // (weight.shape[0] if weight.stacked else 1))[index or 0]
+    outputs, inputs = weight.matrix
+    dtype = np.dtype(np.uint32) if weight.layout == "panels" else NUMPY_DTYPES[weight.convert]
+    by_panel = np.ascontiguousarray(made.view(dtype).reshape(weight.panels, -1, PANEL).swapaxes(1, 2))
+    halves = np.split(by_panel, 2, axis=1) if weight.interleaved else [by_panel]
+    kept = outputs // len(halves)
+    rows = np.concatenate([half.reshape(-1, half.shape[2])[:kept] for half in halves])
+    if weight.layout == "scales":
+        values = rows if weight.convert == "float32" else widen(rows, weight.convert)
+    elif weight.convert == "bfloat16":
+        values = widen(rows.view(np.uint16), "bfloat16")
     else:
-        values = _typed(values, weight)
-        if weight.transposed:
-            values = transpose(values.reshape(-1, shape[-1]))
-    if weight.interleaved:
-        values = np.stack(np.split(values.reshape(shape[-1], -1), 2), axis=1)
-    return np.repeat(values, weight.repeats, axis=-1) if weight.repeats > 1 else values
-
-
-def _plane(values: np.ndarray, weight: Weight) -> np.ndarray:
-    """8 of the 16 bits that a float weight is given in, or the scales of their blocks.
-
-    In a block of largest magnitude m the high plane has steps of s = m / 127, the low one, for what it leaves, of
-    s / 254: together they are off by m / 64516 at most, where bfloat16 rounds a value of that size by m / 512.
-    """
-    count, blocks, block = weight.shape
-    made = np.empty(weight.given_shape, dtype=np.float32 if weight.is_plane_scale else np.uint8)
-    rows = max(1, PIECE // (blocks * block))
-    for start in range(0, count, rows):
-        part = values[start * blocks * block : (start + rows) * blocks * block]
-        wide = widen(part, weight.dtype).reshape(-1, blocks, block)
-        step = np.maximum(np.abs(wide).max(axis=2), SMALLEST) / np.float32(127)
-        high = np.rint(wide / step[..., None])
-        if weight.plane == "low":
-            wide, step = wide - high * step[..., None], step / np.float32(254)
-            high = np.clip(np.rint(wide / step[..., None]), -127, 127)
-        made[start : start + rows] = step if weight.is_plane_scale else high + np.float32(128)
-    return made
-
-
-def _typed(values: np.ndarray, weight: Weight) -> np.ndarray:
-    """Values in the type wanted."""
-    if weight.dtype == weight.convert:
-        return values
-    if weight.convert == "uint8":
-        return values.view(np.uint8) ^ np.uint8(0x80)
-    return widen(values, weight.dtype)
+        signed = (rows ^ np.uint32(OFFSETS[weight.convert])).view(np.uint8)
+        values = unpack_int4(signed).reshape(outputs, -1) if weight.convert == "uint4" else signed.view(np.int8)
+    return np.ascontiguousarray(values[:, :inputs].T if weight.stacked else values[:, :inputs])
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ Invariant: a graph's caches are updated in place; past and present are bound to 
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from ..geometry import ModelSpec
+from ..plugins.native.library import DOMAIN, library
 from .decoding import Slots, cache_chunk, is_standing, slots_of, standing
-from .weights import MappedWeights
 
 PROVIDER = "CPUExecutionProvider"
 LONGEST_PIECE = 512
@@ -89,7 +88,8 @@ class Decoder:
         watch: Told their values after each step.
 
     Raises:
-        SessionError: ONNX Runtime does not accept the graph, or there are no threads.
+        SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
+            needs were not compiled.
     """
 
     longest = longest_with_logits = most = LONGEST_PIECE
@@ -141,7 +141,8 @@ def open_graph(
             twice, which adds up where lengths and batches change; without it malloc has what a step is done with.
 
     Raises:
-        SessionError: ONNX Runtime does not accept the graph, or there are no threads.
+        SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
+            needs were not compiled.
     """
     if threads is not None and threads < 1:
         raise SessionError(f"threads is {threads}, expected a whole number from 1 up")
@@ -155,9 +156,10 @@ def open_graph(
         options.add_session_config_entry(name, value)
     for name, weight in weights.items():
         options.add_initializer(name, weight)
+    if DOMAIN.encode() in graph:
+        options.register_custom_ops_library(str(library()))
     try:
-        with weights.released() if isinstance(weights, MappedWeights) else nullcontext():
-            return ort.InferenceSession(graph, options, providers=[PROVIDER])
+        return ort.InferenceSession(graph, options, providers=[PROVIDER])
     except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
         raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error
 

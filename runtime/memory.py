@@ -44,7 +44,6 @@ class Memory:
         graph: The graph's nodes as ONNX Runtime holds them.
         mapped: Weights used as they lie in their files; pages of experts and embedding rows not in use stay away.
         converted: Weights in memory of their own, in another type or layout than in their files.
-        packed: Copies of matrices that integer kernels lay out anew.
         kv_cache: Keys and values.
         activations: What a piece of tokens computes.
         tower: The vision tower's weights and graph; from the first image on.
@@ -55,7 +54,6 @@ class Memory:
     graph: int
     mapped: int
     converted: int
-    packed: int
     kv_cache: int
     activations: int
     tower: int = 0
@@ -98,8 +96,8 @@ def session_memory(spec: FolderSpec, graph_size: int, tower_size: int, max_seq: 
         batch: Rows at once.
     """
     model = spec.model
-    mapped, converted, packed = _held(spec.weights, spec.session)
-    tower = () if spec.vision is None else _held(spec.vision.weights, spec.vision.session)
+    mapped, converted = _held(spec.weights)
+    tower = () if spec.vision is None else _held(spec.vision.weights)
     tokens = max(batch, min(LONGEST_PIECE, batch * min(model.chunk or max_seq, max_seq)))
     width = max(model.expert_size if layer.experts else model.dense_size for layer in model.layers)
     return Memory(
@@ -107,7 +105,6 @@ def session_memory(spec: FolderSpec, graph_size: int, tower_size: int, max_seq: 
         graph=graph_size * PER_GRAPH_BYTE,
         mapped=mapped,
         converted=converted,
-        packed=packed,
         kv_cache=sum(slots * batch for slots in _slots(model, max_seq)) * slot_size(spec),
         activations=tokens * 4 * (PER_HIDDEN * model.hidden_size + PER_WIDTH * width),
         tower=sum(tower) + tower_size * PER_GRAPH_BYTE,
@@ -152,23 +149,10 @@ def _slots(model: ModelSpec, max_seq: int) -> list[int]:
     return [min(layer.chunk or max_seq, max_seq) for layer in model.layers]
 
 
-def _held(weights: Sequence[Weight], session: Mapping[str, str]) -> tuple[int, int, int]:
-    """Bytes of weights used as they lie in their files, of those in memory of their own, and of matrices packed.
-
-    What integer kernels have packed they read no more, and its file's pages are let go. Beside a block's values they
-    hold its scale, and the sum that an offset is taken off with.
-    """
-    packs = session.get("session.disable_prepacking") != "1"
-    packed = [weight for weight in weights if packs and _is_matrix(weight)]
-    away = {weight.name for weight in packed if weight.is_integer and not weight.is_converted}
-    mapped = sum(weight.size for weight in weights if not weight.is_converted and weight.name not in away)
-    converted = sum(weight.given_size for weight in weights if weight.is_converted)
-    return mapped, converted, sum(weight.given_size * (2 if _is_scale(weight) else 1) for weight in packed)
-
-
-def _is_scale(weight: Weight) -> bool:
-    """Whether a weight is the scales of an integer one."""
-    return weight.is_integer and weight.convert == "float32"
+def _held(weights: Sequence[Weight]) -> tuple[int, int]:
+    """Bytes of weights used as they lie in their files, and of those in memory of their own."""
+    mapped = sum(weight.size for weight in weights if not weight.is_converted)
+    return mapped, sum(weight.given_size for weight in weights if weight.is_converted)
 
 
 def _tiles(vision: VisionSpec) -> int:
@@ -178,14 +162,8 @@ def _tiles(vision: VisionSpec) -> int:
     return TILES * 4 * (patches * (PER_CHANNEL * vision.hidden_size + PER_MLP * vision.mlp_size) + scores)
 
 
-def _is_matrix(weight: Weight) -> bool:
-    """Whether a product reads the weight, so that its kernel may lay it out anew; the embedding is only gathered."""
-    is_gathered = "embed_tokens" in weight.name and weight.plane == "whole"
-    return len(weight.shape) > 1 and math.prod(weight.shape) > max(weight.shape) and not is_gathered
-
-
 def _is_embedding(name: str, model: ModelSpec) -> bool:
     """Whether only a token's row is read of it, which a head that is the same initializer reads whole."""
     stem, _, dtype = name.partition(":")
-    is_gathered = dtype in BITS or not (dtype or model.tied_embeddings)  # as planes it is a head
+    is_gathered = dtype in BITS or not (dtype or model.tied_embeddings)  # in panels it is a head
     return stem.endswith("embed_tokens.weight") and is_gathered

@@ -1,18 +1,16 @@
 """Weight files mapped into memory, and handed to a session by name.
 
 A tensor whose stored type and layout the graph takes is a view of the mapped file: its pages are read when they are
-used and belong to the page cache. Others are converted in memory of their own (floats and E4M3 widened to float32, int4
-made unsigned, matrices turned), and the pages they came from are let go. What an engine takes and gives is converted
+used and belong to the page cache. Others are converted in memory of their own (floats and E4M3 widened to float32,
+matrices of integers laid out in panels), and the pages they came from are let go. What an engine takes and gives is converted
 here too: numpy has no bfloat16.
 """
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -23,45 +21,9 @@ from ..errors import FolderError
 from ..plugins.layout import NUMPY_DTYPES, lay_out
 from ..spec import Weight
 
-ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int8": 3, "uint8": 2, "uint4": 2}
-RELEASED_EVERY = 0.05
-"""Seconds."""
+ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "uint8": 2}
 
-
-class MappedWeights(dict[str, ort.OrtValue]):
-    """Weights by initializer name, and the files that they lie in."""
-
-    def __init__(self, values: Mapping[str, ort.OrtValue], files: Iterable[mmap.mmap]) -> None:
-        super().__init__(values)
-        self.files = list(files)
-
-    @contextmanager
-    def released(self) -> Iterator[None]:
-        """Lets go of the files' pages again and again while a session is made of them, and once it is.
-
-        Integer kernels lay weights out anew and read them no more. Pages that are still used come back from the file.
-        """
-        done = Event()
-
-        def release() -> None:
-            while not done.wait(RELEASED_EVERY):
-                self.release()
-
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(release)
-            try:
-                yield
-            finally:
-                done.set()
-        self.release()
-
-    def release(self) -> None:
-        """Lets go of all pages of the files."""
-        for file in self.files:
-            file.madvise(mmap.MADV_DONTNEED)
-
-
-def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> MappedWeights:
+def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> dict[str, ort.OrtValue]:
     """Maps the weights as ONNX Runtime values by initializer name. The files stay mapped as long as the values live.
 
     Raises:
@@ -74,8 +36,7 @@ def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> MappedWeig
             raise FolderError(f"spec.json puts {weight.name!r} outside {weight.file!r}: build the bundle again")
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         values = pool.map(lambda weight: _value(weight, maps[weight.file]), weights)
-        named = {weight.name: value for weight, value in zip(weights, values, strict=True)}
-    return MappedWeights(named, maps.values())
+        return {weight.name: value for weight, value in zip(weights, values, strict=True)}
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -85,12 +46,14 @@ def _map(path: Path) -> mmap.mmap:
 
 def _value(weight: Weight, file: mmap.mmap) -> ort.OrtValue:
     data = np.frombuffer(file, np.uint8, weight.size, weight.offset)
-    if weight.offset % NUMPY_DTYPES[weight.convert if weight.is_made else weight.dtype].itemsize:
+    stored = weight.convert if weight.is_made else weight.dtype
+    if weight.layout != "panels" and weight.offset % NUMPY_DTYPES[stored].itemsize:
         data = data.copy()  # a view of misaligned elements is not one that kernels may read
     array = lay_out(data, weight)
     if weight.is_converted:
         _release(file, weight.offset, weight.size)
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX_TYPES[weight.convert])
+    given = "uint8" if weight.layout == "panels" else weight.convert
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX_TYPES[given])
 
 
 def _release(file: mmap.mmap, offset: int, size: int) -> None:

@@ -1,97 +1,22 @@
 """Mixture-of-experts dispatch for ONNX Runtime's CPU, so that only chosen experts are computed.
 
-There are two forms. `lower_stacked` is the contrib op `com.microsoft.QMoE` over all experts of a layer, whose integer
-kernels quantise activations block by block. It is the faster one in int4 and int8 and knows one expert a token.
-
-`lower` writes one `If` an expert. Each expert's weights are initializers of their own, matrices that lie in the
-checkpoint as they are used: nothing is gathered. An expert without tokens costs one branch. The branches return their
-tokens' outputs, which one scatter puts back in order.
+This is the form of experts in float32 and E4M3: one `If` an expert. (Those of integers are one op of `plugins.native`.)
+Each expert's weights are initializers of their own, matrices that lie in the checkpoint as they are used: nothing is
+gathered. An expert without tokens costs one branch. The branches return their tokens' outputs, which one scatter puts
+back in order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from ..nodes import OPSET, Nodes, ints, number
-from ..product import BLOCKS, INT8_ACTIVATIONS, MICROSOFT, Matrix, largest_block, multiply
+from ..product import Matrix, multiply
 from .body import route
 from .op import Attributes
 
 INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stacked:
-    """All experts' matrices of one kind as `QMoE` takes them: their outputs in front, in int4 two values in a byte.
-
-    Attributes:
-        weight: uint8 [E, N, K · bits / 8]; of the first product N is 2I, gate and up by turns.
-        scale: float32 [E, N, K / block].
-    """
-
-    weight: ir.Value
-    scale: ir.Value
-
-
-def stacked_block(attributes: Attributes, sizes: Sequence[int], group: int, *, static: bool) -> int:
-    """Inputs that share a scale where `lower_stacked` is the form to take; 0 where it is not.
-
-    Args:
-        attributes: The op's.
-        sizes: Inputs of the two products.
-        group: Inputs that share a scale in `int4`.
-        static: Whether the activations have static scales.
-    """
-    if attributes.top_k > 1 or static:
-        return 0
-    if attributes.quantisation == "int4":
-        return group if group in BLOCKS else 0
-    return largest_block(*sizes) if attributes.quantisation == "int8" else 0
-
-
-def lower_stacked(
-    nodes: Nodes,
-    hidden: ir.Value,
-    router_logits: ir.Value,
-    gate_up: Stacked,
-    down: Stacked,
-    block: int,
-    output: ir.Value,
-    attributes: Attributes,
-) -> None:
-    """Writes the nodes of one layer as `QMoE`, whose own softmax over the one chosen logit is 1.
-
-    Args:
-        nodes: Where they go.
-        hidden: [T, H].
-        router_logits: [T, E].
-        gate_up: The first product's matrices.
-        down: The second's.
-        block: Inputs that share a scale.
-        output: The value to produce, [T, H].
-        attributes: The op's; one expert a token.
-    """
-    scores_T1, _ = route(nodes, router_logits, attributes, FLOAT)
-    expert_input_TH = nodes.Mul(hidden, scores_T1)
-    nodes.node(
-        "QMoE",
-        [expert_input_TH, router_logits, gate_up.weight, gate_up.scale, None, down.weight, down.scale],
-        outputs=[output],
-        domain=MICROSOFT,
-        attributes={
-            "k": 1,
-            "normalize_routing_weights": 1,
-            "activation_type": "swiglu",
-            "swiglu_fusion": 1,
-            "activation_alpha": 1.0,
-            "activation_beta": 0.0,
-            "expert_weight_bits": 4 if attributes.quantisation == "int4" else 8,
-            "block_size": block,
-            "accuracy_level": INT8_ACTIVATIONS,
-        },
-    )
 
 
 def lower(
@@ -111,7 +36,7 @@ def lower(
         nodes: Where they go.
         hidden: [T, H].
         router_logits: [T, E].
-        experts: Each held expert's gate_up [H, 2I] and down [I, H], perhaps quantised.
+        experts: Each held expert's gate_up [H, 2I] and down [I, H].
         hidden_size: H.
         output: The value to produce, [T, H].
         attributes: The op's.

@@ -1,0 +1,421 @@
+// The two ops of domain `arriero.cpu`, which multiply with quantised matrices on a CPU, for ONNX Runtime.
+//
+//   Linear        x [..., K], weight, scale?, x_scale?                                       -> [..., N]
+//   MoeDispatch   hidden [T, H], router_logits [T, E], gate_up, gate_up_scale, down, down_scale,
+//                 hidden_scale?, activated_scale?                                            -> [T, H]
+//
+// Weights and scales lie as `matrix.h` says, and are read where they lie. Activations are rounded to int8: in blocks of
+// 32 inputs by the largest of each, or by a static scale where one is given. A matrix of bfloat16 has no scale, and is
+// multiplied with float32 activations.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "matrix.h"
+#include "onnxruntime.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define ARRIERO_SET 0
+namespace any_processor {
+#include "vectors.h"
+#include "kernels.h"
+}  // namespace any_processor
+#undef ARRIERO_SET
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define ARRIERO_SET 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#include "vectors.h"
+#include "kernels.h"
+}  // namespace avx2
+#pragma GCC pop_options
+#undef ARRIERO_SET
+
+#define ARRIERO_SET 2
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
+namespace avx512 {
+#include "vectors.h"
+#include "kernels.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#undef ARRIERO_SET
+#endif
+
+namespace {
+
+const Kernels& kernels() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    static const Kernels& best = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512dq") ? avx512::KERNELS
+                                 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")          ? avx2::KERNELS
+                                                                                                   : any_processor::KERNELS;
+    return best;
+#else
+    return any_processor::KERNELS;
+#endif
+}
+
+constexpr int64_t BLOCK = 32;               // inputs that a row rounds by one scale, at most
+constexpr int64_t SLICE = 1 << 16;          // bytes of weights that are worth a thread's while
+constexpr int64_t SLICES = 64;              // of one product at most
+constexpr int64_t ROWS_BYTES = 192 * 1024;  // of rows that a thread goes through all its panels with: they stay in its L2
+
+// A failure of ONNX Runtime's on its way through the code that asked.
+struct Failure {
+    ort::Status* status;
+};
+
+// What a kernel asks ONNX Runtime for; a refusal is thrown.
+struct Runtime {
+    const ort::Interface& interface;
+
+    void check(ort::Status* status) const {
+        if (status) throw Failure{status};
+    }
+    [[noreturn]] void fail(const char* message) const { throw Failure{interface.failure(message)}; }
+    int64_t attribute(const ort::Info* info, const char* name) const {
+        int64_t value = 0;
+        check(interface.attribute(info, name, &value));
+        return value;
+    }
+};
+
+// A tensor's shape, type and data; `data` is null for an input that is not given.
+struct Tensor {
+    const void* data = nullptr;
+    std::vector<int64_t> shape;
+    ort::Type type = ort::Type::any;
+
+    const float* floats() const { return static_cast<const float*>(data); }
+};
+
+// One call of a kernel.
+struct Call {
+    Runtime runtime;
+    ort::Context* context;
+
+    Tensor input(size_t index) const {
+        size_t count = 0;
+        runtime.check(runtime.interface.input_count(context, &count));
+        const ort::Value* value = nullptr;
+        if (index < count) runtime.check(runtime.interface.input(context, index, &value));
+        Tensor tensor;
+        if (!value) return tensor;
+        ort::TensorInfo* info = nullptr;
+        runtime.check(runtime.interface.tensor_info(value, &info));
+        size_t rank = 0;
+        runtime.check(runtime.interface.rank(info, &rank));
+        tensor.shape.resize(rank);
+        runtime.check(runtime.interface.dimensions(info, tensor.shape.data(), rank));
+        runtime.check(runtime.interface.element_type(info, &tensor.type));
+        runtime.interface.release(info);
+        void* data = nullptr;
+        runtime.check(runtime.interface.data(const_cast<ort::Value*>(value), &data));
+        tensor.data = data;
+        return tensor;
+    }
+
+    float* output(const std::vector<int64_t>& shape) const {
+        ort::Value* value = nullptr;
+        runtime.check(runtime.interface.output(context, 0, shape.data(), shape.size(), &value));
+        void* data = nullptr;
+        runtime.check(runtime.interface.data(value, &data));
+        return static_cast<float*>(data);
+    }
+
+    // Does `work(index)` for all indices below `count`, on ONNX Runtime's own threads.
+    template <typename Work>
+    void in_parallel(int64_t count, const Work& work) const {
+        if (count == 1) return work(0);
+        const auto one = [](void* of, size_t index) { (*static_cast<const Work*>(of))(static_cast<int64_t>(index)); };
+        runtime.check(runtime.interface.run_in_parallel(context, one, count, const_cast<Work*>(&work)));
+    }
+};
+
+// Memory that a thread's calls share, as large as the largest has needed.
+struct Buffer {
+    std::vector<uint8_t> bytes;
+
+    template <typename Value>
+    Value* take(int64_t count) {
+        bytes.resize(std::max(bytes.size(), count * sizeof(Value)));
+        return reinterpret_cast<Value*>(bytes.data());
+    }
+};
+
+struct RowBuffers {
+    Buffer values, scales, sums;
+
+    Rows take(int64_t count, const Matrix& matrix) {
+        return {values.take<int8_t>(count * matrix.padded()), scales.take<float>(count * matrix.blocks()),
+                sums.take<int32_t>(count * matrix.blocks()), nullptr};
+    }
+};
+
+struct Buffers {
+    RowBuffers inputs, activated;
+    Buffer activations, outputs;
+};
+
+Buffers& buffers() {
+    thread_local Buffers own;
+    return own;
+}
+
+// A matrix, and the rows that it is multiplied with.
+struct Product {
+    Matrix matrix;
+    int64_t first, last;
+
+    int64_t cost() const { return matrix.panel_size() * (last - first + 3) / 4; }
+};
+
+// Multiplies all products at once, so that many small ones keep all threads busy.
+void multiply(const Call& call, const std::vector<Product>& products, const Rows& rows, const Target& target) {
+    if (products.empty()) return;
+    const int64_t panels = products[0].matrix.panels(), total = panels * static_cast<int64_t>(products.size());
+    int64_t cost = 0;
+    for (const Product& product : products) cost += product.cost() * panels;
+    const int64_t slices = std::clamp<int64_t>(cost / SLICE, 1, std::min(SLICES, total));
+    call.in_parallel(slices, [&](int64_t slice) {
+        const int64_t end = total * (slice + 1) / slices;
+        for (int64_t unit = total * slice / slices; unit < end;) {
+            const Product& product = products[unit / panels];
+            const int64_t from = unit % panels, to = std::min(panels, from + end - unit);
+            const int64_t row_size = product.matrix.inputs * (product.matrix.bits == 16 ? 4 : 1);
+            const int64_t rows_at_once = std::max<int64_t>(6, ROWS_BYTES / row_size / 6 * 6);
+            for (int64_t row = product.first; row < product.last; row += rows_at_once)
+                for (int64_t panel = from; panel < to; panel++)
+                    kernels().multiply(product.matrix, rows, row, std::min(product.last, row + rows_at_once), panel, target);
+            unit += to - from;
+        }
+    });
+}
+
+// What a matrix's attributes say of it: how it is stored, and its size.
+struct Stored {
+    int64_t bits, group;
+
+    Matrix matrix(const Runtime& runtime, const Tensor& weight, const Tensor& scale, int64_t inputs, int64_t outputs) const {
+        Matrix made{};
+        made.weights = static_cast<const uint8_t*>(weight.data);
+        made.scales = scale.data;
+        made.inputs = inputs, made.outputs = outputs, made.bits = static_cast<int>(bits);
+        made.block = BLOCK;
+        if (group) {
+            while (group % made.block) made.block /= 2;
+            if (made.block < 8) runtime.fail("arriero.cpu: groups of inputs are no multiples of 8");
+        }
+        made.groups = group ? inputs / group : 1;
+        made.has_wide_scales = scale.type == ort::Type::float32;
+        int64_t size = 1;
+        for (const int64_t dimension : weight.shape) size *= dimension;
+        if (size % (made.panels() * made.panel_size())) runtime.fail("arriero.cpu: a weight is not of the size that it should have");
+        return made;
+    }
+};
+
+struct Linear {
+    static constexpr const char* NAME = "Linear";
+    static constexpr size_t INPUTS = 4, NEEDED = 2;
+
+    Stored stored;
+    int64_t outputs;
+
+    Linear(const Runtime& runtime, const ort::Info* info)
+        : stored{runtime.attribute(info, "bits"), runtime.attribute(info, "group")}, outputs(runtime.attribute(info, "outputs")) {}
+
+    void compute(const Call& call) const {
+        const Tensor x = call.input(0), weight = call.input(1), scale = call.input(2), x_scale = call.input(3);
+        const int64_t inputs = x.shape.back();
+        int64_t count = 1;
+        for (size_t i = 0; i + 1 < x.shape.size(); i++) count *= x.shape[i];
+        const Matrix matrix = stored.matrix(call.runtime, weight, scale, inputs, outputs);
+        std::vector<int64_t> shape = x.shape;
+        shape.back() = outputs;
+        float* to = call.output(shape);
+        if (count == 0) return;
+        Rows rows{nullptr, nullptr, nullptr, x.floats()};
+        if (matrix.bits < 16) {
+            rows = buffers().inputs.take(count, matrix);
+            const float fixed = x_scale.data ? *x_scale.floats() : 0;
+            call.in_parallel(divided_up(count, 4), [&](int64_t some) {
+                for (int64_t row = 4 * some; row < std::min(count, 4 * some + 4); row++)
+                    kernels().quantise(x.floats() + row * inputs, matrix, 1, fixed, rows, row);
+            });
+        }
+        multiply(call, {{matrix, 0, count}}, rows, {to, outputs, nullptr, false});
+    }
+};
+
+// A token's way to one of its experts.
+struct Choice {
+    int64_t expert, token, place;  // `place` numbers the pairs (token, choice)
+    float score;
+};
+
+struct MoeDispatch {
+    static constexpr const char* NAME = "MoeDispatch";
+    static constexpr size_t INPUTS = 8, NEEDED = 6;
+
+    Stored gate_up, down;
+    int64_t top_k, first_expert, experts, width;
+
+    MoeDispatch(const Runtime& runtime, const ort::Info* info)
+        : gate_up{runtime.attribute(info, "bits"), runtime.attribute(info, "group")},
+          down(gate_up),
+          top_k(runtime.attribute(info, "top_k")),
+          first_expert(runtime.attribute(info, "first_expert")),
+          experts(runtime.attribute(info, "experts")),
+          width(runtime.attribute(info, "width")) {}
+
+    void compute(const Call& call) const {
+        const Tensor hidden = call.input(0), logits = call.input(1), hidden_scale = call.input(6), activated_scale = call.input(7);
+        const int64_t tokens = hidden.shape[0], size = hidden.shape[1];
+        const Matrix into = gate_up.matrix(call.runtime, call.input(2), call.input(3), size, 2 * width);
+        const Matrix back = down.matrix(call.runtime, call.input(4), call.input(5), width, size);
+        float* to = call.output({tokens, size});
+        const std::vector<Choice> choices = route(logits.floats(), tokens, logits.shape[1]);
+        const auto count = static_cast<int64_t>(choices.size());
+        const bool is_direct = top_k == 1 && count == tokens;
+        if (!is_direct) std::fill(to, to + tokens * size, 0.0f);
+        if (count == 0) return;
+
+        std::vector<Product> first, second;
+        std::vector<int64_t> places;
+        for (int64_t row = 0; row < count; row++) {
+            const int64_t expert = choices[row].expert;
+            places.push_back(choices[row].place);
+            if (row == 0 || expert != choices[row - 1].expert) {
+                first.push_back({into.of_expert(expert), row, row});
+                second.push_back({back.of_expert(expert), row, row});
+            }
+            first.back().last = second.back().last = row + 1;
+        }
+
+        Buffers& own = buffers();
+        const Rows rows = own.inputs.take(count, into);
+        call.in_parallel(divided_up(count, 4), [&](int64_t some) {
+            for (int64_t row = 4 * some; row < std::min(count, 4 * some + 4); row++) {
+                const Choice& choice = choices[row];
+                const float fixed = hidden_scale.data ? hidden_scale.floats()[choice.expert] : 0;
+                kernels().quantise(hidden.floats() + choice.token * size, into, choice.score, fixed, rows, row);
+            }
+        });
+        float* activated = own.activations.take<float>(count * width);
+        multiply(call, first, rows, {activated, width, nullptr, true});
+        const Rows middle = own.activated.take(count, back);
+        call.in_parallel(divided_up(count, 4), [&](int64_t some) {
+            for (int64_t row = 4 * some; row < std::min(count, 4 * some + 4); row++) {
+                const float fixed = activated_scale.data ? activated_scale.floats()[choices[row].expert] : 0;
+                kernels().quantise(activated + row * width, back, 1, fixed, middle, row);
+            }
+        });
+        float* out = is_direct ? to : own.outputs.take<float>(tokens * top_k * size);
+        multiply(call, second, middle, {out, size, places.data(), false});
+        if (is_direct) return;
+        std::vector<int64_t> by_place(tokens * top_k, -1);
+        for (const Choice& choice : choices) by_place[choice.place] = choice.token;
+        for (int64_t place = 0; place < tokens * top_k; place++)
+            if (by_place[place] >= 0)
+                for (int64_t i = 0; i < size; i++) to[by_place[place] * size + i] += out[place * size + i];
+    }
+
+   private:
+    // Each token's experts, of those that are held, expert by expert: the largest logits, the first of equals.
+    std::vector<Choice> route(const float* logits, int64_t tokens, int64_t count) const {
+        std::vector<Choice> choices;
+        std::vector<int64_t> order(count);
+        for (int64_t token = 0; token < tokens; token++) {
+            const float* own = logits + token * count;
+            for (int64_t expert = 0; expert < count; expert++) order[expert] = expert;
+            std::partial_sort(order.begin(), order.begin() + top_k, order.end(), [own](int64_t a, int64_t b) {
+                return own[a] > own[b] || (own[a] == own[b] && a < b);
+            });
+            for (int64_t rank = 0; rank < top_k; rank++) {
+                const int64_t expert = order[rank] - first_expert;
+                if (expert < 0 || expert >= experts) continue;
+                choices.push_back({expert, token, token * top_k + rank, 1 / (1 + std::exp(-own[order[rank]]))});
+            }
+        }
+        std::stable_sort(choices.begin(), choices.end(), [](const Choice& a, const Choice& b) { return a.expert < b.expert; });
+        return choices;
+    }
+};
+
+template <typename Kernel>
+struct Held {
+    Runtime runtime;
+    Kernel kernel;
+};
+
+// Runs code that may throw where ONNX Runtime takes a status.
+template <typename Code>
+ort::Status* guarded(const ort::Interface& interface, const Code& code) {
+    try {
+        code();
+    } catch (const Failure& failure) {
+        return failure.status;
+    } catch (const std::exception& error) {
+        return interface.failure(error.what());
+    }
+    return nullptr;
+}
+
+template <typename Kernel>
+const ort::CustomOp* described() {
+    static const ort::CustomOp op = [] {
+        ort::CustomOp made{};
+        made.interface = ort::INTERFACE;
+        made.name = [](const ort::CustomOp*) { return Kernel::NAME; };
+        made.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
+        made.input_count = [](const ort::CustomOp*) { return Kernel::INPUTS; };
+        made.input_type = [](const ort::CustomOp*, size_t) { return ort::Type::any; };
+        made.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
+        made.output_type = [](const ort::CustomOp*, size_t) { return ort::Type::float32; };
+        made.input_presence = [](const ort::CustomOp*, size_t index) {
+            return index < Kernel::NEEDED ? ort::Presence::required : ort::Presence::optional;
+        };
+        made.output_presence = [](const ort::CustomOp*, size_t) { return ort::Presence::required; };
+        made.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
+        for (auto& variadic : made.variadic) variadic = [](const ort::CustomOp*) { return 1; };
+        made.start_version = [](const ort::CustomOp*) { return 1; };
+        made.end_version = [](const ort::CustomOp*) { return 1; };
+        made.create_kernel_or_fail = [](const ort::CustomOp*, const ort::Interface* interface, const ort::Info* info, void** kernel) {
+            return guarded(*interface, [&] {
+                const Runtime runtime{*interface};
+                *kernel = new Held<Kernel>{runtime, Kernel(runtime, info)};
+            });
+        };
+        made.compute_or_fail = [](void* kernel, ort::Context* context) {
+            const auto& held = *static_cast<Held<Kernel>*>(kernel);
+            return guarded(held.runtime.interface, [&] { held.kernel.compute({held.runtime, context}); });
+        };
+        made.destroy_kernel = [](void* kernel) { delete static_cast<Held<Kernel>*>(kernel); };
+        return made;
+    }();
+    return &op;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::Base* base) {
+    const ort::Interface* interface = base->interface(ort::INTERFACE);
+    if (!interface) return nullptr;  // ONNX Runtime has said that it is too old
+    return guarded(*interface, [&] {
+        const Runtime runtime{*interface};
+        ort::Domain* domain = nullptr;  // lives as long as the process, like the ops
+        runtime.check(interface->create_domain("arriero.cpu", &domain));
+        runtime.check(interface->add_to_domain(domain, described<Linear>()));
+        runtime.check(interface->add_to_domain(domain, described<MoeDispatch>()));
+        runtime.check(interface->add_domain(options, domain));
+    });
+}

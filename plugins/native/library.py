@@ -1,0 +1,23 @@
+"""Where the library of the CPU's own kernels lies. It is compiled when the package is installed."""
+
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+from ...errors import SessionError
+
+DOMAIN = "arriero.cpu"
+"""The ops' domain; a graph imports it where it has any."""
+REMEDY = "install a C++ compiler (GCC or Clang) and then Arriero again: pip install --force-reinstall --no-deps arriero"
+
+
+def library() -> Path:
+    """The library's file.
+
+    Raises:
+        SessionError: There was no compiler when the package was installed.
+    """
+    folder = Path(__file__).parent
+    found = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"kernels{suffix}").exists()), None)
+    if found is None:
+        raise SessionError(f"the kernels that quantised models run on were not compiled: {REMEDY}")
+    return found

@@ -1,0 +1,62 @@
+// What the kernels of all instruction sets take: matrices in panels of 32 outputs, and rows rounded to int8.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+constexpr int64_t PANEL = 32;
+
+inline int64_t divided_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
+// A matrix [K, N] of which a panel of 32 outputs lies in one piece: for each four bytes of inputs 32 words, an output
+// each. A word is four inputs of 8 bits, values about 128; eight of 4 bits, about 8, the first of each two in the low
+// half of a byte; or two bfloat16. Missing outputs are zero, and so are inputs up to a multiple of 32.
+//
+// Scales are float32 or bfloat16, [N / 32, groups, 32]: each serves an output's inputs of one group.
+struct Matrix {
+    const uint8_t* weights;
+    const void* scales;
+    int64_t inputs, outputs;
+    int bits;
+    int64_t groups;
+    int64_t block;  // inputs that a row rounds by one scale; a group has a whole number of blocks
+    bool has_wide_scales;
+
+    int64_t blocks() const { return divided_up(inputs, block); }
+    int64_t padded() const { return divided_up(inputs, PANEL) * PANEL; }
+    int64_t panels() const { return divided_up(outputs, PANEL); }
+    int64_t panel_size() const { return PANEL * padded() * bits / 8; }
+    int middle() const { return bits == 4 ? 8 : 128; }
+
+    Matrix of_expert(int64_t index) const {
+        Matrix one = *this;
+        one.weights += index * panels() * panel_size();
+        const int64_t scale_size = has_wide_scales ? 4 : 2;
+        one.scales = static_cast<const uint8_t*>(scales) + index * panels() * groups * PANEL * scale_size;
+        return one;
+    }
+};
+
+// Rows of activations: int8 [rows, K] with a scale a block and, about the matrix's middle, what its offset adds up to;
+// or float32 [rows, K] for a matrix of bfloat16.
+struct Rows {
+    int8_t* values;
+    float* scales;
+    int32_t* sums;
+    const float* floats;
+};
+
+// Where products go: row r's to row `places[r]` (r itself without) of a float32 matrix [., stride].
+struct Target {
+    float* to;
+    int64_t stride;
+    const int64_t* places;
+    bool is_gated;  // each panel is sixteen gates and as many ups, and what goes out is SiLU(gate) * up
+};
+
+// The kernels that an instruction set has.
+struct Kernels {
+    void (*quantise)(const float* x, const Matrix&, float factor, float fixed_scale, const Rows&, int64_t row);
+    void (*multiply)(const Matrix&, const Rows&, int64_t first, int64_t last, int64_t panel, const Target&);
+};

@@ -1,0 +1,91 @@
+"""Nodes of the two ops in `library.cpp`, and what their matrices are made of.
+
+Activations are rounded to int8, 32 inputs of a row by their own largest magnitude, or all by a static scale; integers
+are multiplied as integers. That is finer than a scale a token, and a row is computed alike whatever stands beside it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from ..moe.op import Attributes
+from ..nodes import Nodes
+from .library import DOMAIN
+
+VERSION = 1
+SMALLEST_GROUP = 8
+"""Inputs that share a scale come by this many at least."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panels:
+    """A matrix, or all experts' matrices of one kind, in panels of 32 outputs; `matrix.h` says how these lie.
+
+    Attributes:
+        weight: Bytes [.., panels, bytes of one].
+        scale: [.., panels, groups, 32]; None of a matrix of bfloat16.
+        bits: Of a weight: 4, 8 or 16.
+        group: Inputs that share a scale; 0 where all of an output do.
+        input_scale: Static scale of the inputs, float32, of experts [E]; None rounds each 32 inputs by their own.
+    """
+
+    weight: ir.Value
+    scale: ir.Value | None
+    bits: int
+    group: int = 0
+    input_scale: ir.Value | None = None
+
+
+def multiply(nodes: Nodes, x: ir.Value, matrix: Panels, outputs: int) -> ir.Value:
+    """Writes float32 x [..., K] times a matrix of so many outputs, [..., N]."""
+    attributes = {"bits": matrix.bits, "group": matrix.group, "outputs": outputs}
+    return _node(nodes, "Linear", [x, matrix.weight, matrix.scale, matrix.input_scale], attributes)
+
+
+def dispatch(
+    nodes: Nodes,
+    hidden: ir.Value,
+    router_logits: ir.Value,
+    gate_up: Panels,
+    down: Panels,
+    output: ir.Value,
+    attributes: Attributes,
+    *,
+    experts: int,
+    width: int,
+) -> None:
+    """Writes the node of one layer of experts.
+
+    Args:
+        nodes: Where it goes.
+        hidden: [T, H].
+        router_logits: [T, E].
+        gate_up: The first product's matrices, gates and ups interleaved.
+        down: The second's.
+        output: The value to produce, [T, H].
+        attributes: The canonical op's.
+        experts: How many are given.
+        width: I.
+    """
+    inputs = [hidden, router_logits, gate_up.weight, gate_up.scale, down.weight, down.scale]
+    settings = {
+        "bits": gate_up.bits,
+        "group": gate_up.group,
+        "top_k": attributes.top_k,
+        "first_expert": attributes.first_expert,
+        "experts": experts,
+        "width": width,
+    }
+    statics = [gate_up.input_scale, down.input_scale]
+    _node(nodes, "MoeDispatch", [*inputs, *statics], settings, outputs=[output])
+
+
+def _node(
+    nodes: Nodes, name: str, inputs: list[ir.Value | None], attributes: Mapping[str, Any], **outputs: Any
+) -> ir.Value:
+    while inputs[-1] is None:
+        inputs.pop()
+    made: ir.Value = nodes.node(name, inputs, domain=DOMAIN, attributes=dict(attributes), **outputs)
+    return made

@@ -1,0 +1,88 @@
+// Sixteen lanes of float or int32, and the product of bytes that integer matrices are made of.
+//
+// Included once for each instruction set, within its own namespace: the compiler makes of a vector what the set has.
+// Only `dot` knows which one that is.
+
+using Floats = float __attribute__((vector_size(64)));
+using Ints = int32_t __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Bytes = uint8_t __attribute__((vector_size(64)));
+
+template <typename Vector>
+inline Vector load(const void* from) {
+    Vector vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+template <typename Vector>
+inline void store(void* to, Vector vector) {
+    std::memcpy(to, &vector, sizeof vector);
+}
+
+inline Floats all(float value) { return value - Floats{}; }
+inline Ints all(int32_t value) { return value - Ints{}; }
+// Rounded to whole numbers, ties to even; up to 2^22: what is added to 1.5 * 2^23 is rounded so.
+inline Floats to_whole(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
+
+inline Floats as_floats(Ints values) { return __builtin_convertvector(values, Floats); }
+inline Floats bits_as_floats(Words bits) { return reinterpret_cast<Floats>(bits); }
+
+// Sixteen bfloat16 values as float32.
+inline Floats widen(const uint16_t* from) {
+    using Halves = uint16_t __attribute__((vector_size(32)));
+    return bits_as_floats(__builtin_convertvector(load<Halves>(from), Words) << 16);
+}
+
+// Adds to each lane the products of its four unsigned bytes with four signed ones, the same in every lane.
+inline Ints dot(Ints sums, Bytes weights, const int8_t* four) {
+    int32_t packed;
+    std::memcpy(&packed, four, sizeof packed);
+#if ARRIERO_SET == 2
+    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
+        reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(weights), _mm512_set1_epi32(packed)));
+#elif ARRIERO_SET == 1
+    // Pairs of products would not fit 16 bits, so even and odd bytes go apart.
+    __m256i halves[2], totals[2];
+    std::memcpy(halves, &weights, sizeof halves);
+    std::memcpy(totals, &sums, sizeof totals);
+    const __m256i low = _mm256_set1_epi16(0x00FF), four_times = _mm256_set1_epi32(packed);
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(four_times, 8), 8), odd = _mm256_srai_epi16(four_times, 8);
+    for (int half = 0; half < 2; half++) {
+        const __m256i evens = _mm256_and_si256(halves[half], low), odds = _mm256_srli_epi16(halves[half], 8);
+        const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(evens, even), _mm256_madd_epi16(odds, odd));
+        totals[half] = _mm256_add_epi32(totals[half], both);
+    }
+    std::memcpy(&sums, totals, sizeof sums);
+    return sums;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    // Of signed bytes: 128 less is taken off the weights, and comes back as 128 times the sum of the four.
+    const int8x16_t quad = vreinterpretq_s8_s32(vdupq_n_s32(packed));
+    const int32x4_t back = vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), quad), 7);
+    for (int part = 0; part < 4; part++) {
+        const auto bytes = load<uint8x16_t>(reinterpret_cast<const uint8_t*>(&weights) + 16 * part);
+        const int8x16_t moved = vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(0x80)));
+        int32_t* into = reinterpret_cast<int32_t*>(&sums) + 4 * part;
+        vst1q_s32(into, vdotq_s32(vaddq_s32(vld1q_s32(into), back), moved, quad));
+    }
+    return sums;
+#else
+    const Words lanes = reinterpret_cast<Words>(weights);
+    for (int byte = 0; byte < 4; byte++)
+        sums += reinterpret_cast<Ints>((lanes >> (8 * byte)) & 0xFFu) * int32_t{four[byte]};
+    return sums;
+#endif
+}
+
+// e to the power of each lane, to two units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+inline Floats exponential(Floats x) {
+    const Floats low = all(-87.0f), high = all(88.0f);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Floats whole = to_whole(x * 1.44269504f);
+    const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Floats sum = all(1.0f / 5040);
+    for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = sum * rest + term;
+    const Ints power = (__builtin_convertvector(whole, Ints) + 127) << 23;
+    return sum * reinterpret_cast<Floats>(power);
+}

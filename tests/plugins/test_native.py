@@ -1,0 +1,121 @@
+"""The CPU's own kernels against float64, over shapes that fit their panels and such that do not."""
+
+import itertools
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from custom_ops import in_panels, initializer, run_graph
+
+from arriero.plugins.native.library import library
+from arriero.plugins.native.ops import multiply
+from arriero.plugins.nodes import Nodes
+from arriero.plugins.quantisation import fake_quantise
+
+Array = np.ndarray[Any, Any]
+FLOAT = ir.DataType.FLOAT
+SIZES = [(32, 32), (64, 48), (96, 7), (40, 33), (160, 96), (2048, 80)]
+
+
+def product(x: Array, stored: Array, scale: Array | None, bits: int, group: int = 0, x_scale: Array | None = None) -> Array:
+    """The op's product of rows [T, K] with a matrix [N, K] of integers, or of bfloat16."""
+    matrix = in_panels(stored, scale, bits, group, x_scale=x_scale)
+    value, y, nodes = ir.val("x", FLOAT, ["tokens", x.shape[1]]), ir.val("y", FLOAT, ["tokens", len(stored)]), Nodes()
+    nodes.node("Identity", [multiply(nodes, value, matrix, len(stored))], outputs=[y])
+    given = [each for each in (matrix.weight, matrix.scale, matrix.input_scale) if each is not None]
+    return run_graph([value], y, nodes, given, {"x": x})
+
+
+def drawn(bits: int, size: tuple[int, int], groups: int, seed: int = 0) -> tuple[Array, Array]:
+    """Integers [N, K], and scales [N, groups]."""
+    inputs, outputs = size
+    rng = np.random.default_rng(seed)
+    limit = 1 << (bits - 1)
+    stored = rng.integers(-limit, limit, (outputs, inputs), dtype=np.int8)
+    return stored, rng.uniform(0.5, 1.5, (outputs, groups)).astype(np.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 13, 70])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_are_multiplied_as_float64_does(bits: int, size: tuple[int, int], tokens: int) -> None:
+    inputs, _ = size
+    for group in (0, 8, 16, 32, 64) if bits == 4 else (0,):
+        if group and inputs % group:
+            continue
+        stored, scale = drawn(bits, size, inputs // group if group else 1)
+        x = np.random.default_rng(1).standard_normal((tokens, inputs)).astype(np.float32)
+        found = product(x, stored, scale, bits, group)
+        wide = stored * np.repeat(scale.astype(np.float64), inputs // scale.shape[1], axis=1)
+        expected = rounded(x, min(group or 32, 32)) @ wide.T
+        assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max() * np.sqrt(inputs)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_bfloat16_is_multiplied_as_float64_does(size: tuple[int, int]) -> None:
+    inputs, outputs = size
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((outputs, inputs)).astype(ml_dtypes.bfloat16)
+    for tokens in (1, 4, 9):
+        x = rng.standard_normal((tokens, inputs)).astype(np.float32)
+        expected = x.astype(np.float64) @ weight.astype(np.float64).T
+        assert np.abs(product(x, weight, None, 16) - expected).max() < 1e-6 * inputs
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_static_scale_rounds_as_quantize_linear_does(bits: int) -> None:
+    stored, scale = drawn(bits, (72, 40), 1)
+    x = np.random.default_rng(1).standard_normal((9, 72)).astype(np.float32)
+    x_scale = np.array(1.7 / 127, dtype=np.float32)  # some saturate
+    found = product(x, stored, scale, bits, x_scale=x_scale)
+    expected = fake_quantise(x, float(x_scale), "int8") @ (stored * scale.astype(np.float64)).T
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (8, 0), (16, 0)])
+def test_a_row_is_computed_alike_whatever_stands_beside_it(bits: int, group: int) -> None:
+    inputs = 256
+    stored, scale = drawn(min(bits, 8), (inputs, 100), inputs // group if group else 1)
+    weight = stored.astype(ml_dtypes.bfloat16) if bits == 16 else stored
+    x = np.random.default_rng(1).standard_normal((23, inputs)).astype(np.float32)
+    alone = [product(x[row : row + 1], weight, None if bits == 16 else scale, bits, group) for row in range(len(x))]
+    for first, last in itertools.pairwise((0, 1, 3, 6, 10, 23)):
+        together = product(x[first:last], weight, None if bits == 16 else scale, bits, group)
+        assert np.array_equal(together, np.concatenate(alone[first:last]))
+
+
+def test_rows_of_zeros_and_huge_ones_stay_finite() -> None:
+    stored, scale = drawn(8, (64, 32), 1)
+    x = np.zeros((3, 64), dtype=np.float32)
+    x[1], x[2, 5] = 1e30, 1e-38
+    found = product(x, stored, scale, 8)
+    assert not found[0].any()
+    assert np.isfinite(found).all()
+    wide = stored * scale.astype(np.float64)
+    assert np.allclose(found[1], wide.sum(1) * 1e30, rtol=1e-5)
+
+
+def test_scales_may_be_bfloat16() -> None:
+    stored, scale = drawn(4, (128, 64), 4)
+    x = np.random.default_rng(1).standard_normal((3, 128)).astype(np.float32)
+    halves = scale.astype(ml_dtypes.bfloat16)
+    assert np.array_equal(product(x, stored, halves, 4, 32), product(x, stored, halves.astype(np.float32), 4, 32))
+
+
+def test_a_matrix_of_another_size_is_refused() -> None:
+    stored, scale = drawn(8, (64, 32), 1)
+    with pytest.raises(Exception, match="a weight is not of the size that it should have"):
+        product(np.zeros((1, 96), dtype=np.float32), stored, scale, 8)
+
+
+def test_the_library_is_loaded_by_onnx_runtime() -> None:
+    ort.SessionOptions().register_custom_ops_library(str(library()))
+
+
+def rounded(x: Array, block: int) -> Array:
+    """Rows [T, K] in int8, each block of inputs by its own absolute maximum."""
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % block)))
+    return fake_quantise(padded.reshape(-1, block), None, "int8").reshape(padded.shape)[:, : x.shape[1]]
