@@ -22,9 +22,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv demo build *.egg-info plugins/native/*.so
+	rm -rf .venv demo build *.egg-info plugins/cpu/*.so
 
-$(READY): pyproject.toml $(wildcard plugins/native/*.cpp plugins/native/*.h)
+$(READY): pyproject.toml $(wildcard plugins/cpu/*.cpp plugins/cpu/*.h)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[accuracy,calibration,export,tensorrt,test]'
 	mkdir -p .venv/source && ln -sfn "$(CURDIR)" .venv/source/arriero

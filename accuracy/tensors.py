@@ -49,7 +49,7 @@ class FolderWeights(Weights):
             path, weight = self.made[made]
             values = stored_values(_read(path, weight), weight, index if weight.stacked else None).astype(np.float32)
             shape = values.shape
-            if weight.convert == "bfloat16":
+            if weight.layout == "panels" and weight.convert in ("bfloat16", "float32"):
                 return torch.from_numpy(values).view(shape)
         else:
             path, region = self.region(name + part)

@@ -37,7 +37,7 @@ SWEEPS = ("context", "experts", "threads", "profile")
 LAYERS = 4
 LENGTHS = (512, 2048, 8000, 16000, 32000)
 """The last three leave chunks of 8192 nearly full."""
-PRODUCTS = re.compile("MatMul|Gemm|MoE|Expert")
+PRODUCTS = re.compile("MatMul|Gemm|Moe|Linear")
 LAYER = re.compile(r"(?:model\.)?layers\.(\d+)[./](.*)")
 Row = dict[str, Any]
 

@@ -14,24 +14,24 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..errors import BuildError
+from ..plugins.cpu import ops as kernels
+from ..plugins.cpu.library import DOMAIN
+from ..plugins.cpu.ops import Panels
 from ..plugins.gqa import cpu as gqa_cpu
 from ..plugins.gqa import op as gqa
 from ..plugins.linear import Linear, read_linear
 from ..plugins.moe import cpu as moe_cpu
 from ..plugins.moe import op as moe
-from ..plugins.native import ops as native
-from ..plugins.native.library import DOMAIN
-from ..plugins.native.ops import Panels
 from ..plugins.nodes import Nodes, dims
 from ..plugins.product import Matrix, multiply_rounded, round_fp8
-from ..spec import FolderSpec, VisionPart, Weight
+from ..spec import BITS, FolderSpec, Stored, VisionPart, Weight
 from .graph import open_graph
 from .supply import DTYPES, FLOAT, Supply
 
 SESSION = {"session.disable_prepacking": "1"}
 """Prepacking would copy every weight: the file's pages are used instead."""
-BITS = {"int4": 4, "int8": 8}
-"""Bits of what the CPU's own kernels multiply as integers."""
+INTEGERS: dict[str, Stored] = {"int4": "uint4", "int8": "uint8"}
+"""What the CPU's own kernels multiply as integers, and how they take it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +80,6 @@ class _Lowering:
     def __init__(self, source: ir.Graph, router_experts: int) -> None:
         self.source, self.router_experts = source, router_experts
         self.supply = Supply()
-        self.shared = gqa_cpu.Shared()
         self.mapped: dict[ir.Value, ir.Value] = {}
         self.linears = {node: linear for node in source if (linear := read_linear(node)) is not None}
         self.absorbed = {node for product in self.linears for node in absorbed(product)}
@@ -102,14 +101,9 @@ class _Lowering:
             [self._value(value) for value in self.source.outputs],
             nodes=written,
             initializers=list(self.supply.initializers.values()),
-            opset_imports={**self.source.opset_imports, "com.microsoft": 1, **self._own_domain()},
+            opset_imports={**self.source.opset_imports, "com.microsoft": 1, **_own_domain(written)},
             name=self.source.name,
         )
-
-    def _own_domain(self) -> dict[str, int]:
-        """The domain of the CPU's own kernels, where the graph has any: sessions load the library for it."""
-        has_panels = any(weight.layout == "panels" for weight in self.supply.weights.values())
-        return {DOMAIN: native.VERSION} if has_panels else {}
 
     def _lower_node(self, nodes: Nodes, node: ir.Node) -> None:
         if node in self.absorbed:
@@ -124,9 +118,10 @@ class _Lowering:
                 pass  # the product that reads it takes the weight as it lies
             case "", "MatMul" if (weight := _transposed_weight(sources[1])) is not None:
                 x = self._input(sources[0])
-                if self._is_bf16_head(node, weight):
-                    head = Panels(weight=self.supply.panels(weight, convert="bfloat16"), scale=None, bits=16)
-                    self.mapped[node.outputs[0]] = native.multiply(nodes, x, head, dims(weight)[0])
+                if self.is_quantised:
+                    dtype: Stored = "bfloat16" if weight.dtype == ir.DataType.BFLOAT16 else "float32"
+                    panels = Panels(weight=self.supply.panels(weight, convert=dtype), bits=BITS[dtype])
+                    self.mapped[node.outputs[0]] = kernels.multiply(nodes, x, panels, dims(weight)[0])
                     return
                 inputs = [x, self.supply.widened(weight)]
                 nodes.node("FusedMatMul", inputs, outputs=outputs, domain="com.microsoft", attributes={"transB": 1})
@@ -140,7 +135,7 @@ class _Lowering:
                 nodes.node(node.op_type, optional, outputs=outputs, attributes=attributes)
             case gqa.DOMAIN, gqa.NAME:
                 given = [None if value is None else self._input(value) for value in node.inputs]
-                gqa_cpu.lower(nodes, given, outputs, gqa.Attributes(**attributes), self.shared)
+                gqa_cpu.lower(nodes, given, outputs, gqa.Attributes(**attributes))
             case moe.DOMAIN, moe.NAME:
                 self._lower_experts(nodes, sources, outputs[0], moe.Attributes(**attributes))
             case domain, op_type:
@@ -158,7 +153,7 @@ class _Lowering:
             matrix = dataclasses.replace(matrix, input_scale=self._input(linear.x_scale))
         x = self._input(linear.unscaled if is_dynamic else linear.x)
         scaled = product.outputs[0].consumers()[0] if is_dynamic else product  # a kernel that rounds scales as well
-        self.mapped[scaled.outputs[0]] = native.multiply(nodes, x, matrix, dims(linear.weight)[0])
+        self.mapped[scaled.outputs[0]] = kernels.multiply(nodes, x, matrix, dims(linear.weight)[0])
         if is_dynamic:
             self.absorbed.add(scaled)
 
@@ -171,20 +166,20 @@ class _Lowering:
         weight, scale = self.supply.part(linear.weight), self.supply.widened(linear.weight_scale)
         return multiply_rounded(nodes, self.rounded[key], x_scale, Matrix(weight=weight, scale=scale, is_turned=True))
 
-    def _is_bf16_head(self, node: ir.Node, weight: ir.Value) -> bool:
-        """Whether a linear is the head, in bfloat16, of a quantised model: it is read so, not as float32."""
-        is_head = str(node.name).startswith("lm_head/") and bool(self.linears)
-        return is_head and weight.dtype == ir.DataType.BFLOAT16
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the bundle holds its weights in panels, so that what is not quantised may lie in them too."""
+        return any(linear.kind in INTEGERS for linear in self.linears.values())
 
     def _panels(self, weight: ir.Value, scale: ir.Value, kind: str, *, interleaved: bool = False) -> Panels:
         """A quantised linear's matrix, or all experts' [E, K, N]."""
         shape, scales = dims(weight), dims(scale)
         inputs, groups = (shape[1], scales[1]) if len(shape) == 3 else (shape[1], math.prod(scales[1:]))
         group = 0 if groups == 1 else inputs // groups
-        if group % native.SMALLEST_GROUP:
+        if group % kernels.SMALLEST_GROUP:
             raise BuildError(f"{weight.name}: {group} inputs share a scale, and the CPU's kernels take eights of them")
         return Panels(
-            weight=self.supply.panels(weight, convert="uint4" if kind == "int4" else "uint8", interleaved=interleaved),
+            weight=self.supply.panels(weight, convert=INTEGERS[kind], interleaved=interleaved),
             scale=self.supply.panel_scales(scale, interleaved=interleaved),
             bits=BITS[kind],
             group=group,
@@ -194,7 +189,7 @@ class _Lowering:
         tokens = self._input(sources[0]), self._input(sources[1])
         weights, scales, statics = sources[2:4], sources[4:6], sources[6:]
         count, width, hidden = dims(weights[1])
-        if settings.quantisation not in BITS:
+        if settings.quantisation not in INTEGERS:
             experts = self._experts(sources[2:], settings)
             in_part = count < self.router_experts
             moe_cpu.lower(nodes, *tokens, experts, hidden, output, settings, in_part=in_part)
@@ -206,7 +201,7 @@ class _Lowering:
             )
             for part in range(2)
         )
-        native.dispatch(nodes, *tokens, gate_up, down, output, settings, experts=count, width=width)
+        kernels.dispatch(nodes, *tokens, gate_up, down, output, settings, experts=count, width=width)
 
     def _experts(self, sources: list[ir.Value], settings: moe.Attributes) -> list[tuple[Matrix, Matrix]]:
         """Each expert's two matrices, from the op's weights and scales."""
@@ -235,6 +230,11 @@ class _Lowering:
 
     def _input(self, value: ir.Value) -> ir.Value:
         return self.supply.widened(value) if value.is_initializer() else self._value(value)
+
+
+def _own_domain(nodes: list[ir.Node]) -> dict[str, int]:
+    """The domain of the CPU's own kernels, where there are any: sessions load the library for it."""
+    return {DOMAIN: kernels.VERSION} if any(node.domain == DOMAIN for node in nodes) else {}
 
 
 def absorbed(product: ir.Node) -> list[ir.Node]:

@@ -37,7 +37,7 @@ FORMAT_NAMES = {
 
 PIECE = 1 << 20
 """Elements widened at a time, so that the piece stays in the processor's cache."""
-OFFSETS = {"uint4": 0x88888888, "uint8": 0x80808080, "bfloat16": 0}
+OFFSETS = {"uint4": 0x88888888, "uint8": 0x80808080, "bfloat16": 0, "float32": 0}
 """What a word of signed integers is turned to unsigned ones with: their sign bits."""
 TILE = 32
 """Rows transposed at a time: what they write lies in as many cache lines as the cache holds."""
@@ -69,7 +69,9 @@ def lay_out(data: Bytes, weight: Weight) -> np.ndarray:
 
 def _panels(rows: np.ndarray, weight: Weight) -> Bytes:
     """A matrix [N, K] in panels of 32 outputs: for each four bytes of inputs the outputs' words, one after another."""
-    size = BLOCK * BITS[weight.dtype] // 8 // rows.itemsize
+    if weight.convert == "float32":
+        rows = rows if weight.dtype == "float32" else widen(rows, weight.dtype)
+    size = BLOCK * BITS[weight.convert] // 8 // rows.itemsize
     rows = rows if rows.shape[1] % size == 0 else np.pad(rows, ((0, 0), (0, -rows.shape[1] % size)))
     words = _by_panel(np.ascontiguousarray(rows).view(np.uint32), weight).swapaxes(1, 2)
     made = np.ascontiguousarray(words)
@@ -94,7 +96,7 @@ def _by_panel(rows: np.ndarray, weight: Weight) -> np.ndarray:
 
 
 def stored_values(data: Bytes, weight: Weight, index: int | None = None) -> np.ndarray:
-    """The values that a weight was made from by `lay_out`: integers as int8, scales and bfloat16 in float32.
+    """The values that a weight was made from by `lay_out`: integers as int8, floats in float32.
 
     Args:
         data: The bytes of what was made.
@@ -113,6 +115,8 @@ def stored_values(data: Bytes, weight: Weight, index: int | None = None) -> np.n
     rows = np.concatenate([half.reshape(-1, half.shape[2])[:kept] for half in halves])
     if weight.layout == "scales":
         values = rows if weight.convert == "float32" else widen(rows, weight.convert)
+    elif weight.convert == "float32":
+        values = rows.view(np.float32)
     elif weight.convert == "bfloat16":
         values = widen(rows.view(np.uint16), "bfloat16")
     else:

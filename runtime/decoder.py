@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from ..geometry import ModelSpec
-from ..plugins.native.library import DOMAIN, library
+from ..plugins.cpu.library import DOMAIN, library
 from .decoding import Slots, cache_chunk, is_standing, slots_of, standing
 
 PROVIDER = "CPUExecutionProvider"

@@ -5,7 +5,6 @@ the process, the graph and the activations follow what was measured with onnxrun
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

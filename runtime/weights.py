@@ -23,6 +23,7 @@ from ..spec import Weight
 
 ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "uint8": 2}
 
+
 def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> dict[str, ort.OrtValue]:
     """Maps the weights as ONNX Runtime values by initializer name. The files stay mapped as long as the values live.
 

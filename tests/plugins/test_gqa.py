@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from arriero.plugins import schemas
+from arriero.plugins.cpu.library import DOMAIN, library
 from arriero.plugins.gqa import cpu, native, op
 from arriero.plugins.gqa.body import body
 from arriero.plugins.gqa.cases import CASES, QUANTISED_CASES, Case
@@ -36,7 +37,7 @@ def graph_of(case: Case, write: Callable[[list[ir.Value], list[ir.Value]], list[
     outputs = [ir.val("output", ir.DataType.FLOAT, [None] * 3)]
     dtype = ir.DataType.from_numpy(arrays["key_cache"].dtype)
     outputs += [ir.val(name, dtype, cache) for name in op.OUTPUTS[1:]]
-    imports = {"": OPSET, op.DOMAIN: op.VERSION, "com.microsoft": 1}
+    imports = {"": OPSET, op.DOMAIN: op.VERSION, DOMAIN: 1}
     return ir.Graph(inputs, outputs, nodes=write(inputs, outputs), opset_imports=imports, name="case")
 
 
@@ -44,6 +45,7 @@ def run(model: ir.Model, case: Case) -> Outputs:
     proto = ir.to_proto(model)
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.register_custom_ops_library(str(library()))
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     values = {name: ort_value(array) for name, array in case.inputs().items() if array is not None}
@@ -92,7 +94,8 @@ def by_function(case: Case) -> Outputs:
 def by_cpu_lowering(case: Case) -> Outputs:
     def lower(inputs: list[ir.Value], outputs: list[ir.Value]) -> list[ir.Node]:
         nodes = Nodes()
-        cpu.lower(nodes, inputs, outputs, case.attributes, cpu.Shared())
+        named = {value.name: value for value in inputs}
+        cpu.lower(nodes, [named.get(name) for name in op.INPUTS + op.CACHE_SCALES], outputs, case.attributes)
         return nodes.list
 
     return run(ir.Model(graph_of(case, lower), ir_version=11), case)

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from arriero.plugins.cpu.library import DOMAIN, library
+from arriero.plugins.cpu.ops import Panels
 from arriero.plugins.layout import lay_out
-from arriero.plugins.native.library import DOMAIN, library
-from arriero.plugins.native.ops import Panels
 from arriero.plugins.nodes import OPSET, Nodes
 from arriero.spec import Stored, Weight
 

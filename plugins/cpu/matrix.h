@@ -2,8 +2,10 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 constexpr int64_t PANEL = 32;
 
@@ -11,7 +13,7 @@ inline int64_t divided_up(int64_t count, int64_t by) { return (count + by - 1) /
 
 // A matrix [K, N] of which a panel of 32 outputs lies in one piece: for each four bytes of inputs 32 words, an output
 // each. A word is four inputs of 8 bits, values about 128; eight of 4 bits, about 8, the first of each two in the low
-// half of a byte; or two bfloat16. Missing outputs are zero, and so are inputs up to a multiple of 32.
+// half of a byte; two bfloat16; or a float32. Missing outputs are zero, and so are inputs up to a multiple of 32.
 //
 // Scales are float32 or bfloat16, [N / 32, groups, 32]: each serves an output's inputs of one group.
 struct Matrix {
@@ -39,7 +41,7 @@ struct Matrix {
 };
 
 // Rows of activations: int8 [rows, K] with a scale a block and, about the matrix's middle, what its offset adds up to;
-// or float32 [rows, K] for a matrix of bfloat16.
+// or float32 [rows, K] for a matrix of floats.
 struct Rows {
     int8_t* values;
     float* scales;
@@ -55,8 +57,45 @@ struct Target {
     bool is_gated;  // each panel is sixteen gates and as many ups, and what goes out is SiLU(gate) * up
 };
 
+// How caches hold keys and values; the numbers are ONNX's.
+enum class Cached : int { float32 = 1, int8 = 3, e4m3 = 17 };
+
+constexpr int64_t MOST_DIMS = 512;   // of a head
+constexpr float LOWEST = -3e38f;     // below every score
+
+// One call of grouped-query attention, the canonical op's.
+struct Attention {
+    const float *query, *key, *value;
+    uint8_t *key_cache, *value_cache;
+    const int32_t* past;
+    const float *inv_freq, *key_scale, *value_scale;
+    float *queries, *output;  // `queries`, made ready: [B, kv heads, S, heads of a kv head, D]
+    Cached cache;
+    int64_t batch, length, capacity, head_dim, heads, kv_heads, chunk;
+    float scale, qk_norm_eps, temperature_scale, temperature_floor;
+
+    int64_t slot(int64_t row) const { return chunk ? past[row] % chunk : past[row]; }
+};
+
+// Memory that a thread's calls share, as large as the largest has needed.
+struct Buffer {
+    std::vector<uint8_t> bytes;
+
+    template <typename Value>
+    Value* take(int64_t count) {
+        bytes.resize(std::max(bytes.size(), count * sizeof(Value)));
+        return reinterpret_cast<Value*>(bytes.data());
+    }
+};
+
+struct AttentionSpace {
+    Buffer columns, values, scores, sums, rows;
+};
+
 // The kernels that an instruction set has.
 struct Kernels {
     void (*quantise)(const float* x, const Matrix&, float factor, float fixed_scale, const Rows&, int64_t row);
     void (*multiply)(const Matrix&, const Rows&, int64_t first, int64_t last, int64_t panel, const Target&);
+    void (*enter)(const Attention&, int64_t row, int64_t step);
+    void (*attend)(const Attention&, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace&);
 };

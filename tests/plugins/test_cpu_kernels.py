@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from custom_ops import in_panels, initializer, run_graph
+from custom_ops import in_panels, run_graph
 
-from arriero.plugins.native.library import library
-from arriero.plugins.native.ops import multiply
+from arriero.plugins.cpu.library import library
+from arriero.plugins.cpu.ops import multiply
 from arriero.plugins.nodes import Nodes
 from arriero.plugins.quantisation import fake_quantise
 
@@ -20,7 +20,9 @@ FLOAT = ir.DataType.FLOAT
 SIZES = [(32, 32), (64, 48), (96, 7), (40, 33), (160, 96), (2048, 80)]
 
 
-def product(x: Array, stored: Array, scale: Array | None, bits: int, group: int = 0, x_scale: Array | None = None) -> Array:
+def product(
+    x: Array, stored: Array, scale: Array | None, bits: int, group: int = 0, x_scale: Array | None = None
+) -> Array:
     """The op's product of rows [T, K] with a matrix [N, K] of integers, or of bfloat16."""
     matrix = in_panels(stored, scale, bits, group, x_scale=x_scale)
     value, y, nodes = ir.val("x", FLOAT, ["tokens", x.shape[1]]), ir.val("y", FLOAT, ["tokens", len(stored)]), Nodes()

@@ -25,15 +25,15 @@ class Panels:
 
     Attributes:
         weight: Bytes [.., panels, bytes of one].
-        scale: [.., panels, groups, 32]; None of a matrix of bfloat16.
-        bits: Of a weight: 4, 8 or 16.
+        bits: Of a weight: 4, 8, 16 (bfloat16) or 32 (float32).
+        scale: [.., panels, groups, 32]; None of floats.
         group: Inputs that share a scale; 0 where all of an output do.
         input_scale: Static scale of the inputs, float32, of experts [E]; None rounds each 32 inputs by their own.
     """
 
     weight: ir.Value
-    scale: ir.Value | None
     bits: int
+    scale: ir.Value | None = None
     group: int = 0
     input_scale: ir.Value | None = None
 

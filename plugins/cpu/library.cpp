@@ -1,5 +1,6 @@
-// The two ops of domain `arriero.cpu`, which multiply with quantised matrices on a CPU, for ONNX Runtime.
+// The ops of domain `arriero.cpu` for ONNX Runtime: attention, and products with quantised matrices.
 //
+//   GroupedQueryAttention   the canonical op's inputs, attributes and outputs, in float32 but for its caches
 //   Linear        x [..., K], weight, scale?, x_scale?                                       -> [..., N]
 //   MoeDispatch   hidden [T, H], router_logits [T, E], gate_up, gate_up_scale, down, down_scale,
 //                 hidden_scale?, activated_scale?                                            -> [T, H]
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "matrix.h"
@@ -25,6 +27,8 @@
 namespace any_processor {
 #include "vectors.h"
 #include "kernels.h"
+#include "attention.h"
+constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
 }  // namespace any_processor
 #undef ARRIERO_SET
 
@@ -35,6 +39,8 @@ namespace any_processor {
 namespace avx2 {
 #include "vectors.h"
 #include "kernels.h"
+#include "attention.h"
+constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
 }  // namespace avx2
 #pragma GCC pop_options
 #undef ARRIERO_SET
@@ -45,6 +51,8 @@ namespace avx2 {
 namespace avx512 {
 #include "vectors.h"
 #include "kernels.h"
+#include "attention.h"
+constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
 }  // namespace avx512
 #pragma GCC pop_options
 #undef ARRIERO_SET
@@ -66,6 +74,7 @@ const Kernels& kernels() {
 constexpr int64_t BLOCK = 32;               // inputs that a row rounds by one scale, at most
 constexpr int64_t SLICE = 1 << 16;          // bytes of weights that are worth a thread's while
 constexpr int64_t SLICES = 64;              // of one product at most
+constexpr int64_t TILE_ROWS = 64;           // queries that a thread takes through a head's cache together
 constexpr int64_t ROWS_BYTES = 192 * 1024;  // of rows that a thread goes through all its panels with: they stay in its L2
 
 // A failure of ONNX Runtime's on its way through the code that asked.
@@ -81,8 +90,9 @@ struct Runtime {
         if (status) throw Failure{status};
     }
     [[noreturn]] void fail(const char* message) const { throw Failure{interface.failure(message)}; }
-    int64_t attribute(const ort::Info* info, const char* name) const {
-        int64_t value = 0;
+    template <typename Value = int64_t>
+    Value attribute(const ort::Info* info, const char* name) const {
+        Value value = 0;
         check(interface.attribute(info, name, &value));
         return value;
     }
@@ -95,6 +105,11 @@ struct Tensor {
     ort::Type type = ort::Type::any;
 
     const float* floats() const { return static_cast<const float*>(data); }
+    int64_t size() const {
+        int64_t count = 1;
+        for (const int64_t dimension : shape) count *= dimension;
+        return count;
+    }
 };
 
 // One call of a kernel.
@@ -123,12 +138,13 @@ struct Call {
         return tensor;
     }
 
-    float* output(const std::vector<int64_t>& shape) const {
+    template <typename Value = float>
+    Value* output(const std::vector<int64_t>& shape, size_t index = 0) const {
         ort::Value* value = nullptr;
-        runtime.check(runtime.interface.output(context, 0, shape.data(), shape.size(), &value));
+        runtime.check(runtime.interface.output(context, index, shape.data(), shape.size(), &value));
         void* data = nullptr;
         runtime.check(runtime.interface.data(value, &data));
-        return static_cast<float*>(data);
+        return static_cast<Value*>(data);
     }
 
     // Does `work(index)` for all indices below `count`, on ONNX Runtime's own threads.
@@ -137,17 +153,6 @@ struct Call {
         if (count == 1) return work(0);
         const auto one = [](void* of, size_t index) { (*static_cast<const Work*>(of))(static_cast<int64_t>(index)); };
         runtime.check(runtime.interface.run_in_parallel(context, one, count, const_cast<Work*>(&work)));
-    }
-};
-
-// Memory that a thread's calls share, as large as the largest has needed.
-struct Buffer {
-    std::vector<uint8_t> bytes;
-
-    template <typename Value>
-    Value* take(int64_t count) {
-        bytes.resize(std::max(bytes.size(), count * sizeof(Value)));
-        return reinterpret_cast<Value*>(bytes.data());
     }
 };
 
@@ -162,7 +167,8 @@ struct RowBuffers {
 
 struct Buffers {
     RowBuffers inputs, activated;
-    Buffer activations, outputs;
+    Buffer activations, outputs, queries;
+    AttentionSpace attention;
 };
 
 Buffers& buffers() {
@@ -190,7 +196,7 @@ void multiply(const Call& call, const std::vector<Product>& products, const Rows
         for (int64_t unit = total * slice / slices; unit < end;) {
             const Product& product = products[unit / panels];
             const int64_t from = unit % panels, to = std::min(panels, from + end - unit);
-            const int64_t row_size = product.matrix.inputs * (product.matrix.bits == 16 ? 4 : 1);
+            const int64_t row_size = product.matrix.inputs * (product.matrix.bits < 16 ? 1 : 4);
             const int64_t rows_at_once = std::max<int64_t>(6, ROWS_BYTES / row_size / 6 * 6);
             for (int64_t row = product.first; row < product.last; row += rows_at_once)
                 for (int64_t panel = from; panel < to; panel++)
@@ -216,16 +222,17 @@ struct Stored {
         }
         made.groups = group ? inputs / group : 1;
         made.has_wide_scales = scale.type == ort::Type::float32;
-        int64_t size = 1;
-        for (const int64_t dimension : weight.shape) size *= dimension;
-        if (size % (made.panels() * made.panel_size())) runtime.fail("arriero.cpu: a weight is not of the size that it should have");
+        if (weight.size() % (made.panels() * made.panel_size())) runtime.fail("arriero.cpu: a weight is not of the size that it should have");
         return made;
     }
 };
 
 struct Linear {
     static constexpr const char* NAME = "Linear";
-    static constexpr size_t INPUTS = 4, NEEDED = 2;
+    static constexpr size_t INPUTS = 4, NEEDED = 2, OUTPUTS = 1;
+
+    static ort::Type input_type(size_t) { return ort::Type::any; }
+    static ort::Type output_type(size_t) { return ort::Type::float32; }
 
     Stored stored;
     int64_t outputs;
@@ -264,7 +271,10 @@ struct Choice {
 
 struct MoeDispatch {
     static constexpr const char* NAME = "MoeDispatch";
-    static constexpr size_t INPUTS = 8, NEEDED = 6;
+    static constexpr size_t INPUTS = 8, NEEDED = 6, OUTPUTS = 1;
+
+    static ort::Type input_type(size_t) { return ort::Type::any; }
+    static ort::Type output_type(size_t) { return ort::Type::float32; }
 
     Stored gate_up, down;
     int64_t top_k, first_expert, experts, width;
@@ -351,6 +361,66 @@ struct MoeDispatch {
     }
 };
 
+// One op for each type of cache: ONNX Runtime wants to know what an output's type is.
+template <Cached CACHE>
+struct GroupedQueryAttention {
+    static constexpr const char* NAME = "GroupedQueryAttention";
+    static constexpr size_t INPUTS = 9, NEEDED = 6, OUTPUTS = 3;
+
+    static ort::Type input_type(size_t index) {
+        if (index == 3 || index == 4) return static_cast<ort::Type>(CACHE);
+        return index == 5 ? ort::Type::int32 : ort::Type::float32;
+    }
+    static ort::Type output_type(size_t index) { return index ? static_cast<ort::Type>(CACHE) : ort::Type::float32; }
+
+    Attention settings{};
+
+    GroupedQueryAttention(const Runtime& runtime, const ort::Info* info) {
+        settings.heads = runtime.attribute(info, "heads");
+        settings.kv_heads = runtime.attribute(info, "kv_heads");
+        settings.chunk = runtime.attribute(info, "chunk");
+        settings.scale = runtime.attribute<float>(info, "scale");
+        settings.qk_norm_eps = runtime.attribute<float>(info, "qk_norm_eps");
+        settings.temperature_scale = runtime.attribute<float>(info, "temperature_scale");
+        settings.temperature_floor = runtime.attribute<float>(info, "temperature_floor");
+    }
+
+    void compute(const Call& call) const {
+        const Tensor query = call.input(0), key = call.input(1), value = call.input(2), past = call.input(5);
+        Attention own = settings;
+        own.batch = query.shape[0], own.length = query.shape[1], own.head_dim = query.shape[2] / own.heads;
+        if (own.head_dim > MOST_DIMS) call.runtime.fail("arriero.cpu: heads of more than 512 dimensions");
+        own.query = query.floats(), own.key = key.floats(), own.value = value.floats();
+        own.past = static_cast<const int32_t*>(past.data);
+        own.inv_freq = call.input(6).floats(), own.key_scale = call.input(7).floats(), own.value_scale = call.input(8).floats();
+        own.output = call.output(query.shape);
+        own.key_cache = cache(call, 3, own), own.value_cache = cache(call, 4, own);
+        if (own.batch * own.length == 0) return;
+        for (int64_t row = 0; row < own.batch; row++)
+            if (own.past[row] < 0 || own.slot(row) + own.length > own.capacity)
+                call.runtime.fail("arriero.cpu: a piece does not fit the slots that its cache has left");
+        own.queries = buffers().queries.take<float>(query.size());
+        call.in_parallel(own.batch * own.length, [&](int64_t token) { kernels().enter(own, token / own.length, token % own.length); });
+        const int64_t at_once = std::max<int64_t>(1, TILE_ROWS / (own.heads / own.kv_heads));
+        const int64_t tiles = divided_up(own.length, at_once);
+        call.in_parallel(own.batch * own.kv_heads * tiles, [&](int64_t unit) {
+            const int64_t first = unit % tiles * at_once, head = unit / tiles % own.kv_heads, row = unit / tiles / own.kv_heads;
+            kernels().attend(own, row, head, first, std::min(at_once, own.length - first), buffers().attention);
+        });
+    }
+
+   private:
+    // A cache as the op leaves it: its past, which it usually is already.
+    static uint8_t* cache(const Call& call, size_t input, Attention& own) {
+        const Tensor past = call.input(input);
+        own.capacity = past.shape[2], own.cache = CACHE;
+        auto* present = call.output<uint8_t>(past.shape, input - 2);
+        const int64_t size = past.size() * (CACHE == Cached::float32 ? 4 : 1);
+        if (present != past.data) std::memcpy(present, past.data, size);
+        return present;
+    }
+};
+
 template <typename Kernel>
 struct Held {
     Runtime runtime;
@@ -378,9 +448,9 @@ const ort::CustomOp* described() {
         made.name = [](const ort::CustomOp*) { return Kernel::NAME; };
         made.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
         made.input_count = [](const ort::CustomOp*) { return Kernel::INPUTS; };
-        made.input_type = [](const ort::CustomOp*, size_t) { return ort::Type::any; };
-        made.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
-        made.output_type = [](const ort::CustomOp*, size_t) { return ort::Type::float32; };
+        made.input_type = [](const ort::CustomOp*, size_t index) { return Kernel::input_type(index); };
+        made.output_count = [](const ort::CustomOp*) { return Kernel::OUTPUTS; };
+        made.output_type = [](const ort::CustomOp*, size_t index) { return Kernel::output_type(index); };
         made.input_presence = [](const ort::CustomOp*, size_t index) {
             return index < Kernel::NEEDED ? ort::Presence::required : ort::Presence::optional;
         };
@@ -416,6 +486,9 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
         runtime.check(interface->create_domain("arriero.cpu", &domain));
         runtime.check(interface->add_to_domain(domain, described<Linear>()));
         runtime.check(interface->add_to_domain(domain, described<MoeDispatch>()));
+        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<Cached::float32>>()));
+        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<Cached::int8>>()));
+        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<Cached::e4m3>>()));
         runtime.check(interface->add_domain(options, domain));
     });
 }

@@ -6,6 +6,7 @@
 // same blocks in the same order. So a batch's rows, a prompt's pieces and single tokens agree bit by bit.
 
 constexpr int LANES = 16;
+constexpr int AT_ONCE = ARRIERO_SET == 2 ? 6 : 2;  // rows whose sums fit the registers
 constexpr int AHEAD = 4096;  // bytes of weights that are asked for in advance
 
 // Puts each eight inputs in the order in which four bytes hold them: the low halves', then the high ones'.
@@ -104,17 +105,22 @@ inline void integer_panel(const Matrix& matrix, const Rows& rows, int64_t first,
     }
 }
 
-// The same of a matrix of bfloat16 and rows of float32.
-template <int COUNT>
+// The same of a matrix of floats and rows of float32.
+template <int BITS, int COUNT>
 inline void float_panel(const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, Floats (*total)[2]) {
     const int64_t inputs = matrix.inputs;
     const uint8_t* weights = matrix.weights + panel * matrix.panel_size();
     const float* input = rows.floats + first * inputs;
-    for (int64_t i = 0; i < inputs; i += 2, weights += 128) {
+    for (int64_t i = 0; i < inputs; i += 32 / BITS, weights += 128) {
         __builtin_prefetch(weights + AHEAD);
         __builtin_prefetch(weights + AHEAD + 64);
         const bool has_second = i + 1 < inputs;
         for (int side = 0; side < 2; side++) {
+            if (BITS == 32) {
+                const auto only = load<Floats>(weights + 64 * side);
+                for (int row = 0; row < COUNT; row++) total[row][side] += only * input[row * inputs + i];
+                continue;
+            }
             const auto both = load<Words>(weights + 64 * side);
             const Floats even = bits_as_floats(both << 16), odd = bits_as_floats(both & 0xFFFF0000u);
             for (int row = 0; row < COUNT; row++) total[row][side] += even * input[row * inputs + i];
@@ -142,21 +148,15 @@ inline void rows_of_panel(const Matrix& matrix, const Rows& rows, int64_t first,
     switch (matrix.bits) {
         case 4: integer_panel<4, COUNT>(matrix, rows, first, panel, sums); break;
         case 8: integer_panel<8, COUNT>(matrix, rows, first, panel, sums); break;
-        default: float_panel<COUNT>(matrix, rows, first, panel, sums);
+        case 16: float_panel<16, COUNT>(matrix, rows, first, panel, sums); break;
+        default: float_panel<32, COUNT>(matrix, rows, first, panel, sums);
     }
     for (int row = 0; row < COUNT; row++) write(matrix, first + row, panel, sums[row], target);
 }
 
 inline void multiply(const Matrix& matrix, const Rows& rows, int64_t first, int64_t last, int64_t panel, const Target& target) {
-    for (; last - first >= 6; first += 6) rows_of_panel<6>(matrix, rows, first, panel, target);
-    switch (last - first) {
-        case 1: return rows_of_panel<1>(matrix, rows, first, panel, target);
-        case 2: return rows_of_panel<2>(matrix, rows, first, panel, target);
-        case 3: return rows_of_panel<3>(matrix, rows, first, panel, target);
-        case 4: return rows_of_panel<4>(matrix, rows, first, panel, target);
-        case 5: return rows_of_panel<5>(matrix, rows, first, panel, target);
-        default: return;
-    }
+    for (; last - first >= AT_ONCE; first += AT_ONCE) rows_of_panel<AT_ONCE>(matrix, rows, first, panel, target);
+    for (; last - first >= 2; first += 2) rows_of_panel<2>(matrix, rows, first, panel, target);
+    if (first < last) rows_of_panel<1>(matrix, rows, first, panel, target);
 }
 
-constexpr Kernels KERNELS = {quantise, multiply};

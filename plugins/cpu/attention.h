@@ -1,0 +1,260 @@
+// Attention over caches of keys and values, in blocks of slots with a running softmax (Milakov and Gimelshein 2018,
+// arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+//
+// Included once for each instruction set, within its own namespace, behind `vectors.h`.
+//
+// A query's blocks begin at the same slots whatever it is computed with, and what it does not see adds zero: so a token
+// gets the same bits alone, in a prompt's piece, and in a batch.
+
+constexpr int64_t SLOTS = 64;  // of a block
+constexpr int64_t LANES_16 = 16;
+
+inline Floats load_some(const float* from, int64_t count) {
+    float values[LANES_16] = {};
+    std::memcpy(values, from, count * sizeof(float));
+    return load<Floats>(values);
+}
+
+// Up to sixteen values of a cache, as they are stored, in float32.
+inline Floats load_cached(const Attention& call, const uint8_t* cache, int64_t index, int64_t count) {
+    if (call.cache == Cached::float32) {
+        const float* from = reinterpret_cast<const float*>(cache) + index;
+        return count == LANES_16 ? load<Floats>(from) : load_some(from, count);
+    }
+    using Small = int8_t __attribute__((vector_size(16)));
+    Small bytes = {};
+    if (count == LANES_16)
+        bytes = load<Small>(cache + index);
+    else
+        std::memcpy(&bytes, cache + index, count);
+    const Ints whole = __builtin_convertvector(bytes, Ints);
+    if (call.cache == Cached::int8) return as_floats(whole);
+    // E4M3's exponent and mantissa at their places in a float32, and the exponents' biases, 7 and 127, made even.
+    const Words bits = reinterpret_cast<Words>(whole);
+    return bits_as_floats((bits & 0x7Fu) << 20 | (bits & 0x80000000u)) * 0x1p120f;
+}
+
+inline uint8_t as_e4m3(float value) {
+    const float magnitude = std::fabs(value) < 448.0f ? std::fabs(value) : 448.0f;
+    const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+    if (!(magnitude >= 0x1p-6f)) return sign | static_cast<uint8_t>(std::nearbyint(magnitude * 0x1p9f));
+    uint32_t bits;
+    std::memcpy(&bits, &magnitude, sizeof bits);
+    bits += 0x7FFFF + (bits >> 20 & 1);  // to the nearest of three bits of mantissa, ties to even
+    return sign | static_cast<uint8_t>((bits >> 20) - (120 << 3));
+}
+
+// Writes a head's key or value to its slot.
+inline void write_cached(const Attention& call, uint8_t* cache, int64_t index, const float* values, const float* scales) {
+    if (call.cache == Cached::float32) {
+        std::memcpy(reinterpret_cast<float*>(cache) + index, values, call.head_dim * sizeof(float));
+        return;
+    }
+    for (int64_t d = 0; d < call.head_dim; d++) {
+        const float scaled = values[d] / scales[d];
+        if (call.cache == Cached::e4m3) {
+            cache[index + d] = as_e4m3(scaled);
+        } else {
+            const float limited = scaled < -128.0f ? -128.0f : scaled > 127.0f ? 127.0f : scaled;
+            cache[index + d] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(limited)));
+        }
+    }
+}
+
+// A head rotated by its position's angles, then normalised, then multiplied by a factor.
+inline void turn(const Attention& call, const float* from, const float* angles, float factor, float* to) {
+    const int64_t size = call.head_dim;
+    if (angles) {
+        for (int64_t d = 0; d < size; d += 2) {
+            const float cos = angles[d], sin = angles[d + 1];
+            to[d] = from[d] * cos - from[d + 1] * sin;
+            to[d + 1] = from[d] * sin + from[d + 1] * cos;
+        }
+    } else {
+        std::memcpy(to, from, size * sizeof(float));
+    }
+    if (call.qk_norm_eps != 0) {
+        float sum = 0;
+        for (int64_t d = 0; d < size; d++) sum += to[d] * to[d];
+        factor /= std::sqrt(sum / static_cast<float>(size) + call.qk_norm_eps);
+    }
+    for (int64_t d = 0; d < size; d++) to[d] *= factor;
+}
+
+// Makes one token's queries ready, and writes its keys and values to their slots.
+inline void enter(const Attention& call, int64_t row, int64_t step) {
+    const int64_t size = call.head_dim, each = call.heads / call.kv_heads, token = row * call.length + step;
+    const int64_t position = call.past[row] + step, slot = call.slot(row) + step;
+    float temperature = 1;
+    if (call.temperature_scale != 0) {
+        const float steps = std::floor(static_cast<float>(position + 1) / call.temperature_floor);
+        temperature += std::log(steps + 1) * call.temperature_scale;
+    }
+    float made[MOST_DIMS], angles[MOST_DIMS];
+    if (call.inv_freq)
+        for (int64_t pair = 0; pair < size / 2; pair++) {
+            const float angle = static_cast<float>(position) * call.inv_freq[pair];
+            angles[2 * pair] = std::cos(angle), angles[2 * pair + 1] = std::sin(angle);
+        }
+    const float* turned_by = call.inv_freq ? angles : nullptr;
+    for (int64_t head = 0; head < call.kv_heads; head++) {
+        const int64_t source = (token * call.kv_heads + head) * size;
+        const int64_t place = ((row * call.kv_heads + head) * call.capacity + slot) * size;
+        turn(call, call.key + source, turned_by, 1, made);
+        write_cached(call, call.key_cache, place, made, call.key_scale + head * size);
+        write_cached(call, call.value_cache, place, call.value + source, call.value_scale + head * size);
+        for (int64_t query = 0; query < each; query++) {
+            const float* from = call.query + (token * call.heads + head * each + query) * size;
+            float* to = call.queries + (((row * call.kv_heads + head) * call.length + step) * each + query) * size;
+            turn(call, from, turned_by, call.scale * temperature, to);
+            if (call.cache != Cached::float32)
+                for (int64_t d = 0; d < size; d++) to[d] *= call.key_scale[head * size + d];
+        }
+    }
+}
+
+// Sixteen vectors as the columns of what were their rows.
+inline void transpose(Floats* rows) {
+    const auto exchange = [rows](int distance, auto low, auto high) {
+        for (int i = 0; i < LANES_16; i++) {
+            if (i & distance) continue;
+            const Floats first = rows[i], second = rows[i + distance];
+            rows[i] = low(first, second), rows[i + distance] = high(first, second);
+        }
+    };
+    exchange(8, [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23); },
+             [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31); });
+    exchange(4, [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27); },
+             [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31); });
+    exchange(2, [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29); },
+             [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31); });
+    exchange(1, [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30); },
+             [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31); });
+}
+
+// A block's keys [slots, D] as columns, [D, SLOTS]; slots beyond `count` are zero.
+inline void columns_of_keys(const Attention& call, int64_t index, int64_t count, float* columns) {
+    for (int64_t slot = 0; slot < SLOTS; slot += LANES_16)
+        for (int64_t d = 0; d < call.head_dim; d += LANES_16) {
+            const int64_t width = std::min(LANES_16, call.head_dim - d);
+            Floats rows[LANES_16];
+            for (int64_t i = 0; i < LANES_16; i++)
+                rows[i] = slot + i < count ? load_cached(call, call.key_cache, index + (slot + i) * call.head_dim + d, width) : Floats{};
+            transpose(rows);
+            for (int64_t i = 0; i < width; i++) store(columns + (d + i) * SLOTS + slot, rows[i]);
+        }
+}
+
+// COUNT rows of A [., K] times WIDTH vectors of B [K, .], onto what `kept` leaves of C, or as C.
+template <int COUNT, int WIDTH>
+inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs, float* c, int64_t c_row, const float* kept) {
+    Floats sum[COUNT][WIDTH] = {};
+    if (kept)
+        for (int row = 0; row < COUNT; row++)
+            for (int i = 0; i < WIDTH; i++) sum[row][i] = load<Floats>(c + row * c_row + LANES_16 * i) * kept[row];
+    for (int64_t k = 0; k < inputs; k++) {
+        Floats of_b[WIDTH];
+        for (int i = 0; i < WIDTH; i++) of_b[i] = load<Floats>(b + k * b_row + LANES_16 * i);
+        for (int row = 0; row < COUNT; row++)
+            for (int i = 0; i < WIDTH; i++) sum[row][i] += of_b[i] * a[row * a_row + k];
+    }
+    for (int row = 0; row < COUNT; row++)
+        for (int i = 0; i < WIDTH; i++) store(c + row * c_row + LANES_16 * i, sum[row][i]);
+}
+
+template <int WIDTH>
+inline void strip(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs, float* c, int64_t c_row, const float* kept) {
+    const auto some = [&](auto count, int64_t row) {
+        tile<decltype(count)::value, WIDTH>(a + row * a_row, a_row, b, b_row, inputs, c + row * c_row, c_row, kept ? kept + row : nullptr);
+    };
+    int64_t row = 0;
+    for (; row + AT_ONCE <= rows; row += AT_ONCE) some(std::integral_constant<int, AT_ONCE>(), row);
+    for (; row + 3 <= rows; row += 3) some(std::integral_constant<int, 3>(), row);
+    for (; row < rows; row++) some(std::integral_constant<int, 1>(), row);
+}
+
+// A [rows, K] times B [K, width], width a multiple of 16.
+inline void multiply_floats(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs, int64_t width, float* c, int64_t c_row, const float* kept) {
+    int64_t at = 0;
+    for (; at + 64 <= width; at += 64) strip<4>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
+    for (; at < width; at += LANES_16) strip<1>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
+}
+
+inline float largest_of(Floats values) {
+    float largest = values[0];
+    for (int lane = 1; lane < LANES_16; lane++) largest = values[lane] > largest ? values[lane] : largest;
+    return largest;
+}
+
+inline float sum_of(Floats values) {
+    float sum = 0;
+    for (int lane = 0; lane < LANES_16; lane++) sum += values[lane];
+    return sum;
+}
+
+// A row's scores of a block become what its values are weighed with. Returns what is left of the sums before it.
+inline float weigh(float* scores, int64_t seen, float& largest, float& total) {
+    if (seen <= 0) {
+        std::memset(scores, 0, SLOTS * sizeof(float));
+        return 1;
+    }
+    Floats highest = all(largest);
+    for (int64_t slot = 0; slot < SLOTS; slot += LANES_16) {
+        Floats part = load<Floats>(scores + slot);
+        for (int64_t lane = std::max<int64_t>(0, seen - slot); lane < LANES_16; lane++) part[lane] = LOWEST;
+        store(scores + slot, part);
+        highest = part > highest ? part : highest;
+    }
+    const float now = largest_of(highest);
+    Floats sum = {};
+    for (int64_t slot = 0; slot < SLOTS; slot += LANES_16) {
+        const Floats part = load<Floats>(scores + slot);
+        const Floats weights = part > LOWEST ? exponential(part - now) : Floats{};
+        store(scores + slot, weights);
+        sum += weights;
+    }
+    const float kept = largest > LOWEST ? exponential(all(largest - now))[0] : 0;
+    largest = now;
+    total = total * kept + sum_of(sum);
+    return kept;
+}
+
+// The queries of some tokens that share a key head, from `first` on.
+inline void attend(const Attention& call, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace& space) {
+    const int64_t size = call.head_dim, padded = divided_up(size, LANES_16) * LANES_16, each = call.heads / call.kv_heads;
+    const int64_t rows = count * each, slot = call.slot(row), filled = slot + first + count;
+    const int64_t start = (row * call.kv_heads + head) * call.capacity * size;
+    const float* queries = call.queries + ((row * call.kv_heads + head) * call.length + first) * each * size;
+    float* const columns = space.columns.take<float>(size * SLOTS);
+    float* const widened = space.values.take<float>(SLOTS * padded);
+    float* const scores = space.scores.take<float>(rows * SLOTS);
+    float* const sums = space.sums.take<float>(rows * padded);
+    float* const largest = space.rows.take<float>(3 * rows);
+    float *const total = largest + rows, *const kept = total + rows;
+    std::fill(sums, sums + rows * padded, 0.0f);
+    std::fill(largest, largest + rows, LOWEST);
+    std::fill(total, total + rows, 0.0f);
+    for (int64_t block = 0; block < filled; block += SLOTS) {
+        const int64_t slots = std::min(SLOTS, filled - block), index = start + block * size;
+        columns_of_keys(call, index, slots, columns);
+        multiply_floats(rows, queries, size, columns, SLOTS, size, SLOTS, scores, SLOTS, nullptr);
+        for (int64_t query = 0; query < rows; query++)
+            kept[query] = weigh(scores + query * SLOTS, slot + first + query / each + 1 - block, largest[query], total[query]);
+        const float* values = reinterpret_cast<const float*>(call.value_cache) + index;
+        if (call.cache != Cached::float32 || size != padded) {
+            for (int64_t i = 0; i < slots; i++)
+                for (int64_t d = 0; d < padded; d += LANES_16)
+                    store(widened + i * padded + d, load_cached(call, call.value_cache, index + i * size + d, std::min(LANES_16, size - d)));
+            values = widened;
+        }
+        multiply_floats(rows, scores, SLOTS, values, padded, slots, padded, sums, padded, kept);
+    }
+    for (int64_t query = 0; query < rows; query++) {
+        const int64_t token = row * call.length + first + query / each;
+        float* to = call.output + (token * call.heads + head * each + query % each) * size;
+        for (int64_t d = 0; d < size; d++) {
+            to[d] = sums[query * padded + d] / total[query];
+            if (call.cache != Cached::float32) to[d] *= call.value_scale[head * size + d];
+        }
+    }
+}
