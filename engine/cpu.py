@@ -86,6 +86,9 @@ class _Lowering:
         for linear in self.linears.values():
             if linear.kind == "int8" and linear.own_scale is not None:  # its kernel rounds activations itself
                 self.absorbed |= set(linear.scaling)
+        kinds = {linear.kind for linear in self.linears.values()}
+        kinds |= {node.attributes["quantisation"].value for node in source if node.op_type == moe.NAME}
+        self.has_panels = bool(kinds & set(INTEGERS))  # then what is not quantised lies in them too
         self.rounded: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     def lower(self) -> ir.Graph:
@@ -118,7 +121,7 @@ class _Lowering:
                 pass  # the product that reads it takes the weight as it lies
             case "", "MatMul" if (weight := _transposed_weight(sources[1])) is not None:
                 x = self._input(sources[0])
-                if self.is_quantised:
+                if self.has_panels:
                     dtype: Stored = "bfloat16" if weight.dtype == ir.DataType.BFLOAT16 else "float32"
                     panels = Panels(weight=self.supply.panels(weight, convert=dtype), bits=BITS[dtype])
                     self.mapped[node.outputs[0]] = kernels.multiply(nodes, x, panels, dims(weight)[0])
@@ -165,11 +168,6 @@ class _Lowering:
             self.rounded[key] = round_fp8(nodes, self._input(linear.x), x_scale)
         weight, scale = self.supply.part(linear.weight), self.supply.widened(linear.weight_scale)
         return multiply_rounded(nodes, self.rounded[key], x_scale, Matrix(weight=weight, scale=scale, is_turned=True))
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether the bundle holds its weights in panels, so that what is not quantised may lie in them too."""
-        return any(linear.kind in INTEGERS for linear in self.linears.values())
 
     def _panels(self, weight: ir.Value, scale: ir.Value, kind: str, *, interleaved: bool = False) -> Panels:
         """A quantised linear's matrix, or all experts' [E, K, N]."""

@@ -16,21 +16,20 @@ inline Floats load_some(const float* from, int64_t count) {
 }
 
 // Up to sixteen values of a cache, as they are stored, in float32.
-inline Floats load_cached(const Attention& call, const uint8_t* cache, int64_t index, int64_t count) {
-    if (call.cache == Cached::float32) {
+template <Cached CACHE>
+inline Floats load_cached(const uint8_t* cache, int64_t index, int64_t count) {
+    if (CACHE == Cached::float32) {
         const float* from = reinterpret_cast<const float*>(cache) + index;
         return count == LANES_16 ? load<Floats>(from) : load_some(from, count);
     }
-    using Small = int8_t __attribute__((vector_size(16)));
     Small bytes = {};
     if (count == LANES_16)
         bytes = load<Small>(cache + index);
     else
         std::memcpy(&bytes, cache + index, count);
-    const Ints whole = __builtin_convertvector(bytes, Ints);
-    if (call.cache == Cached::int8) return as_floats(whole);
+    if (CACHE == Cached::int8) return as_floats(whole(bytes));
     // E4M3's exponent and mantissa at their places in a float32, and the exponents' biases, 7 and 127, made even.
-    const Words bits = reinterpret_cast<Words>(whole);
+    const Words bits = reinterpret_cast<Words>(whole(bytes));
     return bits_as_floats((bits & 0x7Fu) << 20 | (bits & 0x80000000u)) * 0x1p120f;
 }
 
@@ -113,33 +112,48 @@ inline void enter(const Attention& call, int64_t row, int64_t step) {
     }
 }
 
-// Sixteen vectors as the columns of what were their rows.
+// Sixteen vectors as the columns of what were their rows: first each four by four, then these among one another.
 inline void transpose(Floats* rows) {
-    const auto exchange = [rows](int distance, auto low, auto high) {
-        for (int i = 0; i < LANES_16; i++) {
-            if (i & distance) continue;
-            const Floats first = rows[i], second = rows[i + distance];
-            rows[i] = low(first, second), rows[i + distance] = high(first, second);
-        }
-    };
-    exchange(8, [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23); },
-             [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31); });
-    exchange(4, [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27); },
-             [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31); });
-    exchange(2, [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29); },
-             [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31); });
-    exchange(1, [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30); },
-             [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31); });
+    for (Floats* four = rows; four < rows + LANES_16; four += 4) {
+        const auto low = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29); };
+        const auto high = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31); };
+        const auto firsts = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29); };
+        const auto seconds = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31); };
+        const Floats a = low(four[0], four[1]), b = high(four[0], four[1]), c = low(four[2], four[3]), d = high(four[2], four[3]);
+        four[0] = firsts(a, c), four[1] = seconds(a, c), four[2] = firsts(b, d), four[3] = seconds(b, d);
+    }
+    Floats turned[LANES_16];
+    for (int i = 0; i < 4; i++) {
+        const auto front = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23); };
+        const auto back = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31); };
+        const auto even = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27); };
+        const auto odd = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31); };
+        const Floats a = front(rows[i], rows[4 + i]), b = back(rows[i], rows[4 + i]), c = front(rows[8 + i], rows[12 + i]), d = back(rows[8 + i], rows[12 + i]);
+        turned[i] = even(a, c), turned[4 + i] = odd(a, c), turned[8 + i] = even(b, d), turned[12 + i] = odd(b, d);
+    }
+    for (int i = 0; i < LANES_16; i++) rows[i] = turned[i];
 }
 
-// A block's keys [slots, D] as columns, [D, SLOTS]; slots beyond `count` are zero.
+// A block's keys [slots, D] as columns, [D, SLOTS]; slots beyond `count` are zero. What is read next, the block's values
+// and the next one's keys, is asked for on the way: rows this far apart are no stream that a processor would see.
+template <Cached CACHE>
 inline void columns_of_keys(const Attention& call, int64_t index, int64_t count, float* columns) {
+    constexpr int64_t ITEM = CACHE == Cached::float32 ? 4 : 1;
+    const int64_t size = call.head_dim;
     for (int64_t slot = 0; slot < SLOTS; slot += LANES_16)
-        for (int64_t d = 0; d < call.head_dim; d += LANES_16) {
-            const int64_t width = std::min(LANES_16, call.head_dim - d);
+        for (int64_t d = 0; d < size; d += LANES_16) {
+            const int64_t width = std::min(LANES_16, size - d);
             Floats rows[LANES_16];
-            for (int64_t i = 0; i < LANES_16; i++)
-                rows[i] = slot + i < count ? load_cached(call, call.key_cache, index + (slot + i) * call.head_dim + d, width) : Floats{};
+            for (int64_t i = 0; i < LANES_16; i++) {
+                const int64_t at = index + (slot + i) * size + d;
+                if (d * ITEM % 64 == 0) {
+                    __builtin_prefetch(call.value_cache + at * ITEM);
+                    __builtin_prefetch(call.key_cache + (at + SLOTS * size) * ITEM);
+                }
+                rows[i] = slot + i >= count    ? Floats{}
+                          : width == LANES_16 ? load_cached<CACHE>(call.key_cache, at, LANES_16)
+                                              : load_cached<CACHE>(call.key_cache, at, width);
+            }
             transpose(rows);
             for (int64_t i = 0; i < width; i++) store(columns + (d + i) * SLOTS + slot, rows[i]);
         }
@@ -219,8 +233,21 @@ inline float weigh(float* scores, int64_t seen, float& largest, float& total) {
     return kept;
 }
 
+// A block's values [slots, D] in float32, [slots, padded].
+template <Cached CACHE>
+inline void widen_values(const Attention& call, int64_t index, int64_t count, int64_t padded, float* widened) {
+    const int64_t size = call.head_dim;
+    for (int64_t slot = 0; slot < count; slot++)
+        for (int64_t d = 0; d < padded; d += LANES_16) {
+            const int64_t at = index + slot * size + d, width = std::min(LANES_16, size - d);
+            const Floats values = width == LANES_16 ? load_cached<CACHE>(call.value_cache, at, LANES_16) : load_cached<CACHE>(call.value_cache, at, width);
+            store(widened + slot * padded + d, values);
+        }
+}
+
 // The queries of some tokens that share a key head, from `first` on.
-inline void attend(const Attention& call, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace& space) {
+template <Cached CACHE>
+inline void attend_over(const Attention& call, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace& space) {
     const int64_t size = call.head_dim, padded = divided_up(size, LANES_16) * LANES_16, each = call.heads / call.kv_heads;
     const int64_t rows = count * each, slot = call.slot(row), filled = slot + first + count;
     const int64_t start = (row * call.kv_heads + head) * call.capacity * size;
@@ -236,15 +263,13 @@ inline void attend(const Attention& call, int64_t row, int64_t head, int64_t fir
     std::fill(total, total + rows, 0.0f);
     for (int64_t block = 0; block < filled; block += SLOTS) {
         const int64_t slots = std::min(SLOTS, filled - block), index = start + block * size;
-        columns_of_keys(call, index, slots, columns);
+        columns_of_keys<CACHE>(call, index, slots, columns);
         multiply_floats(rows, queries, size, columns, SLOTS, size, SLOTS, scores, SLOTS, nullptr);
         for (int64_t query = 0; query < rows; query++)
             kept[query] = weigh(scores + query * SLOTS, slot + first + query / each + 1 - block, largest[query], total[query]);
         const float* values = reinterpret_cast<const float*>(call.value_cache) + index;
-        if (call.cache != Cached::float32 || size != padded) {
-            for (int64_t i = 0; i < slots; i++)
-                for (int64_t d = 0; d < padded; d += LANES_16)
-                    store(widened + i * padded + d, load_cached(call, call.value_cache, index + i * size + d, std::min(LANES_16, size - d)));
+        if (CACHE != Cached::float32 || size != padded) {
+            widen_values<CACHE>(call, index, slots, padded, widened);
             values = widened;
         }
         multiply_floats(rows, scores, SLOTS, values, padded, slots, padded, sums, padded, kept);
@@ -254,7 +279,15 @@ inline void attend(const Attention& call, int64_t row, int64_t head, int64_t fir
         float* to = call.output + (token * call.heads + head * each + query % each) * size;
         for (int64_t d = 0; d < size; d++) {
             to[d] = sums[query * padded + d] / total[query];
-            if (call.cache != Cached::float32) to[d] *= call.value_scale[head * size + d];
+            if (CACHE != Cached::float32) to[d] *= call.value_scale[head * size + d];
         }
+    }
+}
+
+inline void attend(const Attention& call, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace& space) {
+    switch (call.cache) {
+        case Cached::float32: return attend_over<Cached::float32>(call, row, head, first, count, space);
+        case Cached::int8: return attend_over<Cached::int8>(call, row, head, first, count, space);
+        case Cached::e4m3: return attend_over<Cached::e4m3>(call, row, head, first, count, space);
     }
 }

@@ -46,10 +46,9 @@ inline void quantise(const float* x, const Matrix& matrix, float factor, float f
             Floats value = parts[part] / divisor;
             value = value < -128.0f ? all(-128.0f) : value;
             value = value > 127.0f ? all(127.0f) : value;
-            const Ints whole = __builtin_convertvector(to_whole(value), Ints);
-            sum += whole;
-            using Small = int8_t __attribute__((vector_size(16)));
-            store(rounded + part * LANES, __builtin_convertvector(whole, Small));
+            const Ints values = __builtin_convertvector(to_whole(value), Ints);
+            sum += values;
+            store(rounded + part * LANES, narrow(values));
         }
         if (matrix.bits == 4) evens_before_odds(rounded);
         std::memcpy(to, rounded, matrix.block);

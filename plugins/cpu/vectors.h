@@ -1,7 +1,7 @@
 // Sixteen lanes of float or int32, and the product of bytes that integer matrices are made of.
 //
 // Included once for each instruction set, within its own namespace: the compiler makes of a vector what the set has.
-// Only `dot` knows which one that is.
+// Only where intrinsics stand matters which one that is.
 
 using Floats = float __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
@@ -27,6 +27,16 @@ inline Floats to_whole(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
 
 inline Floats as_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 inline Floats bits_as_floats(Words bits) { return reinterpret_cast<Floats>(bits); }
+
+// Sixteen signed bytes as int32, and back; compilers make single ones of `__builtin_convertvector` here.
+using Small = int8_t __attribute__((vector_size(16)));
+#if ARRIERO_SET == 2
+inline Ints whole(Small bytes) { return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes))); }
+inline Small narrow(Ints values) { return reinterpret_cast<Small>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(values))); }
+#else
+inline Ints whole(Small bytes) { return __builtin_convertvector(bytes, Ints); }
+inline Small narrow(Ints values) { return __builtin_convertvector(values, Small); }
+#endif
 
 // Sixteen bfloat16 values as float32.
 inline Floats widen(const uint16_t* from) {
