@@ -187,9 +187,7 @@ class LayerQuantiser:
                     moved_KN = (weight_NK * torch.exp2(read.exponents_K.float())).T
                     kept.setdefault(name, []).append(moved_KN.to(dtype).contiguous())
                     continue
-                product, record = quantise_product(
-                    f"{linears.prefix}{name}[{expert}]", weight_NK, read, choice, torch.float32
-                )
+                product, record = quantise_product(f"{linears.prefix}{name}[{expert}]", weight_NK, read, choice, dtype)
                 linears.records.append(record)
                 kept.setdefault(name, []).append(laid_out(product, choice, transposed=True))
                 kept.setdefault(f"{name}_scale", []).append(product.weight.scale_NG.T.contiguous())

@@ -89,6 +89,10 @@ class _Lowering:
         kinds = {linear.kind for linear in self.linears.values()}
         kinds |= {node.attributes["quantisation"].value for node in source if node.op_type == moe.NAME}
         self.has_panels = bool(kinds & set(INTEGERS))  # then what is not quantised lies in them too
+        for node in source:
+            if self.has_panels and node.op_type == gqa.NAME:
+                caches = [value for value in (*node.inputs[3:5], *node.outputs[1:3]) if value is not None]
+                self.mapped |= {value: _narrow_cache(value) for value in caches}
         self.rounded: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     def lower(self) -> ir.Graph:
@@ -169,16 +173,33 @@ class _Lowering:
         weight, scale = self.supply.part(linear.weight), self.supply.widened(linear.weight_scale)
         return multiply_rounded(nodes, self.rounded[key], x_scale, Matrix(weight=weight, scale=scale, is_turned=True))
 
-    def _panels(self, weight: ir.Value, scale: ir.Value, kind: str, *, interleaved: bool = False) -> Panels:
-        """A quantised linear's matrix, or all experts' [E, K, N]."""
+    def _panels(
+        self,
+        weight: ir.Value,
+        scale: ir.Value,
+        kind: str,
+        *,
+        chosen_in: ir.DataType | None = None,
+        interleaved: bool = False,
+    ) -> Panels:
+        """A quantised linear's matrix, or all experts' [E, K, N].
+
+        Args:
+            weight: As it is stored.
+            scale: Its scales.
+            kind: `int8` or `int4`.
+            chosen_in: The type that the recipe chose scales in, where it is not the one that they are stored in.
+            interleaved: Whether gates and ups come by turns.
+        """
         shape, scales = dims(weight), dims(scale)
         inputs, groups = (shape[1], scales[1]) if len(shape) == 3 else (shape[1], math.prod(scales[1:]))
         group = 0 if groups == 1 else inputs // groups
+        scale_type: Stored = "bfloat16" if (chosen_in or scale.dtype) == ir.DataType.BFLOAT16 else "float32"
         if group % kernels.SMALLEST_GROUP:
             raise BuildError(f"{weight.name}: {group} inputs share a scale, and the CPU's kernels take eights of them")
         return Panels(
             weight=self.supply.panels(weight, convert=INTEGERS[kind], interleaved=interleaved),
-            scale=self.supply.panel_scales(scale, interleaved=interleaved),
+            scale=self.supply.panel_scales(scale, convert=scale_type, interleaved=interleaved),
             bits=BITS[kind],
             group=group,
         )
@@ -187,14 +208,16 @@ class _Lowering:
         tokens = self._input(sources[0]), self._input(sources[1])
         weights, scales, statics = sources[2:4], sources[4:6], sources[6:]
         count, width, hidden = dims(weights[1])
-        if settings.quantisation not in INTEGERS:
+        kind = settings.quantisation
+        if kind not in INTEGERS:
             experts = self._experts(sources[2:], settings)
             in_part = count < self.router_experts
             moe_cpu.lower(nodes, *tokens, experts, hidden, output, settings, in_part=in_part)
             return
+        chosen_in = sources[0].dtype if kind == "int4" else None
         gate_up, down = (
             dataclasses.replace(
-                self._panels(weights[part], scales[part], settings.quantisation, interleaved=not part),
+                self._panels(weights[part], scales[part], kind, chosen_in=chosen_in, interleaved=not part),
                 input_scale=self.supply.widened(statics[part]) if statics else None,
             )
             for part in range(2)
@@ -228,6 +251,12 @@ class _Lowering:
 
     def _input(self, value: ir.Value) -> ir.Value:
         return self.supply.widened(value) if value.is_initializer() else self._value(value)
+
+
+def _narrow_cache(value: ir.Value) -> ir.Value:
+    """A cache of a quantised model: 16 bits stay 16, but of more mantissa than bfloat16 has."""
+    dtype = ir.DataType.FLOAT16 if value.dtype == ir.DataType.BFLOAT16 else value.dtype
+    return ir.Value(name=value.name, shape=value.shape, type=None if dtype is None else ir.TensorType(dtype))
 
 
 def _own_domain(nodes: list[ir.Node]) -> dict[str, int]:

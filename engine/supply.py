@@ -89,9 +89,8 @@ class Supply:
         """A matrix [N, K], or all experts' [E, K, N], in the panels of the CPU's own kernels."""
         return self._matrix(f"{source.name}:panels", source, convert, "panels", interleaved=interleaved)
 
-    def panel_scales(self, source: ir.Value, *, interleaved: bool = False) -> ir.Value:
-        """The scales [N, groups], or [E, groups, N], of such panels; bfloat16 as it is, others in float32."""
-        convert: Stored = "bfloat16" if source.dtype == ir.DataType.BFLOAT16 else "float32"
+    def panel_scales(self, source: ir.Value, *, convert: Stored, interleaved: bool = False) -> ir.Value:
+        """The scales [N, groups], or [E, groups, N], of such panels."""
         return self._matrix(f"{source.name}", source, convert, "scales", interleaved=interleaved)
 
     def _matrix(

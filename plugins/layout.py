@@ -82,7 +82,8 @@ def _panels(rows: np.ndarray, weight: Weight) -> Bytes:
 def _panel_scales(scales: np.ndarray, weight: Weight) -> np.ndarray:
     """Scales [N, groups] in panels, [N / 32, groups, 32], in the type wanted."""
     if weight.dtype != weight.convert:
-        scales = widen(scales, weight.dtype)
+        wide = scales if weight.dtype == "float32" else widen(scales, weight.dtype)
+        scales = narrow(wide, weight.convert)
     return np.ascontiguousarray(_by_panel(scales, weight).swapaxes(1, 2))
 
 
@@ -159,6 +160,16 @@ def widen(array: np.ndarray, dtype: str) -> np.ndarray:
         else:
             target[start : start + PIECE] = piece
     return wide
+
+
+def narrow(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """A float32 array as float16 or as the bits of bfloat16, rounded to nearest, ties to even; float32 as it is."""
+    if dtype != "bfloat16":
+        return array.astype(NUMPY_DTYPES[dtype], copy=False)
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)
+    quiet = bits | np.uint32(0x400000)  # a NaN stays one: the sum could carry it over into a number
+    return (np.where(np.isnan(array), quiet, rounded) >> 16).astype(np.uint16)
 
 
 def fp8_values() -> np.ndarray:

@@ -27,6 +27,7 @@ Watch = Callable[[dict[str, NDArray[Any]]], None]
 
 CACHE_DTYPES: dict[str, tuple[type[np.generic], int]] = {
     "tensor(float)": (np.float32, 1),
+    "tensor(float16)": (np.float16, 10),
     "tensor(int8)": (np.int8, 3),
     "tensor(float8e4m3fn)": (np.uint8, 17),
 }

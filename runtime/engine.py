@@ -17,13 +17,13 @@ from ..folder import KERNELS
 from ..geometry import ModelSpec
 from ..plugins.gqa.tensorrt import PLUGIN as GQA
 from ..plugins.launch import Kernels
+from ..plugins.layout import narrow
 from ..plugins.moe.tensorrt import PLUGIN as MOE
 from ..plugins.tensorrt import register
 from ..spec import CacheInput, EngineSpec, FolderSpec
 from .decoding import Slots, cache_chunk, is_standing, slots_of
 from .device import Device, Graph, Memory
 from .execution import Execution, accept, deserialise, open_version, read_built, upload_weights
-from .weights import narrow
 
 
 class EngineDecoder:

@@ -139,8 +139,15 @@ def step_reads(spec: FolderSpec, sizes: Mapping[str, int], batch: int, past: flo
 
 def slot_size(spec: FolderSpec) -> int:
     """Bytes of one position's key and value in one layer of a session on the CPU."""
-    quantised = spec.recipe is not None and spec.recipe.kv_cache != "none"
-    return 2 * spec.model.kv_heads * spec.model.head_dim * (1 if quantised else BITS["float32"] // 8)
+    return 2 * spec.model.kv_heads * spec.model.head_dim * BITS[_cache_type(spec)] // 8
+
+
+def _cache_type(spec: FolderSpec) -> str:
+    """What a session on the CPU keeps keys and values in."""
+    if spec.recipe is not None and spec.recipe.kv_cache != "none":
+        return spec.recipe.kv_cache
+    is_narrow = spec.model.dtype != "float32" and any(weight.layout == "panels" for weight in spec.weights)
+    return "float16" if is_narrow else "float32"
 
 
 def _slots(model: ModelSpec, max_seq: int) -> list[int]:

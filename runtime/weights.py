@@ -2,8 +2,7 @@
 
 A tensor whose stored type and layout the graph takes is a view of the mapped file: its pages are read when they are
 used and belong to the page cache. Others are converted in memory of their own (floats and E4M3 widened to float32,
-matrices of integers laid out in panels), and the pages they came from are let go. What an engine takes and gives is converted
-here too: numpy has no bfloat16.
+matrices of integers laid out in panels), and the pages they came from are let go.
 """
 
 import mmap
@@ -11,11 +10,9 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from ..errors import FolderError
 from ..plugins.layout import NUMPY_DTYPES, lay_out
@@ -61,13 +58,3 @@ def _release(file: mmap.mmap, offset: int, size: int) -> None:
     """Lets go of the pages of a region that has been read; they come back from the file where they are still used."""
     start = offset - offset % mmap.PAGESIZE
     file.madvise(mmap.MADV_DONTNEED, start, offset + size - start)
-
-
-def narrow(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """A float32 array as float16 or as the bits of bfloat16, rounded to nearest, ties to even; float32 as it is."""
-    if dtype != "bfloat16":
-        return array.astype(NUMPY_DTYPES[dtype], copy=False)
-    bits = np.ascontiguousarray(array).view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)
-    quiet = bits | np.uint32(0x400000)  # a NaN stays one: the sum could carry it over into a number
-    return (np.where(np.isnan(array), quiet, rounded) >> 16).astype(np.uint16)

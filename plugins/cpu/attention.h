@@ -22,6 +22,11 @@ inline Floats load_cached(const uint8_t* cache, int64_t index, int64_t count) {
         const float* from = reinterpret_cast<const float*>(cache) + index;
         return count == LANES_16 ? load<Floats>(from) : load_some(from, count);
     }
+    if (CACHE == Cached::float16) {
+        Halves halves = {};
+        std::memcpy(&halves, cache + 2 * index, 2 * count);
+        return widen_half(halves);
+    }
     Small bytes = {};
     if (count == LANES_16)
         bytes = load<Small>(cache + index);
@@ -32,6 +37,8 @@ inline Floats load_cached(const uint8_t* cache, int64_t index, int64_t count) {
     const Words bits = reinterpret_cast<Words>(whole(bytes));
     return bits_as_floats((bits & 0x7Fu) << 20 | (bits & 0x80000000u)) * 0x1p120f;
 }
+
+inline float limited(float value, float most) { return value > most ? most : value < -most ? -most : value; }
 
 inline uint8_t as_e4m3(float value) {
     const float magnitude = std::fabs(value) < 448.0f ? std::fabs(value) : 448.0f;
@@ -49,13 +56,20 @@ inline void write_cached(const Attention& call, uint8_t* cache, int64_t index, c
         std::memcpy(reinterpret_cast<float*>(cache) + index, values, call.head_dim * sizeof(float));
         return;
     }
+    if (call.cache == Cached::float16) {
+        for (int64_t d = 0; d < call.head_dim; d++) {
+            const auto half = static_cast<_Float16>(limited(values[d], 65504));
+            std::memcpy(cache + 2 * (index + d), &half, 2);
+        }
+        return;
+    }
     for (int64_t d = 0; d < call.head_dim; d++) {
         const float scaled = values[d] / scales[d];
         if (call.cache == Cached::e4m3) {
             cache[index + d] = as_e4m3(scaled);
         } else {
-            const float limited = scaled < -128.0f ? -128.0f : scaled > 127.0f ? 127.0f : scaled;
-            cache[index + d] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(limited)));
+            const float rounded = std::nearbyint(scaled < -128 ? -128 : scaled > 127 ? 127 : scaled);
+            cache[index + d] = static_cast<uint8_t>(static_cast<int8_t>(rounded));
         }
     }
 }
@@ -100,13 +114,13 @@ inline void enter(const Attention& call, int64_t row, int64_t step) {
         const int64_t source = (token * call.kv_heads + head) * size;
         const int64_t place = ((row * call.kv_heads + head) * call.capacity + slot) * size;
         turn(call, call.key + source, turned_by, 1, made);
-        write_cached(call, call.key_cache, place, made, call.key_scale + head * size);
-        write_cached(call, call.value_cache, place, call.value + source, call.value_scale + head * size);
+        write_cached(call, call.key_cache, place, made, call.key_scale ? call.key_scale + head * size : nullptr);
+        write_cached(call, call.value_cache, place, call.value + source, call.value_scale ? call.value_scale + head * size : nullptr);
         for (int64_t query = 0; query < each; query++) {
             const float* from = call.query + (token * call.heads + head * each + query) * size;
             float* to = call.queries + (((row * call.kv_heads + head) * call.length + step) * each + query) * size;
             turn(call, from, turned_by, call.scale * temperature, to);
-            if (call.cache != Cached::float32)
+            if (call.key_scale)
                 for (int64_t d = 0; d < size; d++) to[d] *= call.key_scale[head * size + d];
         }
     }
@@ -138,7 +152,7 @@ inline void transpose(Floats* rows) {
 // and the next one's keys, is asked for on the way: rows this far apart are no stream that a processor would see.
 template <Cached CACHE>
 inline void columns_of_keys(const Attention& call, int64_t index, int64_t count, float* columns) {
-    constexpr int64_t ITEM = CACHE == Cached::float32 ? 4 : 1;
+    constexpr int64_t ITEM = item_size(CACHE);
     const int64_t size = call.head_dim;
     for (int64_t slot = 0; slot < SLOTS; slot += LANES_16)
         for (int64_t d = 0; d < size; d += LANES_16) {
@@ -279,7 +293,7 @@ inline void attend_over(const Attention& call, int64_t row, int64_t head, int64_
         float* to = call.output + (token * call.heads + head * each + query % each) * size;
         for (int64_t d = 0; d < size; d++) {
             to[d] = sums[query * padded + d] / total[query];
-            if (CACHE != Cached::float32) to[d] *= call.value_scale[head * size + d];
+            if (call.value_scale) to[d] *= call.value_scale[head * size + d];
         }
     }
 }
@@ -287,6 +301,7 @@ inline void attend_over(const Attention& call, int64_t row, int64_t head, int64_
 inline void attend(const Attention& call, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace& space) {
     switch (call.cache) {
         case Cached::float32: return attend_over<Cached::float32>(call, row, head, first, count, space);
+        case Cached::float16: return attend_over<Cached::float16>(call, row, head, first, count, space);
         case Cached::int8: return attend_over<Cached::int8>(call, row, head, first, count, space);
         case Cached::e4m3: return attend_over<Cached::e4m3>(call, row, head, first, count, space);
     }

@@ -35,7 +35,7 @@ constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
 #if defined(__x86_64__) && defined(__GNUC__)
 #define ARRIERO_SET 1
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
 #include "vectors.h"
 #include "kernels.h"
@@ -47,7 +47,7 @@ constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
 
 #define ARRIERO_SET 2
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 namespace avx512 {
 #include "vectors.h"
 #include "kernels.h"
@@ -415,7 +415,7 @@ struct GroupedQueryAttention {
         const Tensor past = call.input(input);
         own.capacity = past.shape[2], own.cache = CACHE;
         auto* present = call.output<uint8_t>(past.shape, input - 2);
-        const int64_t size = past.size() * (CACHE == Cached::float32 ? 4 : 1);
+        const int64_t size = past.size() * item_size(CACHE);
         if (present != past.data) std::memcpy(present, past.data, size);
         return present;
     }
@@ -487,6 +487,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
         runtime.check(interface->add_to_domain(domain, described<Linear>()));
         runtime.check(interface->add_to_domain(domain, described<MoeDispatch>()));
         runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<Cached::float32>>()));
+        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<Cached::float16>>()));
         runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<Cached::int8>>()));
         runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<Cached::e4m3>>()));
         runtime.check(interface->add_domain(options, domain));

@@ -58,7 +58,9 @@ struct Target {
 };
 
 // How caches hold keys and values; the numbers are ONNX's.
-enum class Cached : int { float32 = 1, int8 = 3, e4m3 = 17 };
+enum class Cached : int { float32 = 1, int8 = 3, float16 = 10, e4m3 = 17 };
+
+constexpr int64_t item_size(Cached cache) { return cache == Cached::float32 ? 4 : cache == Cached::float16 ? 2 : 1; }
 
 constexpr int64_t MOST_DIMS = 512;   // of a head
 constexpr float LOWEST = -3e38f;     // below every score

@@ -38,9 +38,22 @@ inline Ints whole(Small bytes) { return __builtin_convertvector(bytes, Ints); }
 inline Small narrow(Ints values) { return __builtin_convertvector(values, Small); }
 #endif
 
+using Halves = uint16_t __attribute__((vector_size(32)));
+
+// Sixteen float16 values as float32; of infinities and NaNs, which are not there, something else.
+inline Floats widen_half(Halves halves) {
+#if ARRIERO_SET == 2
+    return reinterpret_cast<Floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(halves)));
+#else
+    // Exponent and mantissa at their places in a float32, and the exponents' biases, 15 and 127, made even.
+    const Words bits = __builtin_convertvector(halves, Words);
+    const Floats magnitudes = bits_as_floats((bits & 0x7FFFu) << 13) * 0x1p112f;
+    return bits_as_floats(reinterpret_cast<Words>(magnitudes) | (bits & 0x8000u) << 16);
+#endif
+}
+
 // Sixteen bfloat16 values as float32.
 inline Floats widen(const uint16_t* from) {
-    using Halves = uint16_t __attribute__((vector_size(32)));
     return bits_as_floats(__builtin_convertvector(load<Halves>(from), Words) << 16);
 }
 

@@ -23,7 +23,7 @@ SIZES = [(32, 32), (64, 48), (96, 7), (40, 33), (160, 96), (2048, 80)]
 def product(
     x: Array, stored: Array, scale: Array | None, bits: int, group: int = 0, x_scale: Array | None = None
 ) -> Array:
-    """The op's product of rows [T, K] with a matrix [N, K] of integers, or of bfloat16."""
+    """The op's product of rows [T, K] with a matrix [N, K] of integers, or of floats."""
     matrix = in_panels(stored, scale, bits, group, x_scale=x_scale)
     value, y, nodes = ir.val("x", FLOAT, ["tokens", x.shape[1]]), ir.val("y", FLOAT, ["tokens", len(stored)]), Nodes()
     nodes.node("Identity", [multiply(nodes, value, matrix, len(stored))], outputs=[y])
@@ -57,14 +57,15 @@ def test_integers_are_multiplied_as_float64_does(bits: int, size: tuple[int, int
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_bfloat16_is_multiplied_as_float64_does(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("dtype", "bits"), [(ml_dtypes.bfloat16, 16), (np.float32, 32)])
+def test_floats_are_multiplied_as_float64_does(dtype: type, bits: int, size: tuple[int, int]) -> None:
     inputs, outputs = size
     rng = np.random.default_rng(0)
-    weight = rng.standard_normal((outputs, inputs)).astype(ml_dtypes.bfloat16)
+    weight = rng.standard_normal((outputs, inputs)).astype(dtype)
     for tokens in (1, 4, 9):
         x = rng.standard_normal((tokens, inputs)).astype(np.float32)
         expected = x.astype(np.float64) @ weight.astype(np.float64).T
-        assert np.abs(product(x, weight, None, 16) - expected).max() < 1e-6 * inputs
+        assert np.abs(product(x, weight, None, bits) - expected).max() < 1e-6 * inputs
 
 
 @pytest.mark.parametrize("bits", [4, 8])

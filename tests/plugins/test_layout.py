@@ -26,58 +26,77 @@ def given(values: Array, *arguments: Any, **layout: Any) -> Array:
     return lay_out(np.ascontiguousarray(values).reshape(-1).view(np.uint8), weight(*arguments, **layout))
 
 
-def test_int4_is_made_unsigned() -> None:
-    values = np.random.default_rng(0).integers(-8, 8, (6, 4, 16))
-    assert np.array_equal(given(packed(values), (6, 4, 16), "int4", "uint4"), packed(values + 8))
+def panels(values: Array, per_word: int) -> Array:
+    """Values [N, K] as [panels, K / per_word, 32, per_word], what is missing as zeros."""
+    outputs, inputs = values.shape
+    padded = np.pad(values, ((0, -outputs % 32), (0, -inputs % 32)))
+    return padded.reshape(-1, 32, padded.shape[1] // per_word, per_word).swapaxes(1, 2)
 
 
-def test_int4_is_transposed() -> None:
-    values = np.random.default_rng(0).integers(-8, 8, (70, 48))
-    found = given(packed(values), (7, 10, 48), "int4", "uint4", transposed=True)
-    assert np.array_equal(found, packed(values.T + 8).reshape(48, 7, 5))
+SIZES = [(32, 32), (64, 96), (40, 72), (7, 34)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_matrices_lie_in_panels_of_32_outputs(size: tuple[int, int]) -> None:
+    values = np.random.default_rng(0).integers(-8, 8, size)
+    four = given(packed(values), size, "int4", "uint4", layout="panels")
+    assert np.array_equal(four.reshape(-1), packed(panels(values, 8) + 8).reshape(-1))
+    eight = given(values.astype(np.int8), size, "int8", "uint8", layout="panels")
+    assert np.array_equal(eight.reshape(-1), (panels(values, 4) + 128).astype(np.uint8).reshape(-1))
+    halves = values.astype(ml_dtypes.bfloat16)
+    sixteen = given(halves, size, "bfloat16", "bfloat16", layout="panels")
+    assert np.array_equal(sixteen.reshape(-1).view(ml_dtypes.bfloat16), panels(halves, 2).reshape(-1))
+    whole = given(values.astype(np.float16), size, "float16", "float32", layout="panels")
+    assert np.array_equal(whole.reshape(-1).view(np.float32), panels(values.astype(np.float32), 1).reshape(-1))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_stacked_experts_are_transposed_each_for_itself(interleaved: bool) -> None:
-    values = np.random.default_rng(0).integers(-8, 8, (3, 64, 20))
-    layout = {"transposed": True, "stacked": True, "interleaved": interleaved}
-    order = np.arange(20).reshape(2, 10).T.ravel() if interleaved else np.arange(20)
-    turned = values.swapaxes(1, 2)[:, order]
-    assert np.array_equal(given(packed(values), (3, 64, 20), "int4", "uint4", **layout), packed(turned + 8))
-    eight = given(values.astype(np.int8), (3, 64, 20), "int8", "uint8", **layout)
-    assert np.array_equal(eight.astype(int), turned + 128)
-    scales = np.random.default_rng(1).random((3, 1, 20), dtype=np.float32)
-    repeated = given(scales, (3, 1, 20), "float32", "float32", repeats=4, **layout)
-    assert np.array_equal(repeated, np.repeat(scales.swapaxes(1, 2)[:, order], 4, axis=2))
+def test_experts_are_turned_each_for_itself(interleaved: bool) -> None:
+    values = np.random.default_rng(0).integers(-8, 8, (3, 64, 80))
+    layout = {"layout": "panels", "stacked": True, "interleaved": interleaved}
+    turned = values.swapaxes(1, 2)
+    if interleaved:  # 16 of one half, 16 of the other
+        halves = np.pad(turned.reshape(3, 2, 40, 64), ((0, 0), (0, 0), (0, 8), (0, 0)))
+        turned = halves.reshape(3, 2, 3, 16, 64).swapaxes(1, 2).reshape(3, 96, 64)
+    expected = np.stack([panels(each, 4) + 128 for each in turned])
+    eight = given(values.astype(np.int8), (3, 64, 80), "int8", "uint8", **layout)
+    assert np.array_equal(eight.reshape(-1), expected.astype(np.uint8).reshape(-1))
+    four = given(packed(values), (3, 64, 80), "int4", "uint4", **layout)
+    assert np.array_equal(four.reshape(-1), packed(np.stack([panels(each, 8) + 8 for each in turned])).reshape(-1))
 
 
-def test_two_planes_are_a_float_weight_to_16_bits() -> None:
-    rng = np.random.default_rng(0)
-    values = (rng.standard_normal((40, 3, 64)) * np.exp2(rng.integers(-20, 20, (40, 3, 1)))).astype(ml_dtypes.bfloat16)
-    values[7, 1] = 0
-    total = np.zeros(values.shape)
-    for plane in ("high", "low"):
-        stored = given(values, values.shape, "bfloat16", "uint8", plane=plane)
-        scale = given(values, values.shape, "bfloat16", "float32", plane=plane)
-        assert stored.dtype == np.uint8
-        assert scale.shape == (40, 3)
-        total += (stored.astype(np.float64) - 128) * scale[..., None].astype(np.float64)
-    wide = values.astype(np.float64)
-    assert np.all(np.abs(total - wide) <= np.abs(wide).max(axis=2, keepdims=True) / 64000)
+def test_scales_lie_as_their_panels_do() -> None:
+    scales = np.random.default_rng(1).random((40, 3), dtype=np.float32)
+    found = given(scales, (40, 3), "float32", "float32", layout="scales")
+    assert np.array_equal(found, np.pad(scales, ((0, 24), (0, 0))).reshape(2, 32, 3).swapaxes(1, 2))
+    narrow = given(scales, (40, 3), "float32", "bfloat16", layout="scales")
+    assert np.array_equal(narrow.view(ml_dtypes.bfloat16), found.astype(ml_dtypes.bfloat16))
 
 
-def test_what_is_laid_out_leads_back_to_what_was_stored() -> None:
-    values = np.random.default_rng(0).integers(-8, 8, (3, 64, 20)).astype(np.int8)
-    scales = np.random.default_rng(1).random((3, 2, 20), dtype=np.float32)
-    stacked: dict[str, Any] = {"transposed": True, "stacked": True, "interleaved": True}
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_what_is_laid_out_leads_back_to_what_was_stored(size: tuple[int, int]) -> None:
+    values = np.random.default_rng(0).integers(-8, 8, size).astype(np.int8)
     for stored, about in (
-        (packed(values), weight(values.shape, "int4", "uint4", **stacked)),
-        (values, weight(values.shape, "int8", "uint8", **stacked)),
-        (scales, weight(scales.shape, "float32", "float32", repeats=4, **stacked)),
+        (packed(values), weight(size, "int4", "uint4", layout="panels")),
+        (values, weight(size, "int8", "uint8", layout="panels")),
+        (values.astype(ml_dtypes.bfloat16), weight(size, "bfloat16", "bfloat16", layout="panels")),
+        (values.astype(np.float32), weight(size, "float32", "float32", layout="panels")),
+        (values.astype(np.float32), weight(size, "float32", "float32", layout="scales")),
     ):
-        made = lay_out(stored.reshape(-1).view(np.uint8), about).reshape(-1).view(np.uint8)
-        original = scales if stored is scales else values
-        assert all(np.array_equal(stored_values(made, about, index), original[index]) for index in range(3))
-    for about in (weight((64, 20), "int4", "uint4", transposed=True), weight((64, 20), "int4", "uint4")):
-        made = lay_out(packed(values[0]).reshape(-1), about).reshape(-1)
-        assert np.array_equal(stored_values(made, about), values[0])
+        made = lay_out(np.ascontiguousarray(stored).reshape(-1).view(np.uint8), about).reshape(-1).view(np.uint8)
+        assert len(made) == about.given_size
+        assert np.array_equal(stored_values(made, about), values)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_so_do_experts(interleaved: bool) -> None:
+    values = np.random.default_rng(0).integers(-8, 8, (3, 64, 20)).astype(np.int8)
+    stacked: dict[str, Any] = {"stacked": True, "interleaved": interleaved}
+    for stored, about in (
+        (packed(values), weight(values.shape, "int4", "uint4", layout="panels", **stacked)),
+        (values, weight(values.shape, "int8", "uint8", layout="panels", **stacked)),
+        (values.astype(np.float32), weight(values.shape, "float32", "float32", layout="scales", **stacked)),
+    ):
+        made = lay_out(np.ascontiguousarray(stored).reshape(-1).view(np.uint8), about).reshape(-1).view(np.uint8)
+        assert len(made) == about.given_size
+        assert all(np.array_equal(stored_values(made, about, index), values[index]) for index in range(3))

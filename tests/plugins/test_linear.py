@@ -8,13 +8,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from custom_ops import in_panels, run_graph
 
-from arriero.plugins.layout import lay_out
+from arriero.plugins.cpu import ops as kernels
 from arriero.plugins.linear import read_linear, write_input, write_linear
 from arriero.plugins.nodes import OPSET, Nodes
-from arriero.plugins.product import Matrix, multiply, multiply_planes
+from arriero.plugins.product import Matrix, multiply
 from arriero.plugins.quantisation import LARGEST, fake_quantise, quantise
-from arriero.spec import Weight
 
 Array = np.ndarray[Any, Any]
 KINDS = [("int8", True), ("int8", False), ("fp8", True), ("fp8", False), ("int4", False)]
@@ -85,56 +85,29 @@ def test_the_canonical_form_means_what_the_ops_mean(kind: str, static: bool) -> 
 @pytest.mark.parametrize(("kind", "static"), KINDS)
 def test_the_cpus_product_means_the_same(kind: str, static: bool) -> None:
     x, stored, scale, x_scale = arrays(kind)
-    if kind == "int4":
-        unsigned = (stored.astype(np.int8) + 8).astype(np.uint8)
-        weight = (unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)).reshape(OUTPUTS, -1, BLOCK // 2)
-    else:
-        weight = stored.T.astype(np.float32 if kind == "fp8" else np.int8)
-        scale = scale[:, 0]
-    matrix = Matrix(
-        kind=kind,
-        weight=initializer("weight", np.ascontiguousarray(weight)),
-        scale=initializer("scale", scale),
-        input_scale=initializer("x_scale", x_scale) if static else None,
-    )
     value, y = ir.val("x", FLOAT, ["batch", "sequence", INPUTS]), ir.val("y", FLOAT, ["batch", "sequence", OUTPUTS])
     nodes = Nodes()
-    nodes.node("Identity", [multiply(nodes, value, matrix)], outputs=[y])
-    given = [each for each in (matrix.weight, matrix.scale, matrix.input_scale) if each is not None]
-    imports = {"": OPSET, "com.microsoft": 1}
-    graph = ir.Graph([value], [y], nodes=nodes.list, initializers=given, opset_imports=imports, name="product")
-    found = run(graph, x)
-    if kind == "int4":  # the kernel rounds activations to int8, each block by its own scale
-        assert np.sqrt(np.mean((found - expected(kind, static)) ** 2)) < 1e-2 * np.std(found)
-        blocks = fake_quantise(x.reshape(-1, BLOCK), None, "int8").reshape(x.shape)
-        wide = stored.astype(np.float64) * np.repeat(scale.astype(np.float64), BLOCK, axis=1)
-        assert agree(found, blocks @ wide.T)
+    if kind == "fp8":
+        matrix = Matrix(
+            weight=initializer("weight", np.ascontiguousarray(stored.T.astype(np.float32))),
+            scale=initializer("scale", scale[:, 0]),
+            input_scale=initializer("x_scale", x_scale) if static else None,
+        )
+        given = [each for each in (matrix.weight, matrix.scale, matrix.input_scale) if each is not None]
+        nodes.node("Identity", [multiply(nodes, value, matrix)], outputs=[y])
     else:
-        assert agree(found, expected(kind, static))
-
-
-def test_two_int8_planes_make_a_product_of_16_bits() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 5, 512)).astype(np.float32)
-    x[1, 3] = 0
-    weights = (rng.standard_normal((OUTPUTS, 2, 256)) / 16).astype(np.float32)
-    planes = []
-    for plane in ("high", "low"):
-        arrays = [
-            lay_out(weights.reshape(-1).view(np.uint8), Weight(
-                name="w", file="f", offset=0, shape=weights.shape, dtype="float32", convert=convert, plane=plane))
-            for convert in ("uint8", "float32")
-        ]  # fmt: skip
-        stored, scale = (initializer(f"{plane}{index}", array) for index, array in enumerate(arrays))
-        planes.append(Matrix(kind="int8", weight=stored, scale=scale, has_blocks=True))
-    value, y = ir.val("x", FLOAT, ["batch", "sequence", 512]), ir.val("y", FLOAT, ["batch", "sequence", OUTPUTS])
-    nodes = Nodes()
-    nodes.node("Identity", [multiply_planes(nodes, value, *planes)], outputs=[y])
-    given = [each for matrix in planes for each in (matrix.weight, matrix.scale) if each is not None]
-    imports = {"": OPSET, "com.microsoft": 1}
-    graph = ir.Graph([value], [y], nodes=nodes.list, initializers=given, opset_imports=imports, name="planes")
-    exact = x.astype(np.float64) @ weights.reshape(OUTPUTS, -1).astype(np.float64).T
-    assert np.abs(run(graph, x) - exact).max() < 3e-4 * np.std(exact)
+        bits, group = (4, BLOCK) if kind == "int4" else (8, 0)
+        panels = in_panels(stored.astype(np.int8), scale, bits, group, x_scale=x_scale if static else None)
+        given = [each for each in (panels.weight, panels.scale, panels.input_scale) if each is not None]
+        nodes.node("Identity", [kernels.multiply(nodes, value, panels, OUTPUTS)], outputs=[y])
+    found, meant = run_graph([value], y, nodes, given, {"x": x}), expected(kind, static)
+    if kind == "fp8" or static:
+        assert agree(found, meant)
+    else:  # the kernel rounds activations to int8, each 32 by their own scale
+        assert np.sqrt(np.mean((found - meant) ** 2)) < 1e-2 * np.std(found)
+        blocks = fake_quantise(x.reshape(-1, 32), None, "int8").reshape(x.shape)
+        wide = stored.astype(np.float64) * np.repeat(scale.astype(np.float64), INPUTS // scale.shape[1], axis=1)
+        assert agree(found, blocks @ wide.T)
 
 
 def test_a_bound_saturates_what_lies_beyond_it() -> None:

@@ -15,7 +15,7 @@ from arriero.errors import FolderError, SessionError
 from arriero.export import export_checkpoint
 from arriero.folder import read_spec
 from arriero.geometry import DType
-from arriero.plugins.layout import widen
+from arriero.plugins.layout import narrow, widen
 from arriero.runtime import vision_engine as runtime_vision
 from arriero.runtime.device import Device
 from arriero.runtime.engine import EngineDecoder
@@ -24,7 +24,6 @@ from arriero.runtime.session import Session
 from arriero.runtime.state import Limits
 from arriero.runtime.vision import Vision
 from arriero.runtime.vision_engine import VisionEngine, load_tower
-from arriero.runtime.weights import narrow
 from arriero.spec import FolderSpec
 
 IMAGE, FEATURES = 96, 4

@@ -15,13 +15,18 @@ from arriero.plugins.nodes import OPSET, Nodes
 from arriero.spec import Stored, Weight
 
 Array = np.ndarray[Any, Any]
-CONVERT: dict[int, tuple[Stored, Stored]] = {4: ("int4", "uint4"), 8: ("int8", "uint8"), 16: ("bfloat16", "bfloat16")}
+CONVERT: dict[int, tuple[Stored, Stored]] = {
+    4: ("int4", "uint4"),
+    8: ("int8", "uint8"),
+    16: ("bfloat16", "bfloat16"),
+    32: ("float32", "float32"),
+}
 
 
 def in_panels(
     stored: Array, scale: Array | None, bits: int, group: int = 0, *, gated: bool = False, x_scale: Array | None = None
 ) -> Panels:
-    """A matrix [N, K], or experts' [E, K, N], of integers or bfloat16, with scales [N, groups] or [E, groups, N]."""
+    """A matrix [N, K], or experts' [E, K, N], of integers or floats, with scales [N, groups] or [E, groups, N]."""
     shape, how = stored.shape, {"stacked": stored.ndim == 3, "interleaved": gated}
     if bits == 4:
         nibbles = stored.astype(np.int8).astype(np.uint8) & 15
