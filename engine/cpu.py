@@ -128,7 +128,7 @@ class _Lowering:
                 if self.has_panels:
                     dtype: Stored = "bfloat16" if weight.dtype == ir.DataType.BFLOAT16 else "float32"
                     panels = Panels(weight=self.supply.panels(weight, convert=dtype), bits=BITS[dtype])
-                    self.mapped[node.outputs[0]] = kernels.multiply(nodes, x, panels, dims(weight)[0])
+                    kernels.multiply(nodes, x, panels, dims(weight)[0], outputs[0])
                     return
                 inputs = [x, self.supply.widened(weight)]
                 nodes.node("FusedMatMul", inputs, outputs=outputs, domain="com.microsoft", attributes={"transB": 1})
@@ -160,7 +160,7 @@ class _Lowering:
             matrix = dataclasses.replace(matrix, input_scale=self._input(linear.x_scale))
         x = self._input(linear.unscaled if is_dynamic else linear.x)
         scaled = product.outputs[0].consumers()[0] if is_dynamic else product  # a kernel that rounds scales as well
-        self.mapped[scaled.outputs[0]] = kernels.multiply(nodes, x, matrix, dims(linear.weight)[0])
+        kernels.multiply(nodes, x, matrix, dims(linear.weight)[0], self._value(scaled.outputs[0]))
         if is_dynamic:
             self.absorbed.add(scaled)
 

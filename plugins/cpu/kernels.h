@@ -154,6 +154,7 @@ inline void rows_of_panel(const Matrix& matrix, const Rows& rows, int64_t first,
 }
 
 inline void multiply(const Matrix& matrix, const Rows& rows, int64_t first, int64_t last, int64_t panel, const Target& target) {
+    if (ARRIERO_SET == 2 && last - first == 8) return rows_of_panel<8>(matrix, rows, first, panel, target);  // one pass
     for (; last - first >= AT_ONCE; first += AT_ONCE) rows_of_panel<AT_ONCE>(matrix, rows, first, panel, target);
     for (; last - first >= 2; first += 2) rows_of_panel<2>(matrix, rows, first, panel, target);
     if (first < last) rows_of_panel<1>(matrix, rows, first, panel, target);

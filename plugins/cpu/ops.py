@@ -38,10 +38,18 @@ class Panels:
     input_scale: ir.Value | None = None
 
 
-def multiply(nodes: Nodes, x: ir.Value, matrix: Panels, outputs: int) -> ir.Value:
-    """Writes float32 x [..., K] times a matrix of so many outputs, [..., N]."""
-    attributes = {"bits": matrix.bits, "group": matrix.group, "outputs": outputs}
-    return _node(nodes, "Linear", [x, matrix.weight, matrix.scale, matrix.input_scale], attributes)
+def multiply(nodes: Nodes, x: ir.Value, matrix: Panels, count: int, product: ir.Value) -> None:
+    """Writes float32 x [..., K] times a matrix of so many outputs.
+
+    Args:
+        nodes: Where the node goes.
+        x: The activations.
+        matrix: The matrix.
+        count: N.
+        product: The value to produce, [..., N].
+    """
+    attributes = {"bits": matrix.bits, "group": matrix.group, "outputs": count}
+    _node(nodes, "Linear", [x, matrix.weight, matrix.scale, matrix.input_scale], attributes, product)
 
 
 def dispatch(
@@ -79,13 +87,12 @@ def dispatch(
         "width": width,
     }
     statics = [gate_up.input_scale, down.input_scale]
-    _node(nodes, "MoeDispatch", [*inputs, *statics], settings, outputs=[output])
+    _node(nodes, "MoeDispatch", [*inputs, *statics], settings, output)
 
 
 def _node(
-    nodes: Nodes, name: str, inputs: list[ir.Value | None], attributes: Mapping[str, Any], **outputs: Any
-) -> ir.Value:
+    nodes: Nodes, name: str, inputs: list[ir.Value | None], attributes: Mapping[str, Any], output: ir.Value
+) -> None:
     while inputs[-1] is None:
         inputs.pop()
-    made: ir.Value = nodes.node(name, inputs, domain=DOMAIN, attributes=dict(attributes), **outputs)
-    return made
+    nodes.node(name, inputs, domain=DOMAIN, attributes=dict(attributes), outputs=[output])

@@ -28,17 +28,18 @@ inline Floats to_whole(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
 inline Floats as_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 inline Floats bits_as_floats(Words bits) { return reinterpret_cast<Floats>(bits); }
 
-// Sixteen signed bytes as int32, and back; compilers make single ones of `__builtin_convertvector` here.
+// Sixteen signed bytes or unsigned words as 32 bits, and back; compilers make single ones of `__builtin_convertvector`.
 using Small = int8_t __attribute__((vector_size(16)));
+using Halves = uint16_t __attribute__((vector_size(32)));
 #if ARRIERO_SET == 2
 inline Ints whole(Small bytes) { return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes))); }
 inline Small narrow(Ints values) { return reinterpret_cast<Small>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(values))); }
+inline Words whole(Halves words) { return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(words))); }
 #else
 inline Ints whole(Small bytes) { return __builtin_convertvector(bytes, Ints); }
 inline Small narrow(Ints values) { return __builtin_convertvector(values, Small); }
+inline Words whole(Halves words) { return __builtin_convertvector(words, Words); }
 #endif
-
-using Halves = uint16_t __attribute__((vector_size(32)));
 
 // Sixteen float16 values as float32; of infinities and NaNs, which are not there, something else.
 inline Floats widen_half(Halves halves) {
@@ -46,7 +47,7 @@ inline Floats widen_half(Halves halves) {
     return reinterpret_cast<Floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(halves)));
 #else
     // Exponent and mantissa at their places in a float32, and the exponents' biases, 15 and 127, made even.
-    const Words bits = __builtin_convertvector(halves, Words);
+    const Words bits = whole(halves);
     const Floats magnitudes = bits_as_floats((bits & 0x7FFFu) << 13) * 0x1p112f;
     return bits_as_floats(reinterpret_cast<Words>(magnitudes) | (bits & 0x8000u) << 16);
 #endif
@@ -54,7 +55,7 @@ inline Floats widen_half(Halves halves) {
 
 // Sixteen bfloat16 values as float32.
 inline Floats widen(const uint16_t* from) {
-    return bits_as_floats(__builtin_convertvector(load<Halves>(from), Words) << 16);
+    return bits_as_floats(whole(load<Halves>(from)) << 16);
 }
 
 // Adds to each lane the products of its four unsigned bytes with four signed ones, the same in every lane.

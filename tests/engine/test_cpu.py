@@ -3,8 +3,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+import torch
 
 import arriero
 from arriero.engine import build_bundle
@@ -17,7 +19,7 @@ from arriero.folder import read_spec
 def test_the_lowered_graph_uses_the_forms_chosen_for_the_cpu(tiny_model: Path) -> None:
     graph = onnx.ModelProto.FromString(lower_for_cpu(tiny_model, read_spec(tiny_model)).graph).graph
     count = Counter((node.domain, node.op_type) for node in graph.node)
-    assert count["com.microsoft", "GroupQueryAttention"] == 8
+    assert count["arriero.cpu", "GroupedQueryAttention"] == 8
     assert count["", "If"] == 4 * 8  # an expert each in every second layer
     assert count["com.microsoft", "FusedMatMul"] == 8 * 4 + 8 * 3 + 4 + 1  # attention, MLPs, routers, head
     assert not {"arriero"} & {domain for domain, _ in count}
@@ -51,14 +53,22 @@ def test_only_the_embedding_stays_in_bf16(tiny_model: Path) -> None:
     assert [weight.name for weight in weights if weight.convert != "float32"] == ["model.embed_tokens.weight:bfloat16"]
 
 
-def test_a_head_dim_that_the_contrib_op_refuses_takes_the_function_body(
+def test_a_head_dim_that_fits_no_vector_is_computed_all_the_same(
     make_llama4: Callable[..., Any], tmp_path: Path
 ) -> None:
-    make_llama4(num_hidden_layers=1, head_dim=12).save_pretrained(tmp_path / "checkpoint")
-    model = export_checkpoint(tmp_path / "checkpoint", tmp_path / "model")
-    graph = onnx.ModelProto.FromString(lower_for_cpu(model, read_spec(model)).graph).graph
-    assert "Attention" in {node.op_type for node in graph.node}
-    assert arriero.load(model).generate([5, 6], max_new_tokens=20, eos_token_id=[]).ids
+    reference = make_llama4(num_hidden_layers=1, head_dim=12)
+    reference.save_pretrained(tmp_path / "checkpoint")
+    session = arriero.load(export_checkpoint(tmp_path / "checkpoint", tmp_path / "model"))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = reference(ids).logits.numpy()
+    assert np.abs(session.logits(ids.numpy()) - expected).max() < 1e-5
+
+
+def test_kernels_that_were_not_compiled_are_missed_by_name(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arriero.plugins.cpu.library.EXTENSION_SUFFIXES", [".nowhere"])
+    with pytest.raises(SessionError, match=r"were not compiled: install a C\+\+ compiler"):
+        arriero.load(tiny_model)
 
 
 def test_a_damaged_or_missing_graph_is_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,19 +12,17 @@ import onnx_ir as ir
 import prequantised as write
 import pytest
 import torch
+from canonical import canonical_logits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import arriero
 from arriero.engine import build_bundle
-from arriero.engine import cpu as engine_cpu
 from arriero.errors import CheckpointError, ExportError
 from arriero.export import export_checkpoint
 from arriero.export.choice import choose, units
 from arriero.folder import read_spec
-from arriero.plugins import product
 from arriero.plugins.linear import read_linear
-from arriero.plugins.moe import cpu as moe_cpu
 from arriero.spec import Override, Recipe
 
 IDS = np.random.default_rng(0).integers(3, 97, (2, 24))
@@ -64,20 +62,12 @@ def fp8_model(fp8: Path) -> Path:
     return export_checkpoint(fp8, fp8.parent / "model")
 
 
+def logits(folder: Path) -> np.ndarray[Any, Any]:
+    return arriero.load(folder).logits(IDS)
+
+
 def difference(model: Path, expected: torch.Tensor) -> float:
-    return float(np.abs(arriero.load(model).logits(IDS) - expected.numpy()).max())
-
-
-@pytest.fixture
-def as_written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Lowers to forms that leave activations as the recipe has them; call what this gives for the usual ones again.
-
-    The usual kernels round activations block by block, which would hide a small mistake in what is stored.
-    """
-    monkeypatch.setattr(product, "INT8_ACTIVATIONS", 1)
-    monkeypatch.setattr(moe_cpu, "stacked_block", lambda *sizes, **static: 0)
-    monkeypatch.setattr(engine_cpu, "_int8_block", lambda linear: 0)
-    return monkeypatch.undo
+    return float(np.abs(logits(model) - expected.numpy()).max())
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -89,7 +79,6 @@ def test_a_compressed_tensors_checkpoint_computes_what_its_library_does(
     make_llama4: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    as_written: Callable[[], None],
     name: str,
 ) -> None:
     library = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
@@ -108,11 +97,11 @@ def test_a_compressed_tensors_checkpoint_computes_what_its_library_does(
         kv_cache="fp8" if cache else "none",
     )
     assert read_spec(model).recipe == recipe
-    assert difference(model, expected) < 1e-5
-    bundle = build_bundle(model, tmp_path / "bundle")
-    assert difference(bundle, expected) < 1e-5
-    as_written()
-    assert difference(build_bundle(model, tmp_path / "usual"), expected) < 0.15
+    assert np.abs(canonical_logits(model, IDS) - expected.numpy()).max() < 1e-5
+    # What the CPU's kernels round by 32 activations, a recipe rounds by tokens, or not at all.
+    as_recipe = kind == "fp8" or activations == "static"
+    assert difference(model, expected) < (1e-5 if as_recipe else 0.15)
+    assert np.array_equal(*(logits(folder) for folder in (model, build_bundle(model, tmp_path / "bundle"))))
 
 
 def scales_to_127(value: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +136,6 @@ def test_a_fbgemm_checkpoint_computes_what_its_kernels_do(make_llama4: Make, tmp
     assert (unbounded - expected).abs().max() > 0.01
 
 
-@pytest.mark.usefixtures("as_written")
 def test_groups_of_several_formats_make_a_recipe_with_overrides(make_llama4: Make, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     groups = {
@@ -163,7 +151,8 @@ def test_groups_of_several_formats_make_a_recipe_with_overrides(make_llama4: Mak
     assert chosen["layers.1.feed_forward.experts"] == "int4"
     assert chosen["layers.0.self_attn.q_proj"] == chosen["layers.1.feed_forward.shared_expert.up_proj"] == "fp8"
     assert chosen["layers.0.feed_forward.up_proj"] == chosen["layers.1.feed_forward.router"] == "none"
-    assert difference(model, expected) < 1e-5
+    assert np.abs(canonical_logits(model, IDS) - expected.numpy()).max() < 1e-5
+    assert difference(model, expected) < 0.15  # the CPU's kernels round what int4 experts take in
 
 
 def test_experts_that_are_left_out_are_stacked_as_they_are(make_llama4: Make, tmp_path: Path) -> None:

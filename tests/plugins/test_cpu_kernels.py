@@ -26,7 +26,7 @@ def product(
     """The op's product of rows [T, K] with a matrix [N, K] of integers, or of floats."""
     matrix = in_panels(stored, scale, bits, group, x_scale=x_scale)
     value, y, nodes = ir.val("x", FLOAT, ["tokens", x.shape[1]]), ir.val("y", FLOAT, ["tokens", len(stored)]), Nodes()
-    nodes.node("Identity", [multiply(nodes, value, matrix, len(stored))], outputs=[y])
+    multiply(nodes, value, matrix, len(stored), y)
     given = [each for each in (matrix.weight, matrix.scale, matrix.input_scale) if each is not None]
     return run_graph([value], y, nodes, given, {"x": x})
 

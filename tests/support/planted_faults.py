@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from safetensors.torch import load_file
@@ -84,10 +85,24 @@ def rope_over_halves(layer: int) -> Callable[[onnx.GraphProto], int]:
 
     def change(graph: onnx.GraphProto) -> int:
         count = 0
-        for node in graph.node:
-            if node.op_type == "RotaryEmbedding" and node.name.startswith(f"layers.{layer}/"):
+        for node in list(graph.node):
+            if not node.name.startswith(f"layers.{layer}/"):
+                continue
+            if node.op_type == "RotaryEmbedding":
                 next(attribute for attribute in node.attribute if attribute.name == "interleaved").i = 0
                 count += 1
+            elif node.op_type == "GroupedQueryAttention":  # its pairs are made of what halves would pair
+                head_dim = next(each for each in graph.input if each.name == f"past.{layer}.key").type.tensor_type
+                pairs_D = np.arange(head_dim.shape.dim[3].dim_value).reshape(2, -1).T.ravel()
+                heads = {attribute.name: attribute.i for attribute in node.attribute}
+                for place, name in enumerate(("heads", "kv_heads")):
+                    order = (np.arange(heads[name])[:, None] * len(pairs_D) + pairs_D).ravel()
+                    made = [f"{node.name}/order.{place}", f"{node.name}/paired.{place}"]
+                    graph.initializer.append(onnx.numpy_helper.from_array(order, made[0]))
+                    gather = onnx.helper.make_node("Gather", [node.input[place], made[0]], made[1:], axis=2)
+                    graph.node.insert(list(graph.node).index(node), gather)
+                    node.input[place] = made[1]
+                    count += 1
         return count
 
     return change
