@@ -115,8 +115,8 @@ RECIPES = {
 """Each with the SQNR, dB, that its features have at least: three less than was measured."""
 
 SAME = 42
-"""SQNR, dB, of one computation in two orders of sums, where a value that falls on the other side of a tie is a step off,
-and of activations rounded by 32 where the emulation rounds by tokens."""
+"""SQNR, dB, of one computation in two orders of sums, where a value on the other side of a tie is a step off, and of
+activations rounded by 32 where the emulation rounds by tokens."""
 
 
 @pytest.mark.parametrize("name", RECIPES)
