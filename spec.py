@@ -6,6 +6,7 @@ Standard library only: every room imports this one, and the runtime must stay th
 import dataclasses
 import json
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Literal, Self
@@ -18,6 +19,8 @@ SCHEMA = 1
 """Version of `spec.json`. A folder with a newer one is refused."""
 
 Stored = Literal["float32", "float16", "bfloat16", "int8", "uint8", "fp8", "int4", "uint4"]
+EXPERT = re.compile(r"\.experts\.")
+"""What names of routed experts' weights hold, of one's or of all of them."""
 PANEL = 32
 """Outputs of a matrix that the CPU's own kernels compute together."""
 BLOCK = 32

@@ -5,12 +5,11 @@ the process, the graph and the activations follow what was measured with onnxrun
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..geometry import ModelSpec, VisionSpec
-from ..spec import BITS, FolderSpec, Weight
+from ..spec import BITS, EXPERT, FolderSpec, Weight
 from .decoder import LONGEST_PIECE
 from .vision import TILES
 
@@ -29,9 +28,6 @@ so the second number is twice the seven values that SwiGLU computes."""
 PER_CHANNEL, PER_MLP = 10, 4
 """The same of the vision tower, for each patch of the tiles that it computes at once: values for each of its channels
 and for each of its feed-forward's. The scores of attention come on top, measured with towers up to Scout's width."""
-
-EXPERT = re.compile(r"\.experts\.")
-"""What names of routed experts' weights hold, of one's or of all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

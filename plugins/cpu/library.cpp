@@ -11,6 +11,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -60,15 +62,20 @@ constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
 
 namespace {
 
+// The best that the processor has, or what ARRIERO_INSTRUCTION_SET asks for less: `avx2`, or `any`.
 const Kernels& kernels() {
+    static const Kernels& best = []() -> const Kernels& {
 #if defined(__x86_64__) && defined(__GNUC__)
-    static const Kernels& best = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512dq") ? avx512::KERNELS
-                                 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")          ? avx2::KERNELS
-                                                                                                   : any_processor::KERNELS;
-    return best;
-#else
-    return any_processor::KERNELS;
+        const char* asked = std::getenv("ARRIERO_INSTRUCTION_SET");
+        const std::string most = asked ? asked : "avx512";
+        const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        if (most == "avx512" && has_avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512dq"))
+            return avx512::KERNELS;
+        if (most != "any" && has_avx2) return avx2::KERNELS;
 #endif
+        return any_processor::KERNELS;
+    }();
+    return best;
 }
 
 constexpr int64_t BLOCK = 32;               // inputs that a row rounds by one scale, at most

@@ -98,7 +98,7 @@ def test_a_compressed_tensors_checkpoint_computes_what_its_library_does(
     )
     assert read_spec(model).recipe == recipe
     error = np.abs(canonical_logits(model, IDS) - expected.numpy())
-    assert np.median(error) < 1e-6
+    assert np.median(error) < 5e-6
     assert error.max() < (0.05 if name == "int8 dynamic" else 1e-5)  # an activation on a tie falls to either side
     # What the CPU's kernels round by 32 activations, a recipe rounds by tokens, or not at all.
     as_recipe = kind == "fp8" or activations == "static"

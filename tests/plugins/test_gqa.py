@@ -160,39 +160,45 @@ def worst_difference(found: Outputs, expected: Outputs) -> float:
     "implementation", [by_torch, by_function, by_cpu_lowering, by_native_layers], ids=lambda each: each.__name__
 )
 def test_an_implementation_equals_the_meaning(implementation: Callable[[Case], Outputs], case: Case) -> None:
-    filled = any(case.past) and case.length > 1 and len(case.past) > 1
-    if implementation is by_cpu_lowering and filled:
-        # The lowering's promise: pieces over filled caches come row by row.
-        for row in range(len(case.past)):
-            alone = OneRow(case, row)
-            assert worst_difference(by_cpu_lowering(alone), meaning_of(alone)) < 3e-6  # type: ignore[arg-type]
-        return
     far = 5e-2 if max(case.past) > 100_000 else 0  # float32 holds an angle of 10⁶ radians to 0.06
     assert worst_difference(implementation(case), meaning_of(case)) < 3e-6 + far
 
 
 @pytest.mark.parametrize("case", QUANTISED_CASES, ids=lambda case: case.name)
-def test_the_function_over_quantised_caches_equals_the_meaning(case: Case) -> None:
-    output, *caches = by_function(case)
+@pytest.mark.parametrize("implementation", [by_function, by_cpu_lowering], ids=lambda each: each.__name__)
+def test_an_implementation_over_quantised_caches_equals_the_meaning(
+    implementation: Callable[[Case], Outputs], case: Case
+) -> None:
+    output, *caches = implementation(case)
     expected, *expected_caches = meaning_of(case)
     for cache, expected_cache in zip(caches, expected_caches, strict=True):
         assert np.mean(cache != expected_cache) < 2e-3  # a value on the border of two steps falls to either side
     assert np.abs(output - expected).max() < 2e-2
 
 
-class OneRow:
-    """A case's row by itself."""
+class NarrowCaches:
+    """A case whose caches are float16."""
 
-    def __init__(self, case: Case, row: int) -> None:
-        self.attributes, self.head_dim, self.rope, self.length = case.attributes, case.head_dim, case.rope, case.length
-        self.past = (case.past[row],)
+    def __init__(self, case: Case) -> None:
+        self.attributes, self.head_dim, self.rope = case.attributes, case.head_dim, case.rope
         self.arrays = {
-            name: array if array is None or name == "inv_freq" else array[row : row + 1]
+            name: array.astype(np.float16) if array is not None and "cache" in name else array
             for name, array in case.inputs().items()
         }
 
     def inputs(self) -> dict[str, Any]:
         return self.arrays
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_caches_of_16_bits_round_what_they_hold(case: Case) -> None:
+    output, *caches = by_cpu_lowering(NarrowCaches(case))  # type: ignore[arg-type]
+    expected, *expected_caches = meaning_of(case)
+    far = 5e-2 if max(case.past) > 100_000 else 0
+    for cache, expected_cache in zip(caches, expected_caches, strict=True):
+        assert cache.dtype == np.float16
+        assert np.abs(cache - expected_cache).max() < 2e-3 * np.abs(expected_cache).max() + far
+    assert np.abs(output - expected).max() < 5e-3 + far
 
 
 def test_the_cache_keeps_what_the_piece_does_not_write() -> None:
