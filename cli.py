@@ -175,6 +175,12 @@ def build(
         str | None,
         typer.Option(help="Weights: all inside the engine; experts outside it; all outside.", show_default="experts"),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="int8 or int4: round keys and values, with no calibration; cpu only.", show_default="16 bits or more"
+        ),
+    ] = None,
     workspace: Annotated[int | None, typer.Option(help="MiB of scratch memory that a layer may use.")] = None,
     weight_streaming: Annotated[
         bool, typer.Option("--weight-streaming", help="Let built-in weights stay in the host's memory.")
@@ -187,7 +193,7 @@ def build(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Build a model for one target: the bundle folder. The options but --force shape a TensorRT engine."""
+    """Build a model for one target: the bundle folder. Options but --kv-cache and --force shape a TensorRT engine."""
     with errors_shown(debug), progress_shown("Building") as progress:
         from .engine import Options, build_bundle
 
@@ -204,7 +210,15 @@ def build(
             timing_cache=timing_cache,
             weights_from=weights_from,
         )
-        bundle = build_bundle(model, output, target=target, options=options, force=force, progress=progress)
+        bundle = build_bundle(
+            model,
+            output,
+            target=target,
+            options=options,
+            kv_cache=kv_cache,  # type: ignore[arg-type]
+            force=force,
+            progress=progress,
+        )
         report_folder(bundle, time.perf_counter() - started, as_json)
 
 

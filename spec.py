@@ -21,6 +21,8 @@ SCHEMA = 1
 Stored = Literal["float32", "float16", "bfloat16", "int8", "uint8", "fp8", "int4", "uint4"]
 EXPERT = re.compile(r"\.experts\.")
 """What names of routed experts' weights hold, of one's or of all of them."""
+GROUP = 32
+"""Dims of a token's key or value that a scale of their own is for in a cache of groups."""
 PANEL = 32
 """Outputs of a matrix that the CPU's own kernels compute together."""
 BLOCK = 32
@@ -120,6 +122,12 @@ class Weight:
             return False
         is_misaligned = self.offset % max(1, BITS[self.dtype] // 8) != 0
         return self.dtype != self.convert or self.layout != "rows" or is_misaligned
+
+
+def slot_bytes(head_dim: int, bits: int) -> int:
+    """Bytes of a head's key or value in a cache of groups, scales among them, as `plugins/cpu/matrix.h` says."""
+    groups = -(-head_dim // GROUP)
+    return groups * (GROUP * bits // 8 + (4 if bits == 4 else 2))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -337,6 +345,8 @@ class FolderSpec:
         vision: The vision tower's part; None where the model takes text only.
         rank: Which rank's the graph is, of a model that is split over several.
         ranks: How many there are.
+        cache_bits: Bits of keys and values in the caches of a bundle for the CPU, 8 or 4, each group of a token's by a
+            scale of its own; 0 where the graph's caches are as they are.
         expert_groups: Over how many groups of ranks the experts are distributed.
     """
 
@@ -357,6 +367,7 @@ class FolderSpec:
     rank: int = 0
     ranks: int = 1
     expert_groups: int = 1
+    cache_bits: int = 0
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:

@@ -81,15 +81,19 @@ def _geometry(model: ModelSpec) -> dict[str, Any]:
 
 def _cache(spec: FolderSpec) -> dict[str, int]:
     """Bytes of keys and values a token; those of chunked layers stop growing at the chunk's length."""
+    from .runtime.memory import slot_size
+
     dtypes = {cache.name: cache.dtype for cache in spec.engine.caches} if spec.engine else {}
-    default: Stored = "float32" if spec.target == "cpu" else spec.model.dtype
+    default: Stored = spec.model.dtype
     if spec.recipe is not None and spec.recipe.kv_cache != "none":
         default = spec.recipe.kv_cache
     per_token = {"chunked_bytes_per_token": 0, "full_bytes_per_token": 0}
     for index, layer in enumerate(spec.model.layers):
         bits = sum(BITS[dtypes.get(f"{index}.{kind}", default)] for kind in ("key", "value"))
         name = "chunked_bytes_per_token" if layer.chunk else "full_bytes_per_token"
-        per_token[name] += spec.model.kv_heads * spec.model.head_dim * bits // 8
+        per_token[name] += (
+            slot_size(spec) if spec.target == "cpu" else spec.model.kv_heads * spec.model.head_dim * bits // 8
+        )
     return {"bytes_per_token": sum(per_token.values()), **per_token}
 
 

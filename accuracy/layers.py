@@ -212,14 +212,14 @@ class OrtLayers:
         caches = [f"{index}.{kind}" for kind in ("key", "value")]
         inputs = [name, "past_lengths", *(f"past.{cache}" for cache in caches)]
         session, part, _ = self._session(inputs, [*wanted.values(), *(f"present.{cache}" for cache in caches)])
-        kind = next(value.type for value in session.get_inputs() if value.name == f"past.{caches[0]}")
+        given = next(value for value in session.get_inputs() if value.name == f"past.{caches[0]}")
         room = len(x_SH) + layer.chunk  # more than is needed, so that a wrong chunk writes nowhere else
         alone = dataclasses.replace(self.spec, layers=(dataclasses.replace(layer, chunk=0),))
-        buffers = Caches(alone, 1, room, kind)
+        buffers = Caches(alone, 1, room, given.type, given.shape[3])
         io = session.io_binding()
         kept = []
         for cache, buffer in zip(caches, buffers.buffers.values(), strict=True):
-            kept.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer, CACHE_DTYPES[kind][1]))
+            kept.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer, CACHE_DTYPES[given.type][1]))
             io.bind_ortvalue_input(f"past.{cache}", kept[-1])
             io.bind_ortvalue_output(f"present.{cache}", kept[-1])
         pieces: dict[str, list[Tensor]] = {unit: [] for unit in wanted}

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
+from typing import Literal
 
 from .. import __version__
 from ..errors import BuildError, FolderError
@@ -23,7 +24,7 @@ from ..folder import (
     new_folder,
     read_spec,
 )
-from ..spec import FolderSpec, WeightFile
+from ..spec import BITS, FolderSpec, WeightFile
 from .builder import Progress
 from .cpu import lower_for_cpu, lower_tower_for_cpu
 from .packed import write_packed
@@ -37,6 +38,7 @@ def build_bundle(
     *,
     target: str = "cpu",
     options: Options | None = None,
+    kv_cache: Literal["int8", "int4"] | None = None,
     force: bool = False,
     progress: Progress = lambda phase, done, total: None,
 ) -> Path:
@@ -47,6 +49,8 @@ def build_bundle(
         out: The bundle folder to write.
         target: What to build for: `cpu`, `tensorrt-rtx:smNN[,smNN…]`, or `tensorrt` for the GPU at hand.
         options: What the engine is to hold; not for `cpu`, whose graph takes any shape.
+        kv_cache: Type of keys and values on the CPU, each 32 of a token's rounded by a scale of their own, so that
+            nothing needs to be calibrated; None keeps them as the model has them. For `cpu` only.
         force: Whether an existing bundle at `out` is replaced.
         progress: Told the phase, the steps done and the steps in all.
 
@@ -60,7 +64,11 @@ def build_bundle(
     source, bundle, parsed = Path(model), Path(out), parse_target(target)
     if parsed.flavour == "cpu" and options not in (None, Options()):
         raise BuildError("the cpu target's graph takes any batch and length: leave the engine's options out")
-    spec = read_spec(source)
+    if kv_cache not in (None, "int8", "int4"):
+        raise BuildError(f"kv_cache is {kv_cache!r}, expected int8 or int4")
+    if kv_cache and parsed.flavour != "cpu":
+        raise BuildError("kv_cache is for the cpu target: calibrate with --kv-cache int8 or fp8 for an engine's caches")
+    spec = dataclasses.replace(read_spec(source), cache_bits=0 if kv_cache is None else BITS[kv_cache])
     check_whole(source, spec)
     if spec.kind != "model":
         raise FolderError(f"{source} is a {spec.kind}: give the model folder it was built from")

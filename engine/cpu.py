@@ -24,7 +24,7 @@ from ..plugins.moe import cpu as moe_cpu
 from ..plugins.moe import op as moe
 from ..plugins.nodes import Nodes, dims
 from ..plugins.product import Matrix, multiply_rounded, round_fp8
-from ..spec import BITS, FolderSpec, Stored, VisionPart, Weight
+from ..spec import BITS, FolderSpec, Stored, VisionPart, Weight, slot_bytes
 from .graph import open_graph
 from .supply import DTYPES, FLOAT, Supply
 
@@ -55,17 +55,17 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
     Raises:
         BuildError: The graph is damaged or holds an op that has no lowering.
     """
-    return _lower(folder / spec.graph, spec.model.experts)
+    return _lower(folder / spec.graph, spec.model.experts, spec.cache_bits)
 
 
 def lower_tower_for_cpu(folder: Path, vision: VisionPart) -> Lowered:
     """Lowers a model folder's vision tower; raises what `lower_for_cpu` does."""
-    return _lower(folder / vision.graph, 0)
+    return _lower(folder / vision.graph, 0, 0)
 
 
-def _lower(path: Path, router_experts: int) -> Lowered:
+def _lower(path: Path, router_experts: int, cache_bits: int) -> Lowered:
     model = open_graph(path)
-    lowering = _Lowering(model.graph, router_experts)
+    lowering = _Lowering(model.graph, router_experts, cache_bits)
     lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
     return Lowered(
         graph=ir.to_proto(lowered).SerializeToString(),
@@ -77,8 +77,8 @@ def _lower(path: Path, router_experts: int) -> Lowered:
 class _Lowering:
     """The new graph under construction; values keep their names, floats become float32."""
 
-    def __init__(self, source: ir.Graph, router_experts: int) -> None:
-        self.source, self.router_experts = source, router_experts
+    def __init__(self, source: ir.Graph, router_experts: int, cache_bits: int) -> None:
+        self.source, self.router_experts, self.cache_bits = source, router_experts, cache_bits
         self.supply = Supply()
         self.mapped: dict[ir.Value, ir.Value] = {}
         self.linears = {node: linear for node in source if (linear := read_linear(node)) is not None}
@@ -90,9 +90,9 @@ class _Lowering:
         kinds |= {node.attributes["quantisation"].value for node in source if node.op_type == moe.NAME}
         self.has_panels = bool(kinds & set(INTEGERS))  # then what is not quantised lies in them too
         for node in source:
-            if self.has_panels and node.op_type == gqa.NAME:
+            if node.op_type == gqa.NAME and (self.has_panels or cache_bits):
                 caches = [value for value in (*node.inputs[3:5], *node.outputs[1:3]) if value is not None]
-                self.mapped |= {value: _narrow_cache(value) for value in caches}
+                self.mapped |= {value: _narrow_cache(value, cache_bits) for value in caches}
         self.rounded: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     def lower(self) -> ir.Graph:
@@ -141,8 +141,9 @@ class _Lowering:
                 optional = [None if value is None else self._input(value) for value in node.inputs]
                 nodes.node(node.op_type, optional, outputs=outputs, attributes=attributes)
             case gqa.DOMAIN, gqa.NAME:
-                given = [None if value is None else self._input(value) for value in node.inputs]
-                gqa_cpu.lower(nodes, given, outputs, gqa.Attributes(**attributes))
+                used = node.inputs[:7] if self.cache_bits else node.inputs  # groups have scales of their own
+                given = [None if value is None else self._input(value) for value in used]
+                gqa_cpu.lower(nodes, given, outputs, gqa.Attributes(**attributes), self.cache_bits)
             case moe.DOMAIN, moe.NAME:
                 self._lower_experts(nodes, sources, outputs[0], moe.Attributes(**attributes))
             case domain, op_type:
@@ -253,10 +254,14 @@ class _Lowering:
         return self.supply.widened(value) if value.is_initializer() else self._value(value)
 
 
-def _narrow_cache(value: ir.Value) -> ir.Value:
-    """A cache of a quantised model: 16 bits stay 16, but of more mantissa than bfloat16 has."""
+def _narrow_cache(value: ir.Value, bits: int) -> ir.Value:
+    """A cache in groups of so many bits; or of a quantised model: 16 bits stay 16, with more mantissa than bfloat16."""
     dtype = ir.DataType.FLOAT16 if value.dtype == ir.DataType.BFLOAT16 else value.dtype
-    return ir.Value(name=value.name, shape=value.shape, type=None if dtype is None else ir.TensorType(dtype))
+    shape = value.shape
+    if bits and shape is not None:
+        dtype = ir.DataType.UINT8
+        shape = ir.Shape([*shape[:3], slot_bytes(int(str(shape[3])), bits)])
+    return ir.Value(name=value.name, shape=shape, type=None if dtype is None else ir.TensorType(dtype))
 
 
 def _own_domain(nodes: list[ir.Node]) -> dict[str, int]:

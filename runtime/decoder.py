@@ -28,6 +28,7 @@ Watch = Callable[[dict[str, NDArray[Any]]], None]
 CACHE_DTYPES: dict[str, tuple[type[np.generic], int]] = {
     "tensor(float)": (np.float32, 1),
     "tensor(float16)": (np.float16, 10),
+    "tensor(uint8)": (np.uint8, 2),
     "tensor(int8)": (np.int8, 3),
     "tensor(float8e4m3fn)": (np.uint8, 17),
 }
@@ -42,16 +43,17 @@ class Caches:
         batch: Rows (B).
         positions: Positions that a row can hold; a chunked layer's buffers hold one chunk at most.
         kind: ONNX Runtime's name of their type.
+        size: Elements of a slot, D but in caches of groups.
     """
 
-    def __init__(self, spec: ModelSpec, batch: int, positions: int, kind: str = "tensor(float)") -> None:
+    def __init__(self, spec: ModelSpec, batch: int, positions: int, kind: str, size: int) -> None:
         self.spec, self.batch, self.positions = spec, batch, positions
         dtype, self.onnx_type = CACHE_DTYPES[kind]
         self.buffers: dict[str, NDArray[Any]] = {}
         for index, layer in enumerate(spec.layers):
             slots = min(layer.chunk or positions, positions)
             for kind in ("key", "value"):
-                shape = (batch, spec.kv_heads, slots, spec.head_dim)
+                shape = (batch, spec.kv_heads, slots, size)
                 self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=dtype)
 
     def copy(self, source: int, target: int, past: int) -> None:
@@ -113,8 +115,8 @@ class Decoder:
 
     def caches(self, batch: int, positions: int) -> Caches:
         """KV buffers for a batch whose rows hold so many positions."""
-        kind = next(value.type for value in self.session.get_inputs() if value.name == "past.0.key")
-        return Caches(self.spec, batch, positions, kind)
+        cache = next(value for value in self.session.get_inputs() if value.name == "past.0.key")
+        return Caches(self.spec, batch, positions, cache.type, cache.shape[3])
 
     def bind(self, caches: Caches, rows: slice) -> "Binding":
         """Binds some rows of the caches, for any number of steps."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..geometry import ModelSpec, VisionSpec
-from ..spec import BITS, EXPERT, FolderSpec, Weight
+from ..spec import BITS, EXPERT, FolderSpec, Weight, slot_bytes
 from .decoder import LONGEST_PIECE
 from .vision import TILES
 
@@ -135,7 +135,8 @@ def step_reads(spec: FolderSpec, sizes: Mapping[str, int], batch: int, past: flo
 
 def slot_size(spec: FolderSpec) -> int:
     """Bytes of one position's key and value in one layer of a session on the CPU."""
-    return 2 * spec.model.kv_heads * spec.model.head_dim * BITS[_cache_type(spec)] // 8
+    size = spec.model.head_dim * BITS[_cache_type(spec)] // 8
+    return 2 * spec.model.kv_heads * (slot_bytes(spec.model.head_dim, spec.cache_bits) if spec.cache_bits else size)
 
 
 def _cache_type(spec: FolderSpec) -> str:

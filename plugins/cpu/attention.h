@@ -15,23 +15,54 @@ inline Floats load_some(const float* from, int64_t count) {
     return load<Floats>(values);
 }
 
-// Up to sixteen values of a cache, as they are stored, in float32.
+inline float bfloat16(const uint8_t* from) {
+    uint16_t half;
+    std::memcpy(&half, from, sizeof half);
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline void write_bfloat16(uint8_t* to, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const auto half = static_cast<uint16_t>(bits >> 16);
+    std::memcpy(to, &half, sizeof half);
+}
+
+// The next bfloat16 on the side of zero, or away from it.
+inline float rounded_to_bfloat16(float value, bool away) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = (bits + (away ? 0xFFFFu : 0)) & 0xFFFF0000u;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Up to sixteen dims from `d` on of what a slot of a cache holds, in float32. `d` is a multiple of sixteen.
 template <Cached CACHE>
-inline Floats load_cached(const uint8_t* cache, int64_t index, int64_t count) {
+inline Floats load_cached(const uint8_t* slot, int64_t d, int64_t count, int64_t padded) {
     if (CACHE == Cached::float32) {
-        const float* from = reinterpret_cast<const float*>(cache) + index;
+        const float* from = reinterpret_cast<const float*>(slot) + d;
         return count == LANES_16 ? load<Floats>(from) : load_some(from, count);
     }
     if (CACHE == Cached::float16) {
         Halves halves = {};
-        std::memcpy(&halves, cache + 2 * index, 2 * count);
+        std::memcpy(&halves, slot + 2 * d, 2 * count);
         return widen_half(halves);
+    }
+    if (CACHE == Cached::groups4) {
+        const uint8_t* of_group = slot + padded / 2 + d / GROUP * 4;
+        const Ints both = whole(load<Small>(slot + d / GROUP * LANES_16));
+        return as_floats((d % GROUP ? both >> 4 : both) & 15) * bfloat16(of_group) + bfloat16(of_group + 2);
     }
     Small bytes = {};
     if (count == LANES_16)
-        bytes = load<Small>(cache + index);
+        bytes = load<Small>(slot + d);
     else
-        std::memcpy(&bytes, cache + index, count);
+        std::memcpy(&bytes, slot + d, count);
+    if (CACHE == Cached::groups8) return as_floats(whole(bytes)) * bfloat16(slot + padded + d / GROUP * 2);
     if (CACHE == Cached::int8) return as_floats(whole(bytes));
     // E4M3's exponent and mantissa at their places in a float32, and the exponents' biases, 7 and 127, made even.
     const Words bits = reinterpret_cast<Words>(whole(bytes));
@@ -50,27 +81,56 @@ inline uint8_t as_e4m3(float value) {
     return sign | static_cast<uint8_t>((bits >> 20) - (120 << 3));
 }
 
-// Writes a head's key or value to its slot.
-inline void write_cached(const Attention& call, uint8_t* cache, int64_t index, const float* values, const float* scales) {
-    if (call.cache == Cached::float32) {
-        std::memcpy(reinterpret_cast<float*>(cache) + index, values, call.head_dim * sizeof(float));
-        return;
-    }
-    if (call.cache == Cached::float16) {
-        for (int64_t d = 0; d < call.head_dim; d++) {
-            const auto half = static_cast<_Float16>(limited(values[d], 65504));
-            std::memcpy(cache + 2 * (index + d), &half, 2);
-        }
-        return;
-    }
-    for (int64_t d = 0; d < call.head_dim; d++) {
-        const float scaled = values[d] / scales[d];
-        if (call.cache == Cached::e4m3) {
-            cache[index + d] = as_e4m3(scaled);
+// Rounds a head to integers of 8 or 4 bits, each group of dims by its own scale, and in 4 bits from its own least value.
+// Both are bfloat16, chosen so that nothing saturates.
+inline void write_groups(const Attention& call, uint8_t* slot, const float* values) {
+    const int64_t padded = divided_up(call.head_dim, GROUP) * GROUP;
+    const bool is_narrow = call.cache == Cached::groups4;
+    for (int64_t start = 0; start < padded; start += GROUP) {
+        float own[GROUP] = {};
+        std::memcpy(own, values + start, std::min(GROUP, call.head_dim - start) * sizeof(float));
+        const float least = *std::min_element(own, own + GROUP), most = *std::max_element(own, own + GROUP);
+        const float base = is_narrow ? rounded_to_bfloat16(least, least < 0) : 0;
+        const float span = is_narrow ? (most - base) / 15 : std::max(most, -least) / 127;
+        const float scale = rounded_to_bfloat16(span, true), inverse = scale > 0 ? 1 / scale : 0;
+        uint8_t rounded[GROUP];
+        for (int i = 0; i < GROUP; i++)
+            rounded[i] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint((own[i] - base) * inverse)));
+        uint8_t* to = slot + padded + start / GROUP * 2;
+        if (is_narrow) {
+            for (int i = 0; i < LANES_16; i++) slot[start / 2 + i] = rounded[i] | rounded[i + LANES_16] << 4;
+            to = slot + padded / 2 + start / GROUP * 4;
+            write_bfloat16(to + 2, base);
         } else {
-            const float rounded = std::nearbyint(scaled < -128 ? -128 : scaled > 127 ? 127 : scaled);
-            cache[index + d] = static_cast<uint8_t>(static_cast<int8_t>(rounded));
+            std::memcpy(slot + start, rounded, GROUP);
         }
+        write_bfloat16(to, scale);
+    }
+}
+
+// Writes a head's key or value to its slot.
+inline void write_cached(const Attention& call, uint8_t* slot, const float* values, const float* scales) {
+    const int64_t size = call.head_dim;
+    switch (call.cache) {
+        case Cached::float32: std::memcpy(slot, values, size * sizeof(float)); return;
+        case Cached::float16:
+            for (int64_t d = 0; d < size; d++) {
+                const auto half = static_cast<_Float16>(limited(values[d], 65504));
+                std::memcpy(slot + 2 * d, &half, 2);
+            }
+            return;
+        case Cached::int8:
+            for (int64_t d = 0; d < size; d++) {
+                const float scaled = values[d] / scales[d];
+                const float rounded = std::nearbyint(scaled < -128 ? -128 : scaled > 127 ? 127 : scaled);
+                slot[d] = static_cast<uint8_t>(static_cast<int8_t>(rounded));
+            }
+            return;
+        case Cached::e4m3:
+            for (int64_t d = 0; d < size; d++) slot[d] = as_e4m3(values[d] / scales[d]);
+            return;
+        case Cached::groups8:
+        case Cached::groups4: write_groups(call, slot, values); return;
     }
 }
 
@@ -112,10 +172,10 @@ inline void enter(const Attention& call, int64_t row, int64_t step) {
     const float* turned_by = call.inv_freq ? angles : nullptr;
     for (int64_t head = 0; head < call.kv_heads; head++) {
         const int64_t source = (token * call.kv_heads + head) * size;
-        const int64_t place = ((row * call.kv_heads + head) * call.capacity + slot) * size;
+        const int64_t place = ((row * call.kv_heads + head) * call.capacity + slot) * call.slot_size();
         turn(call, call.key + source, turned_by, 1, made);
-        write_cached(call, call.key_cache, place, made, call.key_scale ? call.key_scale + head * size : nullptr);
-        write_cached(call, call.value_cache, place, call.value + source, call.value_scale ? call.value_scale + head * size : nullptr);
+        write_cached(call, call.key_cache + place, made, call.key_scale ? call.key_scale + head * size : nullptr);
+        write_cached(call, call.value_cache + place, call.value + source, call.value_scale ? call.value_scale + head * size : nullptr);
         for (int64_t query = 0; query < each; query++) {
             const float* from = call.query + (token * call.heads + head * each + query) * size;
             float* to = call.queries + (((row * call.kv_heads + head) * call.length + step) * each + query) * size;
@@ -151,25 +211,25 @@ inline void transpose(Floats* rows) {
 // A block's keys [slots, D] as columns, [D, SLOTS]; slots beyond `count` are zero. What is read next, the block's values
 // and the next one's keys, is asked for on the way: rows this far apart are no stream that a processor would see.
 template <Cached CACHE>
-inline void columns_of_keys(const Attention& call, int64_t index, int64_t count, float* columns) {
-    constexpr int64_t ITEM = item_size(CACHE);
-    const int64_t size = call.head_dim;
-    for (int64_t slot = 0; slot < SLOTS; slot += LANES_16)
+inline void columns_of_keys(const Attention& call, int64_t place, int64_t count, float* columns) {
+    const int64_t size = call.head_dim, slot_size = call.slot_size(), padded = divided_up(size, GROUP) * GROUP;
+    const int64_t each = slot_size * LANES_16 / size;  // bytes of sixteen dims, nearly
+    for (int64_t first = 0; first < SLOTS; first += LANES_16)
         for (int64_t d = 0; d < size; d += LANES_16) {
             const int64_t width = std::min(LANES_16, size - d);
             Floats rows[LANES_16];
             for (int64_t i = 0; i < LANES_16; i++) {
-                const int64_t at = index + (slot + i) * size + d;
-                if (d * ITEM % 64 == 0) {
-                    __builtin_prefetch(call.value_cache + at * ITEM);
-                    __builtin_prefetch(call.key_cache + (at + SLOTS * size) * ITEM);
+                const int64_t at = place + (first + i) * slot_size, ahead = at + d / LANES_16 * each;
+                if (CACHE == Cached::float32 || d % 64 == 0) {
+                    __builtin_prefetch(call.value_cache + ahead);
+                    __builtin_prefetch(call.key_cache + ahead + SLOTS * slot_size);
                 }
-                rows[i] = slot + i >= count    ? Floats{}
-                          : width == LANES_16 ? load_cached<CACHE>(call.key_cache, at, LANES_16)
-                                              : load_cached<CACHE>(call.key_cache, at, width);
+                rows[i] = first + i >= count   ? Floats{}
+                          : width == LANES_16 ? load_cached<CACHE>(call.key_cache + at, d, LANES_16, padded)
+                                              : load_cached<CACHE>(call.key_cache + at, d, width, padded);
             }
             transpose(rows);
-            for (int64_t i = 0; i < width; i++) store(columns + (d + i) * SLOTS + slot, rows[i]);
+            for (int64_t i = 0; i < width; i++) store(columns + (d + i) * SLOTS + first, rows[i]);
         }
 }
 
@@ -249,13 +309,14 @@ inline float weigh(float* scores, int64_t seen, float& largest, float& total) {
 
 // A block's values [slots, D] in float32, [slots, padded].
 template <Cached CACHE>
-inline void widen_values(const Attention& call, int64_t index, int64_t count, int64_t padded, float* widened) {
-    const int64_t size = call.head_dim;
-    for (int64_t slot = 0; slot < count; slot++)
-        for (int64_t d = 0; d < padded; d += LANES_16) {
-            const int64_t at = index + slot * size + d, width = std::min(LANES_16, size - d);
-            const Floats values = width == LANES_16 ? load_cached<CACHE>(call.value_cache, at, LANES_16) : load_cached<CACHE>(call.value_cache, at, width);
-            store(widened + slot * padded + d, values);
+inline void widen_values(const Attention& call, int64_t place, int64_t count, int64_t width, float* widened) {
+    const int64_t size = call.head_dim, padded = divided_up(size, GROUP) * GROUP;
+    for (int64_t slot = 0; slot < count; slot++, place += call.slot_size())
+        for (int64_t d = 0; d < width; d += LANES_16) {
+            const int64_t some = std::min(LANES_16, size - d);
+            const Floats values = some == LANES_16 ? load_cached<CACHE>(call.value_cache + place, d, LANES_16, padded)
+                                                   : load_cached<CACHE>(call.value_cache + place, d, some, padded);
+            store(widened + slot * width + d, values);
         }
 }
 
@@ -264,7 +325,7 @@ template <Cached CACHE>
 inline void attend_over(const Attention& call, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace& space) {
     const int64_t size = call.head_dim, padded = divided_up(size, LANES_16) * LANES_16, each = call.heads / call.kv_heads;
     const int64_t rows = count * each, slot = call.slot(row), filled = slot + first + count;
-    const int64_t start = (row * call.kv_heads + head) * call.capacity * size;
+    const int64_t start = (row * call.kv_heads + head) * call.capacity * call.slot_size();
     const float* queries = call.queries + ((row * call.kv_heads + head) * call.length + first) * each * size;
     float* const columns = space.columns.take<float>(size * SLOTS);
     float* const widened = space.values.take<float>(SLOTS * padded);
@@ -276,14 +337,14 @@ inline void attend_over(const Attention& call, int64_t row, int64_t head, int64_
     std::fill(largest, largest + rows, LOWEST);
     std::fill(total, total + rows, 0.0f);
     for (int64_t block = 0; block < filled; block += SLOTS) {
-        const int64_t slots = std::min(SLOTS, filled - block), index = start + block * size;
-        columns_of_keys<CACHE>(call, index, slots, columns);
+        const int64_t slots = std::min(SLOTS, filled - block), place = start + block * call.slot_size();
+        columns_of_keys<CACHE>(call, place, slots, columns);
         multiply_floats(rows, queries, size, columns, SLOTS, size, SLOTS, scores, SLOTS, nullptr);
         for (int64_t query = 0; query < rows; query++)
             kept[query] = weigh(scores + query * SLOTS, slot + first + query / each + 1 - block, largest[query], total[query]);
-        const float* values = reinterpret_cast<const float*>(call.value_cache) + index;
+        const float* values = reinterpret_cast<const float*>(call.value_cache + place);
         if (CACHE != Cached::float32 || size != padded) {
-            widen_values<CACHE>(call, index, slots, padded, widened);
+            widen_values<CACHE>(call, place, slots, padded, widened);
             values = widened;
         }
         multiply_floats(rows, scores, SLOTS, values, padded, slots, padded, sums, padded, kept);
@@ -302,6 +363,8 @@ inline void attend(const Attention& call, int64_t row, int64_t head, int64_t fir
     switch (call.cache) {
         case Cached::float32: return attend_over<Cached::float32>(call, row, head, first, count, space);
         case Cached::float16: return attend_over<Cached::float16>(call, row, head, first, count, space);
+        case Cached::groups8: return attend_over<Cached::groups8>(call, row, head, first, count, space);
+        case Cached::groups4: return attend_over<Cached::groups4>(call, row, head, first, count, space);
         case Cached::int8: return attend_over<Cached::int8>(call, row, head, first, count, space);
         case Cached::e4m3: return attend_over<Cached::e4m3>(call, row, head, first, count, space);
     }

@@ -369,20 +369,21 @@ struct MoeDispatch {
 };
 
 // One op for each type of cache: ONNX Runtime wants to know what an output's type is.
-template <Cached CACHE>
+template <ort::Type CACHE>
 struct GroupedQueryAttention {
     static constexpr const char* NAME = "GroupedQueryAttention";
     static constexpr size_t INPUTS = 9, NEEDED = 6, OUTPUTS = 3;
 
     static ort::Type input_type(size_t index) {
-        if (index == 3 || index == 4) return static_cast<ort::Type>(CACHE);
+        if (index == 3 || index == 4) return CACHE;
         return index == 5 ? ort::Type::int32 : ort::Type::float32;
     }
-    static ort::Type output_type(size_t index) { return index ? static_cast<ort::Type>(CACHE) : ort::Type::float32; }
+    static ort::Type output_type(size_t index) { return index ? CACHE : ort::Type::float32; }
 
     Attention settings{};
 
     GroupedQueryAttention(const Runtime& runtime, const ort::Info* info) {
+        settings.cache = cached(runtime.attribute(info, "cache_bits"));
         settings.heads = runtime.attribute(info, "heads");
         settings.kv_heads = runtime.attribute(info, "kv_heads");
         settings.chunk = runtime.attribute(info, "chunk");
@@ -420,11 +421,21 @@ struct GroupedQueryAttention {
     // A cache as the op leaves it: its past, which it usually is already.
     static uint8_t* cache(const Call& call, size_t input, Attention& own) {
         const Tensor past = call.input(input);
-        own.capacity = past.shape[2], own.cache = CACHE;
+        own.capacity = past.shape[2];
         auto* present = call.output<uint8_t>(past.shape, input - 2);
-        const int64_t size = past.size() * item_size(CACHE);
+        const int64_t size = past.shape[0] * past.shape[1] * own.capacity * own.slot_size();
         if (present != past.data) std::memcpy(present, past.data, size);
         return present;
+    }
+
+    static Cached cached(int64_t bits) {
+        switch (CACHE) {
+            case ort::Type::float32: return Cached::float32;
+            case ort::Type::float16: return Cached::float16;
+            case ort::Type::int8: return Cached::int8;
+            case ort::Type::e4m3: return Cached::e4m3;
+            default: return bits == 4 ? Cached::groups4 : Cached::groups8;
+        }
     }
 };
 
@@ -493,10 +504,11 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
         runtime.check(interface->create_domain("arriero.cpu", &domain));
         runtime.check(interface->add_to_domain(domain, described<Linear>()));
         runtime.check(interface->add_to_domain(domain, described<MoeDispatch>()));
-        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<Cached::float32>>()));
-        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<Cached::float16>>()));
-        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<Cached::int8>>()));
-        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<Cached::e4m3>>()));
+        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::float32>>()));
+        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::float16>>()));
+        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::int8>>()));
+        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::e4m3>>()));
+        runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::uint8>>()));
         runtime.check(interface->add_domain(options, domain));
     });
 }

@@ -57,10 +57,13 @@ struct Target {
     bool is_gated;  // each panel is sixteen gates and as many ups, and what goes out is SiLU(gate) * up
 };
 
-// How caches hold keys and values; the numbers are ONNX's.
-enum class Cached : int { float32 = 1, int8 = 3, float16 = 10, e4m3 = 17 };
+// How caches hold keys and values: as floats; rounded by static scales, int8 or E4M3; or in groups of 32 dims of a token,
+// each rounded by its own scale, to integers of 8 bits, or of 4 above its own least value. A slot of groups is the
+// values, of 4 bits the first sixteen of a group in the low halves of bytes, and then the groups' scales in bfloat16, of 4
+// bits each with its least value.
+enum class Cached { float32, float16, int8, e4m3, groups8, groups4 };
 
-constexpr int64_t item_size(Cached cache) { return cache == Cached::float32 ? 4 : cache == Cached::float16 ? 2 : 1; }
+constexpr int64_t GROUP = 32;
 
 constexpr int64_t MOST_DIMS = 512;   // of a head
 constexpr float LOWEST = -3e38f;     // below every score
@@ -77,6 +80,18 @@ struct Attention {
     float scale, qk_norm_eps, temperature_scale, temperature_floor;
 
     int64_t slot(int64_t row) const { return chunk ? past[row] % chunk : past[row]; }
+
+    // Bytes of a head's key or value.
+    int64_t slot_size() const {
+        const int64_t groups = divided_up(head_dim, GROUP);
+        switch (cache) {
+            case Cached::float32: return 4 * head_dim;
+            case Cached::float16: return 2 * head_dim;
+            case Cached::groups8: return groups * (GROUP + 2);
+            case Cached::groups4: return groups * (GROUP / 2 + 4);
+            default: return head_dim;
+        }
+    }
 };
 
 // Memory that a thread's calls share, as large as the largest has needed.

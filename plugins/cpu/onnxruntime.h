@@ -20,7 +20,7 @@ struct Domain;
 struct SessionOptions;
 struct TensorInfo;
 
-enum class Type : int { any = 0, float32 = 1, uint8 = 2, int8 = 3, int32 = 6, int64 = 7, bfloat16 = 16 };
+enum class Type : int { any = 0, float32 = 1, uint8 = 2, int8 = 3, int32 = 6, int64 = 7, float16 = 10, bfloat16 = 16, e4m3 = 17 };
 enum class Presence : int { required = 0, optional = 1 };
 
 using Function = void (*)();

@@ -15,7 +15,13 @@ from . import op
 from .op import Attributes
 
 
-def lower(nodes: Nodes, inputs: Sequence[ir.Value | None], outputs: Sequence[ir.Value], attributes: Attributes) -> None:
+def lower(
+    nodes: Nodes,
+    inputs: Sequence[ir.Value | None],
+    outputs: Sequence[ir.Value],
+    attributes: Attributes,
+    cache_bits: int = 0,
+) -> None:
     """Writes the node of one layer in float32, but for its caches.
 
     Args:
@@ -23,5 +29,7 @@ def lower(nodes: Nodes, inputs: Sequence[ir.Value | None], outputs: Sequence[ir.
         inputs: The op's inputs; without `inv_freq` there is no rotation.
         outputs: The values to produce.
         attributes: The op's.
+        cache_bits: Bits of caches of groups; 0 where caches have another form.
     """
-    nodes.node(op.NAME, inputs, outputs=outputs, domain=DOMAIN, attributes=asdict(attributes))
+    settings = asdict(attributes) | {"cache_bits": cache_bits}
+    nodes.node(op.NAME, inputs, outputs=outputs, domain=DOMAIN, attributes=settings)
