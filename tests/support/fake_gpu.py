@@ -13,10 +13,10 @@ import numpy as np
 
 from arriero.engine.cpu import lower_for_cpu, lower_tower_for_cpu
 from arriero.folder import find_files, read_spec
-from arriero.plugins.layout import NUMPY_DTYPES, widen
+from arriero.plugins.layout import NUMPY_DTYPES, narrow, widen
 from arriero.runtime.decoder import Decoder
 from arriero.runtime.vision import VisionTower
-from arriero.runtime.weights import map_weights, narrow
+from arriero.runtime.weights import map_weights
 
 TRT = SimpleNamespace(
     CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
