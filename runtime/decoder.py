@@ -159,9 +159,10 @@ def open_graph(
         options.add_session_config_entry(name, value)
     for name, weight in weights.items():
         options.add_initializer(name, weight)
-    if DOMAIN.encode() in graph:
-        options.register_custom_ops_library(str(library()))
+    kernels = str(library()) if DOMAIN.encode() in graph else None
     try:
+        if kernels is not None:
+            options.register_custom_ops_library(kernels)
         return ort.InferenceSession(graph, options, providers=[PROVIDER])
     except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
         raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error

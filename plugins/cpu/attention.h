@@ -4,7 +4,7 @@
 // Included once for each instruction set, within its own namespace, behind `vectors.h`.
 //
 // A query's blocks begin at the same slots whatever it is computed with, and what it does not see adds zero: so a token
-// gets the same bits alone, in a prompt's piece, and in a batch.
+// gets the same bits alone, in a prompt's piece, and in a batch, as long as all values are finite.
 
 constexpr int64_t SLOTS = 64;  // of a block
 constexpr int64_t LANES_16 = 16;
@@ -66,15 +66,27 @@ inline Floats load_cached(const uint8_t* slot, int64_t d, int64_t count, int64_t
     if (CACHE == Cached::int8) return as_floats(whole(bytes));
     // E4M3's exponent and mantissa at their places in a float32, and the exponents' biases, 7 and 127, made even.
     const Words bits = reinterpret_cast<Words>(whole(bytes));
-    return bits_as_floats((bits & 0x7Fu) << 20 | (bits & 0x80000000u)) * 0x1p120f;
+    const Floats values = bits_as_floats((bits & 0x7Fu) << 20 | (bits & 0x80000000u)) * 0x1p120f;
+    return (bits & 0x7Fu) == 0x7Fu ? all(NAN) : values;
 }
 
-inline float limited(float value, float most) { return value > most ? most : value < -most ? -most : value; }
+// The nearest float16, ties to even, saturating.
+inline uint16_t as_half(float value) {
+    const float magnitude = std::fabs(value) > 65504.0f ? 65504.0f : std::fabs(value);
+    const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+    if (magnitude != magnitude) return 0x7E00;
+    if (magnitude < 0x1p-14f) return sign | static_cast<uint16_t>(std::nearbyint(magnitude * 0x1p24f));
+    uint32_t bits;
+    std::memcpy(&bits, &magnitude, sizeof bits);
+    bits += 0xFFF + (bits >> 13 & 1);
+    return sign | static_cast<uint16_t>((bits >> 13) - (112 << 10));
+}
 
 inline uint8_t as_e4m3(float value) {
-    const float magnitude = std::fabs(value) < 448.0f ? std::fabs(value) : 448.0f;
+    const float magnitude = std::fabs(value) > 448.0f ? 448.0f : std::fabs(value);
     const uint8_t sign = std::signbit(value) ? 0x80 : 0;
-    if (!(magnitude >= 0x1p-6f)) return sign | static_cast<uint8_t>(std::nearbyint(magnitude * 0x1p9f));
+    if (magnitude != magnitude) return 0x7F;
+    if (magnitude < 0x1p-6f) return sign | static_cast<uint8_t>(std::nearbyint(magnitude * 0x1p9f));
     uint32_t bits;
     std::memcpy(&bits, &magnitude, sizeof bits);
     bits += 0x7FFFF + (bits >> 20 & 1);  // to the nearest of three bits of mantissa, ties to even
@@ -92,10 +104,15 @@ inline void write_groups(const Attention& call, uint8_t* slot, const float* valu
         const float least = *std::min_element(own, own + GROUP), most = *std::max_element(own, own + GROUP);
         const float base = is_narrow ? rounded_to_bfloat16(least, least < 0) : 0;
         const float span = is_narrow ? (most - base) / 15 : std::max(most, -least) / 127;
-        const float scale = rounded_to_bfloat16(span, true), inverse = scale > 0 ? 1 / scale : 0;
-        uint8_t rounded[GROUP];
-        for (int i = 0; i < GROUP; i++)
-            rounded[i] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint((own[i] - base) * inverse)));
+        float scale = rounded_to_bfloat16(span, true), poison = 0;
+        for (const float value : own) poison += value * 0;  // NaN, if there is an infinity or a NaN
+        uint8_t rounded[GROUP] = {};
+        if (scale > 0 && poison == 0) {
+            const float inverse = 1 / scale;
+            for (int i = 0; i < GROUP; i++)
+                rounded[i] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint((own[i] - base) * inverse)));
+        }
+        scale = poison == 0 ? scale : NAN;
         uint8_t* to = slot + padded + start / GROUP * 2;
         if (is_narrow) {
             for (int i = 0; i < LANES_16; i++) slot[start / 2 + i] = rounded[i] | rounded[i + LANES_16] << 4;
@@ -115,7 +132,7 @@ inline void write_cached(const Attention& call, uint8_t* slot, const float* valu
         case Cached::float32: std::memcpy(slot, values, size * sizeof(float)); return;
         case Cached::float16:
             for (int64_t d = 0; d < size; d++) {
-                const auto half = static_cast<_Float16>(limited(values[d], 65504));
+                const uint16_t half = as_half(values[d]);
                 std::memcpy(slot + 2 * d, &half, 2);
             }
             return;
@@ -268,18 +285,6 @@ inline void multiply_floats(int64_t rows, const float* a, int64_t a_row, const f
     for (; at < width; at += LANES_16) strip<1>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
 }
 
-inline float largest_of(Floats values) {
-    float largest = values[0];
-    for (int lane = 1; lane < LANES_16; lane++) largest = values[lane] > largest ? values[lane] : largest;
-    return largest;
-}
-
-inline float sum_of(Floats values) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES_16; lane++) sum += values[lane];
-    return sum;
-}
-
 // A row's scores of a block become what its values are weighed with. Returns what is left of the sums before it.
 inline float weigh(float* scores, int64_t seen, float& largest, float& total) {
     if (seen <= 0) {
@@ -297,7 +302,7 @@ inline float weigh(float* scores, int64_t seen, float& largest, float& total) {
     Floats sum = {};
     for (int64_t slot = 0; slot < SLOTS; slot += LANES_16) {
         const Floats part = load<Floats>(scores + slot);
-        const Floats weights = part > LOWEST ? exponential(part - now) : Floats{};
+        const Floats weights = part <= LOWEST ? Floats{} : exponential(part - now);  // of a NaN a NaN
         store(scores + slot, weights);
         sum += weights;
     }

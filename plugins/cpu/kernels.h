@@ -29,6 +29,7 @@ inline void quantise(const float* x, const Matrix& matrix, float factor, float f
         float values[2 * LANES] = {};
         std::memcpy(values, x + start, count * sizeof(float));
         Floats parts[2] = {load<Floats>(values) * factor, load<Floats>(values + LANES) * factor};
+        const Floats nothing = parts[0] * 0.0f + parts[1] * 0.0f;  // but of an infinity or a NaN, which stays one
         float scale = fixed;
         if (fixed == 0) {
             Floats largest = all(0.0f);
@@ -36,26 +37,25 @@ inline void quantise(const float* x, const Matrix& matrix, float factor, float f
                 const Floats magnitude = part < 0.0f ? -part : part;
                 largest = magnitude > largest ? magnitude : largest;
             }
-            for (int lane = 0; lane < LANES; lane++) scale = largest[lane] > scale ? largest[lane] : scale;
-            scale /= 127;
+            scale = largest_of(largest) / 127;
         }
         const float divisor = scale < 1e-30f ? 1.0f : scale;
+        scale += sum_of(nothing);
         Ints sum = all(0);
         int8_t rounded[2 * LANES];
         for (int part = 0; part < 2; part++) {
             Floats value = parts[part] / divisor;
             value = value < -128.0f ? all(-128.0f) : value;
             value = value > 127.0f ? all(127.0f) : value;
+            value = value == value ? value : all(0.0f);
             const Ints values = __builtin_convertvector(to_whole(value), Ints);
             sum += values;
             store(rounded + part * LANES, narrow(values));
         }
         if (matrix.bits == 4) evens_before_odds(rounded);
         std::memcpy(to, rounded, matrix.block);
-        int32_t total = 0;
-        for (int lane = 0; lane < LANES; lane++) total += sum[lane];
         rows.scales[row * blocks + block] = scale;
-        rows.sums[row * blocks + block] = -matrix.middle() * total;
+        rows.sums[row * blocks + block] = -matrix.middle() * sum_of(sum);
     }
 }
 

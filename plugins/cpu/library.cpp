@@ -10,8 +10,10 @@
 // multiplied with float32 activations.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -34,29 +36,45 @@ constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
 }  // namespace any_processor
 #undef ARRIERO_SET
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
 #define ARRIERO_SET 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
+#endif
 namespace avx2 {
 #include "vectors.h"
 #include "kernels.h"
 #include "attention.h"
 constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
 }  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #undef ARRIERO_SET
 
 #define ARRIERO_SET 2
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+#endif
 namespace avx512 {
 #include "vectors.h"
 #include "kernels.h"
 #include "attention.h"
 constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
 }  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #undef ARRIERO_SET
 #endif
 
@@ -65,7 +83,7 @@ namespace {
 // The best that the processor has, or what ARRIERO_INSTRUCTION_SET asks for less: `avx2`, or `any`.
 const Kernels& kernels() {
     static const Kernels& best = []() -> const Kernels& {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
         const char* asked = std::getenv("ARRIERO_INSTRUCTION_SET");
         const std::string most = asked ? asked : "avx512";
         const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -113,7 +131,7 @@ struct Tensor {
 
     const float* floats() const { return static_cast<const float*>(data); }
     int64_t size() const {
-        int64_t count = 1;
+        int64_t count = data ? 1 : 0;
         for (const int64_t dimension : shape) count *= dimension;
         return count;
     }
@@ -131,14 +149,15 @@ struct Call {
         if (index < count) runtime.check(runtime.interface.input(context, index, &value));
         Tensor tensor;
         if (!value) return tensor;
-        ort::TensorInfo* info = nullptr;
-        runtime.check(runtime.interface.tensor_info(value, &info));
+        ort::TensorInfo* made = nullptr;
+        runtime.check(runtime.interface.tensor_info(value, &made));
+        const auto released = [this](ort::TensorInfo* info) { runtime.interface.release(info); };
+        const std::unique_ptr<ort::TensorInfo, decltype(released)> info(made, released);
         size_t rank = 0;
-        runtime.check(runtime.interface.rank(info, &rank));
+        runtime.check(runtime.interface.rank(info.get(), &rank));
         tensor.shape.resize(rank);
-        runtime.check(runtime.interface.dimensions(info, tensor.shape.data(), rank));
-        runtime.check(runtime.interface.element_type(info, &tensor.type));
-        runtime.interface.release(info);
+        runtime.check(runtime.interface.dimensions(info.get(), tensor.shape.data(), rank));
+        runtime.check(runtime.interface.element_type(info.get(), &tensor.type));
         void* data = nullptr;
         runtime.check(runtime.interface.data(const_cast<ort::Value*>(value), &data));
         tensor.data = data;
@@ -158,8 +177,20 @@ struct Call {
     template <typename Work>
     void in_parallel(int64_t count, const Work& work) const {
         if (count == 1) return work(0);
-        const auto one = [](void* of, size_t index) { (*static_cast<const Work*>(of))(static_cast<int64_t>(index)); };
-        runtime.check(runtime.interface.run_in_parallel(context, one, count, const_cast<Work*>(&work)));
+        struct Job {
+            const Work& work;
+            std::atomic<bool> has_failed{false};
+        } job{work};
+        const auto one = [](void* of, size_t index) {
+            auto& own = *static_cast<Job*>(of);
+            try {
+                own.work(static_cast<int64_t>(index));
+            } catch (...) {  // nothing may leave a thread of ONNX Runtime's
+                own.has_failed = true;
+            }
+        };
+        runtime.check(runtime.interface.run_in_parallel(context, one, count, &job));
+        if (job.has_failed) runtime.fail("arriero.cpu: there is not enough memory");
     }
 };
 
@@ -213,46 +244,47 @@ void multiply(const Call& call, const std::vector<Product>& products, const Rows
     });
 }
 
-// What a matrix's attributes say of it: how it is stored, and its size.
-struct Stored {
-    int64_t bits, group;
-
-    Matrix matrix(const Runtime& runtime, const Tensor& weight, const Tensor& scale, int64_t inputs, int64_t outputs) const {
-        Matrix made{};
-        made.weights = static_cast<const uint8_t*>(weight.data);
-        made.scales = scale.data;
-        made.inputs = inputs, made.outputs = outputs, made.bits = static_cast<int>(bits);
-        made.block = BLOCK;
-        if (group) {
-            while (group % made.block) made.block /= 2;
-            if (made.block < 8) runtime.fail("arriero.cpu: groups of inputs are no multiples of 8");
-        }
-        made.groups = group ? inputs / group : 1;
-        made.has_wide_scales = scale.type == ort::Type::float32;
-        if (weight.size() % (made.panels() * made.panel_size())) runtime.fail("arriero.cpu: a weight is not of the size that it should have");
-        return made;
+// Some experts' matrices, or one, from what the graph says of them; anything that does not fit is refused.
+Matrix matrix_of(const Runtime& runtime, int64_t bits, int64_t group, const Tensor& weight, const Tensor& scale,
+                 int64_t inputs, int64_t outputs, int64_t experts = 1) {
+    Matrix made{};
+    made.weights = static_cast<const uint8_t*>(weight.data);
+    made.scales = scale.data;
+    made.inputs = inputs, made.outputs = outputs, made.bits = static_cast<int>(bits);
+    made.block = BLOCK;
+    if (group) {
+        if (inputs % group || group % 8) runtime.fail("arriero.cpu: groups do not divide the inputs, or are no multiples of 8");
+        while (group % made.block) made.block /= 2;
     }
-};
+    made.groups = group ? inputs / group : 1;
+    made.has_wide_scales = scale.type == ort::Type::float32;
+    const int64_t panels = experts * made.panels();
+    const bool has_scales = scale.size() == panels * made.groups * PANEL && (made.has_wide_scales || scale.type == ort::Type::bfloat16);
+    if (weight.size() != panels * made.panel_size() || (bits < 16 && !has_scales))
+        runtime.fail("arriero.cpu: a weight or its scales are not of the size that they should have");
+    return made;
+}
 
 struct Linear {
     static constexpr const char* NAME = "Linear";
     static constexpr size_t INPUTS = 4, NEEDED = 2, OUTPUTS = 1;
 
-    static ort::Type input_type(size_t) { return ort::Type::any; }
+    static ort::Type input_type(size_t index) { return index ? ort::Type::any : ort::Type::float32; }
     static ort::Type output_type(size_t) { return ort::Type::float32; }
 
-    Stored stored;
-    int64_t outputs;
+    int64_t bits, group, outputs;
 
     Linear(const Runtime& runtime, const ort::Info* info)
-        : stored{runtime.attribute(info, "bits"), runtime.attribute(info, "group")}, outputs(runtime.attribute(info, "outputs")) {}
+        : bits(runtime.attribute(info, "bits")),
+          group(runtime.attribute(info, "group")),
+          outputs(runtime.attribute(info, "outputs")) {}
 
     void compute(const Call& call) const {
         const Tensor x = call.input(0), weight = call.input(1), scale = call.input(2), x_scale = call.input(3);
         const int64_t inputs = x.shape.back();
         int64_t count = 1;
         for (size_t i = 0; i + 1 < x.shape.size(); i++) count *= x.shape[i];
-        const Matrix matrix = stored.matrix(call.runtime, weight, scale, inputs, outputs);
+        const Matrix matrix = matrix_of(call.runtime, bits, group, weight, scale, inputs, outputs);
         std::vector<int64_t> shape = x.shape;
         shape.back() = outputs;
         float* to = call.output(shape);
@@ -280,15 +312,15 @@ struct MoeDispatch {
     static constexpr const char* NAME = "MoeDispatch";
     static constexpr size_t INPUTS = 8, NEEDED = 6, OUTPUTS = 1;
 
-    static ort::Type input_type(size_t) { return ort::Type::any; }
+    static ort::Type input_type(size_t index) { return index < 2 ? ort::Type::float32 : ort::Type::any; }
     static ort::Type output_type(size_t) { return ort::Type::float32; }
 
-    Stored gate_up, down;
-    int64_t top_k, first_expert, experts, width;
+    int64_t bits, group, down_group, top_k, first_expert, experts, width;
 
     MoeDispatch(const Runtime& runtime, const ort::Info* info)
-        : gate_up{runtime.attribute(info, "bits"), runtime.attribute(info, "group")},
-          down(gate_up),
+        : bits(runtime.attribute(info, "bits")),
+          group(runtime.attribute(info, "group")),
+          down_group(runtime.attribute(info, "down_group")),
           top_k(runtime.attribute(info, "top_k")),
           first_expert(runtime.attribute(info, "first_expert")),
           experts(runtime.attribute(info, "experts")),
@@ -297,12 +329,14 @@ struct MoeDispatch {
     void compute(const Call& call) const {
         const Tensor hidden = call.input(0), logits = call.input(1), hidden_scale = call.input(6), activated_scale = call.input(7);
         const int64_t tokens = hidden.shape[0], size = hidden.shape[1];
-        const Matrix into = gate_up.matrix(call.runtime, call.input(2), call.input(3), size, 2 * width);
-        const Matrix back = down.matrix(call.runtime, call.input(4), call.input(5), width, size);
+        const Matrix into = matrix_of(call.runtime, bits, group, call.input(2), call.input(3), size, 2 * width, experts);
+        const Matrix back = matrix_of(call.runtime, bits, down_group, call.input(4), call.input(5), width, size, experts);
+        for (const Tensor* scale : {&hidden_scale, &activated_scale})
+            if (scale->data && scale->size() != experts) call.runtime.fail("arriero.cpu: not every expert has a static scale");
         float* to = call.output({tokens, size});
         const std::vector<Choice> choices = route(logits.floats(), tokens, logits.shape[1]);
         const auto count = static_cast<int64_t>(choices.size());
-        const bool is_direct = top_k == 1 && count == tokens;
+        const bool is_direct = top_k == 1 && experts == logits.shape[1];
         if (!is_direct) std::fill(to, to + tokens * size, 0.0f);
         if (count == 0) return;
 
@@ -351,13 +385,15 @@ struct MoeDispatch {
     std::vector<Choice> route(const float* logits, int64_t tokens, int64_t count) const {
         std::vector<Choice> choices;
         std::vector<int64_t> order(count);
+        const int64_t chosen = std::min(top_k, count);
         for (int64_t token = 0; token < tokens; token++) {
             const float* own = logits + token * count;
             for (int64_t expert = 0; expert < count; expert++) order[expert] = expert;
-            std::partial_sort(order.begin(), order.begin() + top_k, order.end(), [own](int64_t a, int64_t b) {
-                return own[a] > own[b] || (own[a] == own[b] && a < b);
+            const auto logit = [own](int64_t expert) { return std::isnan(own[expert]) ? -INFINITY : own[expert]; };
+            std::partial_sort(order.begin(), order.begin() + chosen, order.end(), [logit](int64_t a, int64_t b) {
+                return logit(a) > logit(b) || (logit(a) == logit(b) && a < b);
             });
-            for (int64_t rank = 0; rank < top_k; rank++) {
+            for (int64_t rank = 0; rank < chosen; rank++) {
                 const int64_t expert = order[rank] - first_expert;
                 if (expert < 0 || expert >= experts) continue;
                 choices.push_back({expert, token, token * top_k + rank, 1 / (1 + std::exp(-own[order[rank]]))});
@@ -422,6 +458,8 @@ struct GroupedQueryAttention {
     static uint8_t* cache(const Call& call, size_t input, Attention& own) {
         const Tensor past = call.input(input);
         own.capacity = past.shape[2];
+        if (past.shape[3] != (CACHE == ort::Type::uint8 ? own.slot_size() : own.head_dim))
+            call.runtime.fail("arriero.cpu: a cache's slots are not of the size that they should have");
         auto* present = call.output<uint8_t>(past.shape, input - 2);
         const int64_t size = past.shape[0] * past.shape[1] * own.capacity * own.slot_size();
         if (present != past.data) std::memcpy(present, past.data, size);

@@ -7,7 +7,10 @@ from ...errors import SessionError
 
 DOMAIN = "arriero.cpu"
 """The ops' domain; a graph imports it where it has any."""
-REMEDY = "install a C++ compiler (GCC or Clang) and then Arriero again: pip install --force-reinstall --no-deps arriero"
+REMEDY = (
+    "install a C++ compiler (GCC 12 or later, or Clang), and then Arriero again: "
+    "pip install --force-reinstall --no-deps arriero"
+)
 
 
 def library() -> Path:

@@ -100,7 +100,7 @@ struct Buffer {
 
     template <typename Value>
     Value* take(int64_t count) {
-        bytes.resize(std::max(bytes.size(), count * sizeof(Value)));
+        bytes.resize(std::max<size_t>(bytes.size(), count * sizeof(Value)));
         return reinterpret_cast<Value*>(bytes.data());
     }
 };

@@ -81,6 +81,7 @@ def dispatch(
     settings = {
         "bits": gate_up.bits,
         "group": gate_up.group,
+        "down_group": down.group,
         "top_k": attributes.top_k,
         "first_expert": attributes.first_expert,
         "experts": experts,

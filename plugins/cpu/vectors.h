@@ -41,21 +41,46 @@ inline Small narrow(Ints values) { return __builtin_convertvector(values, Small)
 inline Words whole(Halves words) { return __builtin_convertvector(words, Words); }
 #endif
 
-// Sixteen float16 values as float32; of infinities and NaNs, which are not there, something else.
+// Sixteen float16 values, none of them infinite, as float32.
 inline Floats widen_half(Halves halves) {
 #if ARRIERO_SET == 2
     return reinterpret_cast<Floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(halves)));
+#elif ARRIERO_SET == 1
+    __m128i parts[2];
+    std::memcpy(parts, &halves, sizeof parts);
+    const __m256 wide[2] = {_mm256_cvtph_ps(parts[0]), _mm256_cvtph_ps(parts[1])};
+    return load<Floats>(wide);
 #else
     // Exponent and mantissa at their places in a float32, and the exponents' biases, 15 and 127, made even.
     const Words bits = whole(halves);
     const Floats magnitudes = bits_as_floats((bits & 0x7FFFu) << 13) * 0x1p112f;
-    return bits_as_floats(reinterpret_cast<Words>(magnitudes) | (bits & 0x8000u) << 16);
+    const Floats values = bits_as_floats(reinterpret_cast<Words>(magnitudes) | (bits & 0x8000u) << 16);
+    return (bits & 0x7C00u) == 0x7C00u ? all(NAN) : values;
 #endif
 }
 
 // Sixteen bfloat16 values as float32.
 inline Floats widen(const uint16_t* from) {
     return bits_as_floats(whole(load<Halves>(from)) << 16);
+}
+
+// All lanes as one: each half onto the other, down to a single lane.
+template <typename Vector, typename Operation>
+inline auto folded(Vector lanes, const Operation& operation) {
+    lanes = operation(lanes, __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    lanes = operation(lanes, __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+    lanes = operation(lanes, __builtin_shufflevector(lanes, lanes, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+    lanes = operation(lanes, __builtin_shufflevector(lanes, lanes, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0));
+    return lanes[0];
+}
+
+template <typename Vector>
+inline auto sum_of(Vector lanes) {
+    return folded(lanes, [](Vector a, Vector b) { return a + b; });
+}
+
+inline float largest_of(Floats lanes) {
+    return folded(lanes, [](Floats a, Floats b) { return a > b ? a : b; });
 }
 
 // Adds to each lane the products of its four unsigned bytes with four signed ones, the same in every lane.

@@ -13,7 +13,8 @@ import onnx_ir as ir
 import pytest
 from custom_ops import in_panels, run_graph
 
-from arriero.plugins.cpu.ops import multiply
+from arriero.plugins.cpu.ops import dispatch, multiply
+from arriero.plugins.moe.op import Attributes
 from arriero.plugins.nodes import Nodes
 from arriero.plugins.quantisation import fake_quantise
 
@@ -111,10 +112,50 @@ def test_scales_may_be_bfloat16() -> None:
     assert np.array_equal(product(x, stored, halves, 4, 32), product(x, stored, halves.astype(np.float32), 4, 32))
 
 
-def test_a_matrix_of_another_size_is_refused() -> None:
-    stored, scale = drawn(8, (64, 32), 1)
-    with pytest.raises(Exception, match="a weight is not of the size that it should have"):
-        product(np.zeros((1, 96), dtype=np.float32), stored, scale, 8)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_stays_none(bits: int, bad: float) -> None:
+    stored, scale = drawn(min(bits, 8), (64, 32), 1)
+    weight = stored.astype(ml_dtypes.bfloat16) if bits == 16 else stored
+    x = np.ones((7, 64), dtype=np.float32)
+    x[3, 40] = bad
+    found = product(x, weight, None if bits == 16 else scale, bits)
+    assert not np.isfinite(found[3]).any()
+    assert np.isfinite(np.delete(found, 3, axis=0)).all()
+
+
+def test_experts_whose_products_have_unlike_groups() -> None:
+    """A group of 128 is all the inputs of the first product, and half of the second's."""
+    hidden, width, experts, tokens = 128, 256, 2, 5
+    rng = np.random.default_rng(0)
+    parts, wide = [], []
+    for gated, inputs, outputs in ((True, hidden, 2 * width), (False, width, hidden)):
+        stored = rng.integers(-8, 8, (experts, inputs, outputs), dtype=np.int8)
+        scale = rng.uniform(0.01, 0.02, (experts, inputs // 128, outputs)).astype(np.float32)
+        parts.append(in_panels(stored, scale, 4, 0 if inputs == 128 else 128, gated=gated))
+        wide.append(stored * np.repeat(scale, 128, axis=1))
+    x, logits = (rng.standard_normal((tokens, size)).astype(np.float32) for size in (hidden, experts))
+    inputs = [ir.val("hidden", FLOAT, x.shape), ir.val("router_logits", FLOAT, logits.shape)]
+    output, nodes = ir.val("output", FLOAT, [None, None]), Nodes()
+    dispatch(nodes, *inputs, parts[0], parts[1], output, Attributes(top_k=1), experts=experts, width=width)
+    given = [value for part in parts for value in (part.weight, part.scale) if value is not None]
+    found = run_graph(inputs, output, nodes, given, {"hidden": x, "router_logits": logits})
+    for token, expert in enumerate(logits.argmax(1)):
+        gate, up = np.split(x[token] / (1 + np.exp(-logits[token, expert])) @ wide[0][expert], 2)
+        expected = (up * gate / (1 + np.exp(-gate))) @ wide[1][expert]
+        assert np.abs(found[token] - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_matrices_of_another_size_are_refused() -> None:
+    stored, scale = drawn(8, (128, 32), 1)
+    for inputs in (64, 96, 256):
+        with pytest.raises(Exception, match="a weight or its scales are not of the size that they should have"):
+            product(np.zeros((1, inputs), dtype=np.float32), stored, scale, 8)
+    stored, scale = drawn(4, (128, 32), 4)
+    with pytest.raises(Exception, match="a weight or its scales are not of the size that they should have"):
+        product(np.zeros((1, 128), dtype=np.float32), stored, scale, 4, group=64)
+    with pytest.raises(Exception, match="groups do not divide the inputs"):
+        product(np.zeros((1, 128), dtype=np.float32), stored, scale, 4, group=48)
 
 
 @pytest.mark.skipif("ARRIERO_INSTRUCTION_SET" in os.environ, reason="runs itself")

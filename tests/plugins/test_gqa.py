@@ -279,6 +279,19 @@ def test_caches_of_groups_round_what_they_hold(bits: int, case: Case) -> None:
     assert np.abs(output - expected).max() < (0.03 if bits == 8 else 0.4)
 
 
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_a_value_that_is_no_number_stays_none(bits: int) -> None:
+    case = next(case for case in CASES if case.name == "later piece, chunked")
+    exact = case.inputs()
+    given: Any = GroupedCaches(case, bits) if bits else NarrowCaches(case)
+    bad = exact["key"].copy()
+    bad[0, -1, 3] = np.nan
+    given.arrays["key"] = bad
+    output = by_cpu_lowering(given)[0]
+    assert np.isnan(output[0, -1]).any()
+    assert np.isfinite(output[1:]).all()
+
+
 def test_the_cache_keeps_what_the_piece_does_not_write() -> None:
     case = next(case for case in CASES if case.name == "later piece, chunked")
     before = case.inputs()["key_cache"]
