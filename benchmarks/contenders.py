@@ -245,6 +245,15 @@ def measure(contender: Contender, task: Task) -> dict[str, Any]:
     return found
 
 
+def warm_up(contender: Contender, task: Task) -> None:
+    """Decodes for a while, so that what an engine does in its first seconds is not taken for its speed."""
+    rng, until = np.random.default_rng(2), time.monotonic() + WARM
+    while time.monotonic() < until:
+        contender.start(1, FIRST_PROMPT + task.steps + 1)
+        contender.prefill(draw(rng, task, 1, FIRST_PROMPT))
+        decode(contender, rng, task, 1, [])
+
+
 def measure_lengths(contender: Contender, task: Task) -> list[float]:
     """Seconds of a decode step at each length; the steps themselves count towards the next."""
     rng = np.random.default_rng(1)
@@ -296,6 +305,8 @@ def peak_memory() -> int:
 ENGINES = {"arriero": Arriero, "llama": Llama, "torch": Torch, "compiled": Torch}
 FIRST_PROMPT = 16
 """Tokens of the prompt whose first new token is waited for, from the command on."""
+WARM = 3.0
+"""Seconds of decoding before anything but the first token is timed."""
 COMPARED = 128
 """Tokens of the prompt that contenders' logits are compared on."""
 
@@ -313,6 +324,8 @@ def main() -> None:
         contender.start(1, FIRST_PROMPT + 1)
         contender.prefill(draw(rng, task, 1, FIRST_PROMPT)).argmax(-1)
         found = {"first": time.process_time()} if task.cpu_time else {"first_at": time.monotonic()}
+        if task.lengths or task.runs:
+            warm_up(contender, task)
         if task.lengths:
             found["at_lengths"] = measure_lengths(contender, task)
         elif task.runs:

@@ -16,6 +16,7 @@ from ..errors import SessionError
 from ..geometry import ModelSpec
 from ..plugins.cpu.library import DOMAIN, library
 from .decoding import Slots, cache_chunk, is_standing, slots_of, standing
+from .weights import MappedWeights
 
 PROVIDER = "CPUExecutionProvider"
 LONGEST_PIECE = 512
@@ -173,6 +174,7 @@ class Binding:
 
     def __init__(self, decoder: Decoder, caches: Caches, rows: slice) -> None:
         self.session, self.watched, self.watch = decoder.session, decoder.watched, decoder.watch
+        self.weights = decoder.weights
         self.vocab_size = decoder.spec.vocab_size
         self.no_features = np.zeros((1, decoder.spec.hidden_size), np.float32) if decoder.takes_images else None
         self.io = self.session.io_binding()
@@ -213,6 +215,8 @@ class Binding:
         for name in self.watched:
             self.io.bind_output(name, "cpu")
         self.session.run_with_iobinding(self.io)
+        if ids_BS.shape[1] == 1 and isinstance(self.weights, MappedWeights):
+            self.weights.settle()  # not before: the first token is waited for
         if self.watched:  # asking for outputs makes an object of each cache
             watched = (value.numpy() for value in self.io.get_outputs()[-len(self.watched) :])
             self.watch(dict(zip(self.watched, watched, strict=True)))

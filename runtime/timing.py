@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .pages import free_memory
 from .session import Session
 
 STREAM_SIZE = 1 << 30
@@ -84,11 +85,6 @@ def time_case(session: Session, case: Case, decode_tokens: int) -> Reading:
 def peak_memory() -> int:
     """The largest resident set that this process has had, in bytes."""
     return _kilobytes(Path("/proc/self/status"), "VmHWM") * 1024
-
-
-def free_memory() -> int:
-    """Bytes that can be had without swapping."""
-    return _kilobytes(Path("/proc/meminfo"), "MemAvailable") * 1024
 
 
 def processors() -> int:

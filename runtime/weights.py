@@ -2,30 +2,41 @@
 
 A tensor whose stored type and layout the graph takes is a view of the mapped file: its pages are read when they are
 used and belong to the page cache. Others are converted in memory of their own (floats and E4M3 widened to float32,
-matrices of integers laid out in panels), and the pages they came from are let go. What every token reads of a bundle's
-panels is read into huge pages, from which a processor reads a fifth faster; experts stay in the file.
+matrices of integers laid out in panels), and the pages they came from are let go.
 """
 
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from ..errors import FolderError
 from ..plugins.layout import NUMPY_DTYPES, lay_out
-from ..spec import EXPERT, Weight
+from ..spec import Weight
+from .pages import Region, exchange_pages
 
-LINE = 64
-"""Bytes of a cache line."""
 ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "uint8": 2}
 
 
-def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> dict[str, ort.OrtValue]:
+class MappedWeights(dict[str, ort.OrtValue]):
+    """Weights by initializer name, and where those lie that a bundle holds as its kernels read them."""
+
+    def __init__(self, values: Mapping[str, ort.OrtValue], regions: Sequence[Region]) -> None:
+        super().__init__(values)
+        self.regions = regions
+
+    def settle(self) -> None:
+        """Begins to move what lies in the file's pages to huge ones, if that has not begun."""
+        regions, self.regions = self.regions, []
+        if regions:
+            exchange_pages(regions)
+
+
+def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> MappedWeights:
     """Maps the weights as ONNX Runtime values by initializer name. The files stay mapped as long as the values live.
 
     Raises:
@@ -36,12 +47,10 @@ def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> dict[str, 
     for weight in weights:
         if weight.file not in maps or not 0 <= weight.offset <= len(maps[weight.file]) - weight.size:
             raise FolderError(f"spec.json puts {weight.name!r} outside {weight.file!r}: build the bundle again")
-    moved = [weight for weight in weights if weight.is_made and not EXPERT.search(weight.name)]
-    rooms = _rooms(moved)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(lambda weight: _fill(rooms[weight.name], files[weight.file], weight.offset), moved))
-        values = pool.map(lambda weight: _value(weight, maps[weight.file], rooms.get(weight.name)), weights)
-        return {weight.name: value for weight, value in zip(weights, values, strict=True)}
+        values = pool.map(lambda weight: _value(weight, maps[weight.file]), weights)
+        named = {weight.name: value for weight, value in zip(weights, values, strict=True)}
+    return MappedWeights(named, [_region(file, name, weights) for name, file in maps.items()])
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -49,26 +58,14 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _rooms(weights: Sequence[Weight]) -> dict[str, NDArray[np.uint8]]:
-    """Memory for some weights, by name, in one piece, so that it lies in huge pages where the system has them."""
-    ends = np.cumsum([-(-weight.size // LINE) * LINE for weight in weights], dtype=np.int64).tolist()
-    room = np.empty(ends[-1] + LINE if ends else 0, dtype=np.uint8)  # numpy asks for huge pages
-    first = -room.ctypes.data % LINE
-    starts = [first, *(first + end for end in ends)]
-    return {weight.name: room[start:][: weight.size] for weight, start in zip(weights, starts, strict=False)}
+def _region(file: mmap.mmap, name: str, weights: Iterable[Weight]) -> Region:
+    """What a file holds as kernels read it: one piece, at its beginning."""
+    ends = [weight.offset + weight.size for weight in weights if weight.is_made and weight.file == name]
+    return Region(file, np.frombuffer(file, np.uint8).ctypes.data, max(ends, default=0))
 
 
-def _fill(room: NDArray[np.uint8], path: Path, offset: int) -> None:
-    """Reads a region of a file."""
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        done = 0
-        while done < len(room) and (count := file.readinto(room[done:].data)):
-            done += count
-
-
-def _value(weight: Weight, file: mmap.mmap, room: NDArray[np.uint8] | None) -> ort.OrtValue:
-    data = np.frombuffer(file, np.uint8, weight.size, weight.offset) if room is None else room
+def _value(weight: Weight, file: mmap.mmap) -> ort.OrtValue:
+    data = np.frombuffer(file, np.uint8, weight.size, weight.offset)
     stored = weight.convert if weight.is_made else weight.dtype
     if weight.layout != "panels" and weight.offset % NUMPY_DTYPES[stored].itemsize:
         data = data.copy()  # a view of misaligned elements is not one that kernels may read

@@ -6,7 +6,8 @@
 // same blocks in the same order. So a batch's rows, a prompt's pieces and single tokens agree bit by bit.
 
 constexpr int LANES = 16;
-constexpr int AT_ONCE = ARRIERO_SET == 2 ? 6 : 2;  // rows whose sums fit the registers
+constexpr int AT_ONCE = ARRIERO_SET == 2 ? 6 : 2;      // rows whose sums fit the registers
+constexpr int IN_ONE_PASS = ARRIERO_SET == 2 ? 8 : 2;  // rows that are better done with some sums in memory than in two passes
 constexpr int AHEAD = 4096;  // bytes of weights that are asked for in advance
 
 // Puts each eight inputs in the order in which four bytes hold them: the low halves', then the high ones'.
@@ -153,10 +154,14 @@ inline void rows_of_panel(const Matrix& matrix, const Rows& rows, int64_t first,
     for (int row = 0; row < COUNT; row++) write(matrix, first + row, panel, sums[row], target);
 }
 
-inline void multiply(const Matrix& matrix, const Rows& rows, int64_t first, int64_t last, int64_t panel, const Target& target) {
-    if (ARRIERO_SET == 2 && last - first == 8) return rows_of_panel<8>(matrix, rows, first, panel, target);  // one pass
-    for (; last - first >= AT_ONCE; first += AT_ONCE) rows_of_panel<AT_ONCE>(matrix, rows, first, panel, target);
-    for (; last - first >= 2; first += 2) rows_of_panel<2>(matrix, rows, first, panel, target);
-    if (first < last) rows_of_panel<1>(matrix, rows, first, panel, target);
+// Up to `COUNT` rows in one pass over a panel.
+template <int COUNT>
+inline void some_rows(int64_t count, const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, const Target& target) {
+    if (count == COUNT) return rows_of_panel<COUNT>(matrix, rows, first, panel, target);
+    if constexpr (COUNT > 1) some_rows<COUNT - 1>(count, matrix, rows, first, panel, target);
 }
 
+inline void multiply(const Matrix& matrix, const Rows& rows, int64_t first, int64_t last, int64_t panel, const Target& target) {
+    for (; last - first > IN_ONE_PASS; first += AT_ONCE) rows_of_panel<AT_ONCE>(matrix, rows, first, panel, target);
+    some_rows<IN_ONE_PASS>(last - first, matrix, rows, first, panel, target);
+}

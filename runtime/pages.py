@@ -1,0 +1,93 @@
+"""Weights moved from their file's small pages to huge ones, at the same addresses, while a session runs.
+
+A processor reads huge pages a fifth faster. Filling them takes a second for some gigabytes, more where the system has
+to make room for them, so a session starts on the file's pages and they are exchanged in the background: what is read is
+the same bytes before, after, and in between. Where the system cannot do it, everything stays as it is.
+"""
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Thread
+
+HUGE = 2 << 20
+"""Bytes of a huge page."""
+PIECE = 16 * HUGE
+"""Bytes that are exchanged at a time; for so long there are two copies of them."""
+FIXED = 3
+"""Linux's MREMAP_MAYMOVE | MREMAP_FIXED: what lay at the new address is replaced in one step."""
+
+
+class Region:
+    """The first bytes of a mapped file.
+
+    Args:
+        file: The mapping; kept as long as this is.
+        address: Where in memory it begins.
+        size: How many.
+    """
+
+    def __init__(self, file: mmap.mmap, address: int, size: int) -> None:
+        self.file = file
+        self.first = -(-address // HUGE) * HUGE  # whole huge pages only
+        self.last = (address + size) // HUGE * HUGE
+
+    @property
+    def size(self) -> int:
+        """Bytes that lie in whole huge pages."""
+        return max(0, self.last - self.first)
+
+
+def exchange_pages(regions: Sequence[Region]) -> None:
+    """Exchanges some regions' pages in the background, where they take no more than half of the free memory."""
+    size = sum(region.size for region in regions)
+    if sys.platform == "linux" and mmap.PAGESIZE == 4096 and 0 < size <= free_memory() // 2:
+        Thread(target=_exchange_all, args=(regions,), daemon=True).start()
+
+
+def _exchange_all(regions: Sequence[Region]) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name in ("mmap", "mremap"):
+        getattr(libc, name).restype = ctypes.c_void_p
+    for region in regions:
+        for address in range(region.first, region.last, PIECE):
+            if not _exchange(libc, address, min(PIECE, region.last - address)):
+                return
+
+
+def _exchange(libc: ctypes.CDLL, address: int, size: int) -> bool:
+    """Fills huge pages with what lies at an address, and puts them there. Returns whether that could be done."""
+    word, failed = ctypes.c_size_t, ctypes.c_void_p(-1).value
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    room = libc.mmap(None, word(size + HUGE), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, word(0))
+    if room == failed:
+        return False
+    pages = -(-room // HUGE) * HUGE
+    libc.madvise(word(pages), word(size), mmap.MADV_HUGEPAGE)
+    ctypes.memmove(pages, address, size)
+    moved = libc.mremap(word(pages), word(size), word(size), FIXED, word(address)) != failed
+    for start, end in ((room, pages), (pages + size, room + size + HUGE)):
+        libc.munmap(word(start), word(end - start))
+    if not moved:
+        libc.munmap(word(pages), word(size))
+    return moved
+
+
+def free_memory() -> int:
+    """Bytes that this process can have without swapping."""
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return min(int(line.split()[1]) * 1024, _left_to_group())
+
+
+def _left_to_group() -> int:
+    """Bytes that the limit of this process's control group leaves; much, where there is none."""
+    try:
+        path = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+        group = Path("/sys/fs/cgroup" + path)
+        limit = int((group / "memory.max").read_text())
+        used = next(line for line in (group / "memory.stat").read_text().splitlines() if line.startswith("anon "))
+    except (OSError, ValueError, StopIteration):  # another kind of group, or "max"
+        return sys.maxsize
+    return max(0, limit - int(used.split()[1]))
