@@ -8,6 +8,7 @@
 
 constexpr int64_t SLOTS = 64;  // of a block
 constexpr int64_t LANES_16 = 16;
+constexpr int64_t LINE = 64;  // bytes of a cache line
 
 inline Floats load_some(const float* from, int64_t count) {
     float values[LANES_16] = {};
@@ -233,13 +234,13 @@ inline void columns_of_keys(const Attention& call, int64_t place, int64_t count,
     const int64_t each = slot_size * LANES_16 / size;  // bytes of sixteen dims, nearly
     for (int64_t first = 0; first < SLOTS; first += LANES_16)
         for (int64_t d = 0; d < size; d += LANES_16) {
-            const int64_t width = std::min(LANES_16, size - d);
+            const int64_t width = std::min(LANES_16, size - d), on = d / LANES_16 * each;
             Floats rows[LANES_16];
             for (int64_t i = 0; i < LANES_16; i++) {
-                const int64_t at = place + (first + i) * slot_size, ahead = at + d / LANES_16 * each;
-                if (CACHE == Cached::float32 || d % 64 == 0) {
-                    __builtin_prefetch(call.value_cache + ahead);
-                    __builtin_prefetch(call.key_cache + ahead + SLOTS * slot_size);
+                const int64_t at = place + (first + i) * slot_size;
+                if (d == 0 || on / LINE != (on - each) / LINE) {
+                    __builtin_prefetch(call.value_cache + at + on);
+                    __builtin_prefetch(call.key_cache + at + on + SLOTS * slot_size);
                 }
                 rows[i] = first + i >= count   ? Floats{}
                           : width == LANES_16 ? load_cached<CACHE>(call.key_cache + at, d, LANES_16, padded)
