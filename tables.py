@@ -58,6 +58,7 @@ def describe_memory(memory: dict[str, int]) -> str:
         "mapped": "weights as they lie in their files",
         "converted": "weights widened or turned",
         "kv_cache": "KV cache",
+        "kept": "kept by the allocator",
         "activations": "activations",
         "tower": "the vision tower from the first image on",
         "tiles": "its activations",
