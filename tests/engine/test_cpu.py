@@ -14,6 +14,9 @@ from arriero.engine.cpu import lower_for_cpu
 from arriero.errors import BuildError, FolderError, SessionError
 from arriero.export import export_checkpoint
 from arriero.folder import read_spec
+from arriero.summary import summarise
+
+RTX = "tensorrt-rtx:sm89"
 
 
 def test_the_lowered_graph_uses_the_forms_chosen_for_the_cpu(tiny_model: Path) -> None:
@@ -63,6 +66,33 @@ def test_a_head_dim_that_fits_no_vector_is_computed_all_the_same(
     with torch.no_grad():
         expected = reference(ids).logits.numpy()
     assert np.abs(session.logits(ids.numpy()) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(("kv_cache", "far"), [("int8", 0.05), ("int4", 0.6)])
+def test_caches_of_groups_are_smaller_and_near(tiny_model: Path, tmp_path: Path, kv_cache: Any, far: float) -> None:
+    bundle = build_bundle(tiny_model, tmp_path / "bundle", kv_cache=kv_cache)
+    session, exact = arriero.load(bundle, max_seq=300), arriero.load(tiny_model, max_seq=300)
+    ids = np.array([exact.text.encode("The list type is a mutable sequence. " * 20)[:200]])
+    whole = session.logits(ids)
+    assert 1e-4 < np.sqrt(np.mean((whole - exact.logits(ids)) ** 2)) < far
+    state = session.start(1, 300)
+    session.prefill(state, [ids[0, :150].tolist()])
+    steps = [session.decode(state, [token])[0] for token in ids[0, 150:].tolist()]
+    assert np.abs(np.array(steps) - whole[0, 150:]).max() < 1e-4  # float32 products, in other orders
+    told = [summarise(folder)["kv_cache"]["bytes_per_token"] for folder in (bundle, tiny_model)]
+    assert told[0] == sum(buffer[0, :, 0].nbytes for buffer in session.start(1, 1).caches.buffers.values())
+    assert told[0] < told[1]
+
+
+@pytest.mark.parametrize(
+    ("target", "kv_cache", "said"), [("cpu", "int3", "expected int8 or int4"), (RTX, "int8", "cpu")]
+)
+def test_a_cache_that_cannot_be_is_refused(
+    tiny_model: Path, tmp_path: Path, target: str, kv_cache: Any, said: str
+) -> None:
+    with pytest.raises(BuildError, match=said):
+        build_bundle(tiny_model, tmp_path / "bundle", target=target, kv_cache=kv_cache)
+    assert not list(tmp_path.iterdir())
 
 
 def test_kernels_that_were_not_compiled_are_missed_by_name(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
