@@ -1,198 +1,28 @@
 // The ops of domain `arriero.cpu` for ONNX Runtime: attention, and products with quantised matrices.
 //
-//   GroupedQueryAttention   the canonical op's inputs, attributes and outputs, in float32 but for its caches
-//   Linear        x [..., K], weight, scale?, x_scale?                                       -> [..., N]
-//   MoeDispatch   hidden [T, H], router_logits [T, E], gate_up, gate_up_scale, down, down_scale,
-//                 hidden_scale?, activated_scale?                                            -> [T, H]
+//   GroupedQueryAttention  the canonical op's inputs, attributes and outputs, in float32 but for its caches
+//   Linear                 x [..., K], weight, scale?, x_scale?                                      -> [..., N]
+//   MoeDispatch            hidden [T, H], router_logits [T, E], gate_up, gate_up_scale, down, down_scale,
+//                          hidden_scale?, activated_scale?                                           -> [T, H]
 //
 // Weights and scales lie as `matrix.h` says, and are read where they lie. Activations are rounded to int8: in blocks of
-// 32 inputs by the largest of each, or by a static scale where one is given. A matrix of bfloat16 has no scale, and is
+// 32 inputs by the largest of each, or by a static scale where one is given. A matrix of floats has no scale, and is
 // multiplied with float32 activations.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <string>
-#include <type_traits>
 #include <vector>
 
-#include "matrix.h"
-#include "onnxruntime.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-#define ARRIERO_SET 0
-namespace any_processor {
-#include "vectors.h"
-#include "kernels.h"
-#include "attention.h"
-constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
-}  // namespace any_processor
-#undef ARRIERO_SET
-
-#if defined(__x86_64__)
-#define ARRIERO_SET 1
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace avx2 {
-#include "vectors.h"
-#include "kernels.h"
-#include "attention.h"
-constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef ARRIERO_SET
-
-#define ARRIERO_SET 2
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
-#endif
-namespace avx512 {
-#include "vectors.h"
-#include "kernels.h"
-#include "attention.h"
-constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef ARRIERO_SET
-#endif
+#include "call.h"
+#include "instruction_sets.h"
 
 namespace {
-
-// The best that the processor has, or what ARRIERO_INSTRUCTION_SET asks for less: `avx2`, or `any`.
-const Kernels& kernels() {
-    static const Kernels& best = []() -> const Kernels& {
-#if defined(__x86_64__)
-        const char* asked = std::getenv("ARRIERO_INSTRUCTION_SET");
-        const std::string most = asked ? asked : "avx512";
-        const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        if (most == "avx512" && has_avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512dq"))
-            return avx512::KERNELS;
-        if (most != "any" && has_avx2) return avx2::KERNELS;
-#endif
-        return any_processor::KERNELS;
-    }();
-    return best;
-}
 
 constexpr int64_t BLOCK = 32;               // inputs that a row rounds by one scale, at most
 constexpr int64_t SLICE = 1 << 16;          // bytes of weights that are worth a thread's while
 constexpr int64_t SLICES = 64;              // of one product at most
 constexpr int64_t TILE_ROWS = 64;           // queries that a thread takes through a head's cache together
 constexpr int64_t ROWS_BYTES = 192 * 1024;  // of rows that a thread goes through all its panels with: they stay in its L2
-
-// A failure of ONNX Runtime's on its way through the code that asked.
-struct Failure {
-    ort::Status* status;
-};
-
-// What a kernel asks ONNX Runtime for; a refusal is thrown.
-struct Runtime {
-    const ort::Interface& interface;
-
-    void check(ort::Status* status) const {
-        if (status) throw Failure{status};
-    }
-    [[noreturn]] void fail(const char* message) const { throw Failure{interface.failure(message)}; }
-    template <typename Value = int64_t>
-    Value attribute(const ort::Info* info, const char* name) const {
-        Value value = 0;
-        check(interface.attribute(info, name, &value));
-        return value;
-    }
-};
-
-// A tensor's shape, type and data; `data` is null for an input that is not given.
-struct Tensor {
-    const void* data = nullptr;
-    std::vector<int64_t> shape;
-    ort::Type type = ort::Type::any;
-
-    const float* floats() const { return static_cast<const float*>(data); }
-    int64_t size() const {
-        int64_t count = data ? 1 : 0;
-        for (const int64_t dimension : shape) count *= dimension;
-        return count;
-    }
-};
-
-// One call of a kernel.
-struct Call {
-    Runtime runtime;
-    ort::Context* context;
-
-    Tensor input(size_t index) const {
-        size_t count = 0;
-        runtime.check(runtime.interface.input_count(context, &count));
-        const ort::Value* value = nullptr;
-        if (index < count) runtime.check(runtime.interface.input(context, index, &value));
-        Tensor tensor;
-        if (!value) return tensor;
-        ort::TensorInfo* made = nullptr;
-        runtime.check(runtime.interface.tensor_info(value, &made));
-        const auto released = [this](ort::TensorInfo* info) { runtime.interface.release(info); };
-        const std::unique_ptr<ort::TensorInfo, decltype(released)> info(made, released);
-        size_t rank = 0;
-        runtime.check(runtime.interface.rank(info.get(), &rank));
-        tensor.shape.resize(rank);
-        runtime.check(runtime.interface.dimensions(info.get(), tensor.shape.data(), rank));
-        runtime.check(runtime.interface.element_type(info.get(), &tensor.type));
-        void* data = nullptr;
-        runtime.check(runtime.interface.data(const_cast<ort::Value*>(value), &data));
-        tensor.data = data;
-        return tensor;
-    }
-
-    template <typename Value = float>
-    Value* output(const std::vector<int64_t>& shape, size_t index = 0) const {
-        ort::Value* value = nullptr;
-        runtime.check(runtime.interface.output(context, index, shape.data(), shape.size(), &value));
-        void* data = nullptr;
-        runtime.check(runtime.interface.data(value, &data));
-        return static_cast<Value*>(data);
-    }
-
-    // Does `work(index)` for all indices below `count`, on ONNX Runtime's own threads.
-    template <typename Work>
-    void in_parallel(int64_t count, const Work& work) const {
-        if (count == 1) return work(0);
-        struct Job {
-            const Work& work;
-            std::atomic<bool> has_failed{false};
-        } job{work};
-        const auto one = [](void* of, size_t index) {
-            auto& own = *static_cast<Job*>(of);
-            try {
-                own.work(static_cast<int64_t>(index));
-            } catch (...) {  // nothing may leave a thread of ONNX Runtime's
-                own.has_failed = true;
-            }
-        };
-        runtime.check(runtime.interface.run_in_parallel(context, one, count, &job));
-        if (job.has_failed) runtime.fail("arriero.cpu: there is not enough memory");
-    }
-};
 
 struct RowBuffers {
     Buffer values, scales, sums;
