@@ -14,6 +14,9 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 #define ARRIERO_SET 0
@@ -67,6 +70,28 @@ constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
 #undef ARRIERO_SET
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+#define ARRIERO_SET 3
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+namespace dotprod {
+#include "vectors.h"
+#include "kernels.h"
+#include "attention.h"
+constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
+}  // namespace dotprod
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef ARRIERO_SET
+#endif
+
 // The best that the processor has, or what ARRIERO_INSTRUCTION_SET asks for less: `avx2`, or `any`.
 inline const Kernels& kernels() {
     static const Kernels& best = []() -> const Kernels& {
@@ -77,6 +102,10 @@ inline const Kernels& kernels() {
         if (most == "avx512" && has_avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512dq"))
             return avx512::KERNELS;
         if (most != "any" && has_avx2) return avx2::KERNELS;
+#elif defined(__aarch64__) && defined(__linux__)
+        const char* asked = std::getenv("ARRIERO_INSTRUCTION_SET");
+        const bool is_any = asked && std::string(asked) == "any";
+        if (!is_any && getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return dotprod::KERNELS;
 #endif
         return any_processor::KERNELS;
     }();

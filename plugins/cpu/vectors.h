@@ -104,7 +104,7 @@ inline Ints dot(Ints sums, Bytes weights, const int8_t* four) {
     }
     std::memcpy(&sums, totals, sizeof sums);
     return sums;
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif ARRIERO_SET == 3 || defined(__ARM_FEATURE_DOTPROD)
     // Of signed bytes: 128 less is taken off the weights, and comes back as 128 times the sum of the four.
     const int8x16_t quad = vreinterpretq_s8_s32(vdupq_n_s32(packed));
     const int32x4_t back = vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), quad), 7);
