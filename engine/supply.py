@@ -24,7 +24,6 @@ GIVEN: dict[str, ir.DataType] = {
     "float32": FLOAT,
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
-    "int8": ir.DataType.INT8,
     "uint8": ir.DataType.UINT8,
 }
 PLACEHOLDER = "spec.json"

@@ -19,7 +19,6 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "uint8": np.dtype(np.uint8),
     "fp8": np.dtype(np.uint8),
     "int4": np.dtype(np.uint8),
-    "uint4": np.dtype(np.uint8),
 }
 """How numpy holds each type: bfloat16 and E4M3 as bits; two of the 4-bit integers lie in a byte, the first low."""
 
@@ -31,7 +30,6 @@ FORMAT_NAMES = {
     "uint8": "U8",
     "fp8": "F8_E4M3",
     "int4": "U8",
-    "uint4": "U8",
 }
 """What safetensors files call each type; two of the 4-bit integers lie in a byte."""
 
