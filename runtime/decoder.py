@@ -101,7 +101,7 @@ class Decoder:
     def __init__(
         self,
         graph: bytes,
-        weights: Mapping[str, ort.OrtValue],
+        weights: MappedWeights,
         folder: Path,
         spec: ModelSpec,
         session: Mapping[str, str],
@@ -215,7 +215,7 @@ class Binding:
         for name in self.watched:
             self.io.bind_output(name, "cpu")
         self.session.run_with_iobinding(self.io)
-        if ids_BS.shape[1] == 1 and isinstance(self.weights, MappedWeights):
+        if ids_BS.shape[1] == 1:
             self.weights.settle()  # not before: the first token is waited for
         if self.watched:  # asking for outputs makes an object of each cache
             watched = (value.numpy() for value in self.io.get_outputs()[-len(self.watched) :])

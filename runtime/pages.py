@@ -52,7 +52,7 @@ def exchange_pages(regions: Sequence[Region]) -> None:
 
 
 def _exchange_all(regions: Sequence[Region]) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
     for name in ("mmap", "mremap"):
         getattr(libc, name).restype = ctypes.c_void_p
     for region in regions:

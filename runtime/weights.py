@@ -50,7 +50,11 @@ def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> MappedWeig
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         values = pool.map(lambda weight: _value(weight, maps[weight.file]), weights)
         named = {weight.name: value for weight, value in zip(weights, values, strict=True)}
-    return MappedWeights(named, [_region(file, name, weights) for name, file in maps.items()])
+    ends: dict[str, int] = {}
+    for weight in weights:
+        if weight.is_made:  # what a file holds as kernels read it is one piece, at its beginning
+            ends[weight.file] = max(ends.get(weight.file, 0), weight.offset + weight.size)
+    return MappedWeights(named, [_region(maps[name], end) for name, end in ends.items()])
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -58,10 +62,8 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _region(file: mmap.mmap, name: str, weights: Iterable[Weight]) -> Region:
-    """What a file holds as kernels read it: one piece, at its beginning."""
-    ends = [weight.offset + weight.size for weight in weights if weight.is_made and weight.file == name]
-    return Region(file, np.frombuffer(file, np.uint8).ctypes.data, max(ends, default=0))
+def _region(file: mmap.mmap, size: int) -> Region:
+    return Region(file, np.frombuffer(file, np.uint8).ctypes.data, size)
 
 
 def _value(weight: Weight, file: mmap.mmap) -> ort.OrtValue:

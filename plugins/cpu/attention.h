@@ -7,11 +7,10 @@
 // gets the same bits alone, in a prompt's piece, and in a batch, as long as all values are finite.
 
 constexpr int64_t SLOTS = 64;  // of a block
-constexpr int64_t LANES_16 = 16;
 constexpr int64_t LINE = 64;  // bytes of a cache line
 
 inline Floats load_some(const float* from, int64_t count) {
-    float values[LANES_16] = {};
+    float values[LANES] = {};
     std::memcpy(values, from, count * sizeof(float));
     return load<Floats>(values);
 }
@@ -46,7 +45,7 @@ template <Cached CACHE>
 inline Floats load_cached(const uint8_t* slot, int64_t d, int64_t count, int64_t padded) {
     if (CACHE == Cached::float32) {
         const float* from = reinterpret_cast<const float*>(slot) + d;
-        return count == LANES_16 ? load<Floats>(from) : load_some(from, count);
+        return count == LANES ? load<Floats>(from) : load_some(from, count);
     }
     if (CACHE == Cached::float16) {
         Halves halves = {};
@@ -55,11 +54,11 @@ inline Floats load_cached(const uint8_t* slot, int64_t d, int64_t count, int64_t
     }
     if (CACHE == Cached::groups4) {
         const uint8_t* of_group = slot + padded / 2 + d / GROUP * 4;
-        const Ints both = whole(load<Small>(slot + d / GROUP * LANES_16));
+        const Ints both = whole(load<Small>(slot + d / GROUP * LANES));
         return as_floats((d % GROUP ? both >> 4 : both) & 15) * bfloat16(of_group) + bfloat16(of_group + 2);
     }
     Small bytes = {};
-    if (count == LANES_16)
+    if (count == LANES)
         bytes = load<Small>(slot + d);
     else
         std::memcpy(&bytes, slot + d, count);
@@ -71,27 +70,29 @@ inline Floats load_cached(const uint8_t* slot, int64_t d, int64_t count, int64_t
     return (bits & 0x7Fu) == 0x7Fu ? all(NAN) : values;
 }
 
-// The nearest float16, ties to even, saturating.
-inline uint16_t as_half(float value) {
-    const float magnitude = std::fabs(value) > 65504.0f ? 65504.0f : std::fabs(value);
-    const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-    if (magnitude != magnitude) return 0x7E00;
-    if (magnitude < 0x1p-14f) return sign | static_cast<uint16_t>(std::nearbyint(magnitude * 0x1p24f));
+// The bits of the nearest value of a narrower float with so many bits of mantissa, ties to even.
+template <int MANTISSA, int BIAS>
+inline uint32_t narrowed(float magnitude) {
+    constexpr int LESS = 23 - MANTISSA;
+    if (magnitude < std::ldexp(1.0f, 1 - BIAS)) return std::nearbyint(std::ldexp(magnitude, BIAS - 1 + MANTISSA));
     uint32_t bits;
     std::memcpy(&bits, &magnitude, sizeof bits);
-    bits += 0xFFF + (bits >> 13 & 1);
-    return sign | static_cast<uint16_t>((bits >> 13) - (112 << 10));
+    bits += (1u << (LESS - 1)) - 1 + (bits >> LESS & 1);
+    return (bits >> LESS) - ((127 - BIAS) << MANTISSA);
 }
 
+// The nearest float16, saturating.
+inline uint16_t as_half(float value) {
+    const float magnitude = std::fabs(value);
+    if (magnitude != magnitude) return 0x7E00;
+    return (std::signbit(value) ? 0x8000 : 0) | narrowed<10, 15>(magnitude > 65504.0f ? 65504.0f : magnitude);
+}
+
+// The nearest E4M3, saturating.
 inline uint8_t as_e4m3(float value) {
-    const float magnitude = std::fabs(value) > 448.0f ? 448.0f : std::fabs(value);
-    const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+    const float magnitude = std::fabs(value);
     if (magnitude != magnitude) return 0x7F;
-    if (magnitude < 0x1p-6f) return sign | static_cast<uint8_t>(std::nearbyint(magnitude * 0x1p9f));
-    uint32_t bits;
-    std::memcpy(&bits, &magnitude, sizeof bits);
-    bits += 0x7FFFF + (bits >> 20 & 1);  // to the nearest of three bits of mantissa, ties to even
-    return sign | static_cast<uint8_t>((bits >> 20) - (120 << 3));
+    return (std::signbit(value) ? 0x80 : 0) | narrowed<3, 7>(magnitude > 448.0f ? 448.0f : magnitude);
 }
 
 // Rounds a head to integers of 8 or 4 bits, each group of dims by its own scale, and in 4 bits from its own least value.
@@ -116,7 +117,7 @@ inline void write_groups(const Attention& call, uint8_t* slot, const float* valu
         scale = poison == 0 ? scale : NAN;
         uint8_t* to = slot + padded + start / GROUP * 2;
         if (is_narrow) {
-            for (int i = 0; i < LANES_16; i++) slot[start / 2 + i] = rounded[i] | rounded[i + LANES_16] << 4;
+            for (int i = 0; i < LANES; i++) slot[start / 2 + i] = rounded[i] | rounded[i + LANES] << 4;
             to = slot + padded / 2 + start / GROUP * 4;
             write_bfloat16(to + 2, base);
         } else {
@@ -206,7 +207,7 @@ inline void enter(const Attention& call, int64_t row, int64_t step) {
 
 // Sixteen vectors as the columns of what were their rows: first each four by four, then these among one another.
 inline void transpose(Floats* rows) {
-    for (Floats* four = rows; four < rows + LANES_16; four += 4) {
+    for (Floats* four = rows; four < rows + LANES; four += 4) {
         const auto low = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29); };
         const auto high = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31); };
         const auto firsts = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29); };
@@ -214,7 +215,7 @@ inline void transpose(Floats* rows) {
         const Floats a = low(four[0], four[1]), b = high(four[0], four[1]), c = low(four[2], four[3]), d = high(four[2], four[3]);
         four[0] = firsts(a, c), four[1] = seconds(a, c), four[2] = firsts(b, d), four[3] = seconds(b, d);
     }
-    Floats turned[LANES_16];
+    Floats turned[LANES];
     for (int i = 0; i < 4; i++) {
         const auto front = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23); };
         const auto back = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31); };
@@ -223,7 +224,7 @@ inline void transpose(Floats* rows) {
         const Floats a = front(rows[i], rows[4 + i]), b = back(rows[i], rows[4 + i]), c = front(rows[8 + i], rows[12 + i]), d = back(rows[8 + i], rows[12 + i]);
         turned[i] = even(a, c), turned[4 + i] = odd(a, c), turned[8 + i] = even(b, d), turned[12 + i] = odd(b, d);
     }
-    for (int i = 0; i < LANES_16; i++) rows[i] = turned[i];
+    for (int i = 0; i < LANES; i++) rows[i] = turned[i];
 }
 
 // A block's keys [slots, D] as columns, [D, SLOTS]; slots beyond `count` are zero. What is read next, the block's values
@@ -231,19 +232,19 @@ inline void transpose(Floats* rows) {
 template <Cached CACHE>
 inline void columns_of_keys(const Attention& call, int64_t place, int64_t count, float* columns) {
     const int64_t size = call.head_dim, slot_size = call.slot_size(), padded = divided_up(size, GROUP) * GROUP;
-    const int64_t each = slot_size * LANES_16 / size;  // bytes of sixteen dims, nearly
-    for (int64_t first = 0; first < SLOTS; first += LANES_16)
-        for (int64_t d = 0; d < size; d += LANES_16) {
-            const int64_t width = std::min(LANES_16, size - d), on = d / LANES_16 * each;
-            Floats rows[LANES_16];
-            for (int64_t i = 0; i < LANES_16; i++) {
+    const int64_t each = slot_size * LANES / size;  // bytes of sixteen dims, nearly
+    for (int64_t first = 0; first < SLOTS; first += LANES)
+        for (int64_t d = 0; d < size; d += LANES) {
+            const int64_t width = std::min(LANES, size - d), on = d / LANES * each;
+            Floats rows[LANES];
+            for (int64_t i = 0; i < LANES; i++) {
                 const int64_t at = place + (first + i) * slot_size;
                 if (d == 0 || on / LINE != (on - each) / LINE) {
                     __builtin_prefetch(call.value_cache + at + on);
                     __builtin_prefetch(call.key_cache + at + on + SLOTS * slot_size);
                 }
                 rows[i] = first + i >= count   ? Floats{}
-                          : width == LANES_16 ? load_cached<CACHE>(call.key_cache + at, d, LANES_16, padded)
+                          : width == LANES ? load_cached<CACHE>(call.key_cache + at, d, LANES, padded)
                                               : load_cached<CACHE>(call.key_cache + at, d, width, padded);
             }
             transpose(rows);
@@ -257,15 +258,15 @@ inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, i
     Floats sum[COUNT][WIDTH] = {};
     if (kept)
         for (int row = 0; row < COUNT; row++)
-            for (int i = 0; i < WIDTH; i++) sum[row][i] = load<Floats>(c + row * c_row + LANES_16 * i) * kept[row];
+            for (int i = 0; i < WIDTH; i++) sum[row][i] = load<Floats>(c + row * c_row + LANES * i) * kept[row];
     for (int64_t k = 0; k < inputs; k++) {
         Floats of_b[WIDTH];
-        for (int i = 0; i < WIDTH; i++) of_b[i] = load<Floats>(b + k * b_row + LANES_16 * i);
+        for (int i = 0; i < WIDTH; i++) of_b[i] = load<Floats>(b + k * b_row + LANES * i);
         for (int row = 0; row < COUNT; row++)
             for (int i = 0; i < WIDTH; i++) sum[row][i] += of_b[i] * a[row * a_row + k];
     }
     for (int row = 0; row < COUNT; row++)
-        for (int i = 0; i < WIDTH; i++) store(c + row * c_row + LANES_16 * i, sum[row][i]);
+        for (int i = 0; i < WIDTH; i++) store(c + row * c_row + LANES * i, sum[row][i]);
 }
 
 template <int WIDTH>
@@ -283,7 +284,7 @@ inline void strip(int64_t rows, const float* a, int64_t a_row, const float* b, i
 inline void multiply_floats(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs, int64_t width, float* c, int64_t c_row, const float* kept) {
     int64_t at = 0;
     for (; at + 64 <= width; at += 64) strip<4>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
-    for (; at < width; at += LANES_16) strip<1>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
+    for (; at < width; at += LANES) strip<1>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
 }
 
 // A row's scores of a block become what its values are weighed with. Returns what is left of the sums before it.
@@ -293,15 +294,15 @@ inline float weigh(float* scores, int64_t seen, float& largest, float& total) {
         return 1;
     }
     Floats highest = all(largest);
-    for (int64_t slot = 0; slot < SLOTS; slot += LANES_16) {
+    for (int64_t slot = 0; slot < SLOTS; slot += LANES) {
         Floats part = load<Floats>(scores + slot);
-        for (int64_t lane = std::max<int64_t>(0, seen - slot); lane < LANES_16; lane++) part[lane] = LOWEST;
+        for (int64_t lane = std::max<int64_t>(0, seen - slot); lane < LANES; lane++) part[lane] = LOWEST;
         store(scores + slot, part);
         highest = part > highest ? part : highest;
     }
     const float now = largest_of(highest);
     Floats sum = {};
-    for (int64_t slot = 0; slot < SLOTS; slot += LANES_16) {
+    for (int64_t slot = 0; slot < SLOTS; slot += LANES) {
         const Floats part = load<Floats>(scores + slot);
         const Floats weights = part <= LOWEST ? Floats{} : exponential(part - now);  // of a NaN a NaN
         store(scores + slot, weights);
@@ -318,9 +319,9 @@ template <Cached CACHE>
 inline void widen_values(const Attention& call, int64_t place, int64_t count, int64_t width, float* widened) {
     const int64_t size = call.head_dim, padded = divided_up(size, GROUP) * GROUP;
     for (int64_t slot = 0; slot < count; slot++, place += call.slot_size())
-        for (int64_t d = 0; d < width; d += LANES_16) {
-            const int64_t some = std::min(LANES_16, size - d);
-            const Floats values = some == LANES_16 ? load_cached<CACHE>(call.value_cache + place, d, LANES_16, padded)
+        for (int64_t d = 0; d < width; d += LANES) {
+            const int64_t some = std::min(LANES, size - d);
+            const Floats values = some == LANES ? load_cached<CACHE>(call.value_cache + place, d, LANES, padded)
                                                    : load_cached<CACHE>(call.value_cache + place, d, some, padded);
             store(widened + slot * width + d, values);
         }
@@ -329,7 +330,7 @@ inline void widen_values(const Attention& call, int64_t place, int64_t count, in
 // The queries of some tokens that share a key head, from `first` on.
 template <Cached CACHE>
 inline void attend_over(const Attention& call, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace& space) {
-    const int64_t size = call.head_dim, padded = divided_up(size, LANES_16) * LANES_16, each = call.heads / call.kv_heads;
+    const int64_t size = call.head_dim, padded = divided_up(size, LANES) * LANES, each = call.heads / call.kv_heads;
     const int64_t rows = count * each, slot = call.slot(row), filled = slot + first + count;
     const int64_t start = (row * call.kv_heads + head) * call.capacity * call.slot_size();
     const float* queries = call.queries + ((row * call.kv_heads + head) * call.length + first) * each * size;

@@ -5,7 +5,6 @@
 // Whatever a row's company, it is computed alike: its sums of integers are exact, and its sums of floats go over the
 // same blocks in the same order. So a batch's rows, a prompt's pieces and single tokens agree bit by bit.
 
-constexpr int LANES = 16;
 constexpr int AT_ONCE = ARRIERO_SET == 2 ? 6 : 2;      // rows whose sums fit the registers
 constexpr int IN_ONE_PASS = ARRIERO_SET == 2 ? 8 : 2;  // rows that are better done with some sums in memory than in two passes
 constexpr int AHEAD = 4096;  // bytes of weights that are asked for in advance

@@ -18,7 +18,6 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32;               // inputs that a row rounds by one scale, at most
 constexpr int64_t SLICE = 1 << 16;          // bytes of weights that are worth a thread's while
 constexpr int64_t SLICES = 64;              // of one product at most
 constexpr int64_t TILE_ROWS = 64;           // queries that a thread takes through a head's cache together
@@ -42,6 +41,14 @@ struct Buffers {
 Buffers& buffers() {
     thread_local Buffers own;
     return own;
+}
+
+// Does `work(row)` for all rows below `count`, a few in one thread's turn.
+template <typename Work>
+void for_rows(const Call& call, int64_t count, const Work& work) {
+    call.in_parallel(divided_up(count, 4), [&](int64_t some) {
+        for (int64_t row = 4 * some; row < std::min(count, 4 * some + 4); row++) work(row);
+    });
 }
 
 // A matrix, and the rows that it is multiplied with.
@@ -123,10 +130,7 @@ struct Linear {
         if (matrix.bits < 16) {
             rows = buffers().inputs.take(count, matrix);
             const float fixed = x_scale.data ? *x_scale.floats() : 0;
-            call.in_parallel(divided_up(count, 4), [&](int64_t some) {
-                for (int64_t row = 4 * some; row < std::min(count, 4 * some + 4); row++)
-                    kernels().quantise(x.floats() + row * inputs, matrix, 1, fixed, rows, row);
-            });
+            for_rows(call, count, [&](int64_t row) { kernels().quantise(x.floats() + row * inputs, matrix, 1, fixed, rows, row); });
         }
         multiply(call, {{matrix, 0, count}}, rows, {to, outputs, nullptr, false});
     }
@@ -184,21 +188,17 @@ struct MoeDispatch {
 
         Buffers& own = buffers();
         const Rows rows = own.inputs.take(count, into);
-        call.in_parallel(divided_up(count, 4), [&](int64_t some) {
-            for (int64_t row = 4 * some; row < std::min(count, 4 * some + 4); row++) {
-                const Choice& choice = choices[row];
-                const float fixed = hidden_scale.data ? hidden_scale.floats()[choice.expert] : 0;
-                kernels().quantise(hidden.floats() + choice.token * size, into, choice.score, fixed, rows, row);
-            }
+        for_rows(call, count, [&](int64_t row) {
+            const Choice& choice = choices[row];
+            const float fixed = hidden_scale.data ? hidden_scale.floats()[choice.expert] : 0;
+            kernels().quantise(hidden.floats() + choice.token * size, into, choice.score, fixed, rows, row);
         });
         float* activated = own.activations.take<float>(count * width);
         multiply(call, first, rows, {activated, width, nullptr, true});
         const Rows middle = own.activated.take(count, back);
-        call.in_parallel(divided_up(count, 4), [&](int64_t some) {
-            for (int64_t row = 4 * some; row < std::min(count, 4 * some + 4); row++) {
-                const float fixed = activated_scale.data ? activated_scale.floats()[choices[row].expert] : 0;
-                kernels().quantise(activated + row * width, back, 1, fixed, middle, row);
-            }
+        for_rows(call, count, [&](int64_t row) {
+            const float fixed = activated_scale.data ? activated_scale.floats()[choices[row].expert] : 0;
+            kernels().quantise(activated + row * width, back, 1, fixed, middle, row);
         });
         float* out = is_direct ? to : own.outputs.take<float>(tokens * top_k * size);
         multiply(call, second, middle, {out, size, places.data(), false});

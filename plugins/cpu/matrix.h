@@ -7,7 +7,8 @@
 #include <cstring>
 #include <vector>
 
-constexpr int64_t PANEL = 32;
+constexpr int64_t PANEL = 32;  // outputs
+constexpr int64_t BLOCK = 32;  // inputs that a row rounds by one scale, at most
 
 inline int64_t divided_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
@@ -26,7 +27,7 @@ struct Matrix {
     bool has_wide_scales;
 
     int64_t blocks() const { return divided_up(inputs, block); }
-    int64_t padded() const { return divided_up(inputs, PANEL) * PANEL; }
+    int64_t padded() const { return divided_up(inputs, BLOCK) * BLOCK; }
     int64_t panels() const { return divided_up(outputs, PANEL); }
     int64_t panel_size() const { return PANEL * padded() * bits / 8; }
     int middle() const { return bits == 4 ? 8 : 128; }

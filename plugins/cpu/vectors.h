@@ -3,6 +3,8 @@
 // Included once for each instruction set, within its own namespace: the compiler makes of a vector what the set has.
 // Only where intrinsics stand matters which one that is.
 
+constexpr int64_t LANES = 16;
+
 using Floats = float __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));

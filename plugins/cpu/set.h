@@ -1,0 +1,7 @@
+// All kernels, for one instruction set: included once for each, within its own namespace.
+
+#include "vectors.h"
+#include "kernels.h"
+#include "attention.h"
+
+constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
