@@ -132,7 +132,7 @@ def test_experts_whose_products_have_unlike_groups() -> None:
     for gated, inputs, outputs in ((True, hidden, 2 * width), (False, width, hidden)):
         stored = rng.integers(-8, 8, (experts, inputs, outputs), dtype=np.int8)
         scale = rng.uniform(0.01, 0.02, (experts, inputs // 128, outputs)).astype(np.float32)
-        parts.append(in_panels(stored, scale, 4, 0 if inputs == 128 else 128, gated=gated))
+        parts.append(in_panels(stored, scale, 4, 0 if inputs == 128 else 128, gated=gated, name=f"{inputs}."))
         wide.append(stored * np.repeat(scale, 128, axis=1))
     x, logits = (rng.standard_normal((tokens, size)).astype(np.float32) for size in (hidden, experts))
     inputs = [ir.val("hidden", FLOAT, x.shape), ir.val("router_logits", FLOAT, logits.shape)]

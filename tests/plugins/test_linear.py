@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from custom_ops import in_panels, run_graph
+from custom_ops import in_panels, initializer, run_graph
 
 from arriero.plugins.cpu import ops as kernels
 from arriero.plugins.linear import read_linear, write_input, write_linear
@@ -40,11 +40,6 @@ def expected(kind: str, static: bool) -> Array:
     rows = fake_quantise(x.reshape(-1, INPUTS), float(x_scale) if static else None, kind)
     product: Array = (rows @ wide.T).reshape(2, TOKENS, OUTPUTS)
     return product
-
-
-def initializer(name: str, array: Array) -> ir.Value:
-    shape, kind = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
-    return ir.Value(name=name, shape=shape, type=kind, const_value=ir.tensor(array, name=name))
 
 
 def canonical(kind: str, static: bool, dtype: ir.DataType, inputs: int = INPUTS, outputs: int = OUTPUTS) -> ir.Graph:

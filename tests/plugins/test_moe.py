@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from custom_ops import in_panels, run_graph
+from custom_ops import in_panels, initializer, run_graph
 
 from arriero.plugins import schemas
 from arriero.plugins.cpu import ops as kernels
@@ -91,7 +91,7 @@ def by_cpu_kernels(case: Case) -> Array:
         stored, scales = arrays[name].astype(np.int8), arrays[f"{name}_scale"]
         group = stored.shape[1] // scales.shape[1] if scales.shape[1] > 1 else 0
         statics = arrays[scale] if case.static else None
-        parts.append(in_panels(stored, scales, bits, group, gated=name == "gate_up", x_scale=statics))
+        parts.append(in_panels(stored, scales, bits, group, gated=name == "gate_up", x_scale=statics, name=f"{name}."))
     nodes = Nodes()
     sizes = {"experts": case.weights, "width": case.expert_size}
     kernels.dispatch(nodes, *inputs, parts[0], parts[1], output, case.attributes, **sizes)
@@ -112,12 +112,6 @@ def matrix(case: Case, arrays: dict[str, Array], name: str, index: int) -> Matri
         input_scale=initializer(f"{x}.{index}", arrays[x][index]) if case.static else None,
         input_bound=case.attributes.activation_bound,
     )
-
-
-def initializer(name: str, array: Array) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    shape = ir.Shape(array.shape)
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype_of(array)), const_value=tensor)
 
 
 def dtype_of(array: Array) -> ir.DataType:

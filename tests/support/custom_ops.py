@@ -24,7 +24,14 @@ CONVERT: dict[int, tuple[Stored, Stored]] = {
 
 
 def in_panels(
-    stored: Array, scale: Array | None, bits: int, group: int = 0, *, gated: bool = False, x_scale: Array | None = None
+    stored: Array,
+    scale: Array | None,
+    bits: int,
+    group: int = 0,
+    *,
+    gated: bool = False,
+    x_scale: Array | None = None,
+    name: str = "",
 ) -> Panels:
     """A matrix [N, K], or experts' [E, K, N], of integers or floats, with scales [N, groups] or [E, groups, N]."""
     shape, how = stored.shape, {"stacked": stored.ndim == 3, "interleaved": gated}
@@ -32,17 +39,17 @@ def in_panels(
         nibbles = stored.astype(np.int8).astype(np.uint8) & 15
         stored = nibbles[..., 0::2] | nibbles[..., 1::2] << 4 if shape[-1] % 2 == 0 else nibbles
     dtype, convert = CONVERT[bits]
-    made = [initializer("weight", _laid_out(stored, shape, dtype, convert, layout="panels", **how))]
+    made = [initializer(f"{name}weight", _laid_out(stored, shape, dtype, convert, layout="panels", **how))]
     if scale is not None:
         kind: Stored = "bfloat16" if scale.dtype == ml_dtypes.bfloat16 else "float32"
         panels = _laid_out(scale, scale.shape, kind, kind, layout="scales", **how)
-        made.append(initializer("scale", panels.view(scale.dtype)))
+        made.append(initializer(f"{name}scale", panels.view(scale.dtype)))
     return Panels(
         weight=made[0],
         scale=made[1] if scale is not None else None,
         bits=bits,
         group=group,
-        input_scale=None if x_scale is None else initializer("x_scale", x_scale),
+        input_scale=None if x_scale is None else initializer(f"{name}x_scale", x_scale),
     )
 
 
@@ -52,7 +59,7 @@ def _laid_out(array: Array, shape: tuple[int, ...], dtype: Stored, convert: Stor
 
 
 def initializer(name: str, array: Array) -> ir.Value:
-    name = f"{name}.{id(array)}"
+    """A graph's constant of this name."""
     kind = ir.TensorType(ir.DataType.from_numpy(array.dtype))
     return ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=ir.tensor(array, name=name))
 
