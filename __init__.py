@@ -9,7 +9,7 @@ from .loading import load
 __all__ = ["ArrieroError", "__version__", "load"]
 __version__ = "0.1.0"
 
-ROOMS = ("accuracy", "calibration", "engine", "export", "plugins", "runtime")
+ROOMS = ("accuracy", "calibration", "engine", "export", "measuring", "plugins", "runtime", "walk")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import FolderError, SessionError
-from .folder import check_whole, find_files, read_spec
-from .spec import EngineSpec, FolderSpec, VisionPart, Weight
+from .files.folders import check_whole, find_files, read_spec
+from .spec.built_engine import EngineSpec
+from .spec.folder import FolderSpec, VisionPart
+from .spec.stored_weights import Weight
 
 if TYPE_CHECKING:
-    from .runtime.decoding import Decoding
+    from .runtime.backends.interface import Decoding
+    from .runtime.images.tower import Vision
     from .runtime.session import Session
     from .runtime.text import Text
-    from .runtime.vision import Vision
 
 
 def load(
@@ -72,11 +74,11 @@ def _engine_limits(engine: EngineSpec, max_seq: int | None, max_batch: int | Non
 def _decoder(path: Path, spec: FolderSpec, files: dict[str, Path], threads: int | None) -> "Decoding":
     """The graph on the engine it was built for, its weights loaded."""
     if spec.engine is not None:
-        from .runtime.engine import load_engine
+        from .runtime.backends.tensorrt import load_engine
 
         return load_engine(path, spec, files)
-    from .runtime.decoder import Decoder
-    from .runtime.weights import map_weights
+    from .runtime.backends.mapped_weights import map_weights
+    from .runtime.backends.onnxruntime import Decoder
 
     graph, regions, flags = cpu_graph(path, spec)
     return Decoder(graph, map_weights(regions, files), path, spec.model, flags, threads)
@@ -86,12 +88,12 @@ def open_vision(
     path: Path, spec: FolderSpec, part: VisionPart, text: "Text", files: dict[str, Path], threads: int | None
 ) -> "Vision":
     """What of a multimodal folder takes images; its tower is loaded when there is one."""
-    from .runtime.vision import Encoding, Vision, VisionTower
-    from .runtime.weights import map_weights
+    from .runtime.backends.mapped_weights import map_weights
+    from .runtime.images.tower import Encoding, Vision, VisionTower
 
     def open_tower() -> Encoding:
         if part.engine is not None:
-            from .runtime.vision_engine import load_tower
+            from .runtime.backends.tensorrt_tower import load_tower
 
             return load_tower(path, spec, files)
         graph, regions, flags = cpu_vision_graph(path, spec, part)
@@ -104,7 +106,7 @@ def cpu_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], 
     """The graph for the CPU of a model or of a bundle for it, the weights it is given, and its session's flags."""
     if spec.kind == "bundle":
         return _read_graph(path / spec.graph), spec.weights, spec.session
-    from .engine.cpu import lower_for_cpu
+    from .engine.cpu_lowering import lower_for_cpu
 
     lowered = lower_for_cpu(path, spec)
     return lowered.graph, lowered.weights, lowered.session
@@ -116,7 +118,7 @@ def cpu_vision_graph(
     """The same of the vision tower."""
     if spec.kind == "bundle":
         return _read_graph(path / vision.graph), vision.weights, vision.session
-    from .engine.cpu import lower_tower_for_cpu
+    from .engine.cpu_lowering import lower_tower_for_cpu
 
     lowered = lower_tower_for_cpu(path, vision)
     return lowered.graph, lowered.weights, lowered.session

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import AccuracyError
-from ..export.windows import Windows, read_windows
-from ..geometry import ModelSpec
+from ..spec.geometry import ModelSpec
+from ..walk.windows import Windows, read_windows
 from .gates import METRICS, Judgement, Outcome, judge, limits_for, overall
 from .golden import Golden, read_golden, record, window_of
-from .locate import Location, locate
+from .locate.search import Location, locate
 from .metrics import Comparison, Estimate, compare, estimates
 from .sides import Progress, Side, open_side, tokenizer_of
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError
-from ..export.windows import SHORTEST_WINDOW, Windows, read_windows
-from ..fields import decode
-from ..geometry import ModelSpec, VisionSpec
-from ..shards import encode_header, open_shard
+from ..files.safetensors import encode_header, open_shard
+from ..spec.fields import decode
+from ..spec.geometry import ModelSpec, VisionSpec
+from ..walk.windows import SHORTEST_WINDOW, Windows, read_windows
 from .sides import Block, Experts, Progress, Side, open_side, tokenizer_of
 
 VERSION = "1"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..errors import ArrieroError, SessionError
-from ..folder import read_spec
+from ..files.folders import read_spec
 from ..loading import load
 from ..runtime.session import Session
 from ..runtime.state import State

@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..export.choice import ADAPTER, PATCHES, PROJECTOR
-from .locate import Location
+from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
+from .locate.readings import Part, Reading
+from .locate.search import Location
+from .locate.tower import STEM
 from .metrics import Comparison
-from .readings import Part, Reading
-from .vision_layers import STEM
 
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
 

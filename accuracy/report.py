@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment
 
 from .. import __version__
-from ..folder import new_folder
+from ..files.output import new_folder
 from ..runtime.text import Text
 from .check import Verdict
 from .gates import METRICS, Judgement

@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 
 from ..errors import AccuracyError
 from ..export.checkpoint import open_checkpoint
-from ..export.vision_walk import encode_tiles
-from ..export.walk import Hidden, LayerWalk, Weights, embed, open_head
-from ..export.windows import Windows
-from ..folder import SPEC, check_whole, find_files, read_spec
-from ..geometry import ModelSpec, VisionSpec
+from ..files.folders import SPEC, check_whole, find_files, read_spec
 from ..loading import cpu_graph, load, open_vision
-from ..runtime.decoder import Decoder
+from ..runtime.backends.mapped_weights import map_weights
+from ..runtime.backends.onnxruntime import Decoder
 from ..runtime.session import Session
 from ..runtime.state import Limits
 from ..runtime.text import Text, read_defaults
-from ..runtime.weights import map_weights
-from ..spec import Recipe
-from .graph import LoweredGraph
+from ..spec.geometry import ModelSpec, VisionSpec
+from ..spec.recipe import Recipe
+from ..walk.decoder import Hidden, LayerWalk, Weights, embed, open_head
+from ..walk.tower import encode_tiles
+from ..walk.windows import Windows
+from .lowered_graph import LoweredGraph
 
 Experts = NDArray[np.int16]
 """The experts of each token, in rising order: [L, N, K], L the layers that have experts."""

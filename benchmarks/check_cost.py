@@ -32,7 +32,7 @@ from arriero.accuracy.golden import CONTINUED, PROMPTS, decoded_tokens, prompt_l
 from arriero.accuracy.sides import open_side
 from arriero.calibration import calibrate_model
 from arriero.export import export_checkpoint
-from arriero.export.windows import Windows
+from arriero.walk.windows import Windows
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama4"
 

@@ -93,7 +93,7 @@ class Arriero:
 
     def step_bytes(self, batch: int, past: float, folder: Path) -> float:
         """Bytes that a decode step must read."""
-        from arriero.folder import read_spec
+        from arriero.files.folders import read_spec
         from arriero.runtime.memory import step_reads
 
         sizes = {name: value.tensor_size_in_bytes() for name, value in self.session.decoder.weights.items()}

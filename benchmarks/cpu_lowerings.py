@@ -24,12 +24,12 @@ import onnxruntime as ort
 from arriero.plugins.cpu import ops as kernels
 from arriero.plugins.cpu.library import DOMAIN, library
 from arriero.plugins.cpu.ops import Panels
-from arriero.plugins.gqa import cpu as gqa_cpu
+from arriero.plugins.gqa import cpu_nodes as gqa_cpu
 from arriero.plugins.gqa import op as gqa
 from arriero.plugins.moe import op as moe
 from arriero.plugins.moe.body import route
 from arriero.plugins.nodes import OPSET, Nodes, ints
-from arriero.spec import PANEL
+from arriero.spec.stored_weights import PANEL
 
 MICROSOFT = "com.microsoft"
 FLOAT = ir.DataType.FLOAT

@@ -34,10 +34,10 @@ from rich.table import Table
 
 from arriero.export.checkpoint import expected_tensors
 from arriero.export.config import model_spec
-from arriero.folder import read_spec
-from arriero.geometry import ModelSpec
-from arriero.runtime.timing import Stream
-from arriero.spec import Override, Recipe
+from arriero.files.folders import read_spec
+from arriero.measuring.timing import Stream
+from arriero.spec.geometry import ModelSpec
+from arriero.spec.recipe import Override, Recipe
 
 CASES = ("first", "prefill", "decode", "batch")
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15, "bf16": 32, "f32": 0}

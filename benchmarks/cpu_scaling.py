@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 import arriero
-from arriero.geometry import ModelSpec
+from arriero.measuring.timing import Stream
 from arriero.runtime import Session
-from arriero.runtime.timing import Stream
+from arriero.spec.geometry import ModelSpec
 
 SWEEPS = ("context", "experts", "threads", "profile")
 LAYERS = 4

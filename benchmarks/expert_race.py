@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from arriero.plugins.launch import Kernels
-from arriero.plugins.moe.geometry import Geometry
+from arriero.plugins.moe.kernel_geometry import Geometry
 from arriero.plugins.moe.op import Attributes
 from arriero.plugins.moe.plan import Plan
 

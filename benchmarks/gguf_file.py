@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from arriero.export.checkpoint import open_checkpoint
 from arriero.export.config import text_config
 from arriero.export.llama4 import inverse_frequencies
-from arriero.geometry import ModelSpec
+from arriero.spec.geometry import ModelSpec
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from arriero.runtime.image_prompt import ImagePrompts
+from arriero.runtime.images.placeholders import ImagePrompts
 from arriero.runtime.text import Text
 
 ROOT = Path(__file__).parent.parent

@@ -37,7 +37,7 @@ from rich.table import Table
 from arriero.plugins.gqa import plan as gqa_plan
 from arriero.plugins.launch import Driver, Kernel, Kernels
 from arriero.plugins.moe import plan as moe_plan
-from arriero.spec import Binary
+from arriero.spec.built_engine import Binary
 
 EXPERTS = {True: (16,), False: (16, 128)}
 """Scout's, and Maverick's too unless the run is quick."""
@@ -46,7 +46,7 @@ LIST = "kernels.json"
 
 
 def compile_one(job: tuple[str, Kernel, int]) -> tuple[Binary, bytes]:
-    from arriero.plugins import kernels
+    from arriero.plugins import triton_compiler as kernels
 
     module, kernel, capability = job
     compiled = kernels.compile_kernel(import_module(module), kernel, capability)

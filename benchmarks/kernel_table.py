@@ -35,7 +35,7 @@ from arriero.plugins.launch import Kernel
 from arriero.plugins.moe import cases as moe_cases
 from arriero.plugins.moe import op as moe_op
 from arriero.plugins.moe import plan as moe_plan
-from arriero.plugins.moe.geometry import Geometry
+from arriero.plugins.moe.kernel_geometry import Geometry
 from arriero.plugins.moe.meaning import moe_dispatch
 
 
@@ -127,7 +127,7 @@ OPS = (
 
 def usage(capabilities: Iterable[int]) -> list[dict[str, Any]]:
     # Imported here alone: the interpreter's process imports this script, and must not import Triton with it.
-    from arriero.plugins import kernels
+    from arriero.plugins import triton_compiler as kernels
 
     rows = []
     for op in OPS:

@@ -43,11 +43,11 @@ from transformers.utils import logging
 
 import arriero
 from arriero.calibration import calibrate_model, fp8, int4, int8
-from arriero.calibration.recipe import units
+from arriero.calibration.presets import units
 from arriero.export import export_checkpoint
-from arriero.export.windows import read_windows
-from arriero.folder import read_spec
-from arriero.shards import open_shard
+from arriero.files.folders import read_spec
+from arriero.files.safetensors import open_shard
+from arriero.walk.windows import read_windows
 
 try:
     import modelopt.torch.quantization as mtq

@@ -24,10 +24,10 @@ from sparse import SCOUT, VISION, multimodal
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 from arriero.export import export_checkpoint
-from arriero.folder import find_files, read_spec
+from arriero.files.folders import find_files, read_spec
 from arriero.loading import cpu_vision_graph
-from arriero.runtime.vision import VisionTower
-from arriero.runtime.weights import map_weights
+from arriero.runtime.backends.mapped_weights import map_weights
+from arriero.runtime.images.tower import VisionTower
 
 TEXT = {**SCOUT, "num_hidden_layers": 1, "vocab_size": 128, "num_local_experts": 1, "intermediate_size_mlp": 16}
 TEXT |= {"intermediate_size": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..export.walk import Hidden, LayerWalk, Weights
-from ..geometry import ModelSpec
 from ..plugins.quantisation import LARGEST
-from ..spec import Recipe
+from ..spec.geometry import ModelSpec
+from ..spec.recipe import Recipe
+from ..walk.decoder import Hidden, LayerWalk, Weights
 from .linears import Linears, divided_rows, laid_out, observer
 from .product import Input, quantise_product
 from .smoothing import Reader

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..export.choice import Choice, choose
-from ..export.walk import Observe, Weights
-from ..spec import Recipe
+from ..spec.choice import Choice, choose
+from ..spec.recipe import Recipe
+from ..walk.decoder import Observe, Weights
 from .product import Input, Product, Record, quantise_product
 from .shard import pack_int4
 from .smoothing import Reader, awq_exponents, search, smoothquant_exponents

@@ -19,16 +19,19 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import CalibrationError, FolderError
-from ..export.choice import choose, units
 from ..export.quantised import quantise_graph
-from ..export.walk import Weights
-from ..export.windows import Windows, read_windows
-from ..folder import SPEC, carry_files, check_apart, check_free, find_files, read_spec, resumed_folder
-from ..geometry import VISION
-from ..shards import identity, open_shard
-from ..spec import FolderSpec, Override, Recipe, WeightFile
+from ..files.folders import SPEC, carry_files, find_files, read_spec
+from ..files.output import check_apart, check_free, resumed_folder
+from ..files.safetensors import identity, open_shard
+from ..spec.choice import choose, units
+from ..spec.folder import FolderSpec
+from ..spec.geometry import VISION
+from ..spec.recipe import Override, Recipe
+from ..spec.stored_weights import WeightFile
+from ..walk.decoder import Weights
+from ..walk.windows import Windows, read_windows
 from .layer import FLOOR, Limits
-from .recipe import check_recipe, parse_recipe
+from .presets import check_recipe, parse_recipe
 from .report import Report, write_report
 from .work import Progress, Work
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..export.choice import Choice
 from ..plugins.quantisation import LARGEST
-from ..spec import Recipe
+from ..spec.choice import Choice
+from ..spec.recipe import Recipe
 from .clip import choose_clip
 from .rounding import Rounded, choose_scales, fake_quantise, round_gptq, round_nearest
 from .smoothing import Reader, searched_outputs

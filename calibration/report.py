@@ -12,7 +12,7 @@ from typing import Any, Self
 from jinja2 import Environment
 
 from .. import __version__
-from ..spec import Recipe
+from ..spec.recipe import Recipe
 from .plots import DECODER, TOWER, plot_clips, plot_errors, plot_loads
 from .product import Record
 

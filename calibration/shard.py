@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..shards import encode_header
+from ..files.safetensors import encode_header
 
 NAMES = {
     torch.float32: "F32",

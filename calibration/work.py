@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..export.choice import choose, units
 from ..export.llama4 import rms_norm
-from ..export.vision_walk import embed_tiles
-from ..export.walk import TOKENS, Hidden, Weights, embed
-from ..export.windows import Windows
-from ..geometry import VISION, ModelSpec, VisionSpec
-from ..spec import Recipe
+from ..spec.choice import choose, units
+from ..spec.geometry import VISION, ModelSpec, VisionSpec
+from ..spec.recipe import Recipe
+from ..walk.decoder import TOKENS, Hidden, Weights, embed
+from ..walk.tower import embed_tiles
+from ..walk.windows import Windows
 from .layer import LayerQuantiser, Limits
 from .linears import Linears
 from .product import Input, Record
 from .report import LayerReport, Report
 from .shard import write_shard
 from .statistics import Statistics
-from .vision import quantise_vision_ends, quantise_vision_layer
+from .tower import quantise_vision_ends, quantise_vision_layer
 
 Progress = Callable[[str, int, int], None]
 """Told the phase, the tokens done (each once a layer; the tower's are patches), and the tokens in all."""

@@ -1,6 +1,6 @@
 """From a model to what one target needs: a lowered graph or an engine, in a bundle."""
 
 from .bundle import build_bundle
-from .tensorrt import Options
+from .tensorrt_bundle import Options
 
 __all__ = ["Options", "build_bundle"]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from .library import make_log
 from .network import Network
 from .profiles import Shapes
 from .target import Target
+from .tensorrt_library import make_log
 
 Progress = Callable[[str, int, int], None]
 """Told the phase, the steps done, and the steps in all."""

@@ -13,23 +13,16 @@ from typing import Literal
 
 from .. import __version__
 from ..errors import BuildError, FolderError
-from ..folder import (
-    SPEC,
-    carry_files,
-    check_apart,
-    check_free,
-    check_whole,
-    copy_sparse,
-    find_files,
-    new_folder,
-    read_spec,
-)
-from ..spec import BITS, FolderSpec, WeightFile
+from ..files.folders import SPEC, carry_files, check_whole, find_files, read_spec
+from ..files.output import check_apart, check_free, copy_sparse, new_folder
+from ..spec.folder import FolderSpec
+from ..spec.stored_weights import WeightFile
+from ..spec.types import BITS
 from .builder import Progress
-from .cpu import lower_for_cpu, lower_tower_for_cpu
+from .cpu_lowering import lower_for_cpu, lower_tower_for_cpu
 from .packed import write_packed
 from .target import Target, parse_target
-from .tensorrt import Options, build_tensorrt
+from .tensorrt_bundle import Options, build_tensorrt
 
 
 def build_bundle(

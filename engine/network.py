@@ -15,15 +15,17 @@ from typing import Literal
 import onnx_ir as ir
 
 from ..errors import BuildError
-from ..geometry import ModelSpec
 from ..plugins.gqa import native as gqa_native
 from ..plugins.gqa import op as gqa
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import write_body as write_moe_body
 from ..plugins.nodes import Nodes, number
-from ..plugins.tensorrt import NAMESPACE, VERSION
-from ..spec import CacheInput, FolderSpec, VisionPart, Weight
-from .graph import open_graph
+from ..plugins.tensorrt_plugin import NAMESPACE, VERSION
+from ..spec.built_engine import CacheInput
+from ..spec.folder import FolderSpec, VisionPart
+from ..spec.geometry import ModelSpec
+from ..spec.stored_weights import Weight
+from .canonical import open_graph
 from .supply import STORED
 
 Way = Literal["plugin", "native", "function"]

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..plugins.layout import FORMAT_NAMES, lay_out
-from ..shards import encode_header, identity
-from ..spec import BITS, Weight, WeightFile
+from ..files.safetensors import encode_header, identity
+from ..plugins.cpu.panels import lay_out
+from ..plugins.narrow_types import FORMAT_NAMES
+from ..spec.stored_weights import Weight, WeightFile
+from ..spec.types import BITS
 
 FILE = "weights.safetensors"
 

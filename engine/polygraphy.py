@@ -22,11 +22,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..errors import BuildError
-from ..folder import check_whole, read_spec
+from ..files.folders import check_whole, read_spec
 from .builder import configure, define
-from .graph import open_graph
+from .canonical import open_graph
 from .target import parse_target
-from .tensorrt import Options, Prepared, prepare
+from .tensorrt_bundle import Options, Prepared, prepare
 
 BATCH, LENGTH, SLOTS = 2, 16, 64
 """Rows, tokens of a row's piece, and positions that a full layer's cache holds, in the inputs."""

@@ -6,8 +6,9 @@ usual and largest shape of each input, as TensorRT takes them.
 
 from collections.abc import Mapping, Sequence
 
-from ..geometry import VisionSpec
-from ..spec import CacheInput, FolderSpec, Profile
+from ..spec.built_engine import CacheInput, Profile
+from ..spec.folder import FolderSpec
+from ..spec.geometry import VisionSpec
 
 Shapes = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 """Smallest, usual and largest shape of each input, by its name."""

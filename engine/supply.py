@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ..geometry import DType
-from ..spec import Stored, Weight
+from ..spec.stored_weights import Weight
+from ..spec.types import DType, Stored
 
 FLOAT = ir.DataType.FLOAT
 DTYPES: dict[ir.DataType | None, DType] = {

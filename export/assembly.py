@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ..geometry import DType
-from ..shards import Region
+from ..files.safetensors import Region
+from ..spec.types import DType
 
 IR_VERSION = 11
 DTYPES: dict[DType, ir.DataType] = {

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..geometry import VISION, DType, ModelSpec, VisionSpec
-from ..shards import Shard, open_shard
-from ..spec import Override
+from ..files.safetensors import Shard, open_shard
+from ..spec.geometry import VISION, ModelSpec, VisionSpec
+from ..spec.recipe import Override
+from ..spec.types import DType
 from .config import model_spec, vision_spec
-from .prequantised import Prequantised, find_quantised
-from .scheme import MODELOPT, read_scheme
-from .stored import Tensor
+from .prequantised.scheme import MODELOPT, read_scheme
+from .prequantised.search import Prequantised, find_quantised
+from .prequantised.stored import Tensor
 
 DTYPE_NAMES: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 

@@ -8,7 +8,8 @@ checked.
 from typing import Any, NoReturn
 
 from ..errors import CheckpointError
-from ..geometry import DType, LayerSpec, ModelSpec, RopeScaling, VisionSpec
+from ..spec.geometry import LayerSpec, ModelSpec, RopeScaling, VisionSpec
+from ..spec.types import DType
 
 MOST_LAYERS = 1000
 """A configuration with more is damaged."""

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ..geometry import LayerSpec, ModelSpec
 from ..plugins.all_reduce.torch_op import all_reduce
 from ..plugins.gqa import op as gqa
 from ..plugins.gqa.torch_op import attend_whole, grouped_query_attention
 from ..plugins.moe import op as moe
 from ..plugins.moe.torch_op import moe_dispatch
+from ..spec.geometry import LayerSpec, ModelSpec
 from .split import WHOLE, Split
 
 

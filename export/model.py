@@ -16,21 +16,23 @@ import onnx_ir as ir
 
 from .. import __version__
 from ..errors import ExportError
-from ..folder import SPEC, carry_files, check_apart, check_free, new_folder
-from ..geometry import DType, ModelSpec
-from ..shards import Region
-from ..spec import FolderSpec, VisionPart
+from ..files.folders import SPEC, carry_files
+from ..files.output import check_apart, check_free, new_folder
+from ..files.safetensors import Region
+from ..spec.folder import FolderSpec, VisionPart
+from ..spec.geometry import ModelSpec
+from ..spec.types import DType
 from .assembly import Progress
 from .checkpoint import Checkpoint, expected_tensors, open_checkpoint, read_json
 from .config import DTYPES, text_config
+from .decoder_graph import Traced, stitch_decoder
 from .placement import Placement, place_quantised, place_ranks, place_whole
 from .portions import FORMAT_NAMES
-from .prequantised import Prequantised
+from .prequantised.scheme import MODELOPT
+from .prequantised.search import Prequantised
 from .quantised import quantise_graph
-from .scheme import MODELOPT
 from .split import Split, split_model
-from .stitch import Traced, stitch_decoder
-from .tower import stitch_tower
+from .tower_graph import stitch_tower
 
 GRAPH = "decoder.onnx"
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ExportError
-from ..folder import copy_sparse
-from ..geometry import DType
-from ..shards import Region, Shard, identity, open_shard
-from ..spec import WeightFile
+from ..files.output import copy_sparse
+from ..files.safetensors import Region, Shard, identity, open_shard
+from ..spec.stored_weights import WeightFile
+from ..spec.types import DType
 from .assembly import Progress
 from .checkpoint import DTYPE_NAMES, Checkpoint
 from .portions import convert_shard, write_portions
-from .prequantised import Prequantised
-from .restacked import Made, Tensors, write_made
+from .prequantised.restacked import Made, Tensors, write_made
+from .prequantised.search import Prequantised
 from .split import Portion, Split
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExportError
-from ..geometry import DType
-from ..shards import Region, Shard, encode_header
+from ..files.safetensors import Region, Shard, encode_header
+from ..spec.types import DType
 from .split import WHOLE, Portion
 
 Array = np.ndarray[Any, Any]

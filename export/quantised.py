@@ -12,17 +12,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ..geometry import ModelSpec
+from ..files.safetensors import Region
 from ..plugins.gqa import op as gqa
 from ..plugins.gqa.body import body as gqa_body
 from ..plugins.linear import STORED, write_input, write_linear
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import body as moe_body
 from ..plugins.nodes import Nodes
-from ..shards import Region
-from ..spec import Recipe
+from ..spec.choice import Choice, choose
+from ..spec.geometry import ModelSpec
+from ..spec.recipe import Recipe
 from .assembly import DTYPES
-from .choice import Choice, choose
 
 PLACED = {
     "F32": ir.DataType.FLOAT,

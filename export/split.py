@@ -25,8 +25,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import ExportError
-from ..geometry import VISION, ModelSpec
-from ..shards import Region
+from ..files.safetensors import Region
+from ..spec.geometry import VISION, ModelSpec
 
 Span = tuple[int, int]
 """First index and the one after the last."""

@@ -16,12 +16,13 @@ from onnxscript import opset23 as onnx_ops
 from onnxscript.values import Opset
 from torch import Tensor, nn
 
-from ..geometry import DType, LayerSpec, ModelSpec, VisionSpec
 from ..plugins import schemas
 from ..plugins.gqa.op import DOMAIN, VERSION
+from ..spec.geometry import LayerSpec, ModelSpec, VisionSpec
+from ..spec.types import DType
 from .llama4 import Cache, DecoderLayer
+from .llama4_tower import VisionLayer
 from .split import WHOLE, Split
-from .vision import VisionLayer
 
 INPUTS = ("x", "past_lengths", "key_cache", "value_cache")
 OUTPUTS = ("y", "present_key", "present_value")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SessionError
-from ..spec import Binary
+from ..spec.built_engine import Binary
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "i8": 1, "u8": 1, "fp8e4nv": 1, "i32": 4, "i64": 8}
 """Sizes of the types that signatures name, in Triton's words."""

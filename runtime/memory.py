@@ -8,10 +8,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..geometry import ModelSpec, VisionSpec
-from ..spec import BITS, EXPERT, FolderSpec, Weight, slot_bytes
-from .decoder import LONGEST_PIECE
-from .vision import TILES
+from ..spec.folder import FolderSpec
+from ..spec.geometry import ModelSpec, VisionSpec
+from ..spec.stored_weights import EXPERT, Weight, slot_bytes
+from ..spec.types import BITS
+from .backends.onnxruntime import LONGEST_PIECE
+from .images.tower import TILES
 
 PROCESS = 72_000_000
 """Bytes of Python, numpy, ONNX Runtime and a tokenizer."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .decoding import Slots
+from .backends.interface import Slots
 from .state import State
 
 BLOCK = 32

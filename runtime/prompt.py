@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SessionError
-from .image_prompt import IMAGE
-from .images import ImageSource
+from .images.placeholders import IMAGE
+from .images.sources import ImageSource
+from .images.tower import Vision
 from .text import Message, Text
-from .vision import Vision
 
 Prompt = str | Sequence[int] | Sequence[Message]
 

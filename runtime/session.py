@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import SessionError
-from ..geometry import ModelSpec
+from ..spec.geometry import ModelSpec
+from .backends.interface import Decoding
 from .continuation import Generated, Request, Settings, joined
-from .decoding import Decoding
-from .features import Features, RowFeatures
 from .flight import stream_requests
-from .images import ImageSource
+from .images.features import Features, RowFeatures
+from .images.sources import ImageSource
+from .images.tower import Vision
 from .lookup import Lookup
 from .pieces import cut
 from .prefix import Prefixes
@@ -26,7 +27,6 @@ from .rider import ride_alone
 from .sampling import Sampling
 from .state import Limits, State
 from .text import Defaults, Text
-from .vision import Vision
 
 
 class Session:

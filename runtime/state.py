@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import SessionError
-from ..geometry import ModelSpec
-from .decoding import Binding, Decoding
+from ..spec.geometry import ModelSpec
+from .backends.interface import Binding, Decoding
 
 DEFAULT_MAX_SEQ = 16384
 """Positions that a session holds where neither the caller nor a shorter context says otherwise."""

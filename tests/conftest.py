@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging
 from triton_interpreter import Interpreter
 
-from arriero.spec import Recipe
+from arriero.spec.recipe import Recipe
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

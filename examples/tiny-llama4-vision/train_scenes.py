@@ -43,10 +43,10 @@ sys.path.insert(0, str(TEXT_MODEL))
 from corpus import documents, held_out_text  # noqa: E402
 from train import EOT, HEADER_END, HEADER_START, balance_loss, epoch_ids, perplexity  # noqa: E402
 
-from arriero.runtime.image_prompt import ImagePrompts  # noqa: E402
-from arriero.runtime.images import read_image  # noqa: E402
+from arriero.runtime.images.placeholders import ImagePrompts  # noqa: E402
+from arriero.runtime.images.sources import read_image  # noqa: E402
+from arriero.runtime.images.tiles import cut_tiles  # noqa: E402
 from arriero.runtime.text import Text  # noqa: E402
-from arriero.runtime.tiles import cut_tiles  # noqa: E402
 
 IMAGE_TOKENS = [
     f"<|{name}|>" for name in ("image_start", "image_end", "tile_x_separator", "tile_y_separator", "image", "patch")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..launch import Buffer, Kernel, Launch
-from .geometry import Geometry
+from .kernel_geometry import Geometry
 
 MODULE = "arriero.plugins.moe.kernel"
 """Where the kernels' Triton functions are."""

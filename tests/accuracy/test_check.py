@@ -19,11 +19,11 @@ from arriero.accuracy.golden import read_golden
 from arriero.accuracy.metrics import routing_matrix
 from arriero.accuracy.report import write_report
 from arriero.calibration import fp8, int4, int8
-from arriero.cli import app
+from arriero.cli.app import app
 from arriero.engine import build_bundle
 from arriero.errors import AccuracyError, DataError, FolderError
 from arriero.export import export_checkpoint
-from arriero.spec import Recipe
+from arriero.spec.recipe import Recipe
 
 SAMPLES = 10
 

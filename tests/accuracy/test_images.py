@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from arriero.accuracy import check, record_golden
 from arriero.accuracy.golden import beginnings
-from arriero.cli import app
+from arriero.cli.app import app
 from arriero.errors import AccuracyError, DataError
 from arriero.export import export_checkpoint
-from arriero.folder import read_spec
+from arriero.files.folders import read_spec
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from arriero.accuracy.gates import judge, overall
 from arriero.accuracy.golden import Golden, rest_of
 from arriero.accuracy.metrics import FEWEST_WINDOWS, Estimate, divergence_of, estimate
-from arriero.geometry import LayerSpec, ModelSpec
+from arriero.spec.geometry import LayerSpec, ModelSpec
 
 RNG = np.random.default_rng(0)
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 
 import arriero
 from arriero.calibration import calibrate_model, fp8, int4, int8
-from arriero.calibration.recipe import parse_recipe
+from arriero.calibration.presets import parse_recipe
 from arriero.engine import build_bundle
 from arriero.errors import CalibrationError, DataError, FolderError
 from arriero.export import export_checkpoint
-from arriero.folder import read_spec
-from arriero.spec import Override, Recipe
+from arriero.files.folders import read_spec
+from arriero.spec.recipe import Override, Recipe
 
 IDS = np.random.default_rng(0).integers(3, 97, (6, 48))
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from arriero.accuracy import check, record_golden
 from arriero.calibration import calibrate_model, fp8, int4, int8
 from arriero.export import export_checkpoint
-from arriero.spec import Recipe
+from arriero.spec.recipe import Recipe
 
 
 @pytest.fixture(scope="module", params=[1000], ids=["whole text"])

@@ -3,17 +3,11 @@
 import numpy as np
 import torch
 
+from arriero.calibration.presets import int4, int8
 from arriero.calibration.product import Input
-from arriero.calibration.recipe import int4, int8
-from arriero.calibration.smoothing import (
-    SEARCHED_OUTPUTS,
-    awq_exponents,
-    output_error,
-    search,
-    smoothquant_exponents,
-)
+from arriero.calibration.smoothing import SEARCHED_OUTPUTS, awq_exponents, output_error, search, smoothquant_exponents
 from arriero.calibration.statistics import Statistics
-from arriero.export.choice import choose
+from arriero.spec.choice import choose
 
 
 def outliers() -> tuple[torch.Tensor, torch.Tensor]:

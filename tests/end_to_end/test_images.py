@@ -14,10 +14,10 @@ from transformers import Llama4ForConditionalGeneration
 from typer.testing import CliRunner
 
 import arriero
-from arriero.cli import app
+from arriero.cli.app import app
 from arriero.engine import build_bundle
 from arriero.errors import FolderError, SessionError
-from arriero.folder import read_spec
+from arriero.files.folders import read_spec
 from arriero.runtime import Session
 
 PHOTO = "sklearn"

@@ -10,7 +10,7 @@ import torch
 
 import arriero
 from arriero.export import export_checkpoint
-from arriero.runtime.decoder import Decoder
+from arriero.runtime.backends.onnxruntime import Decoder
 
 LENGTHS = (50, 13, 27)
 """Tokens of the three rows; the chunk is 16, so the first crosses three boundaries."""

@@ -20,12 +20,12 @@ import arriero
 ROOT = Path(arriero.__file__).parent
 SOURCES = (
     "engine/builder.py",
-    "engine/library.py",
-    "engine/tensorrt.py",
-    "plugins/tensorrt.py",
-    "runtime/engine.py",
-    "runtime/execution.py",
-    "runtime/vision_engine.py",
+    "engine/tensorrt_library.py",
+    "engine/tensorrt_bundle.py",
+    "plugins/tensorrt_plugin.py",
+    "runtime/backends/tensorrt.py",
+    "runtime/backends/execution.py",
+    "runtime/backends/tensorrt_tower.py",
 )
 CLASSES = {
     "builder": "Builder",

@@ -16,7 +16,7 @@ from polygraphy.comparator import RunResults
 
 import arriero
 from arriero.calibration import calibrate_model
-from arriero.calibration.recipe import parse_recipe
+from arriero.calibration.presets import parse_recipe
 from arriero.engine import Options, build_bundle
 from arriero.engine.polygraphy import RTX, Scripts
 from arriero.errors import BuildError

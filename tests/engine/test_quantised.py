@@ -13,20 +13,21 @@ import torch
 from safetensors.torch import load_file
 
 import arriero
-from arriero.accuracy.tensors import FolderWeights
 from arriero.calibration import calibrate_model, fp8, int4, int8
 from arriero.calibration.shard import unpack_int4
 from arriero.engine import build_bundle
-from arriero.engine.cpu import lower_for_cpu
+from arriero.engine.cpu_lowering import lower_for_cpu
 from arriero.export import export_checkpoint
-from arriero.folder import find_files, read_spec
+from arriero.files.folders import find_files, read_spec
 from arriero.loading import cpu_graph
 from arriero.plugins.gqa.meaning import grouped_query_attention
 from arriero.plugins.gqa.op import Attributes as AttentionAttributes
 from arriero.plugins.moe.meaning import moe_dispatch, silu
 from arriero.plugins.moe.op import Attributes
 from arriero.plugins.quantisation import fake_quantise
-from arriero.spec import Recipe, Weight
+from arriero.spec.recipe import Recipe
+from arriero.spec.stored_weights import Weight
+from arriero.walk.numbers import FolderWeights
 
 Array = np.ndarray[Any, Any]
 IDS = np.random.default_rng(0).integers(3, 97, (4, 40))

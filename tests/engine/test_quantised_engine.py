@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from arriero.calibration import calibrate_model
-from arriero.calibration.recipe import fp8, int4, int8
+from arriero.calibration.presets import fp8, int4, int8
 from arriero.engine import Options, build_bundle
-from arriero.folder import read_spec
-from arriero.spec import Recipe
+from arriero.files.folders import read_spec
+from arriero.spec.recipe import Recipe
 
 SMALL = Options(max_batch=2, max_seq=256, max_prefill=32)
 PLAIN: dict[str, Any] = {"smoothing": "none", "rounding": "nearest", "weight_clip": "absmax"}

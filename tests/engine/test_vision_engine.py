@@ -17,16 +17,17 @@ from multimodal import VOCABULARY, write_multimodal
 from pictures import drawn
 
 from arriero.calibration import calibrate_model, fp8, int4, int8
+from arriero.cli.tables import parts, show_summary
 from arriero.engine import Options, build_bundle
 from arriero.engine.network import Placement, lower_tower_for_tensorrt
 from arriero.engine.polygraphy import Scripts
 from arriero.engine.profiles import decoder_profiles, decoder_shapes, tower_shapes
 from arriero.errors import BuildError, FolderError
 from arriero.export import export_checkpoint
-from arriero.folder import find_files, read_spec
-from arriero.spec import CacheInput, Recipe, TowerEngine
-from arriero.summary import summarise
-from arriero.tables import parts, show_summary
+from arriero.files.folders import find_files, read_spec
+from arriero.measuring.summary import summarise
+from arriero.spec.built_engine import CacheInput, TowerEngine
+from arriero.spec.recipe import Recipe
 
 TARGET = "tensorrt-rtx:sm89"
 SMALL = Options(max_batch=2, max_seq=64, max_prefill=8, max_tiles=3)

@@ -20,7 +20,8 @@ from arriero.export import export_checkpoint
 from arriero.export.checkpoint import expected_tensors, open_checkpoint
 from arriero.export.portions import take
 from arriero.export.split import Split, split_model
-from arriero.folder import check_free, read_spec
+from arriero.files.folders import read_spec
+from arriero.files.output import check_free
 
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_local_experts": 8}
 IDS = [[5, 3, 90, 41, 7, 7, 12, 60, 33, 2, 1, 8, 96, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23]]

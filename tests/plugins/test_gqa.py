@@ -15,13 +15,14 @@ import torch
 
 from arriero.plugins import schemas
 from arriero.plugins.cpu.library import DOMAIN, library
-from arriero.plugins.gqa import cpu, native, op
+from arriero.plugins.gqa import cpu_nodes as cpu
+from arriero.plugins.gqa import native, op
 from arriero.plugins.gqa.body import body
 from arriero.plugins.gqa.cases import CASES, QUANTISED_CASES, Case
 from arriero.plugins.gqa.meaning import grouped_query_attention
 from arriero.plugins.gqa.torch_op import attend_whole
 from arriero.plugins.nodes import OPSET, Nodes, function, ints, number
-from arriero.spec import slot_bytes
+from arriero.spec.stored_weights import slot_bytes
 
 Outputs = list[np.ndarray[Any, Any]]
 

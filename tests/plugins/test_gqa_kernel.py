@@ -15,7 +15,7 @@ from gqa_calls import FORMS, Arrays, geometry_of, inputs_of, interpret, meaning_
 from triton_interpreter import Interpreter, to_numpy, to_torch
 
 from arriero.errors import BuildError
-from arriero.plugins import kernels
+from arriero.plugins import triton_compiler as kernels
 from arriero.plugins.gqa import kernel
 from arriero.plugins.gqa.cases import CASES, QUANTISED_CASES, Case
 from arriero.plugins.gqa.op import Attributes

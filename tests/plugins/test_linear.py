@@ -11,9 +11,9 @@ import pytest
 from custom_ops import in_panels, initializer, run_graph
 
 from arriero.plugins.cpu import ops as kernels
+from arriero.plugins.cpu.float_products import Matrix, multiply
 from arriero.plugins.linear import read_linear, write_input, write_linear
 from arriero.plugins.nodes import OPSET, Nodes
-from arriero.plugins.product import Matrix, multiply
 from arriero.plugins.quantisation import LARGEST, fake_quantise, quantise
 
 Array = np.ndarray[Any, Any]

@@ -15,13 +15,14 @@ from custom_ops import in_panels, initializer, run_graph
 
 from arriero.plugins import schemas
 from arriero.plugins.cpu import ops as kernels
-from arriero.plugins.moe import cpu, op
+from arriero.plugins.cpu.float_products import Matrix
+from arriero.plugins.moe import cpu_nodes as cpu
+from arriero.plugins.moe import op
 from arriero.plugins.moe.body import body
 from arriero.plugins.moe.cases import CASES, QUANTISED_CASES, Case
 from arriero.plugins.moe.meaning import moe_dispatch
 from arriero.plugins.moe.torch_op import moe_dispatch as torch_moe_dispatch
 from arriero.plugins.nodes import OPSET, Nodes
-from arriero.plugins.product import Matrix
 from arriero.plugins.quantisation import dequantise, fake_quantise
 
 Array = np.ndarray[Any, Any]

@@ -17,11 +17,11 @@ import torch
 from moe_calls import TYPES, WAYS, inputs_of, interpret, packed, plan_of, ways_of
 from triton_interpreter import Interpreter
 
-from arriero.plugins import kernels
+from arriero.plugins import triton_compiler as kernels
 from arriero.plugins.launch import Driver, Kernels
 from arriero.plugins.moe import kernel
 from arriero.plugins.moe.cases import CASES, QUANTISED_CASES, Case, quantised
-from arriero.plugins.moe.geometry import Geometry
+from arriero.plugins.moe.kernel_geometry import Geometry
 from arriero.plugins.moe.meaning import moe_dispatch
 from arriero.plugins.moe.op import Attributes
 from arriero.plugins.moe.plan import Plan

@@ -9,7 +9,7 @@ import pytest
 import arriero
 from arriero.calibration import int4, int8
 from arriero.runtime import Session
-from arriero.spec import Recipe
+from arriero.spec.recipe import Recipe
 
 RECIPES = {
     "int8": int8(),

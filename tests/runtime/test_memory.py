@@ -9,10 +9,10 @@ import pytest
 
 from arriero.engine import build_bundle
 from arriero.export import export_checkpoint
-from arriero.folder import read_spec
+from arriero.files.folders import read_spec
+from arriero.measuring.summary import summarise
 from arriero.runtime.memory import step_reads
-from arriero.spec import FolderSpec
-from arriero.summary import summarise
+from arriero.spec.folder import FolderSpec
 
 RUN = """
 import sys

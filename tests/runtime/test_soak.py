@@ -9,7 +9,7 @@ import pytest
 
 import arriero
 from arriero.runtime import Session
-from arriero.runtime.decoder import Caches
+from arriero.runtime.backends.onnxruntime import Caches
 
 
 @pytest.fixture(scope="module")

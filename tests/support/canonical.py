@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from arriero.folder import find_files, read_spec
+from arriero.files.folders import find_files, read_spec
 
 Array = np.ndarray[Any, Any]
 TYPES = {"tensor(float)": (np.float32, 1), "tensor(int8)": (np.int8, 3), "tensor(float8e4m3fn)": (np.uint8, 17)}

@@ -10,9 +10,10 @@ import onnxruntime as ort
 
 from arriero.plugins.cpu.library import DOMAIN, library
 from arriero.plugins.cpu.ops import Panels
-from arriero.plugins.layout import lay_out
+from arriero.plugins.cpu.panels import lay_out
 from arriero.plugins.nodes import OPSET, Nodes
-from arriero.spec import Stored, Weight
+from arriero.spec.stored_weights import Weight
+from arriero.spec.types import Stored
 
 Array = np.ndarray[Any, Any]
 CONVERT: dict[int, tuple[Stored, Stored]] = {

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from arriero.engine.cpu import lower_for_cpu, lower_tower_for_cpu
-from arriero.folder import find_files, read_spec
-from arriero.plugins.layout import NUMPY_DTYPES, narrow, widen
-from arriero.runtime.decoder import Decoder
-from arriero.runtime.vision import VisionTower
-from arriero.runtime.weights import map_weights
+from arriero.engine.cpu_lowering import lower_for_cpu, lower_tower_for_cpu
+from arriero.files.folders import find_files, read_spec
+from arriero.plugins.narrow_types import NUMPY_DTYPES, narrow, widen
+from arriero.runtime.backends.mapped_weights import map_weights
+from arriero.runtime.backends.onnxruntime import Decoder
+from arriero.runtime.images.tower import VisionTower
 
 TRT = SimpleNamespace(
     CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
@@ -107,7 +107,7 @@ class FakeEngine:
 
 
 class FakeDecoder(FakeEngine):
-    """A decoder's engine, for `arriero.runtime.engine`."""
+    """A decoder's engine, for `arriero.runtime.backends.tensorrt`."""
 
     def __init__(self, model: Path, driver: FakeDriver, dtype: str = "float32") -> None:
         super().__init__(driver, dtype)
@@ -132,7 +132,7 @@ class FakeDecoder(FakeEngine):
 
 
 class FakeTower(FakeEngine):
-    """A vision tower's engine, for `arriero.runtime.vision_engine`."""
+    """A vision tower's engine, for `arriero.runtime.backends.tensorrt_tower`."""
 
     def __init__(self, model: Path, driver: FakeDriver, dtype: str = "float32") -> None:
         super().__init__(driver, dtype)

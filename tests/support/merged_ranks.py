@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from arriero.folder import SPEC, carry_files, read_spec
+from arriero.files.folders import SPEC, carry_files, read_spec
 
 SHARED = ("input_ids", "past_lengths", "logit_positions")
 

@@ -9,7 +9,7 @@ from triton_interpreter import Interpreter
 
 from arriero.plugins.moe import plan
 from arriero.plugins.moe.cases import Case
-from arriero.plugins.moe.geometry import Geometry
+from arriero.plugins.moe.kernel_geometry import Geometry
 from arriero.plugins.moe.plan import Plan
 
 Array = np.ndarray[Any, Any]

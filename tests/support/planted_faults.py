@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arriero.folder import read_spec
-from arriero.shards import identity, open_shard
+from arriero.files.folders import read_spec
+from arriero.files.safetensors import identity, open_shard
 
 Change = Callable[[Tensor], Tensor]
 

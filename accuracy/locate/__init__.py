@@ -1,0 +1,1 @@
+"""The layer, the op, and the tensor or attribute where a candidate goes wrong first."""

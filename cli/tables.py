@@ -1,0 +1,257 @@
+"""What a folder is, how fast it runs, what became of its weights, and a verdict, as tables on the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def show_summary(found: dict[str, Any]) -> None:
+    """Prints what `summary.summarise` found."""
+    console = Console()
+    model = found["model"]
+    built_for = f" for {found['target']}" if found["target"] else ""
+    console.print(f"[bold]{found['kind'].capitalize()}{built_for}[/], from {found['source']}", highlight=False)
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.add_row(
+        "layers",
+        f"{model['layers']}, of them {model['expert_layers']} with {model['experts']} experts "
+        f"(top {model['experts_per_token']}), {model['chunked_layers']} chunked at {model['chunk']} positions",
+    )
+    facts.add_row(
+        "sizes",
+        f"hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} kv heads of "
+        f"{model['head_dim']}, vocabulary {model['vocab_size']}, context {model['max_positions']}, {model['dtype']}",
+    )
+    cache = found["kv_cache"]
+    facts.add_row(
+        "KV cache",
+        f"{size(cache['bytes_per_token'])} a token; {size(cache['chunked_bytes_per_token'])} of it in chunked layers, "
+        "which hold one chunk at most",
+    )
+    files = found["weight_files"]
+    if files["count"]:
+        facts.add_row("weight files", f"{files['count']}, {size(files['bytes'])}, read in place")
+    if (vision := found.get("vision")) is not None:
+        facts.add_row("vision tower", describe_vision(vision))
+    if (memory := found.get("memory")) is not None:
+        facts.add_row("memory", describe_memory(memory))
+    if (engine := found.get("engine")) is not None:
+        facts.add_row("engine", describe_engine(engine))
+    console.print(facts, highlight=False)
+    if engine is not None:
+        console.print(profiles_table(engine))
+        console.print(layers_table(found["layers"]))
+    if "every_layer" in found:
+        console.print(every_layer_table(found["every_layer"]))
+    if vision is not None and "engine" in vision:
+        console.print(layers_table(vision["fused_layers"], title="From the build log of the vision tower"))
+        if "every_layer" in vision:
+            console.print(every_layer_table(vision["every_layer"], title="Every fused layer of the vision tower"))
+
+
+def describe_memory(memory: dict[str, int]) -> str:
+    """What a session on the CPU will take, in a sentence."""
+    parts = {
+        "mapped": "weights as they lie in their files",
+        "converted": "weights widened or turned",
+        "kv_cache": "KV cache",
+        "kept": "kept by the allocator",
+        "activations": "activations",
+        "tower": "the vision tower from the first image on",
+        "tiles": "its activations",
+    }
+    named = [f"{size(memory[part])} {what}" for part, what in parts.items() if memory[part]]
+    return (
+        f"{size(memory['total'])} for {memory['batch']} × {memory['max_seq']} tokens: {', '.join(named)}, "
+        f"{size(memory['process'] + memory['graph'])} the process"
+    )
+
+
+def show_measured(found: dict[str, Any], folder: Path | None) -> None:
+    """Prints what `bench.measure_folder` found."""
+    from ..measuring.bench import PLOT
+
+    console, stream = Console(), found["stream"]
+    headers = ["prompt", "batch", "TTFT, ms", "prefill, tokens/s", "ITL, ms", "decode, tokens/s"]
+    table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    if stream:
+        table.add_column("a step reads")
+        table.add_column("GB/s")
+        table.add_column("of the stream")
+    for column in table.columns:
+        column.justify = "right"
+    for case in found["cases"]:
+        row = [
+            f"{case['prefill']}",
+            f"{case['batch']}",
+            f"{case['ttft_seconds'] * 1e3:,.1f}",
+            f"{case['prefill_tokens_per_second']:,.0f}",
+            f"{case['itl_seconds'] * 1e3:,.2f}",
+            f"{case['decode_tokens_per_second']:,.1f}",
+        ]
+        if stream:
+            row += [
+                size(round(case["step_bytes"]["total"])),
+                f"{case['decode_bytes_per_second'] / 1e9:.1f}",
+                f"{case['share_of_stream']:.0%}",
+            ]
+        table.add_row(*row)
+    console.print(table)
+    machine = found["machine"]
+    lines = [
+        f"{found['target']} on {machine['processor']}, {found['threads']} threads; loaded in "
+        f"{found['load_seconds']:.1f} s, peak RSS {size(found['peak_rss_bytes'])}; medians of {found['runs']} runs, "
+        f"{found['decode_tokens']} tokens decoded."
+    ]
+    if stream:
+        lines.append(
+            f"The stream is {stream['bytes_per_second'] / 1e9:.1f} GB/s: as many threads reading "
+            f"{size(stream['buffer_bytes'])} from end to end, between the runs."
+        )
+    if folder is not None:
+        lines.append(f"Plot: {folder / PLOT}")
+    console.print("\n".join(lines), highlight=False)
+
+
+def describe_vision(vision: dict[str, Any]) -> str:
+    """The vision tower in a sentence, and its engine in another."""
+    found = (
+        f"{vision['layers']} layers, hidden {vision['hidden_size']}, {vision['heads']} heads; a tile of "
+        f"{vision['image_size']} × {vision['image_size']} pixels is {vision['features']} tokens"
+    )
+    if (engine := vision.get("engine")) is None:
+        return found
+    return (
+        f"{found}\nengine of {size(engine['bytes'])} for 1–{engine['max_tiles']} tiles; on the GPU "
+        f"{size(engine['total_bytes'])} in all: {size(engine['weights_inside_bytes'])} weights inside, "
+        f"{size(engine['weights_outside_bytes'])} outside, {size(engine['activations_bytes'])} activations, "
+        f"{size(engine['tiles_bytes'])} tiles and their features"
+    )
+
+
+def describe_engine(engine: dict[str, Any]) -> str:
+    """One line on an engine."""
+    gpus = ", ".join(f"sm{capability}" for capability in engine["capabilities"])
+    return (
+        f"{engine['flavour']} {engine['version']} for {gpus}; attention by {engine['attention'] or 'nothing'}, "
+        f"experts by {engine['experts'] or 'nothing'}; weights {size(engine['weights_inside_bytes'])} inside, "
+        f"{size(engine['weights_outside_bytes'])} outside; {engine['kernels']} compiled kernels"
+    )
+
+
+def profiles_table(engine: dict[str, Any]) -> Table:
+    """What each profile takes and needs."""
+    table = Table(
+        "profile", "rows", "tokens a row", "activations", "logits", "KV cache", "in all", title="Memory on the GPU"
+    )
+    for profile in engine["profiles"]:
+        table.add_row(
+            profile["name"],
+            f"1–{profile['max_batch']}",
+            f"1–{profile['max_length']}" if profile["max_length"] > 1 else "1",
+            size(profile["activations_bytes"]),
+            size(profile["logits_bytes"]),
+            size(profile["kv_cache_bytes"]),
+            size(profile["total_bytes"]),
+        )
+    return table
+
+
+def layers_table(layers: list[dict[str, Any]], *, title: str = "From the build log, all profiles") -> Table:
+    """The fused layers by kind and types."""
+    table = Table("fused layers", "kind", "types in", "types out", title=title)
+    for layer in layers:
+        table.add_row(str(layer["count"]), layer["kind"], layer["inputs"], layer["outputs"])
+    return table
+
+
+def every_layer_table(layers: list[dict[str, Any]], *, title: str = "Every fused layer") -> Table:
+    """Each fused layer: what of the graph is in it, and its tensors' types and sizes; -1 is a size that varies."""
+    table = Table(title=title, show_lines=True)
+    for header in ("of the graph", "kind", "in", "out"):
+        table.add_column(header, overflow="fold")
+    for layer in layers:
+        table.add_row(parts(layer), layer["kind"], tensors(layer["inputs"]), tensors(layer["outputs"]))
+    return table
+
+
+def parts(layer: dict[str, Any]) -> str:
+    """The layer and the weights or ops whose nodes were fused, `layers.0: self_attn.q_proj, self_attn.k_proj`."""
+    found: dict[str, dict[str, None]] = {}
+    for node in layer["nodes"]:
+        where, _, rest = node.partition("/")
+        what = rest.partition("/")[0]
+        named = "." in what or what in ("GroupedQueryAttention", "MoeDispatch", "Attention")
+        found.setdefault(where, {}).update({what: None} if named else {})
+    lines = [f"{where}: {', '.join(names)}" if names else where for where, names in found.items()]
+    return "\n".join(lines) or layer["name"]
+
+
+def tensors(described: list[dict[str, Any]]) -> str:
+    """Types and dimensions, a line each."""
+    return "\n".join(f"{each['dtype']} {'×'.join(map(str, each['dims'])) or 'scalar'}" for each in described)
+
+
+def show_weights(records: list[dict[str, Any]], kept: dict[str, str]) -> None:
+    """Prints on stderr what calibration made of each weight, and which it left as they were."""
+    table = Table("weight", "format", "weight SQNR, dB", "output SQNR, dB", box=None)
+    for record in records:
+        errors = (f"{record[name]:.1f}" for name in ("weight_sqnr", "output_sqnr"))
+        table.add_row(record["name"], record["format"], *errors)
+    for name, formats in kept.items():
+        table.add_row(name, formats, "exact", "")
+    Console(stderr=True).print(table)
+
+
+def show_verdict(found: dict[str, Any], report: Path | None) -> None:
+    """Prints what `accuracy.check` found."""
+    console = Console()
+    colour = {"pass": "green", "regressed": "red", "undecided": "yellow"}
+    limits = {each["metric"]: each for each in found["limits"]}
+    table = Table("", "found", "95 % interval", "limit", "", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name, estimate in found["metrics"].items():
+        limit = limits.get(name)
+        interval = "" if estimate["low"] is None else f"{estimate['low']:.4g} to {estimate['high']:.4g}"
+        bound = f"{'≤' if limit['side'] == 'max' else '≥'} {limit['limit']:g}" if limit else ""
+        outcome = f"[{colour[limit['outcome']]}]{limit['outcome']}[/]" if limit else ""
+        table.add_row(name.replace("_", " "), f"{estimate['value']:.4g}", interval, bound, outcome)
+    console.print(table)
+    for note in found["notes"]:
+        console.print(note, highlight=False)
+    if (location := found["location"]) is not None:
+        console.print(location_text(location), highlight=False)
+    words = {"pass": "passes", "regressed": "has regressed", "undecided": "cannot be judged: give more --data"}
+    outcome = found["outcome"]
+    console.print(
+        f"[bold {colour[outcome]}]{found['candidate']} {words[outcome]}[/], over {found['tokens']:,} tokens in "
+        f"{found['windows']} windows, against {found['reference']}.",
+        highlight=False,
+    )
+    if report is not None:
+        console.print(f"Report: {report / 'report.html'}", highlight=False)
+
+
+def location_text(location: dict[str, Any]) -> str:
+    """Where a candidate goes wrong first, in a sentence or two."""
+    blame = location["blame"]
+    if blame is None:
+        return "No layer is out of line: every unit's error on the reference's input is what rounding explains."
+    attribute = f", attribute {blame['attribute']}" if blame["attribute"] else ""
+    return (
+        f"First out of line: {location['place']}, [bold]{blame['name']}{attribute}[/] ({blame['op']}): "
+        f"{blame['why']}. At {location['unit']} the error is {location['error']:.2g}, where at most "
+        f"{location['explained']:.2g} is explained."
+    )
+
+
+def size(count: int) -> str:
+    """Bytes for a person, in powers of 1000."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

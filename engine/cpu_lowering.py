@@ -1,0 +1,292 @@
+"""A canonical graph, the decoder's or the vision tower's, lowered for ONNX Runtime's CPU, in memory.
+
+Enters: a model folder. Leaves: a `Lowered` graph that computes in float32 from the checkpoint's own weights, and the
+list of regions in the safetensors files that the runtime hands to it. Float32 weights are used as they lie in the file,
+int8 and int4 ones in the panels of the CPU's own kernels; others are widened when they are loaded, except the
+embedding, of which only the rows in use are.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ..errors import BuildError
+from ..plugins.cpu import ops as kernels
+from ..plugins.cpu.float_products import Matrix, multiply_rounded, round_fp8
+from ..plugins.cpu.library import DOMAIN
+from ..plugins.cpu.ops import Panels
+from ..plugins.gqa import cpu_nodes as gqa_cpu
+from ..plugins.gqa import op as gqa
+from ..plugins.linear import Linear, read_linear
+from ..plugins.moe import cpu_nodes as moe_cpu
+from ..plugins.moe import op as moe
+from ..plugins.nodes import Nodes, dims
+from ..spec.folder import FolderSpec, VisionPart
+from ..spec.stored_weights import Weight, slot_bytes
+from ..spec.types import BITS, Stored
+from .canonical import open_graph
+from .supply import DTYPES, FLOAT, Supply
+
+SESSION = {"session.disable_prepacking": "1"}
+"""Prepacking would copy every weight: the file's pages are used instead."""
+INTEGERS: dict[str, Stored] = {"int4": "uint4", "int8": "uint8"}
+"""What the CPU's own kernels multiply as integers, and how they take it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lowered:
+    """A graph for one target and what its session needs besides.
+
+    Attributes:
+        graph: Serialized ONNX without weights.
+        weights: The regions of weight files to supply, by initializer name.
+        session: Session configuration entries.
+    """
+
+    graph: bytes
+    weights: tuple[Weight, ...]
+    session: dict[str, str]
+
+
+def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
+    """Lowers a model folder's decoder.
+
+    Raises:
+        BuildError: The graph is damaged or holds an op that has no lowering.
+    """
+    return _lower(folder / spec.graph, spec.model.experts, spec.cache_bits)
+
+
+def lower_tower_for_cpu(folder: Path, vision: VisionPart) -> Lowered:
+    """Lowers a model folder's vision tower; raises what `lower_for_cpu` does."""
+    return _lower(folder / vision.graph, 0, 0)
+
+
+def _lower(path: Path, router_experts: int, cache_bits: int) -> Lowered:
+    model = open_graph(path)
+    lowering = _Lowering(model.graph, router_experts, cache_bits)
+    lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
+    return Lowered(
+        graph=ir.to_proto(lowered).SerializeToString(),
+        weights=tuple(lowering.supply.weights.values()),
+        session=SESSION,
+    )
+
+
+class _Lowering:
+    """The new graph under construction; values keep their names, floats become float32."""
+
+    def __init__(self, source: ir.Graph, router_experts: int, cache_bits: int) -> None:
+        self.source, self.router_experts, self.cache_bits = source, router_experts, cache_bits
+        self.supply = Supply()
+        self.mapped: dict[ir.Value, ir.Value] = {}
+        self.linears = {node: linear for node in source if (linear := read_linear(node)) is not None}
+        self.absorbed = {node for product in self.linears for node in absorbed(product)}
+        for linear in self.linears.values():
+            if linear.kind == "int8" and linear.own_scale is not None:  # its kernel rounds activations itself
+                self.absorbed |= set(linear.scaling)
+        kinds = {linear.kind for linear in self.linears.values()}
+        kinds |= {node.attributes["quantisation"].value for node in source if node.op_type == moe.NAME}
+        self.has_panels = bool(kinds & set(INTEGERS))  # then what is not quantised lies in them too
+        for node in source:
+            if node.op_type == gqa.NAME and (self.has_panels or cache_bits):
+                caches = [value for value in (*node.inputs[3:5], *node.outputs[1:3]) if value is not None]
+                self.mapped |= {value: _narrow_cache(value, cache_bits) for value in caches}
+        self.rounded: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
+
+    def lower(self) -> ir.Graph:
+        """Lowers node by node, in order."""
+        inputs = [self._value(value) for value in self.source.inputs]
+        written: list[ir.Node] = []
+        for node in self.source:
+            nodes = Nodes(f"{node.name}/")
+            self._lower_node(nodes, node)
+            written.extend(nodes.list)
+        return ir.Graph(
+            inputs,
+            [self._value(value) for value in self.source.outputs],
+            nodes=written,
+            initializers=list(self.supply.initializers.values()),
+            opset_imports={**self.source.opset_imports, "com.microsoft": 1, **_own_domain(written)},
+            name=self.source.name,
+        )
+
+    def _lower_node(self, nodes: Nodes, node: ir.Node) -> None:
+        if node in self.absorbed:
+            return  # the product that reads it takes the weight or the activations as they are
+        sources = [value for value in node.inputs if value is not None]
+        outputs = [self._value(value) for value in node.outputs]
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        match node.domain, node.op_type:
+            case "", "MatMul" if node in self.linears:
+                self._lower_linear(nodes, node)
+            case "", "Transpose" if sources[0].is_initializer():
+                pass  # the product that reads it takes the weight as it lies
+            case "", "MatMul" if (weight := _transposed_weight(sources[1])) is not None:
+                x = self._input(sources[0])
+                if self.has_panels:
+                    dtype: Stored = "bfloat16" if weight.dtype == ir.DataType.BFLOAT16 else "float32"
+                    panels = Panels(weight=self.supply.panels(weight, convert=dtype), bits=BITS[dtype])
+                    kernels.multiply(nodes, x, panels, dims(weight)[0], outputs[0])
+                    return
+                inputs = [x, self.supply.widened(weight)]
+                nodes.node("FusedMatMul", inputs, outputs=outputs, domain="com.microsoft", attributes={"transB": 1})
+            case "", "Gather" if sources[0].is_initializer():
+                rows = nodes.Gather(self.supply.stored(sources[0]), self._input(sources[1]), axis=0)
+                nodes.node("Cast", [rows], outputs=outputs, attributes={"to": FLOAT})
+            case "", "Cast" if ir.DataType(attributes["to"]) in DTYPES:
+                nodes.node("Cast", [self._input(sources[0])], outputs=outputs, attributes={"to": FLOAT})
+            case "", _:
+                optional = [None if value is None else self._input(value) for value in node.inputs]
+                nodes.node(node.op_type, optional, outputs=outputs, attributes=attributes)
+            case gqa.DOMAIN, gqa.NAME:
+                used = node.inputs[:7] if self.cache_bits else node.inputs  # groups have scales of their own
+                given = [None if value is None else self._input(value) for value in used]
+                gqa_cpu.lower(nodes, given, outputs, gqa.Attributes(**attributes), self.cache_bits)
+            case moe.DOMAIN, moe.NAME:
+                self._lower_experts(nodes, sources, outputs[0], moe.Attributes(**attributes))
+            case domain, op_type:
+                raise BuildError(f"{node.name}: {domain}.{op_type} has no lowering for the CPU: export the model again")
+
+    def _lower_linear(self, nodes: Nodes, product: ir.Node) -> None:
+        """A quantised linear."""
+        linear = self.linears[product]
+        if linear.kind == "fp8":
+            self.mapped[product.outputs[0]] = self._fp8_product(nodes, linear)
+            return
+        is_dynamic = linear.kind == "int8" and linear.own_scale is not None
+        matrix = self._panels(linear.weight, linear.weight_scale, linear.kind)
+        if linear.x_scale is not None and not is_dynamic:
+            matrix = dataclasses.replace(matrix, input_scale=self._input(linear.x_scale))
+        x = self._input(linear.unscaled if is_dynamic else linear.x)
+        scaled = product.outputs[0].consumers()[0] if is_dynamic else product  # a kernel that rounds scales as well
+        kernels.multiply(nodes, x, matrix, dims(linear.weight)[0], self._value(scaled.outputs[0]))
+        if is_dynamic:
+            self.absorbed.add(scaled)
+
+    def _fp8_product(self, nodes: Nodes, linear: Linear) -> ir.Value:
+        """A product in float32 of what E4M3 stands for; an input that several read is rounded once."""
+        assert linear.x_scale is not None
+        x_scale, key = self._input(linear.x_scale), (linear.x, linear.x_scale)
+        if key not in self.rounded:
+            self.rounded[key] = round_fp8(nodes, self._input(linear.x), x_scale)
+        weight, scale = self.supply.part(linear.weight), self.supply.widened(linear.weight_scale)
+        return multiply_rounded(nodes, self.rounded[key], x_scale, Matrix(weight=weight, scale=scale, is_turned=True))
+
+    def _panels(
+        self,
+        weight: ir.Value,
+        scale: ir.Value,
+        kind: str,
+        *,
+        chosen_in: ir.DataType | None = None,
+        interleaved: bool = False,
+    ) -> Panels:
+        """A quantised linear's matrix, or all experts' [E, K, N].
+
+        Args:
+            weight: As it is stored.
+            scale: Its scales.
+            kind: `int8` or `int4`.
+            chosen_in: The type that the recipe chose scales in, where it is not the one that they are stored in.
+            interleaved: Whether gates and ups come by turns.
+        """
+        shape, scales = dims(weight), dims(scale)
+        inputs, groups = (shape[1], scales[1]) if len(shape) == 3 else (shape[1], math.prod(scales[1:]))
+        group = 0 if groups == 1 else inputs // groups
+        scale_type: Stored = "bfloat16" if (chosen_in or scale.dtype) == ir.DataType.BFLOAT16 else "float32"
+        if group % kernels.SMALLEST_GROUP:
+            raise BuildError(f"{weight.name}: {group} inputs share a scale, and the CPU's kernels take eights of them")
+        return Panels(
+            weight=self.supply.panels(weight, convert=INTEGERS[kind], interleaved=interleaved),
+            scale=self.supply.panel_scales(scale, convert=scale_type, interleaved=interleaved),
+            bits=BITS[kind],
+            group=group,
+        )
+
+    def _lower_experts(self, nodes: Nodes, sources: list[ir.Value], output: ir.Value, settings: moe.Attributes) -> None:
+        tokens = self._input(sources[0]), self._input(sources[1])
+        weights, scales, statics = sources[2:4], sources[4:6], sources[6:]
+        count, width, hidden = dims(weights[1])
+        kind = settings.quantisation
+        if kind not in INTEGERS:
+            experts = self._experts(sources[2:], settings)
+            in_part = count < self.router_experts
+            moe_cpu.lower(nodes, *tokens, experts, hidden, output, settings, in_part=in_part)
+            return
+        chosen_in = sources[0].dtype if kind == "int4" else None
+        gate_up, down = (
+            dataclasses.replace(
+                self._panels(weights[part], scales[part], kind, chosen_in=chosen_in, interleaved=not part),
+                input_scale=self.supply.widened(statics[part]) if statics else None,
+            )
+            for part in range(2)
+        )
+        kernels.dispatch(nodes, *tokens, gate_up, down, output, settings, experts=count, width=width)
+
+    def _experts(self, sources: list[ir.Value], settings: moe.Attributes) -> list[tuple[Matrix, Matrix]]:
+        """Each expert's two matrices, from the op's weights and scales."""
+        weights, scales, input_scales = sources[:2], sources[2:4], sources[4:]
+        experts = []
+        for index in range(dims(weights[0])[0]):
+            pair = [
+                Matrix(
+                    weight=self.supply.part(weights[part], index),
+                    scale=self.supply.part(scales[part], index, shape=(dims(weights[part])[2],)) if scales else None,
+                    input_scale=self.supply.part(input_scales[part], index) if input_scales else None,
+                    input_bound=settings.activation_bound,
+                )
+                for part in range(2)
+            ]
+            experts.append((pair[0], pair[1]))
+        return experts
+
+    def _value(self, value: ir.Value) -> ir.Value:
+        """The new graph's value for one of the old graph's."""
+        if value not in self.mapped:
+            dtype = FLOAT if value.dtype in DTYPES else value.dtype
+            kind = None if dtype is None else ir.TensorType(dtype)
+            self.mapped[value] = ir.Value(name=value.name, shape=value.shape, type=kind)
+        return self.mapped[value]
+
+    def _input(self, value: ir.Value) -> ir.Value:
+        return self.supply.widened(value) if value.is_initializer() else self._value(value)
+
+
+def _narrow_cache(value: ir.Value, bits: int) -> ir.Value:
+    """A cache in groups of so many bits; or of a quantised model: 16 bits stay 16, with more mantissa than bfloat16."""
+    dtype = ir.DataType.FLOAT16 if value.dtype == ir.DataType.BFLOAT16 else value.dtype
+    shape = value.shape
+    if bits and shape is not None:
+        dtype = ir.DataType.UINT8
+        shape = ir.Shape([*shape[:3], slot_bytes(int(str(shape[3])), bits)])
+    return ir.Value(name=value.name, shape=shape, type=None if dtype is None else ir.TensorType(dtype))
+
+
+def _own_domain(nodes: list[ir.Node]) -> dict[str, int]:
+    """The domain of the CPU's own kernels, where there are any: sessions load the library for it."""
+    return {DOMAIN: kernels.VERSION} if any(node.domain == DOMAIN for node in nodes) else {}
+
+
+def absorbed(product: ir.Node) -> list[ir.Node]:
+    """The nodes that a quantised linear is written with, but for its product."""
+    pending, found = list(product.inputs), []
+    while pending:
+        value = pending.pop()
+        node = None if value is None else value.producer()
+        if node is not None and node.op_type in ("Transpose", "DequantizeLinear", "QuantizeLinear"):
+            found.append(node)
+            pending += node.inputs[:1] if node.op_type != "QuantizeLinear" else []
+    return found
+
+
+def _transposed_weight(value: ir.Value) -> ir.Value | None:
+    """The initializer that a value is the transpose of."""
+    producer = value.producer()
+    if producer is None or producer.op_type != "Transpose":
+        return None
+    source = producer.inputs[0]
+    return source if source is not None and source.is_initializer() else None

@@ -1,0 +1,1 @@
+"""Safetensors files read without trust, and folders written whole, read and resumed. Standard library only."""

@@ -1,0 +1,96 @@
+"""Folders as a stage reads them: the spec, the small files that travel on, and the weight files, found and checked."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import CheckpointError, FolderError
+from ..spec import FolderSpec, WeightFile
+from .safetensors import identity
+
+SPEC = "spec.json"
+LAYERS, TOWER_LAYERS, KERNELS = "layers.json", "vision_layers.json", "kernels"
+"""Of an engine's bundle: the fused layers of the decoder's and of the vision tower's, and the folder of the plugins'
+compiled kernels."""
+
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""Small files that every stage hands on unchanged."""
+
+
+def read_spec(folder: Path) -> FolderSpec:
+    """Reads a folder's `spec.json`.
+
+    Raises:
+        FolderError: The folder is not one of Arriero's, or of a newer version.
+    """
+    path = folder / SPEC
+    try:
+        text = path.read_text("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        if (folder / "config.json").exists():
+            raise FolderError(f"{folder} is a checkpoint: make a model of it with `arriero export` first") from None
+        found = "holds no spec.json" if folder.is_dir() else "is no folder"
+        raise FolderError(f"{folder} {found}: give a folder that `arriero export` wrote") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FolderError(f"{path}: cannot be read ({error}): write the folder again") from error
+    try:
+        return FolderSpec.from_json(text)
+    except FolderError as error:
+        raise FolderError(f"{folder}: {error}") from error
+
+
+def check_whole(folder: Path, spec: FolderSpec) -> None:
+    """Refuses a model that is split over ranks.
+
+    Raises:
+        FolderError: The folder is one rank's, or holds the ranks' folders.
+    """
+    if spec.kind == "group" or spec.ranks > 1:
+        what = f"a group of {spec.ranks} ranks" if spec.kind == "group" else f"rank {spec.rank} of {spec.ranks}"
+        raise FolderError(f"{folder}: this model is {what}, which no runtime here joins yet: export without --tp")
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copies the small files that travel with a model: tokenizer, chat template, generation config."""
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def find_files(
+    folder: Path, files: Iterable[WeightFile], weights: Path | None = None, *, option: str = "--weights"
+) -> dict[str, Path]:
+    """Finds each weight file: in the folder given, in the model's own, or where it lay at export.
+
+    Args:
+        folder: The model or bundle.
+        files: What its spec lists.
+        weights: Folder of the weights after a move.
+        option: What the command line calls that folder.
+
+    Raises:
+        FolderError: A file is missing, or another than the one exported.
+    """
+    found = {}
+    for file in files:
+        places = [weights / file.name] if weights else [folder / file.name, *([Path(file.path)] if file.path else [])]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise FolderError(f"weight file {file.name} is not at {places[-1]}: give its folder with {option}")
+        try:
+            same = path.stat().st_size == file.size and identity(path) == file.identity
+        except CheckpointError:
+            same = False
+        if not same:
+            raise FolderError(f"{path} is not the file that was exported (size or content differs): export again")
+        found[file.name] = path
+    return found

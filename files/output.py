@@ -1,0 +1,178 @@
+"""Folders as a stage writes them: complete, or not there.
+
+A folder is written as a hidden sibling and renamed when whole, so that a full disk, an error or a kill leaves nothing
+under the final name, and an output that is replaced stays until the new one is ready.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import ArrieroError, FolderError
+from .folders import SPEC
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, force: bool = False, mark: str = SPEC) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes `out` when the block ends without an error.
+
+    Args:
+        out: Final path. Its parent is created where missing.
+        force: Whether an existing folder of Arriero's at `out` is replaced.
+        mark: The file that tells such a folder from others.
+
+    Raises:
+        FolderError: `out` exists and may not be replaced, or it cannot be written.
+    """
+    out = out.absolute()
+    check_free(out, force=force, mark=mark)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise FolderError(f"{out}: cannot be created ({error.strerror}): choose another output") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        check_free(out, force=force, mark=mark)  # again: someone may have written there meanwhile
+        replace_folder(temporary, out)
+    except OSError as error:
+        where = f" at {error.filename}" if error.filename else ""
+        raise FolderError(f"{out}: writing failed ({error.strerror or error}){where}; nothing was changed") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumed_folder(out: Path, job: str, *, force: bool = False) -> Iterator[tuple[Path, Path]]:
+    """Yields a folder that becomes `out`, and a scratch folder beside it; both outlive a kill.
+
+    The next writer of the same output and the same job finds them as they were left. One with another job, or one
+    after an error of Arriero's own, begins anew.
+
+    Args:
+        out: Final path.
+        job: What tells this work from other work.
+        force: Whether an existing folder of Arriero's at `out` is replaced.
+
+    Raises:
+        FolderError: `out` exists and may not be replaced, cannot be written, or is being written by another process.
+    """
+    out = out.absolute()
+    check_free(out, force=force)
+    work = out.with_name(f".{out.name}.resumable")
+    model, scratch = work / "folder", work / "scratch"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FolderError(
+            f"{out} is being written by another process: wait for it, or choose another output"
+        ) from error
+    except OSError as error:
+        raise FolderError(f"{out}: cannot be created ({error.strerror}): choose another output") from error
+    with lock:
+        try:
+            if not (work / "job").exists() or (work / "job").read_text() != job:
+                for each in (model, scratch):
+                    shutil.rmtree(each, ignore_errors=True)
+                (work / "job").write_text(job)
+            model.mkdir(exist_ok=True)
+            scratch.mkdir(exist_ok=True)
+            yield model, scratch
+            check_free(out, force=force)
+            replace_folder(model, out)
+        except OSError as error:
+            where = f" at {error.filename}" if error.filename else ""
+            reason = error.strerror or error
+            raise FolderError(f"{out}: writing failed ({reason}){where}; run it again to go on from there") from error
+        except ArrieroError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_free(out: Path, *, force: bool, mark: str = SPEC) -> None:
+    """Refuses an output that exists, unless `force` allows to replace it and it is one of Arriero's or empty."""
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise FolderError(f"{out} exists: choose another output, or --force to replace it")
+    if out.is_symlink():
+        raise FolderError(f"{out} is a symlink, which is not replaced: remove it, or give the folder it points to")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / mark).exists()):
+        raise FolderError(f"{out} exists and is no folder of Arriero's: it is not replaced, choose another output")
+
+
+def replace_folder(new: Path, out: Path) -> None:
+    """Renames `new` to `out`; what was there is set aside first and goes when the new one stands."""
+    if not os.path.lexists(out):
+        new.rename(out)
+        return
+    old = out.with_name(f".{out.name}.{os.getpid()}.replaced")
+    out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes the temporary siblings that killed writers left, and puts back what one of them had set aside."""
+    for leftover in out.parent.iterdir():
+        match = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)\.(\w+\.partial|replaced)", leftover.name)
+        if match is None or Path(f"/proc/{match[1]}").exists():
+            continue
+        if match[2] == "replaced" and not os.path.lexists(out):
+            leftover.rename(out)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Refuses an output that is its own source, lies in it, or holds it.
+
+    Raises:
+        FolderError: Writing `out` would change or remove `source`.
+    """
+    source, out = source.resolve(), out.resolve()
+    if source == out or source in out.parents or out in source.parents:
+        raise FolderError(f"{out} and {source} lie in one another: choose an output beside the input")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def copy_sparse(source: Path, target: Path) -> None:
+    """Copies a file's data and keeps its holes, so that a sparse file stays as small as it is."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        size = os.fstat(reader.fileno()).st_size
+        os.truncate(writer.fileno(), size)
+        position = 0
+        while position < size:
+            try:
+                position = os.lseek(reader.fileno(), position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    break  # nothing but a hole up to the end
+                raise
+            end = os.lseek(reader.fileno(), position, os.SEEK_HOLE)
+            os.lseek(writer.fileno(), position, os.SEEK_SET)
+            while position < end:
+                moved = os.sendfile(writer.fileno(), reader.fileno(), position, min(end - position, 1 << 30))
+                if not moved:
+                    raise ArrieroError(f"{source}: shrank while it was copied: copy again")
+                position += moved

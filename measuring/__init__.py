@@ -1,0 +1,1 @@
+"""A folder measured: how fast it runs, and what it holds."""

@@ -1,0 +1,208 @@
+"""What a folder is, in numbers: for `arriero inspect`, as JSON or as tables.
+
+Enters: a model or bundle folder; only its `spec.json` and the lists of fused layers are read. Nothing is loaded.
+"""
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import FolderError
+from ..files.folders import LAYERS, TOWER_LAYERS, read_spec
+from ..spec.built_engine import EngineSpec
+from ..spec.folder import FolderSpec, VisionPart
+from ..spec.geometry import ModelSpec
+from ..spec.types import BITS, Stored
+
+QUIET = ("shape_call", "signal", "wait", "copy", "NoOp", "Constant", "ShapeHostToDevice")
+"""Kinds of layers that move or order things and compute nothing."""
+
+
+def summarise(
+    folder: str | Path, *, every_layer: bool = False, max_seq: int | None = None, batch: int = 1
+) -> dict[str, Any]:
+    """Describes a folder.
+
+    Args:
+        folder: A model or bundle folder.
+        every_layer: Whether an engine's fused layers are listed one by one, beside how many there are of each kind.
+        max_seq: Tokens of a sequence that a CPU bundle's memory is reckoned for; None takes what a session takes.
+        batch: Rows at once that it is reckoned for.
+
+    Returns:
+        JSON-ready: the folder's kind and source, the model's geometry, its KV cache, its vision tower, of a CPU bundle
+        the memory that a session takes, and of an engine its profiles with the memory each needs and its fused layers.
+
+    Raises:
+        FolderError: The folder is not one of Arriero's, or damaged.
+        SessionError: `max_seq` or `batch` is out of range.
+    """
+    path = Path(folder)
+    spec = read_spec(path)
+    found: dict[str, Any] = {
+        "kind": spec.kind,
+        "version": spec.version,
+        "target": spec.target,
+        "source": spec.source,
+        "model": _geometry(spec.model),
+        "weight_files": {"count": len(spec.weight_files), "bytes": sum(file.size for file in spec.weight_files)},
+        "kv_cache": _cache(spec),
+    }
+    if spec.vision is not None:
+        found["vision"] = _vision(path, spec.model, spec.vision, every_layer=every_layer)
+    if spec.target == "cpu":
+        found["memory"] = _memory(path, spec, max_seq, batch)
+    if spec.engine is not None:
+        found["engine"] = _with_totals(_engine(path, spec, spec.engine))
+        layers = _read_layers(path / LAYERS)
+        found["layers"] = _counted(layers)
+        if every_layer:
+            found["every_layer"] = layers
+    return found
+
+
+def _geometry(model: ModelSpec) -> dict[str, Any]:
+    return {
+        "layers": len(model.layers),
+        "chunked_layers": sum(layer.chunk > 0 for layer in model.layers),
+        "expert_layers": sum(layer.experts for layer in model.layers),
+        "hidden_size": model.hidden_size,
+        "heads": model.heads,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "experts": model.experts,
+        "experts_per_token": model.experts_per_token,
+        "vocab_size": model.vocab_size,
+        "max_positions": model.max_positions,
+        "chunk": model.chunk,
+        "dtype": model.dtype,
+    }
+
+
+def _cache(spec: FolderSpec) -> dict[str, int]:
+    """Bytes of keys and values a token; those of chunked layers stop growing at the chunk's length."""
+    from ..runtime.memory import slot_size
+
+    dtypes = {cache.name: cache.dtype for cache in spec.engine.caches} if spec.engine else {}
+    default: Stored = spec.model.dtype
+    if spec.recipe is not None and spec.recipe.kv_cache != "none":
+        default = spec.recipe.kv_cache
+    per_token = {"chunked_bytes_per_token": 0, "full_bytes_per_token": 0}
+    for index, layer in enumerate(spec.model.layers):
+        bits = sum(BITS[dtypes.get(f"{index}.{kind}", default)] for kind in ("key", "value"))
+        name = "chunked_bytes_per_token" if layer.chunk else "full_bytes_per_token"
+        per_token[name] += (
+            slot_size(spec) if spec.target == "cpu" else spec.model.kv_heads * spec.model.head_dim * bits // 8
+        )
+    return {"bytes_per_token": sum(per_token.values()), **per_token}
+
+
+def _memory(folder: Path, spec: FolderSpec, max_seq: int | None, batch: int) -> dict[str, int]:
+    """What a session on the CPU takes, part by part and in all."""
+    from ..runtime.memory import session_memory
+    from ..runtime.state import Limits
+
+    limits = Limits.of(spec.model, max_seq, batch)
+    graph_size = _size(folder / spec.graph)
+    tower_size = 0 if spec.vision is None else _size(folder / spec.vision.graph)
+    memory = session_memory(spec, graph_size, tower_size, limits.max_seq, batch)
+    return {"max_seq": limits.max_seq, "batch": batch, **asdict(memory), "total": memory.total}
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error
+
+
+def _vision(folder: Path, model: ModelSpec, vision: VisionPart, *, every_layer: bool) -> dict[str, Any]:
+    """The vision tower's geometry, and of its engine the memory on the GPU and the fused layers."""
+    spec = vision.spec
+    found: dict[str, Any] = {
+        "layers": spec.layers,
+        "hidden_size": spec.hidden_size,
+        "heads": spec.heads,
+        "image_size": spec.image_size,
+        "features": spec.features,
+    }
+    engine = vision.engine
+    if engine is None:
+        return found
+    outside = sum(weight.size for weight in vision.weights)
+    of_a_tile = 3 * spec.image_size**2 * 4 + spec.features * model.hidden_size * BITS[model.dtype] // 8
+    layers = _read_layers(folder / TOWER_LAYERS)
+    found["engine"] = {
+        "bytes": _size(folder / engine.file),
+        "max_tiles": engine.max_tiles,
+        "weights_inside_bytes": engine.weights,
+        "weights_outside_bytes": outside,
+        "activations_bytes": engine.activations,
+        "tiles_bytes": engine.max_tiles * of_a_tile,
+        "total_bytes": engine.weights + outside + engine.activations + engine.max_tiles * of_a_tile,
+    }
+    found["fused_layers"] = _counted(layers)
+    if every_layer:
+        found["every_layer"] = layers
+    return found
+
+
+def _engine(folder: Path, spec: FolderSpec, engine: EngineSpec) -> dict[str, Any]:
+    row = sum(cache.row_size for cache in engine.caches)
+    outside = sum(weight.size for weight in spec.weights)
+    file = folder / engine.file
+    return {
+        "flavour": engine.flavour,
+        "version": engine.version,
+        "capabilities": list(engine.capabilities),
+        "bytes": file.stat().st_size if file.exists() else None,
+        "attention": engine.attention,
+        "experts": engine.experts,
+        "placement": engine.placement,
+        "weights_inside_bytes": engine.weights,
+        "weights_outside_bytes": outside,
+        "max_seq": engine.max_seq,
+        "kernels": len(engine.kernels),
+        "profiles": [
+            {
+                "name": profile.name,
+                "max_batch": profile.max_batch,
+                "max_length": profile.max_length,
+                "activations_bytes": profile.activations,
+                "logits_bytes": profile.max_batch * profile.max_logits * spec.model.vocab_size * 4,
+                "kv_cache_bytes": row * profile.max_batch,
+            }
+            for profile in engine.profiles
+        ],
+    }
+
+
+def _with_totals(engine: dict[str, Any]) -> dict[str, Any]:
+    """What each profile needs in all. The memory of activations is shared: it is that of the larger profile."""
+    activations = max(profile["activations_bytes"] for profile in engine["profiles"])
+    weights = engine["weights_inside_bytes"] + engine["weights_outside_bytes"]
+    for profile in engine["profiles"]:
+        profile["total_bytes"] = activations + weights + profile["kv_cache_bytes"] + profile["logits_bytes"]
+    return engine
+
+
+def _read_layers(path: Path) -> list[dict[str, Any]]:
+    """An engine's fused layers, those that compute nothing left out."""
+    try:
+        return [layer for layer in json.loads(path.read_text("utf-8")) if layer["kind"] not in QUIET]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FolderError(f"{path}: cannot be read ({error}): build the bundle again") from error
+
+
+def _counted(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many layers there are of each kind and types."""
+    counted = Counter((layer["kind"], _types(layer["inputs"]), _types(layer["outputs"])) for layer in layers)
+    names = ("kind", "inputs", "outputs", "count")
+    return [dict(zip(names, (*key, count), strict=True)) for key, count in counted.most_common()]
+
+
+def _types(tensors: list[dict[str, Any]]) -> str:
+    """The types among tensors, each once, in order."""
+    return ", ".join(dict.fromkeys(tensor["dtype"] for tensor in tensors))

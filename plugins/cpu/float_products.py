@@ -1,0 +1,66 @@
+"""A product on ONNX Runtime's CPU as its own ops compute it: in float32, E4M3 as the float32 that it stands for.
+
+Enters: float32 activations and a weight in the layout that `MatMul` takes. Leaves: float32.
+"""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from ..linear import token_scale
+from ..nodes import Nodes, number
+
+MICROSOFT = "com.microsoft"
+FP8 = ir.DataType.FLOAT8E4M3FN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """A weight as a product takes it.
+
+    Attributes:
+        weight: [K, N] float32; of E4M3 the stored values.
+        scale: float32 [N] of E4M3; None of a weight that is not quantised.
+        input_scale: The input's static scale, float32; None takes each token's own.
+        input_bound: The largest magnitude that such a scale is chosen for; 0 is none.
+        is_turned: Whether the weight lies as [N, K].
+    """
+
+    weight: ir.Value
+    scale: ir.Value | None = None
+    input_scale: ir.Value | None = None
+    input_bound: float = 0.0
+    is_turned: bool = False
+
+
+def multiply(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
+    """Writes x [..., K] times a matrix, [..., N]."""
+    if matrix.scale is None:
+        return _float_product(nodes, x, matrix)
+    if matrix.input_scale is not None:
+        return multiply_rounded(nodes, round_fp8(nodes, x, matrix.input_scale), matrix.input_scale, matrix)
+    own_scale = token_scale(nodes, x, "fp8", matrix.input_bound)
+    one = nodes.constant(number(1))
+    rounded = round_fp8(nodes, nodes.Div(x, own_scale), one)
+    scaled: ir.Value = nodes.Mul(multiply_rounded(nodes, rounded, one, matrix), own_scale)
+    return scaled
+
+
+def round_fp8(nodes: Nodes, x: ir.Value, scale: ir.Value) -> ir.Value:
+    """Activations over their scale, rounded to E4M3, in float32."""
+    rounded: ir.Value = nodes.Cast(nodes.QuantizeLinear(x, scale, output_dtype=FP8), to=ir.DataType.FLOAT)
+    return rounded
+
+
+def multiply_rounded(nodes: Nodes, rounded: ir.Value, x_scale: ir.Value, matrix: Matrix) -> ir.Value:
+    """Writes the product of activations that `round_fp8` has made of one scale."""
+    # Not times the product of the two scales: ONNX Runtime would fold that from the initializers' placeholders.
+    return nodes.Mul(nodes.Mul(_float_product(nodes, rounded, matrix), matrix.scale), x_scale)
+
+
+def _float_product(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
+    if matrix.is_turned:
+        turned: ir.Value = nodes.FusedMatMul(x, matrix.weight, domain=MICROSOFT, transB=1)
+        return turned
+    product: ir.Value = nodes.MatMul(x, matrix.weight)
+    return product

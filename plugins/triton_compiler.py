@@ -1,0 +1,97 @@
+"""Triton kernels compiled ahead of time, without a GPU, and what their machine code uses.
+
+Enters: a `launch.Kernel` and the module whose Triton function it names. Leaves: a cubin with a `spec.Binary` that
+says how to launch it.
+"""
+
+import hashlib
+import inspect
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ..spec.built_engine import Binary
+from .launch import Kernel
+
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities that tests and tables compile for; 90, 100 and 120 with architecture-specific instructions."""
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compiled:
+    """A compiled kernel: what a bundle records of it, its machine code, and its PTX."""
+
+    binary: Binary
+    cubin: bytes
+    ptx: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What a kernel's machine code uses: registers a thread, bytes spilled, and its matrix instructions."""
+
+    registers: int
+    spilled: int
+    matrix_instructions: tuple[str, ...]
+
+
+def compile_kernel(module: ModuleType, kernel: Kernel, capability: int) -> Compiled:
+    """Compiles one kernel for one compute capability.
+
+    Args:
+        module: Where the Triton function is.
+        kernel: The specialisation.
+        capability: As in 89.
+    """
+    function = getattr(module, kernel.function)
+    order = list(inspect.signature(function.fn).parameters)
+    types = {name: kernel.signature.get(name, "constexpr") for name in order}
+    missing = [name for name in order if types[name] == "constexpr" and name not in kernel.constants]
+    assert not missing, f"{kernel.name}: {missing} have neither type nor value"
+    aligned = [name for name in order if types[name].startswith("*") or name in kernel.aligned]
+    source = ASTSource(
+        function,
+        signature=types,
+        constexprs=kernel.constants,
+        attrs={(order.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "sanitize_overflow": False}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert built.metadata.global_scratch_size == 0
+    cubin = built.asm["cubin"]
+    binary = Binary(
+        kernel=kernel.name,
+        capability=capability,
+        file=f"{kernel.name}.sm{capability}.cubin",
+        entry=built.metadata.name,
+        parameters=tuple(types[name] for name in order if types[name] != "constexpr"),
+        threads=built.metadata.num_warps * 32,
+        shared=built.metadata.shared,
+        sha256=hashlib.sha256(cubin).hexdigest(),
+    )
+    return Compiled(binary=binary, cubin=cubin, ptx=built.asm["ptx"])
+
+
+def usage(compiled: Compiled) -> Usage:
+    """Reads registers and spills from the cubin, and the matrix instructions from the PTX."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.cubin)
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    instructions = re.findall(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*", compiled.ptx)
+    return Usage(
+        registers=found["REG"],
+        spilled=found["STACK"] + found["LOCAL"],
+        matrix_instructions=tuple(sorted(set(instructions))),
+    )

@@ -1,0 +1,85 @@
+"""Weight files mapped into memory, and handed to a session by name.
+
+A tensor whose stored type and layout the graph takes is a view of the mapped file: its pages are read when they are
+used and belong to the page cache. Others are converted in memory of their own (floats and E4M3 widened to float32,
+matrices of integers laid out in panels), and the pages they came from are let go.
+"""
+
+import mmap
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from ...errors import FolderError
+from ...plugins.cpu.panels import lay_out
+from ...plugins.narrow_types import NUMPY_DTYPES
+from ...spec.stored_weights import Weight
+from .pages import Region, exchange_pages
+
+ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "uint8": 2}
+
+
+class MappedWeights(dict[str, ort.OrtValue]):
+    """Weights by initializer name, and where those lie that a bundle holds as its kernels read them."""
+
+    def __init__(self, values: Mapping[str, ort.OrtValue], regions: Sequence[Region]) -> None:
+        super().__init__(values)
+        self.regions = regions
+
+    def settle(self) -> None:
+        """Begins to move what lies in the file's pages to huge ones, if that has not begun."""
+        regions, self.regions = self.regions, []
+        if regions:
+            exchange_pages(regions)
+
+
+def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> MappedWeights:
+    """Maps the weights as ONNX Runtime values by initializer name. The files stay mapped as long as the values live.
+
+    Raises:
+        FolderError: A region lies outside its file.
+    """
+    weights = list(weights)
+    maps = {name: _map(path) for name, path in files.items()}
+    for weight in weights:
+        if weight.file not in maps or not 0 <= weight.offset <= len(maps[weight.file]) - weight.size:
+            raise FolderError(f"spec.json puts {weight.name!r} outside {weight.file!r}: build the bundle again")
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        values = pool.map(lambda weight: _value(weight, maps[weight.file]), weights)
+        named = {weight.name: value for weight, value in zip(weights, values, strict=True)}
+    ends: dict[str, int] = {}
+    for weight in weights:
+        if weight.is_made:  # what a file holds as kernels read it is one piece, at its beginning
+            ends[weight.file] = max(ends.get(weight.file, 0), weight.offset + weight.size)
+    return MappedWeights(named, [_region(maps[name], end) for name, end in ends.items()])
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _region(file: mmap.mmap, size: int) -> Region:
+    return Region(file, np.frombuffer(file, np.uint8).ctypes.data, size)
+
+
+def _value(weight: Weight, file: mmap.mmap) -> ort.OrtValue:
+    data = np.frombuffer(file, np.uint8, weight.size, weight.offset)
+    stored = weight.convert if weight.is_made else weight.dtype
+    if weight.layout != "panels" and weight.offset % NUMPY_DTYPES[stored].itemsize:
+        data = data.copy()  # a view of misaligned elements is not one that kernels may read
+    array = lay_out(data, weight)
+    if weight.is_converted:
+        _release(file, weight.offset, weight.size)
+    given = "uint8" if weight.layout == "panels" else weight.convert
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX_TYPES[given])
+
+
+def _release(file: mmap.mmap, offset: int, size: int) -> None:
+    """Lets go of the pages of a region that has been read; they come back from the file where they are still used."""
+    start = offset - offset % mmap.PAGESIZE
+    file.madvise(mmap.MADV_DONTNEED, start, offset + size - start)

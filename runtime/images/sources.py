@@ -1,0 +1,151 @@
+"""Images as they are meant to be seen: from a path, bytes, a PIL image or an array to upright RGB.
+
+What enters has any colour mode, depth and orientation; what leaves is a PIL image of 8-bit RGB. Sizes are checked
+before anything is decoded, so memory is bounded by a few times four bytes a pixel, of at most `MAX_PIXELS`.
+"""
+
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from ...errors import SessionError
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.generic]
+"""What is taken as an image: a file's path, a file's bytes, a PIL image, or an array of its pixels."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM")
+"""What is decoded. Others of Pillow's are not pictures (PDF), or run other programs (EPS)."""
+
+MAX_PIXELS = 1 << 27
+"""The largest area: 134 megapixels, more than a medium-format camera's, and 0.5 GB decoded."""
+
+MAX_SIDE = 65535
+"""The largest side, a JPEG's. A resize keeps numbers for each pixel of a side, whatever the area."""
+
+MAX_BYTES = 8 * MAX_PIXELS
+"""The largest file: four channels of 16 bits, uncompressed. Some decoders read a whole file at once."""
+
+
+def read_image(source: ImageSource, name: str = "the image") -> Image.Image:
+    """An image as upright RGB.
+
+    EXIF orientation is applied, also a PIL image's own. Transparency is laid over white. Of 16 bits a channel the high
+    byte is kept. Of an animation a file's first frame is taken, and a PIL image's current one.
+
+    Args:
+        source: Arrays are uint8 or uint16: [height, width], or with 1, 3 (RGB) or 4 (RGBA) channels last or else first.
+        name: What errors call an image that has no path.
+
+    Raises:
+        SessionError: There is no such file, it is no image or damaged, it is too large, or the array is none of these.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow warns of is either refused below or harmless
+        if isinstance(source, Image.Image):
+            return _decode(source, name)
+        if isinstance(source, np.ndarray):
+            return _decode(_from_array(source, name), name)
+        if isinstance(source, bytes):
+            with _opened(BytesIO(source), name) as image:
+                return _decode(image, name)
+        if not isinstance(source, str | os.PathLike):
+            raise SessionError(
+                f"{name} is of type {type(source).__name__}: give a path, bytes, a PIL image or an array"
+            )
+        path = Path(source)
+        _check_file(path)
+        with _opened(path, str(path)) as image:
+            return _decode(image, str(path))
+
+
+def _check_file(path: Path) -> None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SessionError(f"{path}: cannot be read ({reason}): give the path of an image file") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise SessionError(f"{path} is not a file: give the path of an image file")
+    if found.st_size > MAX_BYTES:
+        raise SessionError(f"{path}: {found.st_size} bytes, expected at most {MAX_BYTES}: scale it down")
+
+
+@contextmanager
+def _opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
+    """Opens an image and reads its header."""
+    Image.init()
+    try:
+        image = Image.open(file, formats=[form for form in FORMATS if form in Image.OPEN])
+    except UnidentifiedImageError as error:
+        raise SessionError(f"{name}: not an image: give one of {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise SessionError(f"{name}: too large ({error}): scale it down to {MAX_PIXELS} pixels") from error
+    except Exception as error:  # each format's reader fails in its own ways
+        raise SessionError(f"{name}: cannot be read ({error}): give an intact image file") from error
+    with image:
+        yield image
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    """Decodes an opened image, turns it upright, and makes it RGB."""
+    width, height = image.size
+    if not width or not height:
+        raise SessionError(f"{name}: {width} × {height} pixels, expected at least one: give another image")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise SessionError(
+            f"{name}: {width} × {height} pixels, expected at most {MAX_PIXELS} in all and {MAX_SIDE} a side: "
+            "scale it down"
+        )
+    try:
+        image.load()
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise SessionError(f"{name}: floating-point pixels, expected 8 or 16 bits a channel: convert it")
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            image = _high_byte(image, name)
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except SessionError:
+        raise
+    except Exception as error:  # each format's decoder fails in its own ways
+        raise SessionError(f"{name}: damaged ({error}): give an intact image") from error
+
+
+def _high_byte(image: Image.Image, name: str) -> Image.Image:
+    """A grey image of 16 bits in 8; Pillow does the same to 16-bit colour, but cuts grey off at 255."""
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 0xFFFF:
+        raise SessionError(f"{name}: values {pixels.min()} to {pixels.max()}, expected 16 bits at most: convert it")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def _from_array(pixels: NDArray[np.generic], name: str) -> Image.Image:
+    shape, dtype = pixels.shape, pixels.dtype
+    if pixels.ndim == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+        pixels = np.moveaxis(pixels, 0, 2)
+    if (
+        dtype not in (np.uint8, np.uint16)
+        or pixels.ndim not in (2, 3)
+        or pixels.shape[2:] not in ((), (1,), (3,), (4,))
+    ):
+        raise SessionError(
+            f"{name} is an array {list(shape)} of {dtype}, expected uint8 or uint16 [height, width] with 1, 3 or 4 "
+            "channels last or first: convert it"
+        )
+    if not pixels.size:
+        raise SessionError(f"{name} is an array {list(shape)}, expected at least one pixel: give another image")
+    if pixels.shape[2:] == (1,):
+        pixels = pixels[:, :, 0]
+    depth = 8 * (dtype.itemsize - 1)
+    return Image.fromarray(np.ascontiguousarray(np.right_shift(pixels, depth), dtype=np.uint8))

@@ -1,0 +1,213 @@
+"""Tiles: an image of any size as the squares that the vision tower reads.
+
+What enters is an RGB image; what leaves is its tiles, row by row, and after several of them the whole image once more
+as one, the global tile. Grid and sizes are those of `transformers`, and each pixel is within one step of 255 of its
+own: its resize keeps weights of 16 bits, ours of float32.
+
+Shapes: N tiles, P pixels a tile's side.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ...errors import FolderError, SessionError
+from ..text import read_json
+from .resampling import resample
+
+FIXED = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 2}
+"""Settings that have one value in Llama 4's preprocessors; a resample of 2 is bilinear."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileSettings:
+    """How a checkpoint's preprocessor cuts images.
+
+    Attributes:
+        side: P, of a tile.
+        max_tiles: The most tiles in a grid, the global tile not counted.
+        fill: Whether an image is enlarged as far as the grids allow, not just to a tile's side.
+        rescale: What a pixel of 0 to 255 is multiplied by.
+        mean: Of the rescaled red, green and blue; subtracted.
+        std: Of the same; divided by.
+        values_3x256: What each pixel of 0 to 255 becomes in each channel.
+        runs: The same as the look-up takes it.
+    """
+
+    side: int = 336
+    max_tiles: int = 16
+    fill: bool = False
+    rescale: float = 1 / 255
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    values_3x256: NDArray[np.float32] = field(init=False, repr=False, compare=False)
+    runs: tuple[type, NDArray[np.generic]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if type(self.side) is not int or self.side < 1 or type(self.max_tiles) is not int or self.max_tiles < 1:
+            raise FolderError(f"tiles of side {self.side}, at most {self.max_tiles}: expected whole numbers from 1 up")
+        numbers = (self.rescale, *self.mean, *self.std)
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or 0 in self.std:
+            raise FolderError(f"rescale {self.rescale}, mean {self.mean}, std {self.std}: expected numbers, std not 0")
+        object.__setattr__(self, "values_3x256", self._values())
+        object.__setattr__(self, "runs", self._runs())
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Self:
+        """Takes the settings of an image processor in `transformers`' words; what is missing or null is Llama 4's.
+
+        Raises:
+            FolderError: A setting is one that Llama 4 does not have.
+        """
+        config = {name: value for name, value in config.items() if value is not None}
+        for name, expected in FIXED.items():
+            if config.get(name, expected) != expected:
+                raise FolderError(f"{name} is {config[name]!r}, expected {expected!r} as in Llama 4's own")
+        size = config.get("size", {"height": 336, "width": 336})
+        if not isinstance(size, dict) or size.keys() != {"height", "width"} or size["height"] != size["width"]:
+            raise FolderError(f"size is {size!r}, expected one height and width")
+        return cls(
+            side=size["height"],
+            max_tiles=config.get("max_patches", 16),
+            fill=bool(config.get("resize_to_max_canvas", False)),
+            rescale=config.get("rescale_factor", 1 / 255),
+            mean=_three(config.get("image_mean", 0.5)),
+            std=_three(config.get("image_std", 0.5)),
+        )
+
+    def _values(self) -> NDArray[np.float32]:
+        """What each pixel of 0 to 255 becomes in each channel: each step is rounded to bf16, as Llama 4's own is."""
+        mean_3x1, std_3x1 = (_bfloat16(np.array([each], np.float32).T) for each in (self.mean, self.std))
+        rescaled_256 = _bfloat16(np.arange(256, dtype=np.float32) * np.float32(self.rescale))
+        return _bfloat16(_bfloat16(rescaled_256 - mean_3x1) / std_3x1)
+
+    def _runs(self) -> tuple[type, NDArray[np.generic]]:
+        """What neighbouring pixels become, by the number that their bytes make: two are looked up in the time of one.
+
+        Returns:
+            The numbers' type, and for each of them in each channel its values' bytes, again as one number. A side that
+            is not even is looked up by single pixels.
+        """
+        indices, values = (np.uint8, np.uint32) if self.side % 2 else (np.uint16, np.uint64)
+        pixels = np.arange(np.iinfo(indices).max + 1, dtype=indices)[:, None].view(np.uint8)
+        return indices, np.take(self.values_3x256, pixels, axis=1).view(values)[:, :, 0]
+
+
+def read_tile_settings(folder: Path) -> TileSettings:
+    """Reads how a folder's preprocessor cuts images.
+
+    The settings are a part of `processor_config.json`, or in `preprocessor_config.json`, where older checkpoints have
+    them.
+
+    Raises:
+        SessionError: The folder has neither: its model takes no images.
+        FolderError: A file is damaged, or is not a Llama 4's.
+    """
+    path = folder / "processor_config.json"
+    config = read_json(path).get("image_processor")
+    if config is None:
+        path = folder / "preprocessor_config.json"
+        if not path.is_file():
+            raise SessionError(f"{folder} has no preprocessor_config.json: its model takes no images, give text only")
+        config = read_json(path)
+    try:
+        if not isinstance(config, dict):
+            raise FolderError(f"image_processor is {config!r}, expected an object")
+        return TileSettings.of(config)
+    except FolderError as error:
+        raise FolderError(f"{path}: {error}: correct it") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Rows and columns of tiles."""
+
+    rows: int
+    columns: int
+
+    @property
+    def tiles(self) -> int:
+        """N, with the global tile that several have."""
+        return self.rows * self.columns + (self.rows * self.columns > 1)
+
+
+def choose_grid(height: int, width: int, settings: TileSettings) -> Grid:
+    """The grid that suits an image.
+
+    Of the grids that hold it at its size or larger, the one that enlarges it least (most, to fill); where none does,
+    the one that reduces it least; of equals, the smallest. Scales are compared in float32, as in `transformers`.
+    """
+    most = settings.max_tiles
+    grids = [Grid(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
+    sides = np.array([(grid.rows, grid.columns) for grid in grids], np.float32) * settings.side
+    scales = (sides / np.array([height, width], np.float32)).min(axis=1)
+    larger = scales[scales >= 1]
+    scale = larger.min() if larger.size and not settings.fill else scales.max()
+    suited = [grid for grid, each in zip(grids, scales, strict=True) if each == scale]
+    return min(suited, key=lambda grid: grid.tiles)
+
+
+def fit_size(height: int, width: int, grid: Grid, settings: TileSettings) -> tuple[int, int]:
+    """Height and width at which an image lies in its grid, from the upper left; its aspect is kept.
+
+    The scale is a float32 where the grid limits a side and a float64 where the image does, as it comes about in
+    `transformers`; the floor would make a pixel's difference of that.
+    """
+
+    def limit(pixels: int, tiles: int) -> float | np.float32:
+        canvas, wanted = tiles * settings.side, max(pixels, settings.side)
+        return np.float32(canvas) if settings.fill or canvas < wanted else float(wanted)
+
+    most_high, most_wide = limit(height, grid.rows), limit(width, grid.columns)
+    by_height, by_width = most_high / height, most_wide / width
+    if by_width < by_height:
+        return max(1, min(math.floor(height * by_width), int(most_high))), int(most_wide)
+    return int(most_high), max(1, min(math.floor(width * by_height), int(most_wide)))
+
+
+def cut_tiles(
+    image: Image.Image, settings: TileSettings, room: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.float32], Grid]:
+    """An image's tiles, normalised.
+
+    Args:
+        image: Of mode RGB.
+        settings: The preprocessor's.
+        room: Where to put the tiles, of their shape or with more of them; new memory where None.
+
+    Returns:
+        The tiles [N, 3, P, P], whose values are bf16's, black where the image does not fill the grid; and the grid.
+    """
+    side = settings.side
+    grid = choose_grid(image.height, image.width, settings)
+    height, width = fit_size(image.height, image.width, grid, settings)
+    canvas = np.zeros((grid.rows * side, 3, grid.columns * side), np.uint8)
+    globe = [np.empty((side, 3, side), np.uint8)] if grid.tiles > 1 else []
+    resample(image, [canvas[:height, :, :width], *globe])
+    corners = [(side * row, side * column) for row in range(grid.rows) for column in range(grid.columns)]
+    tiles = [canvas[top : top + side, :, left : left + side] for top, left in corners] + globe
+    pixels_N3PP = np.empty((len(tiles), 3, side, side), np.float32) if room is None else room[: len(tiles)]
+    indices, values_3V = settings.runs
+    for pixels_3PP, tile_P3P in zip(pixels_N3PP, tiles, strict=True):
+        for pixels_PP, values_V, tile_PP in zip(pixels_3PP, values_3V, tile_P3P.transpose(1, 0, 2), strict=True):
+            np.take(values_V, tile_PP.view(indices), out=pixels_PP.view(values_V.dtype), mode="wrap")
+    return pixels_N3PP, grid
+
+
+def _bfloat16(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rounds to the nearest bf16, ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def _three(value: Any) -> tuple[float, float, float]:
+    """One number for each channel; a config may give one for all."""
+    values = value if isinstance(value, list) else [value] * 3
+    if len(values) != 3:
+        raise FolderError(f"image_mean or image_std is {value!r}, expected three numbers")
+    return values[0], values[1], values[2]

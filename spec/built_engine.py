@@ -1,0 +1,125 @@
+"""Built TensorRT engines: their profiles, caches, kernels and files."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from .types import BITS, Stored
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """A range of shapes that an engine is optimised for.
+
+    Attributes:
+        name: `decode` or `prefill`.
+        max_batch: Rows at most.
+        usual_batch: Rows it is tuned for.
+        max_length: Tokens of a row's piece at most.
+        usual_length: Tokens it is tuned for.
+        max_logits: Positions of a piece that get logits at most.
+        activations: Bytes of activations and scratch memory at its largest, as the build reckoned.
+    """
+
+    name: str
+    max_batch: int
+    usual_batch: int
+    max_length: int
+    usual_length: int
+    max_logits: int
+    activations: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Binary:
+    """A compiled kernel as it lies in a bundle.
+
+    Attributes:
+        kernel: The kernel's name.
+        capability: Compute capability it was compiled for, as in 89.
+        file: File name of the cubin.
+        entry: Symbol of the kernel in it.
+        parameters: Types of the run-time parameters, without the two scratch pointers that Triton appends.
+        threads: Threads a program.
+        shared: Bytes of dynamic shared memory.
+        sha256: Of the cubin.
+    """
+
+    kernel: str
+    capability: int
+    file: str
+    entry: str
+    parameters: tuple[str, ...]
+    threads: int
+    shared: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheInput:
+    """One of an engine's caches: its name without `past.` or `present.`, its shape [K, C, D], its type."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Stored
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of one row of a batch."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """What an engine is and asks for.
+
+    Attributes:
+        file: Its file name.
+        flavour: `tensorrt-rtx` or `tensorrt`.
+        version: Of that library; an engine runs on the version that built it.
+        capabilities: Compute capabilities that it was built for.
+        sha256: Of the file.
+        max_seq: Positions that a sequence may hold.
+        profiles: In the engine's order.
+        caches: Its cache inputs; each output of the same name is the same memory.
+        attention: Path of the attention layers: `plugin` or `native`.
+        experts: Path of the expert layers: `plugin` or `function`.
+        placement: Which weights are inputs: `inside` (none), `experts`, `outside`.
+        weight_streaming: Whether weights may stay in the host's memory.
+        weights: Bytes of the weights inside the engine.
+        kernels: The plugins' compiled kernels.
+    """
+
+    file: str
+    flavour: Literal["tensorrt-rtx", "tensorrt"]
+    version: str
+    capabilities: tuple[int, ...]
+    sha256: str
+    max_seq: int
+    profiles: tuple[Profile, ...]
+    caches: tuple[CacheInput, ...]
+    attention: str
+    experts: str
+    placement: str
+    weight_streaming: bool
+    weights: int
+    kernels: tuple[Binary, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TowerEngine:
+    """A vision tower's engine. It is for the TensorRT and the GPUs that the decoder's is for.
+
+    Attributes:
+        file: Its file name.
+        sha256: Of the file.
+        max_tiles: Tiles that it takes at once at most.
+        activations: Bytes of activations and scratch memory for so many, as the build reckoned.
+        weights: Bytes of the weights inside.
+    """
+
+    file: str
+    sha256: str
+    max_tiles: int
+    activations: int
+    weights: int

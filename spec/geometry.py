@@ -1,0 +1,150 @@
+"""What a model is made of: the geometry of its text decoder and of its vision tower. Standard library only."""
+
+import typing
+from dataclasses import dataclass
+from typing import Any, Self
+
+from .fields import decode
+from .types import DType
+
+VISION = ("vision_model.", "multi_modal_projector.")
+"""What the names of a vision tower's and projector's tensors begin with."""
+
+VISION_LAYERS = "vision_model.model.layers."
+"""What the names of the tower's layers begin with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Llama 3's frequency scaling, as Scout uses it (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """What one decoder layer is made of.
+
+    Attributes:
+        rope: Whether queries and keys are rotated; a NoPE layer has its temperature tuned instead.
+        chunk: Attention stays within chunks of this many positions; 0 is full attention.
+        experts: Whether the feed-forward is a mixture of experts.
+    """
+
+    rope: bool
+    chunk: int
+    experts: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """The geometry of a Llama 4 text decoder, in the words of its `config.json`.
+
+    Attributes:
+        experts_per_token: Experts that each token is sent to (top-k).
+        expert_size: Width of one expert and of the shared expert (I).
+        dense_size: Width of the feed-forward in layers without experts.
+        qk_norm: Whether rotated queries and keys are normalised.
+        temperature_scale: Strength of the NoPE layers' temperature tuning; 0 is none.
+        temperature_floor: Positions per step of that tuning.
+        tied_embeddings: Whether the LM head is the embedding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    experts_per_token: int
+    expert_size: int
+    dense_size: int
+    norm_eps: float
+    qk_norm: bool
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    max_positions: int
+    temperature_scale: float
+    temperature_floor: float
+    tied_embeddings: bool = False
+    dtype: DType
+
+    def __post_init__(self) -> None:
+        counts = (self.vocab_size, self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.max_positions)
+        if min(counts) < 1 or self.heads % self.kv_heads or self.head_dim % 2 or not self.layers:
+            raise ValueError("the model's sizes do not fit together")
+        if not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(f"experts_per_token is {self.experts_per_token} of {self.experts} experts")
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> Self:
+        """Rebuilds what `dataclasses.asdict` made.
+
+        Raises:
+            ValueError: A field is missing, unknown, or of another type.
+        """
+        return typing.cast(Self, decode(cls, fields))
+
+    @property
+    def chunk(self) -> int:
+        """Positions that no piece may cross: the chunk of the chunked layers, 0 where every layer is full."""
+        return max((layer.chunk for layer in self.layers), default=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionSpec:
+    """The geometry of a Llama 4 vision tower and its projector.
+
+    Attributes:
+        heads: Of its attention; each as wide as `hidden_size` over their number.
+        image_size: Pixels of a tile's side (P).
+        patch_size: Pixels of a patch's side.
+        shuffle: Patches a side that pixel shuffle makes one feature of.
+        adapter_size: Width of the adapter's two linears.
+        rope_theta: Base of the rotation by columns and rows.
+        image_token: Id of the token whose embeddings the image features take the place of.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    mlp_size: int
+    image_size: int
+    patch_size: int
+    shuffle: int
+    adapter_size: int
+    rope_theta: float
+    image_token: int
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads or self.head_dim % 4 or self.grid % self.shuffle or self.layers < 1:
+            raise ValueError("the vision tower's sizes do not fit together")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head (D)."""
+        return self.hidden_size // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Patches a side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def features(self) -> int:
+        """Image features of a tile, and tokens that they take the place of."""
+        return (self.grid // self.shuffle) ** 2
+
+    @property
+    def positions(self) -> int:
+        """Patches of a tile and the class token (S)."""
+        return self.grid**2 + 1
+
+    @property
+    def patch_values(self) -> int:
+        """Values of a patch: its pixels in three colours."""
+        return 3 * self.patch_size**2

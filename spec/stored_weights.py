@@ -1,0 +1,113 @@
+"""Weights as they lie in safetensors files, and as a lowered graph is given them."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from .types import BITS, Stored
+
+EXPERT = re.compile(r"\.experts\.")
+"""What names of routed experts' weights hold, of one's or of all of them."""
+GROUP = 32
+"""Dims of a token's key or value that a scale of their own is for in a cache of groups."""
+PANEL = 32
+"""Outputs of a matrix that the CPU's own kernels compute together."""
+BLOCK = 32
+"""Inputs that these kernels round by one scale, at most; a matrix is padded to a multiple."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightFile:
+    """A safetensors file that a folder's graph reads in place.
+
+    Attributes:
+        name: File name, which is also its `location` in the ONNX graph.
+        path: Absolute path where it was found, or empty where it lies in the folder itself.
+        size: Bytes.
+        identity: `shards.identity` of the file: its header and samples of its data.
+    """
+
+    name: str
+    path: str
+    size: int
+    identity: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weight:
+    """One tensor that the runtime hands to a lowered graph, as a region of a weight file.
+
+    Attributes:
+        name: The graph's name for it.
+        file: Name of its `WeightFile`.
+        offset: First byte in the file.
+        shape: Dimensions, row-major.
+        dtype: Type in the file; two of `int4` lie in a byte, the first in its low half.
+        convert: Type the graph wants; equal to `dtype` where the file's bytes are used as they lie. `uint4` is `int4`
+            plus 8, `uint8` is `int8` plus 128.
+        layout: How the graph wants it: in `rows`, as it is stored; in `panels` of 32 outputs, those of the CPU's own
+            kernels, a matrix; or as the `scales` of such panels.
+        stacked: Whether it is all experts' [E, K, N], a matrix for each; others in panels are [N, K].
+        interleaved: Whether a panel is 16 of a matrix's first half of outputs, and the same 16 of the second.
+        is_made: Whether the file holds it as the graph is given it; `dtype` and `shape` say what it was made from.
+    """
+
+    name: str
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: Stored
+    convert: Stored
+    layout: Literal["rows", "panels", "scales"] = "rows"
+    stacked: bool = False
+    interleaved: bool = False
+    is_made: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self.given_size if self.is_made else math.prod(self.shape) * BITS[self.dtype] // 8
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Outputs, and inputs or groups of them, of one matrix or its scales."""
+        if self.stacked:
+            return self.shape[2], self.shape[1]
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def panels(self) -> int:
+        """Panels of one matrix."""
+        outputs = self.matrix[0] // 2 if self.interleaved else self.matrix[0]
+        return -(-outputs // (PANEL // 2 if self.interleaved else PANEL))
+
+    @property
+    def given_shape(self) -> tuple[int, ...]:
+        """Dimensions as the graph is given them, of panels those of bytes."""
+        if self.layout == "rows":
+            return self.shape
+        experts = self.shape[:1] if self.stacked else ()
+        if self.layout == "scales":
+            return (*experts, self.panels, self.matrix[1], PANEL)
+        padded = -(-self.matrix[1] // BLOCK) * BLOCK
+        return (*experts, self.panels, padded * PANEL * BITS[self.convert] // 8)
+
+    @property
+    def given_size(self) -> int:
+        """Bytes as the graph is given it."""
+        return math.prod(self.given_shape) * (1 if self.layout == "panels" else BITS[self.convert] // 8)
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the graph is given a copy in other memory, not the file's own bytes."""
+        if self.is_made:
+            return False
+        is_misaligned = self.offset % max(1, BITS[self.dtype] // 8) != 0
+        return self.dtype != self.convert or self.layout != "rows" or is_misaligned
+
+
+def slot_bytes(head_dim: int, bits: int) -> int:
+    """Bytes of a head's key or value in a cache of groups, scales among them, as `plugins/cpu/matrix.h` says."""
+    groups = -(-head_dim // GROUP)
+    return groups * (GROUP * bits // 8 + (4 if bits == 4 else 2))

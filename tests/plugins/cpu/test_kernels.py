@@ -1,0 +1,176 @@
+"""The CPU's own kernels against float64, over shapes that fit their panels and such that do not."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from custom_ops import in_panels, run_graph
+
+from arriero.plugins.cpu.ops import dispatch, multiply
+from arriero.plugins.moe.op import Attributes
+from arriero.plugins.nodes import Nodes
+from arriero.plugins.quantisation import fake_quantise
+
+Array = np.ndarray[Any, Any]
+FLOAT = ir.DataType.FLOAT
+ROOT = Path(__file__).parents[3]
+SIZES = [(32, 32), (64, 48), (96, 7), (40, 33), (160, 96), (2048, 80)]
+
+
+def product(
+    x: Array, stored: Array, scale: Array | None, bits: int, group: int = 0, x_scale: Array | None = None
+) -> Array:
+    """The op's product of rows [T, K] with a matrix [N, K] of integers, or of floats."""
+    matrix = in_panels(stored, scale, bits, group, x_scale=x_scale)
+    value, y, nodes = ir.val("x", FLOAT, ["tokens", x.shape[1]]), ir.val("y", FLOAT, ["tokens", len(stored)]), Nodes()
+    multiply(nodes, value, matrix, len(stored), y)
+    given = [each for each in (matrix.weight, matrix.scale, matrix.input_scale) if each is not None]
+    return run_graph([value], y, nodes, given, {"x": x})
+
+
+def drawn(bits: int, size: tuple[int, int], groups: int, seed: int = 0) -> tuple[Array, Array]:
+    """Integers [N, K], and scales [N, groups]."""
+    inputs, outputs = size
+    rng = np.random.default_rng(seed)
+    limit = 1 << (bits - 1)
+    stored = rng.integers(-limit, limit, (outputs, inputs), dtype=np.int8)
+    return stored, rng.uniform(0.5, 1.5, (outputs, groups)).astype(np.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 13, 70])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_are_multiplied_as_float64_does(bits: int, size: tuple[int, int], tokens: int) -> None:
+    inputs, _ = size
+    for group in (0, 8, 16, 32, 64) if bits == 4 else (0,):
+        if group and inputs % group:
+            continue
+        stored, scale = drawn(bits, size, inputs // group if group else 1)
+        x = np.random.default_rng(1).standard_normal((tokens, inputs)).astype(np.float32)
+        found = product(x, stored, scale, bits, group)
+        wide = stored * np.repeat(scale.astype(np.float64), inputs // scale.shape[1], axis=1)
+        expected = rounded(x, min(group or 32, 32)) @ wide.T
+        assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max() * np.sqrt(inputs)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "bits"), [(ml_dtypes.bfloat16, 16), (np.float32, 32)])
+def test_floats_are_multiplied_as_float64_does(dtype: type, bits: int, size: tuple[int, int]) -> None:
+    inputs, outputs = size
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((outputs, inputs)).astype(dtype)
+    for tokens in (1, 4, 9):
+        x = rng.standard_normal((tokens, inputs)).astype(np.float32)
+        expected = x.astype(np.float64) @ weight.astype(np.float64).T
+        assert np.abs(product(x, weight, None, bits) - expected).max() < 1e-6 * inputs
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_static_scale_rounds_as_quantize_linear_does(bits: int) -> None:
+    stored, scale = drawn(bits, (72, 40), 1)
+    x = np.random.default_rng(1).standard_normal((9, 72)).astype(np.float32)
+    x_scale = np.array(1.7 / 127, dtype=np.float32)  # some saturate
+    found = product(x, stored, scale, bits, x_scale=x_scale)
+    expected = fake_quantise(x, float(x_scale), "int8") @ (stored * scale.astype(np.float64)).T
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (8, 0), (16, 0)])
+def test_a_row_is_computed_alike_whatever_stands_beside_it(bits: int, group: int) -> None:
+    inputs = 256
+    stored, scale = drawn(min(bits, 8), (inputs, 100), inputs // group if group else 1)
+    weight = stored.astype(ml_dtypes.bfloat16) if bits == 16 else stored
+    x = np.random.default_rng(1).standard_normal((23, inputs)).astype(np.float32)
+    alone = [product(x[row : row + 1], weight, None if bits == 16 else scale, bits, group) for row in range(len(x))]
+    for first, last in itertools.pairwise((0, 1, 3, 6, 10, 23)):
+        together = product(x[first:last], weight, None if bits == 16 else scale, bits, group)
+        assert np.array_equal(together, np.concatenate(alone[first:last]))
+
+
+def test_rows_of_zeros_and_huge_ones_stay_finite() -> None:
+    stored, scale = drawn(8, (64, 32), 1)
+    x = np.zeros((3, 64), dtype=np.float32)
+    x[1], x[2, 5] = 1e30, 1e-38
+    found = product(x, stored, scale, 8)
+    assert not found[0].any()
+    assert np.isfinite(found).all()
+    wide = stored * scale.astype(np.float64)
+    assert np.allclose(found[1], wide.sum(1) * 1e30, rtol=1e-5, atol=1e-5 * 1e33)
+
+
+def test_scales_may_be_bfloat16() -> None:
+    stored, scale = drawn(4, (128, 64), 4)
+    x = np.random.default_rng(1).standard_normal((3, 128)).astype(np.float32)
+    halves = scale.astype(ml_dtypes.bfloat16)
+    assert np.array_equal(product(x, stored, halves, 4, 32), product(x, stored, halves.astype(np.float32), 4, 32))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_stays_none(bits: int, bad: float) -> None:
+    stored, scale = drawn(min(bits, 8), (64, 32), 1)
+    weight = stored.astype(ml_dtypes.bfloat16) if bits == 16 else stored
+    x = np.ones((7, 64), dtype=np.float32)
+    x[3, 40] = bad
+    found = product(x, weight, None if bits == 16 else scale, bits)
+    assert not np.isfinite(found[3]).any()
+    assert np.isfinite(np.delete(found, 3, axis=0)).all()
+
+
+def test_experts_whose_products_have_unlike_groups() -> None:
+    """A group of 128 is all the inputs of the first product, and half of the second's."""
+    hidden, width, experts, tokens = 128, 256, 2, 5
+    rng = np.random.default_rng(0)
+    parts, wide = [], []
+    for gated, inputs, outputs in ((True, hidden, 2 * width), (False, width, hidden)):
+        stored = rng.integers(-8, 8, (experts, inputs, outputs), dtype=np.int8)
+        scale = rng.uniform(0.01, 0.02, (experts, inputs // 128, outputs)).astype(np.float32)
+        parts.append(in_panels(stored, scale, 4, 0 if inputs == 128 else 128, gated=gated, name=f"{inputs}."))
+        wide.append(stored * np.repeat(scale, 128, axis=1))
+    x, logits = (rng.standard_normal((tokens, size)).astype(np.float32) for size in (hidden, experts))
+    inputs = [ir.val("hidden", FLOAT, x.shape), ir.val("router_logits", FLOAT, logits.shape)]
+    output, nodes = ir.val("output", FLOAT, [None, None]), Nodes()
+    dispatch(nodes, *inputs, parts[0], parts[1], output, Attributes(top_k=1), experts=experts, width=width)
+    given = [value for part in parts for value in (part.weight, part.scale) if value is not None]
+    found = run_graph(inputs, output, nodes, given, {"hidden": x, "router_logits": logits})
+    for token, expert in enumerate(logits.argmax(1)):
+        gate, up = np.split(x[token] / (1 + np.exp(-logits[token, expert])) @ wide[0][expert], 2)
+        expected = (up * gate / (1 + np.exp(-gate))) @ wide[1][expert]
+        assert np.abs(found[token] - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_matrices_of_another_size_are_refused() -> None:
+    stored, scale = drawn(8, (128, 32), 1)
+    for inputs in (64, 96, 256):
+        with pytest.raises(Exception, match="a weight or its scales are not of the size that they should have"):
+            product(np.zeros((1, inputs), dtype=np.float32), stored, scale, 8)
+    stored, scale = drawn(4, (128, 32), 4)
+    with pytest.raises(Exception, match="a weight or its scales are not of the size that they should have"):
+        product(np.zeros((1, 128), dtype=np.float32), stored, scale, 4, group=64)
+    with pytest.raises(Exception, match="groups do not divide the inputs"):
+        product(np.zeros((1, 128), dtype=np.float32), stored, scale, 4, group=48)
+
+
+@pytest.mark.skipif("ARRIERO_INSTRUCTION_SET" in os.environ, reason="runs itself")
+@pytest.mark.parametrize("instructions", ["avx2", "any"])
+def test_other_processors_compute_the_same(instructions: str) -> None:
+    """The tests of the kernels once more, with fewer instructions."""
+    files = [str(Path(__file__).parent / name) for name in ("test_kernels.py", "../test_gqa.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files]
+    command += ["-k", "not by_torch and not by_function and not by_native"]
+    environment = {**os.environ, "ARRIERO_INSTRUCTION_SET": instructions}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+def rounded(x: Array, block: int) -> Array:
+    """Rows [T, K] in int8, each block of inputs by its own absolute maximum."""
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % block)))
+    return fake_quantise(padded.reshape(-1, block), None, "int8").reshape(padded.shape)[:, : x.shape[1]]

@@ -1,0 +1,111 @@
+"""What the plugins tell TensorRT: types, shapes, scratch memory, and what they launch."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arriero.engine.tensorrt_library import open_library
+from arriero.errors import SessionError
+from arriero.plugins.gqa.op import Attributes as GqaAttributes
+from arriero.plugins.gqa.plugin import PLUGIN as GQA
+from arriero.plugins.gqa.plugin import Settings
+from arriero.plugins.launch import Launch, placed, total_size
+from arriero.plugins.moe.op import Attributes
+from arriero.plugins.moe.plugin import PLUGIN as MOE
+from arriero.plugins.tensorrt_plugin import NAMESPACE, VERSION, Tensor, register
+
+SETTINGS = Settings(heads=40, kv_heads=8, scale=128**-0.5, chunk=8192, qk_norm_eps=1e-5, rope=1)
+
+
+def attention(batch: int, length: int, slots: int, cache: str = "bf16") -> list[Tensor]:
+    query, key = (Tensor(dtype="bf16", shape=(batch, length, heads * 128)) for heads in (40, 8))
+    caches = Tensor(dtype=cache, shape=(batch, 8, slots, 128))
+    scales = [Tensor(dtype="fp32", shape=(8, 128))] * 2 if cache != "bf16" else []
+    past, inv_freq = Tensor(dtype="i32", shape=(batch,)), Tensor(dtype="fp32", shape=(64,))
+    return [query, key, key, caches, caches, past, inv_freq, *scales]
+
+
+def experts(tokens: int, top_k: int = 1) -> list[Tensor]:
+    shapes = ((tokens, 5120), (tokens, 16), (16, 5120, 16384), (16, 8192, 5120))
+    return [Tensor(dtype="bf16", shape=shape) for shape in shapes]
+
+
+@given(batch=st.integers(1, 9), length=st.integers(1, 300), less=st.floats(0, 1), shorter=st.floats(0, 1))
+def test_scratch_memory_is_enough_for_every_smaller_call(batch: int, length: int, less: float, shorter: float) -> None:
+    smaller = max(1, round(batch * less)), max(1, round(length * shorter))
+    for largest, call in (
+        (attention(batch, length, 8192), attention(*smaller, 8192)),
+        (experts(batch * length), experts(smaller[0] * smaller[1])),
+    ):
+        op, settings = (GQA, SETTINGS) if len(largest) > 4 else (MOE, Attributes(top_k=1))
+        plan = op.call(settings, largest, 89)
+        assert total_size(plan.workspace(call)) <= total_size(plan.largest_workspace(largest))
+
+
+@pytest.mark.parametrize(
+    ("op", "settings", "tensors"),
+    [
+        (GQA, SETTINGS, attention(3, 1, 8192)),
+        (GQA, SETTINGS, attention(2, 700, 8192, "i8")),
+        (MOE, Attributes(top_k=1), experts(1)),
+        (MOE, Attributes(top_k=1), experts(4096)),
+    ],
+    ids=["attention decodes", "attention prefills", "experts decode", "experts prefill"],
+)
+def test_launches_take_what_tensorrt_gives(op: Any, settings: Any, tensors: list[Tensor]) -> None:
+    call = op.call(settings, tensors, 89)
+    pointers = {name: 1000 + index for index, name in enumerate((*call.names, *op.outputs))}
+    pointers.update(placed(call.workspace(tensors), 1 << 20))
+    launches: list[Launch] = call.launches(pointers, tensors)
+    kernels = {kernel.name: kernel for kernel in call.kernels}
+    assert launches
+    for launch in launches:
+        assert len(launch.arguments) == len(kernels[launch.kernel].signature)
+        assert all(size >= 1 for size in launch.grid)
+        assert max(launch.grid[1:]) < 1 << 16  # CUDA's limit
+        for (name, kind), argument in zip(kernels[launch.kernel].signature.items(), launch.arguments, strict=True):
+            assert isinstance(argument, float if kind == "fp32" else int), name
+
+
+@pytest.mark.parametrize(
+    ("op", "settings", "types", "accepted"),
+    [
+        (GQA, SETTINGS, ["bf16"] * 5 + ["i32", "fp32"], True),
+        (GQA, SETTINGS, ["fp16"] * 3 + ["i8"] * 2 + ["i32", "fp32", "fp32", "fp32"], True),
+        (GQA, SETTINGS, ["fp16"] * 3 + ["i8", "fp16"] + ["i32", "fp32"], False),
+        (GQA, SETTINGS, ["fp32"] * 5 + ["i32", "fp32"], False),
+        (GQA, SETTINGS, ["bf16"] * 5 + ["i64"], False),
+        (MOE, Attributes(top_k=1), ["bf16"] * 4, True),
+        (MOE, Attributes(top_k=1, quantisation="int8"), ["bf16", "bf16", "i8", "i8", "fp32", "fp32"], True),
+        (MOE, Attributes(top_k=1, quantisation="int8"), ["bf16"] * 4, False),
+        (MOE, Attributes(top_k=1, quantisation="fp8"), ["fp16", "fp16", "fp8e4nv"], True),
+    ],
+)
+def test_types_that_the_kernels_do_not_take_are_refused(
+    op: Any, settings: Any, types: list[str], accepted: bool
+) -> None:
+    assert op.accepts(settings, types) == accepted
+
+
+@pytest.mark.parametrize(
+    ("op", "settings"),
+    [(GQA, SETTINGS), (MOE, Attributes(top_k=2, quantisation="int4")), (MOE, Attributes(top_k=1, first_expert=3))],
+)
+def test_a_plugin_is_the_same_after_it_was_serialised(op: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = open_library("tensorrt-rtx")
+    creator = register(trt, (GQA, MOE))[op.name]
+    assert trt.get_plugin_registry().get_creator(op.name, VERSION, NAMESPACE) is not None
+    plugin = creator.make(settings)
+    monkeypatch.setattr(creator, "kernels", None)
+    with pytest.raises(SessionError, match=f"{op.name} has no kernels loaded: run the engine's bundle with Arriero"):
+        creator.create_plugin("again", plugin.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
+    monkeypatch.setattr(creator, "kernels", "loaded")
+    again = creator.create_plugin("again", plugin.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
+    for name in settings.__dataclass_fields__:
+        assert getattr(again.settings, name) == pytest.approx(getattr(settings, name))
+
+
+def test_gqas_attributes_are_the_ops_and_rope() -> None:
+    assert set(Settings.__dataclass_fields__) == set(GqaAttributes.__dataclass_fields__) | {"rope"}

@@ -1,0 +1,212 @@
+"""Text and conversations as windows of token ids, for calibration and for accuracy checks.
+
+Enters: text and JSONL files, and the folder's tokenizer, chat template and preprocessor. Leaves: `Windows`. A window of
+text begins as the tokenizer begins a text; one of conversations begins with a conversation, and goes on with those that
+follow. Windows are longer than the model's attention chunk where there is enough, so that chunk boundaries are crossed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from ..errors import DataError, FolderError, SessionError
+from ..runtime.images.placeholders import ImagePrompts
+from ..runtime.text import Text
+from ..spec.geometry import ModelSpec, VisionSpec
+from .conversations import SUFFIX, Conversation, cut_images, read_conversations, read_utf8
+
+SHORTEST_WINDOW = 512
+FEWEST_TOKENS = 256
+"""With fewer tokens nothing can be said about any channel."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Windows:
+    """Token ids, and the images in them. W windows of S tokens.
+
+    Attributes:
+        ids_WS: Token ids.
+        is_image_WS: Whether a token belongs to an image: its patches, its beginning and end, what stands between tiles.
+        tiles_W: How many tiles each window's images have.
+        pixels_N3PP: The tiles of all windows, in order, in float16, which holds their values exactly.
+        vision: The vision tower's geometry; None where there are no images.
+    """
+
+    ids_WS: NDArray[np.int64]
+    is_image_WS: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), bool))
+    tiles_W: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    pixels_N3PP: NDArray[np.float16] = field(default_factory=lambda: np.zeros((0, 3, 0, 0), np.float16))
+    vision: VisionSpec | None = None
+
+    def __post_init__(self) -> None:
+        if not self.is_image_WS.size:
+            object.__setattr__(self, "is_image_WS", np.zeros(self.ids_WS.shape, bool))
+            object.__setattr__(self, "tiles_W", np.zeros(len(self.ids_WS), np.int64))
+
+    @property
+    def image_token(self) -> int | None:
+        """Id of the token that stands for an image feature; None where there are no images."""
+        return None if self.vision is None else self.vision.image_token
+
+    def pixels_of(self, window: int) -> NDArray[np.float32]:
+        """A window's tiles."""
+        first = int(self.tiles_W[:window].sum())
+        return self.pixels_N3PP[first : first + int(self.tiles_W[window])].astype(np.float32)
+
+    def features_of(self, window: int, features_MH: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+        """A window's image features, one for each image token, of those of all tiles; None where it has none."""
+        if self.vision is None or features_MH is None or not self.tiles_W[window]:
+            return None
+        first = int(self.tiles_W[:window].sum()) * self.vision.features
+        return features_MH[first : first + int(np.count_nonzero(self.ids_WS[window] == self.image_token))]
+
+    def features_in_order(self, features_MH: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+        """The features of all windows, one for each image token; a last image may be cut off in each window."""
+        parts = (self.features_of(window, features_MH) for window in range(len(self.ids_WS)))
+        found = [part for part in parts if part is not None]
+        return np.concatenate(found) if found else None
+
+    def continued(self, ids_WC: NDArray[np.int64], prompt: int) -> "Windows":
+        """The windows' beginnings, of so many tokens, with other tokens behind them."""
+        is_image_WC = np.zeros(ids_WC.shape, bool)
+        is_image_WC[:, :prompt] = self.is_image_WS[:, :prompt]
+        return replace(self, ids_WS=ids_WC, is_image_WS=is_image_WC)
+
+    def at(self, rows: Sequence[int]) -> "Windows":
+        """Some of the windows, in rising order, with their tiles."""
+        taken_W = np.isin(np.arange(len(self.ids_WS)), rows)
+        return Windows(
+            ids_WS=self.ids_WS[taken_W],
+            is_image_WS=self.is_image_WS[taken_W],
+            tiles_W=self.tiles_W[taken_W],
+            pixels_N3PP=self.pixels_N3PP[np.repeat(taken_W, self.tiles_W)],
+            vision=self.vision,
+        )
+
+    def first(self, count: int) -> "Windows":
+        """The first so many windows."""
+        return self.at(range(count))
+
+
+def window_length(spec: ModelSpec) -> int:
+    """A chunk and a quarter, at least `SHORTEST_WINDOW`, at most the context."""
+    return min(spec.max_positions, max(SHORTEST_WINDOW, spec.chunk + spec.chunk // 4))
+
+
+def read_windows(
+    folder: Path,
+    files: Sequence[str | Path],
+    spec: ModelSpec,
+    samples: int,
+    window: int | None = None,
+    vision: VisionSpec | None = None,
+) -> Windows:
+    """Tokenises text files and conversations.
+
+    Args:
+        folder: The model folder or checkpoint, for its tokenizer.
+        files: UTF-8 text, or JSONL of conversations (`conversations`), which are told by their name's end.
+        spec: Geometry.
+        samples: Windows at most, evenly spaced over the data.
+        window: Tokens of a window; None takes `window_length`.
+        vision: Geometry of the vision tower; None where the model takes no images.
+
+    Raises:
+        DataError: A file cannot be read, or there is too little data.
+    """
+    if samples < 1 or (window is not None and not 2 <= window <= spec.max_positions):
+        raise DataError(f"{samples} samples of {window} tokens: expected 1 up, and 2 to {spec.max_positions}")
+    tokenizer = _tokenizer(folder)
+    paths = [Path(file) for file in files]
+    chats = [path for path in paths if path.suffix == SUFFIX]
+    ids: list[int] = []
+    for path in paths:
+        if path not in chats:
+            ids += tokenizer.encode(_text(path), add_special_tokens=False).ids
+    prompts = _prompts(folder) if chats and vision is not None else None
+    talks = [talk for path in chats for talk in read_conversations(path, Text(folder), prompts)]
+    said = sum(len(talk.ids_S) for talk in talks)
+    if len(ids) + said < FEWEST_TOKENS:
+        raise DataError(f"the data has {len(ids) + said} tokens, expected at least {FEWEST_TOKENS}: give more --data")
+    largest = max([*ids, *(int(talk.ids_S.max()) for talk in talks)])
+    if largest >= spec.vocab_size:
+        raise DataError(f"the tokenizer makes id {largest}, the vocabulary has {spec.vocab_size}")
+    start = tokenizer.encode("", add_special_tokens=True).ids
+    length = min(window or window_length(spec), *([len(start) + len(ids)] if ids else []), *([said] if said else []))
+    step = length - len(start)
+    places = range(0, len(ids) - step + 1, step) if ids else ()
+    cut: list[Cut] = [(np.array(start + ids[at : at + step]), ()) for at in places]
+    cut += _pack(talks, length)
+    chosen = np.unique(np.linspace(0, len(cut) - 1, min(samples, len(cut))).round().astype(np.int64))
+    return _with_images([cut[at] for at in chosen], vision, prompts)
+
+
+Cut = tuple[NDArray[np.int64], tuple[Path, ...]]
+"""A window's ids, and its images."""
+
+
+def _pack(talks: Sequence[Conversation], length: int) -> Iterator[Cut]:
+    """Windows of conversations; one that is cut at a window's end begins the next, but for the last of all."""
+    at, left = 0, sum(len(talk.ids_S) for talk in talks)
+    while at < len(talks):
+        is_last = left < length
+        while left < length:  # the last window is as long as the others
+            at -= 1
+            left += len(talks[at].ids_S)
+        end, tokens = at, 0
+        while tokens < length:
+            tokens += len(talks[end].ids_S)
+            end += 1
+        taken = talks[at:end]
+        ids_S = np.concatenate([talk.ids_S for talk in taken])[:length]
+        yield ids_S, tuple(image for talk in taken for image in talk.images)
+        if is_last or end == len(talks):
+            return
+        following = max(at + 1, end if tokens == length else end - 1)
+        left -= sum(len(talk.ids_S) for talk in talks[at:following])
+        at = following
+
+
+def _with_images(cut: Sequence[Cut], vision: VisionSpec | None, prompts: ImagePrompts | None) -> Windows:
+    ids_WS = np.stack([ids_S for ids_S, _ in cut]).astype(np.int64)
+    if prompts is None or not any(images for _, images in cut):
+        return Windows(ids_WS=ids_WS)
+    tiles = [cut_images(images, prompts) if images else np.zeros((0,), np.float16) for _, images in cut]
+    return Windows(
+        ids_WS=ids_WS,
+        is_image_WS=np.isin(ids_WS, list(prompts.ids.values())),
+        tiles_W=np.array([len(each) for each in tiles]),
+        pixels_N3PP=np.concatenate([each for each in tiles if len(each)]),
+        vision=vision,
+    )
+
+
+def _prompts(folder: Path) -> ImagePrompts:
+    try:
+        return ImagePrompts(Text(folder))
+    except (SessionError, FolderError) as error:
+        raise DataError(f"{error}: images cannot be read") from error
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{folder} has no tokenizer.json: export again from a checkpoint that has one")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise DataError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _text(path: Path) -> str:
+    text = read_utf8(path)
+    if not text.strip():
+        raise DataError(f"{path} holds no text: give text files with --data")
+    return text
