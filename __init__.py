@@ -1,19 +1,23 @@
 """Arriero takes a Llama 4 checkpoint to the machines that serve it."""
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from .errors import ArrieroError
-from .loading import load
+if TYPE_CHECKING:
+    from .errors import ArrieroError
+    from .loading import load
 
 __all__ = ["ArrieroError", "__version__", "load"]
 __version__ = "0.1.0"
 
-ROOMS = ("accuracy", "calibration", "engine", "export", "measuring", "plugins", "runtime", "walk")
+NAMES = {"ArrieroError": "errors", "load": "loading"}
+ROOMS = ("accuracy", "calibration", "engine", "export", "files", "measuring", "plugins", "runtime", "spec", "walk")
 
 
-def __getattr__(name: str) -> ModuleType:
-    """The rooms, imported when they are first used: `arriero.export.export_checkpoint(…)`."""
+def __getattr__(name: str) -> Any:
+    """Imports a public name or a room when it is first used, as in `arriero.export.export_checkpoint(…)`."""
+    if name in NAMES:
+        return getattr(importlib.import_module(f".{NAMES[name]}", __name__), name)
     if name in ROOMS:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,3 +1,9 @@
+"""The import law: a room imports only rooms below it, root modules included, and no modules form a circle.
+
+errors, version ← spec ← files ← plugins ← export | engine | runtime ← loading | walk
+    ← serving | calibration | accuracy | measuring ← cli
+"""
+
 import ast
 import subprocess
 import sys
@@ -6,41 +12,111 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GROUND = {"geometry", "fields", "spec", "errors", "shards", "folder"}
-ALLOWED = {
-    "accuracy": GROUND | {"plugins", "export", "runtime", "loading"},
-    "plugins": GROUND,
-    "export": GROUND | {"plugins", "runtime"},
-    "calibration": GROUND | {"plugins", "export"},
-    "engine": GROUND | {"plugins"},
-    "runtime": GROUND | {"plugins"},
-}
+STOREYS = (
+    {"errors", "__version__"},
+    {"spec"},
+    {"files"},
+    {"plugins"},
+    {"export", "engine", "runtime"},
+    {"loading", "walk"},
+    {"calibration", "accuracy", "measuring"},
+    {"cli"},
+)
+"""From the ground up. A room imports those of lower storeys, never its neighbours."""
+
+BELOW = {room: set().union(*STOREYS[:height]) for height, storey in enumerate(STOREYS) for room in storey}
+GROUND = ("errors", "spec", "files")
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "triton", "ml_dtypes"}
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """The rooms and root modules that a file imports, wherever in it the import stands."""
-    depth = len(path.relative_to(ROOT).parts)
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == depth:
-            rooms |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
-    return rooms - {"__version__"}
+def modules() -> dict[str, Path]:
+    """The package's modules by their names without `arriero.`; the package itself is the empty name."""
+    paths = [*ROOT.glob("*.py"), *(path for room in BELOW for path in (ROOT / room).rglob("*.py"))]
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").strip("."): path
+        for path in paths
+    }
+
+
+MODULES = modules()
+
+
+def imports_of(module: str, *, at_import: bool = False) -> set[str]:
+    """The package's modules that a module imports, wherever the import stands.
+
+    Args:
+        module: Its name.
+        at_import: Only those that are imported when the module is: neither in a function nor for types alone.
+    """
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    found = set()
+    for node in _walk(ast.parse(path.read_text("utf-8")), at_import):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            around = [part for part in package if part][: len(package) - node.level + 1]
+            target = ".".join([*around, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                inner = f"{target}.{alias.name}".strip(".")
+                found.add(inner if inner in MODULES or inner == "__version__" else target)
+    return found - {module}
+
+
+def _walk(node: ast.AST, at_import: bool) -> list[ast.AST]:
+    if not at_import:
+        return list(ast.walk(node))
+    found = []
+    for child in ast.iter_child_nodes(node):
+        is_type_checking = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+        if not is_type_checking and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            found += [child, *_walk(child, at_import)]
+    return found
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def test_rooms_name_each_other_relatively() -> None:
-    for room in ALLOWED:
-        for path in (ROOT / room).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-                names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                assert not [name for name in names if name.partition(".")[0] == "arriero"], path
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.partition(".")[0] == "arriero"], path
 
 
-@pytest.mark.parametrize("room", ALLOWED)
+def test_every_module_has_a_storey() -> None:
+    assert {room_of(module) for module in MODULES} - {"", "__main__"} == set(BELOW) - {"__version__"}
+
+
+@pytest.mark.parametrize("room", BELOW)
 def test_a_room_imports_only_what_the_import_law_allows(room: str) -> None:
-    for path in (ROOT / room).rglob("*.py"):
-        assert imported_rooms(path) <= ALLOWED[room], path
+    for module in MODULES:
+        if room_of(module) == room:
+            above = {each for each in imports_of(module) if room_of(each) not in BELOW[room] | {room}}
+            assert not above, module
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert not imports_of("", at_import=True)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: imports_of(module) for module in MODULES if module not in ("", "__main__")}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " → ".join([*way[way.index(module) :], module])
+        if module in graph and module not in done:
+            for each in graph[module]:
+                visit(each, (*way, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_few_modules_stand_at_the_root() -> None:
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py", "loading.py"}
 
 
 def test_rooms_are_reached_from_the_package() -> None:
@@ -49,23 +125,25 @@ def test_rooms_are_reached_from_the_package() -> None:
     assert output.split() == ["export_checkpoint", "build_bundle"]
 
 
-def test_spec_and_errors_need_the_standard_library_only() -> None:
-    for name in GROUND:
-        tree = ast.parse((ROOT / f"{name}.py").read_text())
-        for node in ast.walk(tree):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert all(module.partition(".")[0] in sys.stdlib_module_names for module in modules), name
+def test_the_ground_floor_needs_the_standard_library_only() -> None:
+    for module, path in MODULES.items():
+        if room_of(module) in GROUND:
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                assert all(name.partition(".")[0] in sys.stdlib_module_names for name in names), module
+
+
+def loaded_by(statement: str, libraries: set[str]) -> set[str]:
+    """Which of the libraries a statement loads in a process of its own."""
+    code = f"import sys\n{statement}\nprint(*({libraries} & set(sys.modules)))"
+    return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
 
 
 def test_the_runtime_imports_no_torch_onnx_or_transformers() -> None:
-    modules = sorted(f"arriero.runtime.{path.stem}" for path in (ROOT / "runtime").glob("[a-z]*.py"))
-    code = f"import sys\nfor name in {modules}: __import__(name)\nprint({HEAVY} & set(sys.modules))"
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert output.strip() == "set()"
+    names = [f"arriero.{module}" for module in MODULES if room_of(module) in ("runtime", "loading")]
+    assert not loaded_by(f"for name in {names}: __import__(name)", HEAVY)
 
 
 def test_the_command_line_imports_no_room_until_a_verb_needs_it() -> None:
-    code = f"import sys, arriero.cli\nprint(({HEAVY} | {{'onnxruntime', 'numpy'}}) & set(sys.modules))"
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert output.strip() == "set()"
+    assert not loaded_by("import arriero.cli.app", HEAVY | {"onnxruntime", "numpy"})
