@@ -12,8 +12,8 @@ from ..spec.folder import FolderSpec
 from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.stored_weights import EXPERT, Weight, slot_bytes
 from ..spec.types import BITS
-from .backends.onnxruntime import LONGEST_PIECE
-from .images.tower import TILES
+from .backends.onnxruntime_decoder import LONGEST_PIECE
+from .backends.onnxruntime_tower import TILES
 
 PROCESS = 72_000_000
 """Bytes of Python, numpy, ONNX Runtime and a tokenizer."""

@@ -18,9 +18,9 @@ from torch.nn.functional import linear
 
 from ...errors import AccuracyError
 from ...export.llama4_tower import split_patches
-from ...loading import cpu_vision_graph
+from ...loading import cpu_tower_graph
 from ...runtime.backends.mapped_weights import map_weights
-from ...runtime.backends.onnxruntime import open_graph
+from ...runtime.backends.onnxruntime_graph import open_graph
 from ...spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ...spec.geometry import VISION_LAYERS, VisionSpec
 from ...walk.decoder import Hidden, Weights
@@ -163,7 +163,7 @@ class OrtTower:
             )
         assert side.folder.vision is not None
         self.vision, self.side = side.folder.vision.spec, side
-        self.graph = LoweredGraph(*cpu_vision_graph(side.path, side.folder, side.folder.vision))
+        self.graph = LoweredGraph(*cpu_tower_graph(side.path, side.folder, side.folder.vision))
         self.weights: Weights = FolderWeights(self.graph.weights, side.files)
 
     def stem(self, pixels_N3PP: Pixels) -> Units:

@@ -26,8 +26,7 @@ from arriero.export import export_checkpoint
 from arriero.export.llama4 import rms_norm
 from arriero.files.folders import read_spec
 from arriero.files.safetensors import open_shard
-from arriero.loading import open_vision
-from arriero.runtime.text import Text
+from arriero.loading import open_tower
 from arriero.spec.choice import Choice
 from arriero.spec.recipe import Override, Recipe
 from arriero.walk.decoder import Weights, embed
@@ -80,7 +79,7 @@ def features_of(folder: Path, pixels: NDArray[np.float32]) -> NDArray[np.float32
     """The image features of tiles, as the CPU computes them."""
     spec = read_spec(folder)
     assert spec.vision is not None
-    return open_vision(folder, spec, spec.vision, Text(folder), files_of(folder), 2).tower.encode(pixels)
+    return open_tower(folder, spec, spec.vision, files_of(folder), 2).backend.encode(pixels)
 
 
 def emulated(folder: Path, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
