@@ -135,7 +135,7 @@ def images_of(messages: Sequence[Message]) -> Iterator[ImageSource]:
 
 
 def without_images(message: Message) -> Message:
-    """A message as chat templates take it: of an image only that it is there."""
+    """A message as chat templates take it: an image is a part without its content."""
     content = message.get("content")
     if not isinstance(content, list):
         return message

@@ -48,7 +48,7 @@ class Session(TokenSession):
     ) -> None:
         super().__init__(decoder, limits, tower, prefix_bytes)
         self.text, self.defaults = text, defaults
-        self.prompts = PromptReader(text, None if tower is None else tower.spec)
+        self.prompt_reader = PromptReader(text, None if tower is None else tower.spec)
 
     def generate(
         self,
@@ -166,7 +166,7 @@ class Session(TokenSession):
         Raises:
             SessionError: As `stream` does.
         """
-        tokens = self.prompts.read(prompt, images)
+        tokens = self.prompt_reader.read(prompt, images)
         ids = tokens.ids
         if not ids:
             raise SessionError("the prompt holds no tokens: give some text or ids")
