@@ -31,9 +31,9 @@ def load(
 
     Args:
         folder: A model or bundle, as `arriero export`, `calibrate` or `build` writes it.
-        max_seq: Positions that a sequence may hold; None takes the model's context, at most 16,384, or what an engine
-            was built for.
-        max_batch: Rows at once at most; None is no limit, or what an engine was built for.
+        max_seq: Positions that a sequence may hold; None takes the model's context, at most 16,384, or an engine's own
+            limit.
+        max_batch: Rows at once at most; None is no limit, or an engine's own.
         threads: Threads of one operator on the CPU; None takes the processors that this process may use.
         weights: Folder of the weight files, where they have moved.
         prefix_bytes: Keys and values of earlier prompts that may be kept, so that a prompt that begins alike has only

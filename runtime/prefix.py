@@ -100,7 +100,7 @@ class Trail:
         """Keeps the blocks that are whole in a row and not known yet.
 
         Args:
-            state: Where the sequence is.
+            state: The state that holds the sequence.
             row: Its row.
             ids: Its tokens, at least those that the row holds.
         """

@@ -1,6 +1,6 @@
 """A TensorRT engine made ready to execute: its library, its file, its weights on the GPU, its contexts.
 
-Enters: what a bundle says of its engines. Leaves: the execution contexts of the decoder and of the vision tower.
+Enters: a bundle's record of its engines. Leaves: the execution contexts of the decoder and of the vision tower.
 Invariant: a file that is not the one that was built, or another TensorRT than built it, is refused before the GPU is
 touched.
 """

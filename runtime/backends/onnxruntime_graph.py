@@ -1,4 +1,4 @@
-"""A lowered graph opened on ONNX Runtime: what its decoder and its vision tower have in common.
+"""A lowered graph opened on ONNX Runtime, a decoder's or a vision tower's.
 
 Enters: a serialized graph and its initializers. Leaves: an inference session on the CPU. Invariant: the initializers
 are not copied; the session reads the memory that their values own.

@@ -29,7 +29,7 @@ class Region:
 
     Args:
         file: The mapping; kept as long as the region is.
-        address: Where in memory it begins.
+        address: The address at which it begins.
         size: Number of bytes.
     """
 

@@ -37,7 +37,7 @@ class TileSettings:
         mean: Means of the rescaled red, green and blue, subtracted from them.
         std: Standard deviations of the same, by which they are divided then.
         values_3x256: Values of a pixel of 0 to 255 in each channel.
-        runs: Those values as the look-up takes them, see `_runs`.
+        runs: Values of neighbouring pixels, looked up together; see `_runs`.
     """
 
     side: int = 336
