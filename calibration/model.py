@@ -28,12 +28,13 @@ from ..spec.folder import FolderSpec
 from ..spec.geometry import VISION
 from ..spec.recipe import Override, Recipe
 from ..spec.stored_weights import WeightFile
+from ..spec.types import Progress
 from ..walk.decoder import Weights
 from ..walk.windows import Windows, read_windows
 from .layer import FLOOR, Limits
 from .presets import check_recipe, parse_recipe
 from .report import Report, write_report
-from .work import Progress, Work
+from .work import Work
 
 
 def calibrate_model(

@@ -24,6 +24,7 @@ from ..export.llama4 import rms_norm
 from ..spec.choice import choose, units
 from ..spec.geometry import VISION, ModelSpec, VisionSpec
 from ..spec.recipe import Recipe
+from ..spec.types import Progress
 from ..walk.decoder import TOKENS, Hidden, Weights, embed
 from ..walk.tower import embed_tiles
 from ..walk.windows import Windows
@@ -34,9 +35,6 @@ from .report import LayerReport, Report
 from .shard import write_shard
 from .statistics import Statistics
 from .tower import quantise_vision_ends, quantise_vision_layer
-
-Progress = Callable[[str, int, int], None]
-"""Told the phase, the tokens done (each once a layer; the tower's are patches), and the tokens in all."""
 
 PROGRESS = "progress.json"
 
@@ -75,7 +73,12 @@ class Work:
     reached: Reached = field(init=False)
 
     def run(self, progress: Progress, notice: Callable[[str], None]) -> Report:
-        """Quantises the layers that are not yet, and writes the rest."""
+        """Quantises the layers that are not yet, and writes the rest.
+
+        Args:
+            progress: Called with the tokens done, each once a layer; the tower's are patches.
+            notice: Called with a line that a person should know.
+        """
         self.reached = self._read_progress()
         count, tokens, tower = len(self.spec.layers), self.windows.ids_WS.size, 0
         if self.windows.vision is not None:

@@ -10,21 +10,13 @@ import numpy as np
 import onnx_ir as ir
 
 from ..files.safetensors import Region
-from ..spec.types import DType
+from ..plugins.nodes import onnx_type
+from ..spec.types import FLOATS_BY_CODE
 
 IR_VERSION = 11
-DTYPES: dict[DType, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
-REGION_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
 Locate = Callable[[str], tuple[str, Region]]
 """The file's name and the region of a tensor or of the rank's portion of it, by its checkpoint name."""
-
-Progress = Callable[[str, int, int], None]
-"""Told the phase, the steps done, and the steps in all."""
 
 
 class Initializers:
@@ -46,7 +38,7 @@ class Initializers:
                 file,
                 region.offset,
                 region.size,
-                REGION_DTYPES[region.dtype],
+                onnx_type(FLOATS_BY_CODE[region.dtype]),
                 shape=ir.Shape(region.shape),
                 name=name,
                 base_dir=Path("."),

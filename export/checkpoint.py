@@ -15,13 +15,11 @@ from ..errors import CheckpointError
 from ..files.safetensors import Shard, open_shard
 from ..spec.geometry import VISION, ModelSpec, VisionSpec
 from ..spec.recipe import Override
-from ..spec.types import DType
+from ..spec.types import FLOATS_BY_CODE
 from .config import model_spec, vision_spec
 from .prequantised.scheme import MODELOPT, read_scheme
 from .prequantised.search import Prequantised, find_quantised
 from .prequantised.stored import Tensor
-
-DTYPE_NAMES: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +66,7 @@ def open_checkpoint(folder: Path, *, any_dtype: bool = False) -> Checkpoint:
     model_spec(config)  # a wrong configuration is named before any shard
     scheme = read_scheme(config, read_json(folder / MODELOPT) if (folder / MODELOPT).exists() else None)
     found = _find_tensors(folder)
-    stored = {DTYPE_NAMES[t.region.dtype] for t in found.values() if t.region.dtype in DTYPE_NAMES}
+    stored = {FLOATS_BY_CODE[t.region.dtype] for t in found.values() if t.region.dtype in FLOATS_BY_CODE}
     spec = model_spec(config, stored.pop() if len(stored) == 1 else "bfloat16")
     prefix = "language_model." if any(name.startswith("language_model.") for name in found) else ""
     vision = vision_spec(config) if any(name.startswith(VISION) for name in found) else None
@@ -199,9 +197,11 @@ def _check_tensors(
         region = found[name].region
         if region.shape != shape:
             raise CheckpointError(f"tensor {name!r} has shape {list(region.shape)}, config.json makes it {list(shape)}")
-        dtype = DTYPE_NAMES.get(region.dtype)
+        dtype = FLOATS_BY_CODE.get(region.dtype)
         if dtype is None:
-            raise CheckpointError(f"tensor {name!r} is {region.dtype}, expected one of {', '.join(DTYPE_NAMES)}")
+            raise CheckpointError(
+                f"tensor {name!r} is {region.dtype}, expected one of {', '.join(sorted(FLOATS_BY_CODE))}"
+            )
         if dtype != spec.dtype and not any_dtype:
             raise CheckpointError(
                 f"tensor {name!r} is {dtype}, config.json says {spec.dtype}: choose with --dtype, which converts"

@@ -12,9 +12,10 @@ from ..plugins.gqa import op as gqa
 from ..plugins.gqa.body import body as gqa_body
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import body as moe_body
-from ..plugins.nodes import OPSET, Nodes, ints, number
+from ..plugins.nodes import OPSET, Nodes, ints, number, onnx_type
 from ..spec.geometry import LayerSpec, ModelSpec, VisionSpec
-from .assembly import DTYPES, IR_VERSION, Initializers, Locate, Progress, clone
+from ..spec.types import Progress
+from .assembly import IR_VERSION, Initializers, Locate, clone
 from .llama4 import attention_attributes, inverse_frequencies
 from .split import WHOLE, Split
 from .trace import trace_layer
@@ -64,7 +65,7 @@ class Stitcher:
     ) -> None:
         self.spec, self.prefix, self.vision = spec, prefix, vision
         self.split, self.rank, self.traced = split, rank, traced
-        self.dtype = DTYPES[spec.dtype]
+        self.dtype = onnx_type(spec.dtype)
         self.experts = moe.Attributes(top_k=spec.experts_per_token, first_expert=split.first_expert(spec, rank))
         self.initializers = Initializers(locate)
         self.inv_freq = self.initializers.constant("rope.inv_freq", inverse_frequencies(spec).numpy())

@@ -21,13 +21,11 @@ from ..files.output import check_apart, check_free, new_folder
 from ..files.safetensors import Region
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
-from ..spec.types import DType
-from .assembly import Progress
+from ..spec.types import CODES, FLOATS, DType, Progress
 from .checkpoint import Checkpoint, expected_tensors, open_checkpoint, read_json
-from .config import DTYPES, text_config
+from .config import text_config
 from .decoder_graph import Traced, stitch_decoder
 from .placement import Placement, place_quantised, place_ranks, place_whole
-from .portions import FORMAT_NAMES
 from .prequantised.scheme import MODELOPT
 from .prequantised.search import Prequantised
 from .quantised import quantise_graph
@@ -72,8 +70,8 @@ def export_checkpoint(
         FolderError: `out` exists, or cannot be written.
     """
     source, target = Path(checkpoint).absolute(), Path(out).absolute()
-    if dtype is not None and dtype not in DTYPES:
-        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
     check_apart(source, target)
     check_free(target, force=force)
     opened = open_checkpoint(source, any_dtype=dtype is not None)
@@ -137,7 +135,7 @@ def _make_whole(
     shapes = expected_tensors(spec, checkpoint.prefix)
 
     def locate_later(name: str) -> tuple[str, Region]:
-        return "", Region(FORMAT_NAMES[spec.dtype], shapes[name], 0, 0)  # until quantise_graph gives it its place
+        return "", Region(CODES[spec.dtype], shapes[name], 0, 0)  # until quantise_graph gives it its place
 
     model = stitch_decoder(spec, checkpoint.prefix, locate_later, progress, vision=checkpoint.vision)
     quantise_graph(model, spec, quantised.recipe, placement.regions, folder)

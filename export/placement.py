@@ -13,9 +13,8 @@ from ..errors import ExportError
 from ..files.output import copy_sparse
 from ..files.safetensors import Region, Shard, identity, open_shard
 from ..spec.stored_weights import WeightFile
-from ..spec.types import DType
-from .assembly import Progress
-from .checkpoint import DTYPE_NAMES, Checkpoint
+from ..spec.types import FLOATS_BY_CODE, DType, Progress
+from .checkpoint import Checkpoint
 from .portions import convert_shard, write_portions
 from .prequantised.restacked import Made, Tensors, write_made
 from .prequantised.search import Prequantised
@@ -183,4 +182,4 @@ def _place_tied_head(prefix: str, placement: Placement, split: Split, rank: int)
 def _converts(shard: Shard, checkpoint: Checkpoint, dtype: DType | None) -> bool:
     """Whether a shard's text tensors are not all of the type that the graph needs."""
     regions = (region for name, region in shard.tensors.items() if name in checkpoint.tensors)
-    return dtype is not None and {DTYPE_NAMES[region.dtype] for region in regions} != {dtype}
+    return dtype is not None and {FLOATS_BY_CODE[region.dtype] for region in regions} != {dtype}

@@ -23,8 +23,9 @@ from ..files.safetensors import Region, open_shard
 from ..plugins.gqa.op import Attributes
 from ..plugins.gqa.torch_op import prepare
 from ..spec.geometry import VISION, ModelSpec
+from ..spec.types import CODES, FLOATS, TYPES
 
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TORCH_DTYPES = {CODES[name]: getattr(torch, TYPES[name].torch) for name in FLOATS}
 TOKENS = 4096
 """Tokens that pass through a product at once."""
 
@@ -75,7 +76,7 @@ class Weights:
         """A tensor as it is stored, a view of the mapped file; of a stacked one the part `index`."""
         path, region = self.region(name)
         if region.dtype not in TORCH_DTYPES:
-            raise CheckpointError(f"tensor {name!r} is {region.dtype}, expected {', '.join(TORCH_DTYPES)}")
+            raise CheckpointError(f"tensor {name!r} is {region.dtype}, expected {', '.join(sorted(TORCH_DTYPES))}")
         if path not in self.maps:
             with path.open("rb") as file:
                 self.maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..files.safetensors import Region
 from ..plugins.cpu.panels import stored_values
-from ..plugins.narrow_types import FORMAT_NAMES, unpack_int4, widen
+from ..plugins.narrow_types import unpack_int4, widen
 from ..spec.stored_weights import Weight
+from ..spec.types import CODES
 from .decoder import TORCH_DTYPES, Weights
 
 
@@ -39,7 +40,7 @@ class FolderWeights(Weights):
             parts = weight.shape[0] if weight.stacked else 1
             shape, size = weight.shape[1:] if weight.stacked else weight.shape, weight.size // parts
             for index in range(parts):
-                region = Region(FORMAT_NAMES[weight.dtype], shape, weight.offset + index * size, size)
+                region = Region(CODES[weight.dtype], shape, weight.offset + index * size, size)
                 self.regions[f"{short}[{index}]" if weight.stacked else short] = path, region
 
     def wide(self, name: str, index: int | None = None) -> Tensor:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ...errors import CheckpointError, ExportError
 from ...files.safetensors import encode_header
-from ...spec.types import DType
-from ..portions import FORMAT_NAMES, NUMPY_DTYPES
+from ...spec.types import CODES, DType
+from ..portions import FLOAT_DTYPES
 from .stored import Stored, Tensor
 
 Array = NDArray[Any]
@@ -114,7 +114,7 @@ class Tensors:
 
     def _add_scales(self, name: str, stored: Stored, shape: tuple[int, ...], dtype: DType = "float32") -> None:
         """A weight's scales, read when they are written."""
-        written = FORMAT_NAMES[dtype]
+        written = CODES[dtype]
         self.made[name] = Made(dtype=written, shape=shape, pieces=lambda: iter([converted_scales(stored, written)]))
 
     def add_values(self, name: str, values: NDArray[np.float32]) -> None:
@@ -152,7 +152,7 @@ def converted_scales(stored: Stored, dtype: str) -> Array:
     """
     scales = stored.scales()
     with np.errstate(over="ignore"):
-        converted: Array = scales.astype(NUMPY_DTYPES[dtype])
+        converted: Array = scales.astype(FLOAT_DTYPES[dtype])
     if (bad := (converted == 0) | np.isinf(converted)).any():
         raise ExportError(
             f"{stored.module!r} has the scale {scales[bad][0]}, which does not fit {dtype}: scale the model"

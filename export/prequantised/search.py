@@ -17,7 +17,7 @@ from ...errors import CheckpointError
 from ...spec.choice import units
 from ...spec.geometry import ModelSpec
 from ...spec.recipe import Override, Recipe
-from ..portions import FORMAT_NAMES
+from ...spec.types import CODES
 from .restacked import Tensors
 from .scheme import Group, Scheme
 from .stored import Finder, Stored, Tensor
@@ -126,7 +126,7 @@ class _Search:
         elif any(name.startswith(f"{module}.0.") for name in self.finder.left):
             gates, ups, downs = (self._modules(module, part) for part in ("gate", "up", "down"))
             stored = gates[0].weight.region.dtype
-            if gates[0].group is None and stored != FORMAT_NAMES[spec.dtype]:
+            if gates[0].group is None and stored != CODES[spec.dtype]:
                 raise CheckpointError(
                     f"the experts of {module!r} are {stored}, config.json says {spec.dtype}: convert them"
                 )

@@ -9,29 +9,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError, ExportError
 from ...files.safetensors import Region, Shard
 from ...spec.recipe import Format
+from ...spec.types import FLOATS_BY_CODE
+from ..portions import FLOAT_DTYPES
 from .scheme import Group, Scheme
 
 FORMATS: dict[str, Format] = {
     "F8_E4M3": "fp8",
     "I8": "int8",
     "I32": "int4",
-    "BF16": "none",
-    "F16": "none",
-    "F32": "none",
+    **dict.fromkeys(FLOATS_BY_CODE, "none"),
 }
 """Formats by the type that a weight is stored in; compressed-tensors packs eight int4 into an I32."""
 
 READ = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
+    **FLOAT_DTYPES,
     "F8_E4M3": np.dtype(np.uint8),
     "I8": np.dtype(np.uint8),
     "I32": np.dtype(np.int32),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ...errors import SessionError
 from ...plugins.cpu.library import DOMAIN, library
 from ...spec.geometry import ModelSpec
+from ...spec.types import TYPES
 from .interface import Slots, cache_chunk, is_standing, slots_of, standing
 from .mapped_weights import MappedWeights
 
@@ -26,12 +27,15 @@ LONGEST_PIECE = 512
 Watch = Callable[[dict[str, NDArray[Any]]], None]
 """Told values of the graph by name."""
 
-CACHE_DTYPES: dict[str, tuple[type[np.generic], int]] = {
-    "tensor(float)": (np.float32, 1),
-    "tensor(float16)": (np.float16, 10),
-    "tensor(uint8)": (np.uint8, 2),
-    "tensor(int8)": (np.int8, 3),
-    "tensor(float8e4m3fn)": (np.uint8, 17),
+CACHE_DTYPES: dict[str, tuple[np.dtype[Any], int]] = {
+    kind: (np.dtype(TYPES[name].held), TYPES[name].onnx)
+    for kind, name in (
+        ("tensor(float)", "float32"),
+        ("tensor(float16)", "float16"),
+        ("tensor(uint8)", "uint8"),
+        ("tensor(int8)", "int8"),
+        ("tensor(float8e4m3fn)", "fp8"),
+    )
 }
 """ONNX Runtime's name of a cache's type: how numpy holds it, and ONNX's number of it."""
 
