@@ -16,7 +16,8 @@ from ..plugins.nodes import OPSET, Nodes, ints, number, onnx_type
 from ..spec.geometry import LayerSpec, ModelSpec, VisionSpec
 from ..spec.types import Progress
 from .assembly import IR_VERSION, Initializers, Locate, clone
-from .llama4 import attention_attributes, inverse_frequencies
+from .llama4 import inverse_frequencies
+from .rank_layer import rank_attributes
 from .split import WHOLE, Split
 from .trace import trace_layer
 
@@ -171,7 +172,7 @@ class Stitcher:
             return ""
         overload = f"{'rope' if layer.rope else 'nope'}_{'chunked' if layer.chunk else 'full'}"
         if overload not in self.functions:
-            attributes = attention_attributes(self.spec, layer, self.split)
+            attributes = rank_attributes(self.spec, layer, self.split)
             self.functions[overload] = gqa_body(attributes, self.spec.head_dim, layer.rope, self.dtype, overload)
         return overload
 

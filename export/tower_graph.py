@@ -12,7 +12,7 @@ from ..spec.geometry import VISION_LAYERS, VisionSpec
 from ..spec.types import DType
 from .assembly import IR_VERSION, Initializers, Locate, clone
 from .llama4_tower import NORM_EPS, turns
-from .trace import trace_vision_layer
+from .trace import trace_tower_layer
 
 TOWER = "vision_model."
 
@@ -31,7 +31,7 @@ def stitch_tower(vision: VisionSpec, text_size: int, dtype: DType, locate: Locat
     nodes = Nodes("stem/")
     x = _stem(nodes, pixels, tensors, vision, dtype)
     cos, sin = _turns(nodes, x, tensors, vision)
-    written, traced = nodes.list, trace_vision_layer(vision, dtype)
+    written, traced = nodes.list, trace_tower_layer(vision, dtype)
     for index in range(vision.layers):
         x, added = _layer(traced, tensors, index, x, cos, sin)
         written += added
