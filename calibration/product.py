@@ -62,7 +62,7 @@ class Product:
 
 
 @dataclass(slots=True)
-class Input:
+class ProductInput:
     """What some products take in, before and after it is smoothed.
 
     Attributes:
@@ -109,7 +109,7 @@ class Input:
 
 
 def quantise_product(
-    name: str, weight_NK: Tensor, source: Input, choice: Choice, dtype: torch.dtype
+    name: str, weight_NK: Tensor, source: ProductInput, choice: Choice, dtype: torch.dtype
 ) -> tuple[Product, Record]:
     """Quantises one product.
 

@@ -25,16 +25,17 @@ from ..spec.choice import choose, units
 from ..spec.geometry import VISION, ModelSpec, VisionSpec
 from ..spec.recipe import Recipe
 from ..spec.types import Progress
-from ..walk.decoder import TOKENS, Hidden, Weights, embed
+from ..walk.decoder import TOKENS, Hidden, embed
+from ..walk.numbers import Weights
 from ..walk.tower import embed_tiles
 from ..walk.windows import Windows
-from .layer import LayerQuantiser, Limits
+from .decoder import Coverage, LayerQuantiser
 from .linears import Linears
-from .product import Input, Record
+from .product import ProductInput, Record
 from .report import LayerReport, Report
 from .shard import write_shard
 from .statistics import Statistics
-from .tower import quantise_vision_ends, quantise_vision_layer
+from .tower import quantise_tower_ends, quantise_tower_layer
 
 PROGRESS = "progress.json"
 
@@ -55,7 +56,7 @@ class Work:
         spec: The decoder's geometry.
         vision: The vision tower's; None where the model has none.
         recipe: What is to become of the weights; leaves the tower as it is where the windows hold no image.
-        limits: What is asked of the routing.
+        coverage: What is asked of the routing.
         weights: The model's.
         windows: Tokens and tiles.
         folder: Where the shards go.
@@ -65,7 +66,7 @@ class Work:
     spec: ModelSpec
     vision: VisionSpec | None
     recipe: Recipe
-    limits: Limits
+    coverage: Coverage
     weights: Weights
     windows: Windows
     folder: Path
@@ -90,7 +91,7 @@ class Work:
         if not self.reached.layers:
             self._embed()
         for index in range(len(self.reached.layers), count):
-            quantiser = LayerQuantiser(self.spec, index, self.weights, self.recipe, self.limits)
+            quantiser = LayerQuantiser(self.spec, index, self.weights, self.recipe, self.coverage)
             hidden = self._hidden(index), self._hidden("attended"), self._hidden(index + 1)
 
             def report(share: float, at: int = index) -> None:
@@ -130,13 +131,13 @@ class Work:
             )
             self._write_step(
                 f"vision-{index:05}",
-                quantise_vision_layer(vision, index, self.weights, self.recipe, x, attended, out),
+                quantise_tower_layer(vision, index, self.weights, self.recipe, x, attended, out),
                 out,
                 tower,
             )  # unnamed, so that a layer is let go before the next
             told(f"vision layer {index}", (index + 1) / vision.layers)
         x, features_MH = self._mapped(f"vision-{vision.layers % 2}", shape), self._features(vision)
-        linears = quantise_vision_ends(vision, self.weights, self.recipe, pixels_N3PP, x, features_MH)
+        linears = quantise_tower_ends(vision, self.weights, self.recipe, pixels_N3PP, x, features_MH)
         self._write_step("vision-rest", linears, features_MH, tower)
         for path in self.scratch.glob("vision-*"):
             path.unlink()
@@ -211,7 +212,7 @@ class Work:
             if name in self.weights.regions:
                 linears.emit_kept(name)
         if linears.choice("lm_head").format != "none":
-            source = Input(Statistics("lm_head: its input", self.spec.hidden_size), self.recipe)
+            source = ProductInput(Statistics("lm_head: its input", self.spec.hidden_size), self.recipe)
             norm = self.weights.wide("norm.weight")
             last: Hidden = self._hidden(len(self.spec.layers)).reshape(-1, self.spec.hidden_size)
             for start in range(0, len(last), TOKENS):

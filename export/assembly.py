@@ -15,7 +15,7 @@ from ..spec.types import FLOATS_BY_CODE
 
 IR_VERSION = 11
 
-Locate = Callable[[str], tuple[str, Region]]
+PlaceOf = Callable[[str], tuple[str, Region]]
 """The file's name and the region of a tensor or of the rank's portion of it, by its checkpoint name."""
 
 
@@ -23,17 +23,17 @@ class Initializers:
     """A graph's initializers, each made when it is first asked for.
 
     Args:
-        locate: Finds a tensor in the weight files.
+        place_of: Finds a tensor in the weight files.
     """
 
-    def __init__(self, locate: Locate) -> None:
-        self.locate = locate
+    def __init__(self, place_of: PlaceOf) -> None:
+        self.place_of = place_of
         self.values: dict[str, ir.Value] = {}
 
     def weight(self, name: str) -> ir.Value:
         """A checkpoint's tensor by its full name, which lies where the shard has it."""
         if name not in self.values:
-            file, region = self.locate(name)
+            file, region = self.place_of(name)
             tensor = ir.ExternalTensor(
                 file,
                 region.offset,

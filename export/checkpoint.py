@@ -17,9 +17,9 @@ from ..spec.geometry import VISION, ModelSpec, VisionSpec
 from ..spec.recipe import Override
 from ..spec.types import FLOATS_BY_CODE
 from .config import model_spec, vision_spec
+from .prequantised.inventory import Prequantised, find_quantised
 from .prequantised.scheme import MODELOPT, read_scheme
-from .prequantised.search import Prequantised, find_quantised
-from .prequantised.stored import Tensor
+from .prequantised.stored import CheckpointTensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class Checkpoint:
     folder: Path
     spec: ModelSpec
     prefix: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, CheckpointTensor]
     vision: VisionSpec | None = None
     quantised: Prequantised | None = None
 
@@ -72,7 +72,7 @@ def open_checkpoint(folder: Path, *, any_dtype: bool = False) -> Checkpoint:
     vision = vision_spec(config) if any(name.startswith(VISION) for name in found) else None
     expected = expected_tensors(spec, prefix)
     if vision is not None:
-        expected |= vision_tensors(vision, spec.hidden_size)
+        expected |= tower_tensors(vision, spec.hidden_size)
     quantised = None if scheme is None else find_quantised(found, expected, spec, prefix, scheme)
     if quantised is None:
         _check_tensors(found, expected, spec, any_dtype=any_dtype)
@@ -128,7 +128,7 @@ def expected_tensors(spec: ModelSpec, prefix: str = "") -> dict[str, tuple[int, 
     return shapes
 
 
-def vision_tensors(vision: VisionSpec, text_size: int) -> dict[str, tuple[int, ...]]:
+def tower_tensors(vision: VisionSpec, text_size: int) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a vision tower's and projector's tensors.
 
     Args:
@@ -157,14 +157,14 @@ def vision_tensors(vision: VisionSpec, text_size: int) -> dict[str, tuple[int, .
     return shapes
 
 
-def _find_tensors(folder: Path) -> dict[str, Tensor]:
+def _find_tensors(folder: Path) -> dict[str, CheckpointTensor]:
     """All tensors of the folder's shards, as the index names them, or of the single file."""
     index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index_path.exists():
         if not single.exists():
             raise CheckpointError(f"{folder}: neither {single.name} nor {index_path.name}: download the weights")
         shard = open_shard(single)
-        return {name: Tensor(shard=shard, region=region) for name, region in shard.tensors.items()}
+        return {name: CheckpointTensor(shard=shard, region=region) for name, region in shard.tensors.items()}
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index_path}: weight_map is no object of file names: restore the file")
@@ -175,7 +175,7 @@ def _find_tensors(folder: Path) -> dict[str, Tensor]:
     for name, file in weight_map.items():
         if name not in shards[file].tensors:
             raise CheckpointError(f"{folder / file}: lacks {name!r}, which the index puts there: download it again")
-        tensors[name] = Tensor(shard=shards[file], region=shards[file].tensors[name])
+        tensors[name] = CheckpointTensor(shard=shards[file], region=shards[file].tensors[name])
     for file, shard in shards.items():
         if unlisted := sorted(name for name in shard.tensors if weight_map.get(name) != file):
             raise CheckpointError(f"{index_path}: does not list {unlisted[0]!r} of {file}: restore the index")
@@ -183,7 +183,7 @@ def _find_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_tensors(
-    found: dict[str, Tensor], expected: dict[str, tuple[int, ...]], spec: ModelSpec, *, any_dtype: bool
+    found: dict[str, CheckpointTensor], expected: dict[str, tuple[int, ...]], spec: ModelSpec, *, any_dtype: bool
 ) -> None:
     if missing := [name for name in expected if name not in found]:
         raise CheckpointError(

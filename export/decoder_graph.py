@@ -15,7 +15,7 @@ from ..plugins.moe.body import body as moe_body
 from ..plugins.nodes import OPSET, Nodes, ints, number, onnx_type
 from ..spec.geometry import LayerSpec, ModelSpec, VisionSpec
 from ..spec.types import Progress
-from .assembly import IR_VERSION, Initializers, Locate, clone
+from .assembly import IR_VERSION, Initializers, PlaceOf, clone
 from .llama4 import inverse_frequencies
 from .rank_layer import rank_attributes
 from .split import WHOLE, Split
@@ -28,7 +28,7 @@ Traced = dict[tuple[LayerSpec, Split], ir.Graph]
 def stitch_decoder(
     spec: ModelSpec,
     prefix: str,
-    locate: Locate,
+    place_of: PlaceOf,
     progress: Progress,
     *,
     split: Split = WHOLE,
@@ -41,14 +41,14 @@ def stitch_decoder(
     Args:
         spec: Geometry of the whole model; its dtype is the graph's.
         prefix: What the checkpoint's tensor names begin with.
-        locate: Finds a tensor, or the rank's portion of it, in the weight files.
+        place_of: Finds a tensor, or the rank's portion of it, in the weight files.
         progress: Told of each layer.
         split: Layout over ranks.
         rank: Whose graph.
         traced: Layers traced for another rank, extended here.
         vision: Geometry of the vision tower whose features enter; None for text alone.
     """
-    return Stitcher(spec, prefix, locate, split, rank, {} if traced is None else traced, vision).stitch(progress)
+    return Stitcher(spec, prefix, place_of, split, rank, {} if traced is None else traced, vision).stitch(progress)
 
 
 class Stitcher:
@@ -58,7 +58,7 @@ class Stitcher:
         self,
         spec: ModelSpec,
         prefix: str,
-        locate: Locate,
+        place_of: PlaceOf,
         split: Split,
         rank: int,
         traced: Traced,
@@ -68,7 +68,7 @@ class Stitcher:
         self.split, self.rank, self.traced = split, rank, traced
         self.dtype = onnx_type(spec.dtype)
         self.experts = moe.Attributes(top_k=spec.experts_per_token, first_expert=split.first_expert(spec, rank))
-        self.initializers = Initializers(locate)
+        self.initializers = Initializers(place_of)
         self.inv_freq = self.initializers.constant("rope.inv_freq", inverse_frequencies(spec).numpy())
         self.functions: dict[str, ir.Function] = {}
 

@@ -172,7 +172,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.router = nn.Linear(spec.hidden_size, spec.experts, bias=False)
-        self.experts = Experts(spec)
+        self.experts = StackedExperts(spec)
         self.shared_expert = MLP(spec.hidden_size, spec.expert_size)
         self.attributes = moe.Attributes(top_k=spec.experts_per_token)
 
@@ -190,7 +190,7 @@ class MixtureOfExperts(nn.Module):
         return self.shared_expert(x_BSH) + routed_TH.view_as(x_BSH)
 
 
-class Experts(nn.Module):
+class StackedExperts(nn.Module):
     """The routed experts' stacked weights, input dimension first."""
 
     def __init__(self, spec: ModelSpec) -> None:

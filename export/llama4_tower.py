@@ -30,7 +30,7 @@ class MultimodalLlama4(nn.Module):
     def __init__(self, spec: ModelSpec, vision: VisionSpec) -> None:
         super().__init__()
         self.vision = vision
-        self.vision_model = Tower(vision)
+        self.vision_model = TowerModel(vision)
         self.multi_modal_projector = Projector(vision, spec.hidden_size)
         self.language_model = Llama4(spec)
 
@@ -52,7 +52,7 @@ def merge(x_BSH: Tensor, is_image_BS: Tensor, features_MH: Tensor) -> Tensor:
     return torch.where(is_image_BS[..., None], features_MH[place_BS], x_BSH)
 
 
-class Tower(nn.Module):
+class TowerModel(nn.Module):
     """The tower up to its adapter."""
 
     def __init__(self, spec: VisionSpec) -> None:

@@ -16,13 +16,13 @@ from ..spec.stored_weights import WeightFile
 from ..spec.types import FLOATS_BY_CODE, DType, Progress
 from .checkpoint import Checkpoint
 from .portions import convert_shard, write_portions
-from .prequantised.restacked import Made, Tensors, write_made
-from .prequantised.search import Prequantised
+from .prequantised.inventory import Prequantised
+from .prequantised.restacked import GraphTensors, MadeTensor, write_made
 from .split import Portion, Split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
+class PlacedWeights:
     """What one graph reads.
 
     Attributes:
@@ -42,7 +42,7 @@ class Placement:
 
 def place_whole(
     checkpoint: Checkpoint, folder: Path, dtype: DType | None, copy_weights: bool, progress: Progress
-) -> Placement:
+) -> PlacedWeights:
     """Leaves, copies or converts each shard, for a graph that reads all of it.
 
     Args:
@@ -55,7 +55,7 @@ def place_whole(
     Raises:
         ExportError: A value does not fit the type, or a shard changed meanwhile.
     """
-    placement = Placement()
+    placement = PlacedWeights()
     for index, shard in enumerate(checkpoint.shards):
         converts = _converts(shard, checkpoint, dtype)
         if converts or copy_weights:
@@ -75,7 +75,7 @@ def place_whole(
 
 def place_quantised(
     checkpoint: Checkpoint, quantised: Prequantised, folder: Path, copy_weights: bool, progress: Progress
-) -> Placement:
+) -> PlacedWeights:
     """Leaves what lies as the graph reads it, and writes the rest: a file a layer, and one of what is in no layer.
 
     Args:
@@ -88,12 +88,12 @@ def place_quantised(
     Raises:
         ExportError: A shard changed meanwhile.
     """
-    tensors = Tensors(in_place={**quantised.plain, **quantised.tensors.in_place}, made=quantised.tensors.made)
+    tensors = GraphTensors(in_place={**quantised.plain, **quantised.tensors.in_place}, made=quantised.tensors.made)
     if copy_weights:
         tensors = tensors.copied()
     fingerprints = {shard.path: identity(shard.path) for shard in checkpoint.shards}
-    placement = Placement()
-    files: dict[str, dict[str, Made]] = {}
+    placement = PlacedWeights()
+    files: dict[str, dict[str, MadeTensor]] = {}
     for name, made in tensors.made.items():
         layer = re.search(r"layers\.(\d+)\.", name)
         files.setdefault(f"quantised-{int(layer[1]):05}" if layer else "quantised-rest", {})[name] = made
@@ -122,7 +122,7 @@ def place_ranks(
     dtype: DType | None,
     copy_weights: bool,
     progress: Progress,
-) -> list[Placement]:
+) -> list[PlacedWeights]:
     """Finds each rank's portion of every tensor: in place where it is one run of bytes, else in a file of the rank's.
 
     Args:
@@ -136,7 +136,7 @@ def place_ranks(
     Raises:
         ExportError: A value does not fit the type, or a shard changed meanwhile.
     """
-    placements = [Placement() for _ in folders]
+    placements = [PlacedWeights() for _ in folders]
     for index, shard in enumerate(checkpoint.shards):
         progress("weights", index, len(checkpoint.shards))
         rewrites = copy_weights or _converts(shard, checkpoint, dtype)
@@ -171,7 +171,7 @@ def place_ranks(
     return placements
 
 
-def _place_tied_head(prefix: str, placement: Placement, split: Split, rank: int) -> None:
+def _place_tied_head(prefix: str, placement: PlacedWeights, split: Split, rank: int) -> None:
     """A tied LM head's rows are some of the embedding's, which every rank has whole."""
     file, embedding = placement.regions[f"{prefix}model.embed_tokens.weight"]
     head = split.portion("lm_head.weight", embedding.shape, rank).region(embedding)

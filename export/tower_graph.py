@@ -10,23 +10,23 @@ from ..plugins.nodes import OPSET, Nodes, ints, onnx_type
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ..spec.geometry import VISION_LAYERS, VisionSpec
 from ..spec.types import DType
-from .assembly import IR_VERSION, Initializers, Locate, clone
+from .assembly import IR_VERSION, Initializers, PlaceOf, clone
 from .llama4_tower import NORM_EPS, turns
 from .trace import trace_tower_layer
 
 TOWER = "vision_model."
 
 
-def stitch_tower(vision: VisionSpec, text_size: int, dtype: DType, locate: Locate) -> ir.Model:
+def stitch_tower(vision: VisionSpec, text_size: int, dtype: DType, place_of: PlaceOf) -> ir.Model:
     """Builds the vision graph.
 
     Args:
         vision: Geometry.
         text_size: Hidden size of the text decoder (H).
         dtype: Type of the graph.
-        locate: Finds a tensor in the weight files.
+        place_of: Finds a tensor in the weight files.
     """
-    tensors = Initializers(locate)
+    tensors = Initializers(place_of)
     pixels = ir.val("pixels", ir.DataType.FLOAT, ["tiles", 3, vision.image_size, vision.image_size])
     nodes = Nodes("stem/")
     x = _stem(nodes, pixels, tensors, vision, dtype)

@@ -32,7 +32,7 @@ TOWER_INPUTS = ("x", "cos", "sin")
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Step(nn.Module):
+class CachedLayer(nn.Module):
     """A layer's cached step with plain tensors in and out."""
 
     def __init__(self, layer: DecoderLayer) -> None:
@@ -69,7 +69,9 @@ def trace_layer(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> ir.G
         )
     batch, sequence, slots = (torch.export.Dim(name) for name in ("batch", "sequence", "slots"))
     of_cache = {0: batch, 2: slots}
-    graph = _trace(Step(module), arguments, ({0: batch, 1: sequence}, {0: batch}, of_cache, of_cache), INPUTS, OUTPUTS)
+    graph = _trace(
+        CachedLayer(module), arguments, ({0: batch, 1: sequence}, {0: batch}, of_cache, of_cache), INPUTS, OUTPUTS
+    )
     simplify_reshapes(graph)
     return graph
 

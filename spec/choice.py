@@ -55,10 +55,10 @@ def units(spec: ModelSpec, vision: VisionSpec | None = None) -> Iterator[tuple[s
         yield f"{mlp}.down_proj", size
     yield "lm_head", spec.hidden_size
     if vision is not None:
-        yield from _vision_units(vision)
+        yield from _tower_units(vision)
 
 
-def _vision_units(vision: VisionSpec) -> Iterator[tuple[str, int]]:
+def _tower_units(vision: VisionSpec) -> Iterator[tuple[str, int]]:
     yield PATCHES, vision.patch_values
     for index in range(vision.layers):
         layer = f"{VISION_LAYERS}{index}"

@@ -18,7 +18,8 @@ from torch.nn.functional import gelu, layer_norm, linear
 from ..export.llama4_tower import NORM_EPS, attend_patches, rotate_patches, shuffle_patches, split_patches, turns
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ..spec.geometry import VISION_LAYERS, VisionSpec
-from .decoder import TOKENS, Hidden, Observe, Weights, ignore
+from .decoder import TOKENS, Hidden, Observe, ignore
+from .numbers import Weights
 
 Pixels = NDArray[np.float32] | NDArray[np.float16]
 """Tiles [N, 3, P, P], normalised."""
@@ -41,7 +42,7 @@ def embed_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels, out: 
         out[part] = normed(weights, "vision_model.layernorm_pre", tokens + places).numpy()
 
 
-class VisionLayerWalk:
+class TowerLayerWalk:
     """One layer's way, in two steps: `attend`, then `feed`.
 
     Args:
@@ -121,7 +122,7 @@ def encode_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels) -> N
     )
     embed_tiles(vision, weights, pixels_N3PP, x)
     for index in range(vision.layers):
-        VisionLayerWalk(vision, index, weights, attended, out).run(x)
+        TowerLayerWalk(vision, index, weights, attended, out).run(x)
         x, out = out, x
     _, region = weights.region(f"{PROJECTOR}.weight")
     features = np.empty((len(x) * vision.features, region.shape[0]), np.float32)

@@ -22,8 +22,8 @@ from ...runtime.backends.mapped_weights import map_weights
 from ...runtime.backends.onnxruntime import CACHE_DTYPES, LONGEST_PIECE, Caches, open_graph
 from ...runtime.pieces import cut
 from ...spec.geometry import LayerSpec, ModelSpec
-from ...walk.decoder import LayerWalk, Observe, Weights, embed, open_head
-from ...walk.numbers import FolderWeights
+from ...walk.decoder import LayerWalk, Observe, embed, open_head
+from ...walk.numbers import FolderWeights, Weights
 from ..lowered_graph import Part
 from ..sides import CheckpointSide, FolderSide, Side
 

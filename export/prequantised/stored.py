@@ -1,7 +1,7 @@
 """The weights of an already quantised checkpoint as its library stores them, found and checked.
 
-Enters: a checkpoint's tensors and its `Scheme`. Leaves: a `Stored` for each linear and each expert's or each stack of
-experts' product: weight and scales of known shapes, every scale positive and finite. Of the weights no data is read.
+Enters: a checkpoint's tensors and its `Scheme`. Leaves: a `StoredWeight` for each linear and each expert's or each
+stack of experts' product: weight and scales of known shapes, every scale positive and finite. Of the weights no data is read.
 """
 
 import math
@@ -17,7 +17,7 @@ from ...files.safetensors import Region, Shard
 from ...spec.recipe import Format
 from ...spec.types import FLOATS_BY_CODE
 from ..portions import FLOAT_DTYPES
-from .scheme import Group, Scheme
+from .scheme import Scheme, WeightGroup
 
 FORMATS: dict[str, Format] = {
     "F8_E4M3": "fp8",
@@ -47,7 +47,7 @@ UNSUPPORTED = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tensor:
+class CheckpointTensor:
     """A tensor of a checkpoint: the shard it lies in and where."""
 
     shard: Shard
@@ -74,7 +74,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stored:
+class StoredWeight:
     """A weight as it is stored.
 
     Attributes:
@@ -89,11 +89,11 @@ class Stored:
 
     module: str
     format: Format
-    weight: Tensor
+    weight: CheckpointTensor
     outputs: int
-    scale: Tensor | None = None
-    input_scale: Tensor | None = None
-    group: Group | None = None
+    scale: CheckpointTensor | None = None
+    input_scale: CheckpointTensor | None = None
+    group: WeightGroup | None = None
 
     @property
     def is_static(self) -> bool:
@@ -125,11 +125,11 @@ class Finder:
         left: Tensors that nobody has taken.
     """
 
-    def __init__(self, found: Mapping[str, Tensor], scheme: Scheme) -> None:
+    def __init__(self, found: Mapping[str, CheckpointTensor], scheme: Scheme) -> None:
         self.left = dict(found)
         self.scheme = scheme
 
-    def linear(self, module: str, outputs: int, inputs: int) -> Stored | None:
+    def linear(self, module: str, outputs: int, inputs: int) -> StoredWeight | None:
         """A linear of any format, or None where it is missing.
 
         Args:
@@ -150,7 +150,7 @@ class Finder:
         packs = 8 if kind == "int4" else 1
         weight = self._take(name, [(outputs, inputs // packs)])
         if kind == "none":
-            return Stored(module=module, format=kind, weight=weight, outputs=outputs)
+            return StoredWeight(module=module, format=kind, weight=weight, outputs=outputs)
         group = self.scheme.group(module, kind)
         shapes: list[tuple[int, ...]] = [(), (1,), (outputs,), (outputs, 1)]
         if kind == "int4":
@@ -161,7 +161,7 @@ class Finder:
                 )
             shapes = [(outputs, inputs // group.group_size)]
             self._check_size(f"{module}.weight_shape", [outputs, inputs])
-        return Stored(
+        return StoredWeight(
             module=module,
             format=kind,
             weight=weight,
@@ -171,7 +171,7 @@ class Finder:
             group=group,
         )
 
-    def stack(self, name: str, shape: tuple[int, int, int]) -> Stored | None:
+    def stack(self, name: str, shape: tuple[int, int, int]) -> StoredWeight | None:
         """Stacked experts' weights [E, K, N], or None where they are missing or not quantised.
 
         Raises:
@@ -189,7 +189,7 @@ class Finder:
         per_expert: list[tuple[int, ...]] = [(), (1,), (experts,), (experts, 1), (experts, 1, 1)]
         shapes = [*per_expert, (experts, outputs), (experts, 1, outputs), (experts, outputs, 1)]
         scale = f"{name}_weight_scale" if f"{name}_weight_scale" in self.left else f"{name}_scale"
-        return Stored(
+        return StoredWeight(
             module=name,
             format=kind,
             weight=weight,
@@ -210,7 +210,7 @@ class Finder:
             raise CheckpointError(f"tensor {name!r} is {dtype}, expected one of BF16, F16, F32, F8_E4M3 and I8")
         return FORMATS[dtype]
 
-    def _take(self, name: str, shapes: list[tuple[int, ...]]) -> Tensor:
+    def _take(self, name: str, shapes: list[tuple[int, ...]]) -> CheckpointTensor:
         tensor = self.left.pop(name, None)
         if tensor is None:
             raise CheckpointError(f"tensor {name!r} is missing, which the quantised weight needs: download it again")
@@ -219,7 +219,7 @@ class Finder:
             raise CheckpointError(f"tensor {name!r} has shape {list(tensor.region.shape)}, expected {expected}")
         return tensor
 
-    def _scale(self, name: str, shapes: list[tuple[int, ...]]) -> Tensor:
+    def _scale(self, name: str, shapes: list[tuple[int, ...]]) -> CheckpointTensor:
         """A scale, its values checked."""
         tensor = self._take(name, shapes)
         if FORMATS.get(tensor.region.dtype) != "none":
@@ -229,7 +229,7 @@ class Finder:
             raise CheckpointError(f"tensor {name!r} holds the scale {values[bad][0]}, expected numbers above 0")
         return tensor
 
-    def _input_scale(self, name: str, group: Group, shapes: list[tuple[int, ...]]) -> Tensor | None:
+    def _input_scale(self, name: str, group: WeightGroup, shapes: list[tuple[int, ...]]) -> CheckpointTensor | None:
         return self._scale(name, shapes) if group.format != "int4" and group.activations == "static" else None
 
     def _check_size(self, name: str, expected: list[int]) -> None:

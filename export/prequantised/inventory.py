@@ -18,11 +18,11 @@ from ...spec.choice import units
 from ...spec.geometry import ModelSpec
 from ...spec.recipe import Override, Recipe
 from ...spec.types import CODES
-from .restacked import Tensors
-from .scheme import Group, Scheme
-from .stored import Finder, Stored, Tensor
+from .restacked import GraphTensors
+from .scheme import Scheme, WeightGroup
+from .stored import CheckpointTensor, Finder, StoredWeight
 
-Shapes = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +39,13 @@ class Prequantised:
 
     scheme: Scheme
     recipe: Recipe
-    tensors: Tensors
-    plain: dict[str, Tensor]
+    tensors: GraphTensors
+    plain: dict[str, CheckpointTensor]
     plain_shapes: dict[str, tuple[int, ...]]
 
 
 def find_quantised(
-    found: Mapping[str, Tensor], expected: Shapes, spec: ModelSpec, prefix: str, scheme: Scheme
+    found: Mapping[str, CheckpointTensor], expected: TensorShapes, spec: ModelSpec, prefix: str, scheme: Scheme
 ) -> Prequantised:
     """Finds and checks what is quantised.
 
@@ -66,13 +66,18 @@ class _Search:
     """The walk over a model's units."""
 
     def __init__(
-        self, found: Mapping[str, Tensor], expected: Shapes, spec: ModelSpec, prefix: str, scheme: Scheme
+        self,
+        found: Mapping[str, CheckpointTensor],
+        expected: TensorShapes,
+        spec: ModelSpec,
+        prefix: str,
+        scheme: Scheme,
     ) -> None:
         self.finder = Finder(found, scheme)
         self.expected, self.spec, self.scheme = dict(expected), spec, scheme
         self.prefix = prefix
-        self.tensors = Tensors()
-        self.groups: dict[str, Group | None] = {}
+        self.tensors = GraphTensors()
+        self.groups: dict[str, WeightGroup | None] = {}
 
     def search(self) -> Prequantised:
         """Takes unit by unit; what is left is plain."""
@@ -136,7 +141,7 @@ class _Search:
             return
         del self.expected[gate_up], self.expected[down]
 
-    def _modules(self, experts: str, part: str) -> list[Stored]:
+    def _modules(self, experts: str, part: str) -> list[StoredWeight]:
         """One linear of every expert."""
         outputs, inputs = self.spec.expert_size, self.spec.hidden_size
         if part == "down":
@@ -177,7 +182,7 @@ class _Search:
 
 
 def recipe_of(
-    groups: Mapping[str, Group | None], kv_cache: Literal["none", "int8", "fp8"], activation_bound: float
+    groups: Mapping[str, WeightGroup | None], kv_cache: Literal["none", "int8", "fp8"], activation_bound: float
 ) -> Recipe:
     """The recipe that says of each unit what a checkpoint has.
 
@@ -186,7 +191,7 @@ def recipe_of(
     """
     counts = Counter(group for unit, group in groups.items() if group is not None)
     first = counts.most_common(1)[0][0]
-    kinds: dict[str, dict[str, Group | None]] = {}
+    kinds: dict[str, dict[str, WeightGroup | None]] = {}
     for unit, group in groups.items():
         kinds.setdefault(re.sub(r"^layers\.\d+\.", "layers.*.", unit), {})[unit] = group
     overrides = []
@@ -208,7 +213,7 @@ def recipe_of(
     )
 
 
-def _override(pattern: str, group: Group | None, first: Group) -> Override:
+def _override(pattern: str, group: WeightGroup | None, first: WeightGroup) -> Override:
     """What the recipe says otherwise of some units."""
     if group is None:
         return Override(pattern=pattern, format="none")
