@@ -2,7 +2,7 @@
 
 Enters: the layer's input for all tokens. Leaves: every tensor of the quantised layer under its full name, a `Record`
 for each weight, how many tokens each expert saw, and the unquantised layer's output, which the next layer takes in.
-Experts are read, run, quantised and let go one by one.
+Experts are read, run, quantised and released one by one.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ FLOOR = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coverage:
-    """What calibration asks of the routing.
+    """Calibration's demands on the routing.
 
     Attributes:
         floor: Tokens that every expert must have seen.
@@ -44,7 +44,7 @@ class Coverage:
 
 @dataclass(slots=True)
 class LayerQuantiser:
-    """The work on one layer; `quantise` does all of it.
+    """The work on one decoder layer; `quantise` does all of it.
 
     Attributes:
         linears: The quantised layer's tensors, and what became of each weight.
@@ -70,7 +70,7 @@ class LayerQuantiser:
             x: Its input.
             attended: Room for what is behind the attention.
             out: Room for its output.
-            progress: Told the share of the layer that is done.
+            progress: Called with the share of the layer that is done.
 
         Raises:
             CalibrationError: An activation is not finite, or an expert saw too few tokens.

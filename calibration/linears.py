@@ -23,15 +23,15 @@ from .statistics import Statistics
 
 @dataclass(slots=True)
 class Linears:
-    """What a layer's linears have in common, in the decoder and in the vision tower.
+    """The linears of one layer, of the decoder or of the vision tower.
 
     Attributes:
         weights: Where the tensors are read from.
-        recipe: What is to become of them.
-        prefix: What the names of the layer's tensors begin with, as a recipe has them.
-        title: What messages call the layer.
+        recipe: How they are quantised.
+        prefix: Beginning of the names of the layer's tensors, as a recipe has them.
+        title: The layer's name in messages.
         tensors: The quantised layer, by full names.
-        records: What became of each weight.
+        records: The record of each quantised weight.
     """
 
     weights: Weights
@@ -42,7 +42,7 @@ class Linears:
     records: list[Record] = field(init=False, default_factory=list)
 
     def choice(self, unit: str) -> Choice:
-        """What the recipe says of a unit."""
+        """The recipe's choice for a unit."""
         return choose(self.recipe, self.prefix + unit)
 
     def input(self, name: str, channels: int, units: Sequence[str]) -> ProductInput:

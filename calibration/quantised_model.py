@@ -93,10 +93,8 @@ def calibrate_model(
         recipe = _without_tower(spec, recipe, notice)
     coverage = Coverage(floor=floor, all_experts=all_experts)
     with resumed_folder(target, _job(spec, recipe, coverage, windows), force=force) as (folder, scratch):
-        report = Work(spec.model, vision, recipe, coverage, Weights(files), windows, folder, scratch).run(
-            progress, notice
-        )
-        _finish(source, spec, recipe, folder, report)
+        work = Work(spec.model, vision, recipe, coverage, Weights(files), windows, folder, scratch)
+        _finish(source, spec, recipe, folder, work.run(progress, notice))
     return target
 
 

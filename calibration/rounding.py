@@ -33,7 +33,7 @@ class Rounded:
     """A quantised weight.
 
     Attributes:
-        values_NK: What is stored, in `HELD`.
+        values_NK: Stored values, of a type of `HELD`.
         scale_NG: float32, one for each output channel and block of K / G columns.
     """
 
@@ -65,7 +65,7 @@ def scale_of(clip: Tensor, kind: str, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def fake_quantise(x_RK: Tensor, kind: str, scale: float | None) -> Tensor:
-    """What activations become on their way into a product; without a scale each row has its own."""
+    """Activations as a product takes them in, rounded; without a scale each row has its own."""
     if kind in ("none", "int4"):
         return x_RK
     scale_R1 = scale_of(x_RK.abs().amax(1, keepdim=True), kind) if scale is None else torch.tensor(scale)

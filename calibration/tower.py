@@ -4,7 +4,7 @@ Enters: a layer's input for all tiles; at the end the last layer's output. Leave
 records, the unquantised tower's hidden states, and at the end the image features, which the decoder is calibrated with.
 Layer norms and biases take their part of the smoothing: nothing is smoothed across a GELU.
 
-Shapes: as in `export.vision`.
+Shapes: as in `export.llama4_tower`.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ def quantise_tower_layer(
         vision: Geometry.
         index: Which layer.
         weights: Where its tensors are read from.
-        recipe: What is to become of them.
+        recipe: How they are quantised.
         x: Its input.
         attended: Room for what is behind the attention.
         out: Room for its output.
@@ -91,12 +91,12 @@ def quantise_tower_ends(
     x: Hidden,
     features_MH: NDArray[np.float32],
 ) -> Linears:
-    """Quantises what lies before and behind the layers, where an override asks for it, and writes the features.
+    """Quantises the linears before and behind the layers, where an override asks for it, and writes the features.
 
     Args:
         vision: Geometry.
         weights: Where the tensors are read from.
-        recipe: What is to become of them.
+        recipe: How they are quantised.
         pixels_N3PP: The tiles.
         x: The last layer's output.
         features_MH: Room for the unquantised tower's image features.

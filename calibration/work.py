@@ -1,9 +1,9 @@
-"""The walk of calibration over all layers, and what of it survives a kill.
+"""The walk of calibration over all layers, and the progress that survives a kill.
 
 Enters: windows of tokens, the tiles of their images, a model's weights. Leaves: a shard for each layer in the model's
 new folder, and a `Report`. The vision tower comes first, then the decoder, which sees the unquantised tower's features.
 
-Layer by layer: the hidden states go through the unquantised layer, the quantised layer is written, both are let go.
+Layer by layer: the hidden states go through the unquantised layer, the quantised layer is written, both are released.
 The scratch folder holds the hidden states in front of the layer that is next, those behind it, those between its
 attention and its feed-forward, and `progress.json`, which is replaced when a layer's shard is on the disk.
 """
@@ -42,7 +42,7 @@ PROGRESS = "progress.json"
 
 @dataclass(slots=True)
 class Reached:
-    """What is done: the reports of the tower's layers, with one more of what lies around them, and of the decoder's."""
+    """The reports of the layers done: the tower's, with one more of its linears around them, and the decoder's."""
 
     tower: list[LayerReport] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
@@ -54,10 +54,10 @@ class Work:
 
     Attributes:
         spec: The decoder's geometry.
-        vision: The vision tower's; None where the model has none.
-        recipe: What is to become of the weights; leaves the tower as it is where the windows hold no image.
-        coverage: What is asked of the routing.
-        weights: The model's.
+        vision: The vision tower's geometry; None where the model has none.
+        recipe: How the weights are quantised; leaves the tower as it is where the windows hold no image.
+        coverage: Demands on the routing.
+        weights: The model's weights.
         windows: Tokens and tiles.
         folder: Where the shards go.
         scratch: Where everything else goes.
@@ -78,7 +78,7 @@ class Work:
 
         Args:
             progress: Called with the tokens done, each once a layer; the tower's are patches.
-            notice: Called with a line that a person should know.
+            notice: Called with each line that a person should know.
         """
         self.reached = self._read_progress()
         count, tokens, tower = len(self.spec.layers), self.windows.ids_WS.size, 0
@@ -117,7 +117,7 @@ class Work:
             tower=tuple(self.reached.tower),
         )
 
-    def _quantise_tower(self, vision: VisionSpec, told: Callable[[str, float], None]) -> None:
+    def _quantise_tower(self, vision: VisionSpec, report: Callable[[str, float], None]) -> None:
         """The tower's layers, then what lies around them and the image features."""
         pixels_N3PP, tower = self.windows.pixels_N3PP, self.reached.tower
         if len(tower) > vision.layers:
@@ -134,8 +134,8 @@ class Work:
                 quantise_tower_layer(vision, index, self.weights, self.recipe, x, attended, out),
                 out,
                 tower,
-            )  # unnamed, so that a layer is let go before the next
-            told(f"vision layer {index}", (index + 1) / vision.layers)
+            )  # unnamed, so that a layer is released before the next
+            report(f"vision layer {index}", (index + 1) / vision.layers)
         x, features_MH = self._mapped(f"vision-{vision.layers % 2}", shape), self._features(vision)
         linears = quantise_tower_ends(vision, self.weights, self.recipe, pixels_N3PP, x, features_MH)
         self._write_step("vision-rest", linears, features_MH, tower)
@@ -143,7 +143,7 @@ class Work:
             path.unlink()
 
     def _embed(self) -> None:
-        """What enters the decoder's first layer: embeddings, and image features in the places of image tokens."""
+        """Writes the decoder's first input: embeddings, and image features in the places of image tokens."""
         windows, hidden = self.windows, self._hidden(0)
         features_MH = None if windows.vision is None else self._features(windows.vision)
         for at in range(len(windows.ids_WS)):

@@ -1,4 +1,4 @@
-"""What a graph is assembled with: initializers that lie in safetensors files, and traced nodes cloned onto new values.
+"""The parts of a graph: initializers that lie in safetensors files, and traced nodes cloned onto new values.
 
 Enters: where each tensor lies, and traced graphs. Leaves: values and nodes of the graph under construction.
 """
@@ -69,7 +69,7 @@ def clone(
         mapped: The new graph's values by the traced graph's; extended by the node's outputs that are not in it yet.
         prefix: Put before the names of the node and of its values.
         dimensions: Names of the first dimensions of a value of three; those of others are left open.
-        overload: Of the function that a custom op's node calls.
+        overload: Overload of the function that a custom op's node calls.
         more: Attributes beside the traced ones.
     """
     for old in node.outputs:

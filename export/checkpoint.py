@@ -29,10 +29,10 @@ class Checkpoint:
     Attributes:
         folder: Where it lies, absolute, symlinks kept.
         spec: The text decoder's geometry; its dtype is the one stored.
-        prefix: What the text decoder's tensor names begin with (`""` or `"language_model."`).
+        prefix: Beginning of the text decoder's tensor names (`""` or `"language_model."`).
         tensors: All tensors by their full names.
         vision: The vision tower's geometry; None where the checkpoint has no tower.
-        quantised: What the tensors are, where the checkpoint is quantised.
+        quantised: The tensors' roles and the recipe, where the checkpoint is quantised.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ def open_checkpoint(folder: Path, *, any_dtype: bool = False) -> Checkpoint:
         any_dtype: Whether tensors may be of another dtype than the configuration says, since they will be converted.
 
     Raises:
-        CheckpointError: What is missing, damaged, misshapen or unknown, with the file or tensor it is about.
+        CheckpointError: Something is missing, damaged, misshapen or unknown; the file or tensor is named.
     """
     folder = folder.absolute()
     if not folder.is_dir():

@@ -40,9 +40,9 @@ def stitch_decoder(
 
     Args:
         spec: Geometry of the whole model; its dtype is the graph's.
-        prefix: What the checkpoint's tensor names begin with.
+        prefix: Beginning of the checkpoint's tensor names.
         place_of: Finds a tensor, or the rank's portion of it, in the weight files.
-        progress: Told of each layer.
+        progress: Called for each layer.
         split: Layout over ranks.
         rank: Whose graph.
         traced: Layers traced for another rank, extended here.

@@ -23,7 +23,7 @@ from .split import Portion, Split
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacedWeights:
-    """What one graph reads.
+    """The weights that one graph reads, and where they lie.
 
     Attributes:
         files: The weight files.
@@ -50,7 +50,7 @@ def place_whole(
         folder: The model folder, for what is copied or converted.
         dtype: Type of the graph's weights; None is the checkpoint's.
         copy_weights: Whether every file is to lie in the folder.
-        progress: Told of each shard that is written.
+        progress: Called for each shard that is written.
 
     Raises:
         ExportError: A value does not fit the type, or a shard changed meanwhile.
@@ -80,10 +80,10 @@ def place_quantised(
 
     Args:
         checkpoint: Where the weights are.
-        quantised: What its tensors are.
+        quantised: The roles of its tensors.
         folder: The model folder.
         copy_weights: Whether every tensor is to lie in the folder.
-        progress: Told of each file that is written.
+        progress: Called for each file that is written.
 
     Raises:
         ExportError: A shard changed meanwhile.
@@ -131,7 +131,7 @@ def place_ranks(
         split: The layout.
         dtype: Type of the graphs' weights; None is the checkpoint's.
         copy_weights: Whether every portion is to lie in its rank's folder.
-        progress: Told of each shard.
+        progress: Called for each shard.
 
     Raises:
         ExportError: A value does not fit the type, or a shard changed meanwhile.

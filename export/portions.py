@@ -76,10 +76,10 @@ def write_portions(source: Shard, targets: Mapping[Path, Mapping[str, Portion]],
 
 
 def take(portion: Portion, first_row: int, rows_RC: Array) -> Array:
-    """What a portion has of some rows of its tensor, seen as a matrix of all axes but the last by the last.
+    """A portion's part of some rows of its tensor, seen as a matrix of all axes but the last by the last.
 
     Args:
-        portion: Of a tensor [..., C].
+        portion: Portion of a tensor [..., C].
         first_row: The matrix's row that `rows_RC` begins with.
         rows_RC: Rows [R, C].
     """

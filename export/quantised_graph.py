@@ -37,7 +37,7 @@ def quantise_graph(model: ir.Model, spec: ModelSpec, recipe: Recipe, places: Pla
     Args:
         model: The graph.
         spec: Geometry.
-        recipe: What was quantised, and how.
+        recipe: Recipe that the weights were quantised by.
         places: Where the quantised model's tensors lie.
         folder: Where the files are that hold its scales.
     """
@@ -184,7 +184,7 @@ class _Rewriting:
         self._call(node, [*inputs, *scales], attributes, body)
 
     def _prefix(self) -> str:
-        """What the checkpoint's names of layers begin with."""
+        """Beginning of the checkpoint's names of layers."""
         return next(name for name in self.places if "layers." in name).partition("layers.")[0]
 
     def _call(

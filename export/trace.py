@@ -130,7 +130,7 @@ def on_meta(dtype: DType, make: Callable[[], Module]) -> Module:
 
 
 def translations() -> dict[Any, Any]:
-    """What the exporter writes for Arriero's PyTorch ops, and for those whose own translation is less readable."""
+    """Translations of Arriero's PyTorch ops into ONNX, and of those whose own translation is less readable."""
     arriero = Opset(DOMAIN, VERSION)
 
     def grouped_query_attention(  # type: ignore[no-untyped-def]

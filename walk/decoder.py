@@ -1,10 +1,10 @@
 """The decoder walked layer by layer over whole sequences, each tensor in float32 and read when it is needed.
 
 Enters: a model's stored tensors and hidden states. Leaves: the next layer's hidden states, and on the way what every
-product takes in, told to an observer. Memory holds one linear or one expert at a time besides the hidden states, which
+product takes in, given to an observer. Memory holds one linear or one expert at a time besides the hidden states, which
 may be mapped files; it does not grow with depth.
 
-Shapes: W sequences ("windows") of S tokens each, T tokens (W·S), otherwise as in `llama4`.
+Shapes: W sequences ("windows") of S tokens each, T tokens (W·S), otherwise as in `export.llama4`.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,11 +28,11 @@ Hidden = NDArray[np.float32]
 """Hidden states [W, S, H], in memory or in a mapped file."""
 
 Observe = Callable[[str, Tensor], None]
-"""Told the name of a product's input and its rows [N, K]."""
+"""Called with the name of a product's input and its rows [N, K]."""
 
 
 def ignore(name: str, x_NK: Tensor) -> None:
-    """An observer of nothing."""
+    """An observer that does nothing."""
 
 
 def embed(
@@ -142,7 +142,7 @@ class LayerWalk:
         return self.router_logits_TE.topk(self.spec.experts_per_token, dim=1).indices
 
     def expert_inputs(self, expert: int, tokens_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What an expert takes in: some of the tokens at a time, and their normed states times their scores [N, H]."""
+        """An expert's input: some of the tokens at a time, and their normed states times their scores [N, H]."""
         norm = self.weight("post_attention_layernorm.weight")
         attended_TH = self.attended.reshape(-1, self.spec.hidden_size)
         for part_N in tokens_N.split(TOKENS):
@@ -158,7 +158,7 @@ class LayerWalk:
             expert: Its number.
             gate_up: Its weight [H, 2I].
             down: Its weight [I, H].
-            observe: Told of what its products take in.
+            observe: Called with the inputs of its products.
             all_tokens: Whether it sees every token, for the observer only.
 
         Returns:

@@ -1,4 +1,4 @@
-"""An already quantised checkpoint: what each of its tensors is to the graph, and the recipe that it amounts to.
+"""The inventory of an already quantised checkpoint: the role of each tensor, and the recipe that they amount to.
 
 Enters: a checkpoint's tensors, its geometry and its `Scheme`. Leaves: a `Prequantised`, which holds the tensors that
 are not quantised under `plain`, the others as the graph reads them. The scales are the checkpoint's own.
@@ -27,10 +27,10 @@ TensorShapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prequantised:
-    """What was found.
+    """An already quantised checkpoint's tensors, sorted.
 
     Attributes:
-        scheme: What the configuration says.
+        scheme: The configuration's description of the quantisation.
         recipe: How the model is quantised.
         tensors: The quantised weights and their scales.
         plain: The checkpoint's other tensors, not yet checked.
@@ -53,8 +53,8 @@ def find_quantised(
         found: The text decoder's tensors.
         expected: Names and shapes that they would have unquantised.
         spec: Geometry.
-        prefix: What the names begin with.
-        scheme: What the configuration says.
+        prefix: Beginning of the names.
+        scheme: The configuration's description of the quantisation.
 
     Raises:
         CheckpointError: A scale is missing or none, or a weight is stored as Arriero does not take it.
@@ -214,7 +214,7 @@ def recipe_of(
 
 
 def _override(pattern: str, group: WeightGroup | None, first: WeightGroup) -> Override:
-    """What the recipe says otherwise of some units."""
+    """The recipe's exception for some units."""
     if group is None:
         return Override(pattern=pattern, format="none")
     given = Override(pattern=pattern, format=group.format)

@@ -1,7 +1,7 @@
 """The tensors of a quantised model that its checkpoint does not hold as the graph reads them, written anew.
 
-Enters: `StoredWeight`s. Leaves: for each linear and each layer's experts the tensors that the graph reads, some that lie
-in the checkpoint as they are and others to be made; and files of the latter. Values are moved, turned and packed, never
+Enters: `StoredWeight`s. Leaves: for each linear and each layer's experts the tensors that the graph reads, some in the
+checkpoint as they lie there and others to be made; and files of the latter. Values are moved, turned and packed, never
 rounded; scales are widened, but for those of int4 linears, which take the graph's type. No more than one expert or one
 linear is held in memory.
 """
@@ -41,8 +41,8 @@ class GraphTensors:
     """The tensors that a graph reads.
 
     Attributes:
-        in_place: Those that lie in the checkpoint as they are.
-        made: Those to be written.
+        in_place: Tensors that lie in the checkpoint as they are.
+        made: Tensors to be written.
     """
 
     in_place: dict[str, CheckpointTensor] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class GraphTensors:
         self.made[name] = MadeTensor(dtype="F32", shape=values.shape, pieces=lambda: iter([values]))
 
     def copied(self) -> "GraphTensors":
-        """The same tensors, none of them in place."""
+        """All of the tensors as copies, none of them in place."""
         copies = {
             name: MadeTensor(dtype=t.region.dtype, shape=t.region.shape, pieces=_copy(t))
             for name, t in self.in_place.items()
@@ -203,7 +203,7 @@ def write_made(path: Path, tensors: Mapping[str, MadeTensor]) -> None:
 
 
 def _copy(tensor: CheckpointTensor) -> Callable[[], Iterator[Array]]:
-    """What yields a tensor's bytes."""
+    """A function that yields a tensor's bytes."""
 
     def pieces() -> Iterator[Array]:
         region = tensor.region

@@ -1,8 +1,8 @@
-"""What a checkpoint says of its own quantisation, or a clear refusal.
+"""A checkpoint's description of its own quantisation, or a clear refusal.
 
 Enters: the `config.json` of a checkpoint, and ModelOpt's `hf_quant_config.json` where there is one. Leaves: a `Scheme`,
 or None where nothing is quantised. It says how activations are quantised and what the weights' formats may be; which
-weights are quantised is told by the types they are stored in, since the lists of modules left out are written in the
+weights are quantised shows in the types they are stored in, since the lists of modules left out are written in the
 names of whichever library wrote them.
 """
 
@@ -28,7 +28,7 @@ class WeightGroup:
     """Weights that are quantised alike.
 
     Attributes:
-        format: What they are stored as.
+        format: Format that they are stored in.
         activations: One scale a tensor, which the checkpoint holds, or one a token; of no meaning in `int4`.
         group_size: Inputs that share a scale in `int4`.
         targets: Names, patterns behind `re:`, or classes of the modules.

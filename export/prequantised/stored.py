@@ -1,7 +1,8 @@
 """The weights of an already quantised checkpoint as its library stores them, found and checked.
 
 Enters: a checkpoint's tensors and its `Scheme`. Leaves: a `StoredWeight` for each linear and each expert's or each
-stack of experts' product: weight and scales of known shapes, every scale positive and finite. Of the weights no data is read.
+stack of experts' product: weight and scales of known shapes, every scale positive and finite. No data of the weights is
+read.
 """
 
 import math
@@ -34,7 +35,7 @@ READ = {
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
 }
-"""What is read of each type: 8-bit values as bytes, since they are moved and not computed with."""
+"""Numpy's type to read each type as: 8-bit values as bytes, since they are moved and not computed with."""
 
 UNSUPPORTED = {
     "weight_g_idx": "act-order shuffles the inputs of groups: quantise without it, or with actorder weight",
@@ -83,7 +84,7 @@ class StoredWeight:
         weight: Values [N, K], packed [N, K / 8] in `int4`; of stacked experts [E, K, N].
         outputs: N.
         scale: The weight's scales; None in `none`.
-        input_scale: Of its input, where that is static.
+        input_scale: Scale of its input, where that is static.
         group: How it is quantised; None in `none`.
     """
 
