@@ -5,19 +5,17 @@ log says of its layers and its memory. Types are those of the graph, strongly; a
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
+from ..spec.types import Progress
 from .network import Network
 from .profiles import Shapes
 from .target import Target
 from .tensorrt_library import make_log
-
-Progress = Callable[[str, int, int], None]
-"""Told the phase, the steps done, and the steps in all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

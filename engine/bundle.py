@@ -17,8 +17,7 @@ from ..files.folders import SPEC, carry_files, check_whole, find_files, read_spe
 from ..files.output import check_apart, check_free, copy_sparse, new_folder
 from ..spec.folder import FolderSpec
 from ..spec.stored_weights import WeightFile
-from ..spec.types import BITS
-from .builder import Progress
+from ..spec.types import BITS, Progress
 from .cpu_lowering import lower_for_cpu, lower_tower_for_cpu
 from .packed import write_packed
 from .target import Target, parse_target

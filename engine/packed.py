@@ -15,9 +15,8 @@ import numpy as np
 
 from ..files.safetensors import encode_header, identity
 from ..plugins.cpu.panels import lay_out
-from ..plugins.narrow_types import FORMAT_NAMES
 from ..spec.stored_weights import Weight, WeightFile
-from ..spec.types import BITS
+from ..spec.types import BITS, CODES
 
 FILE = "weights.safetensors"
 
@@ -57,8 +56,8 @@ def _order(weight: Weight) -> int:
 def _type(weight: Weight) -> str:
     """What the file calls the type that a weight is written in."""
     if weight.layout == "panels":
-        return FORMAT_NAMES["uint8"]
-    return FORMAT_NAMES[weight.dtype if weight.layout == "rows" else weight.convert]
+        return CODES["uint8"]
+    return CODES[weight.dtype if weight.layout == "rows" else weight.convert]
 
 
 def _shape(weight: Weight) -> tuple[int, ...]:

@@ -23,7 +23,8 @@ from ..plugins.moe.plugin import PLUGIN as MOE
 from ..plugins.tensorrt_plugin import register
 from ..spec.built_engine import Binary, EngineSpec, Profile, TowerEngine
 from ..spec.folder import FolderSpec, VisionPart
-from .builder import Built, Progress, build_engine
+from ..spec.types import Progress
+from .builder import Built, build_engine
 from .fused_layers import read_layers
 from .network import Choices, Network, Placement, lower_for_tensorrt, lower_tower_for_tensorrt
 from .profiles import Shapes, decoder_profiles, decoder_shapes, tower_shapes

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from .nodes import Nodes, cast, ints, number
+from .nodes import Nodes, cast, ints, number, onnx_type
 from .quantisation import LARGEST
 
 FLOAT = ir.DataType.FLOAT
-STORED = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN, "int4": ir.DataType.INT4}
+STORED = {kind: onnx_type(kind) for kind in ("int8", "fp8", "int4")}
 KINDS = {dtype: kind for kind, dtype in STORED.items()}
 
 

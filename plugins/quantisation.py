@@ -6,17 +6,15 @@ contract names. Leaves: arrays of the stored type, or float64 values that they s
 
 from typing import Any, Literal
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - makes its types known to numpy
 import numpy as np
 from numpy.typing import NDArray
 
+from ..spec.types import TYPES
+
 Kind = Literal["none", "int8", "fp8", "int4"]
 
-STORED: dict[str, np.dtype[Any]] = {
-    "int8": np.dtype(np.int8),
-    "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
-    "int4": np.dtype(ml_dtypes.int4),
-}
+STORED: dict[str, np.dtype[Any]] = {kind: np.dtype(TYPES[kind].numpy) for kind in ("int8", "fp8", "int4")}
 """The numpy type of each kind; ONNX packs two of `int4` into a byte, the first in the low half."""
 
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
