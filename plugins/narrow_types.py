@@ -14,7 +14,7 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "fp8": np.dtype(np.uint8),
     "int4": np.dtype(np.uint8),
 }
-"""How numpy holds each type: bfloat16 and E4M3 as bits; two of the 4-bit integers lie in a byte, the first low."""
+"""Numpy's types of the stored ones: bfloat16 and E4M3 as bits; a byte holds two 4-bit integers, the first low."""
 
 FORMAT_NAMES = {
     "float32": "F32",
@@ -25,7 +25,7 @@ FORMAT_NAMES = {
     "fp8": "F8_E4M3",
     "int4": "U8",
 }
-"""What safetensors files call each type; two of the 4-bit integers lie in a byte."""
+"""Names of the types in safetensors files; two of the 4-bit integers lie in a byte."""
 
 PIECE = 1 << 20
 """Elements widened at a time, so that the piece stays in the processor's cache."""
