@@ -37,7 +37,7 @@ class Rule(Enum):
     INT8_STATIC = 2
     """The kernel rounds activations by the graph's static scale."""
     INT4 = 3
-    """The kernel rounds activations to int8, each 32 inputs by their own scale; the graph's stay as they are."""
+    """The kernel rounds activations to int8, each 32 inputs (or fewer, within a group) by their own scale."""
     FP8 = 4
     """Activations and weights are the float32 values that E4M3 stands for; a token's own scale stays in the graph."""
     FLOAT_IN_PANELS = 5

@@ -42,7 +42,7 @@ class Choices:
 
     Attributes:
         gqa: `plugin` or `native`; None takes the plugin where its kernels take the model's type.
-        placement: Which weights become network inputs: none, the experts, or all large ones.
+        placement: The weights that become network inputs: none, the experts, or all large ones.
         max_seq: Positions that a sequence may hold.
     """
 

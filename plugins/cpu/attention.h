@@ -102,8 +102,8 @@ inline void transpose(Floats* rows) {
     for (int i = 0; i < LANES; i++) rows[i] = turned[i];
 }
 
-// A block's keys [slots, D] as columns, [D, SLOTS]; slots beyond `count` are zero. The block's values and the next one's
-// keys, which are read next, are asked for on the way: rows this far apart are no stream that a processor would see.
+// A block's keys [slots, D] as columns, [D, SLOTS]; slots beyond `count` are zero. The block's values and the next
+// block's keys, which are read next, are asked for on the way: a processor would see no stream in rows this far apart.
 template <Cached CACHE>
 inline void columns_of_keys(const Attention& call, int64_t place, int64_t count, float* columns) {
     const int64_t size = call.head_dim, slot_size = call.slot_size(), padded = divided_up(size, GROUP) * GROUP;
@@ -183,7 +183,7 @@ inline float weigh(float* scores, int64_t seen, float& largest, float& total) {
     Floats sum = {};
     for (int64_t slot = 0; slot < SLOTS; slot += LANES) {
         const Floats part = load<Floats>(scores + slot);
-        const Floats weights = part <= LOWEST ? Floats{} : exponential(part - now);  // of a NaN a NaN
+        const Floats weights = part <= LOWEST ? Floats{} : exponential(part - now);  // a NaN stays one
         store(scores + slot, weights);
         sum += weights;
     }

@@ -42,7 +42,7 @@ STAGES = 3
 """Stages of the pipeline that loads keys and values: with fewer, nothing is loaded while the tensor cores work."""
 
 MODULE = "arriero.plugins.gqa.kernel"
-"""Where the kernels' Triton functions are."""
+"""Module of the kernels' Triton functions."""
 
 STORED = {"int8": "i8", "fp8": "fp8e4nv"}
 """Triton's types of quantised caches."""
@@ -82,7 +82,7 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """How one specialisation of `attend` works: stacked queries a program, slots a step, warps."""
+    """The work of one specialisation of `attend`: stacked queries a program, slots a step, warps."""
 
     rows: int
     slots: int
@@ -108,7 +108,7 @@ def tiles(capability: int, quantised: bool) -> dict[Form, Tile]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """How a call is spread over the GPU: the form of `attend`, and its splits (1 where it is not split)."""
+    """The spread of a call over the GPU: the form of `attend`, and its splits (1 where it is not split)."""
 
     form: Form
     splits: int = 1

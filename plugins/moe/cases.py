@@ -35,7 +35,7 @@ class Case:
 
     @property
     def weights(self) -> int:
-        """How many experts' weights the inputs hold."""
+        """Number of experts whose weights the inputs hold."""
         return self.experts if self.held is None else self.held
 
     def inputs(self) -> dict[str, np.ndarray[Any, Any]]:

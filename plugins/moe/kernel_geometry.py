@@ -71,7 +71,7 @@ class Geometry:
 
     @property
     def kind(self) -> str:
-        """How the weights are stored, in the attributes' words."""
+        """Format of the stored weights, in the attributes' words."""
         return self.attributes.quantisation
 
     @property
@@ -81,7 +81,7 @@ class Geometry:
 
     @property
     def dynamic(self) -> bool:
-        """Whether they are by each token's own scale."""
+        """Whether activations are quantised by each token's own scale."""
         return self.rounded and not self.static
 
     @property

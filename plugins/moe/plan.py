@@ -19,7 +19,7 @@ from ..launch import Buffer, Kernel, Launch, ceil_divide, power_of_two
 from .kernel_geometry import Geometry
 
 MODULE = "arriero.plugins.moe.kernel"
-"""Where the kernels' Triton functions are."""
+"""Module of the kernels' Triton functions."""
 
 FEW = 16
 """Most pairs of the first way: the rows of the smallest tile that tensor cores multiply."""
@@ -36,7 +36,7 @@ PROGRAMS = 264
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """How one program computes a product: rows, columns and a step of depth; warps, and steps in flight."""
+    """The part of a product that a program computes: rows, columns and a step of depth; warps, and steps in flight."""
 
     rows: int
     columns: int
@@ -297,7 +297,7 @@ def tiles(geometry: Geometry, capability: int) -> dict[str, Tile]:
 
 
 def parts(depth: int, width: int, tile: Tile) -> int:
-    """Into how many parts the first way cuts a weight's depth: none has fewer than eight steps."""
+    """Parts into which the first way cuts a weight's depth: none has fewer than eight steps."""
     count = 1
     while count * ceil_divide(width, tile.columns) < PROGRAMS and depth >= 16 * count * tile.depth:
         count *= 2
