@@ -57,7 +57,7 @@ class Supply:
 
         Args:
             source: The weight.
-            index: Which part; None is the whole.
+            index: The part's number; None is the whole.
             shape: Shape to read it in; None is its own.
         """
         tensor = source.const_value

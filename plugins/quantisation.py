@@ -1,4 +1,4 @@
-"""What quantising means in Arriero's ops, in numpy: symmetric, round to nearest even, saturating.
+"""The meaning of quantising in Arriero's ops, in numpy: symmetric, round to nearest even, saturating.
 
 A stored value `q` stands for `q * scale`. Scales are float32 and positive; they lie along the axes that each op's
 contract names. Leaves: arrays of the stored type, or float64 values that they stand for.
@@ -51,7 +51,7 @@ def dequantise(stored: NDArray[Any], scale: NDArray[Any]) -> NDArray[np.float64]
 def fake_quantise(
     x_TK: NDArray[Any], scale: NDArray[Any] | float | None, kind: str, bound: float = 0.0
 ) -> NDArray[np.float64]:
-    """What activations [T, K] become on their way into a quantised product.
+    """Activations [T, K] rounded to the values that they have in a quantised product.
 
     Args:
         x_TK: Activations.
