@@ -108,7 +108,7 @@ def check(
 
     Args:
         candidate: A checkpoint, a model, or a bundle.
-        reference: The same, or a golden file.
+        reference: A checkpoint, a model, a bundle, or a golden file.
         data: Text files, or token ids [W, S]; nothing for a golden file, which has its own.
         samples: Windows of text at most.
         window: Tokens of a window; None is two chunks and a quarter of the model's attention.

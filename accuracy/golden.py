@@ -55,7 +55,7 @@ class Golden:
         tokenizer: Fingerprint of its tokenizer.
         format: How it is quantised, `none` where it is not.
         ids_WS: The tokens.
-        is_image_WS: Which of them belong to images; None, as the next three, where there are no images.
+        is_image_WS: Whether a token belongs to an image; None, as the next three, where there are no images.
         tiles_W: How many tiles each window's images have.
         pixels_N3PP: All tiles, so that a later check needs no images.
         vision: Geometry of the vision tower.
@@ -127,7 +127,7 @@ def beginnings(is_image_WS: NDArray[np.bool_]) -> tuple[int, list[int]]:
     """Windows that are continued greedily, and after how many tokens: the fewest at which most are in no image.
 
     Args:
-        is_image_WS: Which tokens belong to images; where none do, the first windows are taken after `prompt_length`.
+        is_image_WS: Whether a token is an image's; where none is, the first windows are taken after `prompt_length`.
     """
     windows, length = is_image_WS.shape
     shortest, enough = prompt_length(length), min(PROMPTS, windows)

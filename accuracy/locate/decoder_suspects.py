@@ -42,7 +42,7 @@ def blame(reading: Reading, reference: TorchDecoder, candidate: DecoderUnits, x_
             return suspects.sum_of_parts()
         case unit if unit.endswith("down_proj"):
             return suspects.feed_forward(unit)
-    return suspects.read_through(reading.unit, norm_of(reading.unit)) or suspects.input_or_op(reading.unit)
+    return suspects.read_through(reading.unit) or suspects.input_or_op(reading.unit)
 
 
 def blame_ends(reading: Reading, reference: TorchDecoder, candidate: DecoderUnits) -> Blame:
@@ -55,11 +55,6 @@ def blame_ends(reading: Reading, reference: TorchDecoder, candidate: DecoderUnit
             full = reference.weights.full_names[f"{name}.weight"]
             return Blame(kind="tensor", op="Gather" if unit == "embed_tokens" else "MatMul", name=full, why=why)
     return Blame(kind="op", op="MatMul", name=unit, why="its weights are right, what is computed from them is not")
-
-
-def norm_of(unit: str) -> str:
-    """The norm before a unit's half."""
-    return "input_layernorm" if unit.startswith("self_attn") else "post_attention_layernorm"
 
 
 class _Suspects(Evidence):
@@ -142,7 +137,7 @@ class _Suspects(Evidence):
 
     def _either(self, before: str, after: str) -> Blame:
         """Which of two linears is wrong, between whose channels a quantiser may have moved powers of two."""
-        ours_before, ours_after, _ = self.without_moved(before, after, norm_of(before))
+        ours_before, ours_after, _ = self.without_moved(before, after)
         for unit, ours in ((before, ours_before), (after, ours_after)):
             if why := describe(self.theirs(f"{unit}.weight"), ours, self.explained):
                 return self.tensor_blame("MatMul", f"{unit}.weight", why)

@@ -28,7 +28,7 @@ Mistake = tuple[str, str, Callable[[], Tensor]]
 
 
 class Evidence:
-    """One layer's.
+    """The tensors of one layer on both sides, under suspicion.
 
     Args:
         reading: The unit that is out of line.
@@ -79,9 +79,10 @@ class Evidence:
         """The powers of two, [K], by which a quantiser has multiplied columns of a linear."""
         return moved_octaves(theirs_NK, ours_NK) if self.is_rounded else torch.zeros(ours_NK.shape[1])
 
-    def read_through(self, unit: str, norm: str) -> Blame | None:
+    def read_through(self, unit: str) -> Blame | None:
         """A linear's weight read through its norm, whose channels a quantiser may divide."""
-        ratio_K, name = self.norm_ratio(norm), f"{unit}.weight"
+        norm, name = norm_of(unit), f"{unit}.weight"
+        ratio_K = self.norm_ratio(norm)
         theirs, ours = self.theirs(name), self.ours(name)
         through = times_columns(ours, ratio_K)
         head_dim = self.heads[1] if unit in ("self_attn.q_proj", "self_attn.k_proj") else None
@@ -104,21 +105,18 @@ class Evidence:
         """Another unit whose weight it is."""
         return None
 
-    def without_moved(self, before: str, after: str, norm: str) -> tuple[Tensor, Tensor, Tensor]:
+    def without_moved(self, before: str, after: str) -> tuple[Tensor, Tensor, Tensor]:
         """The candidate's weights of two linears, powers of two that were moved between their channels taken back.
 
         Args:
             before: The first linear, which reads a norm.
             after: The second linear, behind an attention or an activation.
-            norm: The norm.
 
         Returns:
             Both weights, and the factors that the first one's rows were divided by.
         """
-        before_NK, after_NK = (
-            times_columns(self.ours(f"{before}.weight"), self.norm_ratio(norm)),
-            self.ours(f"{after}.weight"),
-        )
+        before_NK, after_NK = self.ours(f"{before}.weight"), self.ours(f"{after}.weight")
+        before_NK = times_columns(before_NK, self.norm_ratio(norm_of(before)))
         factor_K = torch.exp2(self.moved(self.theirs(f"{after}.weight"), after_NK))
         after_NK = after_NK / factor_K
         if before == "self_attn.v_proj":
@@ -155,6 +153,11 @@ class Evidence:
     def op_blame(self, op: str, unit: str, why: str = INPUT_OR_OP) -> Blame:
         """A unit's op is wrong as a whole."""
         return Blame(kind="op", op=op, name=self.full(unit), why=why)
+
+
+def norm_of(unit: str) -> str:
+    """The norm before a unit's half of a layer."""
+    return "input_layernorm" if unit.startswith("self_attn") else "post_attention_layernorm"
 
 
 def explained_by(reading: Reading) -> float:

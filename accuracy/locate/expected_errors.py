@@ -1,7 +1,7 @@
 """How far a recipe's rounding alone takes each unit's output away from the exact one.
 
-Enters: the inputs of the reference's units, its weights, and the recipe. Leaves: relative errors to be expected of plain
-rounding (largest magnitudes as clips, nothing smoothed or corrected) at the same inputs.
+Enters: the inputs of the reference's units, its weights, and the recipe. Leaves: relative errors to be expected of
+plain rounding (largest magnitudes as clips, nothing smoothed or corrected) at the same inputs.
 """
 
 import math
@@ -38,7 +38,7 @@ def expected_errors(layers: TorchDecoder, index: int, recipe: Recipe | None) -> 
 
     Args:
         layers: The reference's.
-        index: Which layer.
+        index: Number of the layer.
         recipe: The candidate's; None leaves arithmetic alone.
     """
     expected = _Expected(layers, index, recipe)
@@ -90,7 +90,7 @@ class _Expected:
         )
 
     def experts(self) -> float:
-        """The error of the expert that most tokens chose, as an example: both products and the rounding between them."""
+        """The error of the expert that most tokens chose: both products, and the rounding between them."""
         walk, unit = self.layers.walk, "feed_forward.experts"
         if rounding(self.recipe, self._full(unit)) is None:
             return ARITHMETIC

@@ -17,14 +17,12 @@ from ...export.llama4_tower import attend_patches, rotate_patches, turns
 from ...spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ...spec.geometry import VISION_LAYERS
 from ...walk.tower import normed
-from .evidence import DROPPED, FLOATS_DIFFER, Evidence, Mistake
+from .evidence import DROPPED, FLOATS_DIFFER, Evidence, Mistake, norm_of
 from .location import STEM, Blame, Reading
+from .part_walk import in_second_half, run_half
 from .tower_units import TorchTower, TowerUnits
 from .units import Hidden, Units
 from .weight_differences import ALIKE, describe, difference, half_split
-
-NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
-"""The norm before each half of a layer."""
 
 TENSORS = {
     PATCHES: (f"{PATCHES}.weight",),
@@ -61,7 +59,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "it is a ReLU, not a GELU": relu,
     "it is left out": lambda x: x,
 }
-
 
 UNKNOWN = "its weights are right: what it computes is no mistake that is known"
 
@@ -115,17 +112,15 @@ class _Suspects(Evidence):
             return tower.stem(self.given)
         if self.unit in TENSORS:
             return tower.head(self.given)
-        if self.unit.startswith("mlp.") or self.unit == "out":
-            return tower.feed(self.index, self.given)
-        return tower.attend(self.index, self.given)
+        return run_half(tower, "feed" if in_second_half(self.unit) else "attend", self.index, self.given)
 
     # Units
 
     def first_linear(self) -> Blame:
         """A linear whose input is the layer's norm."""
-        norm = NORMS[self.unit.partition(".")[0]]
+        norm = norm_of(self.unit)
         return (
-            self.read_through(self.unit, norm)
+            self.read_through(self.unit)
             or self._tensor(f"{norm}.bias", over_K=self.norm_ratio(norm))
             or self._tensor(f"{self.unit}.bias")
             or self._linear(normed(self.our_weights, self.full(norm), self._rows()))
@@ -210,7 +205,7 @@ class _Suspects(Evidence):
     def _value_or_output(self) -> Blame | None:
         """The linear of values or of the output, between whose channels a quantiser may have moved powers of two."""
         value, output = "self_attn.v_proj", "self_attn.o_proj"
-        value_NK, output_NK, factor_N = self.without_moved(value, output, NORMS["self_attn"])
+        value_NK, output_NK, factor_N = self.without_moved(value, output)
         return (
             self._tensor(f"{value}.weight", value_NK)
             or self._tensor(f"{value}.bias", over_K=1 / factor_N)
