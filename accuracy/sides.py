@@ -29,7 +29,8 @@ from ..runtime.state import Limits
 from ..runtime.text import Text, read_defaults
 from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.recipe import Recipe
-from ..walk.decoder import Hidden, LayerWalk, Weights, embed, open_head
+from ..walk.decoder import Hidden, LayerWalk, embed, open_head
+from ..walk.numbers import Weights
 from ..walk.tower import encode_tiles
 from ..walk.windows import Windows
 from .lowered_graph import LoweredGraph

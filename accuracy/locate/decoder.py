@@ -23,8 +23,8 @@ from ...runtime.backends.onnxruntime_decoder import CACHE_DTYPES, LONGEST_PIECE,
 from ...runtime.backends.onnxruntime_graph import open_graph
 from ...runtime.pieces import cut
 from ...spec.geometry import LayerSpec, ModelSpec
-from ...walk.decoder import LayerWalk, Observe, Weights, embed, open_head
-from ...walk.numbers import FolderWeights
+from ...walk.decoder import LayerWalk, Observe, embed, open_head
+from ...walk.numbers import FolderWeights, Weights
 from ..lowered_graph import Part
 from ..sides import CheckpointSide, FolderSide, Side
 
