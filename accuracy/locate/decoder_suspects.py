@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from ...spec.geometry import LayerSpec, ModelSpec
-from ...walk.decoder import Weights
+from ...walk.numbers import Weights
 from .decoder_units import CUSTOM, DecoderUnits, TorchDecoder
 from .evidence import DROPPED, Evidence, Mistake, explained_by
 from .location import Blame, Reading

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...runtime.backends.onnxruntime import CACHE_DTYPES, LONGEST_PIECE, Caches
+from ...runtime.backends.onnxruntime_decoder import CACHE_DTYPES, LONGEST_PIECE, HostCaches
 from ...runtime.pieces import cut
 from ...spec.geometry import LayerSpec, ModelSpec
-from ...walk.decoder import LayerWalk, Weights, embed, open_head
+from ...walk.decoder import LayerWalk, embed, open_head
+from ...walk.numbers import Weights
 from ..sides.folder_side import FolderSide
 from ..sides.side import Side
 from .subgraphs import Subgraphs, nothing
@@ -166,7 +167,7 @@ class OrtDecoder:
         given = next(value for value in session.get_inputs() if value.name == f"past.{caches[0]}")
         room = len(x_SH) + layer.chunk  # more than is needed, so that a wrong chunk writes nowhere else
         alone = dataclasses.replace(self.spec, layers=(dataclasses.replace(layer, chunk=0),))
-        buffers = Caches(alone, 1, room, given.type, given.shape[3])
+        buffers = HostCaches(alone, 1, room, given.type, given.shape[3])
         io = session.io_binding()
         kept = []
         for cache, buffer in zip(caches, buffers.buffers.values(), strict=True):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...walk.decoder import Weights
+from ...walk.numbers import Weights
 from .location import Blame, Reading
 from .weight_differences import ALIKE, HALVES, describe, difference
 

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ...runtime.backends.mapped_weights import map_weights
-from ...runtime.backends.onnxruntime import open_graph
+from ...runtime.backends.onnxruntime_graph import open_graph
 from ...walk.numbers import FolderWeights
 from ..lowered_graph import LoweredGraph
 from ..sides.folder_side import FolderSide

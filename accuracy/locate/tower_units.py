@@ -18,8 +18,8 @@ from torch.nn.functional import linear
 from ...export.llama4_tower import split_patches
 from ...spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ...spec.geometry import VISION_LAYERS, VisionSpec
-from ...walk.decoder import Weights
-from ...walk.tower import Pixels, VisionLayerWalk, embed_tiles, project
+from ...walk.numbers import Weights
+from ...walk.tower import Pixels, TowerLayerWalk, embed_tiles, project
 from ..sides.checkpoint_side import CheckpointSide
 from ..sides.folder_side import FolderSide
 from ..sides.side import Side
@@ -125,10 +125,10 @@ class TorchTower:
         """Releases the pages read so far."""
         self.weights.release()
 
-    def _walk(self, index: int, attended_NSC: Hidden) -> VisionLayerWalk:
-        return VisionLayerWalk(self.vision, index, self.weights, attended_NSC, np.empty_like(attended_NSC))
+    def _walk(self, index: int, attended_NSC: Hidden) -> TowerLayerWalk:
+        return TowerLayerWalk(self.vision, index, self.weights, attended_NSC, np.empty_like(attended_NSC))
 
-    def _product(self, walk: VisionLayerWalk, unit: str) -> Tensor:
+    def _product(self, walk: TowerLayerWalk, unit: str) -> Tensor:
         return linear(self.inputs[PRODUCTS[unit]], walk.weight(f"{unit}.weight"), walk.weight(f"{unit}.bias"))
 
 

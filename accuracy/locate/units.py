@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...walk.decoder import Observe, Weights
-from ...walk.numbers import FolderWeights
+from ...walk.decoder import Observe
+from ...walk.numbers import FolderWeights, Weights
 from ..sides.checkpoint_side import CheckpointSide
 from ..sides.folder_side import FolderSide
 from ..sides.side import Side

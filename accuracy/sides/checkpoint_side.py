@@ -17,7 +17,8 @@ from ...errors import AccuracyError
 from ...export.checkpoint import open_checkpoint
 from ...spec.recipe import Recipe
 from ...spec.types import Progress
-from ...walk.decoder import Hidden, LayerWalk, Weights, embed, open_head
+from ...walk.decoder import Hidden, LayerWalk, embed, open_head
+from ...walk.numbers import Weights
 from ...walk.tower import encode_tiles
 from ...walk.windows import Windows
 from .side import Block, in_order

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from ...errors import AccuracyError
 from ...files.folders import check_whole, find_files, read_spec
-from ...loading import cpu_graph, cpu_vision_graph, load, open_vision
+from ...loading import cpu_decoder_graph, cpu_tower_graph, load, open_tower
 from ...runtime.backends.mapped_weights import map_weights
-from ...runtime.backends.onnxruntime import Decoder
+from ...runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
 from ...runtime.session import Session
 from ...runtime.state import Limits
 from ...runtime.text import Text, read_defaults
@@ -86,8 +86,8 @@ class FolderSide:
         part = self.folder.vision
         if part is None or not len(windows.pixels_N3PP):
             return None
-        vision = open_vision(self.path, self.folder, part, Text(self.path), self.files, self.threads)
-        return vision.encode(windows.pixels_N3PP.astype(np.float32))
+        tower = open_tower(self.path, self.folder, part, self.files, self.threads)
+        return tower.encode(windows.pixels_N3PP.astype(np.float32))
 
     def _features(
         self, session: Session, windows: Windows, window: int, prompt: int | None = None
@@ -121,7 +121,7 @@ class FolderSide:
         from ..lowered_graph import LoweredGraph
 
         self._check_open()
-        return LoweredGraph(*cpu_graph(self.path, self.folder))
+        return LoweredGraph(*cpu_decoder_graph(self.path, self.folder))
 
     @cached_property
     def lowered_tower(self) -> "LoweredGraph":
@@ -134,7 +134,7 @@ class FolderSide:
 
         self._check_open()
         assert self.folder.vision is not None
-        return LoweredGraph(*cpu_vision_graph(self.path, self.folder, self.folder.vision))
+        return LoweredGraph(*cpu_tower_graph(self.path, self.folder, self.folder.vision))
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -158,8 +158,8 @@ class FolderSide:
             names = [name for index in layers if (name := graph.output_of(f"layers.{index}/feed_forward.router"))]
             content, weights, flags = graph.watching(names), graph.weights, graph.flags
         else:
-            content, weights, flags = cpu_graph(self.path, self.folder)
-        decoder = Decoder(
+            content, weights, flags = cpu_decoder_graph(self.path, self.folder)
+        decoder = OnnxRuntimeDecoder(
             content,
             map_weights(weights, self.files),
             self.path,
@@ -170,8 +170,8 @@ class FolderSide:
             watch=self._watch,
         )
         limits, text, part = Limits.of(self.spec, positions, None), Text(self.path), self.folder.vision
-        vision = None if part is None else open_vision(self.path, self.folder, part, text, self.files, self.threads)
-        return Session(decoder, text, read_defaults(self.path), limits, vision)
+        tower = None if part is None else open_tower(self.path, self.folder, part, self.files, self.threads)
+        return Session(decoder, text, read_defaults(self.path), limits, tower)
 
     def _watch(self, values: dict[str, NDArray[np.float32]]) -> None:
         self.routed = list(values.values())
