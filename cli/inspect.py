@@ -25,7 +25,7 @@ def inspect(
 
         found = summarise(folder, every_layer=layers, max_seq=max_seq, batch=batch)
         for file in read_spec(folder).weight_files:
-            terminal.detail(f"{file.path} ({size(file.size)})")
+            terminal.detail(f"{file.path or folder / file.name} ({size(file.size)})")
         if as_json:
             print(json.dumps(found))
         else:

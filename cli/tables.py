@@ -209,7 +209,6 @@ KINDS = {
     "norms": r"norms",
     "tower attention": r"vision_model\.model\.layers\.\d+\.self_attn\.",
     "tower MLPs": r"vision_model\.model\.layers\.\d+\.mlp\.",
-    "tower norms": r"vision_model\..*(norm|layernorm_pre|layernorm_post)",
     "tower, others": r"vision_model\.|multi_modal_projector\.",
 }
 """Kinds of weights in the order of their table, and how their names begin; the first that matches holds."""

@@ -80,8 +80,8 @@ class Terminal:
         """A progress bar where stderr is a terminal. Yields what stages report to: phase, done, total.
 
         Args:
-            title: What is being done.
-            unit: What is counted, where its speed is worth showing.
+            title: Name of the work.
+            unit: Unit that is counted, where its speed is worth showing.
         """
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -122,7 +122,7 @@ class Speed:
     """Units a second since the first report.
 
     Args:
-        unit: What is counted; empty shows no speed.
+        unit: Unit that is counted; empty shows no speed.
     """
 
     def __init__(self, unit: str) -> None:
@@ -141,7 +141,7 @@ class Phases:
     """The phases of a stage, each with its seconds once it has ended.
 
     Args:
-        title: What is being done.
+        title: Name of the work.
         show: Called with a line.
     """
 
