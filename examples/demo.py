@@ -51,7 +51,7 @@ def write_data() -> None:
 
 
 def verdicts() -> Table:
-    """What quantising costs, side by side."""
+    """Table of what quantising costs, side by side."""
     table = Table("model", "weights, MB", "perplexity", "rise", "KL, nats", "verdict", title="On held-out text")
     found = {
         name: json.loads((ROOT / "demo" / f"{name}-check" / "verdict.json").read_text()) for name in ("int8", "fp8")
@@ -67,7 +67,7 @@ def verdicts() -> Table:
 
 
 def megabytes(folder: Path) -> str:
-    """Of a folder's weights."""
+    """Megabytes of a folder's weights."""
     return f"{sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 1e6:.1f}"
 
 
