@@ -13,6 +13,7 @@ without looking for dependencies, and refuses a file whose hash is not listed. T
   own (`cuda`), which is installed where the torch that was installed asks for them.
 """
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "requirements.lock"
 PARTS = {"demo": ("accuracy", "calibration", "tensorrt"), "test": ("test",)}
-"""The extras of each part; a part adds to those before it."""
+"""The extras of each part. A package stands in the first part that needs it: the parts are installed in this order."""
 
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 ABOUT = """\
@@ -112,13 +113,11 @@ def resolve(*arguments: str | Path, requirements: str = "") -> dict[str, str]:
 
 
 def with_other_builds(block: str) -> str:
-    """torch's requirement with the hashes of the wheel that pip prefers here, and of those that the lock knew."""
+    """The requirement of torch with the hashes of the wheel that pip prefers here, and of those that the lock knew."""
     known = parts()["demo"].get("torch", "") if LOCK.exists() else ""
     hashes = set(re.findall(r"sha256:\w+", block + (known if known.startswith(pin_of(block) + " ") else "")))
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = fetch_torch(pin_of(block), Path(folder))
-        run = subprocess.run([*PIP, "hash", str(wheel)], check=True, text=True, stdout=subprocess.PIPE)
-        hashes |= set(re.findall(r"sha256:\w+", run.stdout))
+    with tempfile.TemporaryDirectory() as folder, fetch_torch(pin_of(block), Path(folder)).open("rb") as wheel:
+        hashes.add(f"sha256:{hashlib.file_digest(wheel, 'sha256').hexdigest()}")
     lines = " \\\n".join(f"    --hash={digest}" for digest in sorted(hashes))
     head, *_, via = block.splitlines()
     return f"{head}\n{lines}\n{via}\n"
@@ -126,37 +125,29 @@ def with_other_builds(block: str) -> str:
 
 def lock() -> None:
     """Writes the lock anew, with the newest versions within pyproject.toml's ranges."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    extras: tuple[str, ...] = ()
+    builders = "\n".join(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["build-system"]["requires"])
+    flags = {part: [f"--extra={extra}" for extra in extras] for part, extras in PARTS.items()}
+    everything = resolve("pyproject.toml", *(flag for extra in flags.values() for flag in extra), requirements=builders)
+    everything["torch"] = with_other_builds(everything["torch"])
     with tempfile.TemporaryDirectory() as folder:
-        everything = resolve(
-            "pyproject.toml",
-            *(f"--extra={extra}" for chosen in PARTS.values() for extra in chosen),
-            requirements="\n".join(project["build-system"]["requires"]),
-        )
-        everything["torch"] = with_other_builds(everything["torch"])
-        all_of_it = Path(folder) / "all.txt"
-        all_of_it.write_text("".join(everything.values()), "utf-8")
-        same = ("--constraint", all_of_it)
-        wanted = {"build": resolve(*same, requirements="\n".join(project["build-system"]["requires"]))}
-        for part, chosen in PARTS.items():
-            extras += chosen
-            wanted[part] = resolve("pyproject.toml", *same, *(f"--extra={extra}" for extra in extras))
-    cuda = {name for name in everything if name.startswith(("cuda-", "nvidia-")) and serves_torch_alone(name, everything)}
-    text, seen = ABOUT, set(cuda)
-    for part, names in (*wanted.items(), ("cuda", cuda)):
-        own = [name for name in everything if name in names and (part == "cuda" or name not in seen)]
-        seen |= set(own)
-        text += f"\n# [{part}]\n" + "".join(everything[name] for name in own)
+        same = Path(folder) / "everything.txt"
+        same.write_text("".join(everything.values()), "utf-8")
+        wanted = {"build": resolve("--constraint", same, requirements=builders)}
+        for part, extra in flags.items():
+            wanted[part] = resolve("pyproject.toml", "--constraint", same, *extra)
+    wanted = {"cuda": {name: "" for name in everything if serves_torch_alone(name, everything)}} | wanted
+    text, rest = ABOUT, dict(everything)
+    for part, names in wanted.items():
+        text += f"\n# [{part}]\n" + "".join(rest.pop(name) for name in everything if name in names and name in rest)
     LOCK.write_text(text, "utf-8")
 
 
 def serves_torch_alone(name: str, everything: dict[str, str]) -> bool:
-    """Whether only torch asks for a package, itself or through others that only it asks for."""
+    """Whether a package of NVIDIA's is there only since torch asks for it, itself or through others of that kind."""
+    if not name.startswith(("cuda-", "nvidia-")):
+        return False
     parents = re.findall(r"[\w.-]+", " ".join(re.findall(r"# via (.*)", everything[name])))
-    return all(
-        parent == "torch" or (parent in everything and serves_torch_alone(parent, everything)) for parent in parents
-    )
+    return all(parent == "torch" or serves_torch_alone(parent, everything) for parent in parents)
 
 
 if __name__ == "__main__":
