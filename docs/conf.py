@@ -8,8 +8,7 @@ project = "Arriero"
 author = "Arriero's authors"
 extensions = ["myst_parser"]
 myst_heading_anchors = 4
-myst_links_external_new_tab = False
-exclude_patterns = ["generators", "_build"]
+exclude_patterns = ["generators"]
 nitpicky = True
 smartquotes = False  # two dashes begin an option
 html_theme = "furo"
@@ -18,10 +17,24 @@ html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_show_sourcelink = False
 html_copy_source = False
-pygments_style = "friendly"
-pygments_dark_style = "nord-darker"
+
+NAVIGATION = {
+    "Use": ("install", "export", "calibrate", "check", "build", "run", "bench", "polygraphy", "examples"),
+    "Look up": ("command-line", "python-api", "formats", "spec-json", "measured", "debugging", "security"),
+    "Change": ("architecture", "ops", "tree"),
+}
+"""The pages by caption. A page that is missing here fails the build."""
+
+
+def add_navigation(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Puts the navigation behind the index, which a forge shows without it."""
+    if docname == "index":
+        for caption, pages in NAVIGATION.items():
+            listed = "\n".join(pages)
+            source[0] += f"\n\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```\n"
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Nothing but what Sphinx asks of a configuration that may be read in parallel."""
+    """Connects the navigation."""
+    app.connect("source-read", add_navigation)
     return {"parallel_read_safe": True}

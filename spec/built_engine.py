@@ -42,7 +42,7 @@ class Binary:
         parameters: Types of the run-time parameters, without the two scratch pointers that Triton appends.
         threads: Threads a program.
         shared: Bytes of dynamic shared memory.
-        sha256: Of the cubin.
+        sha256: SHA-256 of the cubin.
     """
 
     kernel: str
@@ -57,7 +57,13 @@ class Binary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheInput:
-    """One of an engine's caches: its name without `past.` or `present.`, its shape [K, C, D], its type."""
+    """One of an engine's caches.
+
+    Attributes:
+        name: The input's name without `past.`, and the output's without `present.`.
+        shape: Heads, slots and head dim [K, C, D] of one row.
+        dtype: Type of the values.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -76,9 +82,9 @@ class EngineSpec:
     Attributes:
         file: Its file name.
         flavour: `tensorrt-rtx` or `tensorrt`.
-        version: Of that library; an engine runs on the version that built it.
+        version: The library's version; an engine runs on the version that built it.
         capabilities: Compute capabilities that it was built for.
-        sha256: Of the file.
+        sha256: SHA-256 of the file.
         max_seq: Positions that a sequence may hold.
         profiles: In the engine's order.
         caches: Its cache inputs; each output of the same name is the same memory.
@@ -112,7 +118,7 @@ class TowerEngine:
 
     Attributes:
         file: Its file name.
-        sha256: Of the file.
+        sha256: SHA-256 of the file.
         max_tiles: Tiles that it takes at once at most.
         activations: Bytes of activations and scratch memory for so many, as the build reckoned.
         weights: Bytes of the weights inside.
