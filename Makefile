@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test check docs format clean
 
 demo: $(READY)  ## the tiny Llama 4, from its checkpoint to text
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,10 @@ check: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=.venv/source $(BIN)/mypy -p arriero
+
+docs: $(READY)  ## the site in build/docs, from docs/ and the code; a dead link fails it
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -17,6 +17,7 @@ html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_show_copyright = False
 
 NAVIGATION = {
     "Use": ("install", "export", "calibrate", "check", "build", "run", "bench", "polygraphy", "examples"),

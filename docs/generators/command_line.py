@@ -33,8 +33,6 @@ Where a table says nothing of a default, the option is off or not given.
 """
 
 
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
     """An argument or an option of a verb."""

@@ -77,7 +77,9 @@ def _define(module: Path, name: str) -> Found:
             for _ in range(each.level - 1):
                 folder = folder.parent
             target = folder.joinpath(*(each.module or "").split("."))
-            return _define(target.with_suffix(".py") if target.with_suffix(".py").exists() else target / "__init__.py", original)
+            return _define(
+                target.with_suffix(".py") if target.with_suffix(".py").exists() else target / "__init__.py", original
+            )
     raise LookupError(f"{name} is not defined in {module}")
 
 
@@ -176,7 +178,9 @@ def _described(docstring: str | None) -> str:
 def _errors() -> str:
     tree = ast.parse((ROOT / ERRORS).read_text("utf-8"))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    lines = "\n".join(f"- `{node.name}`: {escape(' '.join((ast.get_docstring(node) or '').split()))}" for node in classes)
+    lines = "\n".join(
+        f"- `{node.name}`: {escape(' '.join((ast.get_docstring(node) or '').split()))}" for node in classes
+    )
     return (
         "## Errors: arriero.errors\n\n"
         "One class a stage, all under `arriero.ArrieroError`; a message is one line and names the remedy.\n\n" + lines
