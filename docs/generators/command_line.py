@@ -29,7 +29,8 @@ Every verb reads and writes folders, prints its result on stdout and all else on
 | 2 | could not: one line on stderr says what was found and what to do |
 | 130 | interrupted |
 
-Where a table says nothing of a default, the option is off or not given.
+Every verb has `--json`, which puts the result on stdout as JSON, and `--debug`, which shows the traceback of an error. Where
+a table says nothing of a default, the option is off or not given.
 """
 
 

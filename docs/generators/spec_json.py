@@ -70,7 +70,8 @@ def _section(kind: type, at: list[str]) -> str:
         for field in _fields(kind)
     ]
     where = f"At {', '.join(f'`{path}`' for path in at)}." if at else "The whole file."
-    return f"## {kind.__name__}\n\n{where} {_null(paragraphs(parsed.text))}\n\n{table(('field', 'type', 'default', ''), rows)}\n"
+    fields = table(("field", "type", "default", ""), rows)
+    return f"## {kind.__name__}\n\n{where} {_null(paragraphs(parsed.text))}\n\n{fields}\n"
 
 
 def _null(text: str) -> str:
