@@ -21,15 +21,16 @@ from numpy.typing import NDArray
 from ..errors import AccuracyError
 from ..export.checkpoint import open_checkpoint
 from ..files.folders import SPEC, check_whole, find_files, read_spec
-from ..loading import cpu_graph, load, open_vision
+from ..loading import cpu_decoder_graph, load, open_tower
 from ..runtime.backends.mapped_weights import map_weights
-from ..runtime.backends.onnxruntime import Decoder
+from ..runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
 from ..runtime.session import Session
 from ..runtime.state import Limits
 from ..runtime.text import Text, read_defaults
 from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.recipe import Recipe
-from ..walk.decoder import Hidden, LayerWalk, Weights, embed, open_head
+from ..walk.decoder import Hidden, LayerWalk, embed, open_head
+from ..walk.numbers import Weights
 from ..walk.tower import encode_tiles
 from ..walk.windows import Windows
 from .lowered_graph import LoweredGraph
@@ -238,8 +239,8 @@ class FolderSide:
         part = self.folder.vision
         if part is None or not len(windows.pixels_N3PP):
             return None
-        vision = open_vision(self.path, self.folder, part, Text(self.path), self.files, self.threads)
-        return vision.encode(windows.pixels_N3PP.astype(np.float32))
+        tower = open_tower(self.path, self.folder, part, self.files, self.threads)
+        return tower.encode(windows.pixels_N3PP.astype(np.float32))
 
     def _features(
         self, session: Session, windows: Windows, window: int, prompt: int | None = None
@@ -266,7 +267,7 @@ class FolderSide:
     @cached_property
     def lowered(self) -> LoweredGraph:
         """The graph that runs on the CPU."""
-        return LoweredGraph(*cpu_graph(self.path, self.folder))
+        return LoweredGraph(*cpu_decoder_graph(self.path, self.folder))
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -285,7 +286,7 @@ class FolderSide:
         graph = self.lowered
         layers = [index for index, layer in enumerate(self.spec.layers) if layer.experts]
         names = [name for index in layers if (name := graph.output_of(f"layers.{index}/feed_forward.router"))]
-        decoder = Decoder(
+        decoder = OnnxRuntimeDecoder(
             graph.watching(names),
             map_weights(graph.weights, self.files),
             self.path,
@@ -296,8 +297,8 @@ class FolderSide:
             watch=self._watch,
         )
         limits, text, part = Limits.of(self.spec, positions, None), Text(self.path), self.folder.vision
-        vision = None if part is None else open_vision(self.path, self.folder, part, text, self.files, self.threads)
-        return Session(decoder, text, read_defaults(self.path), limits, vision)
+        tower = None if part is None else open_tower(self.path, self.folder, part, self.files, self.threads)
+        return Session(decoder, text, read_defaults(self.path), limits, tower)
 
     def _watch(self, values: dict[str, NDArray[np.float32]]) -> None:
         self.routed = list(values.values())

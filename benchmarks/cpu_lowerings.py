@@ -21,9 +21,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from arriero.plugins.cpu import ops as kernels
+from arriero.plugins.cpu import kernel_nodes as kernels
+from arriero.plugins.cpu.kernel_nodes import Panels
 from arriero.plugins.cpu.library import DOMAIN, library
-from arriero.plugins.cpu.ops import Panels
 from arriero.plugins.gqa import cpu_nodes as gqa_cpu
 from arriero.plugins.gqa import op as gqa
 from arriero.plugins.moe import op as moe

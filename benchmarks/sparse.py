@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from arriero.export.checkpoint import expected_tensors, vision_tensors
+from arriero.export.checkpoint import expected_tensors, tower_tensors
 from arriero.export.config import model_spec, vision_spec
 
 SHARED = {
@@ -90,7 +90,7 @@ def tensors_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     spec = model_spec(config)
     if config["model_type"] != "llama4":
         return expected_tensors(spec)
-    return vision_tensors(vision_spec(config), spec.hidden_size) | expected_tensors(spec, "language_model.")
+    return tower_tensors(vision_spec(config), spec.hidden_size) | expected_tensors(spec, "language_model.")
 
 
 def write_sparse_checkpoint(config: dict[str, Any], folder: Path, dtype: str = "BF16") -> int:

@@ -193,9 +193,9 @@ def _sizes(
 
 def _weight_sizes(session: "Session") -> dict[str, int]:
     """Bytes of each weight as ONNX Runtime has it; none of an engine, whose memory is the GPU's."""
-    from ..runtime.backends.onnxruntime import Decoder
+    from ..runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
 
-    if not isinstance(session.decoder, Decoder):
+    if not isinstance(session.decoder, OnnxRuntimeDecoder):
         return {}
     return {name: value.tensor_size_in_bytes() for name, value in session.decoder.weights.items()}
 

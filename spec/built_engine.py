@@ -18,7 +18,7 @@ class Profile:
         max_length: Tokens of a row's piece at most.
         usual_length: Tokens it is tuned for.
         max_logits: Positions of a piece that get logits at most.
-        activations: Bytes of activations and scratch memory at its largest, as the build reckoned.
+        activations: Bytes of activations and scratch memory at its largest, as the build computed them.
     """
 
     name: str
@@ -77,12 +77,12 @@ class CacheInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSpec:
-    """What an engine is and asks for.
+    """An engine: its file, the machines it is for, its shapes and its memory.
 
     Attributes:
         file: Its file name.
         flavour: `tensorrt-rtx` or `tensorrt`.
-        version: The library's version; an engine runs on the version that built it.
+        version: Version of that library; an engine runs on the version that built it.
         capabilities: Compute capabilities that it was built for.
         sha256: SHA-256 of the file.
         max_seq: Positions that a sequence may hold.
@@ -120,7 +120,7 @@ class TowerEngine:
         file: Its file name.
         sha256: SHA-256 of the file.
         max_tiles: Tiles that it takes at once at most.
-        activations: Bytes of activations and scratch memory for so many, as the build reckoned.
+        activations: Bytes of activations and scratch memory for `max_tiles`, as the build computed them.
         weights: Bytes of the weights inside.
     """
 

@@ -1,4 +1,4 @@
-"""What a model is made of: the geometry of its text decoder and of its vision tower. Standard library only."""
+"""A model's geometry: that of its text decoder and of its vision tower. Standard library only."""
 
 import typing
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from .fields import decode
 from .types import DType
 
 VISION = ("vision_model.", "multi_modal_projector.")
-"""What the names of a vision tower's and projector's tensors begin with."""
+"""Beginnings of the names of a vision tower's and projector's tensors."""
 
 VISION_LAYERS = "vision_model.model.layers."
-"""What the names of the tower's layers begin with."""
+"""Beginning of the names of the tower's layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerSpec:
-    """What one decoder layer is made of.
+    """The kind of one decoder layer.
 
     Attributes:
         rope: Whether queries and keys are rotated; a NoPE layer has its temperature tuned instead.
@@ -122,7 +122,7 @@ class VisionSpec:
     Attributes:
         hidden_size: Width of the hidden states.
         layers: Number of layers.
-        heads: Attention heads; each as wide as `hidden_size` over their number.
+        heads: Heads of its attention; each as wide as `hidden_size` over their number.
         mlp_size: Width of a layer's feed-forward.
         image_size: Pixels of a tile's side (P).
         patch_size: Pixels of a patch's side.

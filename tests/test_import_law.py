@@ -115,6 +115,14 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         visit(module, ())
 
 
+def test_a_token_session_knows_nothing_of_text() -> None:
+    known, found = set(), {"runtime.token_session"}
+    while new := found - known:
+        known |= new
+        found = set().union(*(imports_of(module) for module in new if module in MODULES))
+    assert not known & {f"runtime.{module}" for module in ("text", "prompt", "stopping", "continuation", "session")}
+
+
 def test_few_modules_stand_at_the_root() -> None:
     assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py", "loading.py"}
 

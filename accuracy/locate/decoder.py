@@ -19,11 +19,12 @@ from torch.nn.functional import linear
 
 from ...errors import AccuracyError
 from ...runtime.backends.mapped_weights import map_weights
-from ...runtime.backends.onnxruntime import CACHE_DTYPES, LONGEST_PIECE, Caches, open_graph
+from ...runtime.backends.onnxruntime_decoder import CACHE_DTYPES, LONGEST_PIECE, HostCaches
+from ...runtime.backends.onnxruntime_graph import open_graph
 from ...runtime.pieces import cut
 from ...spec.geometry import LayerSpec, ModelSpec
-from ...walk.decoder import LayerWalk, Observe, Weights, embed, open_head
-from ...walk.numbers import FolderWeights
+from ...walk.decoder import LayerWalk, Observe, embed, open_head
+from ...walk.numbers import FolderWeights, Weights
 from ..lowered_graph import Part
 from ..sides import CheckpointSide, FolderSide, Side
 
@@ -215,7 +216,7 @@ class OrtLayers:
         given = next(value for value in session.get_inputs() if value.name == f"past.{caches[0]}")
         room = len(x_SH) + layer.chunk  # more than is needed, so that a wrong chunk writes nowhere else
         alone = dataclasses.replace(self.spec, layers=(dataclasses.replace(layer, chunk=0),))
-        buffers = Caches(alone, 1, room, given.type, given.shape[3])
+        buffers = HostCaches(alone, 1, room, given.type, given.shape[3])
         io = session.io_binding()
         kept = []
         for cache, buffer in zip(caches, buffers.buffers.values(), strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from ...spec.geometry import LayerSpec, ModelSpec
-from ...walk.decoder import Weights
+from ...walk.numbers import Weights
 from .decoder import CUSTOM, Hidden, Layers, TorchLayers, Units
 from .weight_differences import ALIKE, HALVES, describe, difference, half_split
 

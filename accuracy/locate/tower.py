@@ -18,14 +18,14 @@ from torch.nn.functional import linear
 
 from ...errors import AccuracyError
 from ...export.llama4_tower import split_patches
-from ...loading import cpu_vision_graph
+from ...loading import cpu_tower_graph
 from ...runtime.backends.mapped_weights import map_weights
-from ...runtime.backends.onnxruntime import open_graph
+from ...runtime.backends.onnxruntime_graph import open_graph
 from ...spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ...spec.geometry import VISION_LAYERS, VisionSpec
-from ...walk.decoder import Hidden, Weights
-from ...walk.numbers import FolderWeights
-from ...walk.tower import Pixels, VisionLayerWalk, embed_tiles, project
+from ...walk.decoder import Hidden
+from ...walk.numbers import FolderWeights, Weights
+from ...walk.tower import Pixels, TowerLayerWalk, embed_tiles, project
 from ..lowered_graph import LoweredGraph
 from ..sides import CheckpointSide, FolderSide, Side
 from .decoder import NO_SPINNING, Units, observed
@@ -139,10 +139,10 @@ class TorchTower:
         self.inputs = observed(lambda observe: project(self.vision, self.weights, x_NSC, features_MH, observe))
         return {unit: linear(self.inputs[source], self.weights.wide(f"{unit}.weight")) for unit, source in HEAD.items()}
 
-    def _walk(self, index: int, attended_NSC: Hidden) -> VisionLayerWalk:
-        return VisionLayerWalk(self.vision, index, self.weights, attended_NSC, np.empty_like(attended_NSC))
+    def _walk(self, index: int, attended_NSC: Hidden) -> TowerLayerWalk:
+        return TowerLayerWalk(self.vision, index, self.weights, attended_NSC, np.empty_like(attended_NSC))
 
-    def _product(self, walk: VisionLayerWalk, unit: str) -> Tensor:
+    def _product(self, walk: TowerLayerWalk, unit: str) -> Tensor:
         return linear(self.inputs[PRODUCTS[unit]], walk.weight(f"{unit}.weight"), walk.weight(f"{unit}.bias"))
 
 
@@ -163,7 +163,7 @@ class OrtTower:
             )
         assert side.folder.vision is not None
         self.vision, self.side = side.folder.vision.spec, side
-        self.graph = LoweredGraph(*cpu_vision_graph(side.path, side.folder, side.folder.vision))
+        self.graph = LoweredGraph(*cpu_tower_graph(side.path, side.folder, side.folder.vision))
         self.weights: Weights = FolderWeights(self.graph.weights, side.files)
 
     def stem(self, pixels_N3PP: Pixels) -> Units:

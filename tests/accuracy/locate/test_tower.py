@@ -31,7 +31,7 @@ from arriero.errors import AccuracyError
 from arriero.export import export_checkpoint
 from arriero.export.checkpoint import open_checkpoint
 from arriero.spec.recipe import Recipe
-from arriero.walk.decoder import Weights
+from arriero.walk.numbers import Weights
 from arriero.walk.windows import Windows
 
 LAYER = "vision_model.model.layers.{}.{}"

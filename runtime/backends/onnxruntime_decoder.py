@@ -1,9 +1,9 @@
 """The decoder graph on ONNX Runtime, its KV caches, and the step that runs one piece of tokens over them.
 
-Invariant: a graph's caches are updated in place; past and present are bound to one buffer.
+Enters: pieces of tokens. Leaves: their logits in float32. Invariant: a graph's caches are updated in place; past and
+present are bound to one buffer.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,31 +12,32 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ...errors import SessionError
-from ...plugins.cpu.library import DOMAIN, library
 from ...spec.geometry import ModelSpec
+from ...spec.types import TYPES
 from .interface import Slots, cache_chunk, is_standing, slots_of, standing
 from .mapped_weights import MappedWeights
+from .onnxruntime_graph import open_graph
 
-PROVIDER = "CPUExecutionProvider"
 LONGEST_PIECE = 512
 """Tokens that prefill computes at once, of all rows; bounds the memory of attention and of the experts."""
 
-
 Watch = Callable[[dict[str, NDArray[Any]]], None]
-"""Told values of the graph by name."""
+"""A function that takes values of the graph by name, after each step."""
 
-CACHE_DTYPES: dict[str, tuple[type[np.generic], int]] = {
-    "tensor(float)": (np.float32, 1),
-    "tensor(float16)": (np.float16, 10),
-    "tensor(uint8)": (np.uint8, 2),
-    "tensor(int8)": (np.int8, 3),
-    "tensor(float8e4m3fn)": (np.uint8, 17),
+CACHE_DTYPES: dict[str, tuple[np.dtype[Any], int]] = {
+    kind: (np.dtype(TYPES[name].held), TYPES[name].onnx)
+    for kind, name in (
+        ("tensor(float)", "float32"),
+        ("tensor(float16)", "float16"),
+        ("tensor(uint8)", "uint8"),
+        ("tensor(int8)", "int8"),
+        ("tensor(float8e4m3fn)", "fp8"),
+    )
 }
-"""ONNX Runtime's name of a cache's type: how numpy holds it, and ONNX's number of it."""
+"""numpy's type of a cache's elements, and ONNX's number of their type, by ONNX Runtime's name of it."""
 
 
-class Caches:
+class HostCaches:
     """KV buffers of a batch of sequences, zeros at first: key, value [B, K, C, D] of each layer.
 
     Args:
@@ -58,13 +59,13 @@ class Caches:
                 self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=dtype)
 
     def copy(self, source: int, target: int, past: int) -> None:
-        """Copies a row that holds so many tokens over another: what later tokens attend to."""
+        """Copies the slots of a row that later tokens attend to over another row, where it holds `past` tokens."""
         for name, buffer in self.buffers.items():
             slots = standing(cache_chunk(self.spec, name), past)
             buffer[target, :, :slots] = buffer[source, :, :slots]
 
     def read(self, row: int, start: int, stop: int) -> Slots:
-        """A copy of what some positions of one chunk have in a row: [K, positions, D] of each cache."""
+        """Copies some positions of one chunk in a row: [K, positions, D] of each cache."""
         return {
             name: buffer[row, :, slots_of(cache_chunk(self.spec, name), start, stop)].copy()
             for name, buffer in self.buffers.items()
@@ -78,8 +79,8 @@ class Caches:
                 self.buffers[name][row, :, slots_of(chunk, start, start + values.shape[1])] = values
 
 
-class Decoder:
-    """A lowered graph with its weights, ready to run.
+class OnnxRuntimeDecoder:
+    """A lowered decoder with its weights, ready to run.
 
     Args:
         graph: Serialized ONNX.
@@ -88,8 +89,8 @@ class Decoder:
         spec: Geometry.
         session: Session configuration entries that the graph needs.
         threads: Threads of one operator; None takes the processors that this process may use.
-        watched: Other outputs of the graph to be looked at.
-        watch: Told their values after each step.
+        watched: Names of the graph's other outputs to be looked at.
+        watch: Takes their values after each step.
 
     Raises:
         SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
@@ -114,65 +115,20 @@ class Decoder:
         self.session = open_graph(graph, weights, folder, session, threads, has_arena=False)
         self.takes_images = any(value.name == "image_features" for value in self.session.get_inputs())
 
-    def caches(self, batch: int, positions: int) -> Caches:
-        """KV buffers for a batch whose rows hold so many positions."""
+    def caches(self, batch: int, positions: int) -> HostCaches:
+        """Makes KV buffers for a batch, zeros at first, whose rows hold `positions` tokens each."""
         cache = next(value for value in self.session.get_inputs() if value.name == "past.0.key")
-        return Caches(self.spec, batch, positions, cache.type, cache.shape[3])
+        return HostCaches(self.spec, batch, positions, cache.type, cache.shape[3])
 
-    def bind(self, caches: Caches, rows: slice) -> "Binding":
+    def bind(self, caches: HostCaches, rows: slice) -> "OnnxRuntimeBinding":
         """Binds some rows of the caches, for any number of steps."""
-        return Binding(self, caches, rows)
+        return OnnxRuntimeBinding(self, caches, rows)
 
 
-def open_graph(
-    graph: bytes,
-    weights: Mapping[str, ort.OrtValue],
-    folder: Path,
-    session: Mapping[str, str],
-    threads: int | None = None,
-    *,
-    has_arena: bool = True,
-) -> ort.InferenceSession:
-    """Opens a lowered graph.
+class OnnxRuntimeBinding:
+    """A graph bound to some rows of its caches."""
 
-    Args:
-        graph: Serialized ONNX.
-        weights: Initializers by name.
-        folder: The model's or bundle's folder.
-        session: Session configuration entries that the graph needs.
-        threads: Threads of one operator.
-        has_arena: Whether ONNX Runtime keeps the memory of activations. It keeps a block of each shape that has come
-            twice, which adds up where lengths and batches change; without it malloc has what a step is done with.
-
-    Raises:
-        SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
-            needs were not compiled.
-    """
-    if threads is not None and threads < 1:
-        raise SessionError(f"threads is {threads}, expected a whole number from 1 up")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = has_arena
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    for name, value in session.items():
-        options.add_session_config_entry(name, value)
-    for name, weight in weights.items():
-        options.add_initializer(name, weight)
-    kernels = str(library()) if DOMAIN.encode() in graph else None
-    try:
-        if kernels is not None:
-            options.register_custom_ops_library(kernels)
-        return ort.InferenceSession(graph, options, providers=[PROVIDER])
-    except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
-        raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error
-
-
-class Binding:
-    """A decoder bound to the caches of some rows."""
-
-    def __init__(self, decoder: Decoder, caches: Caches, rows: slice) -> None:
+    def __init__(self, decoder: OnnxRuntimeDecoder, caches: HostCaches, rows: slice) -> None:
         self.session, self.watched, self.watch = decoder.session, decoder.watched, decoder.watch
         self.weights = decoder.weights
         self.vocab_size = decoder.spec.vocab_size
@@ -192,17 +148,7 @@ class Binding:
         positions_BR: NDArray[np.int64],
         features_MH: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
-        """Runs one piece and writes it to the caches.
-
-        Args:
-            ids_BS: Token ids, right-padded.
-            past_B: Tokens in each row's cache before the piece.
-            positions_BR: Positions of the piece that get logits.
-            features_MH: Image features of the piece's image tokens, row by row; None where it has none.
-
-        Returns:
-            Logits [B, R, V].
-        """
+        """Runs one piece; the logits are a new array, which ONNX Runtime fills in place."""
         inputs: dict[str, NDArray[Any]] = {"input_ids": ids_BS, "past_lengths": past_B, "logit_positions": positions_BR}
         if self.no_features is not None:
             inputs["image_features"] = self.no_features if features_MH is None else features_MH

@@ -1,4 +1,4 @@
-"""An already quantised checkpoint: what each of its tensors is to the graph, and the recipe that it amounts to.
+"""The inventory of an already quantised checkpoint: the role of each tensor, and the recipe that they amount to.
 
 Enters: a checkpoint's tensors, its geometry and its `Scheme`. Leaves: a `Prequantised`, which holds the tensors that
 are not quantised under `plain`, the others as the graph reads them. The scales are the checkpoint's own.
@@ -17,20 +17,20 @@ from ...errors import CheckpointError
 from ...spec.choice import units
 from ...spec.geometry import ModelSpec
 from ...spec.recipe import Override, Recipe
-from ..portions import FORMAT_NAMES
-from .restacked import Tensors
-from .scheme import Group, Scheme
-from .stored import Finder, Stored, Tensor
+from ...spec.types import CODES
+from .restacked import GraphTensors
+from .scheme import Scheme, WeightGroup
+from .stored import CheckpointTensor, Finder, StoredWeight
 
-Shapes = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prequantised:
-    """What was found.
+    """An already quantised checkpoint's tensors, sorted.
 
     Attributes:
-        scheme: What the configuration says.
+        scheme: The configuration's description of the quantisation.
         recipe: How the model is quantised.
         tensors: The quantised weights and their scales.
         plain: The checkpoint's other tensors, not yet checked.
@@ -39,13 +39,13 @@ class Prequantised:
 
     scheme: Scheme
     recipe: Recipe
-    tensors: Tensors
-    plain: dict[str, Tensor]
+    tensors: GraphTensors
+    plain: dict[str, CheckpointTensor]
     plain_shapes: dict[str, tuple[int, ...]]
 
 
 def find_quantised(
-    found: Mapping[str, Tensor], expected: Shapes, spec: ModelSpec, prefix: str, scheme: Scheme
+    found: Mapping[str, CheckpointTensor], expected: TensorShapes, spec: ModelSpec, prefix: str, scheme: Scheme
 ) -> Prequantised:
     """Finds and checks what is quantised.
 
@@ -53,8 +53,8 @@ def find_quantised(
         found: The text decoder's tensors.
         expected: Names and shapes that they would have unquantised.
         spec: Geometry.
-        prefix: What the names begin with.
-        scheme: What the configuration says.
+        prefix: Beginning of the names.
+        scheme: The configuration's description of the quantisation.
 
     Raises:
         CheckpointError: A scale is missing or none, or a weight is stored as Arriero does not take it.
@@ -66,13 +66,18 @@ class _Search:
     """The walk over a model's units."""
 
     def __init__(
-        self, found: Mapping[str, Tensor], expected: Shapes, spec: ModelSpec, prefix: str, scheme: Scheme
+        self,
+        found: Mapping[str, CheckpointTensor],
+        expected: TensorShapes,
+        spec: ModelSpec,
+        prefix: str,
+        scheme: Scheme,
     ) -> None:
         self.finder = Finder(found, scheme)
         self.expected, self.spec, self.scheme = dict(expected), spec, scheme
         self.prefix = prefix
-        self.tensors = Tensors()
-        self.groups: dict[str, Group | None] = {}
+        self.tensors = GraphTensors()
+        self.groups: dict[str, WeightGroup | None] = {}
 
     def search(self) -> Prequantised:
         """Takes unit by unit; what is left is plain."""
@@ -126,7 +131,7 @@ class _Search:
         elif any(name.startswith(f"{module}.0.") for name in self.finder.left):
             gates, ups, downs = (self._modules(module, part) for part in ("gate", "up", "down"))
             stored = gates[0].weight.region.dtype
-            if gates[0].group is None and stored != FORMAT_NAMES[spec.dtype]:
+            if gates[0].group is None and stored != CODES[spec.dtype]:
                 raise CheckpointError(
                     f"the experts of {module!r} are {stored}, config.json says {spec.dtype}: convert them"
                 )
@@ -136,7 +141,7 @@ class _Search:
             return
         del self.expected[gate_up], self.expected[down]
 
-    def _modules(self, experts: str, part: str) -> list[Stored]:
+    def _modules(self, experts: str, part: str) -> list[StoredWeight]:
         """One linear of every expert."""
         outputs, inputs = self.spec.expert_size, self.spec.hidden_size
         if part == "down":
@@ -177,7 +182,7 @@ class _Search:
 
 
 def recipe_of(
-    groups: Mapping[str, Group | None], kv_cache: Literal["none", "int8", "fp8"], activation_bound: float
+    groups: Mapping[str, WeightGroup | None], kv_cache: Literal["none", "int8", "fp8"], activation_bound: float
 ) -> Recipe:
     """The recipe that says of each unit what a checkpoint has.
 
@@ -186,7 +191,7 @@ def recipe_of(
     """
     counts = Counter(group for unit, group in groups.items() if group is not None)
     first = counts.most_common(1)[0][0]
-    kinds: dict[str, dict[str, Group | None]] = {}
+    kinds: dict[str, dict[str, WeightGroup | None]] = {}
     for unit, group in groups.items():
         kinds.setdefault(re.sub(r"^layers\.\d+\.", "layers.*.", unit), {})[unit] = group
     overrides = []
@@ -208,8 +213,8 @@ def recipe_of(
     )
 
 
-def _override(pattern: str, group: Group | None, first: Group) -> Override:
-    """What the recipe says otherwise of some units."""
+def _override(pattern: str, group: WeightGroup | None, first: WeightGroup) -> Override:
+    """The recipe's exception for some units."""
     if group is None:
         return Override(pattern=pattern, format="none")
     given = Override(pattern=pattern, format=group.format)

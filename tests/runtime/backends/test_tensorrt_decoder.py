@@ -18,10 +18,10 @@ from arriero.export import export_checkpoint
 from arriero.files.folders import read_spec
 from arriero.plugins.launch import Driver
 from arriero.runtime import Flight
-from arriero.runtime.backends import tensorrt as runtime_engine
+from arriero.runtime.backends import tensorrt_decoder as runtime_engine
 from arriero.runtime.backends.device import Device
 from arriero.runtime.backends.execution import open_version
-from arriero.runtime.backends.tensorrt import EngineDecoder, load_engine, read_engine
+from arriero.runtime.backends.tensorrt_decoder import TensorRTDecoder, load_decoder, read_engine
 from arriero.runtime.continuation import joined
 from arriero.runtime.prefix import Prefixes
 from arriero.runtime.session import Session
@@ -46,7 +46,7 @@ def on_fake_gpu(wide_model: Path, wide_bundle: Path) -> tuple[Session, FakeDecod
     spec, plain = read_spec(wide_bundle), arriero.load(wide_model, max_seq=500)
     driver = FakeDriver()
     engine = FakeDecoder(wide_model, driver)
-    decoder = EngineDecoder(TRT, Device(driver), engine, {}, spec)  # type: ignore[arg-type]
+    decoder = TensorRTDecoder(TRT, Device(driver), engine, {}, spec)  # type: ignore[arg-type]
     return Session(decoder, plain.text, plain.defaults, Limits(500, 3)), engine
 
 
@@ -172,7 +172,7 @@ def test_a_graph_is_captured_once_and_replayed(wide_bundle: Path, wide_model: Pa
             return SimpleNamespace(launch=launch)
 
     plain = arriero.load(wide_model, max_seq=500)
-    decoder = EngineDecoder(TRT, CapturingDevice(driver), engine, {}, full)  # type: ignore[arg-type]
+    decoder = TensorRTDecoder(TRT, CapturingDevice(driver), engine, {}, full)  # type: ignore[arg-type]
     session = Session(decoder, plain.text, plain.defaults, Limits(500, 3))
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "eos_token_id": []}
     assert session.generate("The list type", **settings) == plain.generate("The list type", **settings)
@@ -190,7 +190,7 @@ def test_where_capture_fails_steps_run_without_a_graph(wide_bundle: Path, wide_m
         def capture(self, work: Callable[[], None]) -> Any:
             raise SessionError("cuStreamBeginCapture_v2 failed")
 
-    decoder = EngineDecoder(TRT, FailingDevice(driver), FakeDecoder(wide_model, driver), {}, full)  # type: ignore[arg-type]
+    decoder = TensorRTDecoder(TRT, FailingDevice(driver), FakeDecoder(wide_model, driver), {}, full)  # type: ignore[arg-type]
     session = Session(decoder, plain.text, plain.defaults, Limits(500, 3))
     settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0, "eos_token_id": []}
     assert session.generate("The list type", **settings) == plain.generate("The list type", **settings)
@@ -243,7 +243,7 @@ def test_another_gpu_is_named(wide_bundle: Path, monkeypatch: pytest.MonkeyPatch
     device = Device(FakeDriver(capability=120))  # type: ignore[arg-type]
     monkeypatch.setattr(runtime_engine.Device, "open", lambda: device)
     with pytest.raises(SessionError, match="was built for sm89, this GPU is sm120: build for sm120"):
-        load_engine(wide_bundle, read_spec(wide_bundle), {})
+        load_decoder(wide_bundle, read_spec(wide_bundle), {})
 
 
 def test_a_machine_without_a_gpu_is_told_so(wide_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

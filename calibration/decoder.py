@@ -2,7 +2,7 @@
 
 Enters: the layer's input for all tokens. Leaves: every tensor of the quantised layer under its full name, a `Record`
 for each weight, how many tokens each expert saw, and the unquantised layer's output, which the next layer takes in.
-Experts are read, run, quantised and let go one by one.
+Experts are read, run, quantised and released one by one.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,10 @@ from ..errors import CalibrationError
 from ..plugins.quantisation import LARGEST
 from ..spec.geometry import ModelSpec
 from ..spec.recipe import Recipe
-from ..walk.decoder import Hidden, LayerWalk, Weights
+from ..walk.decoder import Hidden, LayerWalk
+from ..walk.numbers import Weights
 from .linears import Linears, divided_rows, laid_out, observer
-from .product import Input, quantise_product
+from .product import ProductInput, quantise_product
 from .smoothing import Reader
 
 SEARCHED_EXPERTS = 4
@@ -29,8 +30,8 @@ FLOOR = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What calibration asks of the routing.
+class Coverage:
+    """Calibration's demands on the routing.
 
     Attributes:
         floor: Tokens that every expert must have seen.
@@ -43,7 +44,7 @@ class Limits:
 
 @dataclass(slots=True)
 class LayerQuantiser:
-    """The work on one layer; `quantise` does all of it.
+    """The work on one decoder layer; `quantise` does all of it.
 
     Attributes:
         linears: The quantised layer's tensors, and what became of each weight.
@@ -54,7 +55,7 @@ class LayerQuantiser:
     index: int
     weights: Weights
     recipe: Recipe
-    limits: Limits
+    coverage: Coverage
     linears: Linears = field(init=False)
     expert_tokens: list[int] = field(init=False, default_factory=list)
     walk: LayerWalk = field(init=False)
@@ -69,7 +70,7 @@ class LayerQuantiser:
             x: Its input.
             attended: Room for what is behind the attention.
             out: Room for its output.
-            progress: Told the share of the layer that is done.
+            progress: Called with the share of the layer that is done.
 
         Raises:
             CalibrationError: An activation is not finite, or an expert saw too few tokens.
@@ -108,7 +109,7 @@ class LayerQuantiser:
                 scale_KD = absmax_N.view(spec.kv_heads, spec.head_dim) / LARGEST[self.recipe.kv_cache]
                 linears.emit(f"{name}{part}_scale", torch.where(scale_KD > 0, scale_KD, 1.0))
 
-    def _quantise_feed(self) -> Input:
+    def _quantise_feed(self) -> ProductInput:
         """The dense feed-forward or the shared expert, and the router. Returns the input that experts have too."""
         spec, linears = self.spec, self.linears
         has_experts = spec.layers[self.index].experts
@@ -139,11 +140,11 @@ class LayerQuantiser:
     def _count_tokens(self) -> None:
         counts_E = torch.bincount(self.walk.chosen().flatten(), minlength=self.spec.experts)
         self.expert_tokens = counts_E.tolist()
-        starved = [expert for expert, tokens in enumerate(self.expert_tokens) if tokens < self.limits.floor]
-        if starved and not self.limits.all_experts and self.linears.choice("feed_forward.experts").format != "none":
+        starved = [expert for expert, tokens in enumerate(self.expert_tokens) if tokens < self.coverage.floor]
+        if starved and not self.coverage.all_experts and self.linears.choice("feed_forward.experts").format != "none":
             saw = self.expert_tokens[starved[0]]
             raise CalibrationError(
-                f"layer {self.index}: expert {starved[0]} saw {saw} tokens, fewer than {self.limits.floor}"
+                f"layer {self.index}: expert {starved[0]} saw {saw} tokens, fewer than {self.coverage.floor}"
                 f" ({len(starved)} of {self.spec.experts} experts did): give more text, or --all-experts, which "
                 "measures every expert over every token"
             )
@@ -164,7 +165,7 @@ class LayerQuantiser:
                 readers.append(source.reader(weight_HN.T, choice))
         return readers
 
-    def _quantise_experts(self, feed_input: Input, progress: Callable[[float], None]) -> None:
+    def _quantise_experts(self, feed_input: ProductInput, progress: Callable[[float], None]) -> None:
         spec, linears, unit = self.spec, self.linears, "feed_forward.experts"
         choice, dtype = linears.choice(unit), self.weights.stored(f"layers.{self.index}.input_layernorm.weight").dtype
         kept: dict[str, list[Tensor]] = {}
@@ -174,7 +175,7 @@ class LayerQuantiser:
             source = linears.input("expert_input", spec.hidden_size, [unit])
             activated = linears.input("expert_activated", spec.expert_size, [unit])
             observe = observer(source, activated) if choice.format != "none" else lambda name, x: None
-            self.walk.feed_expert(expert, gate_up, down, observe, all_tokens=self.limits.all_experts)
+            self.walk.feed_expert(expert, gate_up, down, observe, all_tokens=self.coverage.all_experts)
             source.exponents_K, source.strength = feed_input.exponents_K, feed_input.strength
             parts = {"gate_up": (gate_up.T, source), "down": (down.T, activated)}
             if choice.format != "none":

@@ -19,9 +19,9 @@ from pictures import drawn
 from arriero.calibration import calibrate_model, fp8, int4, int8
 from arriero.cli.tables import parts, show_summary
 from arriero.engine import Options, build_bundle
-from arriero.engine.network import Placement, lower_tower_for_tensorrt
 from arriero.engine.polygraphy import Scripts
 from arriero.engine.profiles import decoder_profiles, decoder_shapes, tower_shapes
+from arriero.engine.tensorrt_lowering import Placement, lower_tower_for_tensorrt
 from arriero.errors import BuildError, FolderError
 from arriero.export import export_checkpoint
 from arriero.files.folders import find_files, read_spec

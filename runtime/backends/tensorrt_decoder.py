@@ -1,7 +1,7 @@
 """The decoder as a TensorRT engine: its weights on the GPU, its KV caches, and the step that runs one piece of tokens.
 
-The same steps as `decoder`, which runs the graph on ONNX Runtime. Invariant: an engine's caches are updated in place;
-past and present are one address.
+Enters: pieces of tokens. Leaves: their logits in float32, as `OnnxRuntimeDecoder` gives them. Invariant: an engine's
+caches are updated in place; past and present are one address.
 """
 
 import itertools
@@ -22,13 +22,13 @@ from ...plugins.tensorrt_plugin import register
 from ...spec.built_engine import CacheInput, EngineSpec
 from ...spec.folder import FolderSpec
 from ...spec.geometry import ModelSpec
-from .device import Device, Graph, Memory
+from .device import Device, DeviceGraph, DeviceMemory
 from .execution import Execution, accept, deserialise, open_version, read_built, upload_weights
 from .interface import Slots, cache_chunk, is_standing, slots_of
 
 
-class EngineDecoder:
-    """An engine with its weights, ready to run.
+class TensorRTDecoder:
+    """A decoder's engine with its weights, ready to run.
 
     One context serves each profile. They never run at once, so they share the buffers of the step's inputs and logits,
     which grow to what steps need.
@@ -42,7 +42,7 @@ class EngineDecoder:
     """
 
     def __init__(
-        self, trt: Any, device: Device, engine: Any, weights: Mapping[str, Memory], folder: FolderSpec
+        self, trt: Any, device: Device, engine: Any, weights: Mapping[str, DeviceMemory], folder: FolderSpec
     ) -> None:
         assert folder.engine is not None
         self.device, self.about, self.spec = device, folder.engine, folder.model
@@ -50,7 +50,7 @@ class EngineDecoder:
         self.contexts = self.execution.contexts(len(self.about.profiles), repeats=[0])  # single tokens
         no_features = np.zeros((1, self.spec.hidden_size), np.float32)
         self.no_features = None if folder.vision is None else no_features
-        self.buffers: dict[str, Memory] = {}
+        self.buffers: dict[str, DeviceMemory] = {}
         self.bindings = itertools.count()
         self.bound: dict[int, object] = {}
 
@@ -66,46 +66,46 @@ class EngineDecoder:
 
     @property
     def most(self) -> int | None:
-        """Tokens of a piece of several rows at most: the profiles' own limits, no other."""
+        """None: pieces of several rows have no limit but the profiles' own."""
         return None
 
-    def caches(self, batch: int, positions: int) -> "EngineCaches":
-        """KV buffers for a batch; the engine fixes how many positions a row's hold."""
+    def caches(self, batch: int, positions: int) -> "DeviceCaches":
+        """Makes KV buffers for a batch, zeros at first; their size is the engine's, whatever `positions` are used."""
         self.device.enter()
-        return EngineCaches(self.device, self.spec, self.about, batch, positions)
+        return DeviceCaches(self.device, self.spec, self.about, batch, positions)
 
-    def bind(self, caches: "EngineCaches", rows: slice) -> "EngineBinding":
+    def bind(self, caches: "DeviceCaches", rows: slice) -> "TensorRTBinding":
         """Binds some rows of the caches, for any number of steps."""
-        return EngineBinding(self, caches, rows)
+        return TensorRTBinding(self, caches, rows)
 
     def reserve(self, sizes: Mapping[str, int]) -> None:
-        """Makes the step's buffers at least so large; where one moves, nothing is bound any more."""
+        """Makes the step's buffers at least as large as `sizes`; where one moves, nothing is bound any more."""
         for name, size in sizes.items():
             if name not in self.buffers or self.buffers[name].size < size:
                 self.bound.clear()
-                self.buffers[name] = Memory(self.device, size)
+                self.buffers[name] = DeviceMemory(self.device, size)
 
 
-class EngineCaches:
+class DeviceCaches:
     """KV buffers of a batch of sequences on the GPU, zeros at first."""
 
     def __init__(self, device: Device, spec: ModelSpec, about: EngineSpec, batch: int, positions: int) -> None:
         self.device, self.spec, self.about = device, spec, about.caches
         self.batch, self.positions = batch, positions
         self.row_bytes = {each.name: each.row_size for each in about.caches}
-        self.buffers = {name: Memory(device, batch * size) for name, size in self.row_bytes.items()}
+        self.buffers = {name: DeviceMemory(device, batch * size) for name, size in self.row_bytes.items()}
         for memory in self.buffers.values():
             memory.zero()
 
     def copy(self, source: int, target: int, past: int) -> None:
-        """Copies a row over another, whatever it holds: the GPU is quick at whole rows."""
+        """Copies a whole row over another, whatever it holds: the GPU is quick at that."""
         self.device.enter()
         for name, memory in self.buffers.items():
             size = self.row_bytes[name]
             self.device.copy(memory.address + source * size, memory.address + target * size, size)
 
     def read(self, row: int, start: int, stop: int) -> Slots:
-        """A copy in the host's memory of what some positions of one chunk have in a row: bytes, a line a head."""
+        """Copies some positions of one chunk in a row to the host's memory: bytes, a line a head."""
         self.device.enter()
         found = {}
         for each in self.about:
@@ -125,7 +125,7 @@ class EngineCaches:
                     self.device.upload(address, line)
 
     def _addresses(self, cache: CacheInput, row: int, start: int) -> list[int]:
-        """Where a position lies, for each head."""
+        """The address of a position in a row, for each head."""
         slot = slots_of(cache_chunk(self.spec, cache.name), start, start).start
         heads, capacity, _ = cache.shape
         first = self.buffers[cache.name].address + row * cache.row_size
@@ -136,14 +136,14 @@ class EngineCaches:
         return cache.row_size // (cache.shape[0] * cache.shape[1])
 
 
-class EngineBinding:
-    """An engine bound to the caches of some rows."""
+class TensorRTBinding:
+    """An engine bound to some rows of its caches."""
 
-    def __init__(self, decoder: EngineDecoder, caches: EngineCaches, rows: slice) -> None:
+    def __init__(self, decoder: TensorRTDecoder, caches: DeviceCaches, rows: slice) -> None:
         self.decoder, self.caches, self.rows = decoder, caches, rows
         self.number = next(decoder.bindings)
         self.captures = decoder.about.flavour == "tensorrt" and not decoder.about.weight_streaming
-        self.graph: Graph | None = None
+        self.graph: DeviceGraph | None = None
 
     def step(
         self,
@@ -152,17 +152,7 @@ class EngineBinding:
         positions_BR: NDArray[np.int64],
         features_MH: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
-        """Runs one piece and writes it to the caches.
-
-        Args:
-            ids_BS: Token ids, right-padded.
-            past_B: Tokens in each row's cache before the piece.
-            positions_BR: Positions of the piece that get logits.
-            features_MH: Image features of the piece's image tokens, row by row; None where it has none.
-
-        Returns:
-            Logits [B, R, V].
-        """
+        """Runs one piece: inputs to the GPU, the step, and the logits back into a new array."""
         device, decoder = self.decoder.device, self.decoder
         device.enter()
         logits = np.empty((*positions_BR.shape, decoder.spec.vocab_size), dtype=np.float32)
@@ -218,13 +208,13 @@ class EngineBinding:
         accept(context.execute_async_v3(self.decoder.device.stream), "the step")
 
 
-def load_engine(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> EngineDecoder:
+def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> TensorRTDecoder:
     """Loads a bundle's engine onto the GPU.
 
     Args:
         folder: The bundle.
         spec: Its spec.
-        files: Where its weight files are, by name.
+        files: The paths of its weight files, by name.
 
     Raises:
         SessionError: The GPU, the driver or TensorRT's version is not the one that the engine was built for.
@@ -247,7 +237,7 @@ def load_engine(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> En
     engine = deserialise(trt, data, folder / about.file)
     if about.weight_streaming:
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-    return EngineDecoder(trt, device, engine, upload_weights(device, spec.weights, files), spec)
+    return TensorRTDecoder(trt, device, engine, upload_weights(device, spec.weights, files), spec)
 
 
 def read_engine(folder: Path, about: EngineSpec) -> bytes:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import CalibrationError, FolderError
-from ..export.quantised import quantise_graph
+from ..export.quantised_graph import quantise_graph
 from ..files.folders import SPEC, carry_files, find_files, read_spec
 from ..files.output import check_apart, check_free, resumed_folder
 from ..files.safetensors import identity, open_shard
@@ -28,12 +28,13 @@ from ..spec.folder import FolderSpec
 from ..spec.geometry import VISION
 from ..spec.recipe import Override, Recipe
 from ..spec.stored_weights import WeightFile
-from ..walk.decoder import Weights
+from ..spec.types import Progress
+from ..walk.numbers import Weights
 from ..walk.windows import Windows, read_windows
-from .layer import FLOOR, Limits
+from .decoder import FLOOR, Coverage
 from .presets import check_recipe, parse_recipe
 from .report import Report, write_report
-from .work import Progress, Work
+from .work import Work
 
 
 def calibrate_model(
@@ -57,7 +58,7 @@ def calibrate_model(
         model: A model folder that is not quantised; only read.
         out: The model folder to write.
         recipe: A recipe, or the name of a preset: `int8`, `fp8` or `int4`.
-        data: Files of text (UTF-8) and of conversations with images (JSONL, see `export.conversations`), token ids
+        data: Files of text (UTF-8) and of conversations with images (JSONL, see `walk.conversations`), token ids
             [W, S], or windows of them with their images.
         samples: Windows at most.
         window: Tokens of a window; None is a chunk and a quarter of the model's attention.
@@ -65,8 +66,8 @@ def calibrate_model(
         all_experts: Whether every expert is measured over every token.
         weights: Folder of the weight files, where they have moved.
         force: Whether an existing model folder at `out` is replaced.
-        progress: Told how far the work is.
-        notice: Told what a person should know, a line each.
+        progress: Called with the phase, the tokens done and the tokens in all.
+        notice: Called with each line that a person should know.
 
     Returns:
         The model folder.
@@ -77,11 +78,7 @@ def calibrate_model(
         FolderError: `model` is no model folder, or `out` exists or cannot be written.
     """
     source, target = Path(model).absolute(), Path(out).absolute()
-    spec = read_spec(source)
-    if spec.kind != "model":
-        raise FolderError(f"{source} is a {spec.kind}: give the model folder it was built from")
-    if spec.recipe is not None:
-        raise CalibrationError(f"{source} is quantised already ({spec.recipe.format}): give the model it came from")
+    spec = _read_unquantised(source)
     if isinstance(recipe, str):
         recipe = parse_recipe(recipe, {}, ())
     vision = None if spec.vision is None else spec.vision.spec
@@ -94,13 +91,26 @@ def calibrate_model(
     windows = data if isinstance(data, Windows) else read_windows(source, data, spec.model, samples, window, vision)
     if vision is not None and windows.vision is None:
         recipe = _without_tower(spec, recipe, notice)
-    limits = Limits(floor=floor, all_experts=all_experts)
-    with resumed_folder(target, _job(spec, recipe, limits, windows), force=force) as (folder, scratch):
-        report = Work(spec.model, vision, recipe, limits, Weights(files), windows, folder, scratch).run(
-            progress, notice
-        )
-        _finish(source, spec, recipe, folder, report)
+    coverage = Coverage(floor=floor, all_experts=all_experts)
+    with resumed_folder(target, _job(spec, recipe, coverage, windows), force=force) as (folder, scratch):
+        work = Work(spec.model, vision, recipe, coverage, Weights(files), windows, folder, scratch)
+        _finish(source, spec, recipe, folder, work.run(progress, notice))
     return target
+
+
+def _read_unquantised(source: Path) -> FolderSpec:
+    """The spec of a model folder that is not quantised.
+
+    Raises:
+        CalibrationError: It is quantised already.
+        FolderError: It is no model folder.
+    """
+    spec = read_spec(source)
+    if spec.kind != "model":
+        raise FolderError(f"{source} is a {spec.kind}: give the model folder it was built from")
+    if spec.recipe is not None:
+        raise CalibrationError(f"{source} is quantised already ({spec.recipe.format}): give the model it came from")
+    return spec
 
 
 def _without_tower(spec: FolderSpec, recipe: Recipe, notice: Callable[[str], None]) -> Recipe:
@@ -117,11 +127,11 @@ def _without_tower(spec: FolderSpec, recipe: Recipe, notice: Callable[[str], Non
     return dataclasses.replace(recipe, overrides=(*recipe.overrides, *left))
 
 
-def _job(spec: FolderSpec, recipe: Recipe, limits: Limits, windows: Windows) -> str:
+def _job(spec: FolderSpec, recipe: Recipe, coverage: Coverage, windows: Windows) -> str:
     """A fingerprint of everything that the result depends on."""
     files = [(file.name, file.identity) for file in spec.weight_files]
     shapes = windows.ids_WS.shape, windows.tiles_W.tolist()
-    settings = dataclasses.asdict(recipe), dataclasses.asdict(limits), files, __version__, shapes
+    settings = dataclasses.asdict(recipe), dataclasses.asdict(coverage), files, __version__, shapes
     digest = hashlib.sha256(json.dumps(settings).encode() + windows.ids_WS.tobytes())
     digest.update(np.ascontiguousarray(windows.pixels_N3PP).data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Nodes of the two ops in `library.cpp`, and what their matrices are made of.
+"""Nodes of the two ops of products in `library.cpp`, and the matrices that they take.
 
 Activations are rounded to int8, 32 inputs of a row by their own largest magnitude, or all by a static scale; integers
 are multiplied as integers. That is finer than a scale a token, and a row is computed alike whatever stands beside it.
@@ -16,7 +16,7 @@ from .library import DOMAIN
 
 VERSION = 1
 SMALLEST_GROUP = 8
-"""Inputs that share a scale come by this many at least."""
+"""Divisor of the number of inputs that share a scale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class Panels:
 
     Attributes:
         weight: Bytes [.., panels, bytes of one].
-        bits: Of a weight: 4, 8, 16 (bfloat16) or 32 (float32).
+        bits: Bits of a weight: 4, 8, 16 (bfloat16) or 32 (float32).
         scale: [.., panels, groups, 32]; None of floats.
         group: Inputs that share a scale; 0 where all of an output do.
         input_scale: Static scale of the inputs, float32, of experts [E]; None rounds each 32 inputs by their own.
@@ -39,7 +39,7 @@ class Panels:
 
 
 def multiply(nodes: Nodes, x: ir.Value, matrix: Panels, count: int, product: ir.Value) -> None:
-    """Writes float32 x [..., K] times a matrix of so many outputs.
+    """Writes float32 x [..., K] times a matrix of `count` outputs.
 
     Args:
         nodes: Where the node goes.
@@ -67,14 +67,14 @@ def dispatch(
     """Writes the node of one layer of experts.
 
     Args:
-        nodes: Where it goes.
+        nodes: Where the node goes.
         hidden: [T, H].
         router_logits: [T, E].
         gate_up: The first product's matrices, gates and ups interleaved.
-        down: The second's.
+        down: The second product's matrices.
         output: The value to produce, [T, H].
-        attributes: The canonical op's.
-        experts: How many are given.
+        attributes: The canonical op's attributes.
+        experts: Number of experts whose weights are given.
         width: I.
     """
     inputs = [hidden, router_logits, gate_up.weight, gate_up.scale, down.weight, down.scale]

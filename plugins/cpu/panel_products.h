@@ -1,4 +1,4 @@
-// Products of rows with a matrix of small integers or bfloat16, and what stands before and behind them.
+// Products of rows with a matrix in panels; before them rows are rounded, behind them gates are applied.
 //
 // Included once for each instruction set, within its own namespace, behind `vectors.h`.
 //
@@ -6,7 +6,7 @@
 // same blocks in the same order. So a batch's rows, a prompt's pieces and single tokens agree bit by bit.
 
 constexpr int AT_ONCE = ARRIERO_SET == 2 ? 6 : 2;      // rows whose sums fit the registers
-constexpr int IN_ONE_PASS = ARRIERO_SET == 2 ? 8 : 2;  // rows that are better done with some sums in memory than in two passes
+constexpr int IN_ONE_PASS = ARRIERO_SET == 2 ? 8 : 2;  // rows faster in one pass, some sums in memory, than in two
 constexpr int AHEAD = 4096;  // bytes of weights that are asked for in advance
 
 // Puts each eight inputs in the order in which four bytes hold them: the low halves', then the high ones'.
@@ -82,11 +82,13 @@ inline void integer_panel(const Matrix& matrix, const Rows& rows, int64_t first,
                     if (BITS == 4) {
                         const Bytes low = bytes & uint8_t{15};
                         const Bytes high = reinterpret_cast<Bytes>(reinterpret_cast<Words>(bytes) >> 4) & uint8_t{15};
-                        for (int row = 0; row < COUNT; row++) sum[row][side] = dot(sum[row][side], low, input + row * padded);
+                        for (int row = 0; row < COUNT; row++)
+                            sum[row][side] = dot(sum[row][side], low, input + row * padded);
                         for (int row = 0; row < COUNT; row++)
                             sum[row][side] = dot(sum[row][side], high, input + row * padded + 4);
                     } else {
-                        for (int row = 0; row < COUNT; row++) sum[row][side] = dot(sum[row][side], bytes, input + row * padded);
+                        for (int row = 0; row < COUNT; row++)
+                            sum[row][side] = dot(sum[row][side], bytes, input + row * padded);
                     }
                 }
             }
@@ -104,7 +106,7 @@ inline void integer_panel(const Matrix& matrix, const Rows& rows, int64_t first,
     }
 }
 
-// The same of a matrix of floats and rows of float32.
+// One panel of a matrix of floats for `COUNT` rows of float32 from `first` on: sums [COUNT][2].
 template <int BITS, int COUNT>
 inline void float_panel(const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, Floats (*total)[2]) {
     const int64_t inputs = matrix.inputs;
@@ -155,12 +157,14 @@ inline void rows_of_panel(const Matrix& matrix, const Rows& rows, int64_t first,
 
 // Up to `COUNT` rows in one pass over a panel.
 template <int COUNT>
-inline void some_rows(int64_t count, const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, const Target& target) {
+inline void some_rows(int64_t count, const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel,
+                      const Target& target) {
     if (count == COUNT) return rows_of_panel<COUNT>(matrix, rows, first, panel, target);
     if constexpr (COUNT > 1) some_rows<COUNT - 1>(count, matrix, rows, first, panel, target);
 }
 
-inline void multiply(const Matrix& matrix, const Rows& rows, int64_t first, int64_t last, int64_t panel, const Target& target) {
+inline void multiply(const Matrix& matrix, const Rows& rows, int64_t first, int64_t last, int64_t panel,
+                     const Target& target) {
     for (; last - first > IN_ONE_PASS; first += AT_ONCE) rows_of_panel<AT_ONCE>(matrix, rows, first, panel, target);
     some_rows<IN_ONE_PASS>(last - first, matrix, rows, first, panel, target);
 }

@@ -18,21 +18,14 @@ from ..plugins.gqa.body import body as gqa_body
 from ..plugins.linear import STORED, write_input, write_linear
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import body as moe_body
-from ..plugins.nodes import Nodes
+from ..plugins.nodes import Nodes, onnx_type
 from ..spec.choice import Choice, choose
 from ..spec.geometry import ModelSpec
 from ..spec.recipe import Recipe
-from .assembly import DTYPES
+from ..spec.types import CODES, MODEL_TYPES
 
-PLACED = {
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "I8": ir.DataType.INT8,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
-    "U8": ir.DataType.INT4,
-}
-"""What the shards' types are in the graph; bytes hold two int4."""
+PLACED = {CODES[name]: onnx_type(name) for name in MODEL_TYPES}
+"""Types in the graph by the shards' codes; bytes hold two int4."""
 
 Places = Mapping[str, tuple[str, Region]]
 """The file and region of each tensor, by its full name."""
@@ -44,7 +37,7 @@ def quantise_graph(model: ir.Model, spec: ModelSpec, recipe: Recipe, places: Pla
     Args:
         model: The graph.
         spec: Geometry.
-        recipe: What was quantised, and how.
+        recipe: Recipe that the weights were quantised by.
         places: Where the quantised model's tensors lie.
         folder: Where the files are that hold its scales.
     """
@@ -57,7 +50,7 @@ class _Rewriting:
     def __init__(self, model: ir.Model, spec: ModelSpec, recipe: Recipe, places: Places, folder: Path) -> None:
         self.folder = folder
         self.model, self.graph, self.recipe, self.places = model, model.graph, recipe, places
-        self.dtype = DTYPES[spec.dtype]
+        self.dtype = onnx_type(spec.dtype)
         self.head_dim = spec.head_dim
         self.inputs: dict[tuple[ir.Value, str, float | None], tuple[ir.Value, ir.Value | None]] = {}
         self.used_functions: dict[tuple[str, str, str], ir.Function] = {}
@@ -191,7 +184,7 @@ class _Rewriting:
         self._call(node, [*inputs, *scales], attributes, body)
 
     def _prefix(self) -> str:
-        """What the checkpoint's names of layers begin with."""
+        """Beginning of the checkpoint's names of layers."""
         return next(name for name in self.places if "layers." in name).partition("layers.")[0]
 
     def _call(

@@ -4,7 +4,8 @@ Enters: a model folder's decoder or vision tower. Leaves: a `Network` whose weig
 safetensors, either as external data that the parser reads, or as network inputs that a session binds at load. Caches
 have static capacities.
 
-Invariant: each custom op's node records which path it took: `plugin`, `native` layers, or the op's `function`.
+Invariant: each custom op's node records which way it was lowered: to a `plugin`, `native` layers, or the op's
+`function`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from ..spec.built_engine import CacheInput
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.stored_weights import Weight
-from .canonical import open_graph
+from .canonical_graph import read_graph
 from .supply import STORED
 
 Way = Literal["plugin", "native", "function"]
@@ -37,11 +38,11 @@ SMALL = 1 << 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choices:
-    """What a person may choose about a network.
+    """Choices about a network.
 
     Attributes:
         gqa: `plugin` or `native`; None takes the plugin where its kernels take the model's type.
-        placement: Which weights become network inputs: none, the experts, or all large ones.
+        placement: The weights that become network inputs: none, the experts, or all large ones.
         max_seq: Positions that a sequence may hold.
     """
 
@@ -57,14 +58,14 @@ class Network:
     Attributes:
         graph: Serialized ONNX.
         weights: The network inputs that are weights, and where they lie.
-        paths: The path that each custom op's node took, by node name.
+        ways: The way that each custom op's node was lowered, by node name.
         caches: The cache inputs, in order.
         dtypes: Types of the tensors in the graph.
     """
 
     graph: bytes
     weights: tuple[Weight, ...]
-    paths: Mapping[str, Way]
+    ways: Mapping[str, Way]
     caches: tuple[CacheInput, ...]
     dtypes: frozenset[str]
 
@@ -84,21 +85,21 @@ def lower_tower_for_tensorrt(folder: Path, spec: FolderSpec, vision: VisionPart,
 
 
 def _lower(path: Path, spec: ModelSpec, choices: Choices) -> Network:
-    model = open_graph(path)
-    lowering = _Lowering(model.graph, spec, choices)
+    model = read_graph(path)
+    lowering = _TensorrtLowering(model.graph, spec, choices)
     graph = lowering.lower()
     lowered = ir.Model(graph, ir_version=model.ir_version, producer_name="arriero")
     return Network(
         graph=ir.to_proto(lowered).SerializeToString(),
         weights=tuple(lowering.weights.values()),
-        paths=lowering.paths,
+        ways=lowering.ways,
         caches=tuple(lowering.caches),
         dtypes=frozenset(STORED[dtype] for dtype in lowering.dtypes if dtype in STORED),
     )
 
 
 @dataclass
-class _Lowering:
+class _TensorrtLowering:
     """The new graph under construction; values keep their names and types."""
 
     source: ir.Graph
@@ -108,7 +109,7 @@ class _Lowering:
     inputs: list[ir.Value] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
-    paths: dict[str, Way] = field(default_factory=dict)
+    ways: dict[str, Way] = field(default_factory=dict)
     caches: list[CacheInput] = field(default_factory=list)
     dtypes: set[ir.DataType] = field(default_factory=set)
 
@@ -209,19 +210,19 @@ class _Lowering:
         head_dim = cache.shape[3]
         assert isinstance(head_dim, int)
         quantised = stored != dtype
-        path: Way = self.choices.gqa or ("plugin" if dtype in PLUGIN_DTYPES else "native")
-        if path == "plugin" and dtype not in PLUGIN_DTYPES:
+        way: Way = self.choices.gqa or ("plugin" if dtype in PLUGIN_DTYPES else "native")
+        if way == "plugin" and dtype not in PLUGIN_DTYPES:
             raise BuildError(
                 f"the attention plugin computes in bfloat16 and float16, this model is {STORED[dtype]}: "
                 "export with --dtype bfloat16, or build with --gqa native"
             )
-        if path == "native" and quantised:
+        if way == "native" and quantised:
             raise BuildError(
                 f"TensorRT's own attention has no {STORED[stored]} cache: build with --gqa plugin, "
                 "or calibrate without --kv-cache"
             )
-        self.paths[name] = path
-        if path == "plugin":
+        self.ways[name] = way
+        if way == "plugin":
             rope = len(inputs) > 6 and inputs[6] is not None
             settings = _plugin_attributes(attributes, rope=int(rope))
             nodes.node(gqa.NAME, _given(inputs), outputs=outputs, domain=gqa.DOMAIN, attributes=settings)
@@ -237,8 +238,8 @@ class _Lowering:
         attributes: moe.Attributes,
     ) -> None:
         dtype = _dtype(_present(inputs, 0))
-        self.paths[name] = "plugin" if dtype in PLUGIN_DTYPES else "function"
-        if self.paths[name] == "plugin":
+        self.ways[name] = "plugin" if dtype in PLUGIN_DTYPES else "function"
+        if self.ways[name] == "plugin":
             settings = _plugin_attributes(attributes)
             nodes.node(moe.NAME, _given(inputs), outputs=outputs, domain=moe.DOMAIN, attributes=settings)
             return

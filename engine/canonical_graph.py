@@ -8,7 +8,7 @@ import onnx_ir as ir
 from ..errors import BuildError
 
 
-def open_graph(path: Path) -> ir.Model:
+def read_graph(path: Path) -> ir.Model:
     """Reads a graph; its external data is not touched.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The weights of a bundle for a CPU whose own kernels multiply integers, written as these read them.
+"""The weights of a bundle whose graph computes with the CPU's own kernels, written as these read them.
 
 Nothing is converted when it is loaded, and the model it was built from is not needed any more.
 
@@ -15,9 +15,8 @@ import numpy as np
 
 from ..files.safetensors import encode_header, identity
 from ..plugins.cpu.panels import lay_out
-from ..plugins.narrow_types import FORMAT_NAMES
 from ..spec.stored_weights import Weight, WeightFile
-from ..spec.types import BITS
+from ..spec.types import BITS, CODES
 
 FILE = "weights.safetensors"
 
@@ -55,10 +54,10 @@ def _order(weight: Weight) -> int:
 
 
 def _type(weight: Weight) -> str:
-    """What the file calls the type that a weight is written in."""
+    """The name that safetensors files have for the type that a weight is written in."""
     if weight.layout == "panels":
-        return FORMAT_NAMES["uint8"]
-    return FORMAT_NAMES[weight.dtype if weight.layout == "rows" else weight.convert]
+        return CODES["uint8"]
+    return CODES[weight.dtype if weight.layout == "rows" else weight.convert]
 
 
 def _shape(weight: Weight) -> tuple[int, ...]:
@@ -69,7 +68,7 @@ def _shape(weight: Weight) -> tuple[int, ...]:
 
 
 def _written(weights: Iterable[Weight], files: Mapping[str, Path]) -> Iterator[np.ndarray]:
-    """What is written of each weight; the pages it comes from are let go."""
+    """The bytes of each weight as they are written; afterwards the pages of its source are released."""
     maps: dict[str, mmap.mmap] = {}
     for weight in weights:
         if weight.file not in maps:
