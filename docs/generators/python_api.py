@@ -44,11 +44,12 @@ def page() -> str:
     for room, title in ROOMS.items():
         name = f"arriero.{room}".rstrip(".")
         parts.append(f"## {title}: {name}\n")
-        for found in _public(room):
-            parts.append(_entry(name, found))
+        public = _public(room)
+        for found in public:
+            parts.append(_entry(name, found, {each.node.name for each in public}))
         for module, symbol in MORE.get(room, ()):
             where = "arriero." + module.removesuffix(".py").replace("/", ".")
-            parts.append(_entry(where, _define(ROOT / module, symbol)))
+            parts.append(_entry(where, _define(ROOT / module, symbol), set()))
     parts.append(_errors())
     return "\n".join(parts)
 
@@ -83,7 +84,8 @@ def _define(module: Path, name: str) -> Found:
     raise LookupError(f"{name} is not defined in {module}")
 
 
-def _entry(where: str, found: Found) -> str:
+def _entry(where: str, found: Found, neighbours: set[str]) -> str:
+    """A function or class; methods of a base that stands on the page itself are not repeated."""
     node = found.node
     if isinstance(node, ast.FunctionDef):
         return _function(f"{where}.{node.name}", node, level=3)
@@ -93,12 +95,14 @@ def _entry(where: str, found: Found) -> str:
         parts.insert(1, f"```python\n{lines}\n```\n")
     elif signature := _constructor(node):
         parts.insert(1, f"```python\n{signature}\n```\n")
-    parts += _members(found, set())
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id in neighbours]
+    parts += [f"It has the methods of [{base}](#{(where + base).replace('.', '').lower()}) too.\n" for base in bases]
+    parts += _members(found, set(bases))
     return "\n".join(parts)
 
 
 def _members(found: Found, seen: set[str]) -> list[str]:
-    """Public methods and properties, those inherited behind."""
+    """Public methods and properties, those inherited behind; what is `seen`, methods and bases, is left out."""
     parts: list[str] = []
     assert isinstance(found.node, ast.ClassDef)
     for each in found.node.body:
@@ -113,7 +117,7 @@ def _members(found: Found, seen: set[str]) -> list[str]:
         else:
             parts.append(_function(title, each, level=4, is_method="staticmethod" not in decorators))
     for base in found.node.bases:
-        if isinstance(base, ast.Name) and base.id not in ("Protocol", "TypedDict", "NamedTuple", "Exception"):
+        if isinstance(base, ast.Name) and base.id not in {"Protocol", "TypedDict", "NamedTuple", "Exception"} | seen:
             try:
                 inherited = _define(found.module, base.id)
             except LookupError:
