@@ -17,8 +17,8 @@ from .markdown import escape, table
 OPTION = re.compile(r"(?<![\w`-])(--?[a-z][\w-]*)")
 HEAD = """# Command line
 
-Every verb reads and writes folders, prints its result on stdout and all else on stderr, and is named by
-`arriero --help`; `python -m arriero` is the same command. The verbs by what they are for:
+`arriero --help` lists the verbs, and `arriero VERB --help` a verb's options; `python -m arriero` is the same command. Results
+go to stdout, progress and messages to stderr. The verbs by what they are for:
 [export](export.md), [calibrate](calibrate.md), [build](build.md), [run](run.md), [check and golden](check.md),
 [bench and inspect](bench.md).
 
@@ -26,12 +26,10 @@ Every verb reads and writes folders, prints its result on stdout and all else on
 |---|---|
 | 0 | done |
 | 1 | regressed (`check` only) |
-| 2 | could not: one line on stderr says what was found and what to do |
+| 2 | could not: one line on stderr says what was found and what to do; of `check` also: not enough data to tell |
 | 130 | interrupted |
 
-Every verb has `--json`, which puts the result on stdout as JSON, and `--debug`, which shows the traceback of an error. Where
-a table says nothing of a default, the option is off or not given.
-"""
+Where a table says nothing of a default, the option is off or not given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +95,7 @@ class Parameter:
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD]
+    parts = [f"{HEAD} {_common()}\n"]
     for command in app.registered_commands:
         callback = command.callback
         assert callback is not None
@@ -105,8 +103,9 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def parameters(callback: Callable[..., Any]) -> list[Parameter]:
+def parameters(callback: Callable[..., Any] | None) -> list[Parameter]:
     """A verb's arguments, then its options, in their order."""
+    assert callback is not None
     hints, found = typing.get_type_hints(callback, include_extras=True), []
     for name, parameter in inspect.signature(callback).parameters.items():
         annotated = typing.get_args(hints[name])
@@ -118,6 +117,12 @@ def parameters(callback: Callable[..., Any]) -> list[Parameter]:
             kinds = [kind for kind in typing.get_args(annotated[0]) if kind is not types.NoneType]
         found.append(Parameter(name=name, info=info, kind=kinds[0], default=parameter.default))
     return sorted(found, key=lambda each: not each.is_argument)
+
+
+def _common() -> str:
+    """A sentence on the options that every verb has."""
+    sets = [{each.names[0] for each in parameters(command.callback)} for command in app.registered_commands]
+    return f"Every verb has {', '.join(f'`{name}`' for name in sorted(set.intersection(*sets)))}."
 
 
 def _verb(name: str, callback: Callable[..., Any]) -> str:
