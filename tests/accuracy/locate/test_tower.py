@@ -22,7 +22,8 @@ from planted_faults import (
     without_residual,
 )
 
-from arriero.accuracy.locate.search import Location, locate
+from arriero.accuracy.locate.first_fault import locate
+from arriero.accuracy.locate.location import Location
 from arriero.accuracy.plots import plot_profile
 from arriero.accuracy.sides import open_side
 from arriero.calibration import calibrate_model, fp8, int4, int8

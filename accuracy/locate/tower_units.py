@@ -1,10 +1,10 @@
-"""The parts of a vision tower, each run on hidden states that are given, and what each of its units computes.
+"""A vision tower's parts, each run on hidden states that are given, and the outputs of their units.
 
 Enters: a side, a layer's number, its input for some tiles. Leaves: the units' outputs by name, biases and all: of the
-stem and the head under the weights' full names, of a layer as in `self_attn.q_proj`. As in `layers`, PyTorch computes
-from a side's weights, and of a folder each part is cut out of the lowered graph, so that what is seen is what runs.
+stem and the head under the weights' full names, of a layer as in `self_attn.q_proj`. As with the decoder, PyTorch
+computes from a side's weights, and of a folder each part is a subgraph of the lowered graph.
 
-Shapes: as in `export.vision`; R rows are all positions of all tiles, or all features.
+Shapes: as in `export.llama4_tower`; R rows are all positions of all tiles, or all features.
 """
 
 from collections.abc import Mapping
@@ -12,26 +12,20 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...errors import AccuracyError
 from ...export.llama4_tower import split_patches
-from ...loading import cpu_tower_graph
-from ...runtime.backends.mapped_weights import map_weights
-from ...runtime.backends.onnxruntime_graph import open_graph
 from ...spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ...spec.geometry import VISION_LAYERS, VisionSpec
-from ...walk.decoder import Hidden
-from ...walk.numbers import FolderWeights, Weights
+from ...walk.numbers import Weights
 from ...walk.tower import Pixels, TowerLayerWalk, embed_tiles, project
-from ..lowered_graph import LoweredGraph
-from ..sides import CheckpointSide, FolderSide, Side
-from .decoder import NO_SPINNING, Units, observed
-
-STEM = "stem"
-"""What leaves the stem: patches, class token and places, behind the norm."""
+from ..sides.checkpoint_side import CheckpointSide
+from ..sides.folder_side import FolderSide
+from ..sides.side import Side
+from .location import STEM
+from .subgraphs import Subgraphs
+from .units import Halves, Hidden, Units, observed, rows_of, weights_of
 
 PRODUCTS = {
     "self_attn.q_proj": "attention_input",
@@ -41,27 +35,17 @@ PRODUCTS = {
     "mlp.fc1": "feed_input",
     "mlp.fc2": "down_input",
 }
-"""A layer's linears, and what they take in."""
+"""Inputs of a layer's linears."""
 
 HEAD = dict(zip((*ADAPTER, PROJECTOR), ("adapter_input", "adapter_middle", "projector_input"), strict=True))
-"""The same of the head."""
+"""Inputs of the head's linears."""
 
 
-class Tower(Protocol):
+class TowerUnits(Halves, Protocol):
     """A vision tower, each part run by itself."""
-
-    weights: Weights
 
     def stem(self, pixels_N3PP: Pixels) -> Units:
         """The patches' product, and what enters the first layer."""
-        ...
-
-    def attend(self, index: int, x_NSC: Hidden) -> Units:
-        """A layer's first half."""
-        ...
-
-    def feed(self, index: int, attended_NSC: Hidden) -> Units:
-        """A layer's second half."""
         ...
 
     def head(self, x_NSC: Hidden) -> Units:
@@ -69,7 +53,7 @@ class Tower(Protocol):
         ...
 
 
-def open_tower(side: Side) -> Tower:
+def open_tower(side: Side) -> TowerUnits:
     """A side's vision tower as it runs: a checkpoint's in PyTorch, a folder's on ONNX Runtime.
 
     Raises:
@@ -88,9 +72,7 @@ def in_torch(side: Side) -> "TorchTower":
         AccuracyError: It is an engine.
     """
     assert side.vision is not None
-    weights = side.weights if isinstance(side, CheckpointSide) else open_tower(side).weights
-    assert isinstance(weights, Weights)
-    return TorchTower(side.vision, weights)
+    return TorchTower(side.vision, weights_of(side, "vision"))
 
 
 class TorchTower:
@@ -101,7 +83,7 @@ class TorchTower:
         weights: The weights.
 
     Attributes:
-        inputs: What the products of the part that was run last took in: `attention_input`, `adapter_middle`, ….
+        inputs: Inputs of the products of the part that was run last: `attention_input`, `adapter_middle`, ….
     """
 
     def __init__(self, vision: VisionSpec, weights: Weights) -> None:
@@ -139,6 +121,10 @@ class TorchTower:
         self.inputs = observed(lambda observe: project(self.vision, self.weights, x_NSC, features_MH, observe))
         return {unit: linear(self.inputs[source], self.weights.wide(f"{unit}.weight")) for unit, source in HEAD.items()}
 
+    def release(self) -> None:
+        """Releases the pages read so far."""
+        self.weights.release()
+
     def _walk(self, index: int, attended_NSC: Hidden) -> TowerLayerWalk:
         return TowerLayerWalk(self.vision, index, self.weights, attended_NSC, np.empty_like(attended_NSC))
 
@@ -157,14 +143,11 @@ class OrtTower:
     """
 
     def __init__(self, side: FolderSide) -> None:
-        if not side.is_open:
-            raise AccuracyError(
-                f"{side.path} is an engine, whose layers are fused: give --locate the model it was built of"
-            )
-        assert side.folder.vision is not None
-        self.vision, self.side = side.folder.vision.spec, side
-        self.graph = LoweredGraph(*cpu_tower_graph(side.path, side.folder, side.folder.vision))
-        self.weights: Weights = FolderWeights(self.graph.weights, side.files)
+        self.subgraphs = Subgraphs(side, side.lowered_tower)
+        self.graph = self.subgraphs.graph
+        self.weights: Weights = self.subgraphs.weights
+        assert side.vision is not None
+        self.vision = side.vision
 
     def stem(self, pixels_N3PP: Pixels) -> Units:
         """The patches' product, and what enters the first layer."""
@@ -187,6 +170,10 @@ class OrtTower:
         """The adapter's products and the projector's."""
         return self._run(self._entering(self.vision.layers), x_NSC, {unit: self._read_by(unit) for unit in HEAD})
 
+    def release(self) -> None:
+        """Releases the sessions."""
+        self.subgraphs.release()
+
     def _entering(self, index: int) -> str:
         """The value that enters a layer, or the head behind the last."""
         last = index == self.vision.layers
@@ -197,27 +184,16 @@ class OrtTower:
         return self.graph.norm_input(f"{VISION_LAYERS}{index}.post_attention_layernorm.weight")
 
     def _biased(self, index: int, unit: str) -> str | None:
-        """What a layer's linear computes."""
+        """The value that a layer's linear computes."""
         product = self.graph.output_of(f"layers.{index}/{unit}")
         return None if product is None else self.graph.with_bias(product, f"{VISION_LAYERS}{index}.{unit}.bias")
 
     def _read_by(self, unit: str) -> str | None:
-        """What a linear of the stem or the head computes."""
+        """The value that a linear of the stem or the head computes."""
         found = self.graph.unit_reading(f"{unit}.weight")
         return None if found is None else self.graph.output_of(found)
 
-    def _run(self, given: str, x: NDArray[np.float32], wanted: Mapping[str, str | None]) -> Units:
+    def _run(self, given: str, x: Pixels | Hidden, wanted: Mapping[str, str | None]) -> Units:
         """Runs a part; units that the graph does not have are left out."""
-        values = {unit: value for unit, value in wanted.items() if value is not None}
-        part = self.graph.cut([given], list(values.values()))
-        weights = map_weights(part.weights, self.side.files)
-        session = open_graph(part.graph, weights, self.side.path, self.graph.flags | NO_SPINNING, self.side.threads)
         shape = (len(x), self.vision.positions, self.vision.hidden_size)
-        feeds = {name: np.zeros(shape, np.float32) for name in part.shapes} | {given: np.ascontiguousarray(x)}
-        return dict(zip(values, map(rows_of, session.run(list(values.values()), feeds)), strict=True))
-
-
-def rows_of(array: NDArray[np.float32]) -> Tensor:
-    """[N, S, …] or [R, …] as rows."""
-    tensor = torch.from_numpy(array)
-    return tensor.flatten(0, 1) if tensor.ndim == 3 else tensor
+        return self.subgraphs.run({given: np.ascontiguousarray(x)}, wanted, shape)
