@@ -66,11 +66,11 @@ def _section(kind: type, at: list[str]) -> str:
     parsed, hints = parse(kind.__doc__), typing.get_type_hints(kind)
     said = parsed.items.get("Attributes", {})
     rows = [
-        (f"`{field.name}`", _typed(hints[field.name]), _default(field), _null(escape(said.get(field.name, ""))))
+        (f"`{field.name}`", _null(escape(said.get(field.name, ""))), _typed(hints[field.name]), _default(field))
         for field in _fields(kind)
     ]
     where = f"At {', '.join(f'`{path}`' for path in at)}." if at else "The whole file."
-    fields = table(("field", "type", "default", ""), rows)
+    fields = table(("field", "meaning", "type", "default"), rows)
     return f"## {kind.__name__}\n\n{where} {_null(paragraphs(parsed.text))}\n\n{fields}\n"
 
 
