@@ -57,7 +57,13 @@ class Binary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheInput:
-    """One of an engine's caches: its name without `past.` or `present.`, its shape [K, C, D], its type."""
+    """One of an engine's caches.
+
+    Attributes:
+        name: The input's name without `past.`, and the output's without `present.`.
+        shape: Heads, slots and head dim [K, C, D] of one row.
+        dtype: Type of the values.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -56,10 +56,11 @@ class FolderSpec:
         engine: A TensorRT bundle's engine.
         vision: The vision tower's part; None where the model takes text only.
         rank: Which rank's the graph is, of a model that is split over several.
-        ranks: How many there are.
+        ranks: Number of ranks.
         cache_bits: Bits of keys and values in the caches of a bundle for the CPU, 8 or 4, each group of a token's by a
             scale of its own; 0 where the graph's caches are as they are.
         expert_groups: Over how many groups of ranks the experts are distributed.
+        schema: Version of this description; a folder with another one is refused.
     """
 
     kind: Literal["model", "bundle", "group"]

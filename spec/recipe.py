@@ -14,6 +14,11 @@ class Override:
     Attributes:
         pattern: Shell pattern of names without `.weight`, as in `layers.*.self_attn.o_proj` or `lm_head`; one
             layer's routed experts are `layers.N.feed_forward.experts`.
+        format: How these weights are stored.
+        activations: One scale a tensor, or one a token.
+        clip: How the largest activation that is represented is chosen.
+        group_size: Rows of a weight that share a scale in `int4`.
+        rounding: To the nearest value, or with GPTQ's correction.
     """
 
     pattern: str

@@ -25,7 +25,7 @@ class WeightFile:
         name: File name, which is also its `location` in the ONNX graph.
         path: Absolute path where it was found, or empty where it lies in the folder itself.
         size: Bytes.
-        identity: `files.safetensors.identity` of the file: its header and samples of its data.
+        identity: Fingerprint of the file: SHA-256 of its length, its header and samples of its data.
     """
 
     name: str
