@@ -72,7 +72,7 @@ class Session(TokenSession):
         """Continues a prompt piece by piece.
 
         Args:
-            prompt: A text, token ids taken as they are, or messages for the chat template; see `prompt.read_prompt`.
+            prompt: A text, token ids taken as they are, or messages for the chat template; see `prompt`.
             max_new_tokens: New tokens at most; None is until the end of the sequence or of `max_seq`.
             images: Paths, bytes, PIL images or arrays: one for each `<|image|>` in the prompt; a text without any of
                 these is about all of them.

@@ -44,7 +44,7 @@ def test_export_build_and_run_agree(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_calibrate_lists_each_weight_and_its_model_runs(tiny_model: Path, tmp_path: Path) -> None:
-    text = Path(__file__).parent.parent.parent / "README.md"
+    text = Path(__file__).parent.parent.parent / "examples" / "tiny-llama4" / "unseen.txt"
     arguments = ("--recipe", "int8", "--data", text, "--samples", 4, "--floor", 1, "--kv-cache", "int8", "--json")
     run = arriero("calibrate", tiny_model, "-o", tmp_path / "int8", *arguments)
     assert run.returncode == 0, run.stderr

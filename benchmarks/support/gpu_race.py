@@ -41,7 +41,7 @@ class Row:
         shape: The call's, in words.
         kind: How our cache or our experts are stored.
         error: Relative distance of our result from the oracle's, and `most` that it may be.
-        bytes: What a call must read and write.
+        bytes: Bytes that a call must read and write.
         operations: Floating-point operations that a call must do.
         is_bound_by_bytes: Whether the former, not the latter, is its measure.
         ours: Microseconds; None where the result is wrong.
@@ -93,7 +93,7 @@ class Ours:
 
 
 def scratch(workspace: Mapping[str, Buffer]) -> dict[str, Tensor]:
-    """What a plan asks for, for calls that run one after another; full of NaN, so that what is not written is seen."""
+    """Buffers that a plan asks for, for calls one after another; full of NaN, so that what is not written is seen."""
     return {name: torch.full((each.size,), 255, dtype=torch.uint8) for name, each in workspace.items()}
 
 
@@ -162,7 +162,7 @@ def able(peers: Iterable[Contestant]) -> tuple[list[Contestant], dict[str, str]]
 
 
 def ceilings() -> tuple[float, float]:
-    """What this card does at best: bytes a second of a copy, read and written, and operations a second in bfloat16."""
+    """This card's best: bytes a second of a copy, read and written, and operations a second in bfloat16."""
     source = torch.empty(1 << 30, dtype=torch.bfloat16).normal_()
     target = torch.empty_like(source)
     x_MK, y_KN = (torch.empty(8192, 8192, dtype=torch.bfloat16).normal_() for _ in range(2))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from gpu_race import Contestant, Ours, Row, able, distance, race, scratch, sets_for
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,6 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from arriero.plugins.gqa.op import Attributes
 from arriero.plugins.gqa.plan import LARGEST, Geometry, Plan
 from arriero.plugins.launch import Kernels
+
+from .gpu_race import Contestant, Ours, Row, able, distance, race, scratch, sets_for
 
 HEADS, KV_HEADS, HEAD_DIM = 40, 8, 128
 SIZES = {"heads": HEADS, "kv_heads": KV_HEADS, "scale": HEAD_DIM**-0.5}
@@ -151,7 +152,7 @@ def inputs(shape: Shape) -> Tensors:
 
 
 def in_kind(tensors: Tensors, cache: str) -> Tensors:
-    """The same with caches as that kind stores them, and their scales."""
+    """The inputs with caches as that kind stores them, and their scales."""
     if cache == "none":
         return tensors
     stored = {**tensors, "output": torch.full_like(tensors["output"], torch.nan)}

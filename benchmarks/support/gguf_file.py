@@ -112,7 +112,7 @@ def add_geometry(writer: gguf.GGUFWriter, spec: ModelSpec, interleave: int) -> N
 
 
 def rope_factors(spec: ModelSpec) -> NDArray[np.float32]:
-    """What each frequency is divided by under Llama 3's scaling."""
+    """Each frequency's divisor under Llama 3's scaling."""
     plain_F = spec.rope_theta ** -(np.arange(0, spec.head_dim, 2) / spec.head_dim)
     factors: NDArray[np.float32] = (plain_F / inverse_frequencies(spec).double().numpy()).astype(np.float32)
     return factors

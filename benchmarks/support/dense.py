@@ -6,12 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sparse import MAVERICK, SCOUT, SHARED
 
-from arriero.export.checkpoint import expected_tensors
+from arriero.export.checkpoint import expected_tensors, open_checkpoint
 from arriero.export.config import model_spec
 
+from .sparse import MAVERICK, SCOUT, SHARED
+
 PIECE = 1 << 24
+
+GEOMETRY = {
+    **SCOUT,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 1024,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+"""Scout's shape at a fifth of its width, for many layers of float32."""
 
 
 def scout_like(layers: int, hidden: int = 1024, experts: int = 8) -> dict[str, Any]:
@@ -86,3 +101,17 @@ def write_random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0)
                 file.write((piece.view(np.uint32) >> 16).astype(np.uint16).tobytes())
                 left -= count
     return sum(map(math.prod, shapes.values()))
+
+
+def fill(checkpoint: Path) -> int:
+    """Overwrites the zeros of a sparse float32 checkpoint with random weights. Returns its bytes."""
+    rng = np.random.default_rng(0)
+    total = 0
+    for shard in open_checkpoint(checkpoint).shards:
+        with shard.path.open("r+b") as file:
+            for name, region in shard.tensors.items():
+                file.seek(region.offset)
+                values = rng.standard_normal(region.size // 4, dtype=np.float32)
+                (values + 1 if "norm" in name else values * np.float32(0.02)).tofile(file)
+                total += region.size
+    return total

@@ -1,4 +1,4 @@
-"""One contender of `cpu_peers.py` in a process of its own: Arriero, llama.cpp, or `transformers`.
+"""One contender of the CPU races in a process of its own: Arriero, llama.cpp, or `transformers`.
 
 Enters: a `Task` as JSON, the only argument. Leaves: what was measured, as JSON on the last line of stdout. Each
 contender has the same three methods, and the same code times them. Its peak of memory is the process's own.
@@ -22,12 +22,12 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What a process does.
+    """The work of one process.
 
     Attributes:
         engine: `arriero`, `llama`, `torch` or `compiled`.
         path: The bundle, the GGUF, or the checkpoint.
-        dtype: What `transformers` computes in.
+        dtype: Type that `transformers` computes in.
         threads: Threads of one operator.
         vocabulary: Tokens to draw from.
         context: Tokens in front of the decoded ones, and of the prompt whose prefill is timed.
@@ -275,7 +275,7 @@ def draw(rng: np.random.Generator, task: Task, batch: int, length: int) -> list[
 
 
 class Seconds:
-    """The seconds that a block takes, in parts of so many, added to a list."""
+    """The seconds that a block takes, divided by its parts, added to a list."""
 
     def __init__(self, task: Task, found: list[float], parts: int = 1) -> None:
         self.clock = time.process_time if task.cpu_time else time.perf_counter
@@ -312,7 +312,7 @@ COMPARED = 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One contender of cpu_peers.py.")
+    parser = argparse.ArgumentParser(description="One contender of the CPU races.")
     parser.add_argument("task")
     task = Task(**json.loads(parser.parse_args().task))
     contender = ENGINES[task.engine](task)

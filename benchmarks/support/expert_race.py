@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from gpu_race import Contestant, Ours, Row, able, distance, race, scratch
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -18,6 +17,8 @@ from arriero.plugins.launch import Kernels
 from arriero.plugins.moe.kernel_geometry import Geometry
 from arriero.plugins.moe.op import Attributes
 from arriero.plugins.moe.plan import Plan
+
+from .gpu_race import Contestant, Ours, Row, able, distance, race, scratch
 
 HIDDEN, EXPERT_SIZE, GROUP = 5120, 8192, 128
 KINDS = ("none", "int8", "fp8", "int4")
@@ -44,7 +45,7 @@ class Sorted:
         x_TH: Tokens times their scores, by expert.
         order_T: Which token each of them is.
         ends_E: Where each expert's end.
-        parts: The same for those that have any: expert, start, end.
+        parts: Experts that have any tokens: expert, start, end.
     """
 
     x_TH: Tensor
@@ -194,7 +195,7 @@ def error_of_token(found_TH: Tensor, given: Sorted, stored: Tensors, kind: str, 
 
 
 def restored(stored_KN: Tensor, scale_GN: Tensor, kind: str) -> Tensor:
-    """What stored weights stand for, in float32; four-bit ones lie two a byte, the even column's low."""
+    """Values that stored weights stand for, in float32; four-bit ones lie two a byte, the even column's low."""
     if kind == "int4":
         halves = torch.stack((stored_KN & 15, stored_KN >> 4), -1).flatten(-2).to(torch.int8)
         stored_KN = halves - 16 * (halves > 7).to(torch.int8)
