@@ -29,6 +29,8 @@ Results go to stdout, progress and messages to stderr. The verbs by what they ar
 | 2 | could not: one line on stderr says what was found and what to do; of `check` also: not enough data to tell |
 | 130 | interrupted |
 
+`arriero --install-completion` makes the shell complete verbs and options.
+
 Where a table says nothing of a default, the option is off or not given."""
 
 
