@@ -42,9 +42,10 @@ def load(
     Raises:
         ArrieroError: The folder is damaged or incomplete, its weights are missing, or a setting is out of range.
     """
+    from .runtime.defaults import read_defaults
     from .runtime.session import Session
     from .runtime.state import Limits
-    from .runtime.text import Text, read_defaults
+    from .runtime.text import Text
 
     path = Path(folder)
     spec = read_spec(path)

@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import SessionError
 from .backends.interface import DecoderBackend
 from .continuation import Generated, Request, Settings, joined
+from .defaults import Defaults
 from .flight import stream_requests
 from .images.sources import ImageSource
 from .images.tower import Tower
@@ -21,7 +22,7 @@ from .prompt import Prompt, PromptReader, Tokens
 from .rider import ride_alone
 from .sampling import Sampling
 from .state import Limits
-from .text import Defaults, Text
+from .text import Text
 from .token_session import TokenSession
 
 
