@@ -12,84 +12,60 @@ from ..errors import shortened
 from .folders import read_json
 
 GENERATION_HEEDED = frozenset(
-    [
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "do_sample",
-        "eos_token_id",
-        "frequency_penalty",
-        "logit_bias",
-        "max_length",
-        "max_new_tokens",
-        "min_length",
-        "min_new_tokens",
-        "min_p",
-        "no_repeat_ngram_size",
-        "presence_penalty",
-        "repetition_penalty",
-        "stop_strings",
-        "suppress_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-    ]
+    {
+        *("bad_words_ids", "begin_suppress_tokens", "do_sample", "eos_token_id", "frequency_penalty", "logit_bias"),
+        *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size"),
+        *("presence_penalty", "repetition_penalty", "stop_strings", "suppress_tokens", "temperature", "top_k", "top_p"),
+        *("typical_p",),
+    }
 )
 """Fields of `generation_config.json` that the runtime takes as its defaults."""
 
 GENERATION_HARMLESS = frozenset(
-    [
-        "assistant_confidence_threshold",
-        "assistant_early_exit",
-        "assistant_ensemble_weight",
-        "assistant_lookbehind",
-        "bos_token_id",
-        "cache_config",
-        "compile_config",
-        "continuous_batching_config",
-        "decoder_start_token_id",
-        "disable_compile",
-        "early_stopping",
-        "is_assistant",
-        "length_penalty",
-        "low_memory",
-        "max_cache_len",
-        "max_matching_ngram_size",
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "output_attentions",
-        "output_hidden_states",
-        "output_logits",
-        "output_scores",
-        "pad_token_id",
-        "prefill_chunk_size",
-        "prompt_lookup_num_tokens",
-        "renormalize_logits",
-        "return_dict_in_generate",
-        "speculation_type",
-        "target_lookbehind",
-        "transformers_version",
-        "use_cache",
-        "use_mtp",
-    ]
+    {
+        *(
+            "assistant_confidence_threshold",
+            "assistant_early_exit",
+            "assistant_ensemble_weight",
+            "assistant_lookbehind",
+        ),
+        *("bos_token_id", "cache_config", "compile_config", "continuous_batching_config", "decoder_start_token_id"),
+        *("disable_compile", "early_stopping", "is_assistant", "length_penalty", "low_memory", "max_cache_len"),
+        *("max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "output_attentions"),
+        *("output_hidden_states", "output_logits", "output_scores", "pad_token_id", "prefill_chunk_size"),
+        *("prompt_lookup_num_tokens", "renormalize_logits", "return_dict_in_generate", "speculation_type"),
+        *("target_lookbehind", "transformers_version", "use_cache", "use_mtp"),
+    }
 )
 """Fields that change a text's cost or what is returned beside it, or that count only beside a field that is named."""
 
 GENERATION_NEUTRAL: Mapping[str, Collection[Any]] = {
-    "cache_implementation": ("dynamic", "dynamic_full", "static", "offloaded", "offloaded_static", "hybrid")
-    + ("sliding_window", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
+    "cache_implementation": (
+        *("dynamic", "dynamic_full", "static", "hybrid", "hybrid_chunked", "sliding_window"),
+        *("offloaded", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked"),
+    ),
+    "constraints": (),
     "diversity_penalty": (0,),
+    "dola_layers": (),
     "encoder_no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1,),
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
     "guidance_scale": (1,),
+    "max_time": (),
     "num_beam_groups": (1,),
     "num_beams": (1,),
     "num_return_sequences": (1,),
     "penalty_alpha": (0,),
     "remove_invalid_values": (False,),
+    "sequence_bias": (),
     "token_healing": (False,),
+    "top_h": (),
+    "watermarking_config": (),
 }
 """Other fields, and the values with which they change nothing."""
 
@@ -103,7 +79,9 @@ TOKENIZER_NEUTRAL: Mapping[str, Collection[Any]] = {
 """Fields of `tokenizer_config.json` that change ids or texts: `tokenizer.json` alone decides these here."""
 
 PROCESSOR_HEEDED = frozenset(
-    ["auto_map", "chat_template", "image_processor", "patch_size", "pixel_shuffle_ratio", "processor_class"]
+    {
+        *("auto_map", "chat_template", "image_processor", "patch_size", "pixel_shuffle_ratio", "processor_class"),
+    }
 )
 PROCESSOR_NEUTRAL: Mapping[str, Collection[Any]] = {
     "fake_image_token": ("<|image|>",),
@@ -119,30 +97,19 @@ PROCESSOR_NEUTRAL: Mapping[str, Collection[Any]] = {
 """Fields of `processor_config.json`; the tokens that stand for images are Llama 4's own."""
 
 IMAGES_HEEDED = frozenset(
-    [
-        "auto_map",
-        "data_format",
-        "device",
-        "disable_grouping",
-        "do_convert_rgb",
-        "do_normalize",
-        "do_rescale",
-        "do_resize",
-        "feature_extractor_type",
-        "image_mean",
-        "image_processor_type",
-        "image_std",
-        "input_data_format",
-        "max_patches",
-        "patch_size",
-        "pixel_shuffle_ratio",
-        "processor_class",
-        "resample",
-        "rescale_factor",
-        "resize_to_max_canvas",
-        "return_tensors",
-        "size",
-    ]
+    {
+        *("auto_map", "data_format", "device", "disable_grouping", "do_convert_rgb", "do_normalize", "do_rescale"),
+        *(
+            "do_resize",
+            "feature_extractor_type",
+            "image_mean",
+            "image_processor_type",
+            "image_std",
+            "input_data_format",
+        ),
+        *("max_patches", "patch_size", "pixel_shuffle_ratio", "processor_class", "resample", "rescale_factor"),
+        *("resize_to_max_canvas", "return_tensors", "size"),
+    }
 )
 IMAGES_NEUTRAL: Mapping[str, Collection[Any]] = {
     "do_center_crop": (False,),
@@ -153,32 +120,26 @@ IMAGES_NEUTRAL: Mapping[str, Collection[Any]] = {
 """Fields of an image processor, heeded or refused by the runtime's images, and others."""
 
 QUANTISATION_HEEDED = frozenset(
-    [
-        "quant_method",
-        "quant_algo",
-        "kv_cache_quant_algo",
-        "kv_cache_scheme",
-        "config_groups",
-        "format",
-        "global_compression_ratio",
-        "ignore",
-        "quantization_status",
-        "sparsity_config",
-        "transform_config",
-        "version",
-        "activation_scale_ub",
-        "modules_to_not_convert",
-        "exclude_modules",
-        "producer",
-        "group_size",
-        "has_zero_point",
-        "quantization",
-        "run_compressed",
-        "compression_ratio",
-        "quant_library",
-        "quantized_layers",
-        "quant_cfg",
-    ]
+    {
+        *("quant_method", "quant_algo", "kv_cache_quant_algo", "kv_cache_scheme", "config_groups", "format"),
+        *(
+            "global_compression_ratio",
+            "ignore",
+            "quantization_status",
+            "sparsity_config",
+            "transform_config",
+            "version",
+        ),
+        *(
+            "activation_scale_ub",
+            "modules_to_not_convert",
+            "exclude_modules",
+            "producer",
+            "group_size",
+            "has_zero_point",
+        ),
+        *("quantization", "run_compressed", "compression_ratio", "quant_library", "quantized_layers", "quant_cfg"),
+    }
 )
 """Fields of `quantization_config`, read or decided by the types of the tensors."""
 

@@ -1,13 +1,13 @@
 """A checkpoint's own settings of generation, and a caller's laid over them.
 
-Enters: a folder's `generation_config.json`, and the settings of a request. Leaves: `Defaults` and `Choice`. Invariant: a
-value out of range is refused by its name, and the precedence is that of `transformers`.
+Enters: a folder's `generation_config.json`, and the settings of a request. Leaves: `Defaults` and `Choice`. Invariant:
+a value out of range is refused by its name, and the precedence is that of `transformers`.
 """
 
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .sampling import Sampling
 DEFAULT_TOP_K = 50
 """Tokens that a draw keeps where neither the checkpoint nor the caller says, as in `transformers`."""
 
-CHOICES = tuple(field.name for field in dataclasses.fields(Sampling))
+CHOICES = tuple(each.name for each in dataclasses.fields(Sampling))
 """Settings by which tokens are chosen."""
 
 IGNORED_OUTSIDE = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")
@@ -59,7 +59,7 @@ class Defaults:
     """
 
     eos_token_ids: tuple[int, ...] = ()
-    sampling: Sampling = Sampling(top_k=DEFAULT_TOP_K)
+    sampling: Sampling = field(default_factory=lambda: Sampling(top_k=DEFAULT_TOP_K))
     drawn_temperature: float = 1.0
     max_new_tokens: int | None = None
     max_length: int | None = None
@@ -156,15 +156,13 @@ def read_defaults(folder: Path, vocabulary: int | None = None) -> Defaults:
         sampling = Sampling(**{"top_k": DEFAULT_TOP_K, **chosen, "temperature": temperature if draws else 0.0})
         if vocabulary is not None:
             sampling.check_vocabulary(vocabulary)
-        lengths = {
-            name: checks.whole(name, config[name]) for name in ("max_new_tokens", "max_length") if name in config
-        }
+        limits = [name for name in ("max_new_tokens", "max_length") if name in config]
         return Defaults(
             eos_token_ids=config.get("eos_token_id", ()),
             sampling=sampling,
             drawn_temperature=_drawn(temperature),
             stop_strings=checks.texts("stop_strings", config.get("stop_strings", ())),
-            **lengths,
+            **{name: checks.whole(name, config[name]) for name in limits},
         )
     except SessionError as error:
         raise FolderError(f"{path}: {error}: correct it") from error
