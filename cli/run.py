@@ -1,5 +1,6 @@
 """`arriero run`: a model's words on stdout, streamed, in a conversation, or as JSON."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 CHAT_BYTES = 1 << 30
 """Keys and values of a conversation's earlier turns that are kept at most."""
 
+MAX_NEW_TOKENS = 512
+"""New tokens at most where neither the user nor the generation config says."""
+
 IMAGE_LINE = "/image "
 """Beginning of a conversation's line that names an image for the next."""
 
@@ -27,17 +31,22 @@ def run(
     image: options.Image = None,
     chat: options.Chat = False,
     system: options.System = None,
-    max_new_tokens: options.MaxNewTokens = 512,
+    max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    no_repeat_ngram_size: options.NoRepeatNgramSize = None,
+    min_new_tokens: options.MinNewTokens = None,
     seed: options.Seed = None,
     prompt_lookup: options.PromptLookup = 0,
     stop_string: options.StopString = None,
     eos_token_id: options.EosTokenId = None,
     ignore_eos: options.IgnoreEos = False,
+    top_logprobs: options.TopLogprobs = None,
     max_seq: options.MaxSeq = None,
     threads: options.Threads = None,
     weights: options.Moved = None,
@@ -49,7 +58,10 @@ def run(
     """Run a model: stream the continuation of a prompt, say what is in an image, or chat."""
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
     settings |= {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
-    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string or ()}
+    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string}
+    settings |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
+    settings |= {"no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens}
+    settings |= {"logprobs": top_logprobs is not None, "top_logprobs": top_logprobs}
     settings |= {"eos_token_id": [] if ignore_eos else eos_token_id}
     terminal = Terminal(quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
@@ -63,6 +75,8 @@ def run(
         kept = CHAT_BYTES if chat else 0
         session = load(folder, max_seq=max_seq, threads=threads, weights=weights, prefix_bytes=kept)
         loaded = time.perf_counter() - started
+        if max_new_tokens is None and not session.defaults.limits_length:
+            settings["max_new_tokens"] = MAX_NEW_TOKENS
         terminal.detail(f"[{folder} loaded in {loaded:.2f} s, for sequences of {session.max_seq} tokens]")
         prompt = sys.stdin.read() if prompt == "-" else prompt
         if chat:
@@ -108,6 +122,8 @@ def answer(
             "accepted_tokens": whole.accepted,
             "acceptance_rate": accepted,
         }
+        if settings["logprobs"]:
+            result["logprobs"] = [dataclasses.asdict(each) for each in whole.logprobs]
         print(json.dumps(result, ensure_ascii=False))
     else:
         print()

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from ..errors import ArrieroError
+from ..errors import ArrieroError, ArrieroWarning
 from ..spec.types import Progress
 
 
@@ -56,8 +56,10 @@ class Terminal:
         """Turns errors into one line and exit code 2; the traceback is shown where asked for."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders are removed
         with warnings.catch_warnings():
+            warnings.simplefilter("always", ArrieroWarning)
             if self.quiet:
                 warnings.simplefilter("ignore")
+            warnings.showwarning = self._warner(warnings.showwarning)
             try:
                 yield
             except KeyboardInterrupt:
@@ -70,6 +72,19 @@ class Terminal:
                     traceback.print_exc()
                 self.show_error(error)
                 raise typer.Exit(2) from None
+
+    def _warner(self, usual: Callable[..., None]) -> Callable[..., None]:
+        """Shows our own warnings in a line, each once, and others as usual."""
+        shown: set[str] = set()
+
+        def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, ArrieroWarning):
+                usual(message, category, *where, **more)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                self.say(f"arriero: {' '.join(str(message).split())}")
+
+        return warn
 
     def show_error(self, error: Exception) -> None:
         """Shows an error in one line, --quiet or not."""

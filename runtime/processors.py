@@ -4,7 +4,7 @@ Enters: logits, and the sequence so far. Leaves: the same logits, changed in pla
 that each looks at its new tokens alone.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -32,7 +32,7 @@ class Processor(Protocol):
 class LogitBias:
     """Adds a number to some tokens' logits, as OpenAI's `logit_bias`."""
 
-    def __init__(self, bias: dict[int, float]) -> None:
+    def __init__(self, bias: Mapping[int, float]) -> None:
         self.tokens, self.values = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
 
     def __call__(self, logits_V: Logits, seen: Sequence[int]) -> None:
@@ -106,9 +106,9 @@ class ForbiddenWords:
         ends: Tokens that end the sequence.
     """
 
-    def __init__(self, words: Sequence[tuple[int, ...]], ends: Collection[int]) -> None:
+    def __init__(self, words: Sequence[Sequence[int]], ends: Collection[int]) -> None:
         self.single = np.array([word[0] for word in words if len(word) == 1 and word[0] not in ends], np.int64)
-        self.longer = [word for word in words if len(word) > 1]
+        self.longer = [tuple(word) for word in words if len(word) > 1]
 
     def __call__(self, logits_V: Logits, seen: Sequence[int]) -> None:
         """Changes the logits in place."""

@@ -49,7 +49,7 @@ def test_fields_of_the_other_files_are_named(tmp_path: Path) -> None:
     assert "image_token='<image>'" in lines(tmp_path, "processor_config.json", {"image_token": "<image>"})[-1]
     assert "do_pad=True" in lines(tmp_path, "preprocessor_config.json", {"do_pad": True, "size": {}})[-1]
     found = lines(tmp_path, "config.json", {"quantization_config": {"quant_method": "x", "rotation": "hadamard"}})
-    assert "quantization_config: not heeded" in found[-1] and "rotation='hadamard'" in found[-1]
+    assert "quantization_config: not heeded, though it may change results: rotation='hadamard'" in found[-1]
     assert len(found) == 4
 
 

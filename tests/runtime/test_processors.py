@@ -126,5 +126,5 @@ def ngrams(ids: Sequence[int], size: int) -> list[tuple[int, ...]]:
 def test_no_ngram_comes_twice() -> None:
     sampler, ids = Sampler(Sampling(no_repeat_ngram_size=2)), [0]
     for _ in range(100):
-        ids.append(sampler(np.zeros(VOCABULARY, np.float32), ids))
+        ids.append(sampler(np.zeros(3 * VOCABULARY, np.float32), ids))
     assert len(set(ngrams(ids, 2))) == len(ngrams(ids, 2))

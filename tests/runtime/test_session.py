@@ -38,7 +38,7 @@ def test_ids_may_be_arrays(session: Session) -> None:
 
 
 def test_a_setting_that_does_not_exist_is_named(session: Session) -> None:
-    with pytest.raises(TypeError, match="unknown setting 'temprature': choose from temperature"):
+    with pytest.raises(SessionError, match="unknown setting 'temprature': choose from .*temperature"):
         session.stream("x", temprature=1)  # type: ignore[call-arg]
 
 
@@ -59,6 +59,42 @@ def test_generation_ends_at_its_tokens_its_strings_or_its_length(session: Sessio
     stopped = session.generate("The", max_new_tokens=30, temperature=0, eos_token_id=[], stop_strings=word)
     assert (stopped.text, stopped.finish) == (free.text[: free.text.index(word)], "stop")
     assert session.generate("The", max_new_tokens=0).ids == []
+
+
+def test_a_special_tokens_text_is_a_stop_string(session: Session) -> None:
+    """The first token is forced to be special: its text is not shown, but matched."""
+    force: dict[str, Any] = {"logit_bias": {1: 100}, "eos_token_id": [], "max_new_tokens": 5, "temperature": 0}
+    special = session.text._tokenizer().id_to_token(1)
+    stopped = session.generate("The", stop_strings=[special], **force)
+    assert (stopped.ids, stopped.text, stopped.finish) == ([1], "", "stop")
+    assert session.generate("The", stop_strings=[special + special], **force).ids == [1, 1]
+    assert session.generate("The", stop_strings=["never"], **force).finish == "length"
+
+
+def test_logprobs_are_the_models_own(session: Session) -> None:
+    prompt = session.text.encode("The list type")
+    result = session.generate(
+        prompt, 4, temperature=1.0, seed=1, top_k=3, logit_bias={9: 5}, logprobs=True, top_logprobs=3
+    )
+    logits_SV = session.logits([prompt + result.ids])[0, len(prompt) - 1 : -1].astype(np.float64)
+    expected_SV = logits_SV - np.log(np.exp(logits_SV).sum(axis=1, keepdims=True))
+    assert len(result.logprobs) == 4
+    for each, token, row_V in zip(result.logprobs, result.ids, expected_SV, strict=True):
+        assert each.token == token
+        assert each.logprob == pytest.approx(row_V[token], abs=1e-3)
+        assert [likeliest for likeliest, _ in each.top] == np.argsort(-row_V)[:3].tolist()
+    assert session.generate(prompt, 2).logprobs == ()
+
+
+def test_settings_that_change_the_choice_hold_with_guesses_and_in_company(session: Session) -> None:
+    settings: dict[str, Any] = {"no_repeat_ngram_size": 3, "frequency_penalty": 0.5, "min_new_tokens": 20}
+    settings |= {"bad_words_ids": [[300], [40, 41]], "temperature": 0.9, "seed": 4, "logprobs": True}
+    prompts = ["a list. a list. a list.", "The list type"]
+    alone = [session.generate(prompt, 24, **settings) for prompt in prompts]
+    guessed = [session.generate(prompt, 24, prompt_lookup_num_tokens=8, **settings) for prompt in prompts]
+    assert [each.ids for each in guessed] == [each.ids for each in alone]
+    assert [each.ids for each in session.generate_many(prompts, 24, **settings)] == [each.ids for each in alone]
+    assert all(len(each.logprobs) == len(each.ids) >= 20 for each in (*alone, *guessed))
 
 
 def test_generation_stops_where_the_session_is_full(session: Session) -> None:
