@@ -120,12 +120,14 @@ class Sampler:
         Raises:
             SessionError: The logits are not finite, or the settings forbid every token.
         """
-        check_finite(logits_V)
+        token = int(logits_V.argmax())
+        if not (np.isfinite(logits_V[token]) and np.isfinite(logits_V.min())):
+            raise _not_finite(logits_V)
         if self.processors:
             logits_V = logits_V.copy()
             for process in self.processors:
                 process(logits_V, seen)
-        token = int(logits_V.argmax())
+            token = int(logits_V.argmax())
         if not np.isfinite(top := logits_V[token]):
             raise SessionError("the settings forbid every token, or make a logit too large: forbid or bias less")
         return token if self.sampling.temperature == 0 else self._draw(logits_V - top)
@@ -155,17 +157,10 @@ class Sampler:
         return int(tokens[min(drawn, last)])
 
 
-def check_finite(logits_V: NDArray[np.float32]) -> None:
-    """Refuses a model's logits of which one is no finite number.
-
-    Raises:
-        SessionError: One is not.
-    """
-    with np.errstate(invalid="ignore", over="ignore"):
-        total = logits_V.sum()  # a tenth of the time that looking at each takes
-    if np.isfinite(total) or (odd := np.count_nonzero(~np.isfinite(logits_V))) == 0:
-        return
-    raise SessionError(
+def _not_finite(logits_V: NDArray[np.float32]) -> SessionError:
+    """The error for a model's logits of which some are no finite numbers."""
+    odd = np.count_nonzero(~np.isfinite(logits_V))
+    return SessionError(
         f"{odd} of the model's {len(logits_V)} logits are no finite numbers: a weight is damaged or a type too narrow; "
         "find it with `arriero check --locate`, or export again from an intact checkpoint"
     )

@@ -38,7 +38,7 @@ def test_ids_may_be_arrays(session: Session) -> None:
 
 
 def test_a_setting_that_does_not_exist_is_named(session: Session) -> None:
-    with pytest.raises(SessionError, match="unknown setting 'temprature': choose from .*temperature"):
+    with pytest.raises(SessionError, match=r"unknown setting 'temprature': choose from .*temperature"):
         session.stream("x", temprature=1)  # type: ignore[call-arg]
 
 
