@@ -5,13 +5,10 @@ that each looks at its new tokens alone.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from .sampling import Sampling
 
 Logits = NDArray[np.float32]
 FORBIDDEN = np.float32(-np.inf)
@@ -135,32 +132,3 @@ class ForbiddenTokens:
         """Changes the logits in place."""
         if self.first <= len(seen) and (self.until is None or len(seen) < self.until):
             logits_V[self.tokens] = FORBIDDEN
-
-
-def open_processors(sampling: "Sampling", ends: Collection[int], prompt: int) -> list[Processor]:
-    """Opens the changes that the settings ask for, for one sequence.
-
-    Args:
-        sampling: The settings.
-        ends: Tokens that end the sequence.
-        prompt: Number of the prompt's tokens.
-    """
-    processors: list[Processor] = []
-    if sampling.logit_bias:
-        processors.append(LogitBias(sampling.logit_bias))
-    if sampling.repetition_penalty != 1:
-        processors.append(RepetitionPenalty(sampling.repetition_penalty))
-    if sampling.frequency_penalty or sampling.presence_penalty:
-        processors.append(OccurrencePenalties(sampling.frequency_penalty, sampling.presence_penalty, prompt))
-    if sampling.no_repeat_ngram_size:
-        processors.append(NoRepeatedNgrams(sampling.no_repeat_ngram_size))
-    if sampling.bad_words_ids:
-        processors.append(ForbiddenWords(sampling.bad_words_ids, ends))
-    shortest = prompt + sampling.min_new_tokens if sampling.min_new_tokens else sampling.min_length
-    if ends and shortest > prompt:
-        processors.append(ForbiddenTokens(ends, until=shortest))
-    if sampling.suppress_tokens:
-        processors.append(ForbiddenTokens(sampling.suppress_tokens))
-    if sampling.begin_suppress_tokens:
-        processors.append(ForbiddenTokens(sampling.begin_suppress_tokens, prompt, prompt + 1))
-    return processors

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from . import checks
-from .processors import open_processors
+from .processors import (
+    ForbiddenTokens,
+    ForbiddenWords,
+    LogitBias,
+    NoRepeatedNgrams,
+    OccurrencePenalties,
+    Processor,
+    RepetitionPenalty,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +102,35 @@ NUMBERS = (
     ("presence_penalty", "a number from -2 to 2", -2.0, 2.0),
 )
 """Settings that are fractions: what is expected of them, the least and the most."""
+
+
+def open_processors(sampling: Sampling, ends: Collection[int], prompt: int) -> list[Processor]:
+    """Opens the changes that the settings ask for, for one sequence.
+
+    Args:
+        sampling: The settings.
+        ends: Tokens that end the sequence.
+        prompt: Number of the prompt's tokens.
+    """
+    processors: list[Processor] = []
+    if sampling.logit_bias:
+        processors.append(LogitBias(sampling.logit_bias))
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenalty(sampling.repetition_penalty))
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        processors.append(OccurrencePenalties(sampling.frequency_penalty, sampling.presence_penalty, prompt))
+    if sampling.no_repeat_ngram_size:
+        processors.append(NoRepeatedNgrams(sampling.no_repeat_ngram_size))
+    if sampling.bad_words_ids:
+        processors.append(ForbiddenWords(sampling.bad_words_ids, ends))
+    shortest = prompt + sampling.min_new_tokens if sampling.min_new_tokens else sampling.min_length
+    if ends and shortest > prompt:
+        processors.append(ForbiddenTokens(ends, until=shortest))
+    if sampling.suppress_tokens:
+        processors.append(ForbiddenTokens(sampling.suppress_tokens))
+    if sampling.begin_suppress_tokens:
+        processors.append(ForbiddenTokens(sampling.begin_suppress_tokens, prompt, prompt + 1))
+    return processors
 
 
 class Sampler:
