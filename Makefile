@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
 
-.PHONY: help demo test check format lock clean
+.PHONY: help demo test check docs format lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile | expand -t 16
@@ -20,6 +20,10 @@ check: .venv/.test .venv/.built  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=.venv/source $(BIN)/mypy -p arriero
+
+docs: .venv/.test .venv/.built  ## the site in build/docs, from docs/ and the code; a dead link fails it
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
 
 format: .venv/.test  ## style, mended
 	$(BIN)/ruff format .

@@ -13,10 +13,9 @@ from .spec.folder import FolderSpec, VisionPart
 from .spec.stored_weights import Weight
 
 if TYPE_CHECKING:
-    from .runtime.backends.interface import Decoding
-    from .runtime.images.tower import Vision
+    from .runtime.backends.interface import DecoderBackend, TowerBackend
+    from .runtime.images.tower import Tower
     from .runtime.session import Session
-    from .runtime.text import Text
 
 
 def load(
@@ -31,17 +30,17 @@ def load(
     """Loads a model or bundle folder. A model is lowered for the CPU in memory first, which needs onnx.
 
     Args:
-        folder: What `arriero export` or `arriero build` wrote.
-        max_seq: Positions that a sequence may hold; None takes the model's context, at most 16,384, or what an engine
-            was built for.
-        max_batch: Rows at once at most; None is no limit, or what an engine was built for.
+        folder: A model or bundle, as `arriero export`, `calibrate` or `build` writes it.
+        max_seq: Positions that a sequence may hold; None takes the model's context, at most 16,384, or an engine's own
+            limit.
+        max_batch: Rows at once at most; None is no limit, or an engine's own.
         threads: Threads of one operator on the CPU; None takes the processors that this process may use.
         weights: Folder of the weight files, where they have moved.
         prefix_bytes: Keys and values of earlier prompts that may be kept, so that a prompt that begins alike has only
             its rest computed; 0 keeps none.
 
     Raises:
-        ArrieroError: The folder, its weights or a setting is not as it must be.
+        ArrieroError: The folder is damaged or incomplete, its weights are missing, or a setting is out of range.
     """
     from .runtime.session import Session
     from .runtime.state import Limits
@@ -57,13 +56,13 @@ def load(
     limits = Limits.of(spec.model, max_seq, max_batch)
     text, defaults = Text(path), read_defaults(path)  # small, and checked before weights are loaded
     files = find_files(path, spec.weight_files, None if weights is None else Path(weights))
-    decoder = _decoder(path, spec, files, threads)
-    vision = None if spec.vision is None else open_vision(path, spec, spec.vision, text, files, threads)
-    return Session(decoder, text, defaults, limits, vision, prefix_bytes)
+    decoder = _open_decoder(path, spec, files, threads)
+    tower = None if spec.vision is None else open_tower(path, spec, spec.vision, files, threads)
+    return Session(decoder, text, defaults, limits, tower, prefix_bytes)
 
 
 def _engine_limits(engine: EngineSpec, max_seq: int | None, max_batch: int | None) -> tuple[int, int]:
-    """The limits asked for, within those that an engine was built with."""
+    """Checks the limits asked for against those that an engine was built with; None takes these."""
     built = {"max_seq": engine.max_seq, "max_batch": min(profile.max_batch for profile in engine.profiles)}
     for name, asked in (("max_seq", max_seq), ("max_batch", max_batch)):
         if asked is not None and asked > built[name]:
@@ -71,39 +70,50 @@ def _engine_limits(engine: EngineSpec, max_seq: int | None, max_batch: int | Non
     return max_seq or built["max_seq"], max_batch or built["max_batch"]
 
 
-def _decoder(path: Path, spec: FolderSpec, files: dict[str, Path], threads: int | None) -> "Decoding":
-    """The graph on the engine it was built for, its weights loaded."""
+def _open_decoder(path: Path, spec: FolderSpec, files: dict[str, Path], threads: int | None) -> "DecoderBackend":
+    """Opens a folder's decoder on the back end that it was built for, its weights loaded."""
     if spec.engine is not None:
-        from .runtime.backends.tensorrt import load_engine
+        from .runtime.backends.tensorrt_decoder import load_decoder
 
-        return load_engine(path, spec, files)
+        return load_decoder(path, spec, files)
     from .runtime.backends.mapped_weights import map_weights
-    from .runtime.backends.onnxruntime import Decoder
+    from .runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
 
-    graph, regions, flags = cpu_graph(path, spec)
-    return Decoder(graph, map_weights(regions, files), path, spec.model, flags, threads)
+    graph, weights, flags = cpu_decoder_graph(path, spec)
+    return OnnxRuntimeDecoder(graph, map_weights(weights, files), path, spec.model, flags, threads)
 
 
-def open_vision(
-    path: Path, spec: FolderSpec, part: VisionPart, text: "Text", files: dict[str, Path], threads: int | None
-) -> "Vision":
-    """What of a multimodal folder takes images; its tower is loaded when there is one."""
+def open_tower(path: Path, spec: FolderSpec, part: VisionPart, files: dict[str, Path], threads: int | None) -> "Tower":
+    """Opens a multimodal folder's vision tower; its back end is loaded with the first image.
+
+    Args:
+        path: The folder.
+        spec: Its spec.
+        part: The spec's part that is the tower's.
+        files: The paths of its weight files, by name.
+        threads: Threads of one operator on the CPU; None takes the processors that this process may use.
+    """
     from .runtime.backends.mapped_weights import map_weights
-    from .runtime.images.tower import Encoding, Vision, VisionTower
+    from .runtime.backends.onnxruntime_tower import OnnxRuntimeTower
+    from .runtime.images.tower import Tower
 
-    def open_tower() -> Encoding:
+    def open_backend() -> "TowerBackend":
         if part.engine is not None:
             from .runtime.backends.tensorrt_tower import load_tower
 
             return load_tower(path, spec, files)
-        graph, regions, flags = cpu_vision_graph(path, spec, part)
-        return VisionTower(graph, map_weights(regions, files), path, flags, threads)
+        graph, weights, flags = cpu_tower_graph(path, spec, part)
+        return OnnxRuntimeTower(graph, map_weights(weights, files), path, flags, threads)
 
-    return Vision(part.spec, text, open_tower)
+    return Tower(part.spec, open_backend)
 
 
-def cpu_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
-    """The graph for the CPU of a model or of a bundle for it, the weights it is given, and its session's flags."""
+def cpu_decoder_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
+    """Reads the decoder's graph for the CPU from a bundle, or lowers a model's.
+
+    Returns:
+        The serialized graph, the weights that it is given, and its session's flags.
+    """
     if spec.kind == "bundle":
         return _read_graph(path / spec.graph), spec.weights, spec.session
     from .engine.cpu_lowering import lower_for_cpu
@@ -112,15 +122,13 @@ def cpu_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], 
     return lowered.graph, lowered.weights, lowered.session
 
 
-def cpu_vision_graph(
-    path: Path, spec: FolderSpec, vision: VisionPart
-) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
-    """The same of the vision tower."""
+def cpu_tower_graph(path: Path, spec: FolderSpec, part: VisionPart) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
+    """Reads the vision tower's graph for the CPU from a bundle, or lowers a model's; returns as `cpu_decoder_graph`."""
     if spec.kind == "bundle":
-        return _read_graph(path / vision.graph), vision.weights, vision.session
+        return _read_graph(path / part.graph), part.weights, part.session
     from .engine.cpu_lowering import lower_tower_for_cpu
 
-    lowered = lower_tower_for_cpu(path, vision)
+    lowered = lower_tower_for_cpu(path, part)
     return lowered.graph, lowered.weights, lowered.session
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "requirements.lock"
-PARTS = {"demo": ("accuracy", "calibration", "tensorrt"), "test": ("test",)}
+PARTS = {"demo": ("accuracy", "calibration", "tensorrt"), "test": ("test", "docs")}
 """The extras of each part. A package stands in the first part that needs it: the parts are installed in this order."""
 
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")

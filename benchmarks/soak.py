@@ -38,7 +38,7 @@ GROWTH = 0.01
 
 @dataclass
 class Found:
-    """What a soak has seen."""
+    """Findings of a soak."""
 
     sequences: int = 0
     called_off: int = 0
@@ -79,7 +79,7 @@ def make_pool(session: Session, rng: np.random.Generator, size: int) -> list[Req
 
 def run_alone(session: Session, request: Request) -> Generated:
     """A request's output where nothing else runs."""
-    state, continuation = session.start(1, request.positions), Continuation(request, session.text)
+    state, continuation = session.start(1, request.positions), Continuation(request)
     logits_V = session.prefill(state, [request.prompt.ids])[0]
     pieces = [continuation.take(logits_V)]
     while pieces[-1].finish is None:
@@ -89,7 +89,7 @@ def run_alone(session: Session, request: Request) -> Generated:
 
 def is_tie(session: Session, request: Request, found: Sequence[int]) -> bool:
     """Whether the last of the tokens comes out where the logits alone are changed a little."""
-    state, continuation = session.start(1, request.positions), Continuation(request, session.text)
+    state, continuation = session.start(1, request.positions), Continuation(request)
     logits_V = session.prefill(state, [request.prompt.ids])[0]
     for token in found[:-1]:
         continuation.take(logits_V)
@@ -104,7 +104,7 @@ def is_tie(session: Session, request: Request, found: Sequence[int]) -> bool:
 
 
 def soak(keeping: Session, plain: Session, sequences: int, seconds: float, slots: int, size: int = POOL) -> Found:
-    """Lets sequences join and leave, at least so many and so long.
+    """Lets sequences join and leave, at least `sequences` of them and for `seconds`.
 
     Args:
         keeping: Runs some of them together.

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from sparse import SCOUT, VISION, multimodal
+from support.sparse import SCOUT, VISION, multimodal
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 from arriero.export import export_checkpoint
 from arriero.files.folders import find_files, read_spec
-from arriero.loading import cpu_vision_graph
+from arriero.loading import cpu_tower_graph
 from arriero.runtime.backends.mapped_weights import map_weights
-from arriero.runtime.images.tower import VisionTower
+from arriero.runtime.backends.onnxruntime_tower import OnnxRuntimeTower
 
 TEXT = {**SCOUT, "num_hidden_layers": 1, "vocab_size": 128, "num_local_experts": 1, "intermediate_size_mlp": 16}
 TEXT |= {"intermediate_size": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -48,11 +48,11 @@ def make(folder: Path, layers: int, dtype: str) -> tuple[Llama4ForConditionalGen
     return model.float(), export_checkpoint(folder / "checkpoint", folder / "model")
 
 
-def open_tower(model: Path, threads: int) -> VisionTower:
+def open_tower(model: Path, threads: int) -> OnnxRuntimeTower:
     spec = read_spec(model)
     assert spec.vision is not None
-    graph, regions, flags = cpu_vision_graph(model, spec, spec.vision)
-    return VisionTower(graph, map_weights(regions, find_files(model, spec.weight_files)), model, flags, threads)
+    graph, regions, flags = cpu_tower_graph(model, spec, spec.vision)
+    return OnnxRuntimeTower(graph, map_weights(regions, find_files(model, spec.weight_files)), model, flags, threads)
 
 
 def timed(work: Callable[[Any], object], pixels: Any) -> float:
@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--tiles", default="1,5")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="Of the stored weights.")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="Type of the stored weights."
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     table = Table("tiles", "transformers, ms", "Arriero, ms", "theirs / ours")

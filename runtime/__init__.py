@@ -4,5 +4,6 @@ from .continuation import Generated, Request
 from .flight import Flight
 from .session import Session
 from .state import State
+from .token_session import TokenSession
 
-__all__ = ["Flight", "Generated", "Request", "Session", "State"]
+__all__ = ["Flight", "Generated", "Request", "Session", "State", "TokenSession"]

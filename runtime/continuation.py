@@ -1,11 +1,11 @@
 """One prompt's continuation: from logits to tokens and text, until it ends.
 
 Enters: a request, and logits after each token. Leaves: pieces of text. It knows no engine: whoever runs the model, over
-one sequence or many, hands it the logits. Invariant: `ids` are the prompt and what came since; the last of them has not
-been through the model yet.
+one sequence or many, hands it the logits. Invariant: `ids` are the prompt and the tokens since; the last of them has
+not been through the model yet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
@@ -19,21 +19,21 @@ from .text import Text
 
 Finish = Literal["eos", "stop", "length"]
 COUNTS = ("reused", "drafted", "accepted")
-"""What is counted of a continuation beside its tokens."""
+"""Names of the counts that a continuation has beside its tokens."""
 
 
 class Settings(TypedDict, total=False):
     """How a prompt is continued, in the words of `transformers`' `generate`.
 
-    What is None or left out is as the checkpoint's generation config says.
+    A setting that is None or left out is as the checkpoint's generation config says.
 
     Attributes:
         temperature: 0 is greedy. See `sampling.Sampling` for this and the next four.
-        top_k: Keep so many of the likeliest; 0 keeps all.
+        top_k: Keep this number of the likeliest; 0 keeps all.
         top_p: Keep the likeliest that make up this probability.
         min_p: Keep those with this share of the likeliest's probability.
         repetition_penalty: Above 1 discourages tokens that occurred.
-        seed: Of the draws.
+        seed: The seed of the draws.
         eos_token_id: Tokens that end the sequence: one, or several, or an empty list for none.
         stop_strings: Texts that end it; the text returned ends before them.
     """
@@ -50,15 +50,15 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """New tokens and their text; as a piece of a stream, what came since the last piece.
+    """New tokens and their text: all of a continuation, or in a stream those since the last piece.
 
     Attributes:
         ids: New token ids, an end-of-sequence token included.
         text: Their text, without special tokens, up to a stop string.
-        finish: Why it ended: an end-of-sequence token, a stop string, or the length; None where it goes on.
-        reused: Tokens of the prompt that were known from an earlier one; told with the first piece.
-        drafted: Tokens that prompt lookup guessed; told with the first piece that they were verified for.
-        accepted: Those of them that the model chose as well.
+        finish: The reason of its end: an end-of-sequence token, a stop string, or the length; None where it goes on.
+        reused: Tokens of the prompt that were known from an earlier one; counted in the first piece.
+        drafted: Tokens that prompt lookup guessed; counted in the first piece that they were verified for.
+        accepted: Drafted tokens that the model chose as well.
     """
 
     ids: list[int]
@@ -76,9 +76,10 @@ class Request:
     Attributes:
         prompt: Token ids and tiles.
         count: New tokens at most.
-        sampling: How they are chosen.
+        sampling: The choice of tokens.
         ends: Tokens that end the sequence.
         stop_strings: Texts that end it.
+        text: The tokenizer that writes the new tokens' text; None gives token ids and no text.
     """
 
     prompt: Tokens
@@ -86,6 +87,7 @@ class Request:
     sampling: Sampling
     ends: frozenset[int]
     stop_strings: str | Sequence[str]
+    text: Text | None = None
 
     @property
     def positions(self) -> int:
@@ -102,15 +104,14 @@ class Continuation:
     """A request under way.
 
     Args:
-        request: What is asked for.
-        text: The tokenizer; without one there are ids and no text.
+        request: The prompt and how to continue it.
         reused: Tokens of the prompt that were known.
     """
 
-    def __init__(self, request: Request, text: Text, reused: int = 0) -> None:
+    def __init__(self, request: Request, reused: int = 0) -> None:
         self.request, self.ids, self.reused = request, list(request.prompt.ids), reused
         self.sampler, self.stop = Sampler(request.sampling), StopText(request.stop_strings)
-        self.read = text.open_stream()
+        self.read: Callable[[int], str] = _no_text if request.text is None else request.text.open_stream()
 
     @property
     def left(self) -> int:
@@ -132,8 +133,13 @@ class Continuation:
 
 
 def joined(pieces: Sequence[Generated]) -> Generated:
-    """The pieces of a stream as one."""
+    """Joins the pieces of a stream into one."""
     ids = [token for piece in pieces for token in piece.ids]
     text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish if pieces else "length"
     reused, drafted, accepted = (sum(getattr(piece, name) for piece in pieces) for name in COUNTS)
     return Generated(ids, text, finish, reused, drafted, accepted)
+
+
+def _no_text(token: int) -> str:
+    """The text of a token where there is no tokenizer."""
+    return ""

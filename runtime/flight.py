@@ -4,15 +4,14 @@ Enters: requests, at any time. Leaves: each one's pieces, as if it ran alone; it
 Invariant: the rows in use lie side by side from the first on, so that a step costs what its sequences cost. Where one
 is left, the last row's sequence moves there, which costs far less than a row that idles along.
 
-A product over several rows adds up in another order than over one. So logits equal those of the sequence alone to
-float32's rounding, and tokens are the same but for ties within it. The kernels of int8 and int4 round activations
-otherwise for several rows than for one: there texts may part where two tokens are nearly as likely.
+On the CPU the kernels of int8 and int4 compute a row alike whatever stands beside it: logits and texts equal those of
+the sequence alone, bit by bit. A float32 product over several rows adds up in another order than over one: there logits
+are equal within float32's rounding, and tokens but for ties within it.
 """
 
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +19,17 @@ from numpy.typing import NDArray
 from ..errors import SessionError
 from .continuation import Generated, Request
 from .rider import Rider, board
-
-if TYPE_CHECKING:
-    from .session import Session
+from .token_session import TokenSession
 
 DEFAULT_SLOTS = 8
-"""Sequences at once where nobody says otherwise."""
+"""Sequences at once where the caller names no number."""
 
 Pieces = list[tuple[int, Generated]]
 """Requests' numbers, each with a piece of its continuation."""
 
 
 class Flight:
-    """A batch that is never the same for long.
+    """A batch that sequences join and leave at any time.
 
     Args:
         session: The model.
@@ -41,10 +38,10 @@ class Flight:
         positions: Tokens that each sequence may have; None takes the session's `max_seq`.
 
     Raises:
-        SessionError: The session does not hold so much.
+        SessionError: The session does not hold that many rows or tokens.
     """
 
-    def __init__(self, session: "Session", slots: int | None = None, positions: int | None = None) -> None:
+    def __init__(self, session: TokenSession, slots: int | None = None, positions: int | None = None) -> None:
         self.session = session
         self.slots = min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS) if slots is None else slots
         self.state = session.start(self.slots, positions)
@@ -58,7 +55,7 @@ class Flight:
         return len(self.rows)
 
     def join(self, request: Request) -> int:
-        """Puts a request, as `Session.request` makes it, into the queue. Returns the number it is known by.
+        """Puts a request, as `Session.request` makes it, into the queue. Returns its number.
 
         Raises:
             SessionError: Its sequence may need more positions than a row has.
@@ -73,7 +70,7 @@ class Flight:
         return number
 
     def leave(self, number: int) -> None:
-        """Ends a request where it is.
+        """Ends a request, whether it waits or rides.
 
         Raises:
             SessionError: There is none of this number, or it has ended.
@@ -88,11 +85,11 @@ class Flight:
         self.waiting = remaining
 
     def step(self) -> Pieces:
-        """Lets those who wait into free rows, then adds a token to every sequence.
+        """Lets waiting requests into free rows, then adds a token to every sequence.
 
         Returns:
-            The pieces that came: one of each sequence, two of one that has just joined. A request has ended, and left,
-            with the piece that has a `finish`. Nothing when nobody is there.
+            A piece of each sequence, two of one that has just joined. A request has ended, and left, with the piece
+            that has a `finish`. Empty when no request is there.
         """
         pieces: Pieces = []
         while self.waiting and len(self.rows) < self.slots:
@@ -116,9 +113,9 @@ class Flight:
         return self._take(first, logits_BV)
 
     def _group(self) -> list[tuple[int, Request]]:
-        """Takes the next out of the queue: several at once where their prompts together are no longer than a piece.
+        """Takes the next requests out of the queue: several where their prompts together are no longer than a piece.
 
-        Not where one may go on from what another's row holds, nor with images.
+        One alone where it may go on from the beginning that another leaves, or has images.
         """
         group, longest = [self.waiting.popleft()], 0
         most = min(self.session.decoder.longest, self.session.spec.chunk or self.session.decoder.longest)
@@ -132,7 +129,7 @@ class Flight:
         return group
 
     def _take(self, first: int, logits_BV: NDArray[np.float32]) -> Pieces:
-        """Chooses a token in each of the rows from one on; those that have ended are left."""
+        """Chooses a token in each row from `first` on, and leaves the rows whose sequences have ended."""
         pieces: Pieces = []
         for row, ((number, rider), logits_V) in enumerate(zip(self.rows[first:], logits_BV, strict=True), start=first):
             pieces.append((number, rider.take(self.state, row, logits_V)))
@@ -150,7 +147,7 @@ class Flight:
 
 
 def stream_requests(
-    session: "Session", requests: Sequence[Request], slots: int | None
+    session: TokenSession, requests: Sequence[Request], slots: int | None
 ) -> Iterator[tuple[int, Generated]]:
     """Runs requests through a flight until all have ended. Yields a request's place in the sequence, and a piece."""
     if not requests:

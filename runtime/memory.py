@@ -1,7 +1,7 @@
-"""What a session on the CPU holds in memory, and what one decode step reads of it, reckoned before anything is loaded.
+"""Memory of a session on the CPU, and the part of it that a decode step reads, estimated before anything is loaded.
 
-Enters: the geometry, and which weights the graph is given. Leaves: bytes. Weights and caches are counted exactly;
-the process, the graph and the activations follow what was measured with onnxruntime-gpu 1.31 on Linux.
+Enters: the geometry, and which weights the graph is given. Leaves: bytes. Invariant: weights and caches are counted
+exactly; the process, the graph and the activations follow measurements with onnxruntime-gpu 1.31 on Linux.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from ..spec.folder import FolderSpec
 from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.stored_weights import EXPERT, Weight, slot_bytes
 from ..spec.types import BITS
-from .backends.onnxruntime import LONGEST_PIECE
-from .images.tower import TILES
+from .backends.onnxruntime_decoder import LONGEST_PIECE
+from .backends.onnxruntime_tower import TILES
 
 PROCESS = 72_000_000
 """Bytes of Python, numpy, ONNX Runtime and a tokenizer."""
@@ -24,15 +24,17 @@ PER_GRAPH_BYTE = 28
 
 PER_HIDDEN, PER_WIDTH = 5, 14
 """Float32 values a token of a piece holds for each hidden channel and for each of the widest feed-forward's, measured.
-The allocator keeps some of what a first piece took and ONNX Runtime plans another block for those like it,
-so the second number is twice the seven values that SwiGLU computes."""
+The allocator keeps some of a first piece's memory and ONNX Runtime plans another block for pieces like it, so the
+second number is twice the seven values that SwiGLU computes."""
 
 KEPT_PERCENT = 40
-"""Of caches and activations: what is told so is at most a tenth off what was taken, in 20 runs of five shapes."""
+"""Percent of caches and activations that are counted once more, as `kept`; the total was at most a tenth off the memory
+taken, in 20 runs of five shapes."""
 
 PER_CHANNEL, PER_MLP = 10, 4
-"""The same of the vision tower, for each patch of the tiles that it computes at once: values for each of its channels
-and for each of its feed-forward's. The scores of attention come on top, measured with towers up to Scout's width."""
+"""Float32 values that the vision tower holds, for each patch of the tiles that it computes at once, for each of its
+channels and for each of its feed-forward's. The scores of attention come on top, measured with towers up to Scout's
+width."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +47,10 @@ class Memory:
         mapped: Weights used as they lie in their files; pages of experts and embedding rows not in use stay away.
         converted: Weights in memory of their own, in another type or layout than in their files.
         kv_cache: Keys and values.
-        activations: What a piece of tokens computes.
-        kept: What the allocator has not given back of earlier ones: of both between nothing and all, as measured.
+        activations: Values that a piece of tokens computes.
+        kept: Earlier caches and activations that the allocator has not given back: between none and all, as measured.
         tower: The vision tower's weights and graph; from the first image on.
-        tiles: What the tower computes of the tiles that it takes at once; from the first image on.
+        tiles: Values that the tower computes of the tiles that it takes at once; from the first image on.
     """
 
     process: int
@@ -63,7 +65,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it: the resident set's size once every expert has been used, and the vision tower if there is one."""
+        """Sum of all: the resident set's size once every expert has been used, and the vision tower if there is one."""
         return sum(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
@@ -73,7 +75,7 @@ class StepReads:
 
     Attributes:
         shared: Weights that every token uses: attention, norms, routers, dense and shared MLPs, head, embedding rows.
-        experts: Routed experts, those expected to be chosen.
+        experts: Routed experts that are expected to be chosen.
         kv_cache: Keys and values of the positions seen.
     """
 
@@ -83,19 +85,19 @@ class StepReads:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all."""
         return self.shared + self.experts + self.kv_cache
 
 
 def session_memory(spec: FolderSpec, graph_size: int, tower_size: int, max_seq: int, batch: int) -> Memory:
-    """Reckons what a session of a CPU bundle holds.
+    """Estimates the memory of a session of a CPU bundle.
 
     Args:
-        spec: The bundle's.
-        graph_size: Bytes of its graph's file.
-        tower_size: Bytes of the file of the vision tower's graph; 0 where there is none.
+        spec: The bundle's spec.
+        graph_size: Bytes of the decoder graph's file.
+        tower_size: Bytes of the vision tower graph's file; 0 where there is none.
         max_seq: Positions that a sequence may hold.
-        batch: Rows at once.
+        batch: Number of rows at once.
     """
     model = spec.model
     mapped, converted = _held(spec.weights)
@@ -118,15 +120,15 @@ def session_memory(spec: FolderSpec, graph_size: int, tower_size: int, max_seq: 
 
 
 def step_reads(spec: FolderSpec, sizes: Mapping[str, int], batch: int, past: float) -> StepReads:
-    """Reckons what a decode step of a CPU session must read.
+    """Estimates the bytes that a decode step of a CPU session must read.
 
-    Of a layer's E experts a batch of B tokens with k each is expected to choose E·(1 − (1 − k/E)^B) different ones
+    A batch of B tokens with k experts each is expected to choose E·(1 − (1 − k/E)^B) different ones of a layer's E
     where routing is even. Attention must read the filled slots, the new token's own among them.
 
     Args:
-        spec: The folder's.
+        spec: The folder's spec.
         sizes: Bytes of each weight as the graph is given it, by initializer name.
-        batch: Rows.
+        batch: Number of rows.
         past: Tokens in each row's caches before the step; a mean over several steps where that is meant.
     """
     model = spec.model
@@ -150,7 +152,7 @@ def slot_size(spec: FolderSpec) -> int:
 
 
 def _cache_type(spec: FolderSpec) -> str:
-    """What a session on the CPU keeps keys and values in."""
+    """The type in which a session on the CPU keeps keys and values."""
     if spec.recipe is not None and spec.recipe.kv_cache != "none":
         return spec.recipe.kv_cache
     is_narrow = spec.model.dtype != "float32" and any(weight.layout == "panels" for weight in spec.weights)
@@ -169,14 +171,14 @@ def _held(weights: Sequence[Weight]) -> tuple[int, int]:
 
 
 def _tiles(vision: VisionSpec) -> int:
-    """Bytes of what the vision tower computes of the tiles that it takes at once."""
+    """Bytes of the values that the vision tower computes of the tiles that it takes at once."""
     patches = vision.positions
     scores = vision.heads * patches**2
     return TILES * 4 * (patches * (PER_CHANNEL * vision.hidden_size + PER_MLP * vision.mlp_size) + scores)
 
 
 def _is_embedding(name: str, model: ModelSpec) -> bool:
-    """Whether only a token's row is read of it, which a head that is the same initializer reads whole."""
+    """Whether a step reads only the tokens' rows of a weight; a head that is the same initializer reads it whole."""
     stem, _, dtype = name.partition(":")
     is_gathered = dtype in BITS or not (dtype or model.tied_embeddings)  # in panels it is a head
     return stem.endswith("embed_tokens.weight") and is_gathered

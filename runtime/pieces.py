@@ -1,7 +1,8 @@
-"""How the tokens of a batch are cut into pieces that the graph may take.
+"""The tokens of a batch cut into pieces that a decoder may take.
 
-Invariants: no row's piece crosses a boundary of its chunk; a piece of several tokens over a filled cache is one row
-alone (the CPU's attention asks for it); pads are written only where the row's own tokens come later.
+Enters: the tokens that each row holds and gets. Leaves: pieces, in the order to run them. Invariants: no row's piece
+crosses a boundary of its chunk; a piece of several tokens over a filled cache is one row alone (the CPU's attention
+asks for it); pads are written only where the row's own tokens come later.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ def cut(past: Sequence[int], new: Sequence[int], chunk: int, longest: int, most:
     """Cuts each row's new tokens into pieces, in the order to run them.
 
     Args:
-        past: Tokens already in each row's cache.
-        new: Tokens to add to each row.
+        past: Number of tokens in each row's cache.
+        new: Number of tokens to add to each row.
         chunk: Positions that no piece may cross; 0 where there are none.
         longest: Tokens of a row's piece at most.
         most: Tokens of a piece of several rows at most, pads included; None is no limit.

@@ -2,7 +2,7 @@
 
 Enters: rows of a state as they fill. Leaves: the longest beginning of a prompt that is known, put into a row; only the
 rest is computed. A block is known by its tokens, image features and all that came before it; sequences that begin alike
-share it. What was used longest ago goes first, a sequence's end before its beginning.
+share it. Blocks that were used longest ago go first, a sequence's end before its beginning.
 
 Invariants: no block crosses a boundary of the chunks, and none is read after later tokens took its slots; the bytes of
 all blocks stay within the limit.
@@ -38,7 +38,7 @@ class Prefixes:
         self.size = 0
 
     def find(self, keys: Sequence[bytes]) -> int:
-        """How many of a sequence's blocks are known, from its beginning."""
+        """Counts the blocks of a sequence that are known, from its beginning."""
         return next((index for index, key in enumerate(keys) if key not in self.blocks), len(keys))
 
     def add(self, key: bytes, slots: Slots, chain: set[bytes]) -> bool:
@@ -100,7 +100,7 @@ class Trail:
         """Keeps the blocks that are whole in a row and not known yet.
 
         Args:
-            state: Where the sequence is.
+            state: The state that holds the sequence.
             row: Its row.
             ids: Its tokens, at least those that the row holds.
         """
@@ -122,7 +122,7 @@ class Trail:
         self.prefixes.touch(keys[:known])
 
     def follow(self, state: State, row: int, ids: Sequence[int]) -> None:
-        """Keeps what the next token would overwrite: to be called after every step."""
+        """Keeps the blocks that the next token would overwrite; to be called after every step."""
         if self.prefixes.limit and self.prefixes.chunk and state.past_B[row] % self.prefixes.chunk == 0:
             self.keep(state, row, ids)
 

@@ -1,19 +1,21 @@
-"""Prompts as a person gives them: a text, a conversation or token ids, with images, to what the model takes.
+"""Prompts as a person gives them, read into tokens and tiles as the model takes them.
 
-Enters: the prompt and its images. Leaves: token ids, with an image token for each image feature, and the images' tiles.
+Enters: a text, a conversation or token ids, and images. Leaves: token ids, with an image token for each image feature,
+and the images' tiles.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SessionError
-from .images.placeholders import IMAGE
+from ..errors import FolderError, SessionError
+from ..spec.geometry import VisionSpec
+from .images.placeholders import IMAGE, ImagePrompts
 from .images.sources import ImageSource
-from .images.tower import Vision
 from .text import Message, Text
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -32,51 +34,81 @@ class Tokens:
     pixels_N3PP: NDArray[np.float32] | None = None
 
 
-def read_prompt(prompt: Prompt, images: Sequence[ImageSource], text: Text, vision: Vision | None) -> Tokens:
-    """Reads a prompt.
+class PromptReader:
+    """Reads prompts as a folder's tokenizer, chat template and preprocessor say.
 
     Args:
-        prompt: A text, token ids taken as they are, or messages for the chat template, whose content is a text or a
-            list of parts, as in `{"type": "text", "text": …}` and `{"type": "image", "image": …}`.
-        images: The images of a text or of token ids, one for each `<|image|>` in it. A text that has none of these is
-            what a person says about the images, in the chat template where there is one.
         text: The tokenizer and chat template.
-        vision: What takes images; None where the model takes none.
-
-    Raises:
-        SessionError: The prompt or an image is none of these, or they do not belong together.
+        tower: The vision tower's geometry; None where the model takes no images.
     """
-    images = list(images)
-    is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
-    if isinstance(prompt, str) and images and IMAGE not in prompt:
-        if text.chat_template is None:
-            prompt = IMAGE * len(images) + prompt
-        else:
-            parts = [*({"type": "image", "image": each} for each in images), {"type": "text", "text": prompt}]
-            prompt, images, is_chat = [{"role": "user", "content": parts}], [], True
-    if is_chat:
-        messages: Sequence[Message] = prompt  # type: ignore[assignment]
-        if images:
-            raise SessionError("images came beside messages: put them into a message's content, where they belong")
-        images = list(images_of(messages))
-        ids = text.encode_chat([without_images(message) for message in messages])
-    elif isinstance(prompt, str):
-        ids = text.encode(prompt)
-    else:
+
+    def __init__(self, text: Text, tower: VisionSpec | None) -> None:
+        self.text, self.tower = text, tower
+
+    def read(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Tokens:
+        """Reads a prompt.
+
+        Args:
+            prompt: A text, token ids taken as they are, or messages for the chat template, whose content is a text or
+                a list of parts, as in `{"type": "text", "text": …}` and `{"type": "image", "image": …}`.
+            images: The images of a text or of token ids, one for each `<|image|>` in it. A text that has none of these
+                is what a person says about the images, in the chat template where there is one.
+
+        Raises:
+            SessionError: The prompt or an image is none of these, or they do not belong together.
+        """
+        ids, sources = self._encode(prompt, list(images))
+        if self.tower is None:
+            if sources:
+                raise SessionError(f"{self.text.folder}: the model takes text only, leave the images out")
+            return Tokens(ids)
+        has_places = self.tower.image_token in ids or (isinstance(prompt, str) and IMAGE in prompt)
+        if not sources and not has_places:
+            return Tokens(ids)
+        ids, pixels_N3PP = self.image_prompts.prepare(ids, sources)
+        return Tokens(ids, pixels_N3PP if sources else None)
+
+    def _encode(self, prompt: Prompt, images: list[ImageSource]) -> tuple[list[int], list[ImageSource]]:
+        """The token ids of a prompt, with a placeholder for each image, and the images in their order."""
+        text = self.text
+        if isinstance(prompt, str) and images and IMAGE not in prompt:
+            if text.chat_template is None:
+                prompt = IMAGE * len(images) + prompt
+            else:
+                parts = [*({"type": "image", "image": each} for each in images), {"type": "text", "text": prompt}]
+                prompt, images = [{"role": "user", "content": parts}], []
+        if isinstance(prompt, str):
+            return text.encode(prompt), images
+        if len(prompt) > 0 and isinstance(prompt[0], dict):
+            messages: Sequence[Message] = prompt  # type: ignore[assignment]
+            if images:
+                raise SessionError("images came beside messages: put them into a message's content, where they belong")
+            images = list(images_of(messages))
+            return text.encode_chat([without_images(message) for message in messages]), images
         array = np.asarray(prompt)
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
             found = f"{array.dtype} {list(array.shape)}"
             raise SessionError(f"the prompt is {found}, expected a text, messages, or one list of token ids")
-        ids = array.tolist()
-    has_places = vision is not None and (
-        vision.spec.image_token in ids or (isinstance(prompt, str) and IMAGE in prompt)
-    )
-    if vision is not None and (images or has_places):
-        ids, pixels_N3PP = vision.prompts.prepare(ids, images)
-        return Tokens(ids, pixels_N3PP if images else None)
-    if images:
-        raise SessionError(f"{text.folder}: the model takes text only, leave the images out")
-    return Tokens(ids)
+        return array.tolist(), images
+
+    @cached_property
+    def image_prompts(self) -> ImagePrompts:
+        """Puts images into prompts, as the tower takes them.
+
+        Raises:
+            SessionError: The folder has no preprocessor's settings, or its tokenizer no tokens of images.
+            FolderError: The preprocessor cuts other tiles than the tower takes.
+        """
+        assert self.tower is not None
+        prompts, spec = ImagePrompts(self.text), self.tower
+        cut = {"size": prompts.settings.side, "features of a tile": prompts.patches, "image token": prompts.patch_id}
+        for (name, found), taken in zip(cut.items(), (spec.image_size, spec.features, spec.image_token), strict=True):
+            if found != taken:
+                raise FolderError(
+                    f"{prompts.folder}: the preprocessor's {name} is {found}, the vision tower's {taken}: correct "
+                    "preprocessor_config.json or processor_config.json, and export again"
+                )
+        return prompts
 
 
 def images_of(messages: Sequence[Message]) -> Iterator[ImageSource]:
@@ -103,7 +135,7 @@ def images_of(messages: Sequence[Message]) -> Iterator[ImageSource]:
 
 
 def without_images(message: Message) -> Message:
-    """A message as chat templates take it: of an image only that it is there."""
+    """A message as chat templates take it: an image is a part without its content."""
     content = message.get("content")
     if not isinstance(content, list):
         return message

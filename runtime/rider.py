@@ -1,13 +1,12 @@
 """A request in a row of a state: its prompt is read in, then it goes on token by token, alone or in a flight.
 
-Enters: a request and an empty row. Leaves: pieces of its continuation. What of the row may serve later prompts is kept
-in time: before the tokens of the next chunk take its slots, and at the end.
+Enters: a request and an empty row. Leaves: pieces of its continuation. Invariant: keys and values that may serve later
+prompts are kept in time, before the tokens of the next chunk take their slots, and at the end.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +15,18 @@ from .continuation import Continuation, Generated, Request
 from .lookup import Lookup
 from .prefix import Trail
 from .state import State
-
-if TYPE_CHECKING:
-    from .session import Session
+from .token_session import TokenSession
 
 
 @dataclass(frozen=True, slots=True)
 class Rider:
-    """A request under way, and what is kept of its sequence."""
+    """A request under way, and the blocks of its sequence that are kept."""
 
     continuation: Continuation
     trail: Trail
 
     def take(self, state: State, row: int, logits_V: NDArray[np.float32]) -> Generated:
-        """Chooses the next token from the logits after all that its row holds. Returns its piece."""
+        """Chooses the next token from the logits after the last one in its row. Returns its piece."""
         piece = self.continuation.take(logits_V)
         self._keep(state, row, piece)
         return piece
@@ -43,7 +40,7 @@ class Rider:
             logits_SV: The logits after the last token and after each of the draft.
 
         Returns:
-            Their pieces; the first tells how long the draft was and how much of it was right.
+            Their pieces; the first has the draft's length, and the number of its tokens that were right.
         """
         pieces: list[Generated] = []
         for guess, logits_V in zip([*draft, None], logits_SV, strict=True):
@@ -61,7 +58,7 @@ class Rider:
         keep(state, row, self.continuation.ids)
 
 
-def board(session: "Session", state: State, requests: Sequence[Request]) -> tuple[list[Rider], NDArray[np.float32]]:
+def board(session: TokenSession, state: State, requests: Sequence[Request]) -> tuple[list[Rider], NDArray[np.float32]]:
     """Reads prompts, their images included, into the empty rows of a state, a row each.
 
     Several are read at once and have no images; of one alone a beginning that is known is not computed.
@@ -70,7 +67,7 @@ def board(session: "Session", state: State, requests: Sequence[Request]) -> tupl
         The requests under way, and the logits [B, V] after their prompts.
     """
     if len(requests) > 1:
-        riders = [Rider(Continuation(each, session.text), Trail(session.prefixes)) for each in requests]
+        riders = [Rider(Continuation(each), Trail(session.prefixes)) for each in requests]
         return riders, session.prefill(state, [each.prompt.ids for each in requests])
     request = requests[0]
     ids, features_MH = request.prompt.ids, session.encode(request.prompt.pixels_N3PP)
@@ -78,16 +75,16 @@ def board(session: "Session", state: State, requests: Sequence[Request]) -> tupl
     done = trail.restore(state, 0, ids)
     chunk = session.spec.chunk or len(ids)
     while done < len(ids):
-        stop = min(done - done % chunk + chunk, len(ids))  # what is to be kept is read before the next chunk
+        stop = min(done - done % chunk + chunk, len(ids))  # blocks are kept before the next chunk takes their slots
         seen, after = (sum(token == session.image_token for token in ids[:end]) for end in (done, stop))
         features = () if features_MH is None else [features_MH[seen:after]]
         logits_1V = session.prefill(state, [ids[done:stop]], features)
         trail.keep(state, 0, ids)
         done = stop
-    return [Rider(Continuation(request, session.text, trail.reused), trail)], logits_1V
+    return [Rider(Continuation(request, trail.reused), trail)], logits_1V
 
 
-def ride_alone(session: "Session", request: Request, lookup: Lookup) -> Iterator[Generated]:
+def ride_alone(session: TokenSession, request: Request, lookup: Lookup) -> Iterator[Generated]:
     """Continues one prompt, several tokens at a time where a draft of them is right."""
     if request.count == 0:
         return
@@ -109,8 +106,8 @@ def ride_alone(session: "Session", request: Request, lookup: Lookup) -> Iterator
         yield from pieces
 
 
-def _room(session: "Session", past: int, left: int) -> int:
-    """Tokens of a draft at most: those that fit one piece behind the last token, and that are wanted."""
+def _room(session: TokenSession, past: int, left: int) -> int:
+    """Tokens of a draft at most: those that fit into one piece behind the last token, and are still wanted."""
     chunk = session.spec.chunk
     in_chunk = chunk - past % chunk - 1 if chunk else left  # a piece over a boundary could not be taken back
     return min(left - 1, in_chunk, session.decoder.longest_with_logits - 1)

@@ -15,16 +15,16 @@ from ..errors import SessionError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How tokens are chosen.
+    """The settings by which tokens are chosen.
 
     Attributes:
         temperature: Divides the logits; 0 takes the largest.
-        top_k: Keeps so many of the largest; 0 keeps all.
+        top_k: Keeps this number of the largest; 0 keeps all.
         top_p: Keeps the fewest whose probabilities reach this (Holtzman et al. 2020); 1 keeps all.
         min_p: Keeps those with at least this share of the largest probability (Nguyen et al. 2024); 0 keeps all.
         repetition_penalty: Divides the positive logits of tokens that occurred, multiplies the negative ones
             (Keskar et al. 2019); 1 is none.
-        seed: Of the random draws; None is another one each time.
+        seed: The seed of the random draws; None is another one each time.
     """
 
     temperature: float = 0.0
@@ -61,7 +61,7 @@ class Sampler:
 
         Args:
             logits_V: The model's logits.
-            seen: The ids of the prompt and of what came since, for the repetition penalty: the same sequence every
+            seen: The ids of the prompt and of the tokens since, for the repetition penalty: the same sequence every
                 time, with more at its end.
         """
         sampling = self.sampling
@@ -85,11 +85,11 @@ class Sampler:
         if sampling.top_p < 1 or sampling.min_p > 0:
             total = cumulative[count - 1]
         drawn = np.searchsorted(cumulative[:count], draw * total, side="right")
-        last = np.searchsorted(cumulative[:count], cumulative[count - 1])  # what comes later weighs nothing
+        last = np.searchsorted(cumulative[:count], cumulative[count - 1])  # later tokens weigh nothing
         return int(tokens[min(drawn, last)])
 
     def _occurred(self, seen: Sequence[int], vocabulary: int) -> NDArray[np.int64]:
-        """The tokens that occurred, each once; only those that are new since the last time are looked at."""
+        """The tokens that occurred, each once; only the new ones since the last call are looked at."""
         if self.occurred_V is None:
             self.occurred_V = np.zeros(vocabulary, dtype=np.bool_)
         self.occurred_V[np.asarray(seen[self.counted :], dtype=np.int64)] = True
@@ -110,7 +110,7 @@ def candidates(below_V: NDArray[np.float32], sampling: Sampling, draw: float) ->
 
     Args:
         below_V: The logits less the largest of them.
-        sampling: How tokens are chosen.
+        sampling: The settings by which tokens are chosen.
         draw: A share of all probability, 0 to 1: the token where the likeliest ones together pass it is the one drawn.
 
     Returns:

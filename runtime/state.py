@@ -1,4 +1,4 @@
-"""Sequences in progress, and how much a session holds of them."""
+"""Sequences in progress, and the limits of a session that holds them."""
 
 import copy
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from numpy.typing import ArrayLike
 
 from ..errors import SessionError
 from ..spec.geometry import ModelSpec
-from .backends.interface import Binding, Decoding
+from .backends.interface import Binding, Caches, DecoderBackend
 
 DEFAULT_MAX_SEQ = 16384
 """Positions that a session holds where neither the caller nor a shorter context says otherwise."""
 
 
 class State:
-    """Sequences in progress: their caches and how many tokens each row's hold.
+    """Sequences in progress: their caches, and the number of tokens in each row.
 
-    A part of the rows (`rows`) is a state as well, over the same caches and lengths; `first` is its first row there.
+    A part of the rows (`rows`) is a state as well; `first` is the number of its first row in the caches.
     """
 
-    def __init__(self, decoder: Decoding, batch: int, positions: int) -> None:
-        self.caches = decoder.caches(batch, positions)
+    def __init__(self, decoder: DecoderBackend, batch: int, positions: int) -> None:
+        self.caches: Caches = decoder.caches(batch, positions)
         self.past_B = np.zeros(batch, dtype=np.int32)
         self.decoder = decoder
         self.first = 0
@@ -30,11 +30,11 @@ class State:
 
     @property
     def batch(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self.past_B)
 
     def rows(self, start: int, stop: int) -> "State":
-        """Some of the rows, one after another; what is done to them is done to this state's."""
+        """A state of some of the rows, one after another, over the same caches and lengths."""
         part = copy.copy(self)
         part.past_B, part.first = self.past_B[start:stop], self.first + start
         return part
@@ -45,9 +45,9 @@ class State:
         self.past_B[target] = self.past_B[source]
 
     def rewind(self, past_B: ArrayLike) -> None:
-        """Forgets each row's tokens beyond the first so many, as if they had never been added.
+        """Forgets each row's tokens beyond the first `past_B`, as if they had never been added.
 
-        To where a chunk begins is always possible: what comes next attends to none of the chunked layers' slots.
+        To where a chunk begins is always possible: later tokens attend to none of the chunked layers' slots.
 
         Raises:
             SessionError: A row has fewer tokens, or a chunk began since, whose tokens lie where older ones lay.
@@ -73,14 +73,14 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much a session holds: positions of a sequence, and rows at once (None is no limit)."""
+    """The most that a session holds: positions of a sequence, and rows at once (None is no limit)."""
 
     max_seq: int
     max_batch: int | None
 
     @classmethod
     def of(cls, spec: ModelSpec, max_seq: int | None, max_batch: int | None) -> Self:
-        """Checks what a caller asks for; None for `max_seq` takes the context, at most `DEFAULT_MAX_SEQ`.
+        """Checks the limits that a caller asks for; a `max_seq` of None takes the context, at most `DEFAULT_MAX_SEQ`.
 
         Raises:
             SessionError: A limit is out of range.

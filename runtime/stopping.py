@@ -1,4 +1,8 @@
-"""Stop strings in a stream of text: nothing is shown that may turn out to belong to one."""
+"""Stop strings in a stream of text.
+
+Enters: a text in parts. Leaves: the same text up to the first stop string. Invariant: nothing is shown that may turn
+out to belong to one.
+"""
 
 from collections.abc import Sequence
 
@@ -16,7 +20,7 @@ class StopText:
         self.held = ""
 
     def take(self, text: str) -> tuple[str, bool]:
-        """Takes the next text. Returns what may be shown, and whether a stop string has come."""
+        """Takes the next text. Returns the text that may be shown, and whether a stop string has come."""
         self.held += text
         if found := [place for stop in self.stops if (place := self.held.find(stop)) >= 0]:
             shown, self.held = self.held[: min(found)], ""
@@ -27,7 +31,7 @@ class StopText:
         return shown, False
 
     def rest(self) -> str:
-        """What was held back, once no more comes."""
+        """Returns the text that was held back, once no more comes."""
         shown, self.held = self.held, ""
         return shown
 

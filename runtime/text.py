@@ -1,4 +1,8 @@
-"""Text in and out: the tokenizer, the chat template, and the defaults of generation, from a folder's own files."""
+"""Text in and out: the tokenizer, the chat template, and the defaults of generation.
+
+Enters: a folder's own files. Leaves: token ids of texts and conversations, and texts of token ids. Invariant: a damaged
+file is refused when it is read; a missing one only when it is needed.
+"""
 
 import functools
 import json
@@ -103,7 +107,7 @@ class Text:
         return self._tokenizer().token_to_id(token) if token else None
 
     def open_stream(self) -> Callable[[int], str]:
-        """Opens a stream of tokens: what is returned takes one id after another, and gives the text that it completes.
+        """Opens a stream of tokens: a function that takes one id after another, and returns the text that it completes.
 
         The text is empty while a character is unfinished, and always where there is no tokenizer.
         """
@@ -131,7 +135,7 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """What a checkpoint's generation config says where a caller says nothing."""
+    """A checkpoint's settings of generation, for a caller who gives none."""
 
     eos_token_ids: tuple[int, ...]
     sampling: Sampling
@@ -197,7 +201,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _up_to_mark(text: str) -> str:
-    """What a template wrote before the mark, without the space that it trims from a message that ends there."""
+    """The text that a template wrote before the mark, without the space that it trims from a message's end."""
     place = text.rfind(MARK.strip())
     if place < 0:
         raise SessionError("the chat template leaves out the end of the last message: it cannot be continued")

@@ -88,7 +88,7 @@ def test_every_module_has_a_storey() -> None:
     assert {room_of(module) for module in MODULES} - {"", "__main__"} == set(BELOW) - {"__version__"}
 
 
-@pytest.mark.parametrize("room", BELOW)
+@pytest.mark.parametrize("room", sorted(BELOW))
 def test_a_room_imports_only_what_the_import_law_allows(room: str) -> None:
     for module in MODULES:
         if room_of(module) == room:
@@ -113,6 +113,14 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
     for module in graph:
         visit(module, ())
+
+
+def test_a_token_session_knows_nothing_of_text() -> None:
+    known, found = set(), {"runtime.token_session"}
+    while new := found - known:
+        known |= new
+        found = set().union(*(imports_of(module) for module in new if module in MODULES))
+    assert not known & {f"runtime.{module}" for module in ("text", "prompt", "stopping", "continuation", "session")}
 
 
 def test_few_modules_stand_at_the_root() -> None:
@@ -147,3 +155,7 @@ def test_the_runtime_imports_no_torch_onnx_or_transformers() -> None:
 
 def test_the_command_line_imports_no_room_until_a_verb_needs_it() -> None:
     assert not loaded_by("import arriero.cli.app", HEAVY | {"onnxruntime", "numpy"})
+
+
+def test_windows_of_text_and_images_are_read_without_torch() -> None:
+    assert not loaded_by("import arriero.walk.windows", HEAVY)

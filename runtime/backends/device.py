@@ -84,18 +84,18 @@ class Device:
         self.driver.call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
         self.pending.clear()
 
-    def capture(self, work: Callable[[], None]) -> "Graph":
-        """Records what `work` puts into the stream, without running it."""
+    def capture(self, work: Callable[[], None]) -> "DeviceGraph":
+        """Records the calls that `work` puts into the stream, without running them."""
         graph = ctypes.c_void_p()
         self.driver.call("cuStreamBeginCapture_v2", ctypes.c_void_p(self.stream), CAPTURE_THREAD_LOCAL)
         try:
             work()
         finally:
             self.driver.call("cuStreamEndCapture", ctypes.c_void_p(self.stream), ctypes.byref(graph))
-        return Graph(self, graph)
+        return DeviceGraph(self, graph)
 
 
-class Memory:
+class DeviceMemory:
     """Device memory of a fixed size; `address` is where it begins."""
 
     def __init__(self, device: Device, size: int) -> None:
@@ -105,7 +105,7 @@ class Memory:
         self.address: int = pointer.value
 
     def zero(self) -> None:
-        """Fills it with zeros."""
+        """Fills the memory with zeros, behind what the stream holds."""
         stream, size = ctypes.c_void_p(self.device.stream), ctypes.c_size_t(self.size)
         self.device.driver.call("cuMemsetD8Async", ctypes.c_uint64(self.address), 0, size, stream)
 
@@ -116,7 +116,7 @@ class Memory:
                 self.device.driver.call("cuMemFree_v2", ctypes.c_uint64(self.address))
 
 
-class Graph:
+class DeviceGraph:
     """Work that was recorded once and is launched as a whole."""
 
     def __init__(self, device: Device, graph: ctypes.c_void_p) -> None:

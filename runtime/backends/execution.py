@@ -1,7 +1,8 @@
 """A TensorRT engine made ready to execute: its library, its file, its weights on the GPU, its contexts.
 
-Enters: what a bundle says of its engines. Leaves: what the decoder's and the vision tower's sessions run. Invariant: a
-file that is not the one that was built, or another TensorRT than built it, is refused before the GPU is touched.
+Enters: a bundle's record of its engines. Leaves: the execution contexts of the decoder and of the vision tower.
+Invariant: a file that is not the one that was built, or another TensorRT than built it, is refused before the GPU is
+touched.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from ...errors import FolderError, SessionError
 from ...plugins.tensorrt_plugin import MODULES, REMEDIES
 from ...spec.built_engine import EngineSpec
 from ...spec.stored_weights import Weight
-from .device import Device, Memory
+from .device import Device, DeviceMemory
 
 PIECE = 64 << 20
 """Bytes of a weight that are sent to the GPU at a time."""
@@ -26,11 +27,11 @@ PIECE = 64 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """An engine on a GPU, kept alive with all that it needs as long as this is.
+    """An engine on a GPU, kept alive with all that it needs as long as this object is.
 
     Attributes:
         trt: The module `tensorrt_rtx` or `tensorrt`.
-        flavour: Which of the two.
+        flavour: `tensorrt-rtx` or `tensorrt`.
         device: The GPU.
         engine: The deserialised engine.
         weights: Device memory of the weights that are inputs, by name.
@@ -40,24 +41,24 @@ class Execution:
     flavour: str
     device: Device
     engine: Any
-    weights: Mapping[str, Memory]
+    weights: Mapping[str, DeviceMemory]
 
     def contexts(self, profiles: int, *, repeats: Container[int] = ()) -> "Contexts":
-        """A context for each of the first profiles, its weights bound.
+        """Makes a context for each of the first profiles, its weights bound.
 
         Args:
-            profiles: How many.
-            repeats: Those whose shapes repeat, so that TensorRT-RTX does well to capture a graph itself.
+            profiles: Number of profiles.
+            repeats: Profiles whose shapes repeat, so that TensorRT-RTX does well to capture a graph itself.
 
         Raises:
             SessionError: TensorRT makes none, or refuses a weight.
         """
         sizes = [self.engine.get_device_memory_size_for_profile_v2(index) for index in range(profiles)]
-        activations = Memory(self.device, max(sizes))
+        activations = DeviceMemory(self.device, max(sizes))
         made = [self._context(index, activations, repeats=index in repeats) for index in range(profiles)]
         return Contexts(activations=activations, made=made)
 
-    def _context(self, profile: int, activations: Memory, *, repeats: bool) -> Any:
+    def _context(self, profile: int, activations: DeviceMemory, *, repeats: bool) -> Any:
         trt, engine = self.trt, self.engine
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.flavour == "tensorrt-rtx":
@@ -83,7 +84,7 @@ class Execution:
 class Contexts:
     """Execution contexts that never run at once: they share the memory of their activations."""
 
-    activations: Memory
+    activations: DeviceMemory
     made: Sequence[Any]
 
 
@@ -122,12 +123,12 @@ def read_built(path: Path, sha256: str) -> bytes:
 
 
 def deserialise(trt: Any, data: bytes, path: Path) -> Any:
-    """An engine as an object of TensorRT's.
+    """Makes TensorRT's engine object of a serialized engine.
 
     Args:
         trt: The module `tensorrt_rtx` or `tensorrt`.
-        data: The engine.
-        path: Where it was read.
+        data: The serialized engine.
+        path: The file that it was read from.
 
     Raises:
         SessionError: TensorRT does not take it.
@@ -138,7 +139,7 @@ def deserialise(trt: Any, data: bytes, path: Path) -> Any:
     return engine
 
 
-def upload_weights(device: Device, weights: Iterable[Weight], files: Mapping[str, Path]) -> dict[str, Memory]:
+def upload_weights(device: Device, weights: Iterable[Weight], files: Mapping[str, Path]) -> dict[str, DeviceMemory]:
     """Sends the weights that an engine has as inputs to the GPU. Returns their memory by name.
 
     Raises:
@@ -153,10 +154,10 @@ def accept(answer: bool, what: str) -> None:
         raise SessionError(f"the engine refuses {what}: see TensorRT's message above")
 
 
-def _upload(device: Device, weight: Weight, path: Path) -> Memory:
+def _upload(device: Device, weight: Weight, path: Path) -> DeviceMemory:
     """Sends a weight to the GPU, a piece of the mapped file at a time."""
     size = weight.size
-    memory = Memory(device, size)
+    memory = DeviceMemory(device, size)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         if weight.offset + size > len(mapped):
             raise FolderError(f"spec.json puts {weight.name!r} outside {path}: build the bundle again")

@@ -1,4 +1,7 @@
-"""What a session asks of an engine: caches for a batch, and a step over some of their rows."""
+"""The back ends' protocols: a decoder with caches and a step over some of their rows, and a vision tower.
+
+A session knows these alone; ONNX Runtime on the CPU and TensorRT on a GPU stand behind them.
+"""
 
 from typing import Any, Protocol
 
@@ -8,7 +11,7 @@ from numpy.typing import NDArray
 from ...spec.geometry import ModelSpec
 
 Slots = dict[str, NDArray[Any]]
-"""What some positions of a row have in each cache, by the cache's name."""
+"""The contents of some positions of a row in each cache, by the cache's name."""
 
 
 def cache_chunk(spec: ModelSpec, name: str) -> int:
@@ -23,36 +26,36 @@ def slots_of(chunk: int, start: int, stop: int) -> slice:
 
 
 def is_standing(chunk: int, start: int, past: int) -> bool:
-    """Whether what follows the first `past` tokens attends to the one at `start`."""
+    """Whether tokens after the first `past` attend to the one at `start`."""
     return not chunk or start // chunk == past // chunk
 
 
 def standing(chunk: int, past: int) -> int:
-    """Slots of a row that later tokens attend to, the first ones, when it holds so many tokens; 0 is no chunk."""
+    """Slots at a row's beginning that tokens after the first `past` attend to; a `chunk` of 0 is full attention."""
     return past % chunk if chunk else past
 
 
 class Caches(Protocol):
-    """KV buffers: how many rows, and how many positions each holds."""
+    """KV buffers: the number of rows, and the positions that each holds."""
 
     batch: int
     positions: int
 
     def copy(self, source: int, target: int, past: int) -> None:
-        """Copies a row that holds so many tokens over another."""
+        """Copies a row that holds `past` tokens over another."""
         ...
 
     def read(self, row: int, start: int, stop: int) -> Slots:
-        """A copy of what some positions of one chunk have in a row."""
+        """Copies the contents of some positions of one chunk in a row."""
         ...
 
     def write(self, row: int, start: int, slots: Slots, past: int) -> None:
-        """Puts back what `read` gave from `start` on; what is not attended to after `past` tokens may be left out."""
+        """Puts back what `read` gave from `start` on; slots to which no token after `past` attends may be left out."""
         ...
 
 
 class Binding(Protocol):
-    """An engine bound to some rows of the caches."""
+    """A decoder bound to some rows of its caches."""
 
     def step(
         self,
@@ -61,12 +64,22 @@ class Binding(Protocol):
         positions_BR: NDArray[np.int64],
         features_MH: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
-        """Runs one piece and writes it to the caches. Returns logits [B, R, V] of the positions asked for."""
+        """Runs one piece and writes its keys and values to the caches.
+
+        Args:
+            ids_BS: Token ids, right-padded.
+            past_B: Tokens in each row's cache before the piece.
+            positions_BR: Positions of the piece that get logits.
+            features_MH: Image features of the piece's image tokens, row by row; None where it has none.
+
+        Returns:
+            Logits [B, R, V].
+        """
         ...
 
 
-class Decoding(Protocol):
-    """A loaded engine: ONNX Runtime's graph or TensorRT's."""
+class DecoderBackend(Protocol):
+    """A decoder with its weights, loaded and ready to run."""
 
     spec: ModelSpec
 
@@ -86,9 +99,17 @@ class Decoding(Protocol):
         ...
 
     def caches(self, batch: int, positions: int) -> Any:
-        """KV buffers for a batch whose rows hold so many positions."""
+        """Makes `Caches` of this back end, zeros at first."""
         ...
 
     def bind(self, caches: Any, rows: slice) -> Binding:
-        """Binds some rows of the caches, for any number of steps."""
+        """Binds some rows of caches that this back end made, for any number of steps."""
+        ...
+
+
+class TowerBackend(Protocol):
+    """A vision tower with its weights, loaded and ready to run."""
+
+    def encode(self, pixels_N3PP: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Computes the image features [M, H] of normalised tiles, some tiles at a time."""
         ...

@@ -2,7 +2,7 @@
 
 A tensor whose stored type and layout the graph takes is a view of the mapped file: its pages are read when they are
 used and belong to the page cache. Others are converted in memory of their own (floats and E4M3 widened to float32,
-matrices of integers laid out in panels), and the pages they came from are let go.
+matrices of integers laid out in panels), and the pages they came from are released.
 """
 
 import mmap
@@ -24,14 +24,14 @@ ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "uint8": 2}
 
 
 class MappedWeights(dict[str, ort.OrtValue]):
-    """Weights by initializer name, and where those lie that a bundle holds as its kernels read them."""
+    """Weights by initializer name, and the regions of those that a bundle holds in its kernels' layout."""
 
     def __init__(self, values: Mapping[str, ort.OrtValue], regions: Sequence[Region]) -> None:
         super().__init__(values)
         self.regions = regions
 
     def settle(self) -> None:
-        """Begins to move what lies in the file's pages to huge ones, if that has not begun."""
+        """Begins to move those regions from the file's pages to huge ones, if that has not begun."""
         regions, self.regions = self.regions, []
         if regions:
             exchange_pages(regions)
@@ -53,7 +53,7 @@ def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> MappedWeig
         named = {weight.name: value for weight, value in zip(weights, values, strict=True)}
     ends: dict[str, int] = {}
     for weight in weights:
-        if weight.is_made:  # what a file holds as kernels read it is one piece, at its beginning
+        if weight.is_made:  # weights in the kernels' layout are one piece, at the file's beginning
             ends[weight.file] = max(ends.get(weight.file, 0), weight.offset + weight.size)
     return MappedWeights(named, [_region(maps[name], end) for name, end in ends.items()])
 
@@ -80,6 +80,6 @@ def _value(weight: Weight, file: mmap.mmap) -> ort.OrtValue:
 
 
 def _release(file: mmap.mmap, offset: int, size: int) -> None:
-    """Lets go of the pages of a region that has been read; they come back from the file where they are still used."""
+    """Releases the pages of a region that has been read; they come back from the file where they are still used."""
     start = offset - offset % mmap.PAGESIZE
     file.madvise(mmap.MADV_DONTNEED, start, offset + size - start)

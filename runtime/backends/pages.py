@@ -1,7 +1,7 @@
 """Weights moved from their file's small pages to huge ones, at the same addresses, while a session runs.
 
 A processor reads huge pages a fifth faster. Filling them takes half a second a gigabyte, so a session starts on the
-file's pages and they are exchanged in the background: what is read is the same bytes before, after, and in between.
+file's pages and they are exchanged in the background: reads give the same bytes before, after, and in between.
 Where the system cannot do it, or would have to make room for such pages, everything else stays as it is.
 """
 
@@ -16,21 +16,21 @@ from threading import Thread
 HUGE = 2 << 20
 """Bytes of a huge page."""
 PIECE = 16 * HUGE
-"""Bytes that are exchanged at a time; for so long there are two copies of them."""
+"""Bytes that are exchanged at a time; meanwhile there are two copies of them."""
 SLOW = 0.04
 """Seconds of a processor for a piece from which on the system is taken to have no huge pages at hand: it takes 15 ms
 where it has, and making room for one may take 5 ms by itself."""
 FIXED = 3
-"""Linux's MREMAP_MAYMOVE | MREMAP_FIXED: what lay at the new address is replaced in one step."""
+"""Linux's MREMAP_MAYMOVE | MREMAP_FIXED: the pages at the new address are replaced in one step."""
 
 
 class Region:
     """The first bytes of a mapped file.
 
     Args:
-        file: The mapping; kept as long as this is.
-        address: Where in memory it begins.
-        size: How many.
+        file: The mapping; kept as long as the region is.
+        address: The address at which it begins.
+        size: Number of bytes.
     """
 
     def __init__(self, file: mmap.mmap, address: int, size: int) -> None:
@@ -45,7 +45,7 @@ class Region:
 
 
 def exchange_pages(regions: Sequence[Region]) -> None:
-    """Exchanges some regions' pages in the background, where they take no more than half of the free memory."""
+    """Exchanges regions' pages in the background, where they take no more than half of the free memory."""
     size = sum(region.size for region in regions)
     if sys.platform == "linux" and mmap.PAGESIZE == 4096 and 0 < size <= free_memory() // 2:
         Thread(target=_exchange_all, args=(regions,), daemon=True).start()
@@ -63,7 +63,7 @@ def _exchange_all(regions: Sequence[Region]) -> None:
 
 
 def _exchange(libc: ctypes.CDLL, address: int, size: int) -> bool:
-    """Fills huge pages with what lies at an address, and puts them there. Returns whether that could be done."""
+    """Copies the bytes at an address into huge pages, and puts these there. Returns whether that could be done."""
     word, failed = ctypes.c_size_t, ctypes.c_void_p(-1).value
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     room = libc.mmap(None, word(size + HUGE), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, word(0))
@@ -87,7 +87,7 @@ def free_memory() -> int:
 
 
 def _left_to_group() -> int:
-    """Bytes that the limit of this process's control group leaves; much, where there is none."""
+    """Bytes that the limit of this process's control group leaves; `sys.maxsize` where there is none."""
     try:
         path = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
         group = Path("/sys/fs/cgroup" + path)

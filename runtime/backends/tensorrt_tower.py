@@ -1,6 +1,6 @@
 """The vision tower as a TensorRT engine: tiles onto the GPU, image features back.
 
-Enters: tiles, as the preprocessor cuts them. Leaves: image features in float32, as `vision.VisionTower` gives them.
+Enters: tiles, as the preprocessor cuts them. Leaves: image features in float32, as `OnnxRuntimeTower` gives them.
 Invariant: the engine takes `max_tiles` tiles at once; more go in several runs over the same memory.
 """
 
@@ -14,16 +14,16 @@ from ...plugins.narrow_types import NUMPY_DTYPES, widen
 from ...spec.built_engine import TowerEngine
 from ...spec.folder import FolderSpec
 from ...spec.geometry import VisionSpec
-from .device import Device, Memory
+from .device import Device, DeviceMemory
 from .execution import Execution, accept, deserialise, open_version, read_built, upload_weights
 
 
-class VisionEngine:
+class TensorRTTower:
     """A vision tower's engine with its weights, ready to run.
 
     Args:
         execution: The engine on its GPU.
-        about: What the bundle says of it.
+        about: The engine's record in the bundle's spec.
         vision: The tower's geometry.
         size: The text decoder's hidden size (H).
         dtype: Type of the features.
@@ -34,12 +34,12 @@ class VisionEngine:
         self.contexts = execution.contexts(1)
         pixels = about.max_tiles * 3 * vision.image_size**2 * np.dtype(np.float32).itemsize
         features = about.max_tiles * vision.features * size * NUMPY_DTYPES[dtype].itemsize
-        self.pixels, self.features = (Memory(execution.device, each) for each in (pixels, features))
+        self.pixels, self.features = (DeviceMemory(execution.device, each) for each in (pixels, features))
         for name, memory in (("pixels", self.pixels), ("image_features", self.features)):
             accept(self.contexts.made[0].set_tensor_address(name, memory.address), name)
 
     def encode(self, pixels_N3PP: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Tiles, normalised → image features [M, H], some tiles at a time."""
+        """Computes the image features [M, H] of normalised tiles, at most the engine's `max_tiles` at a time."""
         self.execution.device.enter()
         most = self.about.max_tiles
         return np.concatenate(
@@ -56,13 +56,13 @@ class VisionEngine:
         return features_MH if self.dtype == "float32" else widen(features_MH, self.dtype)
 
 
-def load_tower(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> VisionEngine:
+def load_tower(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> TensorRTTower:
     """Loads a bundle's vision tower onto the GPU that its decoder is on.
 
     Args:
         folder: The bundle.
         spec: Its spec.
-        files: Where its weight files are, by name.
+        files: The paths of its weight files, by name.
 
     Raises:
         SessionError: TensorRT does not take the engine, or not on this GPU.
@@ -81,4 +81,4 @@ def load_tower(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> Vis
         engine=deserialise(trt, data, folder / about.file),
         weights=upload_weights(device, spec.vision.weights, files),
     )
-    return VisionEngine(execution, about, spec.vision.spec, spec.model.hidden_size, spec.model.dtype)
+    return TensorRTTower(execution, about, spec.vision.spec, spec.model.hidden_size, spec.model.dtype)

@@ -1,4 +1,8 @@
-"""The image features of a batch's new tokens, handed out piece by piece."""
+"""Image features of a batch's new tokens, handed out piece by piece.
+
+Enters: each row's new tokens and features. Leaves: the features of each piece's image tokens, row by row. Invariant: a
+row has as many features as image tokens.
+"""
 
 from collections.abc import Sequence
 
@@ -12,13 +16,13 @@ Features = Sequence[NDArray[np.float32]]
 
 
 class RowFeatures:
-    """What is left of each row's features.
+    """Features that remain for each row's next image tokens.
 
     Args:
         rows: Each row's new tokens.
-        features: Their features.
-        image_token: Id of the token that stands for a feature; None where the model takes none.
-        size: H.
+        features: Each row's features.
+        image_token: Id of the token that stands for a feature; None where the model takes no images.
+        size: Values of a feature (H).
 
     Raises:
         SessionError: A row has not as many features as image tokens.

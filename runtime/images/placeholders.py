@@ -1,8 +1,8 @@
 """Images in a prompt: placeholders become the tokens whose embeddings the image features replace.
 
-What enters is a prompt's token ids with one `<|image|>` for each image; what leaves is the ids that the decoder is
-given and the tiles that the vision tower is given. There are as many `<|patch|>` tokens as the tower will give
-features, in the same order.
+Enters: a prompt's token ids with one `<|image|>` for each image. Leaves: the ids that the decoder is given, and the
+tiles that the vision tower is given. Invariant: there are as many `<|patch|>` tokens as the tower will give features,
+in the same order.
 """
 
 from collections.abc import Sequence
@@ -114,12 +114,12 @@ class ImagePrompts:
 
 
 def count_patches(side: int, patch_size: int = 14, pixel_shuffle_ratio: float = 0.5) -> int:
-    """How many tokens a tile is: its patches, of which pixel shuffle makes one of each few.
+    """Counts a tile's tokens: its patches, of which pixel shuffle makes one of each few.
 
     Args:
-        side: Of a tile, in pixels.
+        side: A tile's side, in pixels.
         patch_size: A patch's side, in pixels.
-        pixel_shuffle_ratio: A side of what pixel shuffle leaves, over what it is given.
+        pixel_shuffle_ratio: Side of the grid of patches after pixel shuffle, over the side before.
 
     Raises:
         FolderError: A number is out of range.

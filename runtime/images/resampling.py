@@ -1,12 +1,12 @@
 """Resampling: an image at other sizes, antialiased.
 
-What enters is an RGB image and the sizes that are wanted of it; what leaves is its pixels at each of them, in rows of
-red, of green and of blue. The filter is a triangle as wide as the reduction, columns are resampled before rows, and
-pixels are rounded to 8 bits between the two: what PyTorch's and Pillow's antialiased bilinear resizes do.
+Enters: an RGB image and the sizes that are wanted of it. Leaves: its pixels at each of them, in rows of red, of green
+and of blue. The filter is a triangle as wide as the reduction, columns are resampled before rows, and pixels are
+rounded to 8 bits between the two: what PyTorch's and Pillow's antialiased bilinear resizes do.
 
 Each pass is the product with a matrix that is zero but for a band along its diagonal. It is taken a block of outputs
 at a time, with the inputs that the block reads: BLAS is several times as fast at that as a loop over the few weights
-of each output, though most of what it multiplies is by zero.
+of each output, though most of its factors are zero.
 
 Shapes: H, W an image's rows and columns; B blocks of a side, K inputs and O outputs a block.
 """
@@ -32,8 +32,8 @@ def resample(image: Image.Image, into: Sequence[NDArray[np.uint8]]) -> None:
     """Gives an image other sizes. It is read once for all of them.
 
     Args:
-        image: Of mode RGB.
-        into: Where the pixels are put, [height, 3, width] for each of the sizes.
+        image: An image of mode RGB.
+        into: Arrays that take the pixels, [height, 3, width] for each of the sizes.
     """
     height, width = image.height, image.width
     strip = math.ceil(height / math.ceil(height / STRIP))

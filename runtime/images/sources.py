@@ -1,7 +1,7 @@
 """Images as they are meant to be seen: from a path, bytes, a PIL image or an array to upright RGB.
 
-What enters has any colour mode, depth and orientation; what leaves is a PIL image of 8-bit RGB. Sizes are checked
-before anything is decoded, so memory is bounded by a few times four bytes a pixel, of at most `MAX_PIXELS`.
+Enters: any colour mode, depth and orientation. Leaves: a PIL image of 8-bit RGB. Invariant: sizes are checked before
+anything is decoded, so memory is bounded by a few times four bytes a pixel, of at most `MAX_PIXELS`.
 """
 
 import os
@@ -19,10 +19,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from ...errors import SessionError
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.generic]
-"""What is taken as an image: a file's path, a file's bytes, a PIL image, or an array of its pixels."""
+"""An image as a caller gives it: a file's path, a file's bytes, a PIL image, or an array of its pixels."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM")
-"""What is decoded. Others of Pillow's are not pictures (PDF), or run other programs (EPS)."""
+"""Formats that are decoded. Others of Pillow's are not pictures (PDF), or run other programs (EPS)."""
 
 MAX_PIXELS = 1 << 27
 """The largest area: 134 megapixels, more than a medium-format camera's, and 0.5 GB decoded."""
@@ -37,18 +37,18 @@ MAX_BYTES = 8 * MAX_PIXELS
 def read_image(source: ImageSource, name: str = "the image") -> Image.Image:
     """An image as upright RGB.
 
-    EXIF orientation is applied, also a PIL image's own. Transparency is laid over white. Of 16 bits a channel the high
-    byte is kept. Of an animation a file's first frame is taken, and a PIL image's current one.
+    EXIF orientation is applied, also a PIL image's own. Transparency is laid over white. A channel of 16 bits keeps its
+    high byte. An animation gives a file's first frame, and a PIL image's current one.
 
     Args:
         source: Arrays are uint8 or uint16: [height, width], or with 1, 3 (RGB) or 4 (RGBA) channels last or else first.
-        name: What errors call an image that has no path.
+        name: Name of an image that has no path, in errors.
 
     Raises:
         SessionError: There is no such file, it is no image or damaged, it is too large, or the array is none of these.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow warns of is either refused below or harmless
+        warnings.simplefilter("ignore")  # Pillow's warnings are of things that are refused below, or harmless
         if isinstance(source, Image.Image):
             return _decode(source, name)
         if isinstance(source, np.ndarray):

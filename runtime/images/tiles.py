@@ -1,8 +1,8 @@
 """Tiles: an image of any size as the squares that the vision tower reads.
 
-What enters is an RGB image; what leaves is its tiles, row by row, and after several of them the whole image once more
-as one, the global tile. Grid and sizes are those of `transformers`, and each pixel is within one step of 255 of its
-own: its resize keeps weights of 16 bits, ours of float32.
+Enters: an RGB image. Leaves: its tiles, row by row, and after several of them the whole image once more as one, the
+global tile. Invariant: grid and sizes are those of `transformers`, and each pixel is within one step of 255 of its own:
+its resize keeps weights of 16 bits, ours of float32.
 
 Shapes: N tiles, P pixels a tile's side.
 """
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...errors import FolderError, SessionError
+from ...plugins.narrow_types import narrow, widen
 from ..text import read_json
 from .resampling import resample
 
@@ -26,17 +27,17 @@ FIXED = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_r
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TileSettings:
-    """How a checkpoint's preprocessor cuts images.
+    """A checkpoint's settings of its preprocessor, which cuts images into tiles.
 
     Attributes:
-        side: P, of a tile.
+        side: A tile's side in pixels (P).
         max_tiles: The most tiles in a grid, the global tile not counted.
         fill: Whether an image is enlarged as far as the grids allow, not just to a tile's side.
-        rescale: What a pixel of 0 to 255 is multiplied by.
-        mean: Of the rescaled red, green and blue; subtracted.
-        std: Of the same; divided by.
-        values_3x256: What each pixel of 0 to 255 becomes in each channel.
-        runs: The same as the look-up takes it.
+        rescale: Factor of a pixel of 0 to 255.
+        mean: Means of the rescaled red, green and blue, subtracted from them.
+        std: Standard deviations of the same, by which they are divided then.
+        values_3x256: Values of a pixel of 0 to 255 in each channel.
+        runs: Values of neighbouring pixels, looked up together; see `_runs`.
     """
 
     side: int = 336
@@ -59,7 +60,7 @@ class TileSettings:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Self:
-        """Takes the settings of an image processor in `transformers`' words; what is missing or null is Llama 4's.
+        """Takes the settings of an image processor in `transformers`' words; a missing or null one is Llama 4's.
 
         Raises:
             FolderError: A setting is one that Llama 4 does not have.
@@ -81,13 +82,13 @@ class TileSettings:
         )
 
     def _values(self) -> NDArray[np.float32]:
-        """What each pixel of 0 to 255 becomes in each channel: each step is rounded to bf16, as Llama 4's own is."""
+        """Values of a pixel of 0 to 255 in each channel; each step is rounded to bf16, as Llama 4's own is."""
         mean_3x1, std_3x1 = (_bfloat16(np.array([each], np.float32).T) for each in (self.mean, self.std))
         rescaled_256 = _bfloat16(np.arange(256, dtype=np.float32) * np.float32(self.rescale))
         return _bfloat16(_bfloat16(rescaled_256 - mean_3x1) / std_3x1)
 
     def _runs(self) -> tuple[type, NDArray[np.generic]]:
-        """What neighbouring pixels become, by the number that their bytes make: two are looked up in the time of one.
+        """Values of neighbouring pixels by the number that their bytes make: two are looked up in the time of one.
 
         Returns:
             The numbers' type, and for each of them in each channel its values' bytes, again as one number. A side that
@@ -99,7 +100,7 @@ class TileSettings:
 
 
 def read_tile_settings(folder: Path) -> TileSettings:
-    """Reads how a folder's preprocessor cuts images.
+    """Reads the settings by which a folder's preprocessor cuts images.
 
     The settings are a part of `processor_config.json`, or in `preprocessor_config.json`, where older checkpoints have
     them.
@@ -132,15 +133,15 @@ class Grid:
 
     @property
     def tiles(self) -> int:
-        """N, with the global tile that several have."""
+        """Number of tiles (N), with the global tile that several have."""
         return self.rows * self.columns + (self.rows * self.columns > 1)
 
 
 def choose_grid(height: int, width: int, settings: TileSettings) -> Grid:
-    """The grid that suits an image.
+    """Chooses the grid that suits an image.
 
-    Of the grids that hold it at its size or larger, the one that enlarges it least (most, to fill); where none does,
-    the one that reduces it least; of equals, the smallest. Scales are compared in float32, as in `transformers`.
+    This is the grid that enlarges it least (most, to fill) among those that hold it at its size or larger; where none
+    does, the one that reduces it least; of equals, the smallest. Scales are compared in float32, as in `transformers`.
     """
     most = settings.max_tiles
     grids = [Grid(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
@@ -153,7 +154,7 @@ def choose_grid(height: int, width: int, settings: TileSettings) -> Grid:
 
 
 def fit_size(height: int, width: int, grid: Grid, settings: TileSettings) -> tuple[int, int]:
-    """Height and width at which an image lies in its grid, from the upper left; its aspect is kept.
+    """Computes height and width at which an image lies in its grid, from the upper left; its aspect is kept.
 
     The scale is a float32 where the grid limits a side and a float64 where the image does, as it comes about in
     `transformers`; the floor would make a pixel's difference of that.
@@ -173,12 +174,12 @@ def fit_size(height: int, width: int, grid: Grid, settings: TileSettings) -> tup
 def cut_tiles(
     image: Image.Image, settings: TileSettings, room: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.float32], Grid]:
-    """An image's tiles, normalised.
+    """Cuts an image into normalised tiles.
 
     Args:
-        image: Of mode RGB.
-        settings: The preprocessor's.
-        room: Where to put the tiles, of their shape or with more of them; new memory where None.
+        image: An image of mode RGB.
+        settings: The preprocessor's settings.
+        room: An array that takes the tiles, of their shape or with more of them; None is new memory.
 
     Returns:
         The tiles [N, 3, P, P], whose values are bf16's, black where the image does not fill the grid; and the grid.
@@ -201,8 +202,7 @@ def cut_tiles(
 
 def _bfloat16(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rounds to the nearest bf16, ties to even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return widen(narrow(x, "bfloat16"), "bfloat16")
 
 
 def _three(value: Any) -> tuple[float, float, float]:

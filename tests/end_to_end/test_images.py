@@ -95,11 +95,11 @@ def test_a_question_about_images_is_a_message_with_them(session: Session) -> Non
 def test_a_turn_with_an_image_seen_before_does_not_compute_it_again(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert session.vision is not None
+    assert session.tower is not None
     pixels = session.read("<|image|>", [drawn(28, 28)]).pixels_N3PP
     assert pixels is not None
     first = session.encode(np.concatenate([pixels, pixels[:1]]))
-    monkeypatch.setattr(session.vision.tower, "encode", None)
+    monkeypatch.setattr(session.tower.backend, "encode", None)
     again = session.encode(pixels)
     assert first is not None
     assert again is not None

@@ -10,7 +10,7 @@ import torch
 
 import arriero
 from arriero.export import export_checkpoint
-from arriero.runtime.backends.onnxruntime import Decoder
+from arriero.runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
 
 LENGTHS = (50, 13, 27)
 """Tokens of the three rows; the chunk is 16, so the first crosses three boundaries."""
@@ -46,7 +46,7 @@ def test_logits_equal_those_of_transformers(
 ) -> None:
     reference, model = pair
     ids, expected = rows_of(reference)
-    monkeypatch.setattr(Decoder, "longest_with_logits", longest_piece)
+    monkeypatch.setattr(OnnxRuntimeDecoder, "longest_with_logits", longest_piece)
     found = arriero.load(model).logits(ids, LENGTHS)
     for row, length in enumerate(LENGTHS):
         assert np.abs(found[row, :length] - expected[row]).max() <= 1e-5

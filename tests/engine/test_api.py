@@ -23,7 +23,7 @@ SOURCES = (
     "engine/tensorrt_library.py",
     "engine/tensorrt_bundle.py",
     "plugins/tensorrt_plugin.py",
-    "runtime/backends/tensorrt.py",
+    "runtime/backends/tensorrt_decoder.py",
     "runtime/backends/execution.py",
     "runtime/backends/tensorrt_tower.py",
 )

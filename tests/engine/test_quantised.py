@@ -19,7 +19,7 @@ from arriero.engine import build_bundle
 from arriero.engine.cpu_lowering import lower_for_cpu
 from arriero.export import export_checkpoint
 from arriero.files.folders import find_files, read_spec
-from arriero.loading import cpu_graph
+from arriero.loading import cpu_decoder_graph
 from arriero.plugins.gqa.meaning import grouped_query_attention
 from arriero.plugins.gqa.op import Attributes as AttentionAttributes
 from arriero.plugins.moe.meaning import moe_dispatch, silu
@@ -75,7 +75,7 @@ def test_the_lowered_model_equals_numpy(model: Path, tmp_path: Path, recipe: str
 def regions(folder: Path) -> tuple[tuple[Weight, ...], dict[str, Path]]:
     """A folder's weights as the graph for the CPU is given them, and its files."""
     spec = read_spec(folder)
-    return cpu_graph(folder, spec)[1], find_files(folder, spec.weight_files, None)
+    return cpu_decoder_graph(folder, spec)[1], find_files(folder, spec.weight_files, None)
 
 
 @pytest.mark.parametrize("recipe", ["int8 dynamic", "int8 static", "int4"])

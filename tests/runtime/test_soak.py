@@ -9,7 +9,7 @@ import pytest
 
 import arriero
 from arriero.runtime import Session
-from arriero.runtime.backends.onnxruntime import Caches
+from arriero.runtime.backends.onnxruntime_decoder import HostCaches
 
 
 @pytest.fixture(scope="module")
@@ -42,5 +42,5 @@ def test_sequences_join_and_leave_at_random_and_all_is_right(script: ModuleType,
 def test_a_soak_notices_rows_that_are_moved_wrongly(
     script: ModuleType, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Caches, "copy", lambda self, source, target, past: None)
+    monkeypatch.setattr(HostCaches, "copy", lambda self, source, target, past: None)
     assert run(script, tiny_model, 25).wrong

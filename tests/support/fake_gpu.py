@@ -15,8 +15,8 @@ from arriero.engine.cpu_lowering import lower_for_cpu, lower_tower_for_cpu
 from arriero.files.folders import find_files, read_spec
 from arriero.plugins.narrow_types import NUMPY_DTYPES, narrow, widen
 from arriero.runtime.backends.mapped_weights import map_weights
-from arriero.runtime.backends.onnxruntime import Decoder
-from arriero.runtime.images.tower import VisionTower
+from arriero.runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
+from arriero.runtime.backends.onnxruntime_tower import OnnxRuntimeTower
 
 TRT = SimpleNamespace(
     CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
@@ -107,14 +107,14 @@ class FakeEngine:
 
 
 class FakeDecoder(FakeEngine):
-    """A decoder's engine, for `arriero.runtime.backends.tensorrt`."""
+    """A decoder's engine, for `arriero.runtime.backends.tensorrt_decoder`."""
 
     def __init__(self, model: Path, driver: FakeDriver, dtype: str = "float32") -> None:
         super().__init__(driver, dtype)
         spec = read_spec(model)
         lowered = lower_for_cpu(model, spec)
         weights = map_weights(lowered.weights, find_files(model, spec.weight_files))
-        self.decoder = Decoder(lowered.graph, weights, model, spec.model, lowered.session, 1)
+        self.decoder = OnnxRuntimeDecoder(lowered.graph, weights, model, spec.model, lowered.session, 1)
 
     def run(self, context: "FakeContext") -> None:
         ids, past, positions = (context.array(name, kind) for name, kind in TYPES.items())
@@ -140,7 +140,7 @@ class FakeTower(FakeEngine):
         assert spec.vision is not None
         lowered = lower_tower_for_cpu(model, spec.vision)
         weights = map_weights(lowered.weights, find_files(model, spec.weight_files))
-        self.tower = VisionTower(lowered.graph, weights, model, lowered.session, 1)
+        self.tower = OnnxRuntimeTower(lowered.graph, weights, model, lowered.session, 1)
 
     def run(self, context: "FakeContext") -> None:
         pixels = context.array("pixels", np.float32)

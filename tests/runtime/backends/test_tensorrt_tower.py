@@ -15,12 +15,12 @@ from arriero.errors import FolderError, SessionError
 from arriero.export import export_checkpoint
 from arriero.files.folders import read_spec
 from arriero.plugins.narrow_types import narrow, widen
-from arriero.runtime.backends import tensorrt_tower as runtime_vision
+from arriero.runtime.backends import tensorrt_tower as runtime_tower
 from arriero.runtime.backends.device import Device
 from arriero.runtime.backends.execution import Execution
-from arriero.runtime.backends.tensorrt import EngineDecoder
-from arriero.runtime.backends.tensorrt_tower import VisionEngine, load_tower
-from arriero.runtime.images.tower import Vision
+from arriero.runtime.backends.tensorrt_decoder import TensorRTDecoder
+from arriero.runtime.backends.tensorrt_tower import TensorRTTower, load_tower
+from arriero.runtime.images.tower import Tower
 from arriero.runtime.session import Session
 from arriero.runtime.state import Limits
 from arriero.spec.folder import FolderSpec
@@ -45,12 +45,12 @@ def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def load_tower_on(driver: FakeDriver, model: Path, spec: FolderSpec, dtype: DType = "float32") -> VisionEngine:
+def load_tower_on(driver: FakeDriver, model: Path, spec: FolderSpec, dtype: DType = "float32") -> TensorRTTower:
     assert spec.vision is not None
     assert spec.vision.engine is not None
     engine, device = FakeTower(model, driver, dtype), Device(driver)  # type: ignore[arg-type]
     execution = Execution(trt=TRT, flavour="tensorrt-rtx", device=device, engine=engine, weights={})
-    return VisionEngine(execution, spec.vision.engine, spec.vision.spec, spec.model.hidden_size, dtype)
+    return TensorRTTower(execution, spec.vision.engine, spec.vision.spec, spec.model.hidden_size, dtype)
 
 
 def load_on(driver: FakeDriver, model: Path, spec: FolderSpec) -> Session:
@@ -58,9 +58,9 @@ def load_on(driver: FakeDriver, model: Path, spec: FolderSpec) -> Session:
     assert spec.vision is not None
     plain, dtype = arriero.load(model), spec.model.dtype
     engine = FakeDecoder(model, driver, dtype)
-    decoder = EngineDecoder(TRT, Device(driver), engine, {}, spec)  # type: ignore[arg-type]
-    vision = Vision(spec.vision.spec, plain.text, lambda: load_tower_on(driver, model, spec, dtype))
-    return Session(decoder, plain.text, plain.defaults, Limits(96, 2), vision)
+    decoder = TensorRTDecoder(TRT, Device(driver), engine, {}, spec)  # type: ignore[arg-type]
+    tower = Tower(spec.vision.spec, lambda: load_tower_on(driver, model, spec, dtype))
+    return Session(decoder, plain.text, plain.defaults, Limits(96, 2), tower)
 
 
 def prompts() -> tuple[list[list[int]], np.ndarray]:
@@ -93,7 +93,7 @@ def continue_both(session: Session, count: int = 12) -> list[list[int]]:
 def test_a_session_on_both_engines_gives_the_cpus_tokens(model: Path, bundle: Path) -> None:
     session = load_on(FakeDriver(), model, read_spec(bundle))
     assert continue_both(session) == continue_both(arriero.load(model))
-    decoder, tower = session.decoder, session.vision.tower  # type: ignore[union-attr]
+    decoder, tower = session.decoder, session.tower.backend  # type: ignore[union-attr]
     decode, prefill = decoder.contexts.made  # type: ignore[attr-defined]
     assert (2, 1) in decode.runs
     assert {length for _, length in decode.runs} == {1}
@@ -118,7 +118,7 @@ def test_a_single_image_token_is_a_piece_not_a_decoded_token(model: Path, bundle
 
 def test_text_alone_never_loads_the_tower(model: Path, bundle: Path) -> None:
     session = load_on(FakeDriver(), model, read_spec(bundle))
-    session.vision.open_tower = lambda: pytest.fail("there is no image")  # type: ignore[union-attr]
+    session.tower.open_backend = lambda: pytest.fail("there is no image")  # type: ignore[union-attr]
     ids = np.arange(3, 33)[None]
     assert np.abs(session.logits(ids) - arriero.load(model).logits(ids)).max() < 1e-4
 
@@ -161,7 +161,7 @@ def test_a_damaged_tower_is_named(bundle: Path, tmp_path: Path, monkeypatch: pyt
         load_tower(tmp_path, spec, {})
     trt = type("Trt", (), {"Logger": type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})})
     trt.Runtime = lambda log: type("Runtime", (), {"deserialize_cuda_engine": lambda self, data: None})()  # type: ignore[attr-defined]
-    monkeypatch.setattr(runtime_vision, "open_version", lambda about: trt)
-    monkeypatch.setattr(runtime_vision.Device, "open", lambda: Device(FakeDriver()))  # type: ignore[arg-type]
+    monkeypatch.setattr(runtime_tower, "open_version", lambda about: trt)
+    monkeypatch.setattr(runtime_tower.Device, "open", lambda: Device(FakeDriver()))  # type: ignore[arg-type]
     with pytest.raises(SessionError, match=r"TensorRT does not take .*vision\.engine: build it again"):
         load_tower(bundle, spec, {})

@@ -1,0 +1,169 @@
+"""The decoder graph on ONNX Runtime, its KV caches, and the step that runs one piece of tokens over them.
+
+Enters: pieces of tokens. Leaves: their logits in float32. Invariant: a graph's caches are updated in place; past and
+present are bound to one buffer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ...spec.geometry import ModelSpec
+from ...spec.types import TYPES
+from .interface import Slots, cache_chunk, is_standing, slots_of, standing
+from .mapped_weights import MappedWeights
+from .onnxruntime_graph import open_graph
+
+LONGEST_PIECE = 512
+"""Tokens that prefill computes at once, of all rows; bounds the memory of attention and of the experts."""
+
+Watch = Callable[[dict[str, NDArray[Any]]], None]
+"""A function that takes values of the graph by name, after each step."""
+
+CACHE_DTYPES: dict[str, tuple[np.dtype[Any], int]] = {
+    kind: (np.dtype(TYPES[name].held), TYPES[name].onnx)
+    for kind, name in (
+        ("tensor(float)", "float32"),
+        ("tensor(float16)", "float16"),
+        ("tensor(uint8)", "uint8"),
+        ("tensor(int8)", "int8"),
+        ("tensor(float8e4m3fn)", "fp8"),
+    )
+}
+"""numpy's type of a cache's elements, and ONNX's number of their type, by ONNX Runtime's name of it."""
+
+
+class HostCaches:
+    """KV buffers of a batch of sequences, zeros at first: key, value [B, K, C, D] of each layer.
+
+    Args:
+        spec: Geometry.
+        batch: Rows (B).
+        positions: Positions that a row can hold; a chunked layer's buffers hold one chunk at most.
+        kind: ONNX Runtime's name of their type.
+        size: Elements of a slot, D but in caches of groups.
+    """
+
+    def __init__(self, spec: ModelSpec, batch: int, positions: int, kind: str, size: int) -> None:
+        self.spec, self.batch, self.positions = spec, batch, positions
+        dtype, self.onnx_type = CACHE_DTYPES[kind]
+        self.buffers: dict[str, NDArray[Any]] = {}
+        for index, layer in enumerate(spec.layers):
+            slots = min(layer.chunk or positions, positions)
+            for kind in ("key", "value"):
+                shape = (batch, spec.kv_heads, slots, size)
+                self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=dtype)
+
+    def copy(self, source: int, target: int, past: int) -> None:
+        """Copies the slots of a row that later tokens attend to over another row, where it holds `past` tokens."""
+        for name, buffer in self.buffers.items():
+            slots = standing(cache_chunk(self.spec, name), past)
+            buffer[target, :, :slots] = buffer[source, :, :slots]
+
+    def read(self, row: int, start: int, stop: int) -> Slots:
+        """Copies some positions of one chunk in a row: [K, positions, D] of each cache."""
+        return {
+            name: buffer[row, :, slots_of(cache_chunk(self.spec, name), start, stop)].copy()
+            for name, buffer in self.buffers.items()
+        }
+
+    def write(self, row: int, start: int, slots: Slots, past: int) -> None:
+        """Puts back what `read` gave from `start` on, where tokens after the first `past` attend to it."""
+        for name, values in slots.items():
+            chunk = cache_chunk(self.spec, name)
+            if is_standing(chunk, start, past):
+                self.buffers[name][row, :, slots_of(chunk, start, start + values.shape[1])] = values
+
+
+class OnnxRuntimeDecoder:
+    """A lowered decoder with its weights, ready to run.
+
+    Args:
+        graph: Serialized ONNX.
+        weights: Initializers by name.
+        folder: The model's or bundle's folder.
+        spec: Geometry.
+        session: Session configuration entries that the graph needs.
+        threads: Threads of one operator; None takes the processors that this process may use.
+        watched: Names of the graph's other outputs to be looked at.
+        watch: Takes their values after each step.
+
+    Raises:
+        SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
+            needs were not compiled.
+    """
+
+    longest = longest_with_logits = most = LONGEST_PIECE
+
+    def __init__(
+        self,
+        graph: bytes,
+        weights: MappedWeights,
+        folder: Path,
+        spec: ModelSpec,
+        session: Mapping[str, str],
+        threads: int | None = None,
+        watched: Sequence[str] = (),
+        watch: Watch = lambda values: None,
+    ) -> None:
+        self.spec, self.watched, self.watch = spec, watched, watch
+        self.weights = weights  # kept: the session reads the memory that these own
+        self.session = open_graph(graph, weights, folder, session, threads, has_arena=False)
+        self.takes_images = any(value.name == "image_features" for value in self.session.get_inputs())
+
+    def caches(self, batch: int, positions: int) -> HostCaches:
+        """Makes KV buffers for a batch, zeros at first, whose rows hold `positions` tokens each."""
+        cache = next(value for value in self.session.get_inputs() if value.name == "past.0.key")
+        return HostCaches(self.spec, batch, positions, cache.type, cache.shape[3])
+
+    def bind(self, caches: HostCaches, rows: slice) -> "OnnxRuntimeBinding":
+        """Binds some rows of the caches, for any number of steps."""
+        return OnnxRuntimeBinding(self, caches, rows)
+
+
+class OnnxRuntimeBinding:
+    """A graph bound to some rows of its caches."""
+
+    def __init__(self, decoder: OnnxRuntimeDecoder, caches: HostCaches, rows: slice) -> None:
+        self.session, self.watched, self.watch = decoder.session, decoder.watched, decoder.watch
+        self.weights = decoder.weights
+        self.vocab_size = decoder.spec.vocab_size
+        self.no_features = np.zeros((1, decoder.spec.hidden_size), np.float32) if decoder.takes_images else None
+        self.io = self.session.io_binding()
+        self.kept = []
+        for name, buffer in caches.buffers.items():
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer[rows], caches.onnx_type)
+            self.kept.append((buffer, value))
+            self.io.bind_ortvalue_input(f"past.{name}", value)
+            self.io.bind_ortvalue_output(f"present.{name}", value)
+
+    def step(
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        positions_BR: NDArray[np.int64],
+        features_MH: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Runs one piece; the logits are a new array, which ONNX Runtime fills in place."""
+        inputs: dict[str, NDArray[Any]] = {"input_ids": ids_BS, "past_lengths": past_B, "logit_positions": positions_BR}
+        if self.no_features is not None:
+            inputs["image_features"] = self.no_features if features_MH is None else features_MH
+        inputs = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # alive until the step is done
+        for name, array in inputs.items():
+            self.io.bind_cpu_input(name, array)
+        logits_BRV = np.empty((*positions_BR.shape, self.vocab_size), dtype=np.float32)
+        value = ort.OrtValue.ortvalue_from_numpy(logits_BRV)  # the same memory
+        self.io.bind_ortvalue_output("logits", value)
+        for name in self.watched:
+            self.io.bind_output(name, "cpu")
+        self.session.run_with_iobinding(self.io)
+        if ids_BS.shape[1] == 1:
+            self.weights.settle()  # not before: the first token is waited for
+        if self.watched:  # asking for outputs makes an object of each cache
+            watched = (value.numpy() for value in self.io.get_outputs()[-len(self.watched) :])
+            self.watch(dict(zip(self.watched, watched, strict=True)))
+        return logits_BRV

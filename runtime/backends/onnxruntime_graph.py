@@ -1,0 +1,61 @@
+"""A lowered graph opened on ONNX Runtime, a decoder's or a vision tower's.
+
+Enters: a serialized graph and its initializers. Leaves: an inference session on the CPU. Invariant: the initializers
+are not copied; the session reads the memory that their values own.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime as ort
+
+from ...errors import SessionError
+from ...plugins.cpu.library import DOMAIN, library
+
+PROVIDER = "CPUExecutionProvider"
+
+
+def open_graph(
+    graph: bytes,
+    weights: Mapping[str, ort.OrtValue],
+    folder: Path,
+    session: Mapping[str, str],
+    threads: int | None = None,
+    *,
+    has_arena: bool = True,
+) -> ort.InferenceSession:
+    """Opens a lowered graph.
+
+    Args:
+        graph: Serialized ONNX.
+        weights: Initializers by name.
+        folder: The model's or bundle's folder.
+        session: Session configuration entries that the graph needs.
+        threads: Threads of one operator; None takes the processors that this process may use.
+        has_arena: Whether ONNX Runtime keeps the memory of activations. It keeps a block of each shape that has come
+            twice, which adds up where lengths and batches change; without it malloc takes back each step's memory.
+
+    Raises:
+        SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
+            needs were not compiled.
+    """
+    if threads is not None and threads < 1:
+        raise SessionError(f"threads is {threads}, expected a whole number from 1 up")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = has_arena
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    for name, value in session.items():
+        options.add_session_config_entry(name, value)
+    for name, weight in weights.items():
+        options.add_initializer(name, weight)
+    kernels = str(library()) if DOMAIN.encode() in graph else None
+    try:
+        if kernels is not None:
+            options.register_custom_ops_library(kernels)
+        return ort.InferenceSession(graph, options, providers=[PROVIDER])
+    except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
+        raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error

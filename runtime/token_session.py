@@ -1,0 +1,216 @@
+"""A loaded model in tokens: a stateful step over a batch of sequences (`start`, `prefill`, `extend`, `decode`).
+
+Enters: token ids, and tiles of images. Leaves: logits in float32; `logits` and `score` are written with the step.
+Invariant: it knows nothing of text, so that who speaks to it in token ids needs no tokenizer.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import SessionError
+from ..spec.geometry import ModelSpec
+from .backends.interface import DecoderBackend
+from .images.features import Features, RowFeatures
+from .images.tower import Tower
+from .pieces import cut
+from .prefix import Prefixes
+from .state import Limits, State
+
+
+class TokenSession:
+    """A loaded model, in tokens.
+
+    Args:
+        decoder: The decoder on its back end.
+        limits: Positions and rows that the session holds at most.
+        tower: The vision tower; None where the model takes no images.
+        prefix_bytes: Keys and values of earlier prompts to keep for those that begin alike; 0 keeps none.
+    """
+
+    def __init__(
+        self, decoder: DecoderBackend, limits: Limits, tower: Tower | None = None, prefix_bytes: int = 0
+    ) -> None:
+        self.decoder, self.tower = decoder, tower
+        self.limits, self.max_seq, self.max_batch = limits, limits.max_seq, limits.max_batch
+        self.prefixes = Prefixes(decoder.spec.chunk, prefix_bytes)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's geometry."""
+        return self.decoder.spec
+
+    @property
+    def image_token(self) -> int | None:
+        """Id of the token that stands for an image feature; None where the model takes no images."""
+        return None if self.tower is None else self.tower.spec.image_token
+
+    def start(self, batch: int = 1, positions: int | None = None) -> State:
+        """Starts sequences of no tokens.
+
+        Args:
+            batch: Number of rows.
+            positions: Tokens that each row can hold; None takes `max_seq`.
+
+        Raises:
+            SessionError: The session does not hold that many rows or tokens.
+        """
+        if batch < 1 or (positions is not None and positions < 1):
+            raise SessionError(f"batch is {batch} and positions {positions}, expected whole numbers from 1 up")
+        if self.max_batch is not None and batch > self.max_batch:
+            raise SessionError(f"{batch} rows are more than max_batch {self.max_batch}: load with a larger one")
+        positions = self.max_seq if positions is None else positions
+        if positions > self.max_seq:
+            limit = f"the model's context is {self.spec.max_positions}"
+            raise SessionError(f"{positions} tokens are more than max_seq {self.max_seq}: load with more ({limit})")
+        return State(self.decoder, batch, positions)
+
+    def prefill(self, state: State, rows: Sequence[Sequence[int]], features: Features = ()) -> NDArray[np.float32]:
+        """Adds tokens to each row, at least one; the arguments are those of `extend`.
+
+        Returns:
+            The logits [B, V] after each row's last token.
+        """
+        if not all(len(row) for row in rows):
+            raise SessionError(f"expected tokens for each of {len(rows)} rows")
+        logits_BV = np.empty((len(rows), self.spec.vocab_size), dtype=np.float32)
+        for row, _, logits_SV in self._run(state, rows, features, last_only=True):
+            logits_BV[row] = logits_SV[-1]
+        return logits_BV
+
+    def extend(
+        self, state: State, rows: Sequence[Sequence[int]], features: Features = ()
+    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Adds tokens to each row; a row that holds some already may get none.
+
+        Args:
+            state: The sequences.
+            rows: Each row's new tokens.
+            features: Each row's image features [M, H], one for each image token among the new ones; empty where no row
+                has any.
+
+        Yields:
+            Row, the number of its new tokens before these, and logits [S, V] after each of the next S. These come in
+            pieces: only one piece's logits are in memory, however many tokens there are.
+        """
+        return self._run(state, rows, features, last_only=False)
+
+    def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
+        """Adds one token to every row. Returns the logits [B, V] after it."""
+        if len(tokens_B) != state.batch:
+            raise SessionError(f"{len(tokens_B)} tokens for {state.batch} rows: give each row one")
+        if int(state.past_B.max()) >= state.caches.positions:
+            raise SessionError(f"a sequence is full at {state.caches.positions} tokens: start it with more positions")
+        self.check_ids(tokens_B)
+        ids_B1 = np.asarray(tokens_B, dtype=np.int64)[:, None]
+        logits = state.binding(slice(0, len(ids_B1))).step(ids_B1, state.past_B, np.zeros_like(ids_B1))
+        state.past_B += 1
+        return logits[:, 0]
+
+    def logits(self, ids_BS: ArrayLike, lengths_B: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Teacher-forced logits of whole sequences.
+
+        Args:
+            ids_BS: Token ids [B, S], right-padded where rows are shorter.
+            lengths_B: Number of real tokens of each row, 1 to S; None is all.
+
+        Returns:
+            Logits [B, S, V] in float32, after each token; zeros at pads.
+
+        Raises:
+            SessionError: Wrong shapes, ids outside the vocabulary, or more tokens than the session holds.
+        """
+        ids = np.asarray(ids_BS)
+        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise SessionError(f"ids are {ids.dtype} {list(ids.shape)}, expected whole numbers [B, S]")
+        batch, length = ids.shape
+        lengths = np.full(batch, length) if lengths_B is None else np.asarray(lengths_B)
+        whole = lengths.shape == (batch,) and np.issubdtype(lengths.dtype, np.integer)
+        if not whole or lengths.min() < 1 or lengths.max() > length:
+            raise SessionError(f"lengths are {lengths.tolist()}, expected {batch} numbers from 1 to {length}")
+        state = self.start(batch, length)
+        logits_BSV = np.zeros((batch, length, self.spec.vocab_size), dtype=np.float32)
+        rows = [row[:count].tolist() for row, count in zip(ids, lengths, strict=True)]
+        for row, start, logits_SV in self._run(state, rows, (), last_only=False):
+            logits_BSV[row, start : start + len(logits_SV)] = logits_SV
+        return logits_BSV
+
+    def score(
+        self, ids: Sequence[int], decoded: int = 0, features_MH: NDArray[np.float32] | None = None
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Teacher-forced logits of one sequence piece by piece, so that a long one's need not fit in memory.
+
+        Args:
+            ids: Token ids.
+            decoded: Number of the last tokens that run one at a time, as in generation; those before are prefilled.
+                A decoded token is never an image's.
+            features_MH: The features of its images; None where it has none.
+
+        Yields:
+            The number of a piece's first token, and logits [S, V] after each of its tokens.
+        """
+        if not 0 <= decoded < len(ids):
+            raise SessionError(f"{decoded} of {len(ids)} tokens are to be decoded: one at least is prefilled")
+        state, prefilled = self.start(1, len(ids)), len(ids) - decoded
+        features = () if features_MH is None else [features_MH]
+        for _, start, logits_SV in self.extend(state, [ids[:prefilled]], features):
+            yield start, logits_SV
+        for at in range(prefilled, len(ids)):
+            yield at, self.decode(state, [ids[at]])
+
+    def encode(self, pixels_N3PP: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+        """Computes the image features [M, H] of tiles [N, 3, P, P]; None where there are none."""
+        if pixels_N3PP is None or not len(pixels_N3PP):
+            return None
+        assert self.tower is not None
+        return self.tower.encode(pixels_N3PP)
+
+    def _run(
+        self, state: State, rows: Sequence[Sequence[int]], features: Features, *, last_only: bool
+    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Adds tokens piece by piece.
+
+        Yields:
+            Row, the number of its new tokens before the piece, and logits [S, V] of the piece's tokens (of its last
+            one only where `last_only`; then only those of the last piece count).
+        """
+        self._check_rows(state, rows)
+        given = RowFeatures(rows, features, self.image_token, self.spec.hidden_size)
+        done, new = [0] * len(rows), [len(row) for row in rows]
+        longest = self.decoder.longest if last_only else self.decoder.longest_with_logits
+        for piece in cut(state.past_B.tolist(), new, self.spec.chunk, longest, self.decoder.most):
+            first, width = piece.rows.start, max(piece.lengths)
+            ids_BS = np.zeros((len(piece.lengths), width), dtype=np.int64)
+            for index, length in enumerate(piece.lengths):
+                start = done[first + index]
+                ids_BS[index, :length] = rows[first + index][start : start + length]
+            lengths_B = np.array(piece.lengths, dtype=np.int32)
+            positions_BR = (
+                lengths_B[:, None].astype(np.int64) - 1
+                if last_only
+                else np.broadcast_to(np.arange(width, dtype=np.int64), ids_BS.shape)
+            )
+            features_MH = given.take(piece.rows, ids_BS)
+            logits = state.binding(piece.rows).step(ids_BS, state.past_B[piece.rows], positions_BR, features_MH)
+            state.past_B[piece.rows] += lengths_B
+            for index, length in enumerate(piece.lengths):
+                yield first + index, done[first + index], logits[index] if last_only else logits[index, :length]
+                done[first + index] += length
+
+    def _check_rows(self, state: State, rows: Sequence[Sequence[int]]) -> None:
+        """Refuses new tokens that are not in the vocabulary, that a row has no place for, or that are none at all."""
+        held = zip(rows, state.past_B, strict=False)
+        if len(rows) != state.batch or not all(len(row) or past for row, past in held):
+            raise SessionError(f"expected tokens for each of {state.batch} rows")
+        for row, tokens in enumerate(rows):
+            if len(tokens):
+                self.check_ids(tokens)
+            total = int(state.past_B[row]) + len(tokens)
+            if total > state.caches.positions:
+                raise SessionError(f"row {row} would have {total} tokens, its caches hold {state.caches.positions}")
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises a `SessionError` where a token is not in the vocabulary; `ids` are one or more."""
+        if outside := [token for token in (min(ids), max(ids)) if not 0 <= token < self.spec.vocab_size]:
+            raise SessionError(f"token id {outside[0]} is outside the vocabulary of {self.spec.vocab_size}")
