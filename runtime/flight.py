@@ -148,17 +148,18 @@ class Flight:
         """Reads on in the prompt that is being read. Returns the tokens read, and its first piece at its end."""
         try:
             read, logits_V = boarding.read(budget)
+            rider = None if logits_V is None else boarding.rider()
         except Exception as error:  # of whatever kind: it is this request's, and the others go on
             self.boarding = None
             return 0, [(number, failed(error))]
-        if logits_V is None:
+        if logits_V is None or rider is None:
             return read, []
         self.boarding = None
         row = len(self.rows)
         if boarding.state.first != self.state.first + row:  # rows before it were left meanwhile
             with self.session.lock:
                 self.state.move(boarding.state.first - self.state.first, row)
-        self.rows.append((number, boarding.rider()))
+        self.rows.append((number, rider))
         return read, self._take(row, [logits_V])
 
     def _group(self, budget: int) -> list[tuple[int, Request]]:
