@@ -29,9 +29,9 @@ UNDISTURBED = 40
 
 def gaps(session: Session, prompt: list[int], budget: int) -> tuple[list[float], list[float], float]:
     """Seconds of the steps before the prompt joins, of those while it is read, and to its first token."""
-    flight = Flight(session, slots=3, positions=len(prompt) + 600, prefill_budget=budget)
+    flight = Flight(session, slots=3, positions=len(prompt) + 500, prefill_budget=budget)
     for text in ("The list type", "Return the"):
-        flight.join(session.request(text, 500, **FREE))
+        flight.join(session.request(text, 400, **FREE))
     flight.step()
     alone = [seconds_of(flight)[0] for _ in range(UNDISTURBED)]
     number, beside = flight.join(session.request(prompt, 2, **FREE)), []
@@ -58,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or export_checkpoint(TINY, Path(scratch) / "model")
-        session = arriero.load(folder, max_seq=options.prompt + 600, threads=options.threads)
+        session = arriero.load(folder, max_seq=options.prompt + 500, threads=options.threads)
         prompt = [9 + index % 500 for index in range(options.prompt)]
         taken: dict[int, list[tuple[list[float], list[float], float]]] = {budget: [] for budget in BUDGETS}
         for _ in range(options.runs):

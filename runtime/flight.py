@@ -30,9 +30,9 @@ from .token_session import TokenSession
 DEFAULT_SLOTS = 8
 """Sequences at once where the caller names no number."""
 
-PREFILL_BUDGET = 64
-"""Tokens of prompts that a step reads beside decoding rows where the caller names no number: about as long as the step
-itself takes over a mixture whose every expert a piece of a prompt reads."""
+PREFILL_BUDGET = 32
+"""Tokens of prompts that a step reads beside decoding rows where the caller names no number. More are read faster, and
+keep the others waiting longer: `benchmarks/flight_gaps.py`."""
 
 Pieces = list[tuple[int, Generated]]
 """Requests' numbers, each with a piece of its continuation."""
@@ -245,11 +245,14 @@ def failed(error: Exception) -> Generated:
 def stream_requests(
     session: TokenSession, requests: Sequence[Request], slots: int | None, prefill_budget: int | None = None
 ) -> Iterator[tuple[int, Generated]]:
-    """Runs requests through a flight until all have ended. Yields a request's place in the sequence, and a piece."""
+    """Runs requests through a flight until all have ended. Yields a request's place in the sequence, and a piece.
+
+    Without a budget each step reads prompts as the decoder takes them, which is the fastest for all together.
+    """
     if not requests:
         return
     positions = max(1, *(request.positions for request in requests))
-    flight = Flight(session, slots, positions, prefill_budget)
+    flight = Flight(session, slots, positions, session.decoder.longest if prefill_budget is None else prefill_budget)
     for request in requests:
         flight.join(request)
     while flight.waiting or flight.riding:

@@ -124,8 +124,8 @@ class Session(TokenSession):
             prompts: Each as in `stream`; images stand in messages.
             max_new_tokens: New tokens of each at most; None is until its end or that of `max_seq`.
             slots: Sequences at once; None takes `flight.DEFAULT_SLOTS`, or `max_batch` if that is less.
-            prefill_budget: Tokens of prompts that a step reads at most while others decode; None takes
-                `flight.PREFILL_BUDGET`.
+            prefill_budget: Tokens of prompts that a step reads at most while others decode, so that these go on; None
+                reads as the decoder takes them, which is the fastest for all together.
             **settings: The same for all prompts, see `Settings`. Each has a sampler of its own with the same seed.
 
         Yields:
