@@ -17,7 +17,7 @@ from .sampling import Sampler, Sampling
 from .stopping import StopText
 from .text import Text
 
-Finish = Literal["eos", "stop", "length"]
+Finish = Literal["eos", "stop", "length", "error"]
 COUNTS = ("reused", "drafted", "accepted")
 """Names of the counts that a continuation has beside its tokens."""
 
@@ -55,10 +55,12 @@ class Generated:
     Attributes:
         ids: New token ids, an end-of-sequence token included.
         text: Their text, without special tokens, up to a stop string.
-        finish: The reason of its end: an end-of-sequence token, a stop string, or the length; None where it goes on.
+        finish: The reason of its end: an end-of-sequence token, a stop string, the length, or an error of this sequence
+            among many; None where it goes on.
         reused: Tokens of the prompt that were known from an earlier one; counted in the first piece.
         drafted: Tokens that prompt lookup guessed; counted in the first piece that they were verified for.
         accepted: Drafted tokens that the model chose as well.
+        error: The error that ended it; None where none did. A sequence that runs alone raises its error.
     """
 
     ids: list[int]
@@ -67,6 +69,7 @@ class Generated:
     reused: int = field(default=0, compare=False)
     drafted: int = field(default=0, compare=False)
     accepted: int = field(default=0, compare=False)
+    error: Exception | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +140,7 @@ def joined(pieces: Sequence[Generated]) -> Generated:
     ids = [token for piece in pieces for token in piece.ids]
     text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish if pieces else "length"
     reused, drafted, accepted = (sum(getattr(piece, name) for piece in pieces) for name in COUNTS)
-    return Generated(ids, text, finish, reused, drafted, accepted)
+    return Generated(ids, text, finish, reused, drafted, accepted, pieces[-1].error if pieces else None)
 
 
 def _no_text(token: int) -> str:
