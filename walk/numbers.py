@@ -49,6 +49,10 @@ class Weights:
             raise CheckpointError(f"tensor {name!r} is in none of the weight files: export the model again")
         return self.regions[name]
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there."""
+        return name in self.regions
+
     def full_name(self, name: str) -> str:
         """A tensor's name under the checkpoint's prefix, whether it is stored or new beside stored ones."""
         if name.startswith(VISION):
@@ -106,6 +110,10 @@ class FolderWeights(Weights):
             for index in range(parts):
                 region = Region(CODES[weight.dtype], shape, weight.offset + index * size, size)
                 self.regions[f"{short}[{index}]" if weight.stacked else short] = path, region
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there, as it was stored or as it was made for the graph."""
+        return name in self.regions or name in self.made or f"{name}:panels" in self.made
 
     def wide(self, name: str, index: int | None = None) -> Tensor:
         """A tensor in float32; of a stacked one the part `index`."""
