@@ -222,7 +222,8 @@ def _named_dtype(fields: Fields) -> DType | None:
     name = "torch_dtype" if fields.get("dtype") is None else "dtype"
     if fields.get(name) is None:
         return None
-    names: dict[str, DType] = {prefix + dtype: dtype for dtype in FLOATS for prefix in ("", "torch.")}
+    names: dict[str, DType] = {dtype: dtype for dtype in FLOATS} | {"half": "float16", "float": "float32"}
+    names |= {f"torch.{alias}": dtype for alias, dtype in names.items()}
     return names[fields.one_of(name, None, names, " or ".join(FLOATS))]
 
 

@@ -1,7 +1,7 @@
 """Values for generation that stand in `config.json`, for a checkpoint without a `generation_config.json`.
 
-As `transformers` takes them then: those beside the text decoder's part before those in it; null is as left out. Beside a
-`generation_config.json` none of them is taken, even where that says nothing.
+As `transformers` takes them then: those beside the text decoder's part before those in it; null is as left out. Beside
+a `generation_config.json` none of them is taken, even where that says nothing.
 """
 
 from typing import Any

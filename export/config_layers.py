@@ -1,10 +1,10 @@
 """The kinds of a text decoder's layers, from three lists and the rules that fill in for them, as `transformers` 5.
 
-`layer_types` says which layers attend within chunks, and has one entry a layer. Left out or null, the layers that rotate
-do. `no_rope_layers` says which layers rotate (1) and which do not (0); left out, null or empty, every
-`no_rope_layer_interval`-th does not. It may be longer than the model is deep only beside `layer_types`. `moe_layers` says
-which layers have experts, an empty list that none has; numbers beyond the model's layers say nothing. Left out or null, every
-`interleave_moe_layer_step`-th has. `attention_chunk_size` null is attention without chunks.
+`layer_types` says which layers attend within chunks, and has one entry a layer. Left out or null, the layers that
+rotate do. `no_rope_layers` says which layers rotate (1) and which do not (0); left out, null or empty, every
+`no_rope_layer_interval`-th does not. It may be longer than the model is deep only beside `layer_types`. `moe_layers`
+says which layers have experts, an empty list that none has; numbers beyond the model's layers say nothing. Left out or
+null, every `interleave_moe_layer_step`-th has. `attention_chunk_size` null is attention without chunks.
 """
 
 from ..spec.geometry import LayerSpec

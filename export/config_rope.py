@@ -20,8 +20,6 @@ LAYER_KINDS = ("chunked_attention", "full_attention", "sliding_attention", "atte
 
 ORIGINAL = "original_max_position_embeddings"
 
-WHOLE_HEADS = "1, since Llama 4 rotates whole heads"
-
 
 def text_rope(fields: Fields, max_positions: int) -> tuple[float, RopeScaling | None]:
     """The text decoder's base and scaling."""
@@ -32,18 +30,24 @@ def text_rope(fields: Fields, max_positions: int) -> tuple[float, RopeScaling | 
         return theta, None
     if kind != "llama3":
         fields.refuse(name, "of type 'default' or 'llama3'")
-    partial = rope if "partial_rotary_factor" in rope.values else fields
-    if partial.get("partial_rotary_factor", 1) != 1 and (
-        partial is rope or not fields.is_null("partial_rotary_factor")
-    ):
-        partial.refuse("partial_rotary_factor", WHOLE_HEADS)
-    original = next((each for each in (fields, rope) if ORIGINAL in each.values), None)
+    inside = "partial_rotary_factor" in rope.values
+    partial = rope if inside else fields
+    if partial.get("partial_rotary_factor", 1) != 1 and (inside or not fields.is_null("partial_rotary_factor")):
+        partial.refuse("partial_rotary_factor", "1, since Llama 4 rotates whole heads")
+    original = next((each for each in (fields, rope) if ORIGINAL in each.values), Fields({ORIGINAL: max_positions}))
     return theta, RopeScaling(
         factor=rope.positive("factor"),
         low_freq_factor=rope.positive("low_freq_factor"),
         high_freq_factor=rope.positive("high_freq_factor"),
-        original_max_positions=max_positions if original is None else original.count(ORIGINAL),
+        original_max_positions=_whole(original).count(ORIGINAL),
     )
+
+
+def _whole(fields: Fields) -> Fields:
+    """Fields with a context that is written with a point (8192.0) as a whole number."""
+    value = fields.get(ORIGINAL)
+    is_point = isinstance(value, float) and value.is_integer()
+    return Fields({ORIGINAL: int(value)}, fields.place) if is_point else fields
 
 
 def vision_theta(fields: Fields) -> float:
