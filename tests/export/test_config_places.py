@@ -58,7 +58,7 @@ def whole(**fields: Any) -> dict[str, Any]:
 WHOLES: dict[str, tuple[dict[str, Any], str]] = {
     "the text decoder's tie flag, true": (whole(tie_word_embeddings=False, text={"tie_word_embeddings": True}), "tied"),
     "the text decoder's tie flag, left out": (whole(tie_word_embeddings=True), "tied"),
-    "rope beside the text decoder": (whole(rope_scaling=LLAMA3, rope_theta=5.0), "inv_freq"),
+    "rope beside the text decoder": (whole(rope_parameters=OTHER, rope_theta=5.0), "inv_freq"),
     "experts beside the text decoder": (whole(num_local_experts=2, num_experts_per_tok=2), "experts"),
     "layers beside the text decoder": (whole(num_hidden_layers=2, moe_layers=[]), "layers"),
     "a chunk beside the text decoder": (whole(attention_chunk_size=None), "layers"),
