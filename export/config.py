@@ -24,7 +24,7 @@ from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.types import FLOATS, DType
 from .config_fields import Fields, is_whole
 from .config_layers import read_layers
-from .config_rope import text_rope, vision_theta
+from .config_rope import refuse_outside, text_rope, vision_theta
 
 UNUSED = ("per_layer_config", "fusion_config", "kv_sharing_modes", "transformers_weights")
 """Fields with which `transformers` would build another model than Llama 4."""
@@ -77,6 +77,8 @@ def model_spec(config: dict[str, Any], stored_dtype: DType | None = None) -> Mod
         CheckpointError: Another architecture, a missing field, or a field out of range.
     """
     fields = Fields(text_config(config))
+    if fields.values is not config:
+        refuse_outside(Fields(config))
     _refuse_variants(fields)
     layers = read_layers(fields)
     heads, kv_heads, head_dim = _heads(fields)
@@ -156,6 +158,7 @@ def _image_token(config: dict[str, Any]) -> int:
     """The token that stands for an image's features: by its newer name, where it has both."""
     fields = Fields(config)
     name = "image_token_id" if "image_token_id" in config else "image_token_index"
+    fields.count("image_token_index", 200092, least=0)
     token, vocab_size = fields.count(name, 200092, least=0), Fields(text_config(config)).count("vocab_size")
     if token >= vocab_size:
         fields.refuse(name, f"a token of the vocabulary of {vocab_size}")

@@ -58,6 +58,17 @@ def vision_theta(fields: Fields) -> float:
     return _theta(fields, rope, 10000.0)
 
 
+def refuse_outside(whole: Fields) -> None:
+    """Refuses scaling beside a multimodal checkpoint's parts, where neither would heed it.
+
+    Raises:
+        CheckpointError: There is some.
+    """
+    name, rope = _chosen(whole)
+    if _kind(rope) != "default":
+        whole.refuse(name, "it within text_config")
+
+
 def _chosen(fields: Fields) -> tuple[str, Fields]:
     """The name of the object that is taken, and its values; the other's type is checked only."""
     objects: dict[str, dict[str, Any]] = {}

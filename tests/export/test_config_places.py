@@ -7,6 +7,7 @@ from config_mutations import LLAMA3, TEXT, VISION
 from config_oracle import logit_difference, their_quantities
 from transformers import GenerationConfig
 
+from arriero.errors import CheckpointError
 from arriero.export.config import model_spec, text_config, vision_spec
 from arriero.export.config_generation import NAMES, generation_values
 from arriero.export.llama4 import inverse_frequencies
@@ -58,7 +59,7 @@ def whole(**fields: Any) -> dict[str, Any]:
 WHOLES: dict[str, tuple[dict[str, Any], str]] = {
     "the text decoder's tie flag, true": (whole(tie_word_embeddings=False, text={"tie_word_embeddings": True}), "tied"),
     "the text decoder's tie flag, left out": (whole(tie_word_embeddings=True), "tied"),
-    "rope beside the text decoder": (whole(rope_parameters=OTHER, rope_theta=5.0), "inv_freq"),
+    "rope beside the text decoder": (whole(rope_parameters=DEFAULT, rope_theta=5.0), "inv_freq"),
     "experts beside the text decoder": (whole(num_local_experts=2, num_experts_per_tok=2), "experts"),
     "layers beside the text decoder": (whole(num_hidden_layers=2, moe_layers=[]), "layers"),
     "a chunk beside the text decoder": (whole(attention_chunk_size=None), "layers"),
@@ -87,6 +88,12 @@ def test_the_stored_type_decides_where_the_whole_names_none() -> None:
     assert model_spec(whole(text={"dtype": "float16"}), "float32").dtype == "float32"
     assert model_spec(whole(text={"dtype": "float16"})).dtype == "float16"
     assert model_spec(whole()).dtype == "bfloat16"
+
+
+def test_scaling_beside_the_text_decoder_is_refused_with_its_place() -> None:
+    with pytest.raises(CheckpointError, match=r"rope_scaling is .*, expected it within text_config"):
+        model_spec(whole(rope_scaling=LLAMA3))
+    assert model_spec(whole(text={"rope_scaling": LLAMA3})).rope_scaling is not None
 
 
 @pytest.mark.parametrize("fields", [{"image_token_id": 5}, {"image_token_index": 7}, {"image_token_id": 0}])

@@ -150,7 +150,12 @@ LIKELY: dict[str, tuple[Any, ...]] = {
 
 TEXT_NAMES = sorted({field.name for field in dataclasses.fields(Llama4TextConfig)} | LIKELY.keys())
 VISION_NAMES = sorted({field.name for field in dataclasses.fields(Llama4VisionConfig)} | {"rope_theta", "rope_scaling"})
-WHOLE_NAMES = sorted({field.name for field in dataclasses.fields(Llama4Config)} | {"image_token_id", "torch_dtype"})
+OUTSIDE = {"rope_scaling", "rope_parameters", "rope_theta", "num_local_experts", "moe_layers", "attention_chunk_size"}
+"""Fields of the text decoder that may stand beside it, too."""
+
+WHOLE_NAMES = sorted(
+    {field.name for field in dataclasses.fields(Llama4Config)} | {"image_token_id", "torch_dtype"} | OUTSIDE
+)
 SEPARATE = {"text_config", "vision_config", "model_type"}
 
 RELATED = (
