@@ -34,7 +34,7 @@ class Fields:
 
     def count(self, name: str, default: int | None = None, least: int = 1) -> int:
         """A whole number from `least` up."""
-        value = self.values.get(name, default)
+        value: Any = self.values.get(name, default)
         if not is_whole(value) or value < least:
             self.refuse(name, f"a whole number from {least} up")
         if value > LARGEST:
@@ -43,7 +43,7 @@ class Fields:
 
     def side(self, name: str, default: int) -> int:
         """A square's side, which may be written as height and width."""
-        value = self.values.get(name, default)
+        value: Any = self.values.get(name, default)
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             return Fields({name: value[0]}, self.place).count(name)
         return self.count(name, default)
@@ -58,7 +58,7 @@ class Fields:
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
-        value = self.values.get(name, default)
+        value: Any = self.values.get(name, default)
         if not isinstance(value, bool):
             self.refuse(name, "true or false")
         return value
@@ -72,7 +72,7 @@ class Fields:
 
     def one_of(self, name: str, default: Any, valid: Container[Any], expected: str) -> Any:
         """A text among those that are valid."""
-        value = self.values.get(name, default)
+        value: Any = self.values.get(name, default)
         if not isinstance(value, str) or value not in valid:
             self.refuse(name, expected)
         return value
@@ -83,7 +83,7 @@ class Fields:
         raise CheckpointError(f"config.json: {self.place}{name} is {found}, expected {expected}")
 
     def _number(self, name: str, default: float | None, *, zero: bool) -> float:
-        value = self.values.get(name, default)
+        value: Any = self.values.get(name, default)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value < 1e300 or (value == 0 and not zero):
             self.refuse(name, "a number from 0 up" if zero else "a number above 0")
