@@ -23,7 +23,7 @@ from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.types import CODES, FLOATS, DType, Progress
 from .checkpoint import Checkpoint, expected_tensors, open_checkpoint, read_json
-from .config import text_config
+from .config_generation import generation_values
 from .decoder_graph import Traced, stitch_decoder
 from .placement import PlacedWeights, place_quantised, place_ranks, place_whole
 from .prequantised.inventory import Prequantised
@@ -194,11 +194,10 @@ def _write_model(source: Path, folder: Path, model: ir.Model, placement: PlacedW
 
 
 def _write_generation_config(source: Path, folder: Path) -> None:
-    """Where a checkpoint has no generation config, its end-of-sequence tokens stand in `config.json`."""
+    """Where a checkpoint has no generation config, its values stand in `config.json`."""
     if not (folder / "generation_config.json").exists():
-        config = text_config(read_json(source / "config.json"))
-        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
-        (folder / "generation_config.json").write_text(json.dumps(ids, indent=1) + "\n", "utf-8")
+        values = generation_values(read_json(source / "config.json"))
+        (folder / "generation_config.json").write_text(json.dumps(values, indent=1) + "\n", "utf-8")
 
 
 def _hashes(source: Path) -> dict[str, str]:
