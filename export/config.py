@@ -13,7 +13,7 @@ checked. Where a quantity may stand in several places, `transformers` 5 says whi
 | everything else | the text decoder's own | | its default |
 
 The text decoder of a multimodal checkpoint is its `text_config` alone: fields of the same names beside it say nothing
-about it. `config_rope` and `config_layers` have the precedence of theirs, `config_generation` that of the tokens.
+about it. `config_rope` and `config_layers` have the precedence of theirs, `files.unheeded` that of generation.
 Null is a value: it does not fall through to a default.
 """
 

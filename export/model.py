@@ -19,11 +19,11 @@ from ..errors import ExportError
 from ..files.folders import SPEC, carry_files
 from ..files.output import check_apart, check_free, new_folder
 from ..files.safetensors import Region
+from ..files.unheeded import generation_fields, unheeded
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.types import CODES, FLOATS, DType, Progress
 from .checkpoint import Checkpoint, expected_tensors, open_checkpoint, read_json
-from .config_generation import generation_values
 from .decoder_graph import Traced, stitch_decoder
 from .placement import PlacedWeights, place_quantised, place_ranks, place_whole
 from .prequantised.inventory import Prequantised
@@ -78,6 +78,8 @@ def export_checkpoint(
     if opened.quantised is not None:
         _check_quantised(opened.spec, dtype, tp)
         _notice_quantised(opened.quantised, notice)
+    for line in unheeded(source):
+        notice(line)
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
     record = _folder_spec(source, opened, spec, split)
@@ -194,10 +196,10 @@ def _write_model(source: Path, folder: Path, model: ir.Model, placement: PlacedW
 
 
 def _write_generation_config(source: Path, folder: Path) -> None:
-    """Where a checkpoint has no generation config, its values stand in `config.json`."""
+    """Where a checkpoint has no generation config, its `config.json` says what `transformers` takes from there."""
     if not (folder / "generation_config.json").exists():
-        values = generation_values(read_json(source / "config.json"))
-        (folder / "generation_config.json").write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+        fields = generation_fields(read_json(source / "config.json"))
+        (folder / "generation_config.json").write_text(json.dumps(fields, indent=1) + "\n", "utf-8")
 
 
 def _hashes(source: Path) -> dict[str, str]:

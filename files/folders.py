@@ -1,8 +1,10 @@
 """Folders as a stage reads them: the spec, the small files that travel on, and the weight files, found and checked."""
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError, FolderError
 from ..spec import FolderSpec, WeightFile
@@ -46,6 +48,23 @@ def read_spec(folder: Path) -> FolderSpec:
         return FolderSpec.from_json(text)
     except FolderError as error:
         raise FolderError(f"{folder}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file is missing.
+
+    Raises:
+        FolderError: The file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise FolderError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
+    if not isinstance(value, dict):
+        raise FolderError(f"{path}: not a JSON object: export again from an intact checkpoint")
+    return value
 
 
 def check_whole(folder: Path, spec: FolderSpec) -> None:

@@ -9,8 +9,8 @@ from transformers import GenerationConfig
 
 from arriero.errors import CheckpointError
 from arriero.export.config import model_spec, text_config, vision_spec
-from arriero.export.config_generation import NAMES, generation_values
 from arriero.export.llama4 import inverse_frequencies
+from arriero.files.unheeded import GENERATION_HEEDED, GENERATION_NEUTRAL, generation_fields
 
 OTHER = {**LLAMA3, "factor": 2.0, "rope_theta": 777.0}
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
@@ -124,5 +124,6 @@ def test_the_wholes_quantisation_is_taken_before_the_text_decoders() -> None:
 )
 def test_generation_values_of_a_config_are_those_that_transformers_takes(config: dict[str, Any]) -> None:
     expected = GenerationConfig.from_model_config(config)
-    found = generation_values(config)
-    assert {name: getattr(expected, name, None) for name in NAMES} == {name: found.get(name) for name in NAMES}
+    found = generation_fields(config)
+    names = GENERATION_HEEDED | GENERATION_NEUTRAL.keys() | {"bos_token_id", "pad_token_id"}
+    assert {name: getattr(expected, name, None) for name in names} == {name: found.get(name) for name in names}
