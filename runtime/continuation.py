@@ -18,7 +18,7 @@ from .sampling import Sampler, Sampling
 from .stopping import StopText, special_texts
 from .text import Text
 
-Finish = Literal["eos", "stop", "length"]
+Finish = Literal["eos", "stop", "length", "error"]
 COUNTS = ("reused", "drafted", "accepted")
 """Names of the counts that a continuation has beside its tokens."""
 
@@ -84,10 +84,12 @@ class Generated:
     Attributes:
         ids: New token ids, an end-of-sequence token included.
         text: Their text, without special tokens, up to a stop string.
-        finish: The reason of its end: an end-of-sequence token, a stop string, or the length; None where it goes on.
+        finish: The reason of its end: an end-of-sequence token, a stop string, the length, or an error of this sequence
+            among many; None where it goes on.
         reused: Tokens of the prompt that were known from an earlier one; counted in the first piece.
         drafted: Tokens that prompt lookup guessed; counted in the first piece that they were verified for.
         accepted: Drafted tokens that the model chose as well.
+        error: The error that ended it; None where none did. A sequence that runs alone raises its error.
         logprobs: Log-probabilities of each new token in the model's own distribution, where they are asked for.
     """
 
@@ -97,6 +99,7 @@ class Generated:
     reused: int = field(default=0, compare=False)
     drafted: int = field(default=0, compare=False)
     accepted: int = field(default=0, compare=False)
+    error: Exception | None = None
     logprobs: tuple[TokenLogprobs, ...] = field(default=(), compare=False)
 
 
@@ -179,7 +182,8 @@ def joined(pieces: Sequence[Generated]) -> Generated:
     text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish if pieces else "length"
     reused, drafted, accepted = (sum(getattr(piece, name) for piece in pieces) for name in COUNTS)
     logprobs = tuple(each for piece in pieces for each in piece.logprobs)
-    return Generated(ids, text, finish, reused, drafted, accepted, logprobs)
+    error = pieces[-1].error if pieces else None
+    return Generated(ids, text, finish, reused, drafted, accepted, error, logprobs)
 
 
 def _no_text(token: int) -> str:

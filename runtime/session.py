@@ -92,15 +92,18 @@ class Session(TokenSession):
         max_new_tokens: int | None = None,
         *,
         slots: int | None = None,
+        prefill_budget: int | None = None,
         **settings: Unpack[Settings],
     ) -> list[Generated]:
         """Continues several prompts at once; the arguments are those of `stream_many`.
 
         Returns:
-            The new tokens and their text, in the order of the prompts.
+            The new tokens and their text, in the order of the prompts. A prompt that an error ended has the `finish`
+            "error", the error, and its tokens until then; the others go on.
         """
         pieces: list[list[Generated]] = [[] for _ in prompts]
-        for number, piece in self.stream_many(prompts, max_new_tokens, slots=slots, **settings):
+        budget = prefill_budget
+        for number, piece in self.stream_many(prompts, max_new_tokens, slots=slots, prefill_budget=budget, **settings):
             pieces[number].append(piece)
         return [joined(each) for each in pieces]
 
@@ -110,6 +113,7 @@ class Session(TokenSession):
         max_new_tokens: int | None = None,
         *,
         slots: int | None = None,
+        prefill_budget: int | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[tuple[int, Generated]]:
         """Continues several prompts at once, each as if it were alone: one that ends makes room for the next.
@@ -118,16 +122,19 @@ class Session(TokenSession):
             prompts: Each as in `stream`; images stand in messages.
             max_new_tokens: New tokens of each at most, as in `stream`.
             slots: Sequences at once; None takes `flight.DEFAULT_SLOTS`, or `max_batch` if that is less.
+            prefill_budget: Tokens of prompts that a step reads at most while others decode, so that these go on; None
+                reads as the decoder takes them, which is the fastest for all together.
             **settings: The same for all prompts, see `Settings`. Each has a sampler of its own with the same seed.
 
         Yields:
-            The prompt's number, and a piece of its continuation.
+            The prompt's number, and a piece of its continuation. An error while it is computed ends its own prompt
+            alone: with a piece that has the `finish` "error" and the error.
 
         Raises:
             SessionError: As `stream` does, before anything is computed.
         """
         requests = [self.request(prompt, max_new_tokens, **settings) for prompt in prompts]
-        return stream_requests(self, requests, slots)
+        return stream_requests(self, requests, slots, prefill_budget)
 
     def request(
         self,
