@@ -110,7 +110,7 @@ def answer(
     rate = (count - 1) / (seconds - first) if first and count > 1 else 0.0
     accepted = whole.accepted / whole.drafted if whole.drafted else None
     if as_json:
-        result = {
+        result: dict[str, Any] = {
             "text": whole.text,
             "ids": whole.ids,
             "finish": whole.finish,
