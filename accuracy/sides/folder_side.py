@@ -172,7 +172,7 @@ class FolderSide:
         )
         limits, text, part = Limits.of(self.spec, positions, None), Text(self.path), self.folder.vision
         tower = None if part is None else open_tower(self.path, self.folder, part, self.files, self.threads)
-        return Session(decoder, text, read_defaults(self.path), limits, tower)
+        return Session(decoder, text, read_defaults(self.path, self.spec.vocab_size), limits, tower)
 
     def _watch(self, values: dict[str, NDArray[np.float32]]) -> None:
         self.routed = list(values.values())

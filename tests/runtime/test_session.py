@@ -182,6 +182,12 @@ def test_session_limits_are_checked(tiny_model: Path) -> None:
         arriero.load(tiny_model, max_seq=5000)
     with pytest.raises(SessionError, match="threads is 0, expected a whole number from 1 up"):
         arriero.load(tiny_model, threads=0)
+    for name in ("max_seq", "max_batch", "threads"):
+        for value in ("5", 2.5, True, [5]):
+            with pytest.raises(SessionError, match=f"{name} is .*, expected a whole number from 1 up"):
+                arriero.load(tiny_model, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(SessionError, match="prefix_bytes is -1, expected a whole number from 0 up"):
+        arriero.load(tiny_model, prefix_bytes=-1)
     with pytest.raises(SessionError, match="2 rows are more than max_batch 1"):
         arriero.load(tiny_model, max_batch=1).logits([[5], [6]])
 
