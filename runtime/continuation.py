@@ -7,11 +7,12 @@ not been through the model yet.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .chat.settings import ChatSettings
 from .prompt import Tokens
 from .sampling import Sampler, Sampling
 from .stopping import StopText
@@ -22,8 +23,8 @@ COUNTS = ("reused", "drafted", "accepted")
 """Names of the counts that a continuation has beside its tokens."""
 
 
-class Settings(TypedDict, total=False):
-    """How a prompt is continued, in the words of `transformers`' `generate`.
+class Settings(ChatSettings, total=False):
+    """How a prompt is read and continued, in the words of `transformers`' `apply_chat_template` and `generate`.
 
     A setting that is None or left out is as the checkpoint's generation config says.
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from ..errors import SessionError
 from .backends.interface import DecoderBackend
+from .chat.settings import ChatSettings
 from .continuation import Generated, Request, Settings, joined
 from .flight import stream_requests
-from .images.sources import ImageSource
 from .images.tower import Tower
 from .lookup import Lookup
-from .prompt import Prompt, PromptReader, Tokens
+from .prompt import Images, Prompt, PromptReader, Tokens
 from .rider import ride_alone
 from .sampling import Sampling
 from .state import Limits
@@ -54,7 +54,7 @@ class Session(TokenSession):
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         prompt_lookup_num_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Generated:
@@ -65,20 +65,21 @@ class Session(TokenSession):
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         prompt_lookup_num_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Generated]:
         """Continues a prompt piece by piece.
 
         Args:
-            prompt: A text, token ids taken as they are, or messages for the chat template; see `prompt.read_prompt`.
+            prompt: A text, token ids taken as they are, or messages for the chat template; see `PromptReader.read`.
             max_new_tokens: New tokens at most; None is until the end of the sequence or of `max_seq`.
-            images: Paths, bytes, PIL images or arrays: one for each `<|image|>` in the prompt; a text without any of
-                these is about all of them.
+            images: Paths, data URLs, bytes, PIL images or arrays, one or a list: one for each `<|image|>` in the
+                prompt; a text without any of these is about all of them.
             prompt_lookup_num_tokens: Tokens at most that are guessed from those that followed the same words before,
                 and verified in one piece; None or 0 is none. The continuation is the same, drawn or greedy.
-            **settings: The choice of tokens and the ends of the text, see `Settings`.
+            **settings: The choice of tokens and the ends of the text, and what belongs to messages, as `tools`; see
+                `Settings`.
 
         Raises:
             SessionError: The prompt is empty, too long, or not in the vocabulary, an image cannot be read or has no
@@ -135,13 +136,14 @@ class Session(TokenSession):
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         **settings: Unpack[Settings],
     ) -> Request:
         """Checks a prompt and its settings, for a `Flight` to take; the arguments are those of `stream`."""
         if unknown := sorted(settings.keys() - Settings.__annotations__.keys()):
             raise TypeError(f"unknown setting {unknown[0]!r}: choose from {', '.join(Settings.__annotations__)}")
-        tokens = self.read(prompt, images)
+        chat: Any = {name: value for name, value in settings.items() if name in ChatSettings.__annotations__}
+        tokens = self.read(prompt, images, **chat)
         fields = {field.name for field in dataclasses.fields(Sampling)}
         given: dict[str, Any] = {name: v for name, v in settings.items() if name in fields and v is not None}
         ends = settings.get("eos_token_id")
@@ -160,13 +162,13 @@ class Session(TokenSession):
             text=self.text,
         )
 
-    def read(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Tokens:
+    def read(self, prompt: Prompt, images: Images = (), **settings: Unpack[ChatSettings]) -> Tokens:
         """Reads a prompt: its token ids, checked against the vocabulary and `max_seq`, and its images' tiles.
 
         Raises:
             SessionError: As `stream` does.
         """
-        tokens = self.prompt_reader.read(prompt, images)
+        tokens = self.prompt_reader.read(prompt, images, **settings)
         ids = tokens.ids
         if not ids:
             raise SessionError("the prompt holds no tokens: give some text or ids")
