@@ -1,31 +1,57 @@
 # Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+# Both make `.venv` from requirements.lock with pip as it is configured here, and build the CPU's kernels.
 
 PYTHON ?= python3
 BIN := .venv/bin
-READY := .venv/.ready
+MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
 
-.PHONY: demo test check format clean
+.PHONY: help demo test check docs format lock clean
 
-demo: $(READY)  ## the tiny Llama 4, from its checkpoint to text
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile | expand -t 16
+
+demo: .venv/.demo .venv/.built  ## the tiny Llama 4, from its checkpoint to text
 	$(BIN)/python examples/demo.py
 
-test: $(READY)  ## all tests
+test: .venv/.test .venv/.built  ## all tests
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-check: $(READY)  ## style and types
+check: .venv/.test .venv/.built  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=.venv/source $(BIN)/mypy -p arriero
 
-format: $(READY)
+docs: .venv/.test .venv/.built  ## the site in build/docs, from docs/ and the code; a dead link fails it
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
+
+format: .venv/.test  ## style, mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:
+lock:  ## requirements.lock anew: the newest versions within pyproject.toml's ranges
+	$(PYTHON) -m venv .venv/lock
+	.venv/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv/lock/bin/python .ci/environment.py lock
+
+clean:  ## away with all that make made
 	rm -rf .venv demo build *.egg-info plugins/cpu/*.so
 
-$(READY): pyproject.toml $(wildcard plugins/cpu/*.cpp plugins/cpu/*.h)
+# Each file stands for a step that is done: the environment, the parts of the lock in it, the package with its kernels.
+.venv/.made:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[accuracy,calibration,export,tensorrt,test]'
+	$(BIN)/python .ci/environment.py install build
+	touch $@
+
+.venv/.demo: requirements.lock | .venv/.made
+	$(BIN)/python .ci/environment.py install demo
+	touch $@
+
+.venv/.test: requirements.lock .venv/.demo
+	$(BIN)/python .ci/environment.py install test
+	touch $@
+
+.venv/.built: pyproject.toml $(wildcard plugins/cpu/*.cpp plugins/cpu/*.h) | .venv/.made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	mkdir -p .venv/source && ln -sfn "$(CURDIR)" .venv/source/arriero
-	touch $(READY)
+	touch $@

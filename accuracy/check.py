@@ -1,6 +1,6 @@
 """The verb: a candidate held against a reference.
 
-Enters: two paths and text. Leaves: a `Verdict`, and where asked for a report. The reference runs first and is let go;
+Enters: two paths and text. Leaves: a `Verdict`, and where asked for a report. The reference runs first and is released;
 what is kept of it is the same as a golden file holds.
 """
 
@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..errors import AccuracyError
 from ..spec.geometry import ModelSpec
+from ..spec.types import Progress
 from ..walk.windows import Windows, read_windows
 from .gates import METRICS, Judgement, Outcome, judge, limits_for, overall
 from .golden import Golden, read_golden, record, window_of
-from .locate.search import Location, locate
+from .locate.location import Location
 from .metrics import Comparison, Estimate, compare, estimates
-from .sides import Progress, Side, open_side, tokenizer_of
+from .sides import open_side, tokenizer_of
+from .sides.side import Side
 
 SIZES = (
     "vocab_size",
@@ -34,24 +36,24 @@ SIZES = (
     "expert_size",
     "dense_size",
 )
-"""What two forms of one model have in common, whatever is wrong with one of them."""
+"""Sizes that two forms of one model have in common, whatever is wrong with one of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What a check found.
+    """A check's outcome, with all that it rests on.
 
     Attributes:
-        candidate: Path of it.
-        reference: Path of what it is held against.
+        candidate: Path of the candidate.
+        reference: Path of the reference.
         outcome: `pass`, `regressed`, or `undecided` where there is not enough data to tell.
-        judgements: What became of each limit.
-        metrics: All that was estimated.
-        windows: Windows of text.
-        tokens: Their tokens.
-        notes: What a person should know besides.
+        judgements: Outcome of each limit.
+        metrics: Estimates by metric.
+        windows: Number of windows of text.
+        tokens: Number of tokens in all windows.
+        notes: Sentences that a person should read besides.
         location: Where the candidate goes wrong first, where that was asked for.
-        comparison: What was seen at each token.
+        comparison: Both sides at each token.
     """
 
     candidate: str
@@ -106,16 +108,16 @@ def check(
 
     Args:
         candidate: A checkpoint, a model, or a bundle.
-        reference: The same, or a golden file.
+        reference: A checkpoint, a model, a bundle, or a golden file.
         data: Text files, or token ids [W, S]; nothing for a golden file, which has its own.
         samples: Windows of text at most.
         window: Tokens of a window; None is two chunks and a quarter of the model's attention.
         limits: By metric, see `gates.METRICS`; what is left out is as `gates.DEFAULTS` says.
         locate_fault: Whether the layers are walked for the first one that is out of line.
         weights: Folder of the candidate's weight files, where they have moved.
-        reference_weights: The same of the reference.
-        threads: Of one operator on the CPU.
-        progress: Told how far the work is.
+        reference_weights: Folder of the reference's weight files, where they have moved.
+        threads: Threads of one operator on the CPU.
+        progress: Called with the tokens done, and the layers where they are walked.
 
     Raises:
         AccuracyError: The two cannot be compared, or logits are not finite.
@@ -127,28 +129,12 @@ def check(
     limits_given = limits_for("none" if side.recipe is None else side.recipe.format, limits or {})
     against = Path(reference)
     if against.is_file():
-        golden, other = read_golden(against), None
-        _check_alike(side, golden.spec, golden.tokenizer, against)
-        if data is not None:
-            raise AccuracyError(f"{against} has its own text: leave --data out")
-        if locate_fault:
-            raise AccuracyError(f"{against} holds no layers to walk: for --locate give the model it was recorded from")
+        golden, other = _recorded(side, against, data is not None, locate_fault), None
     else:
         other = open_side(against, None if reference_weights is None else Path(reference_weights), threads)
         _check_alike(side, other.spec, tokenizer_of(against), against)
-        if data is None:
-            raise AccuracyError("there is no text: give text files with --data")
-        length = window or window_of(other.spec)
-        if isinstance(data, np.ndarray):
-            windows = Windows(ids_WS=data)
-        else:
-            windows = read_windows(against, data, other.spec, samples, length, other.vision)
-        golden = record(other, windows, progress)
-    if golden.vision is not None and side.vision != golden.vision:
-        tower = "has none" if side.vision is None else "has another"
-        raise AccuracyError(
-            f"the data has images for {against}'s vision tower, {side.path} {tower}: give text, or another candidate"
-        )
+        golden = record(other, _windows(other, data, samples, window), progress)
+    _check_towers(side, golden, against)
     seen = compare(golden, side, progress)
     found = estimates(seen)
     judgements = judge(found, limits_given)
@@ -161,9 +147,59 @@ def check(
         windows=golden.ids_WS.shape[0],
         tokens=golden.ids_WS.size,
         notes=tuple(_notes(side, golden, seen)),
-        location=locate(side, other, golden.windows, progress) if locate_fault and other is not None else None,
+        location=_located(side, other, golden.windows, progress) if locate_fault and other is not None else None,
         comparison=seen,
     )
+
+
+def _recorded(side: Side, path: Path, has_data: bool, locate_fault: bool) -> Golden:
+    """A golden file's reference.
+
+    Raises:
+        AccuracyError: It is none, or of another model, or what was asked for needs the model itself.
+    """
+    golden = read_golden(path)
+    _check_alike(side, golden.spec, golden.tokenizer, path)
+    if has_data:
+        raise AccuracyError(f"{path} has its own text: leave --data out")
+    if locate_fault:
+        raise AccuracyError(f"{path} holds no layers to walk: for --locate give the model it was recorded from")
+    return golden
+
+
+def _windows(
+    side: Side, data: Sequence[str | Path] | NDArray[np.int64] | None, samples: int, window: int | None
+) -> Windows:
+    """The text that both sides read.
+
+    Raises:
+        AccuracyError: There is none.
+        DataError: It cannot be read, or is too little.
+    """
+    if data is None:
+        raise AccuracyError("there is no text: give text files with --data")
+    if isinstance(data, np.ndarray):
+        return Windows(ids_WS=data)
+    return read_windows(side.path, data, side.spec, samples, window or window_of(side.spec), side.vision)
+
+
+def _located(side: Side, other: Side, windows: Windows, progress: Progress) -> Location:
+    from .locate.first_fault import locate  # PyTorch computes the reference's layers
+
+    return locate(side, other, windows, progress)
+
+
+def _check_towers(side: Side, golden: Golden, against: Path) -> None:
+    """Refuses a candidate that cannot see the images of the data.
+
+    Raises:
+        AccuracyError: Its vision tower is another, or it has none.
+    """
+    if golden.vision is not None and side.vision != golden.vision:
+        tower = "has none" if side.vision is None else "has another"
+        raise AccuracyError(
+            f"the data has images for {against}'s vision tower, {side.path} {tower}: give text, or another candidate"
+        )
 
 
 def _check_alike(side: Side, spec: ModelSpec, tokenizer: str, against: Path) -> None:
@@ -185,7 +221,7 @@ def _check_alike(side: Side, spec: ModelSpec, tokenizer: str, against: Path) -> 
 
 
 def _notes(side: Side, golden: Golden, seen: Comparison) -> list[str]:
-    """What differs in the two descriptions, and what could not be seen."""
+    """Differences of the two descriptions, and metrics that could not be seen."""
     notes = []
     for field_ in dataclasses.fields(ModelSpec):
         name = field_.name
@@ -198,7 +234,8 @@ def _notes(side: Side, golden: Golden, seen: Comparison) -> list[str]:
         elif ours != theirs and name != "dtype":
             notes.append(f"{name} is {ours}, in the reference {theirs}.")
     if seen.flipped_LWS is None and any(layer.experts for layer in side.spec.layers):
-        notes.append("The choice of experts cannot be seen inside an engine: router flips are not told.")
+        where = side.blind or "in the reference"
+        notes.append(f"The choice of experts cannot be seen {where}: router flips are not told.")
     if not golden.beginnings[1]:
         notes.append("Every window ends within an image: greedy agreement is not told.")
     elif seen.agreed_P is None:

@@ -20,7 +20,7 @@ METRICS = {
     "router_flips": ("max", "choices of experts that differ"),
     "greedy": ("min", "tokens generated alike"),
 }
-"""What can be limited: from which side, and what it is."""
+"""Metrics that can be limited: from which side, and what each is."""
 
 DEFAULTS: dict[str, dict[str, float]] = {
     "none": {"perplexity_ratio": 1.002, "kl": 0.002, "top1": 0.98},
@@ -33,13 +33,13 @@ DEFAULTS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
-    """What became of one limit.
+    """One limit, kept or not.
 
     Attributes:
-        metric: Its name.
+        metric: Name of the metric.
         limit: The limit.
         side: `max` or `min`.
-        found: The estimate; None where the metric cannot be told.
+        found: The estimate; None where the metric cannot be estimated.
         outcome: Kept, broken, or not enough data to tell.
     """
 

@@ -1,4 +1,4 @@
-"""What is kept of the reference: all that the metrics need, and no more.
+"""A recorded reference: all that the metrics need of it, and no more.
 
 Enters: a side and token ids. Leaves: a `Golden`, which a check compares the candidate with, at once or later from a
 file; both are the same comparison. Of each next token's distribution the likeliest tokens are kept with their
@@ -17,24 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError
 from ..files.safetensors import encode_header, open_shard
 from ..spec.fields import decode
 from ..spec.geometry import ModelSpec, VisionSpec
+from ..spec.types import Progress
 from ..walk.windows import SHORTEST_WINDOW, Windows, read_windows
-from .sides import Block, Experts, Progress, Side, open_side, tokenizer_of
+from .probabilities import likeliest_of, log_sum, next_of, predicting, rest_of
+from .sides import open_side, tokenizer_of
+from .sides.side import Block, Experts, Side
 
 VERSION = "1"
 TOP = 64
 """Tokens whose probabilities are kept one by one."""
 
 DECODED = 16
-"""Of a window's tokens the last so many run one at a time."""
+"""Tokens at a window's end that run one at a time, at most."""
 
 PROMPTS, PROMPT, CONTINUED = 8, 64, 32
 """Windows whose beginnings are continued greedily, the tokens of such a beginning, and those of a continuation."""
@@ -54,14 +55,14 @@ class Golden:
         tokenizer: Fingerprint of its tokenizer.
         format: How it is quantised, `none` where it is not.
         ids_WS: The tokens.
-        is_image_WS: Which of them belong to images; None, as the next three, where there are no images.
+        is_image_WS: Whether a token belongs to an image; None, as the next three, where there are no images.
         tiles_W: How many tiles each window's images have.
         pixels_N3PP: All tiles, so that a later check needs no images.
         vision: Geometry of the vision tower.
         top_ids_WNK: The likeliest next tokens, in falling order.
         top_logs_WNK: Their log-probabilities, nats.
-        rest_logs_WN: That of all others together.
-        next_logs_WN: That of the token that comes.
+        rest_logs_WN: Log-probability of all others together.
+        next_logs_WN: Log-probability of the token that comes.
         experts_LWSK: Chosen experts, in layers that have some; None where they cannot be seen.
         continued_PC: Beginnings and what the reference makes of them greedily; None where it does not generate.
     """
@@ -108,25 +109,25 @@ class Golden:
 
     @property
     def beginnings(self) -> tuple[int, list[int]]:
-        """Tokens of the beginnings that are continued, and of which windows."""
+        """Number of tokens of the beginnings that are continued, and the windows that they begin."""
         return beginnings(self.windows.is_image_WS)
 
 
 def decoded_tokens(length: int) -> int:
-    """Of windows of so many tokens, how many of the last run one at a time."""
+    """Number of the last tokens that run one at a time, in windows of `length` tokens."""
     return min(DECODED, length // 4)
 
 
 def prompt_length(length: int) -> int:
-    """Of windows of so many tokens, those that are continued greedily."""
+    """Number of the first tokens that are continued greedily, in windows of `length` tokens."""
     return min(PROMPT, length // 2)
 
 
 def beginnings(is_image_WS: NDArray[np.bool_]) -> tuple[int, list[int]]:
-    """Which windows are continued greedily, and after how many tokens: the fewest at which most are in no image.
+    """Windows that are continued greedily, and after how many tokens: the fewest at which most are in no image.
 
     Args:
-        is_image_WS: Which tokens belong to images; where none do, the first windows are taken after `prompt_length`.
+        is_image_WS: Whether a token is an image's; where none is, the first windows are taken after `prompt_length`.
     """
     windows, length = is_image_WS.shape
     shortest, enough = prompt_length(length), min(PROMPTS, windows)
@@ -161,9 +162,9 @@ def record_golden(
         samples: Windows of text at most.
         window: Tokens of a window; None is two chunks and a quarter of the model's attention.
         weights: Folder of the reference's weight files, where they have moved.
-        threads: Of one operator on the CPU.
+        threads: Threads of one operator on the CPU.
         force: Whether an existing golden file is replaced.
-        progress: Told how far the work is.
+        progress: Called with the tokens done.
 
     Returns:
         The file.
@@ -198,10 +199,10 @@ def record(side: Side, data: Windows, progress: Progress) -> Golden:
         experts = with_experts(experts, block, windows, length)
         if not len(logits_NV):
             continue
-        total_N1 = logits_NV.logsumexp(-1, keepdim=True)
-        values_NK, ids_NK = logits_NV.topk(top, dim=-1)
-        top_ids[block.row, part], top_logs[block.row, part] = ids_NK.numpy(), (values_NK - total_N1).numpy()
-        logs["rest"][block.row, part] = (rest_of(logits_NV, ids_NK) - total_N1[:, 0]).numpy()
+        total_N1 = log_sum(logits_NV)
+        ids_NK, values_NK = likeliest_of(logits_NV, top)
+        top_ids[block.row, part], top_logs[block.row, part] = ids_NK, values_NK - total_N1
+        logs["rest"][block.row, part] = rest_of(logits_NV, ids_NK) - total_N1[:, 0]
         logs["next"][block.row, part] = next_of(logits_NV, ids_WS, block, total_N1)
     has_images, (prompt, begun) = bool(data.tiles_W.any()), beginnings(data.is_image_WS)
     continued = [
@@ -229,24 +230,6 @@ def record(side: Side, data: Windows, progress: Progress) -> Golden:
     )
 
 
-def predicting(block: Block, length: int, path: Path) -> tuple[slice, Tensor]:
-    """The tokens of a block that have a next one, and their logits.
-
-    Raises:
-        AccuracyError: A logit is not finite.
-    """
-    end = min(block.start + len(block.logits_NV), length - 1)
-    logits_NV = torch.from_numpy(block.logits_NV[: end - block.start])
-    finite_N = torch.isfinite(logits_NV.sum(-1))
-    if not finite_N.all():
-        at = block.start + int(finite_N.logical_not().nonzero()[0, 0])
-        raise AccuracyError(
-            f"{path}: the logits after token {at} of window {block.row} are NaN or infinite: its weights or scales are "
-            "damaged, or its arithmetic overflows"
-        )
-    return slice(block.start, end), logits_NV
-
-
 def with_experts(kept_LWSK: Experts | None, block: Block, windows: int, length: int) -> Experts | None:
     """Puts a block's choice of experts into those of all windows, which begin with the first block's."""
     if block.experts_LNK is None:
@@ -256,19 +239,6 @@ def with_experts(kept_LWSK: Experts | None, block: Block, windows: int, length: 
         kept_LWSK = np.zeros((layers, windows, length, count), np.int16)
     kept_LWSK[:, block.row, block.start : block.start + tokens] = block.experts_LNK
     return kept_LWSK
-
-
-def rest_of(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """Log of the summed exponentials of all other logits, [N]."""
-    return logits_NV.scatter(1, ids_NK, -torch.inf).logsumexp(-1)
-
-
-def next_of(logits_NV: Tensor, ids_WS: NDArray[Any], block: Block, total_N1: Tensor) -> NDArray[np.float32]:
-    """The log-probabilities of the tokens that come, [N]."""
-    start = block.start + 1
-    next_N1 = torch.from_numpy(ids_WS[block.row, start : start + len(logits_NV)].astype(np.int64))[:, None]
-    log_N1: Tensor = logits_NV.gather(1, next_N1) - total_N1
-    return log_N1[:, 0].numpy()
 
 
 def check_replaceable(path: Path, force: bool) -> None:

@@ -32,7 +32,7 @@ from ..runtime.session import Session
 from ..runtime.state import State
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""What a cache files the answer under, the context's tokens, and the continuation's."""
+"""Key of the answer in a cache, the context's tokens, and the continuation's."""
 
 Answer = tuple[float, bool]
 """A continuation's log-likelihood, and whether greedy decoding would have written it."""
@@ -117,7 +117,7 @@ class FolderModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness files tokenised requests under."""
+        """Name under which the harness files tokenised requests."""
         return str(self.folder.resolve()).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

@@ -1,4 +1,4 @@
-"""A graph lowered for the CPU, looked into: which value each unit computes, and parts of the graph cut out.
+"""A graph lowered for the CPU, looked into: the value that each unit computes, and subgraphs cut out.
 
 Enters: a decoder's or a vision tower's graph. Nothing of its weights is read here. Nodes are named `layers.N/unit/…`
 by export and lowering, and the last node of a unit computes what the unit stands for.
@@ -14,13 +14,13 @@ from ..spec.stored_weights import Weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """A part of a graph.
+class Subgraph:
+    """Some nodes of a graph, as a graph of their own.
 
     Attributes:
         graph: Serialized ONNX.
-        weights: What the runtime hands to it.
-        shapes: Inputs of which only the shape [1, S, …] is asked for.
+        weights: Regions of weight files that the runtime hands to it.
+        shapes: Inputs of which only the shape is asked for.
     """
 
     graph: bytes
@@ -34,7 +34,7 @@ class LoweredGraph:
     Args:
         graph: Serialized ONNX.
         weights: The regions of weight files that it is given.
-        flags: What its session needs.
+        flags: Settings that its session needs.
     """
 
     def __init__(self, graph: bytes, weights: Sequence[Weight], flags: Mapping[str, str]) -> None:
@@ -61,14 +61,14 @@ class LoweredGraph:
         return None
 
     def with_bias(self, value: str, bias: str) -> str:
-        """What a value becomes by the sum with a bias; the value itself where it is summed with none."""
+        """The sum of a value and a bias; the value itself where it is summed with none."""
         for node in self.nodes:
             if node.op_type == "Add" and {*node.input} == {value, bias}:
                 return str(node.output[0])
         return value
 
     def input_of(self, unit: str) -> str:
-        """What the first node of a unit takes in first.
+        """The first input of a unit's first node.
 
         Raises:
             AccuracyError: The graph has no such unit.
@@ -79,7 +79,7 @@ class LoweredGraph:
         raise AccuracyError(f"the graph has no {unit}: it is not as Arriero writes it, export the model again")
 
     def norm_input(self, weight: str) -> str:
-        """What the norm of a weight takes in.
+        """The input of the norm that reads a weight.
 
         Raises:
             AccuracyError: The graph has no such norm.
@@ -107,7 +107,7 @@ class LoweredGraph:
         model.graph.output.extend(_float_value(name) for name in names)
         return model.SerializeToString()
 
-    def cut(self, inputs: Sequence[str], outputs: Sequence[str]) -> Part:
+    def cut(self, inputs: Sequence[str], outputs: Sequence[str]) -> Subgraph:
         """The nodes between some values and others.
 
         Args:
@@ -148,7 +148,7 @@ class LoweredGraph:
         graph.output.extend(given.get(name, _float_value(name)) for name in outputs)
         model = onnx.ModelProto(ir_version=self.model.ir_version, opset_import=self.model.opset_import, graph=graph)
         weights = tuple(weight for weight in self.weights if weight.name in used)
-        return Part(graph=model.SerializeToString(), weights=weights, shapes=tuple(sorted(shapes)))
+        return Subgraph(graph=model.SerializeToString(), weights=weights, shapes=tuple(sorted(shapes)))
 
 
 def _float_value(name: str) -> onnx.ValueInfoProto:

@@ -1,8 +1,8 @@
 """How far a candidate is from the reference, in numbers with their confidence intervals.
 
-Enters: a `Golden` and the candidate's side, run over the same tokens. Leaves: a `Comparison`, what was seen at each
-token, and from it `Estimate`s. Tokens of one text depend on one another, so the intervals come from drawing whole
-windows anew (bootstrap percentiles; Efron & Tibshirani 1993, chapter 13).
+Enters: a `Golden` and the candidate's side, run over the same tokens. Leaves: a `Comparison` at each token, and from it
+`Estimate`s. Tokens of one text depend on one another, so the intervals come from drawing whole windows anew (bootstrap
+percentiles; Efron & Tibshirani 1993, chapter 13).
 """
 
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from .golden import Golden, next_of, predicting, rest_of, with_experts
-from .sides import Experts, Progress, Side, likeliest
+from ..spec.types import Progress
+from .golden import Golden, with_experts
+from .probabilities import Logs, log_sum, next_of, predicting, rest_of
+from .sides.side import Experts, Side, likeliest
 
 DRAWS, LEVEL = 2000, 0.95
 FEWEST_WINDOWS = 5
@@ -35,7 +35,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What was seen at each token that has a next one.
+    """The candidate at each token that has a next one.
 
     Attributes:
         golden: The reference.
@@ -44,7 +44,7 @@ class Comparison:
         next_logs_WN: The candidate's log-probability of the token that comes.
         likeliest_WN: Its likeliest token.
         experts_LWSK: Its chosen experts; None where they cannot be seen.
-        agreed_P: How many greedy tokens of the reference it would have chosen too, before the first other one.
+        agreed_P: Number of greedy tokens of the reference that it would have chosen too, before the first other one.
     """
 
     golden: Golden
@@ -86,10 +86,10 @@ def compare(golden: Golden, side: Side, progress: Progress) -> Comparison:
         experts = with_experts(experts, block, windows, length)
         if not len(logits_NV):
             continue
-        total_N1 = logits_NV.logsumexp(-1, keepdim=True)
+        total_N1 = log_sum(logits_NV)
         next_logs[block.row, part] = next_of(logits_NV, ids_WS, block, total_N1)
-        likeliest_WN[block.row, part] = logits_NV.argmax(-1).numpy()
-        divergence[block.row, part] = divergence_of(golden, block.row, part, logits_NV, total_N1).numpy()
+        likeliest_WN[block.row, part] = logits_NV.argmax(-1)
+        divergence[block.row, part] = divergence_of(golden, block.row, part, logits_NV, total_N1)
     agreed = None if golden.continued_PC is None else _agreed(golden, golden.continued_PC, side, progress)
     side.close()
     return Comparison(
@@ -102,15 +102,16 @@ def compare(golden: Golden, side: Side, progress: Progress) -> Comparison:
     )
 
 
-def divergence_of(golden: Golden, row: int, part: slice, logits_NV: Tensor, total_N1: Tensor) -> Tensor:
+def divergence_of(golden: Golden, row: int, part: slice, logits_NV: Logs, total_N1: Logs) -> Floats:
     """Σ p (log p - log q) over the reference's likeliest tokens and the bucket of all others, [N] in float64."""
-    ids_NK = torch.from_numpy(golden.top_ids_WNK[row, part].astype(np.int64))
-    rest_N1 = torch.from_numpy(golden.rest_logs_WN[row, part])[:, None]
-    p_NK = torch.cat([torch.from_numpy(golden.top_logs_WNK[row, part]), rest_N1], dim=1).double()
+    ids_NK, rest_N1 = golden.top_ids_WNK[row, part].astype(np.int64), golden.rest_logs_WN[row, part, None]
+    p_NK = np.concatenate([golden.top_logs_WNK[row, part], rest_N1], axis=1).astype(np.float64)
     rest_q_N1 = rest_of(logits_NV, ids_NK)[:, None] - total_N1
-    q_NK = torch.cat([logits_NV.gather(1, ids_NK) - total_N1, rest_q_N1], dim=1).double()
-    terms_NK = torch.where(p_NK > -torch.inf, p_NK.exp() * (p_NK - q_NK), 0.0)
-    return terms_NK.sum(-1)
+    q_NK = np.concatenate([np.take_along_axis(logits_NV, ids_NK, axis=1) - total_N1, rest_q_N1], axis=1)
+    with np.errstate(invalid="ignore"):  # where neither has any others, their difference is none
+        terms_NK = np.where(p_NK > -np.inf, np.exp(p_NK) * (p_NK - q_NK.astype(np.float64)), 0.0)
+    found_N: Floats = terms_NK.sum(-1)
+    return found_N
 
 
 def _agreed(golden: Golden, continued_PC: NDArray[np.int32], side: Side, progress: Progress) -> NDArray[np.int64]:
@@ -150,7 +151,7 @@ def estimate(
 
 
 def estimates(seen: Comparison) -> dict[str, Estimate]:
-    """All metrics that can be told, by name.
+    """All metrics that can be estimated, by name.
 
     perplexity, reference_perplexity and perplexity_ratio; kl, nats a token; top1, the share of tokens where both find
     the same one likeliest; flips, where one of them finds the token that comes and the other does not; router_flips,
@@ -160,7 +161,7 @@ def estimates(seen: Comparison) -> dict[str, Estimate]:
     counts_W = judged_WN.sum(1)
 
     def mean(values_WN: NDArray[Any]) -> Floats:
-        """Of each window's tokens that are judged."""
+        """Means over each window's tokens that are judged."""
         found_W: Floats = (values_WN * judged_WN).sum(1, dtype=np.float64) / np.maximum(counts_W, 1)
         return found_W
 

@@ -14,9 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
-from .locate.readings import Part, Reading
-from .locate.search import Location
-from .locate.tower import STEM
+from .locate.location import STEM, Location, ModelPart, Reading
 from .metrics import Comparison
 
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
@@ -52,7 +50,7 @@ def plot_profile(location: Location) -> str:
 
     Where the vision tower was walked, it stands beside the decoder.
     """
-    parts: list[Part] = ["decoder"]
+    parts: list[ModelPart] = ["decoder"]
     if any(reading.part == "vision" for reading in location.readings):
         parts.insert(0, "vision")
     figure = Figure(figsize=(10, 4), layout="constrained")

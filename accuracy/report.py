@@ -55,7 +55,7 @@ def write_report(verdict: Verdict, out: str | Path, *, force: bool = False) -> P
 
 
 def junit(verdict: Verdict) -> bytes:
-    """A test suite with a case for each limit; what cannot be told is an error, so that CI does not pass it."""
+    """A test suite with a case for each limit; what cannot be decided is an error, so that CI does not pass it."""
     outcomes = [judgement.outcome for judgement in verdict.judgements]
     counts = {
         "tests": str(len(outcomes)),

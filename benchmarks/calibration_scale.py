@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from load_in_place import GEOMETRY, fill
-from peak import WATCH
 from rich.console import Console
 from rich.table import Table
-from sparse import write_sparse_checkpoint
+from support.dense import GEOMETRY, fill
+from support.peak import WATCH
+from support.sparse import write_sparse_checkpoint
 
 from arriero.export import export_checkpoint
 

@@ -1,4 +1,4 @@
-"""What a check costs beside the two runs it compares, and its memory against depth.
+"""Cost of a check beside the two runs it compares, and its memory against depth.
 
 Cost: on the trained tiny Llama 4 and on a random Scout-like model with a real vocabulary, the time of `check` over the
 time of its two sides run plainly: the same windows scored, the same tokens generated, nothing compared. Each is run
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from load_in_place import GEOMETRY, fill
-from peak import WATCH
 from rich.console import Console
 from rich.table import Table
-from sparse import write_sparse_checkpoint
+from support.dense import GEOMETRY, fill
+from support.peak import WATCH
+from support.sparse import write_sparse_checkpoint
 
 from arriero.accuracy import check
 from arriero.accuracy.golden import CONTINUED, PROMPTS, decoded_tokens, prompt_length, window_of

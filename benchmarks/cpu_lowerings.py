@@ -21,9 +21,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from arriero.plugins.cpu import ops as kernels
+from arriero.plugins.cpu import kernel_nodes as kernels
+from arriero.plugins.cpu.kernel_nodes import Panels
 from arriero.plugins.cpu.library import DOMAIN, library
-from arriero.plugins.cpu.ops import Panels
 from arriero.plugins.gqa import cpu_nodes as gqa_cpu
 from arriero.plugins.gqa import op as gqa
 from arriero.plugins.moe import op as moe
@@ -135,11 +135,11 @@ class Graph:
     """A graph to time.
 
     Attributes:
-        inputs: What is drawn anew for each run; `tokens` is among the dimensions.
-        outputs: What comes out besides caches.
+        inputs: Inputs drawn anew for each run; `tokens` is among the dimensions.
+        outputs: Outputs besides caches.
         nodes: The graph's.
         weights: Its initializers.
-        caches: What is read and written besides.
+        caches: Caches that it reads and writes.
     """
 
     inputs: list[ir.Value]
@@ -150,7 +150,7 @@ class Graph:
 
 
 def linear(form: Form, inputs: int, outputs: int, count: int) -> Graph:
-    """So many products of one input, that together are far above the caches."""
+    """Products of one input, `count` of them, that together are far above the caches."""
     x, nodes, weights = ir.val("x", FLOAT, ["tokens", inputs]), Nodes(), Weights()
     found = []
     for index in range(count):
@@ -217,7 +217,7 @@ def qmoe_settings(form: Form) -> dict[str, Any]:
 
 
 def attention(form: Form, past: int, tokens: int, layers: int) -> Graph:
-    """So many layers of attention, over caches of their own that have room for just these tokens."""
+    """Attention in several layers, over caches of their own that have room for just these tokens."""
     query = ir.val("query", FLOAT, [1, "tokens", HEADS * HEAD_DIM])
     key, value = (ir.val(name, FLOAT, [1, "tokens", KV_HEADS * HEAD_DIM]) for name in ("key", "value"))
     nodes, weights, x = Nodes(), Weights(), query
@@ -279,7 +279,7 @@ class Contender:
         self.shapes = {each.name: each.shape for each in self.session.get_inputs() if each.name in drawn}
 
     def draw(self, tokens: int) -> dict[str, Array]:
-        """Random inputs of so many tokens."""
+        """Random inputs of a number of tokens."""
         feeds = {}
         for name, shape in self.shapes.items():
             sizes = [tokens if size == "tokens" else size for size in shape]

@@ -23,10 +23,10 @@ from unittest.mock import patch
 
 import numpy as np
 import onnxruntime as ort
-from cpu_peers import ENTRIES, Entry, Workshop, numbers, run_child, say, stream_speed, task_of
-from dense import peer
 from rich.console import Console
 from rich.table import Table
+from support.dense import peer
+from support.workshop import ENTRIES, Entry, Workshop, numbers, run_child, say, stream_speed, task_of
 
 import arriero
 from arriero.measuring.timing import Stream
@@ -49,7 +49,7 @@ def entries_of(bits: int) -> list[Entry]:
 
 
 def speed(entry: Entry, workshop: Workshop, arguments: argparse.Namespace, threads: int = 1, **changes: Any) -> Row:
-    """What a child measures, by default over 512 tokens."""
+    """Figures that a child measures, by default over 512 tokens."""
     os.sched_setaffinity(0, arguments.allowed[-threads:])
     made = workshop.make(entry)
     say(f"{entry.name}, {threads} thread(s), {workshop.folder.name}")

@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dense import scout_like, write_random_checkpoint
 from rich.console import Console
 from rich.table import Table
-from sparse import MAVERICK, SCOUT, write_sparse_checkpoint
+from support.dense import scout_like, write_random_checkpoint
+from support.sparse import MAVERICK, SCOUT, write_sparse_checkpoint
 
 from arriero.export import export_checkpoint
 

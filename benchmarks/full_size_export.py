@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from sparse import MAVERICK, SCOUT, multimodal, write_sparse_checkpoint
+from support.sparse import MAVERICK, SCOUT, multimodal, write_sparse_checkpoint
 
 EXPORT = """
 import resource, sys, time

@@ -27,12 +27,11 @@ from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
-import attention_race
-import expert_race
 import torch
-from gpu_race import Row, ceilings
 from rich.console import Console
 from rich.table import Table
+from support import attention_race, expert_race
+from support.gpu_race import Row, ceilings
 
 from arriero.plugins.gqa import plan as gqa_plan
 from arriero.plugins.launch import Driver, Kernel, Kernels
@@ -85,7 +84,7 @@ def races(kernels: Kernels, quick: bool, console: Console) -> Iterator[Row]:
 
 
 def figures(row: Row, copy: float, product: float) -> dict[str, float | str]:
-    """What a row's times mean."""
+    """Figures that a row's times stand for."""
     found: dict[str, float | str] = {}
     if row.peers:
         found["peer"] = min(row.peers, key=row.peers.__getitem__)

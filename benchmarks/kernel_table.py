@@ -1,4 +1,4 @@
-"""What the ops' Triton kernels use of each GPU, and how far they are from the ops' meaning. No GPU is needed.
+"""Triton kernels of the ops: what they use of each GPU, and how far they are from the ops' meaning. No GPU is needed.
 
 Kernels are compiled ahead of time for Llama 4's geometry; registers and spills are read from the machine code, matrix
 instructions from the PTX. Errors are the largest over the op's cases against float64, in Triton's interpreter, where
@@ -52,7 +52,7 @@ class Error:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Op:
-    """What the table needs of an op: its kernels on a capability, their module, and its errors."""
+    """An op as the table needs it: its kernels on a capability, their module, and its errors."""
 
     module: str
     kernels: Callable[[int], Iterator[Kernel]]

@@ -15,14 +15,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
-from sparse import SCOUT, write_sparse_checkpoint
+from support.dense import GEOMETRY, fill
+from support.sparse import write_sparse_checkpoint
 
 from arriero.engine import build_bundle
 from arriero.export import export_checkpoint
-from arriero.export.checkpoint import open_checkpoint
 
 RUN = """
 import json, sys, time
@@ -39,33 +38,7 @@ session.generate(list(range(64)), max_new_tokens=16, eos_token_id=[])
 print(json.dumps([before, loaded, first, memory(), loading, answering]))
 """
 
-GEOMETRY = {
-    **SCOUT,
-    "hidden_size": 1024,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "intermediate_size": 1024,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
 BYTES_PER_LAYER = 4 * 1024 * (17 * 3 * 1024 + 2 * 1024 + 2 * 256)
-
-
-def fill(checkpoint: Path) -> int:
-    """Overwrites the zeros of a sparse float32 checkpoint with random weights. Returns its bytes."""
-    rng = np.random.default_rng(0)
-    total = 0
-    for shard in open_checkpoint(checkpoint).shards:
-        with shard.path.open("r+b") as file:
-            for name, region in shard.tensors.items():
-                file.seek(region.offset)
-                values = rng.standard_normal(region.size // 4, dtype=np.float32)
-                (values + 1 if "norm" in name else values * np.float32(0.02)).tofile(file)
-                total += region.size
-    return total
 
 
 def measure(model: Path, folder: Path, threads: int) -> list[Any]:

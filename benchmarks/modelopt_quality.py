@@ -1,4 +1,4 @@
-"""What quantising costs the trained tiny Llama 4: Arriero's recipes beside NVIDIA's ModelOpt.
+"""Quality of the trained tiny Llama 4 once quantised: Arriero's recipes beside NVIDIA's ModelOpt.
 
 Both quantisers get the same calibration windows (of the text that `examples/tiny-llama4` was trained on), and both
 results are measured on the same rows of text that was held out. The reference is the checkpoint's bfloat16 weights in
@@ -75,7 +75,7 @@ CONFIGS = (
 )
 
 EXPERTS = "layers.1.feed_forward.experts"
-"""Those whose scales are counted; the layers are alike."""
+"""The experts whose scales are counted; the layers are alike."""
 
 Logits = Callable[[NDArray[np.int64]], Tensor]
 """From ids [S] to logits [S, V], float32."""
@@ -90,12 +90,12 @@ class Quality:
         recipe: Its name there.
         divergence: Nats a token from the reference.
         perplexity: On the held-out rows.
-        rise: Of the perplexity, as a share of the reference's.
+        rise: Rise of the perplexity, as a share of the reference's.
         error: Standard error of the rise over the rows.
-        seconds: Of quantising, with reading the model.
+        seconds: Seconds of quantising, with reading the model.
         linears: Linears with a quantised weight, of those in the model.
-        weight_scales: Of one layer's experts' gate and up weights.
-        input_scales: Of their input, `token` where each token has its own, or `none`.
+        weight_scales: Scales of one layer's experts' gate and up weights.
+        input_scales: Scales of their input, `token` where each token has its own, or `none`.
     """
 
     quantiser: str
@@ -131,7 +131,7 @@ def held_out_rows(model: Path, text: Path, count: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ruler:
-    """What quantised models are held against.
+    """The reference that quantised models are held against.
 
     Attributes:
         rows_RS: Held-out ids.
@@ -161,7 +161,7 @@ class Ruler:
 
 
 def log_probabilities(logits_SV: Tensor) -> Tensor:
-    """Of every next token that the row holds, [S - 1, V], in float64: divergences can be as small as 1e-12."""
+    """Log-probabilities of each next token in the row, [S - 1, V], in float64: divergences can be as small as 1e-12."""
     return logits_SV[:-1].double().log_softmax(-1)
 
 
@@ -225,7 +225,7 @@ def modelopt_coverage(model: torch.nn.Module) -> dict[str, str]:
 
 
 def arriero_coverage(folder: Path) -> dict[str, str]:
-    """The same of a model folder."""
+    """A model folder's quantised linears and scales."""
     spec = read_spec(folder)
     sizes: dict[str, int] = {}
     for path in folder.glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""What serving several sequences, sharing beginnings and guessing tokens cost and save, on this machine's CPU.
+"""Serving several sequences, sharing beginnings and guessing tokens: costs and savings on this machine's CPU.
 
 A random Scout-like checkpoint in float32 (half a billion parameters by default), runs of all variants in turn, medians:
 
@@ -21,9 +21,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from dense import scout_like, write_random_checkpoint
 from rich.console import Console
 from rich.table import Table
+from support.dense import scout_like, write_random_checkpoint
 
 import arriero
 from arriero.export import export_checkpoint

@@ -38,7 +38,7 @@ GROWTH = 0.01
 
 @dataclass
 class Found:
-    """What a soak has seen."""
+    """Findings of a soak."""
 
     sequences: int = 0
     called_off: int = 0
@@ -104,7 +104,7 @@ def is_tie(session: Session, request: Request, found: Sequence[int]) -> bool:
 
 
 def soak(keeping: Session, plain: Session, sequences: int, seconds: float, slots: int, size: int = POOL) -> Found:
-    """Lets sequences join and leave, at least so many and so long.
+    """Lets sequences join and leave, at least `sequences` of them and for `seconds`.
 
     Args:
         keeping: Runs some of them together.

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from sparse import SCOUT, VISION, multimodal
+from support.sparse import SCOUT, VISION, multimodal
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 from arriero.export import export_checkpoint
@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--tiles", default="1,5")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="Of the stored weights.")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="Type of the stored weights."
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     table = Table("tiles", "transformers, ms", "Arriero, ms", "theirs / ours")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..spec.choice import Choice, choose
 from ..spec.recipe import Recipe
-from ..walk.decoder import Observe, Weights
-from .product import Input, Product, Record, quantise_product
+from ..walk.decoder import Observe
+from ..walk.numbers import Weights
+from .product import Product, ProductInput, Record, quantise_product
 from .shard import pack_int4
 from .smoothing import Reader, awq_exponents, search, smoothquant_exponents
 from .statistics import Statistics
@@ -22,15 +23,15 @@ from .statistics import Statistics
 
 @dataclass(slots=True)
 class Linears:
-    """What a layer's linears have in common, in the decoder and in the vision tower.
+    """The linears of one layer, of the decoder or of the vision tower.
 
     Attributes:
         weights: Where the tensors are read from.
-        recipe: What is to become of them.
-        prefix: What the names of the layer's tensors begin with, as a recipe has them.
-        title: What messages call the layer.
+        recipe: How they are quantised.
+        prefix: Beginning of the names of the layer's tensors, as a recipe has them.
+        title: The layer's name in messages.
         tensors: The quantised layer, by full names.
-        records: What became of each weight.
+        records: The record of each quantised weight.
     """
 
     weights: Weights
@@ -41,19 +42,19 @@ class Linears:
     records: list[Record] = field(init=False, default_factory=list)
 
     def choice(self, unit: str) -> Choice:
-        """What the recipe says of a unit."""
+        """The recipe's choice for a unit."""
         return choose(self.recipe, self.prefix + unit)
 
-    def input(self, name: str, channels: int, units: Sequence[str]) -> Input:
+    def input(self, name: str, channels: int, units: Sequence[str]) -> ProductInput:
         """An input to be measured; with its outer products where a unit that reads it asks for them."""
         choices = [self.choice(unit) for unit in units]
         wants_hessian = any(choice.rounding == "gptq" and choice.format != "none" for choice in choices)
         wants_histogram = any(choice.quantises_activations and choice.clip != "absmax" for choice in choices)
-        return Input(Statistics(f"{self.title}: {name}", channels, wants_hessian, wants_histogram), self.recipe)
+        return ProductInput(Statistics(f"{self.title}: {name}", channels, wants_hessian, wants_histogram), self.recipe)
 
     # Smoothing
 
-    def readers(self, source: Input, linears: dict[str, Tensor]) -> list[Reader]:
+    def readers(self, source: ProductInput, linears: dict[str, Tensor]) -> list[Reader]:
         """The quantised ones among the linears of an input."""
         choices = {unit: self.choice(unit) for unit in linears}
         return [
@@ -61,7 +62,7 @@ class Linears:
         ]
 
     def smooth(
-        self, source: Input, readers: Sequence[Reader], share: Callable[[Tensor], Tensor] = lambda x_K: x_K
+        self, source: ProductInput, readers: Sequence[Reader], share: Callable[[Tensor], Tensor] = lambda x_K: x_K
     ) -> None:
         """Chooses an input's exponents.
 
@@ -98,7 +99,7 @@ class Linears:
         stored_K = self.weights.stored(self.prefix + name)
         self.emit(name, (stored_K.float() * torch.exp2(-exponents_K.float())).to(stored_K.dtype))
 
-    def emit_linear(self, unit: str, weight_NK: Tensor, source: Input) -> None:
+    def emit_linear(self, unit: str, weight_NK: Tensor, source: ProductInput) -> None:
         """Adds a linear's weight, quantised where the recipe says so.
 
         Args:
@@ -121,7 +122,7 @@ class Linears:
             self.emit(f"{unit}.input_scale", torch.tensor(product.input_scale))
 
 
-def observer(*inputs: Input) -> Observe:
+def observer(*inputs: ProductInput) -> Observe:
     """Sends each observed tensor to the statistics of its name, which one of the inputs must have."""
     named = {each.statistics.name.partition(": ")[2]: each.statistics for each in inputs}
 

@@ -33,7 +33,7 @@ TOWER = {
 }
 
 COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
-"""Of the kinds, in order: Paul Tol's bright scheme, which colour-blind people can tell apart."""
+"""Colours of the kinds, in order: Paul Tol's bright scheme, which colour-blind people can tell apart."""
 
 
 def plot_errors(records: Sequence[Record], kinds: Kinds) -> str:

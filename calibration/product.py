@@ -23,18 +23,18 @@ MEASURED_ROWS = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What became of one weight.
+    """The record of one quantised weight.
 
     Attributes:
-        name: The weight's, with the expert's number where there is one.
-        format: What it is stored as.
+        name: The weight's name, with the expert's number where there is one.
+        format: Format that it is stored in.
         activations: `static`, `dynamic` or `none`.
         tokens: Tokens that its input was measured over.
         largest: The input's largest magnitude, smoothed.
         clip: The largest that is represented; of dynamic scales the largest too.
-        strength: Of the smoothing of its input; None where there is none.
+        strength: Strength of the smoothing of its input; None where there is none.
         weight_sqnr: Signal to quantisation noise of the weight, dB.
-        output_sqnr: The same of the product over sample rows, its input quantised too.
+        output_sqnr: Signal to quantisation noise of the product over sample rows, its input quantised too, dB.
     """
 
     name: str
@@ -62,14 +62,14 @@ class Product:
 
 
 @dataclass(slots=True)
-class Input:
-    """What some products take in, before and after it is smoothed.
+class ProductInput:
+    """The input of some products, before and after it is smoothed.
 
     Attributes:
-        statistics: Of the input as the model computes it.
-        recipe: For the methods.
+        statistics: Statistics of the input as the model computes it.
+        recipe: Recipe that names the methods.
         exponents_K: Octaves that each channel is divided by.
-        strength: What they were made with.
+        strength: Strength that they were made with.
     """
 
     statistics: Statistics
@@ -109,15 +109,15 @@ class Input:
 
 
 def quantise_product(
-    name: str, weight_NK: Tensor, source: Input, choice: Choice, dtype: torch.dtype
+    name: str, weight_NK: Tensor, source: ProductInput, choice: Choice, dtype: torch.dtype
 ) -> tuple[Product, Record]:
     """Quantises one product.
 
     Args:
-        name: The weight's, for the record.
+        name: The weight's name, for the record.
         weight_NK: The weight, its rows already divided where the next input is smoothed.
         source: Its input, with the exponents chosen.
-        choice: What the recipe says.
+        choice: The recipe's choice for it.
         dtype: The type that holds an int4 weight's scales.
     """
     statistics, exponents_K = source.statistics, source.exponents_K

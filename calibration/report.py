@@ -1,4 +1,4 @@
-"""What calibration found: `report.json` for programs, and `report.html`, one self-contained page, for people.
+"""The report of a calibration: `report.json` for programs, and `report.html`, one self-contained page, for people.
 
 Enters: a record of every weight, the experts' loads, the recipe. Leaves: the two files beside the model.
 """
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def tower_records(self) -> list[Record]:
-        """The same of the vision tower."""
+        """The record of every weight of the vision tower, in the order of the layers."""
         return [record for layer in self.tower for record in layer.records]
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..plugins.quantisation import LARGEST, SMALLEST
+from ..spec.types import TYPES
 
-TORCH_STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int8}
-"""How values are held here; int4 is packed when it is written."""
+HELD = {kind: getattr(torch, TYPES[kind].torch) for kind in ("int8", "fp8", "int4")}
+"""Torch's type of each kind's values; int4 is packed when it is written."""
 
 SHRINKS = [1 - step / 40 for step in range(21)]
 """Clips that `mse` tries for a channel or group, as shares of its largest magnitude."""
@@ -32,7 +33,7 @@ class Rounded:
     """A quantised weight.
 
     Attributes:
-        values_NK: What is stored, in `TORCH_STORED`.
+        values_NK: Stored values, of a type of `HELD`.
         scale_NG: float32, one for each output channel and block of K / G columns.
     """
 
@@ -64,7 +65,7 @@ def scale_of(clip: Tensor, kind: str, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def fake_quantise(x_RK: Tensor, kind: str, scale: float | None) -> Tensor:
-    """What activations become on their way into a product; without a scale each row has its own."""
+    """Activations as a product takes them in, rounded; without a scale each row has its own."""
     if kind in ("none", "int4"):
         return x_RK
     scale_R1 = scale_of(x_RK.abs().amax(1, keepdim=True), kind) if scale is None else torch.tensor(scale)
@@ -104,7 +105,7 @@ def _least_squares(weight_NK: Tensor, kind: str, group: int, dtype: torch.dtype)
 def round_nearest(weight_NK: Tensor, scale_NG: Tensor, kind: str) -> Rounded:
     """Each weight to the nearest value."""
     values_NGB = round_to(in_groups(weight_NK, scale_NG) / scale_NG[..., None], kind)
-    return Rounded(values_NGB.flatten(1).to(TORCH_STORED[kind]), scale_NG)
+    return Rounded(values_NGB.flatten(1).to(HELD[kind]), scale_NG)
 
 
 def round_gptq(weight_NK: Tensor, scale_NG: Tensor, kind: str, hessian_KK: Tensor) -> Rounded:
@@ -124,7 +125,7 @@ def round_gptq(weight_NK: Tensor, scale_NG: Tensor, kind: str, hessian_KK: Tenso
     factor_KK = inverse_factor(hessian_KK[order_K][:, order_K])
     scale_GN, group_K = scale_NG.T.contiguous(), order_K // (len(order_K) // scale_NG.shape[1])
     left_KN = weight_NK.T[order_K]  # a column's error takes the place of the column
-    values_KN = torch.empty_like(left_KN, dtype=TORCH_STORED[kind])
+    values_KN = torch.empty_like(left_KN, dtype=HELD[kind])
 
     def round_columns(start: int, end: int) -> None:
         if end - start > LEAF:

@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 
 from ..files.safetensors import encode_header
+from ..spec.types import TYPES
 
-NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
+CODES = {getattr(torch, each.torch): each.safetensors for each in TYPES.values() if each.bits >= 8}
+"""Safetensors codes by torch's types."""
 
 
 def pack_int4(values: Tensor) -> Tensor:
@@ -37,7 +32,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a file, whole on the disk when it returns."""
     with path.open("wb") as file:
-        file.write(encode_header({name: (NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}))
+        file.write(encode_header({name: (CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}))
         for tensor in tensors.values():
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()

@@ -15,7 +15,7 @@ LARGEST_SHIFT = 10
 """Octaves that a channel is moved at most, so that no norm's weight leaves the range of float16."""
 
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
-"""What a search tries beside no smoothing."""
+"""Strengths that a search tries beside no smoothing."""
 
 SEARCHED_OUTPUTS = 256
 """Output channels of a linear that a search measures, evenly spaced: enough to choose one number by, and the search's

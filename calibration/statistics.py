@@ -1,4 +1,4 @@
-"""What is remembered of a product's input while calibration text runs through the model.
+"""Statistics of a product's input, collected while calibration text runs through the model.
 
 Enters: rows of activations, some at a time. Leaves: for each channel its largest magnitude, its mean magnitude and a
 histogram; of the whole some sample rows and, where GPTQ asks for it, the sum of outer products. Memory depends on the
@@ -21,13 +21,13 @@ STEPS = 16
 """Bins an octave."""
 
 DROPPED_BITS = 19
-"""Of float32's 23 bits of mantissa all but those that tell an octave's sixteen bins apart."""
+"""Bits of float32's mantissa, of 23, that an octave's sixteen bins do not need."""
 
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -30, 17
 BINS = STEPS * (LARGEST_EXPONENT - SMALLEST_EXPONENT)
 FIRST_PATTERN = (127 + SMALLEST_EXPONENT) * STEPS
 SAMPLES = 128
-"""Rows kept at least, where there are so many."""
+"""Rows kept at least, where there are as many."""
 
 
 def edges() -> NDArray[np.float64]:
@@ -38,7 +38,7 @@ def edges() -> NDArray[np.float64]:
 
 @dataclass(slots=True)
 class Statistics:
-    """What one product takes in.
+    """The statistics of one product's input.
 
     Args:
         name: For messages.

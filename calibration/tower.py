@@ -4,7 +4,7 @@ Enters: a layer's input for all tiles; at the end the last layer's output. Leave
 records, the unquantised tower's hidden states, and at the end the image features, which the decoder is calibrated with.
 Layer norms and biases take their part of the smoothing: nothing is smoothed across a GELU.
 
-Shapes: as in `export.vision`.
+Shapes: as in `export.llama4_tower`.
 """
 
 import numpy as np
@@ -14,12 +14,13 @@ from torch import Tensor
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ..spec.geometry import VISION, VISION_LAYERS, VisionSpec
 from ..spec.recipe import Recipe
-from ..walk.decoder import Hidden, Weights
-from ..walk.tower import Pixels, VisionLayerWalk, each_patches, project
+from ..walk.decoder import Hidden
+from ..walk.numbers import Weights
+from ..walk.tower import Pixels, TowerLayerWalk, each_patches, project
 from .linears import Linears, divided_rows, observer
 
 
-def quantise_vision_layer(
+def quantise_tower_layer(
     vision: VisionSpec, index: int, weights: Weights, recipe: Recipe, x: Hidden, attended: Hidden, out: Hidden
 ) -> Linears:
     """Quantises one layer and writes its unquantised output.
@@ -28,7 +29,7 @@ def quantise_vision_layer(
         vision: Geometry.
         index: Which layer.
         weights: Where its tensors are read from.
-        recipe: What is to become of them.
+        recipe: How they are quantised.
         x: Its input.
         attended: Room for what is behind the attention.
         out: Room for its output.
@@ -40,13 +41,13 @@ def quantise_vision_layer(
         CalibrationError: An activation is not finite.
     """
     linears = Linears(weights, recipe, f"{VISION_LAYERS}{index}.", f"vision layer {index}")
-    walk = VisionLayerWalk(vision, index, weights, attended, out)
+    walk = TowerLayerWalk(vision, index, weights, attended, out)
     _quantise_attention(linears, walk, x)
     _quantise_feed(linears, walk)
     return linears
 
 
-def _quantise_attention(linears: Linears, walk: VisionLayerWalk, x: Hidden) -> None:
+def _quantise_attention(linears: Linears, walk: TowerLayerWalk, x: Hidden) -> None:
     size, names = walk.vision.hidden_size, {part: f"self_attn.{part}_proj" for part in "qkvo"}
     source = linears.input("attention_input", size, [names[part] for part in "qkv"])
     attended = linears.input("attention_output", size, [names["o"]])
@@ -64,7 +65,7 @@ def _quantise_attention(linears: Linears, walk: VisionLayerWalk, x: Hidden) -> N
             linears.emit_kept(f"{name}.bias")
 
 
-def _quantise_feed(linears: Linears, walk: VisionLayerWalk) -> None:
+def _quantise_feed(linears: Linears, walk: TowerLayerWalk) -> None:
     source = linears.input("feed_input", walk.vision.hidden_size, ["mlp.fc1"])
     activated = linears.input("down_input", walk.vision.mlp_size, ["mlp.fc2"])
     walk.feed(observer(source, activated))
@@ -82,7 +83,7 @@ def _emit_norm(linears: Linears, name: str, exponents_K: Tensor) -> None:
         linears.emit_divided(f"{name}.{part}", exponents_K)
 
 
-def quantise_vision_ends(
+def quantise_tower_ends(
     vision: VisionSpec,
     weights: Weights,
     recipe: Recipe,
@@ -90,12 +91,12 @@ def quantise_vision_ends(
     x: Hidden,
     features_MH: NDArray[np.float32],
 ) -> Linears:
-    """Quantises what lies before and behind the layers, where an override asks for it, and writes the features.
+    """Quantises the linears before and behind the layers, where an override asks for it, and writes the features.
 
     Args:
         vision: Geometry.
         weights: Where the tensors are read from.
-        recipe: What is to become of them.
+        recipe: How they are quantised.
         pixels_N3PP: The tiles.
         x: The last layer's output.
         features_MH: Room for the unquantised tower's image features.

@@ -1,9 +1,9 @@
-"""The walk of calibration over all layers, and what of it survives a kill.
+"""The walk of calibration over all layers, and the progress that survives a kill.
 
 Enters: windows of tokens, the tiles of their images, a model's weights. Leaves: a shard for each layer in the model's
 new folder, and a `Report`. The vision tower comes first, then the decoder, which sees the unquantised tower's features.
 
-Layer by layer: the hidden states go through the unquantised layer, the quantised layer is written, both are let go.
+Layer by layer: the hidden states go through the unquantised layer, the quantised layer is written, both are released.
 The scratch folder holds the hidden states in front of the layer that is next, those behind it, those between its
 attention and its feed-forward, and `progress.json`, which is replaced when a layer's shard is on the disk.
 """
@@ -24,26 +24,25 @@ from ..export.llama4 import rms_norm
 from ..spec.choice import choose, units
 from ..spec.geometry import VISION, ModelSpec, VisionSpec
 from ..spec.recipe import Recipe
-from ..walk.decoder import TOKENS, Hidden, Weights, embed
+from ..spec.types import Progress
+from ..walk.decoder import TOKENS, Hidden, embed
+from ..walk.numbers import Weights
 from ..walk.tower import embed_tiles
 from ..walk.windows import Windows
-from .layer import LayerQuantiser, Limits
+from .decoder import Coverage, LayerQuantiser
 from .linears import Linears
-from .product import Input, Record
+from .product import ProductInput, Record
 from .report import LayerReport, Report
 from .shard import write_shard
 from .statistics import Statistics
-from .tower import quantise_vision_ends, quantise_vision_layer
-
-Progress = Callable[[str, int, int], None]
-"""Told the phase, the tokens done (each once a layer; the tower's are patches), and the tokens in all."""
+from .tower import quantise_tower_ends, quantise_tower_layer
 
 PROGRESS = "progress.json"
 
 
 @dataclass(slots=True)
 class Reached:
-    """What is done: the reports of the tower's layers, with one more of what lies around them, and of the decoder's."""
+    """The reports of the layers done: the tower's, with one more of its linears around them, and the decoder's."""
 
     tower: list[LayerReport] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
@@ -55,10 +54,10 @@ class Work:
 
     Attributes:
         spec: The decoder's geometry.
-        vision: The vision tower's; None where the model has none.
-        recipe: What is to become of the weights; leaves the tower as it is where the windows hold no image.
-        limits: What is asked of the routing.
-        weights: The model's.
+        vision: The vision tower's geometry; None where the model has none.
+        recipe: How the weights are quantised; leaves the tower as it is where the windows hold no image.
+        coverage: Demands on the routing.
+        weights: The model's weights.
         windows: Tokens and tiles.
         folder: Where the shards go.
         scratch: Where everything else goes.
@@ -67,7 +66,7 @@ class Work:
     spec: ModelSpec
     vision: VisionSpec | None
     recipe: Recipe
-    limits: Limits
+    coverage: Coverage
     weights: Weights
     windows: Windows
     folder: Path
@@ -75,7 +74,12 @@ class Work:
     reached: Reached = field(init=False)
 
     def run(self, progress: Progress, notice: Callable[[str], None]) -> Report:
-        """Quantises the layers that are not yet, and writes the rest."""
+        """Quantises the layers that are not yet, and writes the rest.
+
+        Args:
+            progress: Called with the tokens done, each once a layer; the tower's are patches.
+            notice: Called with each line that a person should know.
+        """
         self.reached = self._read_progress()
         count, tokens, tower = len(self.spec.layers), self.windows.ids_WS.size, 0
         if self.windows.vision is not None:
@@ -87,7 +91,7 @@ class Work:
         if not self.reached.layers:
             self._embed()
         for index in range(len(self.reached.layers), count):
-            quantiser = LayerQuantiser(self.spec, index, self.weights, self.recipe, self.limits)
+            quantiser = LayerQuantiser(self.spec, index, self.weights, self.recipe, self.coverage)
             hidden = self._hidden(index), self._hidden("attended"), self._hidden(index + 1)
 
             def report(share: float, at: int = index) -> None:
@@ -113,7 +117,7 @@ class Work:
             tower=tuple(self.reached.tower),
         )
 
-    def _quantise_tower(self, vision: VisionSpec, told: Callable[[str, float], None]) -> None:
+    def _quantise_tower(self, vision: VisionSpec, report: Callable[[str, float], None]) -> None:
         """The tower's layers, then what lies around them and the image features."""
         pixels_N3PP, tower = self.windows.pixels_N3PP, self.reached.tower
         if len(tower) > vision.layers:
@@ -127,19 +131,19 @@ class Work:
             )
             self._write_step(
                 f"vision-{index:05}",
-                quantise_vision_layer(vision, index, self.weights, self.recipe, x, attended, out),
+                quantise_tower_layer(vision, index, self.weights, self.recipe, x, attended, out),
                 out,
                 tower,
-            )  # unnamed, so that a layer is let go before the next
-            told(f"vision layer {index}", (index + 1) / vision.layers)
+            )  # unnamed, so that a layer is released before the next
+            report(f"vision layer {index}", (index + 1) / vision.layers)
         x, features_MH = self._mapped(f"vision-{vision.layers % 2}", shape), self._features(vision)
-        linears = quantise_vision_ends(vision, self.weights, self.recipe, pixels_N3PP, x, features_MH)
+        linears = quantise_tower_ends(vision, self.weights, self.recipe, pixels_N3PP, x, features_MH)
         self._write_step("vision-rest", linears, features_MH, tower)
         for path in self.scratch.glob("vision-*"):
             path.unlink()
 
     def _embed(self) -> None:
-        """What enters the decoder's first layer: embeddings, and image features in the places of image tokens."""
+        """Writes the decoder's first input: embeddings, and image features in the places of image tokens."""
         windows, hidden = self.windows, self._hidden(0)
         features_MH = None if windows.vision is None else self._features(windows.vision)
         for at in range(len(windows.ids_WS)):
@@ -208,7 +212,7 @@ class Work:
             if name in self.weights.regions:
                 linears.emit_kept(name)
         if linears.choice("lm_head").format != "none":
-            source = Input(Statistics("lm_head: its input", self.spec.hidden_size), self.recipe)
+            source = ProductInput(Statistics("lm_head: its input", self.spec.hidden_size), self.recipe)
             norm = self.weights.wide("norm.weight")
             last: Hidden = self._hidden(len(self.spec.layers)).reshape(-1, self.spec.hidden_size)
             for start in range(0, len(last), TOKENS):

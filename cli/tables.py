@@ -1,6 +1,9 @@
-"""What a folder is, how fast it runs, what became of its weights, and a verdict, as tables on the terminal."""
+"""Tables on the terminal: a folder in numbers, its speed, what became of its weights, and a verdict."""
 
+import re
+from collections import Counter, defaultdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -53,7 +56,7 @@ def show_summary(found: dict[str, Any]) -> None:
 
 
 def describe_memory(memory: dict[str, int]) -> str:
-    """What a session on the CPU will take, in a sentence."""
+    """Memory that a session on the CPU will take, in a sentence."""
     parts = {
         "mapped": "weights as they lie in their files",
         "converted": "weights widened or turned",
@@ -143,7 +146,7 @@ def describe_engine(engine: dict[str, Any]) -> str:
 
 
 def profiles_table(engine: dict[str, Any]) -> Table:
-    """What each profile takes and needs."""
+    """Each profile's sizes, and the memory that it needs."""
     table = Table(
         "profile", "rows", "tokens a row", "activations", "logits", "KV cache", "in all", title="Memory on the GPU"
     )
@@ -195,15 +198,75 @@ def tensors(described: list[dict[str, Any]]) -> str:
     return "\n".join(f"{each['dtype']} {'×'.join(map(str, each['dims'])) or 'scalar'}" for each in described)
 
 
-def show_weights(records: list[dict[str, Any]], kept: dict[str, str]) -> None:
-    """Prints on stderr what calibration made of each weight, and which it left as they were."""
-    table = Table("weight", "format", "weight SQNR, dB", "output SQNR, dB", box=None)
+KINDS = {
+    "attention": r"layers\.\d+\.self_attn\.",
+    "shared experts": r"layers\.\d+\.feed_forward\.shared_expert\.",
+    "routed experts": r"layers\.\d+\.feed_forward\.experts\.",
+    "routers": r"layers\.\d+\.feed_forward\.router",
+    "dense MLPs": r"layers\.\d+\.feed_forward\.(gate|up|down)_proj",
+    "LM head": r"lm_head",
+    "token embedding": r"embed_tokens",
+    "norms": r"norms",
+    "tower attention": r"vision_model\.model\.layers\.\d+\.self_attn\.",
+    "tower MLPs": r"vision_model\.model\.layers\.\d+\.mlp\.",
+    "tower, others": r"vision_model\.|multi_modal_projector\.",
+}
+"""Kinds of weights in the order of their table, and how their names begin; the first that matches holds."""
+
+SQNR = "SQNR in dB: higher is better, 6 are one bit"
+
+
+def kind_of(name: str) -> str:
+    """The kind of a weight; one that is of none stands for itself."""
+    return next((kind for kind, pattern in KINDS.items() if re.match(pattern, name)), name)
+
+
+def show_quantised(records: list[dict[str, Any]], kept: dict[str, str], report: Path, *, every_weight: bool) -> None:
+    """Prints on stderr what calibration made of the weights: a line a kind, and a line a weight where asked for."""
+    console = Console(stderr=True)
+    if every_weight:
+        console.print(every_weight_table(records, kept))
+    console.print(kinds_table(records, kept))
+    if records:
+        worst = min(records, key=lambda record: record["output_sqnr"])
+        console.print(f"Worst output: {worst['name']}, {worst['output_sqnr']:.1f} dB", highlight=False, soft_wrap=True)
+    console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+
+
+def kinds_table(records: list[dict[str, Any]], kept: dict[str, str]) -> Table:
+    """Weights by kind and type: how many, and the worst and the median error of each, as SQNR in dB."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        groups[kind_of(record["name"]), record["format"]].append(record)
+    counts = Counter((kind_of(name), dtype) for name, dtype in kept.items())
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=SQNR)
+    table.add_column("weights", overflow="fold")
+    for header in ("count", "type", "weight worst", "median", "output worst", "median"):
+        table.add_column(header, justify="left" if header == "type" else "right")
+    order = [*KINDS, *(kind for kind, _ in [*groups, *counts] if kind not in KINDS)]
+    for kind, dtype in sorted({*groups, *counts}, key=lambda group: (order.index(group[0]), group[1])):
+        found = groups.get((kind, dtype), [])
+        errors: list[str] = []
+        for name in ("weight_sqnr", "output_sqnr") if found else ():
+            values = [record[name] for record in found]
+            errors += [f"{min(values):.1f}", f"{median(values):.1f}"]
+        table.add_row(kind, f"{len(found) + counts[kind, dtype]:,}", dtype, *(errors or ["exact"]))
+    return table
+
+
+def every_weight_table(records: list[dict[str, Any]], kept: dict[str, str]) -> Table:
+    """A line for each weight, and for those that are kept as they were."""
+    table = Table(box=None, title=SQNR)
+    table.add_column("weight", overflow="fold")
+    table.add_column("type")
+    for header in ("weight", "output"):
+        table.add_column(header, justify="right")
     for record in records:
         errors = (f"{record[name]:.1f}" for name in ("weight_sqnr", "output_sqnr"))
         table.add_row(record["name"], record["format"], *errors)
-    for name, formats in kept.items():
-        table.add_row(name, formats, "exact", "")
-    Console(stderr=True).print(table)
+    for name, dtype in kept.items():
+        table.add_row(name, dtype, "exact", "")
+    return table
 
 
 def show_verdict(found: dict[str, Any], report: Path | None) -> None:

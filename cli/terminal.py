@@ -1,170 +1,177 @@
-"""How the command line speaks: errors in one line and progress on stderr, a model's words on stdout."""
+"""The user's terminal on stderr: errors in one line, messages, and progress, as much of each as the user asks for."""
 
 import json
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-from ..errors import ArrieroError, SessionError
-
-if TYPE_CHECKING:
-    from ..runtime import Generated, Session
+from ..errors import ArrieroError
+from ..spec.types import Progress
 
 
-IMAGE_LINE = "/image "
-"""How a line of a conversation begins that names an image for the next."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terminal:
+    """The amount that a verb says on stderr.
+
+    Attributes:
+        extra: The package's extra that brings what the verb imports; empty where the package alone does.
+        quiet: Whether nothing but errors is shown.
+        verbose: Whether details are shown, among them each phase and its seconds.
+        debug: Whether an error's traceback is shown.
+
+    Raises:
+        typer.BadParameter: Both more and nothing is asked for.
+    """
+
+    extra: str = ""
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quiet and self.verbose:
+            raise typer.BadParameter("--quiet and --verbose contradict each other: give one of them")
+
+    def say(self, line: str) -> None:
+        """Shows a message."""
+        if not self.quiet:
+            print(line, file=sys.stderr)
+
+    def detail(self, line: str) -> None:
+        """Shows a message that only --verbose asks for."""
+        if self.verbose:
+            print(line, file=sys.stderr)
+
+    @contextmanager
+    def errors_shown(self) -> Iterator[None]:
+        """Turns errors into one line and exit code 2; the traceback is shown where asked for."""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders are removed
+        with warnings.catch_warnings():
+            if self.quiet:
+                warnings.simplefilter("ignore")
+            try:
+                yield
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+                raise typer.Exit(130) from None
+            except BrokenPipeError:
+                raise typer.Exit(0) from None
+            except Exception as error:
+                if self.debug:
+                    traceback.print_exc()
+                self.show_error(error)
+                raise typer.Exit(2) from None
+
+    def show_error(self, error: Exception) -> None:
+        """Shows an error in one line, --quiet or not."""
+        print(f"arriero: {one_line(error, self.extra)}", file=sys.stderr)
+
+    @contextmanager
+    def progress_shown(self, title: str, unit: str = "") -> Iterator[Progress]:
+        """A progress bar where stderr is a terminal. Yields what stages report to: phase, done, total.
+
+        Args:
+            title: Name of the work.
+            unit: Unit that is counted, where its speed is worth showing.
+        """
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        with Bar(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as bar:
+            task = bar.add_task(title, total=None)
+            speed = Speed(unit)
+            phases = Phases(title, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+
+            def report(phase: str, done: int, total: int) -> None:
+                if self.verbose:
+                    phases.enter(phase)
+                bar.update(task, description=f"{title} {phase}{speed.of(done)}", completed=done, total=total)
+
+            yield report
+            phases.enter("")
+
+    def report_written(self, path: Path, seconds: float, as_json: bool, **more: Any) -> None:
+        """Says what was written, a folder or a file; as JSON on stdout with `more` beside it."""
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        sizes = {file: file.stat().st_size for file in files}
+        if self.verbose:
+            from .tables import size
+
+            for file, count in sizes.items():
+                self.detail(f"{file} ({size(count)})")
+        total = sum(sizes.values())
+        if as_json:
+            print(json.dumps({"folder": str(path), "bytes": total, "seconds": round(seconds, 3), **more}))
+        else:
+            self.say(f"Wrote {path} ({total / 1e6:.1f} MB) in {seconds:.1f} s")
 
 
-@contextmanager
-def errors_shown(debug: bool) -> Iterator[None]:
-    """Turns errors into one line on stderr and exit code 2; the traceback is shown where asked for."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders are removed
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        raise typer.Exit(0) from None
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        print(f"arriero: {one_line(error)}", file=sys.stderr)
-        raise typer.Exit(2) from None
+class Speed:
+    """Units a second since the first report.
+
+    Args:
+        unit: Unit that is counted; empty shows no speed.
+    """
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.first: tuple[float, int] | None = None
+
+    def of(self, done: int) -> str:
+        """The speed in words, empty while there is none."""
+        now = time.perf_counter()
+        self.first = self.first or (now, done)
+        seconds, counted = now - self.first[0], done - self.first[1]  # what an earlier run did is not this one's speed
+        return f", {counted / seconds:,.0f} {self.unit}/s" if self.unit and seconds > 0 else ""
 
 
-def one_line(error: Exception) -> str:
-    """An error's message in one line, with the remedy for those that are not Arriero's own."""
+class Phases:
+    """The phases of a stage, each with its seconds once it has ended.
+
+    Args:
+        title: Name of the work.
+        show: Called with a line.
+    """
+
+    def __init__(self, title: str, show: Callable[[str], None]) -> None:
+        self.title, self.show = title, show
+        self.phase, self.started = "", time.perf_counter()
+
+    def enter(self, phase: str) -> None:
+        """Begins a phase where it is another than before; the empty one ends the last."""
+        if phase == self.phase:
+            return
+        now = time.perf_counter()
+        if self.phase:
+            self.show(f"{self.title} {self.phase}: {now - self.started:.1f} s")
+        self.phase, self.started = phase, now
+
+
+def one_line(error: Exception, extra: str) -> str:
+    """An error's message in one line, with the remedy for those that are not Arriero's own.
+
+    Args:
+        error: The error.
+        extra: The package's extra that a missing module comes with; empty where none does.
+    """
     text = " ".join(str(error).split())
     if isinstance(error, ArrieroError):
         return text
     if isinstance(error, ModuleNotFoundError):
-        return f"{text}: this verb needs an extra, pip install 'arriero[accuracy,calibration]'"
+        package = f"arriero[{extra}]" if extra else "arriero"
+        return f"{text}: this verb needs it, pip install '{package}'"
     if isinstance(error, UnicodeDecodeError):
         return "the input is not UTF-8 text: convert it first"
     return f"internal error, {type(error).__name__}: {text} (--debug shows where)"
-
-
-@contextmanager
-def progress_shown(title: str, unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr where that is a terminal. Yields what stages report to: phase, done, total.
-
-    Args:
-        title: What is being done.
-        unit: What is counted, where its speed is worth showing.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        first: tuple[float, int] | None = None
-
-        def report(phase: str, done: int, total: int) -> None:
-            nonlocal first
-            now = time.perf_counter()
-            first = first or (now, done)
-            seconds, counted = now - first[0], done - first[1]  # what an earlier run did is not this one's speed
-            speed = f", {counted / seconds:,.0f} {unit}/s" if unit and seconds > 0 else ""
-            bar.update(task, description=f"{title} {phase}{speed}", completed=done, total=total)
-
-        yield report
-
-
-def answer(session: "Session", prompt: Any, settings: dict[str, Any], as_json: bool, measured: dict[str, float]) -> str:
-    """Streams one continuation to stdout, or prints it as JSON. Returns its text."""
-    from ..runtime.continuation import joined
-
-    started = time.perf_counter()
-    pieces: list[Generated] = []
-    first = None
-    for piece in session.stream(prompt, **settings):
-        first = first or time.perf_counter() - started
-        pieces.append(piece)
-        if not as_json:
-            print(piece.text, end="", flush=True)
-    seconds = time.perf_counter() - started
-    whole, count = joined(pieces), len(pieces)
-    rate = (count - 1) / (seconds - first) if first and count > 1 else 0.0
-    accepted = whole.accepted / whole.drafted if whole.drafted else None
-    if as_json:
-        result = {
-            "text": whole.text,
-            "ids": whole.ids,
-            "finish": whole.finish,
-            **measured,
-            "first_token_seconds": first,
-            "tokens_per_second": rate,
-            "reused_tokens": whole.reused,
-            "drafted_tokens": whole.drafted,
-            "accepted_tokens": whole.accepted,
-            "acceptance_rate": accepted,
-        }
-        print(json.dumps(result, ensure_ascii=False))
-    else:
-        print()
-        if first is not None:
-            known = f" ({whole.reused} of the prompt's tokens were known)" if whole.reused else ""
-            guessed = (
-                "" if accepted is None else f", {whole.accepted} of {whole.drafted} guesses right ({accepted:.0%})"
-            )
-            said = f"{count} tokens, the first after {first:.2f} s{known}, then {rate:.0f} tokens/s{guessed}"
-            print(f"[{said}]", file=sys.stderr)
-    return whole.text
-
-
-def converse(
-    session: "Session",
-    system: str | None,
-    first: str | None,
-    images: Sequence[Path],
-    settings: dict[str, Any],
-    as_json: bool,
-) -> None:
-    """Takes a line a turn from stdin and answers in the conversation so far, until stdin ends.
-
-    The images belong to the first turn; a line `/image FILE` adds one to the next. A turn whose image cannot be taken
-    is told of and forgotten.
-    """
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
-    waiting = list(images)
-    for line in turns(first):
-        if line.startswith(IMAGE_LINE):
-            waiting.append(Path(line.removeprefix(IMAGE_LINE).strip()).expanduser())
-            continue
-        parts = [{"type": "image", "path": str(path)} for path in waiting]
-        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": line}] if parts else line})
-        waiting = []
-        try:
-            text = answer(session, messages, settings, as_json, {})
-        except SessionError as error:
-            if not parts or not sys.stdin.isatty():
-                raise
-            print(f"arriero: {one_line(error)}", file=sys.stderr)
-            messages.pop()
-        else:
-            messages.append({"role": "assistant", "content": text})
-
-
-def turns(first: str | None) -> Iterator[str]:
-    """The user's lines: the one given, then those typed."""
-    if first is not None:
-        yield first
-    interactive = sys.stdin.isatty()
-    while True:
-        if interactive:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()

@@ -5,24 +5,22 @@ log says of its layers and its memory. Types are those of the graph, strongly; a
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from .network import Network
+from ..spec.types import Progress
 from .profiles import Shapes
 from .target import Target
 from .tensorrt_library import make_log
-
-Progress = Callable[[str, int, int], None]
-"""Told the phase, the steps done, and the steps in all."""
+from .tensorrt_lowering import Network
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
-    """What is known of an engine once it is built.
+    """Layers and sizes of an engine, from the log of its build.
 
     Attributes:
         layers: The build log's description of each fused layer, in order, one text a layer.
@@ -53,16 +51,16 @@ def build_engine(
 
     Args:
         trt: The module `tensorrt_rtx` or `tensorrt`.
-        network: What to build.
+        network: The lowered decoder or tower.
         weights: Folder that holds the weight files by the names that the graph knows.
-        target: Which GPUs.
+        target: The GPUs to build for.
         profiles: Ranges of shapes, in the order that the session numbers them.
         out: The engine's file.
         creators: The plugins' creators, whose failures are the build's.
         workspace: Bytes of scratch memory that layers may use; None is no limit.
         weight_streaming: Whether weights may stay in the host's memory and be streamed to the GPU.
         timing_cache: File of the timing cache, read if it exists and written after; TensorRT only.
-        progress: Told of the build's phases.
+        progress: Called with each of the build's phases, the steps done and the steps in all.
 
     Raises:
         BuildError: The library refuses the network, or logs any error.
@@ -73,11 +71,7 @@ def build_engine(
     progress("parsing", 0, 1)
     definition, _ = define(trt, builder, network, weights, log)
     log.check("to read the graph")
-    config = configure(trt, builder, target, profiles)
-    if workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    if weight_streaming:
-        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    config = configure(trt, builder, target, profiles, workspace=workspace, weight_streaming=weight_streaming)
     timings = None if timing_cache is None else _read_timings(config, timing_cache)
     monitor = config.progress_monitor = _monitor(trt, progress)
     writer = _writer(trt, out)
@@ -89,13 +83,7 @@ def build_engine(
         raise monitor.interruption
     if writer.failure is not None:
         raise BuildError(f"{out}: {writer.failure.strerror}: free some space") from writer.failure
-    for creator in creators:
-        if creator.failure is not None:
-            raise creator.failure
-    if any("workspace limit" in error for error in log.errors) and workspace is not None:
-        given = f"{workspace / 2**20:.1f} MB"
-        raise BuildError(f"a layer needs more scratch memory than the {given} given: give a larger --workspace")
-    log.check("to build the engine")
+    _check_build(log, creators, workspace)
     if not done:
         raise BuildError("TensorRT built nothing and did not say why: build with --debug")
     if timings is not None and timing_cache is not None:
@@ -104,13 +92,24 @@ def build_engine(
     return Built(layers=_layers(log.lines), activations=sizes["Activation"], weights=sum(sizes["Weights"]))
 
 
+def _check_build(log: Any, creators: Iterable[Any], workspace: int | None) -> None:
+    """Raises the first failure of a plugin, or of what the log holds."""
+    for creator in creators:
+        if creator.failure is not None:
+            raise creator.failure
+    if any("workspace limit" in error for error in log.errors) and workspace is not None:
+        given = f"{workspace / 2**20:.1f} MB"
+        raise BuildError(f"a layer needs more scratch memory than the {given} given: give a larger --workspace")
+    log.check("to build the engine")
+
+
 def define(trt: Any, builder: Any, network: Network, weights: Path, log: Any) -> tuple[Any, Any]:
     """A network as TensorRT's definition of it, strongly typed. Returns it and its parser.
 
     Args:
         trt: The module `tensorrt_rtx` or `tensorrt`.
         builder: TensorRT's builder.
-        network: What to define.
+        network: The lowered graph.
         weights: Folder that holds the weight files by the names that the graph knows; read now.
         log: TensorRT's logger.
 
@@ -128,8 +127,16 @@ def define(trt: Any, builder: Any, network: Network, weights: Path, log: Any) ->
     return definition, parser
 
 
-def configure(trt: Any, builder: Any, target: Target, profiles: Sequence[Shapes]) -> Any:
-    """TensorRT's configuration of a build: which GPUs, which ranges of shapes, and caches updated in place."""
+def configure(
+    trt: Any,
+    builder: Any,
+    target: Target,
+    profiles: Sequence[Shapes],
+    *,
+    workspace: int | None = None,
+    weight_streaming: bool = False,
+) -> Any:
+    """TensorRT's configuration of a build: GPUs, ranges of shapes, memory, and caches updated in place."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if target.flavour == "tensorrt-rtx":
@@ -142,6 +149,10 @@ def configure(trt: Any, builder: Any, target: Target, profiles: Sequence[Shapes]
         for name, (smallest, usual, largest) in shapes.items():
             profile.set_shape(name, smallest, usual, largest)
         config.add_optimization_profile(profile)
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     return config
 
 
@@ -210,7 +221,7 @@ def _layers(lines: Sequence[str]) -> tuple[str, ...]:
 
 
 def _sizes(lines: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The sizes that the log reckons: activations, a line a profile, and weights."""
+    """The sizes that the log states: activations, a line a profile, and weights."""
     pattern = "Total {} Memory: (\\d+) bytes"
     return {
         kind: tuple(int(match[1]) for line in lines if (match := re.match(pattern.format(kind), line)))

@@ -17,10 +17,9 @@ from ..files.folders import SPEC, carry_files, check_whole, find_files, read_spe
 from ..files.output import check_apart, check_free, copy_sparse, new_folder
 from ..spec.folder import FolderSpec
 from ..spec.stored_weights import WeightFile
-from ..spec.types import BITS
-from .builder import Progress
+from ..spec.types import BITS, Progress
 from .cpu_lowering import lower_for_cpu, lower_tower_for_cpu
-from .packed import write_packed
+from .packed_weights import write_packed
 from .target import Target, parse_target
 from .tensorrt_bundle import Options, build_tensorrt
 
@@ -40,12 +39,12 @@ def build_bundle(
     Args:
         model: The model folder.
         out: The bundle folder to write.
-        target: What to build for: `cpu`, `tensorrt-rtx:smNN[,smNN…]`, or `tensorrt` for the GPU at hand.
-        options: What the engine is to hold; not for `cpu`, whose graph takes any shape.
+        target: The target: `cpu`, `tensorrt-rtx:smNN[,smNN…]`, or `tensorrt` for the GPU at hand.
+        options: Sizes and choices of the engine; not for `cpu`, whose graph takes any shape.
         kv_cache: Type of keys and values on the CPU, each 32 of a token's rounded by a scale of their own, so that
             nothing needs to be calibrated; None keeps them as the model has them. For `cpu` only.
         force: Whether an existing bundle at `out` is replaced.
-        progress: Told the phase, the steps done and the steps in all.
+        progress: Called with the phase, the steps done and the steps in all.
 
     Returns:
         The bundle folder.
@@ -88,7 +87,7 @@ def build_bundle(
 def _build(
     source: Path, spec: FolderSpec, target: Target, options: Options, folder: Path, progress: Progress
 ) -> FolderSpec:
-    """Writes the target's own files. Returns the spec with what is said of them."""
+    """Writes the target's own files. Returns the spec with their description."""
     if target.flavour == "cpu":
         lowered = lower_for_cpu(source, spec)
         (folder / spec.graph).write_bytes(lowered.graph)
@@ -103,7 +102,7 @@ def _build(
 
 
 def _with_packed(source: Path, spec: FolderSpec, folder: Path) -> FolderSpec:
-    """Writes the weights where integer kernels read them. Returns the spec with where they lie."""
+    """Writes the weights in panels, where there are any. Returns the spec with the new places."""
     vision = spec.vision
     weights = (*spec.weights, *(() if vision is None else vision.weights))
     if not any(weight.layout != "rows" for weight in weights):

@@ -3,7 +3,8 @@
 Enters: a model folder. Leaves: a `Lowered` graph that computes in float32 from the checkpoint's own weights, and the
 list of regions in the safetensors files that the runtime hands to it. Float32 weights are used as they lie in the file,
 int8 and int4 ones in the panels of the CPU's own kernels; others are widened when they are loaded, except the
-embedding, of which only the rows in use are.
+embedding, of which only the rows in use are. The table in `cpu_rules` says how each linear is lowered; the branches
+here name its rules.
 """
 
 import dataclasses
@@ -14,10 +15,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..errors import BuildError
-from ..plugins.cpu import ops as kernels
-from ..plugins.cpu.float_products import Matrix, multiply_rounded, round_fp8
+from ..plugins.cpu import kernel_nodes as kernels
+from ..plugins.cpu.float_products import MICROSOFT, Matrix, multiply_rounded, round_fp8
+from ..plugins.cpu.kernel_nodes import Panels
 from ..plugins.cpu.library import DOMAIN
-from ..plugins.cpu.ops import Panels
 from ..plugins.gqa import cpu_nodes as gqa_cpu
 from ..plugins.gqa import op as gqa
 from ..plugins.linear import Linear, read_linear
@@ -27,13 +28,12 @@ from ..plugins.nodes import Nodes, dims
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.stored_weights import Weight, slot_bytes
 from ..spec.types import BITS, Stored
-from .canonical import open_graph
+from .canonical_graph import read_graph
+from .cpu_rules import INTEGERS, Rule, panel_type, rule_of_experts, rule_of_float, rule_of_quantised
 from .supply import DTYPES, FLOAT, Supply
 
 SESSION = {"session.disable_prepacking": "1"}
 """Prepacking would copy every weight: the file's pages are used instead."""
-INTEGERS: dict[str, Stored] = {"int4": "uint4", "int8": "uint8"}
-"""What the CPU's own kernels multiply as integers, and how they take it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +66,8 @@ def lower_tower_for_cpu(folder: Path, vision: VisionPart) -> Lowered:
 
 
 def _lower(path: Path, router_experts: int, cache_bits: int) -> Lowered:
-    model = open_graph(path)
-    lowering = _Lowering(model.graph, router_experts, cache_bits)
+    model = read_graph(path)
+    lowering = _CpuLowering(model.graph, router_experts, cache_bits)
     lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
     return Lowered(
         graph=ir.to_proto(lowered).SerializeToString(),
@@ -76,7 +76,7 @@ def _lower(path: Path, router_experts: int, cache_bits: int) -> Lowered:
     )
 
 
-class _Lowering:
+class _CpuLowering:
     """The new graph under construction; values keep their names, floats become float32."""
 
     def __init__(self, source: ir.Graph, router_experts: int, cache_bits: int) -> None:
@@ -86,11 +86,11 @@ class _Lowering:
         self.linears = {node: linear for node in source if (linear := read_linear(node)) is not None}
         self.absorbed = {node for product in self.linears for node in absorbed(product)}
         for linear in self.linears.values():
-            if linear.kind == "int8" and linear.own_scale is not None:  # its kernel rounds activations itself
+            if rule_of_quantised(linear) is Rule.INT8_OWN_SCALES:
                 self.absorbed |= set(linear.scaling)
         kinds = {linear.kind for linear in self.linears.values()}
         kinds |= {node.attributes["quantisation"].value for node in source if node.op_type == moe.NAME}
-        self.has_panels = bool(kinds & set(INTEGERS))  # then what is not quantised lies in them too
+        self.has_panels = bool(kinds & set(INTEGERS))
         for node in source:
             if node.op_type == gqa.NAME and (self.has_panels or cache_bits):
                 caches = [value for value in (*node.inputs[3:5], *node.outputs[1:3]) if value is not None]
@@ -110,7 +110,7 @@ class _Lowering:
             [self._value(value) for value in self.source.outputs],
             nodes=written,
             initializers=list(self.supply.initializers.values()),
-            opset_imports={**self.source.opset_imports, "com.microsoft": 1, **_own_domain(written)},
+            opset_imports={**self.source.opset_imports, MICROSOFT: 1, **_own_domain(written)},
             name=self.source.name,
         )
 
@@ -122,18 +122,11 @@ class _Lowering:
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         match node.domain, node.op_type:
             case "", "MatMul" if node in self.linears:
-                self._lower_linear(nodes, node)
+                self._lower_quantised(nodes, node)
             case "", "Transpose" if sources[0].is_initializer():
                 pass  # the product that reads it takes the weight as it lies
             case "", "MatMul" if (weight := _transposed_weight(sources[1])) is not None:
-                x = self._input(sources[0])
-                if self.has_panels:
-                    dtype: Stored = "bfloat16" if weight.dtype == ir.DataType.BFLOAT16 else "float32"
-                    panels = Panels(weight=self.supply.panels(weight, convert=dtype), bits=BITS[dtype])
-                    kernels.multiply(nodes, x, panels, dims(weight)[0], outputs[0])
-                    return
-                inputs = [x, self.supply.widened(weight)]
-                nodes.node("FusedMatMul", inputs, outputs=outputs, domain="com.microsoft", attributes={"transB": 1})
+                self._lower_float(nodes, self._input(sources[0]), weight, outputs[0])
             case "", "Gather" if sources[0].is_initializer():
                 rows = nodes.Gather(self.supply.stored(sources[0]), self._input(sources[1]), axis=0)
                 nodes.node("Cast", [rows], outputs=outputs, attributes={"to": FLOAT})
@@ -151,24 +144,42 @@ class _Lowering:
             case domain, op_type:
                 raise BuildError(f"{node.name}: {domain}.{op_type} has no lowering for the CPU: export the model again")
 
-    def _lower_linear(self, nodes: Nodes, product: ir.Node) -> None:
-        """A quantised linear."""
+    def _lower_quantised(self, nodes: Nodes, product: ir.Node) -> None:
+        """A quantised linear, by rules 1 to 4."""
         linear = self.linears[product]
-        if linear.kind == "fp8":
-            self.mapped[product.outputs[0]] = self._fp8_product(nodes, linear)
-            return
-        is_dynamic = linear.kind == "int8" and linear.own_scale is not None
+        match rule_of_quantised(linear):
+            case Rule.INT8_OWN_SCALES:  # rule 1: the kernel does the work of the multiplication behind the product too
+                scaled = product.outputs[0].consumers()[0]
+                self._multiply_panels(nodes, linear, linear.unscaled, None, scaled.outputs[0])
+                self.absorbed.add(scaled)
+            case Rule.INT8_STATIC:  # rule 2
+                self._multiply_panels(nodes, linear, linear.x, linear.x_scale, product.outputs[0])
+            case Rule.INT4:  # rule 3
+                self._multiply_panels(nodes, linear, linear.x, None, product.outputs[0])
+            case Rule.FP8:  # rule 4
+                self.mapped[product.outputs[0]] = self._fp8_product(nodes, linear)
+
+    def _multiply_panels(
+        self, nodes: Nodes, linear: Linear, source: ir.Value, x_scale: ir.Value | None, output: ir.Value
+    ) -> None:
+        """The product of integers in panels, of rules 1 to 3; without a static scale the kernel finds its own."""
         matrix = self._panels(linear.weight, linear.weight_scale, linear.kind)
-        if linear.x_scale is not None and not is_dynamic:
-            matrix = dataclasses.replace(matrix, input_scale=self._input(linear.x_scale))
-        x = self._input(linear.unscaled if is_dynamic else linear.x)
-        scaled = product.outputs[0].consumers()[0] if is_dynamic else product  # a kernel that rounds scales as well
-        kernels.multiply(nodes, x, matrix, dims(linear.weight)[0], self._value(scaled.outputs[0]))
-        if is_dynamic:
-            self.absorbed.add(scaled)
+        if x_scale is not None:
+            matrix = dataclasses.replace(matrix, input_scale=self._input(x_scale))
+        kernels.multiply(nodes, self._input(source), matrix, dims(linear.weight)[0], self._value(output))
+
+    def _lower_float(self, nodes: Nodes, x: ir.Value, weight: ir.Value, output: ir.Value) -> None:
+        """A linear that is not quantised, by rules 5 and 6."""
+        if rule_of_float(has_panels=self.has_panels) is Rule.FLOAT_IN_PANELS:  # rule 5
+            dtype = panel_type(weight)
+            panels = Panels(weight=self.supply.panels(weight, convert=dtype), bits=BITS[dtype])
+            kernels.multiply(nodes, x, panels, dims(weight)[0], output)
+        else:  # rule 6
+            inputs = [x, self.supply.widened(weight)]
+            nodes.node("FusedMatMul", inputs, outputs=[output], domain=MICROSOFT, attributes={"transB": 1})
 
     def _fp8_product(self, nodes: Nodes, linear: Linear) -> ir.Value:
-        """A product in float32 of what E4M3 stands for; an input that several read is rounded once."""
+        """The product of rule 4; an input that several linears read is rounded once."""
         assert linear.x_scale is not None
         x_scale, key = self._input(linear.x_scale), (linear.x, linear.x_scale)
         if key not in self.rounded:
@@ -208,16 +219,17 @@ class _Lowering:
         )
 
     def _lower_experts(self, nodes: Nodes, sources: list[ir.Value], output: ir.Value, settings: moe.Attributes) -> None:
+        """A layer of experts, by rules 7 and 8."""
         tokens = self._input(sources[0]), self._input(sources[1])
         weights, scales, statics = sources[2:4], sources[4:6], sources[6:]
         count, width, hidden = dims(weights[1])
         kind = settings.quantisation
-        if kind not in INTEGERS:
+        if rule_of_experts(kind) is Rule.FLOAT_EXPERTS:  # rule 8
             experts = self._experts(sources[2:], settings)
             in_part = count < self.router_experts
             moe_cpu.lower(nodes, *tokens, experts, hidden, output, settings, in_part=in_part)
             return
-        chosen_in = sources[0].dtype if kind == "int4" else None
+        chosen_in = sources[0].dtype if kind == "int4" else None  # rule 7 from here on
         gate_up, down = (
             dataclasses.replace(
                 self._panels(weights[part], scales[part], kind, chosen_in=chosen_in, interleaved=not part),
@@ -228,7 +240,7 @@ class _Lowering:
         kernels.dispatch(nodes, *tokens, gate_up, down, output, settings, experts=count, width=width)
 
     def _experts(self, sources: list[ir.Value], settings: moe.Attributes) -> list[tuple[Matrix, Matrix]]:
-        """Each expert's two matrices, from the op's weights and scales."""
+        """Each expert's two matrices of rule 8, from the op's weights and scales."""
         weights, scales, input_scales = sources[:2], sources[2:4], sources[4:]
         experts = []
         for index in range(dims(weights[0])[0]):
@@ -257,7 +269,7 @@ class _Lowering:
 
 
 def _narrow_cache(value: ir.Value, bits: int) -> ir.Value:
-    """A cache in groups of so many bits; or of a quantised model: 16 bits stay 16, with more mantissa than bfloat16."""
+    """A cache in groups of `bits` bits; or of a quantised model: 16 bits stay 16, with more mantissa than bfloat16."""
     dtype = ir.DataType.FLOAT16 if value.dtype == ir.DataType.BFLOAT16 else value.dtype
     shape = value.shape
     if bits and shape is not None:

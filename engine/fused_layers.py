@@ -27,10 +27,10 @@ class Layer:
     """One fused layer.
 
     Attributes:
-        name: The builder's.
-        kind: Such as `gemm`, `kgen` (generated pointwise code), `PluginV3`.
-        inputs: What it reads, weights included, whether inputs of the engine or constants in it.
-        outputs: What it writes.
+        name: The builder's name for it.
+        kind: Its kind, such as `gemm`, `kgen` (generated pointwise code), `PluginV3`.
+        inputs: The tensors it reads, weights included, whether inputs of the engine or constants in it.
+        outputs: The tensors it writes.
         nodes: The graph's nodes that were fused into it.
         tactic: The kernel's name, where the builder chose one.
     """

@@ -1,4 +1,4 @@
-"""What NVIDIA's Polygraphy asks of a script: a model's inputs, its TensorRT network, and how to build that.
+"""Functions that NVIDIA's Polygraphy calls from a script: a model's inputs, its TensorRT network, its build.
 
 Enters: a model folder, whose decoder it is. Leaves: the functions that Polygraphy calls by name from a script such as
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ..errors import BuildError
 from ..files.folders import check_whole, read_spec
 from .builder import configure, define
-from .canonical import open_graph
+from .canonical_graph import read_graph
 from .target import parse_target
 from .tensorrt_bundle import Options, Prepared, prepare
 
@@ -45,8 +45,8 @@ class Scripts:
     Args:
         model: The folder.
         target: The TensorRT to build for, as in `tensorrt-rtx:sm89`.
-        options: What `arriero build` takes.
-        seed: Of the inputs.
+        options: The options of `arriero build`.
+        seed: Seed of the inputs.
     """
 
     model: str | Path
@@ -64,7 +64,7 @@ class Scripts:
         """
         folder = Path(self.model)
         spec = read_spec(folder)
-        graph = open_graph(folder / spec.graph).graph
+        graph = read_graph(folder / spec.graph).graph
         rng = np.random.default_rng(self.seed)
         chunk_slots = min(spec.model.chunk or SLOTS, SLOTS)
         length = min(LENGTH, chunk_slots // 2)

@@ -5,27 +5,13 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from ..plugins.nodes import onnx_type
 from ..spec.stored_weights import Weight
-from ..spec.types import DType, Stored
+from ..spec.types import FLOATS, MODEL_TYPES, DType, Stored
 
 FLOAT = ir.DataType.FLOAT
-DTYPES: dict[ir.DataType | None, DType] = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-}
-STORED: dict[ir.DataType | None, Stored] = {
-    **DTYPES,
-    ir.DataType.INT8: "int8",
-    ir.DataType.FLOAT8E4M3FN: "fp8",
-    ir.DataType.INT4: "int4",
-}
-GIVEN: dict[str, ir.DataType] = {
-    "float32": FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "uint8": ir.DataType.UINT8,
-}
+DTYPES: dict[ir.DataType | None, DType] = {onnx_type(name): name for name in FLOATS}
+STORED: dict[ir.DataType | None, Stored] = {onnx_type(name): name for name in MODEL_TYPES}
 PLACEHOLDER = "spec.json"
 """External location of what the runtime supplies by name: ONNX Runtime wants the file to exist, and never reads it."""
 
@@ -71,7 +57,7 @@ class Supply:
 
         Args:
             source: The weight.
-            index: Which part; None is the whole.
+            index: The part's number; None is the whole.
             shape: Shape to read it in; None is its own.
         """
         tensor = source.const_value
@@ -142,7 +128,7 @@ class Supply:
                 **layout,
             )
             self.weights[name] = weight
-            given, dtype = weight.given_shape, GIVEN["uint8" if weight.layout == "panels" else convert]
+            given, dtype = weight.given_shape, onnx_type("uint8" if weight.layout == "panels" else convert)
             placeholder = ir.ExternalTensor(
                 PLACEHOLDER, 0, int(math.prod(given) * dtype.itemsize), dtype, shape=ir.Shape(given), name=name
             )

@@ -1,4 +1,4 @@
-"""What a bundle is built for: ONNX Runtime's CPU, TensorRT-RTX, or TensorRT, and which GPUs.
+"""The targets that a bundle can be built for: ONNX Runtime's CPU, TensorRT-RTX, or TensorRT, and their GPUs.
 
 Invariant: what the target cannot do is found before any work, and named with a remedy.
 """

@@ -1,4 +1,4 @@
-"""A model built into a TensorRT bundle: its engines, the plugins' kernels, and what a session must know of them.
+"""A model built into a TensorRT bundle: its engines, the plugins' kernels, and their description for a session.
 
 Enters: a model folder and a temporary folder to fill. Leaves there: `decoder.engine`, `kernels/*.cubin`, `layers.json`,
 and of a multimodal model `vision.engine` and `vision_layers.json`. Invariant: engines, kernels and their description
@@ -23,14 +23,15 @@ from ..plugins.moe.plugin import PLUGIN as MOE
 from ..plugins.tensorrt_plugin import register
 from ..spec.built_engine import Binary, EngineSpec, Profile, TowerEngine
 from ..spec.folder import FolderSpec, VisionPart
-from .builder import Built, Progress, build_engine
+from ..spec.types import Progress
+from .builder import Built, build_engine
 from .fused_layers import read_layers
-from .network import Choices, Network, Placement, lower_for_tensorrt, lower_tower_for_tensorrt
 from .profiles import Shapes, decoder_profiles, decoder_shapes, tower_shapes
 from .target import Target, check_dtypes
 from .tensorrt_library import open_library
+from .tensorrt_lowering import Choices, Network, Placement, lower_for_tensorrt, lower_tower_for_tensorrt
 
-ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
+ENGINE, TOWER_ENGINE = "decoder.engine", "vision.engine"
 DEFAULT_MAX_SEQ = 16384
 DEFAULT_MAX_BATCH = 8
 DEFAULT_MAX_PREFILL = 2048
@@ -42,7 +43,7 @@ OPS = (GQA, MOE)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What a person may say about an engine; None takes the default.
+    """Sizes and choices of an engine; None takes the default.
 
     Attributes:
         max_batch: Rows at once at most (8).
@@ -82,16 +83,16 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """All that is known of a build before it starts.
+    """A build before it starts: its inputs, lowered and checked.
 
     Attributes:
         trt: The module `tensorrt_rtx` or `tensorrt`, fit for plugins.
-        target: What to build for, with its GPUs.
-        spec: The model's.
+        target: The target, with its GPUs.
+        spec: The model's spec.
         network: The lowered decoder.
         tower: The lowered vision tower; None where there is none.
         placement: Where the weights are.
-        profiles: The decoder's, in the order that a session numbers them.
+        profiles: The decoder's profiles, in the order that a session numbers them.
         max_seq: Positions that a sequence may hold.
         max_tiles: Tiles that the vision tower takes at once.
         creators: The plugins' creators, registered.
@@ -210,10 +211,10 @@ def _build_tower(
     assert network is not None
     whole = dataclasses.replace(options, weight_streaming=False)  # it is small beside the decoder
     shapes = tower_shapes(vision.spec, prepared.max_tiles)
-    file = folder / VISION_ENGINE
+    file = folder / TOWER_ENGINE
     built = _build(prepared, network, [shapes], whole, file, folder / TOWER_LAYERS, progress)
     engine = TowerEngine(
-        file=VISION_ENGINE,
+        file=TOWER_ENGINE,
         sha256=_sha256(file),
         max_tiles=prepared.max_tiles,
         activations=max(built.activations, default=0),
@@ -282,12 +283,12 @@ def _timing_cache(target: Target, options: Options) -> Path | None:
 
 
 def _way(network: Network, op: str) -> str:
-    """The path that an op's nodes took; empty where the model has none."""
-    return next((way for name, way in network.paths.items() if name.endswith(op)), "")
+    """The way that an op's nodes were lowered; empty where the model has none."""
+    return next((way for name, way in network.ways.items() if name.endswith(op)), "")
 
 
 def _compile(creators: dict[str, Any], folder: Path, progress: Progress) -> Iterable[Binary]:
-    """Compiles the kernels that the engine's plugins asked for. Yields what is recorded of each."""
+    """Compiles the kernels that the engine's plugins asked for. Yields the record of each."""
     wanted = [(op, *item) for op in OPS for item in sorted(creators[op.name].needed.items(), key=lambda item: item[0])]
     if not wanted:
         return

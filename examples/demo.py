@@ -1,4 +1,4 @@
-"""The main job end to end, each step as a person would type it, with its time; then what quantising costs.
+"""The main job end to end, each step as a person would type it, with its time; then the cost of quantising.
 
 Leaves its folders in `demo/`, and the image that it describes, `demo/scene.png`.
 """
@@ -8,31 +8,82 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
 ARRIERO = Path(sys.executable).with_name("arriero")
-CALIBRATE = "calibrate demo/model --data README.md --data demo/training.txt --samples 16 --force"
+
+
+class Step(NamedTuple):
+    """A command, its name in the table of times, and its purpose in a line."""
+
+    name: str
+    purpose: str
+    command: str
+
+
+CALIBRATE = "calibrate demo/model --data examples/tiny-llama4/unseen.txt --data demo/training.txt --samples 16 --force"
 SHOWN = "calibrate demo/sees --data demo/scenes/conversations.jsonl --data demo/training.txt --samples 16 --force"
 SEE = "run demo/sees-fp8 --image demo/scene.png --temperature 0 --prompt"
 STEPS = (
-    ("export", "export examples/tiny-llama4 -o demo/model --force"),
-    ("INT8", f"{CALIBRATE} --recipe int8 -o demo/int8"),
-    ("FP8", f"{CALIBRATE} --recipe fp8 -o demo/fp8"),
-    ("golden", "golden demo/model --data demo/held_out.txt -o demo/golden.safetensors --force"),
-    ("check INT8", "check demo/int8 --against demo/golden.safetensors -o demo/int8-check --force"),
-    ("check FP8", "check demo/fp8 --against demo/model --data demo/held_out.txt --locate -o demo/fp8-check --force"),
-    ("build", "build demo/model -o demo/cpu --target cpu --force"),
-    ("run", "run demo/cpu --prompt 'The with statement is used to' --max-new-tokens 100 --temperature 0.3 --seed 1"),
-    ("engine", "build demo/model -o demo/rtx --target tensorrt-rtx:sm89 --force"),
-    ("inspect", "inspect demo/rtx"),
-    ("export", "export examples/tiny-llama4-vision -o demo/sees --force"),
-    ("FP8", f"{SHOWN} -o demo/sees-fp8 --recipe fp8"),
-    ("describe", f"{SEE} 'What is this?'"),
-    ("ask", f"{SEE} 'Where is the yellow cross?'"),
-    ("chat", "run demo/cpu --chat --prompt 'Explain list.append.' --max-new-tokens 80 --temperature 0"),
+    Step(
+        "export",
+        "A tiny Llama 4, trained on Python's documentation, becomes an ONNX graph; its weights stay where they are.",
+        "export examples/tiny-llama4 -o demo/model --force",
+    ),
+    Step(
+        "calibrate INT8",
+        "Text shows which scales lose least; weights become int8.",
+        f"{CALIBRATE} --recipe int8 -o demo/int8",
+    ),
+    Step("calibrate FP8", "The same model in fp8.", f"{CALIBRATE} --recipe fp8 -o demo/fp8"),
+    Step(
+        "golden",
+        "The exact model's answers over text that nothing has seen, kept in a file to check others against.",
+        "golden demo/model --data demo/held_out.txt -o demo/golden.safetensors --force",
+    ),
+    Step(
+        "check INT8",
+        "The cost of int8, with intervals and a verdict.",
+        "check demo/int8 --against demo/golden.safetensors -o demo/int8-check --force",
+    ),
+    Step(
+        "check FP8",
+        "The cost of fp8, against the model itself; --locate looks for a layer that is out of line.",
+        "check demo/fp8 --against demo/model --data demo/held_out.txt --locate -o demo/fp8-check --force",
+    ),
+    Step("build for CPU", "A bundle: all that a CPU needs.", "build demo/model -o demo/cpu --target cpu --force"),
+    Step(
+        "run",
+        "The bundle writes. The model has 5 million weights: expect its grammar, not its facts, to hold.",
+        "run demo/cpu --prompt 'The with statement is used to' --max-new-tokens 100 --temperature 0.3 --seed 1",
+    ),
+    Step(
+        "build for a GPU",
+        "A TensorRT-RTX engine with our kernels compiled for compute capability 8.9; no GPU is needed to build it.",
+        "build demo/model -o demo/rtx --target tensorrt-rtx:sm89 --force",
+    ),
+    Step("inspect", "The engine's sizes, memory and layers.", "inspect demo/rtx"),
+    Step(
+        "export with vision",
+        "A tiny Llama 4 that sees: its vision tower becomes a graph beside the decoder's.",
+        "export examples/tiny-llama4-vision -o demo/sees --force",
+    ),
+    Step(
+        "calibrate FP8",
+        "Tower and decoder in fp8, shown conversations with images.",
+        f"{SHOWN} -o demo/sees-fp8 --recipe fp8",
+    ),
+    Step("describe", "demo/scene.png is a drawing that it was not trained on.", f"{SEE} 'What is this?'"),
+    Step("ask", "A question about the same image.", f"{SEE} 'Where is the yellow cross?'"),
+    Step(
+        "chat",
+        "The text model in its chat template.",
+        "run demo/cpu --chat --prompt 'Explain list.append.' --max-new-tokens 80 --temperature 0",
+    ),
 )
 
 
@@ -51,7 +102,7 @@ def write_data() -> None:
 
 
 def verdicts() -> Table:
-    """What quantising costs, side by side."""
+    """The cost of quantising, side by side."""
     table = Table("model", "weights, MB", "perplexity", "rise", "KL, nats", "verdict", title="On held-out text")
     found = {
         name: json.loads((ROOT / "demo" / f"{name}-check" / "verdict.json").read_text()) for name in ("int8", "fp8")
@@ -67,7 +118,7 @@ def verdicts() -> Table:
 
 
 def megabytes(folder: Path) -> str:
-    """Of a folder's weights."""
+    """The size of a folder's weights."""
     return f"{sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 1e6:.1f}"
 
 
@@ -76,16 +127,19 @@ def main() -> None:
     console = Console()
     write_data()
     table = Table("step", "seconds", title="From a Llama 4 checkpoint to text", min_width=40)
-    for name, command in STEPS:
-        console.print(f"\n[bold]$ arriero {command}[/bold]", highlight=False)
+    for number, step in enumerate(STEPS, 1):
+        console.print(f"\n[dim]{number} of {len(STEPS)}. {step.purpose}[/dim]", highlight=False)
+        console.print(f"[bold]$ arriero {step.command}[/bold]", highlight=False)
         started = time.perf_counter()
-        code = subprocess.run(f"'{ARRIERO}' {command}", shell=True, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
-        if code and not name.startswith("check"):  # whose code is the verdict
+        code = subprocess.run(f"'{ARRIERO}' {step.command}", shell=True, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+        if code and not step.name.startswith("check"):  # whose code is the verdict
             sys.exit(code)
-        table.add_row(name, f"{time.perf_counter() - started:.1f}")
+        table.add_row(step.name, f"{time.perf_counter() - started:.1f}")
     console.print()
     console.print(table)
     console.print(verdicts())
+    console.print("Everything lies in demo/: the reports are demo/*-check/report.html, the image is demo/scene.png.")
+    console.print("The command is .venv/bin/arriero; --help lists its verbs.", highlight=False)
 
 
 if __name__ == "__main__":

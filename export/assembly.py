@@ -1,4 +1,4 @@
-"""What a graph is assembled with: initializers that lie in safetensors files, and traced nodes cloned onto new values.
+"""The parts of a graph: initializers that lie in safetensors files, and traced nodes cloned onto new values.
 
 Enters: where each tensor lies, and traced graphs. Leaves: values and nodes of the graph under construction.
 """
@@ -10,43 +10,35 @@ import numpy as np
 import onnx_ir as ir
 
 from ..files.safetensors import Region
-from ..spec.types import DType
+from ..plugins.nodes import onnx_type
+from ..spec.types import FLOATS_BY_CODE
 
 IR_VERSION = 11
-DTYPES: dict[DType, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
-REGION_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
-Locate = Callable[[str], tuple[str, Region]]
+PlaceOf = Callable[[str], tuple[str, Region]]
 """The file's name and the region of a tensor or of the rank's portion of it, by its checkpoint name."""
-
-Progress = Callable[[str, int, int], None]
-"""Told the phase, the steps done, and the steps in all."""
 
 
 class Initializers:
     """A graph's initializers, each made when it is first asked for.
 
     Args:
-        locate: Finds a tensor in the weight files.
+        place_of: Finds a tensor in the weight files.
     """
 
-    def __init__(self, locate: Locate) -> None:
-        self.locate = locate
+    def __init__(self, place_of: PlaceOf) -> None:
+        self.place_of = place_of
         self.values: dict[str, ir.Value] = {}
 
     def weight(self, name: str) -> ir.Value:
         """A checkpoint's tensor by its full name, which lies where the shard has it."""
         if name not in self.values:
-            file, region = self.locate(name)
+            file, region = self.place_of(name)
             tensor = ir.ExternalTensor(
                 file,
                 region.offset,
                 region.size,
-                REGION_DTYPES[region.dtype],
+                onnx_type(FLOATS_BY_CODE[region.dtype]),
                 shape=ir.Shape(region.shape),
                 name=name,
                 base_dir=Path("."),
@@ -77,7 +69,7 @@ def clone(
         mapped: The new graph's values by the traced graph's; extended by the node's outputs that are not in it yet.
         prefix: Put before the names of the node and of its values.
         dimensions: Names of the first dimensions of a value of three; those of others are left open.
-        overload: Of the function that a custom op's node calls.
+        overload: Overload of the function that a custom op's node calls.
         more: Attributes beside the traced ones.
     """
     for old in node.outputs:

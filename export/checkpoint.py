@@ -15,13 +15,11 @@ from ..errors import CheckpointError
 from ..files.safetensors import Shard, open_shard
 from ..spec.geometry import VISION, ModelSpec, VisionSpec
 from ..spec.recipe import Override
-from ..spec.types import DType
+from ..spec.types import FLOATS_BY_CODE
 from .config import model_spec, vision_spec
+from .prequantised.inventory import Prequantised, find_quantised
 from .prequantised.scheme import MODELOPT, read_scheme
-from .prequantised.search import Prequantised, find_quantised
-from .prequantised.stored import Tensor
-
-DTYPE_NAMES: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+from .prequantised.stored import CheckpointTensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,16 +29,16 @@ class Checkpoint:
     Attributes:
         folder: Where it lies, absolute, symlinks kept.
         spec: The text decoder's geometry; its dtype is the one stored.
-        prefix: What the text decoder's tensor names begin with (`""` or `"language_model."`).
+        prefix: Beginning of the text decoder's tensor names (`""` or `"language_model."`).
         tensors: All tensors by their full names.
         vision: The vision tower's geometry; None where the checkpoint has no tower.
-        quantised: What the tensors are, where the checkpoint is quantised.
+        quantised: The tensors' roles and the recipe, where the checkpoint is quantised.
     """
 
     folder: Path
     spec: ModelSpec
     prefix: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, CheckpointTensor]
     vision: VisionSpec | None = None
     quantised: Prequantised | None = None
 
@@ -59,7 +57,7 @@ def open_checkpoint(folder: Path, *, any_dtype: bool = False) -> Checkpoint:
         any_dtype: Whether tensors may be of another dtype than the configuration says, since they will be converted.
 
     Raises:
-        CheckpointError: What is missing, damaged, misshapen or unknown, with the file or tensor it is about.
+        CheckpointError: Something is missing, damaged, misshapen or unknown; the file or tensor is named.
     """
     folder = folder.absolute()
     if not folder.is_dir():
@@ -68,13 +66,13 @@ def open_checkpoint(folder: Path, *, any_dtype: bool = False) -> Checkpoint:
     model_spec(config)  # a wrong configuration is named before any shard
     scheme = read_scheme(config, read_json(folder / MODELOPT) if (folder / MODELOPT).exists() else None)
     found = _find_tensors(folder)
-    stored = {DTYPE_NAMES[t.region.dtype] for t in found.values() if t.region.dtype in DTYPE_NAMES}
+    stored = {FLOATS_BY_CODE[t.region.dtype] for t in found.values() if t.region.dtype in FLOATS_BY_CODE}
     spec = model_spec(config, stored.pop() if len(stored) == 1 else "bfloat16")
     prefix = "language_model." if any(name.startswith("language_model.") for name in found) else ""
     vision = vision_spec(config) if any(name.startswith(VISION) for name in found) else None
     expected = expected_tensors(spec, prefix)
     if vision is not None:
-        expected |= vision_tensors(vision, spec.hidden_size)
+        expected |= tower_tensors(vision, spec.hidden_size)
     quantised = None if scheme is None else find_quantised(found, expected, spec, prefix, scheme)
     if quantised is None:
         _check_tensors(found, expected, spec, any_dtype=any_dtype)
@@ -130,7 +128,7 @@ def expected_tensors(spec: ModelSpec, prefix: str = "") -> dict[str, tuple[int, 
     return shapes
 
 
-def vision_tensors(vision: VisionSpec, text_size: int) -> dict[str, tuple[int, ...]]:
+def tower_tensors(vision: VisionSpec, text_size: int) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a vision tower's and projector's tensors.
 
     Args:
@@ -159,14 +157,14 @@ def vision_tensors(vision: VisionSpec, text_size: int) -> dict[str, tuple[int, .
     return shapes
 
 
-def _find_tensors(folder: Path) -> dict[str, Tensor]:
+def _find_tensors(folder: Path) -> dict[str, CheckpointTensor]:
     """All tensors of the folder's shards, as the index names them, or of the single file."""
     index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index_path.exists():
         if not single.exists():
             raise CheckpointError(f"{folder}: neither {single.name} nor {index_path.name}: download the weights")
         shard = open_shard(single)
-        return {name: Tensor(shard=shard, region=region) for name, region in shard.tensors.items()}
+        return {name: CheckpointTensor(shard=shard, region=region) for name, region in shard.tensors.items()}
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index_path}: weight_map is no object of file names: restore the file")
@@ -177,7 +175,7 @@ def _find_tensors(folder: Path) -> dict[str, Tensor]:
     for name, file in weight_map.items():
         if name not in shards[file].tensors:
             raise CheckpointError(f"{folder / file}: lacks {name!r}, which the index puts there: download it again")
-        tensors[name] = Tensor(shard=shards[file], region=shards[file].tensors[name])
+        tensors[name] = CheckpointTensor(shard=shards[file], region=shards[file].tensors[name])
     for file, shard in shards.items():
         if unlisted := sorted(name for name in shard.tensors if weight_map.get(name) != file):
             raise CheckpointError(f"{index_path}: does not list {unlisted[0]!r} of {file}: restore the index")
@@ -185,7 +183,7 @@ def _find_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_tensors(
-    found: dict[str, Tensor], expected: dict[str, tuple[int, ...]], spec: ModelSpec, *, any_dtype: bool
+    found: dict[str, CheckpointTensor], expected: dict[str, tuple[int, ...]], spec: ModelSpec, *, any_dtype: bool
 ) -> None:
     if missing := [name for name in expected if name not in found]:
         raise CheckpointError(
@@ -199,9 +197,11 @@ def _check_tensors(
         region = found[name].region
         if region.shape != shape:
             raise CheckpointError(f"tensor {name!r} has shape {list(region.shape)}, config.json makes it {list(shape)}")
-        dtype = DTYPE_NAMES.get(region.dtype)
+        dtype = FLOATS_BY_CODE.get(region.dtype)
         if dtype is None:
-            raise CheckpointError(f"tensor {name!r} is {region.dtype}, expected one of {', '.join(DTYPE_NAMES)}")
+            raise CheckpointError(
+                f"tensor {name!r} is {region.dtype}, expected one of {', '.join(sorted(FLOATS_BY_CODE))}"
+            )
         if dtype != spec.dtype and not any_dtype:
             raise CheckpointError(
                 f"tensor {name!r} is {dtype}, config.json says {spec.dtype}: choose with --dtype, which converts"

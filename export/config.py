@@ -9,12 +9,10 @@ from typing import Any, NoReturn
 
 from ..errors import CheckpointError
 from ..spec.geometry import LayerSpec, ModelSpec, RopeScaling, VisionSpec
-from ..spec.types import DType
+from ..spec.types import FLOATS, DType
 
 MOST_LAYERS = 1000
 """A configuration with more is damaged."""
-
-DTYPES: dict[str, DType] = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 
 VISION_FIXED = {
     "hidden_act": "gelu",
@@ -72,8 +70,8 @@ def model_spec(config: dict[str, Any], stored_dtype: DType = "bfloat16") -> Mode
     if fields.get("attention_bias", False):
         fields.refuse("attention_bias", "false, as in every Llama 4")
     dtype = str(fields.get("dtype") or fields.get("torch_dtype") or stored_dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        fields.refuse("dtype" if "dtype" in fields.values else "torch_dtype", " or ".join(DTYPES))
+    if dtype not in FLOATS:
+        fields.refuse("dtype" if "dtype" in fields.values else "torch_dtype", " or ".join(FLOATS))
     rope_theta, rope_scaling = _rope(fields)
     tuned = fields.flag("attn_temperature_tuning", True)
     return ModelSpec(
@@ -95,7 +93,7 @@ def model_spec(config: dict[str, Any], stored_dtype: DType = "bfloat16") -> Mode
         temperature_scale=fields.positive("attn_scale", 0.1) if tuned else 0.0,
         temperature_floor=fields.positive("floor_scale", 8192),
         tied_embeddings=fields.flag("tie_word_embeddings", False),
-        dtype=DTYPES[dtype],
+        dtype=dtype,
     )
 
 

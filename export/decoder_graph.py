@@ -12,10 +12,12 @@ from ..plugins.gqa import op as gqa
 from ..plugins.gqa.body import body as gqa_body
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import body as moe_body
-from ..plugins.nodes import OPSET, Nodes, ints, number
+from ..plugins.nodes import OPSET, Nodes, ints, number, onnx_type
 from ..spec.geometry import LayerSpec, ModelSpec, VisionSpec
-from .assembly import DTYPES, IR_VERSION, Initializers, Locate, Progress, clone
-from .llama4 import attention_attributes, inverse_frequencies
+from ..spec.types import Progress
+from .assembly import IR_VERSION, Initializers, PlaceOf, clone
+from .llama4 import inverse_frequencies
+from .rank_layer import rank_attributes
 from .split import WHOLE, Split
 from .trace import trace_layer
 
@@ -26,7 +28,7 @@ Traced = dict[tuple[LayerSpec, Split], ir.Graph]
 def stitch_decoder(
     spec: ModelSpec,
     prefix: str,
-    locate: Locate,
+    place_of: PlaceOf,
     progress: Progress,
     *,
     split: Split = WHOLE,
@@ -38,15 +40,15 @@ def stitch_decoder(
 
     Args:
         spec: Geometry of the whole model; its dtype is the graph's.
-        prefix: What the checkpoint's tensor names begin with.
-        locate: Finds a tensor, or the rank's portion of it, in the weight files.
-        progress: Told of each layer.
+        prefix: Beginning of the checkpoint's tensor names.
+        place_of: Finds a tensor, or the rank's portion of it, in the weight files.
+        progress: Called for each layer.
         split: Layout over ranks.
         rank: Whose graph.
         traced: Layers traced for another rank, extended here.
         vision: Geometry of the vision tower whose features enter; None for text alone.
     """
-    return Stitcher(spec, prefix, locate, split, rank, {} if traced is None else traced, vision).stitch(progress)
+    return Stitcher(spec, prefix, place_of, split, rank, {} if traced is None else traced, vision).stitch(progress)
 
 
 class Stitcher:
@@ -56,7 +58,7 @@ class Stitcher:
         self,
         spec: ModelSpec,
         prefix: str,
-        locate: Locate,
+        place_of: PlaceOf,
         split: Split,
         rank: int,
         traced: Traced,
@@ -64,9 +66,9 @@ class Stitcher:
     ) -> None:
         self.spec, self.prefix, self.vision = spec, prefix, vision
         self.split, self.rank, self.traced = split, rank, traced
-        self.dtype = DTYPES[spec.dtype]
+        self.dtype = onnx_type(spec.dtype)
         self.experts = moe.Attributes(top_k=spec.experts_per_token, first_expert=split.first_expert(spec, rank))
-        self.initializers = Initializers(locate)
+        self.initializers = Initializers(place_of)
         self.inv_freq = self.initializers.constant("rope.inv_freq", inverse_frequencies(spec).numpy())
         self.functions: dict[str, ir.Function] = {}
 
@@ -170,7 +172,7 @@ class Stitcher:
             return ""
         overload = f"{'rope' if layer.rope else 'nope'}_{'chunked' if layer.chunk else 'full'}"
         if overload not in self.functions:
-            attributes = attention_attributes(self.spec, layer, self.split)
+            attributes = rank_attributes(self.spec, layer, self.split)
             self.functions[overload] = gqa_body(attributes, self.spec.head_dim, layer.rope, self.dtype, overload)
         return overload
 

@@ -4,6 +4,8 @@ Parameter names are those of the Hugging Face checkpoint, so `load_state_dict(st
 on token ids, the model reads whole sequences with no cache and agrees with `transformers` bit for bit. One layer called
 with a `Cache` is the step that export traces.
 
+From the top down: cache, model, layer, attention, feed-forward, norm. The configuration is `spec.geometry.ModelSpec`.
+
 Shapes: B batch, S sequence, T tokens (B·S), H hidden, I expert width, E experts, Q query heads, K kv heads, D head
 dim, C cache slots, R positions that get logits, V vocabulary.
 """
@@ -15,13 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ..plugins.all_reduce.torch_op import all_reduce
 from ..plugins.gqa import op as gqa
 from ..plugins.gqa.torch_op import attend_whole, grouped_query_attention
 from ..plugins.moe import op as moe
 from ..plugins.moe.torch_op import moe_dispatch
 from ..spec.geometry import LayerSpec, ModelSpec
-from .split import WHOLE, Split
 
 
 class Cache(NamedTuple):
@@ -32,54 +32,62 @@ class Cache(NamedTuple):
     past_lengths: Tensor
 
 
-def inverse_frequencies(spec: ModelSpec) -> Tensor:
-    """RoPE's angle per position for each pair of a head, [D/2] float32, with Llama 3's scaling where the spec has it.
+class Llama4(nn.Module):
+    """The text decoder with its language-model head.
 
-    Long wavelengths are stretched by `factor`, short ones kept, those between blended (the rule that Llama 3.1's
-    release describes). Where low and high factors are equal there is nothing between.
+    Args:
+        spec: Geometry. Parameters are created in the default dtype and on the default device, uninitialised where a
+            checkpoint will fill them.
     """
-    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    inv_freq = 1.0 / (spec.rope_theta**exponent)
-    scaling = spec.rope_scaling
-    if scaling is None:
-        return inv_freq
-    wavelength = 2 * math.pi / inv_freq
-    longest_kept = scaling.original_max_positions / scaling.high_freq_factor
-    shortest_stretched = scaling.original_max_positions / scaling.low_freq_factor
-    stretched = torch.where(wavelength > shortest_stretched, inv_freq / scaling.factor, inv_freq)
-    if scaling.high_freq_factor == scaling.low_freq_factor:
-        return stretched
-    smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    blended = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
-    between = (wavelength >= longest_kept) & (wavelength <= shortest_stretched)
-    return torch.where(between, blended, stretched)
 
-
-@torch.library.custom_op("arriero::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last axis in float32, cast back, *then* times the weight: ONNX's `RMSNormalization`."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
-
-
-@rms_norm.register_fake
-def _(x, weight, eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
-
-
-class RMSNorm(nn.Module):
-    """Llama 4's RMS norm."""
-
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+        self.spec = spec
+        self.model = TextModel(spec)
+        self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        if spec.tied_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] → [..., H]."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, input_ids_BS: Tensor) -> Tensor:
+        """Token ids [B, S], unpadded → logits [B, S, V] in the model's dtype."""
+        return self.lm_head(self.model(input_ids_BS))
+
+
+class TextModel(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in spec.layers)
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+
+    def forward(self, input_ids_BS: Tensor) -> Tensor:
+        """Token ids [B, S] → normalised hidden states [B, S, H]."""
+        return self.run(self.embed_tokens(input_ids_BS))
+
+    def run(self, x_BSH: Tensor) -> Tensor:
+        """Embeddings [B, S, H] → normalised hidden states [B, S, H]."""
+        for layer in self.layers:
+            x_BSH, _ = layer(x_BSH)
+        return self.norm(x_BSH)
+
+
+class DecoderLayer(nn.Module):
+    """Norm, attention, norm, feed-forward, with both residuals."""
+
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.self_attn = Attention(spec, layer)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.feed_forward = MixtureOfExperts(spec) if layer.experts else MLP(spec.hidden_size, spec.dense_size)
+
+    def forward(self, x_BSH: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
+        """[B, S, H] → [B, S, H], and the cache with these tokens in it."""
+        attended_BSH, cache = self.self_attn(self.input_layernorm(x_BSH), cache)
+        x_BSH = x_BSH + attended_BSH
+        return x_BSH + self.feed_forward(self.post_attention_layernorm(x_BSH)), cache
 
 
 class Attention(nn.Module):
@@ -87,9 +95,9 @@ class Attention(nn.Module):
 
     inv_freq: Tensor | None
 
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> None:
+    def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__()
-        self.attributes = attention_attributes(spec, layer, split)
+        self.attributes = attention_attributes(spec, layer)
         query_size, kv_size = self.attributes.heads * spec.head_dim, self.attributes.kv_heads * spec.head_dim
         self.q_proj = nn.Linear(spec.hidden_size, query_size, bias=False)
         self.k_proj = nn.Linear(spec.hidden_size, kv_size, bias=False)
@@ -120,11 +128,11 @@ class Attention(nn.Module):
         return self.o_proj(attended), Cache(present_key, present_value, cache.past_lengths)
 
 
-def attention_attributes(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> gqa.Attributes:
+def attention_attributes(spec: ModelSpec, layer: LayerSpec) -> gqa.Attributes:
     """The op's attributes in one layer: norm where there is RoPE, temperature where there is none."""
     return gqa.Attributes(
-        heads=spec.heads // split.ranks,
-        kv_heads=spec.kv_heads // split.ranks,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
         scale=spec.head_dim**-0.5,
         chunk=layer.chunk,
         qk_norm_eps=spec.norm_eps if spec.qk_norm and layer.rope else 0.0,
@@ -133,38 +141,39 @@ def attention_attributes(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE
     )
 
 
-class MLP(nn.Module):
-    """SwiGLU feed-forward: a dense layer's, or the shared expert."""
+def inverse_frequencies(spec: ModelSpec) -> Tensor:
+    """RoPE's angle per position for each pair of a head, [D/2] float32, with Llama 3's scaling where the spec has it.
 
-    def __init__(self, hidden_size: int, size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, size, bias=False)
-        self.down_proj = nn.Linear(size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] → [..., H]."""
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Experts(nn.Module):
-    """The routed experts' stacked weights, input dimension first."""
-
-    def __init__(self, spec: ModelSpec, split: Split = WHOLE) -> None:
-        super().__init__()
-        count, size = spec.experts // split.expert_groups, spec.expert_size // split.sharers
-        self.gate_up_proj = nn.Parameter(torch.empty(count, spec.hidden_size, 2 * size))
-        self.down_proj = nn.Parameter(torch.empty(count, size, spec.hidden_size))
+    Long wavelengths are stretched by `factor`, short ones kept, those between blended (the rule that Llama 3.1's
+    release describes). Where low and high factors are equal there is nothing between.
+    """
+    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
+    inv_freq = 1.0 / (spec.rope_theta**exponent)
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return inv_freq
+    wavelength = 2 * math.pi / inv_freq
+    longest_kept = scaling.original_max_positions / scaling.high_freq_factor
+    shortest_stretched = scaling.original_max_positions / scaling.low_freq_factor
+    stretched = torch.where(wavelength > shortest_stretched, inv_freq / scaling.factor, inv_freq)
+    if scaling.high_freq_factor == scaling.low_freq_factor:
+        return stretched
+    smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blended = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
+    between = (wavelength >= longest_kept) & (wavelength <= shortest_stretched)
+    return torch.where(between, blended, stretched)
 
 
 class MixtureOfExperts(nn.Module):
     """Router, routed experts and the shared expert."""
 
-    def __init__(self, spec: ModelSpec, split: Split = WHOLE) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.router = nn.Linear(spec.hidden_size, spec.experts, bias=False)
-        self.experts = Experts(spec, split)
-        self.shared_expert = MLP(spec.hidden_size, spec.expert_size // split.ranks)
+        self.experts = StackedExperts(spec)
+        self.shared_expert = MLP(spec.hidden_size, spec.expert_size)
         self.attributes = moe.Attributes(top_k=spec.experts_per_token)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
@@ -181,72 +190,50 @@ class MixtureOfExperts(nn.Module):
         return self.shared_expert(x_BSH) + routed_TH.view_as(x_BSH)
 
 
-class DecoderLayer(nn.Module):
-    """Norm, attention, norm, feed-forward, with both residuals.
-
-    Args:
-        spec: Geometry of the whole model.
-        layer: Kind of layer.
-        split: Of which this is a rank's part (of the first group of experts): what attention and feed-forward give is
-            summed over the ranks.
-    """
-
-    def __init__(self, spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> None:
-        super().__init__()
-        self.ranks = split.ranks
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.self_attn = Attention(spec, layer, split)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        dense_size = spec.dense_size // split.ranks
-        self.feed_forward = MixtureOfExperts(spec, split) if layer.experts else MLP(spec.hidden_size, dense_size)
-
-    def forward(self, x_BSH: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
-        """[B, S, H] → [B, S, H], and the cache with these tokens in it."""
-        attended_BSH, cache = self.self_attn(self.input_layernorm(x_BSH), cache)
-        x_BSH = x_BSH + self.over_ranks(attended_BSH)
-        return x_BSH + self.over_ranks(self.feed_forward(self.post_attention_layernorm(x_BSH))), cache
-
-    def over_ranks(self, part_BSH: Tensor) -> Tensor:
-        """The sum of what all ranks have, [B, S, H]."""
-        return part_BSH if self.ranks == 1 else all_reduce(part_BSH, self.ranks)
-
-
-class TextModel(nn.Module):
-    """Embedding, layers and the last norm."""
+class StackedExperts(nn.Module):
+    """The routed experts' stacked weights, input dimension first."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in spec.layers)
-        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-
-    def forward(self, input_ids_BS: Tensor) -> Tensor:
-        """Token ids [B, S] → normalised hidden states [B, S, H]."""
-        return self.run(self.embed_tokens(input_ids_BS))
-
-    def run(self, x_BSH: Tensor) -> Tensor:
-        """Embeddings [B, S, H] → normalised hidden states [B, S, H]."""
-        for layer in self.layers:
-            x_BSH, _ = layer(x_BSH)
-        return self.norm(x_BSH)
+        count, size = spec.experts, spec.expert_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, spec.hidden_size, 2 * size))
+        self.down_proj = nn.Parameter(torch.empty(count, size, spec.hidden_size))
 
 
-class Llama4(nn.Module):
-    """The text decoder with its language-model head.
+class MLP(nn.Module):
+    """SwiGLU feed-forward: a dense layer's, or the shared expert."""
 
-    Args:
-        spec: Geometry. Parameters are created in the default dtype and on the default device, uninitialised where a
-            checkpoint will fill them.
-    """
-
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, hidden_size: int, size: int) -> None:
         super().__init__()
-        self.spec = spec
-        self.model = TextModel(spec)
-        self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
-        if spec.tied_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.gate_proj = nn.Linear(hidden_size, size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, size, bias=False)
+        self.down_proj = nn.Linear(size, hidden_size, bias=False)
 
-    def forward(self, input_ids_BS: Tensor) -> Tensor:
-        """Token ids [B, S], unpadded → logits [B, S, V] in the model's dtype."""
-        return self.lm_head(self.model(input_ids_BS))
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] → [..., H]."""
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """Llama 4's RMS norm."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] → [..., H]."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+@torch.library.custom_op("arriero::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last axis in float32, cast back, *then* times the weight: ONNX's `RMSNormalization`."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
+
+
+@rms_norm.register_fake
+def _(x, weight, eps):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)

@@ -21,16 +21,14 @@ from ..files.output import check_apart, check_free, new_folder
 from ..files.safetensors import Region
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
-from ..spec.types import DType
-from .assembly import Progress
+from ..spec.types import CODES, FLOATS, DType, Progress
 from .checkpoint import Checkpoint, expected_tensors, open_checkpoint, read_json
-from .config import DTYPES, text_config
+from .config import text_config
 from .decoder_graph import Traced, stitch_decoder
-from .placement import Placement, place_quantised, place_ranks, place_whole
-from .portions import FORMAT_NAMES
+from .placement import PlacedWeights, place_quantised, place_ranks, place_whole
+from .prequantised.inventory import Prequantised
 from .prequantised.scheme import MODELOPT
-from .prequantised.search import Prequantised
-from .quantised import quantise_graph
+from .quantised_graph import quantise_graph
 from .split import Split, split_model
 from .tower_graph import stitch_tower
 
@@ -59,8 +57,8 @@ def export_checkpoint(
         tp: Ranks over which the model is split; 1 leaves it whole.
         ep: Groups of ranks over which the experts are distributed; None is one a rank, which leaves them in place.
         force: Whether an existing model folder at `out` is replaced.
-        progress: Told the phase, the steps done and the steps in all.
-        notice: Told what a person should know, a line each.
+        progress: Called with the phase, the steps done and the steps in all.
+        notice: Called with each line that a person should know.
 
     Returns:
         The model folder.
@@ -72,8 +70,8 @@ def export_checkpoint(
         FolderError: `out` exists, or cannot be written.
     """
     source, target = Path(checkpoint).absolute(), Path(out).absolute()
-    if dtype is not None and dtype not in DTYPES:
-        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
     check_apart(source, target)
     check_free(target, force=force)
     opened = open_checkpoint(source, any_dtype=dtype is not None)
@@ -82,27 +80,32 @@ def export_checkpoint(
         _notice_quantised(opened.quantised, notice)
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
-    record = FolderSpec(
+    record = _folder_spec(source, opened, spec, split)
+    with new_folder(target, force=force) as folder:
+        if split.ranks == 1:
+            placement, model = _make_whole(opened, folder, spec, dtype, copy_weights, progress)
+            _write_model(source, folder, model, placement, record)
+        else:
+            copied = _write_ranks(opened, folder, split, dtype, copy_weights, record, progress)
+            notice(f"{copied / 1e9:.1f} GB of weights are in the ranks' folders; the rest stays where it is.")
+    return target
+
+
+def _folder_spec(source: Path, checkpoint: Checkpoint, spec: ModelSpec, split: Split) -> FolderSpec:
+    """The folder's spec, but for its weight files and for the number of a rank."""
+    return FolderSpec(
         kind="model",
         version=__version__,
         model=spec,
         graph=GRAPH,
         source=str(source),
         source_hashes=_hashes(source),
+        recipe=None if checkpoint.quantised is None else checkpoint.quantised.recipe,
         tools={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},
-        vision=None if opened.vision is None else VisionPart(spec=opened.vision),
+        vision=None if checkpoint.vision is None else VisionPart(spec=checkpoint.vision),
         ranks=split.ranks,
         expert_groups=split.expert_groups,
     )
-    with new_folder(target, force=force) as folder:
-        if split.ranks == 1:
-            placement, model = _make_whole(opened, folder, spec, dtype, copy_weights, progress)
-            recipe = None if opened.quantised is None else opened.quantised.recipe
-            _write_model(source, folder, model, placement, dataclasses.replace(record, recipe=recipe))
-        else:
-            copied = _write_ranks(opened, folder, split, dtype, copy_weights, record, progress)
-            notice(f"{copied / 1e9:.1f} GB of weights are in the ranks' folders; the rest stays where it is.")
-    return target
 
 
 def _check_quantised(spec: ModelSpec, dtype: DType | None, tp: int) -> None:
@@ -126,20 +129,20 @@ def _notice_quantised(quantised: Prequantised, notice: Callable[[str], None]) ->
 
 def _make_whole(
     checkpoint: Checkpoint, folder: Path, spec: ModelSpec, dtype: DType | None, copy_weights: bool, progress: Progress
-) -> tuple[Placement, ir.Model]:
+) -> tuple[PlacedWeights, ir.Model]:
     """Places the weights and builds the graph of a model that is not split."""
     quantised = checkpoint.quantised
     if quantised is None:
         placement = place_whole(checkpoint, folder, dtype, copy_weights, progress)
-        locate = placement.regions.__getitem__
-        return placement, stitch_decoder(spec, checkpoint.prefix, locate, progress, vision=checkpoint.vision)
+        place_of = placement.regions.__getitem__
+        return placement, stitch_decoder(spec, checkpoint.prefix, place_of, progress, vision=checkpoint.vision)
     placement = place_quantised(checkpoint, quantised, folder, copy_weights, progress)
     shapes = expected_tensors(spec, checkpoint.prefix)
 
-    def locate_later(name: str) -> tuple[str, Region]:
-        return "", Region(FORMAT_NAMES[spec.dtype], shapes[name], 0, 0)  # until quantise_graph gives it its place
+    def place_later(name: str) -> tuple[str, Region]:
+        return "", Region(CODES[spec.dtype], shapes[name], 0, 0)  # until quantise_graph gives it its place
 
-    model = stitch_decoder(spec, checkpoint.prefix, locate_later, progress, vision=checkpoint.vision)
+    model = stitch_decoder(spec, checkpoint.prefix, place_later, progress, vision=checkpoint.vision)
     quantise_graph(model, spec, quantised.recipe, placement.regions, folder)
     return placement, model
 
@@ -177,7 +180,7 @@ def _write_ranks(
     return copied
 
 
-def _write_model(source: Path, folder: Path, model: ir.Model, placement: Placement, record: FolderSpec) -> None:
+def _write_model(source: Path, folder: Path, model: ir.Model, placement: PlacedWeights, record: FolderSpec) -> None:
     """Writes the decoder's graph, the vision tower's, and all that goes with them."""
     ir.save(model, folder / GRAPH)
     if record.vision is not None:

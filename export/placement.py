@@ -13,18 +13,17 @@ from ..errors import ExportError
 from ..files.output import copy_sparse
 from ..files.safetensors import Region, Shard, identity, open_shard
 from ..spec.stored_weights import WeightFile
-from ..spec.types import DType
-from .assembly import Progress
-from .checkpoint import DTYPE_NAMES, Checkpoint
+from ..spec.types import FLOATS_BY_CODE, DType, Progress
+from .checkpoint import Checkpoint
 from .portions import convert_shard, write_portions
-from .prequantised.restacked import Made, Tensors, write_made
-from .prequantised.search import Prequantised
+from .prequantised.inventory import Prequantised
+from .prequantised.restacked import GraphTensors, MadeTensor, write_made
 from .split import Portion, Split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """What one graph reads.
+class PlacedWeights:
+    """The weights that one graph reads, and where they lie.
 
     Attributes:
         files: The weight files.
@@ -43,7 +42,7 @@ class Placement:
 
 def place_whole(
     checkpoint: Checkpoint, folder: Path, dtype: DType | None, copy_weights: bool, progress: Progress
-) -> Placement:
+) -> PlacedWeights:
     """Leaves, copies or converts each shard, for a graph that reads all of it.
 
     Args:
@@ -51,12 +50,12 @@ def place_whole(
         folder: The model folder, for what is copied or converted.
         dtype: Type of the graph's weights; None is the checkpoint's.
         copy_weights: Whether every file is to lie in the folder.
-        progress: Told of each shard that is written.
+        progress: Called for each shard that is written.
 
     Raises:
         ExportError: A value does not fit the type, or a shard changed meanwhile.
     """
-    placement = Placement()
+    placement = PlacedWeights()
     for index, shard in enumerate(checkpoint.shards):
         converts = _converts(shard, checkpoint, dtype)
         if converts or copy_weights:
@@ -76,25 +75,25 @@ def place_whole(
 
 def place_quantised(
     checkpoint: Checkpoint, quantised: Prequantised, folder: Path, copy_weights: bool, progress: Progress
-) -> Placement:
+) -> PlacedWeights:
     """Leaves what lies as the graph reads it, and writes the rest: a file a layer, and one of what is in no layer.
 
     Args:
         checkpoint: Where the weights are.
-        quantised: What its tensors are.
+        quantised: The roles of its tensors.
         folder: The model folder.
         copy_weights: Whether every tensor is to lie in the folder.
-        progress: Told of each file that is written.
+        progress: Called for each file that is written.
 
     Raises:
         ExportError: A shard changed meanwhile.
     """
-    tensors = Tensors(in_place={**quantised.plain, **quantised.tensors.in_place}, made=quantised.tensors.made)
+    tensors = GraphTensors(in_place={**quantised.plain, **quantised.tensors.in_place}, made=quantised.tensors.made)
     if copy_weights:
         tensors = tensors.copied()
     fingerprints = {shard.path: identity(shard.path) for shard in checkpoint.shards}
-    placement = Placement()
-    files: dict[str, dict[str, Made]] = {}
+    placement = PlacedWeights()
+    files: dict[str, dict[str, MadeTensor]] = {}
     for name, made in tensors.made.items():
         layer = re.search(r"layers\.(\d+)\.", name)
         files.setdefault(f"quantised-{int(layer[1]):05}" if layer else "quantised-rest", {})[name] = made
@@ -123,7 +122,7 @@ def place_ranks(
     dtype: DType | None,
     copy_weights: bool,
     progress: Progress,
-) -> list[Placement]:
+) -> list[PlacedWeights]:
     """Finds each rank's portion of every tensor: in place where it is one run of bytes, else in a file of the rank's.
 
     Args:
@@ -132,12 +131,12 @@ def place_ranks(
         split: The layout.
         dtype: Type of the graphs' weights; None is the checkpoint's.
         copy_weights: Whether every portion is to lie in its rank's folder.
-        progress: Told of each shard.
+        progress: Called for each shard.
 
     Raises:
         ExportError: A value does not fit the type, or a shard changed meanwhile.
     """
-    placements = [Placement() for _ in folders]
+    placements = [PlacedWeights() for _ in folders]
     for index, shard in enumerate(checkpoint.shards):
         progress("weights", index, len(checkpoint.shards))
         rewrites = copy_weights or _converts(shard, checkpoint, dtype)
@@ -172,7 +171,7 @@ def place_ranks(
     return placements
 
 
-def _place_tied_head(prefix: str, placement: Placement, split: Split, rank: int) -> None:
+def _place_tied_head(prefix: str, placement: PlacedWeights, split: Split, rank: int) -> None:
     """A tied LM head's rows are some of the embedding's, which every rank has whole."""
     file, embedding = placement.regions[f"{prefix}model.embed_tokens.weight"]
     head = split.portion("lm_head.weight", embedding.shape, rank).region(embedding)
@@ -183,4 +182,4 @@ def _place_tied_head(prefix: str, placement: Placement, split: Split, rank: int)
 def _converts(shard: Shard, checkpoint: Checkpoint, dtype: DType | None) -> bool:
     """Whether a shard's text tensors are not all of the type that the graph needs."""
     regions = (region for name, region in shard.tensors.items() if name in checkpoint.tensors)
-    return dtype is not None and {DTYPE_NAMES[region.dtype] for region in regions} != {dtype}
+    return dtype is not None and {FLOATS_BY_CODE[region.dtype] for region in regions} != {dtype}

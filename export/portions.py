@@ -11,19 +11,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - makes its types known to numpy
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExportError
 from ..files.safetensors import Region, Shard, encode_header
-from ..spec.types import DType
+from ..spec.types import CODES, FLOATS, TYPES, DType
 from .split import WHOLE, Portion
 
 Array = np.ndarray[Any, Any]
 
-NUMPY_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-FORMAT_NAMES: dict[DType, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+FLOAT_DTYPES = {CODES[name]: np.dtype(TYPES[name].numpy) for name in FLOATS}
+"""Numpy's float types by their safetensors codes."""
+
 PIECE = 16 << 20
 """Elements read at a time."""
 
@@ -75,10 +76,10 @@ def write_portions(source: Shard, targets: Mapping[Path, Mapping[str, Portion]],
 
 
 def take(portion: Portion, first_row: int, rows_RC: Array) -> Array:
-    """What a portion has of some rows of its tensor, seen as a matrix of all axes but the last by the last.
+    """A portion's part of some rows of its tensor, seen as a matrix of all axes but the last by the last.
 
     Args:
-        portion: Of a tensor [..., C].
+        portion: Portion of a tensor [..., C].
         first_row: The matrix's row that `rows_RC` begins with.
         rows_RC: Rows [R, C].
     """
@@ -106,16 +107,16 @@ def _header(source: Shard, portions: Mapping[str, Portion], dtype: DType | None)
 
 
 def _written_name(region: Region, dtype: DType | None) -> str:
-    return region.dtype if dtype is None else FORMAT_NAMES[dtype]
+    return region.dtype if dtype is None else CODES[dtype]
 
 
 def _written_dtype(region: Region, dtype: DType | None) -> np.dtype[Any]:
-    return NUMPY_DTYPES[_written_name(region, dtype)]
+    return FLOAT_DTYPES[_written_name(region, dtype)]
 
 
 def _pieces(source: Shard, reader: IO[bytes], region: Region) -> Iterator[tuple[int, int, Array | None]]:
     """A tensor's rows, some at a time: the number of the first, how many, the rows, or None where all are zero."""
-    stored, columns = NUMPY_DTYPES[region.dtype], region.shape[-1]
+    stored, columns = FLOAT_DTYPES[region.dtype], region.shape[-1]
     row_size = columns * stored.itemsize
     rows, step = region.size // row_size, max(1, PIECE // columns)
     for row in range(0, rows, step):

@@ -6,38 +6,38 @@ type, in the order of the tiles. Its initializers are named as in the checkpoint
 
 import onnx_ir as ir
 
-from ..plugins.nodes import OPSET, Nodes, ints
+from ..plugins.nodes import OPSET, Nodes, ints, onnx_type
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ..spec.geometry import VISION_LAYERS, VisionSpec
 from ..spec.types import DType
-from .assembly import DTYPES, IR_VERSION, Initializers, Locate, clone
+from .assembly import IR_VERSION, Initializers, PlaceOf, clone
 from .llama4_tower import NORM_EPS, turns
-from .trace import trace_vision_layer
+from .trace import trace_tower_layer
 
 TOWER = "vision_model."
 
 
-def stitch_tower(vision: VisionSpec, text_size: int, dtype: DType, locate: Locate) -> ir.Model:
+def stitch_tower(vision: VisionSpec, text_size: int, dtype: DType, place_of: PlaceOf) -> ir.Model:
     """Builds the vision graph.
 
     Args:
         vision: Geometry.
         text_size: Hidden size of the text decoder (H).
         dtype: Type of the graph.
-        locate: Finds a tensor in the weight files.
+        place_of: Finds a tensor in the weight files.
     """
-    tensors = Initializers(locate)
+    tensors = Initializers(place_of)
     pixels = ir.val("pixels", ir.DataType.FLOAT, ["tiles", 3, vision.image_size, vision.image_size])
     nodes = Nodes("stem/")
     x = _stem(nodes, pixels, tensors, vision, dtype)
     cos, sin = _turns(nodes, x, tensors, vision)
-    written, traced = nodes.list, trace_vision_layer(vision, dtype)
+    written, traced = nodes.list, trace_tower_layer(vision, dtype)
     for index in range(vision.layers):
         x, added = _layer(traced, tensors, index, x, cos, sin)
         written += added
     nodes = Nodes("head/")
     features = _head(nodes, x, tensors, vision)
-    output = ir.val("image_features", DTYPES[dtype], ["features", text_size])
+    output = ir.val("image_features", onnx_type(dtype), ["features", text_size])
     nodes.node("MatMul", [features, _turned(nodes, tensors, PROJECTOR)], outputs=[output])
     graph = ir.Graph(
         [pixels],
@@ -54,7 +54,7 @@ def stitch_tower(vision: VisionSpec, text_size: int, dtype: DType, locate: Locat
 def _stem(nodes: Nodes, pixels: ir.Value, tensors: Initializers, vision: VisionSpec, dtype: DType) -> ir.Value:
     """Patches, class token, places and norm: [N, S, C]."""
     grid, side = vision.grid, vision.patch_size
-    x = nodes.Cast(pixels, to=DTYPES[dtype])
+    x = nodes.Cast(pixels, to=onnx_type(dtype))
     if grid * side < vision.image_size:
         x = nodes.Slice(x, ints(0, 0), ints(grid * side, grid * side), ints(2, 3))
     squares = nodes.Reshape(x, ints(0, 3, grid, side, grid, side))

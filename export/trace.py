@@ -21,17 +21,18 @@ from ..plugins.gqa.op import DOMAIN, VERSION
 from ..spec.geometry import LayerSpec, ModelSpec, VisionSpec
 from ..spec.types import DType
 from .llama4 import Cache, DecoderLayer
-from .llama4_tower import VisionLayer
+from .llama4_tower import TowerLayer
+from .rank_layer import layer_of
 from .split import WHOLE, Split
 
 INPUTS = ("x", "past_lengths", "key_cache", "value_cache")
 OUTPUTS = ("y", "present_key", "present_value")
-VISION_INPUTS = ("x", "cos", "sin")
+TOWER_INPUTS = ("x", "cos", "sin")
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Step(nn.Module):
+class CachedLayer(nn.Module):
     """A layer's cached step with plain tensors in and out."""
 
     def __init__(self, layer: DecoderLayer) -> None:
@@ -57,7 +58,7 @@ def trace_layer(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> ir.G
     """
     schemas.register()
     dtype = getattr(torch, spec.dtype)
-    module = on_meta(spec.dtype, lambda: DecoderLayer(spec, layer, split))
+    module = on_meta(spec.dtype, lambda: layer_of(spec, layer, split))
     with torch.device("meta"):
         cache = torch.empty(2, spec.kv_heads // split.ranks, 4, spec.head_dim, dtype=dtype)
         arguments = (
@@ -68,22 +69,24 @@ def trace_layer(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> ir.G
         )
     batch, sequence, slots = (torch.export.Dim(name) for name in ("batch", "sequence", "slots"))
     of_cache = {0: batch, 2: slots}
-    graph = _trace(Step(module), arguments, ({0: batch, 1: sequence}, {0: batch}, of_cache, of_cache), INPUTS, OUTPUTS)
+    graph = _trace(
+        CachedLayer(module), arguments, ({0: batch, 1: sequence}, {0: batch}, of_cache, of_cache), INPUTS, OUTPUTS
+    )
     simplify_reshapes(graph)
     return graph
 
 
-def trace_vision_layer(vision: VisionSpec, dtype: DType) -> ir.Graph:
+def trace_tower_layer(vision: VisionSpec, dtype: DType) -> ir.Graph:
     """Traces a layer of the vision tower.
 
     Returns:
-        A graph of inputs `VISION_INPUTS` and one output, whose initializers are named `<parameter>` and hold no data.
+        A graph of inputs `TOWER_INPUTS` and one output, whose initializers are named `<parameter>` and hold no data.
     """
-    module = on_meta(dtype, lambda: VisionLayer(vision))
+    module = on_meta(dtype, lambda: TowerLayer(vision))
     with torch.device("meta"):
         x = torch.empty(2, vision.positions, vision.hidden_size, dtype=getattr(torch, dtype))
         cos, sin = (torch.empty(vision.positions, vision.head_dim // 2) for _ in range(2))
-    graph = _trace(module, (x, cos, sin), ({0: torch.export.Dim("tiles")}, None, None), VISION_INPUTS, ("y",))
+    graph = _trace(module, (x, cos, sin), ({0: torch.export.Dim("tiles")}, None, None), TOWER_INPUTS, ("y",))
     for node in graph:
         if node.op_type == "Attention":
             node.resize_outputs(1)  # the exporter names all that the operator may give
@@ -127,7 +130,7 @@ def on_meta(dtype: DType, make: Callable[[], Module]) -> Module:
 
 
 def translations() -> dict[Any, Any]:
-    """What the exporter writes for Arriero's PyTorch ops, and for those whose own translation is less readable."""
+    """Translations of Arriero's PyTorch ops into ONNX, and of those whose own translation is less readable."""
     arriero = Opset(DOMAIN, VERSION)
 
     def grouped_query_attention(  # type: ignore[no-untyped-def]

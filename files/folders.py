@@ -12,8 +12,8 @@ from .safetensors import identity
 
 SPEC = "spec.json"
 LAYERS, TOWER_LAYERS, KERNELS = "layers.json", "vision_layers.json", "kernels"
-"""Of an engine's bundle: the fused layers of the decoder's and of the vision tower's, and the folder of the plugins'
-compiled kernels."""
+"""Files of an engine's bundle: the fused layers of the decoder's and of the vision tower's, and the folder of the
+plugins' compiled kernels."""
 
 CARRIED = (
     "tokenizer.json",
@@ -100,9 +100,9 @@ def find_files(
 
     Args:
         folder: The model or bundle.
-        files: What its spec lists.
+        files: The files that its spec lists.
         weights: Folder of the weights after a move.
-        option: What the command line calls that folder.
+        option: The command line's name for that folder.
 
     Raises:
         FolderError: A file is missing, or another than the one exported.

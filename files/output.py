@@ -59,7 +59,7 @@ def resumed_folder(out: Path, job: str, *, force: bool = False) -> Iterator[tupl
 
     Args:
         out: Final path.
-        job: What tells this work from other work.
+        job: Fingerprint that tells this work from other work.
         force: Whether an existing folder of Arriero's at `out` is replaced.
 
     Raises:

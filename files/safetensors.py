@@ -56,7 +56,7 @@ class Shard:
 def encode_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """What a file begins with whose tensors, given by type and shape, lie one behind another in this order."""
+    """The beginning of a file whose tensors, given by type and shape, lie one behind another in this order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in tensors.items():

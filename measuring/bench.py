@@ -8,7 +8,7 @@ does falls on all alike; medians are given.
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..files.folders import read_spec
 from ..files.output import check_free, new_folder
 from ..loading import load
 from ..spec.folder import FolderSpec
+from ..spec.types import Progress
 
 if TYPE_CHECKING:
     from ..runtime import Session
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 RESULT, PLOT = "bench.json", "bench.png"
 LENGTHS, BATCHES = (128, 512, 2048), (1, 4, 8)
-Progress = Callable[[str, int, int], None]
 
 
 def measure_folder(
@@ -52,7 +52,7 @@ def measure_folder(
         runs: Timed runs of each case, after one that is not timed.
         threads: Threads of one operator on the CPU; None takes the processors that this process may use.
         weights: Folder of the weight files, where they have moved.
-        progress: Told the phase, the runs done and the runs in all.
+        progress: Called with the phase, the runs done and the runs in all.
 
     Returns:
         JSON-ready: the machine, the stream bandwidth, the peak of memory, and for each case the time to first token,
@@ -66,43 +66,24 @@ def measure_folder(
     lengths, batches = _sizes(spec, prefill, batch, decode_tokens)
     if runs < 1:
         raise SessionError(f"runs is {runs}, expected a whole number from 1 up")
-    from ..runtime.memory import step_reads
-    from .timing import Case, Stream, peak_memory, processors, time_case
+    from .timing import Case, processors
 
     started = time.perf_counter()
     session = load(path, max_seq=max(lengths) + decode_tokens, max_batch=max(batches), threads=threads, weights=weights)
     loading = time.perf_counter() - started
-    sizes = _weight_sizes(session)
     cases = [Case(length=length, batch=rows) for length in lengths for rows in batches]
-    total = len(cases) * (runs + 1)
-    for done, case in enumerate(cases):
-        progress("warm-up", done, total)
-        time_case(session, case, decode_tokens)
-    peak = peak_memory()  # before the stream's buffer
-    stream = Stream(threads or processors()) if sizes else None
-    readings: dict[Case, list[tuple[Reading, float | None]]] = {case: [] for case in cases}
-    for run in range(runs):
-        for at, case in enumerate(cases):
-            progress(f"run {run + 1}", len(cases) * (run + 1) + at, total)
-            speed = stream.read() if stream else None
-            readings[case].append((time_case(session, case, decode_tokens), speed))
-    records = []
-    for case, taken in readings.items():
-        reads = step_reads(spec, sizes, case.batch, case.length + (decode_tokens - 1) / 2) if sizes else None
-        records.append(_record(case, taken, None if reads is None else asdict(reads)))
-    speeds = [speed for taken in readings.values() for _, speed in taken if speed is not None]
+    threads = threads or processors()
+    measured = _time_cases(spec, session, cases, decode_tokens, runs, threads, progress)
     return {
         "folder": str(path),
         "version": __version__,
         "target": spec.target or "cpu",
         "machine": {"processor": _processor(), "processors": os.cpu_count()},
-        "threads": threads or processors(),
+        "threads": threads,
         "decode_tokens": decode_tokens,
         "runs": runs,
         "load_seconds": loading,
-        "peak_rss_bytes": peak,
-        "stream": {"bytes_per_second": median(speeds), "buffer_bytes": stream.size} if stream else None,
-        "cases": records,
+        **measured,
     }
 
 
@@ -191,6 +172,44 @@ def _sizes(
     return sorted(set(lengths)), sorted(set(batches))
 
 
+def _time_cases(
+    spec: FolderSpec,
+    session: "Session",
+    cases: Sequence["Case"],
+    decode_tokens: int,
+    runs: int,
+    threads: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The peak of memory, the stream's bandwidth, and each case's record; the cases take turns."""
+    from ..runtime.memory import step_reads
+    from .timing import Stream, peak_memory, time_case
+
+    sizes = _weight_sizes(session)
+    total = len(cases) * (runs + 1)
+    for done, case in enumerate(cases):
+        progress("warm-up", done, total)
+        time_case(session, case, decode_tokens)
+    peak = peak_memory()  # before the stream's buffer
+    stream = Stream(threads) if sizes else None
+    readings: dict[Case, list[tuple[Reading, float | None]]] = {case: [] for case in cases}
+    for run in range(runs):
+        for at, case in enumerate(cases):
+            progress(f"run {run + 1}", len(cases) * (run + 1) + at, total)
+            speed = stream.read() if stream else None
+            readings[case].append((time_case(session, case, decode_tokens), speed))
+    records = []
+    for case, taken in readings.items():
+        reads = step_reads(spec, sizes, case.batch, case.length + (decode_tokens - 1) / 2) if sizes else None
+        records.append(_record(case, taken, None if reads is None else asdict(reads)))
+    speeds = [speed for taken in readings.values() for _, speed in taken if speed is not None]
+    return {
+        "peak_rss_bytes": peak,
+        "stream": {"bytes_per_second": median(speeds), "buffer_bytes": stream.size} if stream else None,
+        "cases": records,
+    }
+
+
 def _weight_sizes(session: "Session") -> dict[str, int]:
     """Bytes of each weight as ONNX Runtime has it; none of an engine, whose memory is the GPU's."""
     from ..runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
@@ -203,7 +222,7 @@ def _weight_sizes(session: "Session") -> dict[str, int]:
 def _record(
     case: "Case", taken: list[tuple["Reading", float | None]], reads: dict[str, float] | None
 ) -> dict[str, Any]:
-    """One case's medians, and the runs they come from. The share of the stream is reckoned run by run."""
+    """One case's medians, and the runs they come from. The share of the stream is computed run by run."""
     first, step = (median(getattr(reading, name) for reading, _ in taken) for name in ("first", "step"))
     total = sum(reads.values()) if reads else None
     shares = [total / reading.step / speed for reading, speed in taken if total and speed]
@@ -225,6 +244,6 @@ def _record(
 
 
 def _processor() -> str:
-    """The processor's name as the kernel tells it."""
+    """The processor's name as the kernel gives it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

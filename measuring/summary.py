@@ -1,4 +1,4 @@
-"""What a folder is, in numbers: for `arriero inspect`, as JSON or as tables.
+"""A folder in numbers: for `arriero inspect`, as JSON or as tables.
 
 Enters: a model or bundle folder; only its `spec.json` and the lists of fused layers are read. Nothing is loaded.
 """
@@ -28,8 +28,8 @@ def summarise(
     Args:
         folder: A model or bundle folder.
         every_layer: Whether an engine's fused layers are listed one by one, beside how many there are of each kind.
-        max_seq: Tokens of a sequence that a CPU bundle's memory is reckoned for; None takes what a session takes.
-        batch: Rows at once that it is reckoned for.
+        max_seq: Tokens of a sequence that a CPU bundle's memory is estimated for; None takes what a session takes.
+        batch: Rows at once that it is estimated for.
 
     Returns:
         JSON-ready: the folder's kind and source, the model's geometry, its KV cache, its vision tower, of a CPU bundle
@@ -100,7 +100,7 @@ def _cache(spec: FolderSpec) -> dict[str, int]:
 
 
 def _memory(folder: Path, spec: FolderSpec, max_seq: int | None, batch: int) -> dict[str, int]:
-    """What a session on the CPU takes, part by part and in all."""
+    """Memory that a session on the CPU takes, part by part and in all."""
     from ..runtime.memory import session_memory
     from ..runtime.state import Limits
 
@@ -180,7 +180,7 @@ def _engine(folder: Path, spec: FolderSpec, engine: EngineSpec) -> dict[str, Any
 
 
 def _with_totals(engine: dict[str, Any]) -> dict[str, Any]:
-    """What each profile needs in all. The memory of activations is shared: it is that of the larger profile."""
+    """An engine with each profile's memory in all; that of activations is shared, and the larger profile's."""
     activations = max(profile["activations_bytes"] for profile in engine["profiles"])
     weights = engine["weights_inside_bytes"] + engine["weights_outside_bytes"]
     for profile in engine["profiles"]:

@@ -22,7 +22,7 @@ STREAM_SIZE = 1 << 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One prompt length and one batch: rows of so many tokens each."""
+    """One prompt length and one batch: rows of `length` tokens each."""
 
     length: int
     batch: int
@@ -63,10 +63,10 @@ class Stream:
 
 
 def time_case(session: Session, case: Case, decode_tokens: int) -> Reading:
-    """Prefills a batch of prompts and decodes so many tokens, each step with the choice of the likeliest tokens.
+    """Prefills a batch of prompts and decodes `decode_tokens` tokens, the likeliest chosen at each step.
 
     Raises:
-        SessionError: The session does not hold so many rows or tokens.
+        SessionError: The session does not hold the rows or tokens.
     """
     rng = np.random.default_rng(0)
     vocabulary = session.spec.vocab_size

@@ -1,4 +1,4 @@
-"""What a kernel is once it is compiled, and how it is launched: CUDA's driver API by ctypes, no Triton, no torch.
+"""Compiled kernels and their launches, by CUDA's driver API and ctypes: no Triton, no torch.
 
 An op's `plan` says which kernels it needs (`Kernel`) and, for a call of given shapes, what to launch in which order
 (`Launch`). Pointers pass through a plan untouched: they are device addresses on a GPU, tensors in Triton's
@@ -61,7 +61,7 @@ class Buffer:
     @property
     def size(self) -> int:
         """Bytes, rounded up so that the next buffer is aligned too."""
-        return -(-math.prod(self.shape) * BYTES[self.dtype] // 256) * 256
+        return ceil_divide(math.prod(self.shape) * BYTES[self.dtype], 256) * 256
 
 
 SHARED_WITHOUT_ASKING = 48 * 1024
@@ -106,7 +106,7 @@ class Kernels:
     Args:
         driver: The driver.
         folder: Where the cubins lie.
-        binaries: Those of this GPU's compute capability.
+        binaries: The kernels of this GPU's compute capability.
 
     Raises:
         SessionError: A cubin is missing or the driver refuses it.
@@ -150,6 +150,16 @@ class Kernels:
             pointers,
             None,
         )
+
+
+def ceil_divide(count: int, size: int) -> int:
+    """Blocks of a size that hold a count."""
+    return -(-count // size)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << (count - 1).bit_length()
 
 
 def placed(buffers: Mapping[str, Buffer], start: int) -> dict[str, int]:

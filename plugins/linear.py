@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from .nodes import Nodes, cast, ints, number
+from .nodes import Nodes, cast, ints, number, onnx_type
 from .quantisation import LARGEST
 
 FLOAT = ir.DataType.FLOAT
-STORED = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN, "int4": ir.DataType.INT4}
+STORED = {kind: onnx_type(kind) for kind in ("int8", "fp8", "int4")}
 KINDS = {dtype: kind for kind, dtype in STORED.items()}
 
 
@@ -30,7 +30,7 @@ class Linear:
 
     Attributes:
         kind: `int8`, `fp8` or `int4`.
-        x: What is quantised, or in `int4` multiplied as it is.
+        x: The input, quantised or in `int4` multiplied as it is.
         x_scale: Its scale; None in `int4`.
         weight: The stored weight [N, K], an initializer.
         weight_scale: [N], or [N, K / block] in `int4`.
@@ -47,7 +47,7 @@ class Linear:
 
     @property
     def unscaled(self) -> ir.Value:
-        """What is divided by the tokens' own scales."""
+        """The activations before the division by the tokens' own scales."""
         division = _producer(self.x, "Div")
         assert division is not None
         value = division.inputs[0]
@@ -97,7 +97,7 @@ def write_input(
         bound: As in `token_scale`.
 
     Returns:
-        What the product takes, float32, and the scale [..., 1] that multiplies the product, where there is one.
+        The product's input, float32, and the scale [..., 1] that multiplies the product, where there is one.
     """
     if scale is not None:
         return nodes.DequantizeLinear(nodes.QuantizeLinear(x, scale, output_dtype=STORED[kind]), scale), None
@@ -175,7 +175,7 @@ def read_linear(product: ir.Node) -> Linear | None:
 
 
 def _own_scale(x: ir.Value, product: ir.Value) -> ir.Value | None:
-    """What an input is divided by and its product multiplied with, and nothing else is done with that product."""
+    """The value that an input is divided by and its product multiplied with; nothing else reads that product."""
     division, readers = _producer(x, "Div"), product.consumers()
     if division is None or len(readers) != 1 or readers[0].op_type != "Mul":
         return None

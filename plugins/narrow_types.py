@@ -5,27 +5,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(np.uint16),
-    "int8": np.dtype(np.int8),
-    "uint8": np.dtype(np.uint8),
-    "fp8": np.dtype(np.uint8),
-    "int4": np.dtype(np.uint8),
-}
-"""How numpy holds each type: bfloat16 and E4M3 as bits; two of the 4-bit integers lie in a byte, the first low."""
+from ..spec.types import TYPES
 
-FORMAT_NAMES = {
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int8": "I8",
-    "uint8": "U8",
-    "fp8": "F8_E4M3",
-    "int4": "U8",
-}
-"""What safetensors files call each type; two of the 4-bit integers lie in a byte."""
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(each.held) for name, each in TYPES.items()}
+"""How numpy holds each type: bfloat16 and E4M3 as bits; two of the 4-bit integers lie in a byte, the first low."""
 
 PIECE = 1 << 20
 """Elements widened at a time, so that the piece stays in the processor's cache."""

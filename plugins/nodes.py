@@ -9,10 +9,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..spec.types import TYPES
+
 OPSET = 24
 """Version of the standard operators in every graph that Arriero writes."""
 
 Input = ir.Value | np.ndarray | None
+
+
+def onnx_type(name: str) -> ir.DataType:
+    """ONNX's type of a stored type."""
+    return ir.DataType(TYPES[name].onnx)
 
 
 class Nodes:

@@ -1,4 +1,4 @@
-"""What quantising means in Arriero's ops, in numpy: symmetric, round to nearest even, saturating.
+"""The meaning of quantising in Arriero's ops, in numpy: symmetric, round to nearest even, saturating.
 
 A stored value `q` stands for `q * scale`. Scales are float32 and positive; they lie along the axes that each op's
 contract names. Leaves: arrays of the stored type, or float64 values that they stand for.
@@ -6,17 +6,15 @@ contract names. Leaves: arrays of the stored type, or float64 values that they s
 
 from typing import Any, Literal
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - makes its types known to numpy
 import numpy as np
 from numpy.typing import NDArray
 
+from ..spec.types import TYPES
+
 Kind = Literal["none", "int8", "fp8", "int4"]
 
-STORED: dict[str, np.dtype[Any]] = {
-    "int8": np.dtype(np.int8),
-    "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
-    "int4": np.dtype(ml_dtypes.int4),
-}
+STORED: dict[str, np.dtype[Any]] = {kind: np.dtype(TYPES[kind].numpy) for kind in ("int8", "fp8", "int4")}
 """The numpy type of each kind; ONNX packs two of `int4` into a byte, the first in the low half."""
 
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
@@ -53,7 +51,7 @@ def dequantise(stored: NDArray[Any], scale: NDArray[Any]) -> NDArray[np.float64]
 def fake_quantise(
     x_TK: NDArray[Any], scale: NDArray[Any] | float | None, kind: str, bound: float = 0.0
 ) -> NDArray[np.float64]:
-    """What activations [T, K] become on their way into a quantised product.
+    """Activations [T, K] rounded to the values that they have in a quantised product.
 
     Args:
         x_TK: Activations.

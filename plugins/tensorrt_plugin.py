@@ -53,16 +53,16 @@ class Call(Protocol):
         ...
 
     def launches(self, pointers: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Launch]:
-        """What to launch; pointers by the names of inputs, outputs and scratch buffers."""
+        """The launches of a call; pointers by the names of inputs, outputs and scratch buffers."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PluginOp:
-    """What makes one op a plugin.
+    """The description of an op by which it becomes a plugin.
 
     Attributes:
-        name: The op's, which is also the plugin's.
+        name: The op's name, which is also the plugin's.
         settings: Frozen dataclass of the node's attributes: whole numbers, floats and texts.
         outputs: Names of the outputs.
         like: For each output, the input that it has shape and type of.
@@ -99,7 +99,7 @@ def type_names(trt: Any) -> dict[Any, str]:
 def register(trt: Any, ops: Sequence[PluginOp]) -> dict[str, Any]:
     """Registers the ops' plugin creators once a process. Returns them by name.
 
-    A creator's `capabilities` say for which GPUs scratch memory is reckoned, and its `needed` collects the kernels that
+    A creator's `capabilities` say for which GPUs scratch memory is computed, and its `needed` collects the kernels that
     plugins will launch there. Its `kernels` are what plugins made from an engine launch; there are none at build, and
     an engine is not made into plugins without. Its `failure` is what a plugin raised at build: TensorRT would go on
     without it.

@@ -28,7 +28,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compiled:
-    """A compiled kernel: what a bundle records of it, its machine code, and its PTX."""
+    """A compiled kernel: its record in a bundle, its machine code, and its PTX."""
 
     binary: Binary
     cubin: bytes
@@ -37,7 +37,7 @@ class Compiled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """What a kernel's machine code uses: registers a thread, bytes spilled, and its matrix instructions."""
+    """Resources of a kernel's machine code: registers a thread, bytes spilled, and its matrix instructions."""
 
     registers: int
     spilled: int

@@ -18,7 +18,7 @@ class Profile:
         max_length: Tokens of a row's piece at most.
         usual_length: Tokens it is tuned for.
         max_logits: Positions of a piece that get logits at most.
-        activations: Bytes of activations and scratch memory at its largest, as the build reckoned.
+        activations: Bytes of activations and scratch memory at its largest, as the build computed them.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Binary:
         parameters: Types of the run-time parameters, without the two scratch pointers that Triton appends.
         threads: Threads a program.
         shared: Bytes of dynamic shared memory.
-        sha256: Of the cubin.
+        sha256: SHA-256 of the cubin.
     """
 
     kernel: str
@@ -57,7 +57,13 @@ class Binary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheInput:
-    """One of an engine's caches: its name without `past.` or `present.`, its shape [K, C, D], its type."""
+    """One of an engine's caches.
+
+    Attributes:
+        name: The input's name without `past.`, and the output's without `present.`.
+        shape: Heads, slots and head dim [K, C, D] of one row.
+        dtype: Type of the values.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -71,14 +77,14 @@ class CacheInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSpec:
-    """What an engine is and asks for.
+    """An engine: its file, the machines it is for, its shapes and its memory.
 
     Attributes:
         file: Its file name.
         flavour: `tensorrt-rtx` or `tensorrt`.
-        version: Of that library; an engine runs on the version that built it.
+        version: Version of that library; an engine runs on the version that built it.
         capabilities: Compute capabilities that it was built for.
-        sha256: Of the file.
+        sha256: SHA-256 of the file.
         max_seq: Positions that a sequence may hold.
         profiles: In the engine's order.
         caches: Its cache inputs; each output of the same name is the same memory.
@@ -112,9 +118,9 @@ class TowerEngine:
 
     Attributes:
         file: Its file name.
-        sha256: Of the file.
+        sha256: SHA-256 of the file.
         max_tiles: Tiles that it takes at once at most.
-        activations: Bytes of activations and scratch memory for so many, as the build reckoned.
+        activations: Bytes of activations and scratch memory for `max_tiles`, as the build computed them.
         weights: Bytes of the weights inside.
     """
 

@@ -1,4 +1,4 @@
-"""What a recipe says of one linear or of one layer's experts.
+"""A recipe's choice for one linear or for one layer's experts.
 
 Enters: a `spec.Recipe`. Leaves: a `Choice` for each unit of a model. The units are named as in the checkpoint, without
 `model.` and `.weight`. Router and LM head, and of the vision tower all but its layers, are left as they are unless an
@@ -24,7 +24,7 @@ PROJECTOR = "multi_modal_projector.linear_1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """What a recipe says of one unit; the fields are those of `spec.Recipe`."""
+    """A recipe's choice for one unit; the fields are those of `spec.Recipe`."""
 
     format: Format
     activations: str
@@ -55,10 +55,10 @@ def units(spec: ModelSpec, vision: VisionSpec | None = None) -> Iterator[tuple[s
         yield f"{mlp}.down_proj", size
     yield "lm_head", spec.hidden_size
     if vision is not None:
-        yield from _vision_units(vision)
+        yield from _tower_units(vision)
 
 
-def _vision_units(vision: VisionSpec) -> Iterator[tuple[str, int]]:
+def _tower_units(vision: VisionSpec) -> Iterator[tuple[str, int]]:
     yield PATCHES, vision.patch_values
     for index in range(vision.layers):
         layer = f"{VISION_LAYERS}{index}"
@@ -78,7 +78,7 @@ def is_kept(name: str) -> bool:
 
 
 def choose(recipe: Recipe, name: str) -> Choice:
-    """What the recipe says of a unit."""
+    """The recipe's choice for a unit."""
     choice = Choice(
         format="none" if is_kept(name) else recipe.format,
         activations=recipe.activations,

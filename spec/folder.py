@@ -19,12 +19,12 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionPart:
-    """What a folder holds of a model's vision tower.
+    """A folder's part of a model's vision tower.
 
     Attributes:
         spec: The tower's geometry.
         graph: File name of its graph; empty where it is an engine.
-        weights: What the runtime hands to a bundle's graph; empty in a model.
+        weights: Tensors that the runtime hands to a bundle's graph; empty in a model.
         session: Flags that the graph needs from its session.
         engine: A TensorRT bundle's engine of the tower.
     """
@@ -44,22 +44,23 @@ class FolderSpec:
         kind: `model` (canonical graph), `bundle` (one target's artifact), or `group` (a model folder a rank).
         version: Arriero's version that wrote it.
         model: The decoder's geometry; the whole model's where the graph is one rank's.
-        target: What a bundle was built for; empty in a model.
+        target: Target that a bundle was built for; empty in a model.
         graph: File name of the decoder's graph.
         source: The checkpoint or model it was made from.
         source_hashes: SHA-256 of the small files it was made from, by name.
         weight_files: The safetensors files that the graph reads in place.
         recipe: How the model is quantised; None where it is not.
-        weights: What the runtime hands to a bundle's graph; empty in a model, whose graph says it itself.
+        weights: Tensors that the runtime hands to a bundle's graph; empty in a model, whose graph names them itself.
         tools: Versions of the libraries that wrote it.
         session: Flags that the graph needs from its session.
         engine: A TensorRT bundle's engine.
         vision: The vision tower's part; None where the model takes text only.
         rank: Which rank's the graph is, of a model that is split over several.
-        ranks: How many there are.
+        ranks: Number of ranks.
         cache_bits: Bits of keys and values in the caches of a bundle for the CPU, 8 or 4, each group of a token's by a
             scale of its own; 0 where the graph's caches are as they are.
         expert_groups: Over how many groups of ranks the experts are distributed.
+        schema: Version of this description; a folder with another one is refused.
     """
 
     kind: Literal["model", "bundle", "group"]

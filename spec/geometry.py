@@ -1,4 +1,4 @@
-"""What a model is made of: the geometry of its text decoder and of its vision tower. Standard library only."""
+"""A model's geometry: that of its text decoder and of its vision tower. Standard library only."""
 
 import typing
 from dataclasses import dataclass
@@ -8,15 +8,23 @@ from .fields import decode
 from .types import DType
 
 VISION = ("vision_model.", "multi_modal_projector.")
-"""What the names of a vision tower's and projector's tensors begin with."""
+"""Beginnings of the names of a vision tower's and projector's tensors."""
 
 VISION_LAYERS = "vision_model.model.layers."
-"""What the names of the tower's layers begin with."""
+"""Beginning of the names of the tower's layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
-    """Llama 3's frequency scaling, as Scout uses it (`rope_type: llama3`)."""
+    """Llama 3's frequency scaling, as Scout uses it (`rope_type: llama3`).
+
+    Attributes:
+        factor: Divisor of the low frequencies.
+        low_freq_factor: Wavelengths above `original_max_positions` over this are low frequencies.
+        high_freq_factor: Wavelengths below `original_max_positions` over this stay as they are; between the two the
+            divisor goes smoothly from 1 to `factor`.
+        original_max_positions: Positions of the context that the model was first trained on.
+    """
 
     factor: float
     low_freq_factor: float
@@ -26,7 +34,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerSpec:
-    """What one decoder layer is made of.
+    """The kind of one decoder layer.
 
     Attributes:
         rope: Whether queries and keys are rotated; a NoPE layer has its temperature tuned instead.
@@ -44,13 +52,25 @@ class ModelSpec:
     """The geometry of a Llama 4 text decoder, in the words of its `config.json`.
 
     Attributes:
+        vocab_size: Tokens of the vocabulary (V).
+        hidden_size: Width of the hidden states (H).
+        layers: The decoder layers, in order.
+        heads: Query heads (Q).
+        kv_heads: Key and value heads (K).
+        head_dim: Width of a head (D).
+        experts: Routed experts of a layer that has some (E).
         experts_per_token: Experts that each token is sent to (top-k).
         expert_size: Width of one expert and of the shared expert (I).
         dense_size: Width of the feed-forward in layers without experts.
+        norm_eps: Epsilon of the RMS norms.
         qk_norm: Whether rotated queries and keys are normalised.
+        rope_theta: Base of the rotation's frequencies.
+        rope_scaling: Scaling of these frequencies; None leaves them.
+        max_positions: Positions of the context.
         temperature_scale: Strength of the NoPE layers' temperature tuning; 0 is none.
         temperature_floor: Positions per step of that tuning.
         tied_embeddings: Whether the LM head is the embedding.
+        dtype: Type of the weights and of the graph's floats.
     """
 
     vocab_size: int
@@ -100,7 +120,10 @@ class VisionSpec:
     """The geometry of a Llama 4 vision tower and its projector.
 
     Attributes:
-        heads: Of its attention; each as wide as `hidden_size` over their number.
+        hidden_size: Width of the hidden states.
+        layers: Number of layers.
+        heads: Heads of its attention; each as wide as `hidden_size` over their number.
+        mlp_size: Width of a layer's feed-forward.
         image_size: Pixels of a tile's side (P).
         patch_size: Pixels of a patch's side.
         shuffle: Patches a side that pixel shuffle makes one feature of.

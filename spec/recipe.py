@@ -9,11 +9,16 @@ Format = Literal["none", "int8", "fp8", "int4"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Override:
-    """What a recipe says otherwise of some weights; None leaves it as the recipe has it.
+    """An exception of a recipe for some weights; None leaves a field as the recipe has it.
 
     Attributes:
         pattern: Shell pattern of names without `.weight`, as in `layers.*.self_attn.o_proj` or `lm_head`; one
             layer's routed experts are `layers.N.feed_forward.experts`.
+        format: How these weights are stored.
+        activations: One scale a tensor, or one a token.
+        clip: How the largest activation that is represented is chosen.
+        group_size: Rows of a weight that share a scale in `int4`.
+        rounding: To the nearest value, or with GPTQ's correction.
     """
 
     pattern: str
@@ -29,13 +34,13 @@ class Recipe:
     """How a model is quantised.
 
     Attributes:
-        format: Of the linears and of the experts; `int4` quantises weights only, the others activations too.
+        format: Format of the linears and of the experts; `int4` quantises weights only, the others activations too.
         activations: One scale a tensor from calibration, or one a token, computed as it runs.
         clip: How the largest activation that is represented is chosen.
         percentile: Share of activations, in percent, that `percentile` keeps within the clip.
         weight_clip: How the largest weight of a column or group is chosen.
-        smoothing: What moves difficult channels from activations into weights before rounding.
-        strength: Of the smoothing, 0 to 1; None searches it for each group of linears with a common input.
+        smoothing: Method that moves difficult channels from activations into weights before rounding.
+        strength: Strength of the smoothing, 0 to 1; None searches it for each group of linears with a common input.
         rounding: To the nearest value, or with GPTQ's correction of what is rounded later.
         group_size: Rows of a weight that share a scale in `int4`.
         kv_cache: How keys and values are stored.

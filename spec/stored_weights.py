@@ -8,7 +8,7 @@ from typing import Literal
 from .types import BITS, Stored
 
 EXPERT = re.compile(r"\.experts\.")
-"""What names of routed experts' weights hold, of one's or of all of them."""
+"""Part of the names of routed experts' weights, of one's or of all of them."""
 GROUP = 32
 """Dims of a token's key or value that a scale of their own is for in a cache of groups."""
 PANEL = 32
@@ -25,7 +25,7 @@ class WeightFile:
         name: File name, which is also its `location` in the ONNX graph.
         path: Absolute path where it was found, or empty where it lies in the folder itself.
         size: Bytes.
-        identity: `shards.identity` of the file: its header and samples of its data.
+        identity: Fingerprint of the file: SHA-256 of its length, its header and samples of its data.
     """
 
     name: str

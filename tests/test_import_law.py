@@ -88,7 +88,7 @@ def test_every_module_has_a_storey() -> None:
     assert {room_of(module) for module in MODULES} - {"", "__main__"} == set(BELOW) - {"__version__"}
 
 
-@pytest.mark.parametrize("room", BELOW)
+@pytest.mark.parametrize("room", sorted(BELOW))
 def test_a_room_imports_only_what_the_import_law_allows(room: str) -> None:
     for module in MODULES:
         if room_of(module) == room:
@@ -155,3 +155,7 @@ def test_the_runtime_imports_no_torch_onnx_or_transformers() -> None:
 
 def test_the_command_line_imports_no_room_until_a_verb_needs_it() -> None:
     assert not loaded_by("import arriero.cli.app", HEAVY | {"onnxruntime", "numpy"})
+
+
+def test_windows_of_text_and_images_are_read_without_torch() -> None:
+    assert not loaded_by("import arriero.walk.windows", HEAVY)

@@ -1,22 +1,66 @@
+import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import PathDistribution
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("accuracy", "calibration", "engine", "export", "plugins", "runtime")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+LOCK = (ROOT / "requirements.lock").read_text("utf-8")
 
 
 def packages_in_tree() -> set[str]:
-    folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    rooms = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"]
+    folders = {path.parent for room in rooms for path in room.rglob("*.py")}
     return {"arriero"} | {"arriero." + ".".join(folder.relative_to(ROOT).parts) for folder in folders}
 
 
+def locked(text: str) -> dict[str, list[str]]:
+    """The versions of each package; several where they depend on the platform."""
+    found: dict[str, list[str]] = {}
+    for name, version in re.findall(r"(?m)^([\w.-]+)==(\S+) ", text):
+        found.setdefault(name, []).append(version)
+    return found
+
+
+def part(name: str) -> dict[str, list[str]]:
+    return locked(LOCK.partition(f"# [{name}]\n")[2].partition("\n# [")[0])
+
+
 def test_the_package_list_is_the_tree() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert set(project["tool"]["setuptools"]["packages"]) == packages_in_tree()
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_in_tree()
+
+
+def test_the_lock_is_within_the_project_s_ranges() -> None:
+    versions = locked(LOCK)
+    ranges = [PROJECT["build-system"]["requires"], PROJECT["project"]["dependencies"]]
+    ranges += PROJECT["project"]["optional-dependencies"].values()
+    for requirement in map(Requirement, chain(*ranges)):
+        if requirement.name != "arriero":
+            name = canonicalize_name(requirement.name)
+            assert name in versions, f"{name} is not locked: make lock"
+            assert all(requirement.specifier.contains(version) for version in versions[name]), requirement
+
+
+def test_every_locked_version_has_hashes_and_no_place() -> None:
+    requirements = re.findall(r"(?m)^[^#\s].*\n(?:    .*\n)*", LOCK)
+    assert len(requirements) == sum(len(versions) for versions in locked(LOCK).values())
+    assert all("    --hash=sha256:" in requirement for requirement in requirements)
+    assert not re.search(r"//|^-|file:|[( ]/|/\w+/", LOCK, re.MULTILINE)
+
+
+def test_the_demo_installs_no_tools_of_the_tests_and_no_cuda() -> None:
+    demo, test, cuda = part("demo"), part("test"), part("cuda")
+    assert {"torch", "onnx", "matplotlib", "triton"} <= set(demo)
+    assert {"pytest", "ruff", "mypy", "transformers", "lm-eval"} <= set(test)
+    assert all(name.startswith(("cuda-", "nvidia-")) for name in cuda)
+    assert not set(demo) & set(test) | set(demo) & set(cuda) | set(test) & set(cuda)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +87,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]
 def test_site_packages_gain_only_arriero(installed: tuple[Path, set[str]]) -> None:
     _, gained = installed
     assert {name for name in gained if not name.endswith(".dist-info")} - {"bin"} == {"arriero"}
+
+
+def test_the_wheel_tells_its_licence(installed: tuple[Path, set[str]]) -> None:
+    python, gained = installed
+    site = next((python.parent.parent / "lib").glob("python*/site-packages"))
+    information = next(site / name for name in gained if name.endswith(".dist-info"))
+    assert PathDistribution(information).metadata["License-Expression"] == "Apache-2.0"
+    assert {path.name for path in (information / "licenses").iterdir()} == {"LICENSE", "NOTICE"}
 
 
 def test_every_module_of_the_wheel_imports(installed: tuple[Path, set[str]], tmp_path: Path) -> None:

@@ -1,26 +1,53 @@
+"""The README: short, its Python runs, and what it names exists and is measured."""
+
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+LONGEST = 200
 
 
-def test_the_tree_in_the_readme_names_every_source_file() -> None:
-    tree = README.partition("## The tree")[2].partition("## ")[0]
-    named = set(re.findall(r"\b(\w+\.py)\b", tree))
-    files = {
-        path.name
-        for room in ("plugins", "export", "calibration", "engine", "runtime", "accuracy")
-        for path in (ROOT / room).rglob("*.py")
-    }
-    files |= {path.name for path in ROOT.glob("*.py")}
-    assert files - {"__init__.py"} <= named
-    assert named - {"demo.py"} <= files
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= LONGEST
 
 
-def test_commands_and_scripts_that_the_readme_names_exist() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/run.md"])
+def test_python_runs_as_it_stands(page: str, tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    run = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout) > 100
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_scripts_and_sources_that_a_page_names_exist(page: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+) ", README, re.MULTILINE):
-        assert f"\n{target}:" in makefile
-    for script in re.findall(r"`((?:benchmarks|examples)/[\w./-]+)`", README):
-        assert (ROOT / script).exists()
+    for target in re.findall(r"(?:^|`)make (\w+)\b", PAGES[page], re.MULTILINE):
+        assert f"\n{target}:" in makefile, target
+    rooms = "|".join(path.parent.name for path in ROOT.glob("*/__init__.py"))
+    named = re.findall(rf"`((?:benchmarks|examples|tests|docs|{rooms})/[\w./-]*)[^`]*`", PAGES[page])
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_links_to_exist(page: str) -> None:
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert (folder / target).exists(), target
+
+
+def test_headline_numbers_are_those_of_the_page_of_measurements() -> None:
+    table = README.partition("## Measured")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| [")]
+    assert len(rows) == 8
+    for row in rows:
+        for number in re.findall(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?", row.split("|")[2]):
+            assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d])", PAGES["docs/measured.md"]), number

@@ -51,7 +51,7 @@ def read_conversations(path: Path, text: Text, prompts: ImagePrompts | None) -> 
     Args:
         path: The file.
         text: The folder's tokenizer and chat template.
-        prompts: What puts images into prompts; None where the model takes none.
+        prompts: Puts images into prompts; None where the model takes none.
 
     Raises:
         DataError: The file or a line cannot be read, or a conversation is none that the model takes.

@@ -1,15 +1,13 @@
 """The decoder walked layer by layer over whole sequences, each tensor in float32 and read when it is needed.
 
 Enters: a model's stored tensors and hidden states. Leaves: the next layer's hidden states, and on the way what every
-product takes in, told to an observer. Memory holds one linear or one expert at a time besides the hidden states, which
+product takes in, given to an observer. Memory holds one linear or one expert at a time besides the hidden states, which
 may be mapped files; it does not grow with depth.
 
-Shapes: W sequences ("windows") of S tokens each, T tokens (W·S), otherwise as in `llama4`.
+Shapes: W sequences ("windows") of S tokens each, T tokens (W·S), otherwise as in `export.llama4`.
 """
 
-import mmap
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,14 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from ..errors import CheckpointError
 from ..export.llama4 import attention_attributes, inverse_frequencies, rms_norm
-from ..files.safetensors import Region, open_shard
 from ..plugins.gqa.op import Attributes
 from ..plugins.gqa.torch_op import prepare
-from ..spec.geometry import VISION, ModelSpec
+from ..spec.geometry import ModelSpec
+from .numbers import Weights
 
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TOKENS = 4096
 """Tokens that pass through a product at once."""
 
@@ -32,70 +28,11 @@ Hidden = NDArray[np.float32]
 """Hidden states [W, S, H], in memory or in a mapped file."""
 
 Observe = Callable[[str, Tensor], None]
-"""Told the name of a product's input and its rows [N, K]."""
+"""Called with the name of a product's input and its rows [N, K]."""
 
 
 def ignore(name: str, x_NK: Tensor) -> None:
-    """An observer of nothing."""
-
-
-class Weights:
-    """A model's stored tensors, by the names that they have in a text-only checkpoint.
-
-    Args:
-        files: The safetensors files.
-
-    Raises:
-        CheckpointError: A file is damaged, or a tensor is of a type that is no float.
-    """
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self.regions: dict[str, tuple[Path, Region]] = {}
-        self.full_names: dict[str, str] = {}
-        self.maps: dict[Path, mmap.mmap] = {}
-        for path in files.values():
-            for name, region in open_shard(path).tensors.items():
-                short = name.removeprefix("language_model.").removeprefix("model.")
-                self.regions[short], self.full_names[short] = (path, region), name
-
-    def region(self, name: str) -> tuple[Path, Region]:
-        """The file of a tensor and where it lies in it."""
-        if name not in self.regions:
-            raise CheckpointError(f"tensor {name!r} is in none of the weight files: export the model again")
-        return self.regions[name]
-
-    def full_name(self, name: str) -> str:
-        """A tensor's name under the checkpoint's prefix, whether it is stored or new beside stored ones."""
-        if name.startswith(VISION):
-            return name
-        beside = "lm_head.weight" if name.startswith("lm_head.") else "norm.weight"
-        return self.full_names[beside].removesuffix(beside) + name
-
-    def stored(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor as it is stored, a view of the mapped file; of a stacked one the part `index`."""
-        path, region = self.region(name)
-        if region.dtype not in TORCH_DTYPES:
-            raise CheckpointError(f"tensor {name!r} is {region.dtype}, expected {', '.join(TORCH_DTYPES)}")
-        if path not in self.maps:
-            with path.open("rb") as file:
-                self.maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        dtype, shape = TORCH_DTYPES[region.dtype], region.shape
-        size, offset = region.size, region.offset
-        if index is not None:
-            size, shape = size // shape[0], shape[1:]
-            offset += index * size
-        if offset % dtype.itemsize:  # a view of misaligned elements is not one that kernels may read
-            data = bytearray(self.maps[path][offset : offset + size])
-            return torch.frombuffer(data, dtype=dtype).view(shape)
-        return torch.frombuffer(self.maps[path], dtype=dtype, count=size // dtype.itemsize, offset=offset).view(shape)
-
-    def wide(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor in float32, exactly as stored."""
-        return self.stored(name, index).float()
-
-    def release(self) -> None:
-        """Lets go of the pages read so far; they come back from the files where they are used again."""
-        self.maps.clear()
+    """An observer that does nothing."""
 
 
 def embed(
@@ -205,7 +142,7 @@ class LayerWalk:
         return self.router_logits_TE.topk(self.spec.experts_per_token, dim=1).indices
 
     def expert_inputs(self, expert: int, tokens_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What an expert takes in: some of the tokens at a time, and their normed states times their scores [N, H]."""
+        """An expert's input: some of the tokens at a time, and their normed states times their scores [N, H]."""
         norm = self.weight("post_attention_layernorm.weight")
         attended_TH = self.attended.reshape(-1, self.spec.hidden_size)
         for part_N in tokens_N.split(TOKENS):
@@ -221,7 +158,7 @@ class LayerWalk:
             expert: Its number.
             gate_up: Its weight [H, 2I].
             down: Its weight [I, H].
-            observe: Told of what its products take in.
+            observe: Called with the inputs of its products.
             all_tokens: Whether it sees every token, for the observer only.
 
         Returns:

@@ -1,9 +1,10 @@
-"""A folder's weights as the numbers that they stand for, whatever form they are stored in.
+"""A model's weights as the numbers that they stand for, whatever form they are stored in.
 
-Enters: a lowered graph's list of regions, and the files. Leaves: float32 tensors by the names that `export.walk` asks
-for, one at a time, quantised ones times their scales.
+Enters: safetensors files; of a lowered graph its list of regions in them. Leaves: float32 tensors by the names that
+they have in a text-only checkpoint, one at a time, quantised ones times their scales.
 """
 
+import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,11 +12,75 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files.safetensors import Region
+from ..errors import CheckpointError
+from ..files.safetensors import Region, open_shard
 from ..plugins.cpu.panels import stored_values
-from ..plugins.narrow_types import FORMAT_NAMES, unpack_int4, widen
+from ..plugins.narrow_types import unpack_int4, widen
+from ..spec.geometry import VISION
 from ..spec.stored_weights import Weight
-from .decoder import TORCH_DTYPES, Weights
+from ..spec.types import CODES, FLOATS, TYPES
+
+TORCH_DTYPES = {CODES[name]: getattr(torch, TYPES[name].torch) for name in FLOATS}
+"""Torch's float types by their safetensors codes."""
+
+
+class Weights:
+    """A model's stored tensors, by the names that they have in a text-only checkpoint.
+
+    Args:
+        files: The safetensors files.
+
+    Raises:
+        CheckpointError: A file is damaged, or a tensor is of a type that is no float.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.regions: dict[str, tuple[Path, Region]] = {}
+        self.full_names: dict[str, str] = {}
+        self.maps: dict[Path, mmap.mmap] = {}
+        for path in files.values():
+            for name, region in open_shard(path).tensors.items():
+                short = name.removeprefix("language_model.").removeprefix("model.")
+                self.regions[short], self.full_names[short] = (path, region), name
+
+    def region(self, name: str) -> tuple[Path, Region]:
+        """The file of a tensor and where it lies in it."""
+        if name not in self.regions:
+            raise CheckpointError(f"tensor {name!r} is in none of the weight files: export the model again")
+        return self.regions[name]
+
+    def full_name(self, name: str) -> str:
+        """A tensor's name under the checkpoint's prefix, whether it is stored or new beside stored ones."""
+        if name.startswith(VISION):
+            return name
+        beside = "lm_head.weight" if name.startswith("lm_head.") else "norm.weight"
+        return self.full_names[beside].removesuffix(beside) + name
+
+    def stored(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor as it is stored, a view of the mapped file; of a stacked one the part `index`."""
+        path, region = self.region(name)
+        if region.dtype not in TORCH_DTYPES:
+            raise CheckpointError(f"tensor {name!r} is {region.dtype}, expected {', '.join(sorted(TORCH_DTYPES))}")
+        if path not in self.maps:
+            with path.open("rb") as file:
+                self.maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        dtype, shape = TORCH_DTYPES[region.dtype], region.shape
+        size, offset = region.size, region.offset
+        if index is not None:
+            size, shape = size // shape[0], shape[1:]
+            offset += index * size
+        if offset % dtype.itemsize:  # a view of misaligned elements is not one that kernels may read
+            data = bytearray(self.maps[path][offset : offset + size])
+            return torch.frombuffer(data, dtype=dtype).view(shape)
+        return torch.frombuffer(self.maps[path], dtype=dtype, count=size // dtype.itemsize, offset=offset).view(shape)
+
+    def wide(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor in float32, exactly as stored."""
+        return self.stored(name, index).float()
+
+    def release(self) -> None:
+        """Releases the pages read so far; they come back from the files where they are used again."""
+        self.maps.clear()
 
 
 class FolderWeights(Weights):
@@ -39,7 +104,7 @@ class FolderWeights(Weights):
             parts = weight.shape[0] if weight.stacked else 1
             shape, size = weight.shape[1:] if weight.stacked else weight.shape, weight.size // parts
             for index in range(parts):
-                region = Region(FORMAT_NAMES[weight.dtype], shape, weight.offset + index * size, size)
+                region = Region(CODES[weight.dtype], shape, weight.offset + index * size, size)
                 self.regions[f"{short}[{index}]" if weight.stacked else short] = path, region
 
     def wide(self, name: str, index: int | None = None) -> Tensor:

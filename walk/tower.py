@@ -1,10 +1,10 @@
 """The vision tower walked layer by layer over tiles, each tensor in float32 and read when it is needed.
 
 Enters: a model's stored tensors, and tiles or hidden states. Leaves: the next layer's hidden states, and on the way
-what every product takes in, told to an observer; at the end the image features. As in `walk`, memory holds one linear
-at a time besides the hidden states, which may be mapped files.
+every product's input, given to an observer; at the end the image features. As in `walk.decoder`, memory holds one
+linear at a time besides the hidden states, which may be mapped files.
 
-Shapes: as in `vision`; hidden states are [N, S, C].
+Shapes: as in `export.llama4_tower`; hidden states are [N, S, C].
 """
 
 from collections.abc import Iterator
@@ -18,20 +18,21 @@ from torch.nn.functional import gelu, layer_norm, linear
 from ..export.llama4_tower import NORM_EPS, attend_patches, rotate_patches, shuffle_patches, split_patches, turns
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ..spec.geometry import VISION_LAYERS, VisionSpec
-from .decoder import TOKENS, Hidden, Observe, Weights, ignore
+from .decoder import TOKENS, Hidden, Observe, ignore
+from .numbers import Weights
 
 Pixels = NDArray[np.float32] | NDArray[np.float16]
 """Tiles [N, 3, P, P], normalised."""
 
 
 def each_patches(vision: VisionSpec, pixels_N3PP: Pixels) -> Iterator[tuple[slice, Tensor]]:
-    """Which tiles, and their patches [N, S - 1, 3·side²] in float32, some tiles at a time."""
+    """The places of some tiles at a time, and their patches [N, S - 1, 3·side²] in float32."""
     for part in _parts(vision, len(pixels_N3PP)):
         yield part, split_patches(torch.from_numpy(pixels_N3PP[part].astype(np.float32)), vision)
 
 
 def embed_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels, out: Hidden) -> None:
-    """Writes what enters the first layer."""
+    """Writes the first layer's input."""
     linear_weight, last, places = (
         weights.wide(name)
         for name in (f"{PATCHES}.weight", "vision_model.class_embedding", "vision_model.positional_embedding_vlm")
@@ -41,7 +42,7 @@ def embed_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels, out: 
         out[part] = normed(weights, "vision_model.layernorm_pre", tokens + places).numpy()
 
 
-class VisionLayerWalk:
+class TowerLayerWalk:
     """One layer's way, in two steps: `attend`, then `feed`.
 
     Args:
@@ -121,7 +122,7 @@ def encode_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels) -> N
     )
     embed_tiles(vision, weights, pixels_N3PP, x)
     for index in range(vision.layers):
-        VisionLayerWalk(vision, index, weights, attended, out).run(x)
+        TowerLayerWalk(vision, index, weights, attended, out).run(x)
         x, out = out, x
     _, region = weights.region(f"{PROJECTOR}.weight")
     features = np.empty((len(x) * vision.features, region.shape[0]), np.float32)
@@ -136,5 +137,5 @@ def _parts(vision: VisionSpec, tiles: int) -> Iterator[slice]:
 
 
 def normed(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """What one of the tower's layer norms makes of [..., C]."""
+    """One of the tower's layer norms of [..., C]."""
     return layer_norm(x, x.shape[-1:], weights.wide(f"{name}.weight"), weights.wide(f"{name}.bias"), NORM_EPS)

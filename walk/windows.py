@@ -71,7 +71,7 @@ class Windows:
         return np.concatenate(found) if found else None
 
     def continued(self, ids_WC: NDArray[np.int64], prompt: int) -> "Windows":
-        """The windows' beginnings, of so many tokens, with other tokens behind them."""
+        """The windows' first `prompt` tokens with other tokens behind them."""
         is_image_WC = np.zeros(ids_WC.shape, bool)
         is_image_WC[:, :prompt] = self.is_image_WS[:, :prompt]
         return replace(self, ids_WS=ids_WC, is_image_WS=is_image_WC)
@@ -88,7 +88,7 @@ class Windows:
         )
 
     def first(self, count: int) -> "Windows":
-        """The first so many windows."""
+        """The first `count` windows."""
         return self.at(range(count))
 
 
@@ -109,7 +109,7 @@ def read_windows(
 
     Args:
         folder: The model folder or checkpoint, for its tokenizer.
-        files: UTF-8 text, or JSONL of conversations (`conversations`), which are told by their name's end.
+        files: UTF-8 text, or JSONL of conversations (`conversations`), distinguished by their names' endings.
         spec: Geometry.
         samples: Windows at most, evenly spaced over the data.
         window: Tokens of a window; None takes `window_length`.

@@ -1,1 +1,1 @@
-"""The layer, the op, and the tensor or attribute where a candidate goes wrong first."""
+"""The first fault of a candidate: its layer, its op, and the tensor or attribute to blame."""

@@ -1,6 +1,6 @@
-"""Why a unit of a layer is out of line: its tensor, an attribute of its op, or the op.
+"""Why a unit of a decoder is out of line: its tensor, an attribute of its op, or the op.
 
-Enters: both sides' layers, and the reference's input of the half in which the unit lies. Leaves: a `Blame`. First the
+Enters: both sides' decoders, and the reference's input of the half in which the unit lies. Leaves: a `Blame`. First the
 candidate's own weights are put through the reference's arithmetic. What comes out as the candidate computes it is the
 fault of a tensor, which is then compared with the reference's. Otherwise known mistakes are made on purpose, and the
 one that comes out as the candidate computes it is named.
@@ -8,113 +8,78 @@ one that comes out as the candidate computes it is named.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from ...spec.geometry import LayerSpec, ModelSpec
-from ...walk.decoder import Weights
-from .decoder import CUSTOM, Hidden, Layers, TorchLayers, Units
-from .weight_differences import ALIKE, HALVES, describe, difference, half_split
-
-EXPLAINED = 3.0
-"""Times the expected error that a weight may differ by."""
-
-FLOATS_DIFFER = 1e-4
-"""What weights may differ by between two float types."""
-
-Mistake = tuple[str, str, Callable[[], Tensor]]
-"""The attribute, what is wrong with it, and the outputs of a model that makes that mistake."""
+from ...walk.numbers import Weights
+from .decoder_units import CUSTOM, DecoderUnits, TorchDecoder
+from .evidence import DROPPED, Evidence, Mistake, explained_by
+from .location import Blame, Reading
+from .part_walk import Half, run_half
+from .units import Hidden
+from .weight_differences import ALIKE, describe, difference, half_split
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Blame:
-    """What is wrong.
-
-    Attributes:
-        kind: A tensor, an attribute of an op where no tensor is to blame, or an op as a whole.
-        op: ONNX's name of the op that computes the unit.
-        name: The tensor's name in the checkpoint, or the unit's.
-        attribute: Which one; empty where it is none.
-        why: A sentence.
-    """
-
-    kind: Literal["tensor", "attribute", "op"]
-    op: str
-    name: str
-    attribute: str = ""
-    why: str
-
-
-def blame(
-    index: int, unit: str, expected: float, reference: TorchLayers, candidate: Layers, x_WSH: Sequence[Hidden]
-) -> Blame:
-    """Says what is wrong with a unit.
+def blame(reading: Reading, reference: TorchDecoder, candidate: DecoderUnits, x_WSH: Sequence[Hidden]) -> Blame:
+    """Says what is wrong with a unit of a layer.
 
     Args:
-        index: The layer.
-        unit: The unit that is out of line.
-        expected: The error that rounding explains.
-        reference: The reference's layers.
+        reading: The unit that is out of line.
+        reference: The reference's decoder.
         candidate: The candidate's.
         x_WSH: The reference's input of the half in which the unit lies, a window each.
     """
-    suspects = _Suspects(index, expected, reference, candidate, x_WSH)
-    match unit:
+    suspects = _Suspects(reading, reference, candidate, x_WSH)
+    match reading.unit:
         case "self_attn" | "self_attn.o_proj" | "attended":
             return suspects.attention()
         case "feed_forward.experts":
             return suspects.experts()
         case "out":
             return suspects.sum_of_parts()
-        case _ if unit.endswith("down_proj"):
+        case unit if unit.endswith("down_proj"):
             return suspects.feed_forward(unit)
-    return suspects.linear(unit)
+    return suspects.read_through(reading.unit) or suspects.input_or_op(reading.unit)
 
 
-def blame_ends(unit: str, expected: float, reference: TorchLayers, candidate: Layers) -> Blame:
+def blame_ends(reading: Reading, reference: TorchDecoder, candidate: DecoderUnits) -> Blame:
     """Says what is wrong with the embedding or the head."""
-    tied = reference.spec.tied_embeddings
+    unit, tied = reading.unit, reference.spec.tied_embeddings
     names = ["embed_tokens"] if unit == "embed_tokens" else ["norm", "embed_tokens" if tied else "lm_head"]
     for name in names:
         theirs, ours = (each.weights.wide(f"{name}.weight") for each in (reference, candidate))
-        explained = max(FLOATS_DIFFER, EXPLAINED * expected)
-        if why := describe(theirs.view(len(theirs), -1), ours.view(len(ours), -1), explained):
+        if why := describe(theirs.view(len(theirs), -1), ours.view(len(ours), -1), explained_by(reading)):
             full = reference.weights.full_names[f"{name}.weight"]
             return Blame(kind="tensor", op="Gather" if unit == "embed_tokens" else "MatMul", name=full, why=why)
     return Blame(kind="op", op="MatMul", name=unit, why="its weights are right, what is computed from them is not")
 
 
-class _Suspects:
+class _Suspects(Evidence):
     """One half of one layer under suspicion."""
 
     def __init__(
-        self, index: int, expected: float, reference: TorchLayers, candidate: Layers, x_WSH: Sequence[Hidden]
+        self, reading: Reading, reference: TorchDecoder, candidate: DecoderUnits, x_WSH: Sequence[Hidden]
     ) -> None:
-        self.index, self.reference, self.candidate, self.x_WSH = index, reference, candidate, x_WSH
-        self.spec, self.layer = reference.spec, reference.spec.layers[index]
-        self.explained = max(EXPLAINED * expected, FLOATS_DIFFER)
-        self.is_rounded = expected > FLOATS_DIFFER
+        spec = reference.spec
+        super().__init__(
+            reading,
+            reference.weights,
+            candidate.weights,
+            prefix=f"layers.{reading.layer}.",
+            attention=CUSTOM["self_attn"],
+            heads=(spec.kv_heads, spec.head_dim),
+        )
+        self.index, self.reference, self.candidate, self.x_WSH = reading.layer, reference, candidate, x_WSH
+        self.spec, self.layer = spec, spec.layers[reading.layer]
 
     # Tensors
 
-    def linear(self, unit: str) -> Blame:
-        """A linear whose input is the layer's norm."""
-        theirs, ours = self._reference_weight(unit), self._read_through_norm(unit)
-        norm = "input_layernorm" if unit.startswith("self_attn") else "post_attention_layernorm"
-        head_dim = self.spec.head_dim if unit in ("self_attn.q_proj", "self_attn.k_proj") else None
-        factor_K = 1 / self._norm_ratio(norm)
-        why = describe(theirs, ours, self.explained, head_dim=head_dim, factor_K=factor_K)
-        if why is None:
-            return self._input_or_op(unit)
-        if describe(theirs, self._candidate_weight(unit), self.explained) is None:
-            return self._tensor(unit, f"{norm}.weight", f"of {norm}: {why.replace('its rows', 'what reads it')}")
-        if why == HALVES:
-            return self._attribute("self_attn", "rope layout", f"of {unit} and its like: {why}")
-        return self._tensor(unit, f"{unit}.weight", why)
+    def norm_blame(self, norm: str, why: str) -> Blame:
+        """A norm's weight, which makes a right weight a wrong one that differs as `why` says."""
+        return self.tensor_blame("MatMul", f"{norm}.weight", f"of {norm}: {why.replace('its rows', 'what reads it')}")
 
     def attention(self) -> Blame:
         """The attention op and what it reads and feeds."""
@@ -125,19 +90,20 @@ class _Suspects:
             return self._either("self_attn.v_proj", unit)
         whole = self._of_candidate("attend", "self_attn")  # the op itself, before its output is multiplied
         if difference(self._replay("attend", "self_attn", self.spec), whole) <= self.explained:
-            return self._input_or_op(unit)
+            return self.input_or_op(unit)
         for mistakes in (self._described(), self._attention_mistakes()):
-            if found := self._best(list(mistakes), actual, replayed):
+            found = self.mistake(self.attention_op, "self_attn", actual, replayed, list(mistakes), self.explained)
+            if found is not None:
                 return found
-        return self._op("self_attn", "its weights are right, what it computes is no mistake that is known")
+        why = "its weights are right, what it computes is no mistake that is known"
+        return self.op_blame(self.attention_op, "self_attn", why)
 
     def feed_forward(self, unit: str) -> Blame:
         """The dense feed-forward or the shared expert, gate and up being right."""
         actual, replayed = self._of_candidate("feed", unit), self._replay("feed", unit, self.spec)
         if not self._explains(replayed, actual, self._of_reference("feed", unit)):
-            return self._input_or_op(unit)
-        up = unit.replace("down_proj", "up_proj")
-        return self._either(up, unit)
+            return self.input_or_op(unit)
+        return self._either(unit.replace("down_proj", "up_proj"), unit)
 
     def experts(self) -> Blame:
         """The routed experts, the router being right."""
@@ -145,7 +111,8 @@ class _Suspects:
         actual, replayed = self._of_candidate("feed", unit), self._replay("feed", unit, self.spec)
         if self._explains(replayed, actual, self._of_reference("feed", unit)):
             return self._expert_tensor()
-        return self._best(list(self._expert_mistakes()), actual, replayed) or self._input_or_op(unit)
+        mistakes = list(self._expert_mistakes())
+        return self.mistake(CUSTOM[unit], unit, actual, replayed, mistakes, self.explained) or self.input_or_op(unit)
 
     def sum_of_parts(self) -> Blame:
         """The sum that leaves the layer, its parts being right."""
@@ -161,38 +128,32 @@ class _Suspects:
             without = whole - torch.cat([each[part] for each in units])
             if difference(without, actual) <= ALIKE or not actual.any():
                 owner = part.removesuffix(".down_proj")
-                return Blame(
-                    kind="op", op="Add", name=self._full(owner), why="it is dropped: the layer's output lacks it"
-                )
-        return self._op("feed_forward", "its parts are right, their sum is not")
+                return self.op_blame("Add", owner, DROPPED)
+        return self.op_blame("MatMul", "feed_forward", "its parts are right, their sum is not")
+
+    def input_or_op(self, unit: str) -> Blame:
+        """A unit whose weights are right: its input's static scale is not, or what it computes."""
+        return self.op_blame(CUSTOM.get(unit, "MatMul"), unit)
 
     def _either(self, before: str, after: str) -> Blame:
         """Which of two linears is wrong, between whose channels a quantiser may have moved powers of two."""
-        theirs_NK, ours_NK = self._reference_weight(after), self._candidate_weight(after)
-        theirs_before, ours_before = self._reference_weight(before), self._read_through_norm(before)
-        if self.is_rounded:
-            octaves_K = moved_octaves(theirs_NK, ours_NK)
-            ours_NK = ours_NK * torch.exp2(-octaves_K)
-            if before == "self_attn.v_proj":
-                octaves_K = octaves_K.view(self.spec.kv_heads, -1, self.spec.head_dim)[:, 0].flatten()
-            if len(octaves_K) == len(ours_before):
-                ours_before = ours_before * torch.exp2(octaves_K)[:, None]
-        for unit, theirs, ours in ((before, theirs_before, ours_before), (after, theirs_NK, ours_NK)):
-            if why := describe(theirs, ours, self.explained):
-                return self._tensor(unit, f"{unit}.weight", why)
-        return self._input_or_op(after)
+        ours_before, ours_after, _ = self.without_moved(before, after)
+        for unit, ours in ((before, ours_before), (after, ours_after)):
+            if why := describe(self.theirs(f"{unit}.weight"), ours, self.explained):
+                return self.tensor_blame("MatMul", f"{unit}.weight", why)
+        return self.input_or_op(after)
 
     def _expert_tensor(self) -> Blame:
         """The first expert whose weights are not its own."""
         unit = "feed_forward.experts"
-        ratio_H1 = self._norm_ratio("post_attention_layernorm")[:, None]
+        ratio_H1 = self.norm_ratio("post_attention_layernorm")[:, None]
         for expert in range(self.spec.experts):
             for part, reads_norm in (("gate_up_proj", True), ("down_proj", False)):
                 name = f"{unit}.{part}"
                 theirs = self._expert_part(self.reference, name, expert)
                 ours = self._expert_part(self.candidate, name, expert) * (ratio_H1 if reads_norm else 1.0)
-                if not reads_norm and self.is_rounded:
-                    ours = ours * torch.exp2(-moved_octaves(theirs.T, ours.T))[:, None]
+                if not reads_norm:
+                    ours = ours / torch.exp2(self.moved(theirs.T, ours.T))[:, None]
                 if (why := describe(theirs.T, ours.T, self.explained)) is None:
                     continue
                 for other in range(self.spec.experts):
@@ -202,37 +163,18 @@ class _Suspects:
                         break
                 else:
                     why = f"of expert {expert}: {why}"
-                return self._tensor(unit, name, why)
-        return self._input_or_op(unit)
+                return self.tensor_blame(CUSTOM[unit], name, why)
+        return self.input_or_op(unit)
 
-    def _expert_part(self, layers: Layers, name: str, expert: int) -> Tensor:
+    def _expert_part(self, layers: DecoderUnits, name: str, expert: int) -> Tensor:
         """An expert's weight; of gate and up the gate, whose channels no quantiser divides."""
         weight = layers.weights.wide(f"layers.{self.index}.{name}", expert)
         return weight[:, : self.spec.expert_size] if name.endswith("gate_up_proj") else weight
 
-    def _reference_weight(self, unit: str) -> Tensor:
-        return self.reference.weights.wide(f"layers.{self.index}.{unit}.weight")
-
-    def _candidate_weight(self, unit: str) -> Tensor:
-        return self.candidate.weights.wide(f"layers.{self.index}.{unit}.weight")
-
-    def _read_through_norm(self, unit: str) -> Tensor:
-        """A candidate's weight times what its norm has more than the reference's, by input channel."""
-        norm = "input_layernorm" if unit.startswith("self_attn") else "post_attention_layernorm"
-        weight_NK = self._candidate_weight(unit)
-        ratio_K = self._norm_ratio(norm)
-        return weight_NK * ratio_K if weight_NK.shape[1] == len(ratio_K) else weight_NK
-
-    def _norm_ratio(self, norm: str) -> Tensor:
-        theirs, ours = (
-            each.weights.wide(f"layers.{self.index}.{norm}.weight") for each in (self.reference, self.candidate)
-        )
-        return torch.where((theirs == 0) | (ours == 0), 1.0, ours / theirs)
-
     # Mistakes
 
     def _described(self) -> Iterator[Mistake]:
-        """What the candidate's own description has otherwise."""
+        """Differences of the candidate's own description."""
         ours, theirs = self.candidate.spec, self.spec
         for field in dataclasses.fields(LayerSpec):
             value = getattr(ours.layers[self.index], field.name)
@@ -298,7 +240,7 @@ class _Suspects:
         scores: Callable[[Tensor], Tensor] = torch.sigmoid,
     ) -> Tensor:
         """The candidate's experts over all windows, with a mistake."""
-        layers, outputs = TorchLayers(self.spec, self.candidate.weights), []
+        layers, outputs = TorchDecoder(self.spec, self.candidate.weights), []
         for x_SH in self.x_WSH:
             layers.feed(self.index, x_SH)
             x_TH, logits_TE = layers.inputs["feed_input"], layers.walk.router_logits_TE
@@ -318,52 +260,23 @@ class _Suspects:
 
     # Both sides over all windows
 
-    def _of_candidate(self, half: str, unit: str) -> Tensor:
+    def _of_candidate(self, half: Half, unit: str) -> Tensor:
         return self._over_windows(self.candidate, half, unit)
 
-    def _of_reference(self, half: str, unit: str) -> Tensor:
+    def _of_reference(self, half: Half, unit: str) -> Tensor:
         return self._over_windows(self.reference, half, unit)
 
-    def _replay(self, half: str, unit: str, spec: ModelSpec, *, halves: bool = False) -> Tensor:
+    def _replay(self, half: Half, unit: str, spec: ModelSpec, *, halves: bool = False) -> Tensor:
         """The candidate's weights in the reference's arithmetic."""
         weights = HalfSplit(self.candidate.weights, spec.head_dim) if halves else self.candidate.weights
-        return self._over_windows(TorchLayers(spec, weights), half, unit)
+        return self._over_windows(TorchDecoder(spec, weights), half, unit)
 
-    def _over_windows(self, layers: Layers, half: str, unit: str) -> Tensor:
-        run: Callable[[int, Hidden], Units] = getattr(layers, half)
-        return torch.cat([run(self.index, x_SH)[unit] for x_SH in self.x_WSH])
+    def _over_windows(self, layers: DecoderUnits, half: Half, unit: str) -> Tensor:
+        return torch.cat([run_half(layers, half, self.index, x_SH)[unit] for x_SH in self.x_WSH])
 
     def _explains(self, replayed: Tensor, actual: Tensor, reference: Tensor) -> bool:
         """Whether most of what the candidate has otherwise comes from its weights."""
         return difference(replayed, actual) <= max(self.explained, ALIKE * difference(reference, actual))
-
-    def _best(self, mistakes: Sequence[Mistake], actual: Tensor, replayed: Tensor) -> Blame | None:
-        """The mistake that comes out as the candidate computes it."""
-        limit = max(self.explained, ALIKE * difference(replayed, actual))
-        if not mistakes:
-            return None
-        found = [(difference(make(), actual), attribute, why) for attribute, why, make in mistakes]
-        least, attribute, why = min(found)
-        unit = "feed_forward.experts" if attribute in ("router score", "activation") else "self_attn"
-        return self._attribute(unit, attribute, why) if least <= limit else None
-
-    # Names
-
-    def _tensor(self, unit: str, tensor: str, why: str) -> Blame:
-        return Blame(kind="tensor", op=CUSTOM.get(unit, "MatMul"), name=self._full(tensor), why=why)
-
-    def _attribute(self, unit: str, attribute: str, why: str) -> Blame:
-        return Blame(kind="attribute", op=CUSTOM[unit], name=self._full(unit), attribute=attribute, why=why)
-
-    def _op(self, unit: str, why: str) -> Blame:
-        return Blame(kind="op", op=CUSTOM.get(unit, "MatMul"), name=self._full(unit), why=why)
-
-    def _input_or_op(self, unit: str) -> Blame:
-        """A unit whose weights are right: its input's static scale is not, or what it computes."""
-        return self._op(unit, "its weights are right: the scale of its input is not, or what it computes")
-
-    def _full(self, name: str) -> str:
-        return self.reference.weights.full_name(f"layers.{self.index}.{name}")
 
 
 class HalfSplit(Weights):
@@ -378,13 +291,3 @@ class HalfSplit(Weights):
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             return weight[half_split(len(weight), self.head_dim).argsort()]
         return weight
-
-
-def moved_octaves(theirs_NK: Tensor, ours_NK: Tensor) -> Tensor:
-    """The powers of two by which a quantiser has multiplied columns, [K]; about zero, as it chooses them."""
-    factor_K = (ours_NK * theirs_NK).sum(0) / theirs_NK.square().sum(0).clamp(min=1e-30)
-    octaves_K = factor_K.abs().clamp(min=2.0**-20).log2().round()
-    if not octaves_K.any() or bool((octaves_K == octaves_K[0]).all()):
-        return torch.zeros_like(octaves_K)
-    middle = (octaves_K.max() + octaves_K.min()) / 2
-    return octaves_K - (middle.round() if abs(float(middle)) > 0.75 else 0.0)

@@ -1,7 +1,7 @@
 """How far a recipe's rounding alone takes each unit's output away from the exact one.
 
-Enters: what the reference's units take in, its weights, and what the recipe says. Leaves: relative errors to be
-expected of plain rounding (largest magnitudes as clips, nothing smoothed or corrected) at the same inputs.
+Enters: the inputs of the reference's units, its weights, and the recipe. Leaves: relative errors to be expected of
+plain rounding (largest magnitudes as clips, nothing smoothed or corrected) at the same inputs.
 """
 
 import math
@@ -11,29 +11,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ...export.llama4 import rms_norm
 from ...plugins.quantisation import LARGEST, fake_quantise, quantise
-from ...spec.choice import Choice, choose
+from ...spec.choice import ADAPTER, PATCHES, PROJECTOR, Choice, choose
+from ...spec.geometry import VISION_LAYERS
 from ...spec.recipe import Recipe
-from .decoder import Hidden, TorchLayers
+from .decoder_units import TorchDecoder
+from .location import STEM
+from .tower_units import HEAD, PRODUCTS, TorchTower
+from .units import Hidden
 
 ARITHMETIC = 2e-5
-"""What float32 sums in another order may differ by, of the output."""
+"""Difference of float32 sums in another order, relative to the output."""
 
 ROWS, OUTPUTS = 128, 512
 """Tokens and output channels that are looked at."""
 
 CACHE_ERRORS = {"none": 0.0, "int8": 0.01, "fp8": 0.03}
-"""Of keys and values by the type of the cache."""
+"""Errors of keys and values by the type of the cache."""
 
 
-def expected_errors(layers: TorchLayers, index: int, recipe: Recipe | None) -> dict[str, float]:
+def expected_errors(layers: TorchDecoder, index: int, recipe: Recipe | None) -> dict[str, float]:
     """The errors to be expected of the half that the reference ran last, by unit.
 
     Args:
         layers: The reference's.
-        index: Which layer.
+        index: Number of the layer.
         recipe: The candidate's; None leaves arithmetic alone.
     """
     expected = _Expected(layers, index, recipe)
@@ -63,32 +68,31 @@ def expected_errors(layers: TorchLayers, index: int, recipe: Recipe | None) -> d
     return found
 
 
-def expected_head_error(layers: TorchLayers, x_SH: Hidden, recipe: Recipe | None) -> float:
-    """The same of the head's logits."""
-    choice = None if recipe is None else choose(recipe, "lm_head")
-    if choice is None or choice.format == "none":
-        return ARITHMETIC
-    rows = torch.from_numpy(x_SH[-ROWS:].copy())
-    normed_RH = rms_norm(rows, layers.weights.wide("norm.weight"), layers.spec.norm_eps)
-    weight_VH = sample(layers.weights.wide("lm_head.weight"), OUTPUTS)
-    return max(ARITHMETIC, rounding_error(normed_RH.numpy(), weight_VH.numpy(), choice))
+def expected_head_error(layers: TorchDecoder, x_SH: Hidden, recipe: Recipe | None) -> float:
+    """The error to be expected of the head's logits."""
+
+    def normed() -> Tensor:
+        return rms_norm(torch.from_numpy(x_SH[-ROWS:].copy()), layers.weights.wide("norm.weight"), layers.spec.norm_eps)
+
+    return product_error(recipe, "lm_head", normed, lambda: layers.weights.wide("lm_head.weight"))
 
 
 class _Expected:
     """The errors of one layer's products."""
 
-    def __init__(self, layers: TorchLayers, index: int, recipe: Recipe | None) -> None:
+    def __init__(self, layers: TorchDecoder, index: int, recipe: Recipe | None) -> None:
         self.layers, self.index, self.recipe = layers, index, recipe
 
     def linear(self, unit: str, source: str) -> float:
-        """A linear's."""
-        x_RK = sample(self.layers.inputs[source], ROWS)
-        return self._product(unit, x_RK, lambda: self.layers.walk.weight(f"{unit}.weight"))
+        """A linear's error."""
+        return self._product(
+            unit, lambda: self.layers.inputs[source], lambda: self.layers.walk.weight(f"{unit}.weight")
+        )
 
     def experts(self) -> float:
-        """Those of the expert that most tokens chose, as an example: both products and the rounding between them."""
+        """The error of the expert that most tokens chose: both products, and the rounding between them."""
         walk, unit = self.layers.walk, "feed_forward.experts"
-        if self._choice(unit) is None:
+        if rounding(self.recipe, self._full(unit)) is None:
             return ARITHMETIC
         chosen_TK = walk.chosen()
         expert = int(torch.bincount(chosen_TK.flatten()).argmax())
@@ -97,18 +101,86 @@ class _Expected:
         gate_up, down = self.layers.expert(expert)
         gate_NI, up_NI = (x_NH @ gate_up).chunk(2, dim=1)
         activated_NI = up_NI * torch.nn.functional.silu(gate_NI)
-        first, second = self._product(unit, x_NH, lambda: gate_up.T), self._product(unit, activated_NI, lambda: down.T)
+        first = self._product(unit, lambda: x_NH, lambda: gate_up.T)
+        second = self._product(unit, lambda: activated_NI, lambda: down.T)
         return math.hypot(first, first, second)  # gate and up both
 
-    def _choice(self, unit: str) -> Choice | None:
-        choice = None if self.recipe is None else choose(self.recipe, f"layers.{self.index}.{unit}")
-        return None if choice is None or choice.format == "none" else choice
+    def _product(self, unit: str, x: Callable[[], Tensor], weight: Callable[[], Tensor]) -> float:
+        return product_error(self.recipe, self._full(unit), x, weight)
 
-    def _product(self, unit: str, x_RK: Tensor, weight: Callable[[], Tensor]) -> float:
-        choice = self._choice(unit)
-        if choice is None:
-            return ARITHMETIC
-        return max(ARITHMETIC, rounding_error(x_RK.numpy(), sample(weight(), OUTPUTS).numpy(), choice))
+    def _full(self, unit: str) -> str:
+        return f"layers.{self.index}.{unit}"
+
+
+def expected_stem_errors(tower: TorchTower, recipe: Recipe | None) -> dict[str, float]:
+    """The errors to be expected of the tower's stem, which the reference ran last, by unit."""
+    return dict.fromkeys((PATCHES, STEM), _tower_error(tower, recipe, PATCHES, "patches"))
+
+
+def expected_tower_errors(tower: TorchTower, index: int, recipe: Recipe | None) -> dict[str, float]:
+    """The errors to be expected of the half of a tower's layer that the reference ran last, by unit."""
+    own = {
+        unit: _tower_error(tower, recipe, f"{VISION_LAYERS}{index}.{unit}", source, has_bias=True)
+        for unit, source in PRODUCTS.items()
+        if source in tower.inputs
+    }
+    whole = math.hypot(*own.values())
+    if "feed_input" in tower.inputs:
+        return own | {"mlp.fc2": whole, "out": whole}
+    attention = math.hypot(*(own[f"self_attn.{part}_proj"] for part in "qkv"))
+    return own | {"self_attn": attention, "self_attn.o_proj": whole, "attended": whole}
+
+
+def expected_projection_errors(tower: TorchTower, recipe: Recipe | None) -> dict[str, float]:
+    """The errors to be expected of adapter and projector, which the reference ran last, by unit."""
+    fc1, fc2, last = (_tower_error(tower, recipe, unit, source) for unit, source in HEAD.items())
+    return dict(zip((*ADAPTER, PROJECTOR), (fc1, math.hypot(fc1, fc2), math.hypot(fc1, fc2, last)), strict=True))
+
+
+def _tower_error(tower: TorchTower, recipe: Recipe | None, name: str, source: str, *, has_bias: bool = False) -> float:
+    """The error of one linear; a bias may leave less of the product's."""
+
+    def share() -> float:
+        product_RN = linear(sample(tower.inputs[source], ROWS), sample(tower.weights.wide(f"{name}.weight"), OUTPUTS))
+        whole_RN = product_RN + sample(tower.weights.wide(f"{name}.bias"), OUTPUTS)
+        return float(product_RN.norm() / whole_RN.norm().clamp(min=1e-30))
+
+    return product_error(
+        recipe,
+        name,
+        lambda: tower.inputs[source],
+        lambda: tower.weights.wide(f"{name}.weight"),
+        share if has_bias else lambda: 1.0,
+    )
+
+
+def rounding(recipe: Recipe | None, name: str) -> Choice | None:
+    """How the recipe rounds a weight; None where it does not."""
+    choice = None if recipe is None else choose(recipe, name)
+    return None if choice is None or choice.format == "none" else choice
+
+
+def product_error(
+    recipe: Recipe | None,
+    name: str,
+    x: Callable[[], Tensor],
+    weight: Callable[[], Tensor],
+    share: Callable[[], float] = lambda: 1.0,
+) -> float:
+    """The relative error to be expected of a product, at least that of arithmetic.
+
+    Args:
+        recipe: The candidate's; None leaves arithmetic alone.
+        name: Name under which the recipe chooses.
+        x: Reads the input, [R, K].
+        weight: Reads the weight, [N, K].
+        share: Computes the product's share of the output.
+    """
+    choice = rounding(recipe, name)
+    if choice is None:
+        return ARITHMETIC
+    x_RK, weight_NK = sample(x(), ROWS), sample(weight(), OUTPUTS)
+    return max(ARITHMETIC, share() * rounding_error(x_RK.numpy(), weight_NK.numpy(), choice))
 
 
 def rounding_error(x_RK: NDArray[np.float32], weight_NK: NDArray[np.float32], choice: Choice) -> float:
@@ -127,5 +199,5 @@ def rounding_error(x_RK: NDArray[np.float32], weight_NK: NDArray[np.float32], ch
 
 
 def sample(rows: Tensor, count: int) -> Tensor:
-    """So many rows at most, evenly spaced."""
+    """At most `count` rows, evenly spaced."""
     return rows[:: max(1, len(rows) // count)][:count]

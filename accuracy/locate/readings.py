@@ -9,54 +9,25 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal
 
 from torch import Tensor
 
 from ...errors import AccuracyError
-from ...spec.choice import ADAPTER, PROJECTOR
-from .decoder import Units
 from .expected_errors import ARITHMETIC
+from .location import ModelPart, Reading
+from .units import Units
 
 BEYOND = 3.0
-"""Errors of so many times what is explained are out of line."""
+"""Multiple of the explained error, above which an error is out of line."""
 
 LENIENCE = 4.0
-"""What all layers' errors alike may exceed the expectation by: attention amplifies the rounding of queries and keys."""
+"""Factor by which all layers' errors alike may exceed the expectation: attention amplifies rounding of its inputs."""
 
 HIDDEN_BY_SMOOTHING = {"self_attn.v_proj", "self_attn"}
 """Beside `up_proj`, units whose channels a quantiser may divide; their errors are seen in what reads them."""
 
-Part = Literal["decoder", "vision"]
-"""The text decoder, or the vision tower with its projector."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
-    """One unit's error on the reference's input.
-
-    Attributes:
-        part: Of the model.
-        layer: Its number; -1 is the embedding or the tower's stem, the number of layers the head.
-        unit: As in `self_attn.q_proj`; `attended` and `out` are what leaves the layer's halves.
-        error: Root mean square of what differs, of the output's.
-        expected: What plain rounding by the recipe explains of it.
-    """
-
-    part: Part = "decoder"
-    layer: int
-    unit: str
-    error: float
-    expected: float
-
-    @property
-    def place(self) -> str:
-        """Where it is, in words."""
-        if self.part == "decoder":
-            return f"layer {self.layer}"
-        if self.layer < 0:
-            return "vision stem"
-        return "vision head" if self.unit in (*ADAPTER, PROJECTOR) else f"vision {self.layer}"
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""The reference's and the candidate's outputs by unit."""
 
 
 @dataclass(slots=True)
@@ -79,7 +50,7 @@ class Errors:
 
 
 class Readings:
-    """What has been read so far.
+    """Readings taken so far, in the order of computation.
 
     Args:
         is_smoothed: Whether one of the two may have channels divided.
@@ -89,9 +60,7 @@ class Readings:
         self.is_smoothed = is_smoothed
         self.taken: list[Reading] = []
 
-    def take(
-        self, layer: int, errors: Errors, expected: Mapping[str, float] | None = None, part: Part = "decoder"
-    ) -> None:
+    def take(self, part: ModelPart, layer: int, errors: Errors, expected: Mapping[str, float] | None = None) -> None:
         """Reads all units that errors were summed of; where nothing is expected, float sums are all that may differ.
 
         Raises:
@@ -121,12 +90,12 @@ class Readings:
         return None
 
 
-def paired(theirs: Units, ours: Units, last: str, before: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def paired(theirs: Units, ours: Units, last: str, before: Tensor) -> Pairs:
     """Both sides' outputs by unit; of the half's own output what it adds to its input."""
     pairs = shared(theirs, ours, [unit for unit in theirs if unit != last])
     return pairs | {last: (theirs[last] - before, ours[last] - before)}
 
 
-def shared(theirs: Units, ours: Units, units: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+def shared(theirs: Units, ours: Units, units: Sequence[str]) -> Pairs:
     """Both sides' outputs of the units that both have."""
     return {unit: (theirs[unit], ours[unit]) for unit in units if unit in ours}

@@ -16,17 +16,13 @@ from torch.nn.functional import gelu, linear, relu, silu
 from ...export.llama4_tower import attend_patches, rotate_patches, turns
 from ...spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ...spec.geometry import VISION_LAYERS
-from ...walk.decoder import Hidden
 from ...walk.tower import normed
-from .decoder import Units
-from .decoder_suspects import EXPLAINED, FLOATS_DIFFER, Blame, Mistake, moved_octaves
-from .readings import Reading
-from .tower import STEM, TorchTower, Tower
-from .weight_differences import ALIKE, HALVES, describe, difference, half_split
-
-TURNED = ("self_attn.q_proj", "self_attn.k_proj")
-NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
-"""Of each half of a layer."""
+from .evidence import DROPPED, FLOATS_DIFFER, Evidence, Mistake, norm_of
+from .location import STEM, Blame, Reading
+from .part_walk import in_second_half, run_half
+from .tower_units import TorchTower, TowerUnits
+from .units import Hidden, Units
+from .weight_differences import ALIKE, describe, difference, half_split
 
 TENSORS = {
     PATCHES: (f"{PATCHES}.weight",),
@@ -38,7 +34,7 @@ TENSORS = {
     ADAPTER[1]: (f"{ADAPTER[1]}.weight",),
     PROJECTOR: (f"{PROJECTOR}.weight",),
 }
-"""What the units before and behind the layers read."""
+"""Tensors that the units before and behind the layers read."""
 
 PATCH_ORDERS = {
     "patches stand column by column, not row by row": (0, 4, 2, 1, 3, 5),
@@ -64,12 +60,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "it is left out": lambda x: x,
 }
 
+UNKNOWN = "its weights are right: what it computes is no mistake that is known"
 
-def blame_tower(reading: Reading, reference: TorchTower, candidate: Tower, given: Hidden) -> Blame:
+
+def blame_tower(reading: Reading, reference: TorchTower, candidate: TowerUnits, given: Hidden) -> Blame:
     """Says what is wrong with a unit.
 
     Args:
-        reading: Of the unit that is out of line.
+        reading: The unit that is out of line.
         reference: The reference's tower.
         candidate: The candidate's.
         given: The reference's input: tiles for the stem, else hidden states of the half or of the head.
@@ -87,68 +85,76 @@ def blame_tower(reading: Reading, reference: TorchTower, candidate: Tower, given
     return suspects.first_linear()
 
 
-class _Suspects:
+class _Suspects(Evidence):
     """One part of the tower under suspicion."""
 
-    def __init__(self, reading: Reading, reference: TorchTower, candidate: Tower, given: Hidden) -> None:
-        self.index, self.unit = reading.layer, reading.unit
-        self.reference, self.candidate, self.given = reference, candidate, given
-        self.vision = reference.vision
-        self.explained = max(EXPLAINED * reading.expected, FLOATS_DIFFER)
-        self.is_rounded = reading.expected > FLOATS_DIFFER
-        self.ours = self._run(candidate)
+    def __init__(self, reading: Reading, reference: TorchTower, candidate: TowerUnits, given: Hidden) -> None:
+        self.vision = vision = reference.vision
+        prefix = "" if reading.unit in TENSORS else f"{VISION_LAYERS}{reading.layer}."
+        super().__init__(
+            reading,
+            reference.weights,
+            candidate.weights,
+            prefix=prefix,
+            attention="Attention",
+            heads=(vision.heads, vision.head_dim),
+        )
+        self.index, self.given = reading.layer, given
+        self.outputs = self._run(candidate)
 
-    def _run(self, tower: Tower) -> Units:
+    def full(self, name: str) -> str:
+        """The checkpoint's name of a unit or tensor, which is also the one that weights are read by."""
+        return self.prefix + name
+
+    def _run(self, tower: TowerUnits) -> Units:
         """The part that the unit lies in."""
         if self.unit in (PATCHES, STEM):
             return tower.stem(self.given)
         if self.unit in TENSORS:
             return tower.head(self.given)
-        if self.unit.startswith("mlp.") or self.unit == "out":
-            return tower.feed(self.index, self.given)
-        return tower.attend(self.index, self.given)
+        return run_half(tower, "feed" if in_second_half(self.unit) else "attend", self.index, self.given)
 
     # Units
 
     def first_linear(self) -> Blame:
         """A linear whose input is the layer's norm."""
-        norm, x = self._norm(), self._rows()
-        ratio_K = self._norm_ratio(norm)
+        norm = norm_of(self.unit)
         return (
-            self._weight(self.unit, norm, ratio_K)
-            or self._bias(f"{norm}.bias", ratio_K)
-            or self._bias(f"{self.unit}.bias")
-            or self._linear(normed(self.candidate.weights, self._full(norm), x))
+            self.read_through(self.unit)
+            or self._tensor(f"{norm}.bias", over_K=self.norm_ratio(norm))
+            or self._tensor(f"{self.unit}.bias")
+            or self._linear(normed(self.our_weights, self.full(norm), self._rows()))
         )
 
     def attention(self) -> Blame:
         """Attention and what its output goes through, queries and keys being right."""
-        query, key, value = (self.ours[f"self_attn.{part}_proj"] for part in "qkv")
-        actual, replayed = self.ours["self_attn"], self._attend(query, key, value)
+        query, key, value = (self.outputs[f"self_attn.{part}_proj"] for part in "qkv")
+        actual, replayed = self.outputs["self_attn"], self._attend(query, key, value)
         if difference(replayed, actual) > FLOATS_DIFFER:
-            name, mistakes = self._full("self_attn"), list(self._attention_mistakes(query, key, value))
-            return self._mistake("Attention", name, actual, replayed, mistakes) or self._op("Attention", name)
+            mistakes = list(self._attention_mistakes(query, key, value))
+            return self._mistake("Attention", "self_attn", actual, replayed, mistakes) or self.op_blame(
+                "Attention", "self_attn", UNKNOWN
+            )
         return self._value_or_output() or self._linear(actual, "self_attn.o_proj")
 
     def second_linear(self) -> Blame:
         """The feed-forward's second linear, the first being right."""
-        name = f"{VISION_LAYERS}{self.index}.mlp"
         return (
-            self._tensor(self._full("mlp.fc2.weight"))
-            or self._bias("mlp.fc2.bias")
-            or self._activation(name, "mlp.fc1", lambda x: self._product("mlp.fc2", x))
-            or self._linear(gelu(self.ours["mlp.fc1"]))
+            self._tensor("mlp.fc2.weight")
+            or self._tensor("mlp.fc2.bias")
+            or self._activation("mlp", "mlp.fc1", lambda x: self._product("mlp.fc2", x))
+            or self._linear(gelu(self.outputs["mlp.fc1"]))
         )
 
     def sum(self) -> Blame:
         """A half's residual, the half being right."""
         before, part = self._rows(), "self_attn.o_proj" if self.unit == "attended" else "mlp.fc2"
-        owner, actual = self._full(part.partition(".")[0]), self.ours[self.unit]
-        if difference(self.ours[part], actual) <= ALIKE:
-            return Blame(kind="op", op="Add", name=owner, why="what enters it is not added to what it computes")
-        if difference(before, actual) <= self.explained:
-            return Blame(kind="op", op="Add", name=owner, why="it is dropped: the layer's output lacks it")
-        return Blame(kind="op", op="Add", name=owner, why="its parts are right, their sum is not")
+        owner, actual, why = part.partition(".")[0], self.outputs[self.unit], "its parts are right, their sum is not"
+        if difference(self.outputs[part], actual) <= ALIKE:
+            why = "what enters it is not added to what it computes"
+        elif difference(before, actual) <= self.explained:
+            why = DROPPED
+        return self.op_blame("Add", owner, why)
 
     def end(self, unit: str) -> Blame:
         """A unit of the stem or of the head."""
@@ -158,91 +164,65 @@ class _Suspects:
         if unit in (ADAPTER[1], PROJECTOR):
             before = ADAPTER[0] if unit == ADAPTER[1] else ADAPTER[1]
             found = self._activation("vision_model.vision_adapter.mlp", before, lambda x: self._plain(unit, x))
-            return found or self._op("MatMul", unit)
+            return found or self.op_blame("MatMul", unit)
         op, owner, make = {
             PATCHES: ("Transpose", "vision_model.patch_embedding", self._patches),
             STEM: ("Concat", "vision_model", self._placed),
             ADAPTER[0]: ("Transpose", "vision_model.vision_adapter", self._shuffled),
         }[unit]
         replayed, mistakes = make()
-        return self._mistake(op, owner, self.ours[unit], replayed, mistakes) or self._op("MatMul", unit)
+        return self._mistake(op, owner, self.outputs[unit], replayed, mistakes) or self.op_blame("MatMul", unit)
 
     # Tensors
 
-    def _tensor(self, name: str, ours: Tensor | None = None, theirs: Tensor | None = None) -> Blame | None:
-        """One that is not what the reference has under the same name."""
-        if name not in self.candidate.weights.regions:
-            return Blame(kind="op", op="Add", name=name, why="it is left out")
-        theirs = self.reference.weights.wide(name) if theirs is None else theirs
-        ours = self.candidate.weights.wide(name) if ours is None else ours
+    def norm_blame(self, norm: str, why: str) -> Blame | None:
+        """A norm's weight, which makes a right weight a wrong one."""
+        return self._tensor(f"{norm}.weight")
+
+    def exchanged_with(self, unit: str, weight_NK: Tensor) -> str | None:
+        """Another of queries, keys and values whose weight it is."""
+        for other in (f"self_attn.{part}_proj" for part in "qkv") if unit.startswith("self_attn") else ():
+            another = self.theirs(f"{other}.weight")
+            if other != unit and describe(another, weight_NK, max(self.explained, ALIKE)) is None:
+                return other
+        return None
+
+    def _tensor(self, name: str, ours: Tensor | None = None, over_K: Tensor | float = 1.0) -> Blame | None:
+        """A tensor that is not what the reference has under the same name.
+
+        Args:
+            name: Name in the layer, or the full one.
+            ours: The candidate's, where factors were taken out of it; None reads it.
+            over_K: Factors to be taken out of it.
+        """
+        if self.full(name) not in self.our_weights.regions:
+            return self.op_blame("Add", name, "it is left out")
+        theirs, ours = self.theirs(name), (self.ours(name) if ours is None else ours) / over_K
         flat = theirs.ndim == 1
         why = describe(theirs[None] if flat else theirs, ours[None] if flat else ours, self.explained)
-        if why is None:
-            return None
-        return Blame(kind="tensor", op="Add" if flat else "MatMul", name=name, why=why)
-
-    def _weight(self, unit: str, norm: str, ratio_K: Tensor) -> Blame | None:
-        """A weight read through its norm, whose channels a quantiser may divide."""
-        name = self._full(f"{unit}.weight")
-        theirs, ours = self.reference.weights.wide(name), self.candidate.weights.wide(name)
-        through = ours * ratio_K
-        head_dim = self.vision.head_dim if unit in TURNED else None
-        why = describe(theirs, through, self.explained, head_dim=head_dim, factor_K=1 / ratio_K)
-        if why is None:
-            return None
-        if describe(theirs, ours, self.explained) is None:
-            return self._tensor(self._full(f"{norm}.weight"))
-        for other in (f"self_attn.{part}_proj" for part in "qkv") if unit.startswith("self_attn") else ():
-            another = self.reference.weights.wide(self._full(f"{other}.weight"))
-            if other != unit and describe(another, through, max(self.explained, ALIKE)) is None:
-                return Blame(kind="tensor", op="MatMul", name=name, why=f"it has the weights of {other}")
-        if why == HALVES:
-            why = f"of {unit} and its like: {why}"
-            return Blame(
-                kind="attribute", op="Attention", name=self._full("self_attn"), attribute="rope layout", why=why
-            )
-        return Blame(kind="tensor", op="MatMul", name=name, why=why)
-
-    def _bias(self, name: str, ratio_K: Tensor | float = 1.0) -> Blame | None:
-        """A bias of a linear or a norm whose channels come out times a ratio of what the reference's do."""
-        full = self._full(name)
-        ours = self.candidate.weights.wide(full) / ratio_K if full in self.candidate.weights.regions else None
-        return self._tensor(full, ours)
+        return None if why is None else self.tensor_blame("Add" if flat else "MatMul", name, why)
 
     def _value_or_output(self) -> Blame | None:
-        """Values' or the output's linear, between whose channels a quantiser may have moved powers of two."""
-        value, output = (self._full(f"self_attn.{part}_proj.weight") for part in "vo")
-        ours_NK, ratio_K = self.candidate.weights.wide(output), self._norm_ratio(NORMS["self_attn"])
-        octaves_K = torch.zeros(ours_NK.shape[1])
-        if self.is_rounded:
-            octaves_K = moved_octaves(self.reference.weights.wide(output), ours_NK)
-        factor_K = torch.exp2(octaves_K)
+        """The linear of values or of the output, between whose channels a quantiser may have moved powers of two."""
+        value, output = "self_attn.v_proj", "self_attn.o_proj"
+        value_NK, output_NK, factor_N = self.without_moved(value, output)
         return (
-            self._tensor(value, self.candidate.weights.wide(value) * ratio_K * factor_K[:, None])
-            or self._bias("self_attn.v_proj.bias", 1 / factor_K)
-            or self._tensor(output, ours_NK / factor_K)
-            or self._bias("self_attn.o_proj.bias")
+            self._tensor(f"{value}.weight", value_NK)
+            or self._tensor(f"{value}.bias", over_K=1 / factor_N)
+            or self._tensor(f"{output}.weight", output_NK)
+            or self._tensor(f"{output}.bias")
         )
-
-    def _norm(self) -> str:
-        return NORMS[self.unit.partition(".")[0]]
-
-    def _norm_ratio(self, norm: str) -> Tensor:
-        """What the candidate's norm has more than the reference's, [C]."""
-        name = self._full(f"{norm}.weight")
-        theirs, ours = self.reference.weights.wide(name), self.candidate.weights.wide(name)
-        return torch.where((theirs == 0) | (ours == 0), 1.0, ours / theirs)
 
     # Mistakes
 
     def _linear(self, x_RK: Tensor, unit: str | None = None) -> Blame:
         """A linear whose tensors are right: its bias is not added, its input's scale is wrong, or what it computes."""
         unit = unit or self.unit
-        name, actual = self._full(unit), self.ours[unit]
-        whole, bias = self._product(unit, x_RK), self.candidate.weights.wide(f"{name}.bias")
-        if difference(whole - bias, actual) <= max(FLOATS_DIFFER, ALIKE * difference(whole, actual)):
-            return Blame(kind="op", op="Add", name=f"{name}.bias", why="it is not added")
-        return self._op("MatMul", name)
+        actual, bias = self.outputs[unit], f"{unit}.bias"
+        whole = self._product(unit, x_RK)
+        if difference(whole - self.ours(bias), actual) <= max(FLOATS_DIFFER, ALIKE * difference(whole, actual)):
+            return self.op_blame("Add", bias, "it is not added")
+        return self.op_blame("MatMul", unit)
 
     def _attention_mistakes(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Mistake]:
         cos_SP, sin_SP = turns(self.vision)
@@ -291,9 +271,9 @@ class _Suspects:
         return product(right), mistakes
 
     def _placed(self) -> tuple[Tensor, list[Mistake]]:
-        """What leaves the stem, and with mistakes behind the patches' product."""
-        weights, size = self.candidate.weights, self.vision.hidden_size
-        patches = self.ours[PATCHES].view(len(self.given), -1, size)
+        """The stem's output, and with mistakes behind the patches' product."""
+        weights, size = self.our_weights, self.vision.hidden_size
+        patches = self.outputs[PATCHES].view(len(self.given), -1, size)
         last = weights.wide("vision_model.class_embedding").expand(len(patches), 1, -1)
         places = weights.wide("vision_model.positional_embedding_vlm")
 
@@ -310,7 +290,7 @@ class _Suspects:
         """The adapter's first product, and with patches in other orders."""
         across, shuffle = self.vision.grid // self.vision.shuffle, self.vision.shuffle
         x_NSC = torch.from_numpy(self.given)
-        patches = normed(self.candidate.weights, "vision_model.layernorm_post", x_NSC)
+        patches = normed(self.our_weights, "vision_model.layernorm_post", x_NSC)
 
         def product(order: Sequence[int], patches: Tensor = patches[:, :-1]) -> Tensor:
             squares = patches.unflatten(1, (across, shuffle, across, shuffle)).permute(*order)
@@ -326,45 +306,28 @@ class _Suspects:
 
     def _activation(self, name: str, before: str, product: Callable[[Tensor], Tensor]) -> Blame | None:
         """A GELU between two linears that is none."""
-        x, actual = self.ours[before], self.ours[self.unit]
+        x, actual = self.outputs[before], self.outputs[self.unit]
         mistakes: list[Mistake] = [
             ("activation", why, partial(in_turn, make, product, x)) for why, make in ACTIVATIONS.items()
         ]
         return self._mistake("Gelu", name, actual, product(gelu(x)), mistakes)
 
     def _mistake(
-        self, op: str, name: str, actual: Tensor, replayed: Tensor, mistakes: Sequence[Mistake]
+        self, op: str, unit: str, actual: Tensor, replayed: Tensor, mistakes: Sequence[Mistake]
     ) -> Blame | None:
-        """The mistake that comes out as the candidate computes it, where the right way does not."""
-        differs = difference(replayed, actual)
-        if differs <= FLOATS_DIFFER:
-            return None
-        least, attribute, why = min((difference(make(), actual), attribute, why) for attribute, why, make in mistakes)
-        if least > max(FLOATS_DIFFER, ALIKE * differs):
-            return None
-        return Blame(kind="attribute", op=op, name=name, attribute=attribute, why=why)
+        return self.mistake(op, unit, actual, replayed, mistakes, FLOATS_DIFFER)
 
     def _plain(self, unit: str, x_RK: Tensor) -> Tensor:
         """The candidate's product of a linear without a bias."""
-        return linear(x_RK, self.candidate.weights.wide(f"{unit}.weight"))
+        return linear(x_RK, self.ours(f"{unit}.weight"))
 
     def _product(self, unit: str, x_RK: Tensor) -> Tensor:
-        """The same of a layer's linear, with its bias."""
-        name, weights = self._full(unit), self.candidate.weights
-        return linear(x_RK, weights.wide(f"{name}.weight"), weights.wide(f"{name}.bias"))
+        """The candidate's product of a layer's linear, with its bias."""
+        return linear(x_RK, self.ours(f"{unit}.weight"), self.ours(f"{unit}.bias"))
 
     def _rows(self) -> Tensor:
         """The reference's input as rows."""
         return torch.from_numpy(self.given).flatten(0, 1)
-
-    def _op(self, op: str, name: str) -> Blame:
-        why = "what it computes is no mistake that is known"
-        if op == "MatMul":
-            why = "the scale of its input is not, or what it computes"
-        return Blame(kind="op", op=op, name=name, why=f"its weights are right: {why}")
-
-    def _full(self, name: str) -> str:
-        return f"{VISION_LAYERS}{self.index}.{name}"
 
 
 def in_turn(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

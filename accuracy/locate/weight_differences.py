@@ -11,7 +11,7 @@ MOST_ROWS = 8192
 """Rows that are searched for one another; the search takes memory by their square."""
 
 ALIKE = 0.3
-"""Of a difference what may be left of it where a mistake explains it."""
+"""Share of a difference that may remain where a mistake explains it."""
 
 PERMUTED = "its rows stand in another order"
 HALVES = "its rows stand as a RoPE over halves wants them, not over neighbouring pairs"
@@ -39,7 +39,7 @@ def describe(
         found_NK: As it is.
         explained: The relative difference that rounding explains.
         head_dim: Rows of a head, of queries and keys.
-        factor_K: What a quantiser multiplied columns by before it chose the rows' scales; None is nothing.
+        factor_K: Factors that a quantiser multiplied columns by before it chose the rows' scales; None is nothing.
     """
     differs = difference(reference_NK, found_NK)
     if differs <= explained:
@@ -73,7 +73,7 @@ def half_split(rows: int, head_dim: int) -> Tensor:
 
 
 def _scaled(reference_NK: Tensor, found_NK: Tensor, scale_N: Tensor, left: float) -> str | None:
-    """What is wrong with the rows' scales, if that is all."""
+    """The fault of the rows' scales, in words; None where there is another."""
     used_N = reference_NK.any(1)
     reference_NK, found_NK, scale_N = reference_NK[used_N], found_NK[used_N], scale_N[used_N]
     if not len(reference_NK):

@@ -56,7 +56,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked about a scene, of which kind that is, and the one right answer."""
+    """A question about a scene, its kind, and the one right answer."""
 
     kind: str
     text: str

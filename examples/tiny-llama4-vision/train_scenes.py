@@ -117,7 +117,7 @@ class Batch:
 
     Attributes:
         ids_BS: Tokens.
-        labels_BS: The same where an answer stands, `IGNORED` elsewhere.
+        labels_BS: Tokens where an answer stands, `IGNORED` elsewhere.
         pixels_N3PP: The tiles, in float16, which holds their values exactly.
     """
 
@@ -218,7 +218,7 @@ def score(model: Llama4ForConditionalGeneration, reader: Reader, asked: int, dev
 
 
 def train(minutes: float, rows: int, peak_rate: float, start: Path, output: Path, seed: int, device: str) -> None:
-    """Trains for so many minutes with AdamW and a cosine that ends with the time, then writes the checkpoint."""
+    """Trains for a number of minutes with AdamW and a cosine that ends with the time, then writes the checkpoint."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     before = {} if start == TEXT_MODEL else json.loads((start / "training.json").read_text("utf-8"))

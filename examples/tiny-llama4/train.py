@@ -143,7 +143,7 @@ def perplexity(model: Llama4ForCausalLM, tokenizer: PreTrainedTokenizerFast, tex
 
 
 def train(minutes: float, output: Path, seed: int) -> None:
-    """Trains for so many minutes with AdamW and a cosine that ends with the time, then writes the checkpoint."""
+    """Trains for a number of minutes with AdamW and a cosine that ends with the time, then writes the checkpoint."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     corpus = documents()

@@ -1,9 +1,9 @@
 """The tensors of a quantised model that its checkpoint does not hold as the graph reads them, written anew.
 
-Enters: `Stored` weights. Leaves: for each linear and each layer's experts the tensors that the graph reads, those that
-lie in the checkpoint as they are and those to be made; and files of the latter. Values are moved, turned and packed,
-never rounded; scales are widened, but for those of int4 linears, which take the graph's type. No more than one expert
-or one linear is held in memory.
+Enters: `StoredWeight`s. Leaves: for each linear and each layer's experts the tensors that the graph reads, some in the
+checkpoint as they lie there and others to be made; and files of the latter. Values are moved, turned and packed, never
+rounded; scales are widened, but for those of int4 linears, which take the graph's type. No more than one expert or one
+linear is held in memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from ...errors import CheckpointError, ExportError
 from ...files.safetensors import encode_header
-from ...spec.types import DType
-from ..portions import FORMAT_NAMES, NUMPY_DTYPES
-from .stored import Stored, Tensor
+from ...spec.types import CODES, DType
+from ..portions import FLOAT_DTYPES
+from .stored import CheckpointTensor, StoredWeight
 
 Array = NDArray[Any]
 
@@ -28,7 +28,7 @@ PIECE = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
+class MadeTensor:
     """A tensor to be written: safetensors' type, its shape, and what yields its data in order."""
 
     dtype: str
@@ -37,23 +37,23 @@ class Made:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tensors:
+class GraphTensors:
     """The tensors that a graph reads.
 
     Attributes:
-        in_place: Those that lie in the checkpoint as they are.
-        made: Those to be written.
+        in_place: Tensors that lie in the checkpoint as they are.
+        made: Tensors to be written.
     """
 
-    in_place: dict[str, Tensor] = field(default_factory=dict)
-    made: dict[str, Made] = field(default_factory=dict)
+    in_place: dict[str, CheckpointTensor] = field(default_factory=dict)
+    made: dict[str, MadeTensor] = field(default_factory=dict)
 
-    def add_linear(self, stored: Stored, dtype: DType) -> None:
+    def add_linear(self, stored: StoredWeight, dtype: DType) -> None:
         """A linear's weight [N, K], its scales [N] in float32 or [N, K / group] in the graph's type, its input's."""
         name = f"{stored.module}.weight"
         if stored.format == "int4":
             outputs, words = stored.weight.region.shape
-            self.made[name] = Made(dtype="U8", shape=(outputs, words * 4), pieces=lambda: iter([packed(stored)]))
+            self.made[name] = MadeTensor(dtype="U8", shape=(outputs, words * 4), pieces=lambda: iter([packed(stored)]))
         else:
             self.in_place[name] = stored.weight
         if stored.scale is not None:
@@ -62,7 +62,7 @@ class Tensors:
         if stored.is_static:
             self.add_values(f"{stored.module}.input_scale", stored.input_scales().reshape(()))
 
-    def add_stack(self, unit: str, gate_up: Stored, down: Stored) -> None:
+    def add_stack(self, unit: str, gate_up: StoredWeight, down: StoredWeight) -> None:
         """Experts that are stacked as the graph has them: their scales [E, 1, N]."""
         check_alike(unit, [gate_up, down])
         for stored, activation in ((gate_up, "hidden_scale"), (down, "activated_scale")):
@@ -72,7 +72,9 @@ class Tensors:
             if stored.is_static:
                 self.add_values(f"{unit}.{activation}", np.broadcast_to(stored.input_scales(), (experts,)))
 
-    def add_experts(self, unit: str, gates: list[Stored], ups: list[Stored], downs: list[Stored]) -> None:
+    def add_experts(
+        self, unit: str, gates: list[StoredWeight], ups: list[StoredWeight], downs: list[StoredWeight]
+    ) -> None:
         """Experts of three linears each, stacked: gate_up [E, H, 2I], down [E, I, H], and their scales.
 
         Gate and up projection read one input; where their scales of it differ, the larger serves both.
@@ -89,13 +91,13 @@ class Tensors:
                 scales = [max(float(stored.input_scales()[0]) for stored in parts) for parts in experts]
                 self.add_values(f"{unit}.{activation}", np.array(scales, np.float32))
 
-    def _add_turned(self, name: str, experts: list[list[Stored]]) -> None:
+    def _add_turned(self, name: str, experts: list[list[StoredWeight]]) -> None:
         """Each expert's linears side by side, inputs first."""
         first = experts[0][0]
         outputs, inputs = sum(stored.outputs for stored in experts[0]), first.weight.region.shape[1]
         is_packed = first.format == "int4"
         turn = turned_int4 if is_packed else turned
-        self.made[name] = Made(
+        self.made[name] = MadeTensor(
             dtype="U8" if is_packed else first.weight.region.dtype,
             shape=(len(experts), inputs * 8, outputs // 2) if is_packed else (len(experts), inputs, outputs),
             pieces=lambda: (np.concatenate([turn(each) for each in parts], axis=1) for parts in experts),
@@ -103,7 +105,7 @@ class Tensors:
         if first.scale is None:
             return
         groups = first.scale.region.shape[1] if first.format == "int4" else 1
-        self.made[f"{name}_scale"] = Made(
+        self.made[f"{name}_scale"] = MadeTensor(
             dtype="F32",
             shape=(len(experts), groups, outputs),
             pieces=lambda: (
@@ -112,24 +114,27 @@ class Tensors:
             ),
         )
 
-    def _add_scales(self, name: str, stored: Stored, shape: tuple[int, ...], dtype: DType = "float32") -> None:
+    def _add_scales(self, name: str, stored: StoredWeight, shape: tuple[int, ...], dtype: DType = "float32") -> None:
         """A weight's scales, read when they are written."""
-        written = FORMAT_NAMES[dtype]
-        self.made[name] = Made(dtype=written, shape=shape, pieces=lambda: iter([converted_scales(stored, written)]))
+        written = CODES[dtype]
+        self.made[name] = MadeTensor(
+            dtype=written, shape=shape, pieces=lambda: iter([converted_scales(stored, written)])
+        )
 
     def add_values(self, name: str, values: NDArray[np.float32]) -> None:
         """A small tensor that is known already."""
-        self.made[name] = Made(dtype="F32", shape=values.shape, pieces=lambda: iter([values]))
+        self.made[name] = MadeTensor(dtype="F32", shape=values.shape, pieces=lambda: iter([values]))
 
-    def copied(self) -> "Tensors":
-        """The same tensors, none of them in place."""
+    def copied(self) -> "GraphTensors":
+        """All of the tensors as copies, none of them in place."""
         copies = {
-            name: Made(dtype=t.region.dtype, shape=t.region.shape, pieces=_copy(t)) for name, t in self.in_place.items()
+            name: MadeTensor(dtype=t.region.dtype, shape=t.region.shape, pieces=_copy(t))
+            for name, t in self.in_place.items()
         }
-        return Tensors(made={**copies, **self.made})
+        return GraphTensors(made={**copies, **self.made})
 
 
-def check_alike(unit: str, experts: Sequence[Stored]) -> None:
+def check_alike(unit: str, experts: Sequence[StoredWeight]) -> None:
     """Refuses experts of one layer that are not quantised alike.
 
     Raises:
@@ -144,7 +149,7 @@ def check_alike(unit: str, experts: Sequence[Stored]) -> None:
             )
 
 
-def converted_scales(stored: Stored, dtype: str) -> Array:
+def converted_scales(stored: StoredWeight, dtype: str) -> Array:
     """A weight's scales in another of safetensors' types.
 
     Raises:
@@ -152,7 +157,7 @@ def converted_scales(stored: Stored, dtype: str) -> Array:
     """
     scales = stored.scales()
     with np.errstate(over="ignore"):
-        converted: Array = scales.astype(NUMPY_DTYPES[dtype])
+        converted: Array = scales.astype(FLOAT_DTYPES[dtype])
     if (bad := (converted == 0) | np.isinf(converted)).any():
         raise ExportError(
             f"{stored.module!r} has the scale {scales[bad][0]}, which does not fit {dtype}: scale the model"
@@ -160,7 +165,7 @@ def converted_scales(stored: Stored, dtype: str) -> Array:
     return converted
 
 
-def packed(stored: Stored) -> Array:
+def packed(stored: StoredWeight) -> Array:
     """int4 values [N, K / 2] as ONNX has them: two in a byte, the first in the low half, two's complement.
 
     compressed-tensors packs eight values plus 8 into an int32, the first in the lowest bits.
@@ -168,13 +173,13 @@ def packed(stored: Stored) -> Array:
     return stored.weight.read().view(np.uint8) ^ np.uint8(0x88)
 
 
-def turned(stored: Stored) -> Array:
+def turned(stored: StoredWeight) -> Array:
     """A weight [N, K] as [K, N], its elements as integers of their size."""
     values_NK = stored.weight.read()
     return transposed(values_NK.view(f"i{values_NK.itemsize}"))
 
 
-def turned_int4(stored: Stored) -> Array:
+def turned_int4(stored: StoredWeight) -> Array:
     """Packed int4 values [N, K / 2] with inputs in front, [K, N / 2]: rows of even inputs and of odd ones by turns."""
     bytes_JN = transposed(packed(stored))  # J pairs of inputs
     first, second = bytes_JN[:, 0::2], bytes_JN[:, 1::2]
@@ -188,7 +193,7 @@ def transposed(values: Array) -> Array:
     return laid_out
 
 
-def write_made(path: Path, tensors: Mapping[str, Made]) -> None:
+def write_made(path: Path, tensors: Mapping[str, MadeTensor]) -> None:
     """Writes a safetensors file."""
     with path.open("xb") as file:
         file.write(encode_header({name: (made.dtype, made.shape) for name, made in tensors.items()}))
@@ -197,8 +202,8 @@ def write_made(path: Path, tensors: Mapping[str, Made]) -> None:
                 file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
 
-def _copy(tensor: Tensor) -> Callable[[], Iterator[Array]]:
-    """What yields a tensor's bytes."""
+def _copy(tensor: CheckpointTensor) -> Callable[[], Iterator[Array]]:
+    """A function that yields a tensor's bytes."""
 
     def pieces() -> Iterator[Array]:
         region = tensor.region

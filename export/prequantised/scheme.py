@@ -1,8 +1,8 @@
-"""What a checkpoint says of its own quantisation, or a clear refusal.
+"""A checkpoint's description of its own quantisation, or a clear refusal.
 
 Enters: the `config.json` of a checkpoint, and ModelOpt's `hf_quant_config.json` where there is one. Leaves: a `Scheme`,
 or None where nothing is quantised. It says how activations are quantised and what the weights' formats may be; which
-weights are quantised is told by the types they are stored in, since the lists of modules left out are written in the
+weights are quantised shows in the types they are stored in, since the lists of modules left out are written in the
 names of whichever library wrote them.
 """
 
@@ -24,11 +24,11 @@ GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class WeightGroup:
     """Weights that are quantised alike.
 
     Attributes:
-        format: What they are stored as.
+        format: Format that they are stored in.
         activations: One scale a tensor, which the checkpoint holds, or one a token; of no meaning in `int4`.
         group_size: Inputs that share a scale in `int4`.
         targets: Names, patterns behind `re:`, or classes of the modules.
@@ -59,11 +59,11 @@ class Scheme:
     """
 
     method: Literal["modelopt", "compressed-tensors", "fbgemm_fp8"]
-    groups: tuple[Group, ...]
+    groups: tuple[WeightGroup, ...]
     kv_cache: Literal["none", "int8", "fp8"] = "none"
     activation_bound: float = 0.0
 
-    def group(self, module: str, kind: Format) -> Group:
+    def group(self, module: str, kind: Format) -> WeightGroup:
         """How a weight stored in a format is quantised.
 
         Raises:
@@ -98,19 +98,19 @@ def read_scheme(config: Mapping[str, Any], modelopt: Mapping[str, Any] | None = 
         CheckpointError: The method, or a part of it, is none that Arriero takes.
     """
     if modelopt is not None:
-        return _modelopt(_Reader(f"{MODELOPT}: quantization", modelopt.get("quantization")))
+        return _modelopt(_Section(f"{MODELOPT}: quantization", modelopt.get("quantization")))
     found = text_config(dict(config)).get("quantization_config")
     if found is None:
         return None
-    reader = _Reader("config.json: quantization_config", found)
-    match method := reader.get("quant_method"):
+    section = _Section("config.json: quantization_config", found)
+    match method := section.get("quant_method"):
         case "modelopt":
-            return _modelopt(reader)
+            return _modelopt(section)
         case "compressed-tensors":
-            return _compressed_tensors(reader)
+            return _compressed_tensors(section)
         case "fbgemm_fp8":
-            bound = Fields(reader.values).positive("activation_scale_ub", 1200.0)
-            group = Group(format="fp8", activations="dynamic", targets=("Linear",))
+            bound = Fields(section.values).positive("activation_scale_ub", 1200.0)
+            group = WeightGroup(format="fp8", activations="dynamic", targets=("Linear",))
             return Scheme(method="fbgemm_fp8", groups=(group,), activation_bound=bound)
     raise CheckpointError(
         f"config.json: the weights are quantised by {method!r}; of quantised checkpoints Arriero takes {SUPPORTED}: "
@@ -118,7 +118,7 @@ def read_scheme(config: Mapping[str, Any], modelopt: Mapping[str, Any] | None = 
     )
 
 
-class _Reader:
+class _Section:
     """An object of a configuration, and where it stands."""
 
     def __init__(self, where: str, values: Any) -> None:
@@ -132,9 +132,9 @@ class _Reader:
         value = self.values.get(name)
         return default if value is None else value
 
-    def part(self, name: str) -> "_Reader":
+    def part(self, name: str) -> "_Section":
         """A nested object."""
-        return _Reader(f"{self.where}.{name}", self.values.get(name))
+        return _Section(f"{self.where}.{name}", self.values.get(name))
 
     def demand(self, name: str, default: Any, expected: Sequence[Any], remedy: str) -> Any:
         """A value that must be one of some."""
@@ -148,66 +148,66 @@ class _Reader:
         raise CheckpointError(f"{self.where}.{name} is {self.values.get(name)!r}: {remedy}")
 
 
-def _modelopt(reader: _Reader) -> Scheme:
+def _modelopt(section: _Section) -> Scheme:
     """ModelOpt's FP8: a scale a weight, static activations."""
     remedy = f"of quantised checkpoints Arriero takes {SUPPORTED}"
-    reader.demand("quant_algo", None, ["FP8"], remedy)
-    cache = reader.get("kv_cache_quant_algo", reader.get("kv_cache_scheme"))
+    section.demand("quant_algo", None, ["FP8"], remedy)
+    cache = section.get("kv_cache_quant_algo", section.get("kv_cache_scheme"))
     kv_cache: Literal["none", "int8", "fp8"] = "none"
     if isinstance(cache, dict):
-        kv_cache = _cache_scheme(reader)
+        kv_cache = _cache_scheme(section)
     elif cache == "FP8":
         kv_cache = "fp8"
     elif cache is not None:
-        reader.refuse("kv_cache_quant_algo", "Arriero takes FP8 caches, or none")
-    group = Group(format="fp8", activations="static", targets=("Linear",))
+        section.refuse("kv_cache_quant_algo", "Arriero takes FP8 caches, or none")
+    group = WeightGroup(format="fp8", activations="static", targets=("Linear",))
     return Scheme(method="modelopt", groups=(group,), kv_cache=kv_cache)
 
 
-def _compressed_tensors(reader: _Reader) -> Scheme:
+def _compressed_tensors(section: _Section) -> Scheme:
     """The groups of a compressed-tensors configuration."""
-    reader.demand("quantization_status", "compressed", ["compressed"], "save the checkpoint compressed")
-    if reader.get("transform_config"):
-        reader.refuse("transform_config", "rotated checkpoints are not taken: quantise without transforms")
-    if reader.get("sparsity_config") and reader.part("sparsity_config").get("format", "dense") != "dense":
-        reader.refuse("sparsity_config", "sparse checkpoints are not taken: quantise without sparsity")
-    groups = reader.part("config_groups")
+    section.demand("quantization_status", "compressed", ["compressed"], "save the checkpoint compressed")
+    if section.get("transform_config"):
+        section.refuse("transform_config", "rotated checkpoints are not taken: quantise without transforms")
+    if section.get("sparsity_config") and section.part("sparsity_config").get("format", "dense") != "dense":
+        section.refuse("sparsity_config", "sparse checkpoints are not taken: quantise without sparsity")
+    groups = section.part("config_groups")
     if not groups.values:
-        reader.refuse("config_groups", "expected a group at least: restore the file")
+        section.refuse("config_groups", "expected a group at least: restore the file")
     parsed = tuple(_group(groups.part(name)) for name in groups.values)
-    kv_cache: Literal["none", "int8", "fp8"] = _cache_scheme(reader) if reader.get("kv_cache_scheme") else "none"
+    kv_cache: Literal["none", "int8", "fp8"] = _cache_scheme(section) if section.get("kv_cache_scheme") else "none"
     return Scheme(method="compressed-tensors", groups=parsed, kv_cache=kv_cache)
 
 
-def _group(reader: _Reader) -> Group:
+def _group(section: _Section) -> WeightGroup:
     """One group of a compressed-tensors configuration."""
-    weights = reader.part("weights")
+    weights = section.part("weights")
     kind = _format(weights)
-    if reader.get("output_activations"):
-        reader.refuse("output_activations", "Arriero quantises inputs of products only")
+    if section.get("output_activations"):
+        section.refuse("output_activations", "Arriero quantises inputs of products only")
     if weights.get("actorder") in ("group", "dynamic", True):
         weights.refuse("actorder", "act-order shuffles the inputs of groups: quantise with actorder weight or null")
-    targets = reader.get("targets", [])
+    targets = section.get("targets", [])
     if not isinstance(targets, list) or not all(_is_target(target) for target in targets):
-        reader.refuse("targets", "expected a list of names, or of patterns behind re:")
+        section.refuse("targets", "expected a list of names, or of patterns behind re:")
     if kind == "int4":
-        if reader.get("input_activations"):
-            reader.refuse("input_activations", "Arriero takes 4-bit weights with unquantised activations (W4A16)")
+        if section.get("input_activations"):
+            section.refuse("input_activations", "Arriero takes 4-bit weights with unquantised activations (W4A16)")
         sizes = "a group size of 32, 64 or 128 is what every target takes"
         weights.demand("strategy", "group" if weights.get("group_size") else None, ["group"], sizes)
         size = weights.demand("group_size", None, GROUP_SIZES, sizes)
-        return Group(format=kind, activations="dynamic", group_size=size, targets=tuple(targets))
+        return WeightGroup(format=kind, activations="dynamic", group_size=size, targets=tuple(targets))
     strategies = "Arriero takes 8-bit weights with a scale a tensor or a channel"
     weights.demand("strategy", "tensor", ["tensor", "channel"], strategies)
-    if not reader.get("input_activations"):
-        reader.refuse("input_activations", "Arriero takes 8-bit weights with 8-bit activations (W8A8)")
-    inputs = reader.part("input_activations")
+    if not section.get("input_activations"):
+        section.refuse("input_activations", "Arriero takes 8-bit weights with 8-bit activations (W8A8)")
+    inputs = section.part("input_activations")
     if _format(inputs) != kind:
         inputs.refuse("type", f"the weights are {kind}, expected the same of the activations")
     is_dynamic = inputs.demand("dynamic", False, [False, True], "Arriero takes scales known before, or one a token")
     expected = "token" if is_dynamic else "tensor"
     inputs.demand("strategy", expected, [expected], "Arriero takes one static scale a tensor, or dynamic ones a token")
-    return Group(format=kind, activations="dynamic" if is_dynamic else "static", targets=tuple(targets))
+    return WeightGroup(format=kind, activations="dynamic" if is_dynamic else "static", targets=tuple(targets))
 
 
 def _is_target(target: Any) -> bool:
@@ -218,24 +218,24 @@ def _is_target(target: Any) -> bool:
         return False
 
 
-def _format(reader: _Reader) -> Literal["int8", "fp8", "int4"]:
+def _format(section: _Section) -> Literal["int8", "fp8", "int4"]:
     """The format of quantised weights, activations or caches."""
     kinds: dict[tuple[Any, Any], Literal["int8", "fp8", "int4"]] = {
         ("float", 8): "fp8",
         ("int", 8): "int8",
         ("int", 4): "int4",
     }
-    bits, kind = reader.get("num_bits", 8), reader.get("type", "int")
+    bits, kind = section.get("num_bits", 8), section.get("type", "int")
     if not isinstance(kind, str) or not isinstance(bits, int) or (kind, bits) not in kinds:
-        reader.refuse("num_bits", f"{kind!r} of {bits!r} bits, Arriero takes 8-bit float and 8- and 4-bit int")
-    if not reader.get("symmetric", True):
-        reader.refuse("symmetric", "zero points are not taken: quantise symmetrically")
+        section.refuse("num_bits", f"{kind!r} of {bits!r} bits, Arriero takes 8-bit float and 8- and 4-bit int")
+    if not section.get("symmetric", True):
+        section.refuse("symmetric", "zero points are not taken: quantise symmetrically")
     return kinds[kind, bits]
 
 
-def _cache_scheme(reader: _Reader) -> Literal["int8", "fp8"]:
+def _cache_scheme(section: _Section) -> Literal["int8", "fp8"]:
     """How keys and values are quantised."""
-    cache = reader.part("kv_cache_scheme")
+    cache = section.part("kv_cache_scheme")
     kind = _format(cache)
     if kind == "int4":
         cache.refuse("num_bits", "Arriero takes 8-bit caches")

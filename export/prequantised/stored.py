@@ -1,7 +1,8 @@
 """The weights of an already quantised checkpoint as its library stores them, found and checked.
 
-Enters: a checkpoint's tensors and its `Scheme`. Leaves: a `Stored` for each linear and each expert's or each stack of
-experts' product: weight and scales of known shapes, every scale positive and finite. Of the weights no data is read.
+Enters: a checkpoint's tensors and its `Scheme`. Leaves: a `StoredWeight` for each linear and each expert's or each
+stack of experts' product: weight and scales of known shapes, every scale positive and finite. No data of the weights is
+read.
 """
 
 import math
@@ -9,35 +10,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError, ExportError
 from ...files.safetensors import Region, Shard
 from ...spec.recipe import Format
-from .scheme import Group, Scheme
+from ...spec.types import FLOATS_BY_CODE
+from ..portions import FLOAT_DTYPES
+from .scheme import Scheme, WeightGroup
 
 FORMATS: dict[str, Format] = {
     "F8_E4M3": "fp8",
     "I8": "int8",
     "I32": "int4",
-    "BF16": "none",
-    "F16": "none",
-    "F32": "none",
+    **dict.fromkeys(FLOATS_BY_CODE, "none"),
 }
 """Formats by the type that a weight is stored in; compressed-tensors packs eight int4 into an I32."""
 
 READ = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
+    **FLOAT_DTYPES,
     "F8_E4M3": np.dtype(np.uint8),
     "I8": np.dtype(np.uint8),
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
 }
-"""What is read of each type: 8-bit values as bytes, since they are moved and not computed with."""
+"""Numpy's type to read each type as: 8-bit values as bytes, since they are moved and not computed with."""
 
 UNSUPPORTED = {
     "weight_g_idx": "act-order shuffles the inputs of groups: quantise without it, or with actorder weight",
@@ -50,7 +48,7 @@ UNSUPPORTED = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tensor:
+class CheckpointTensor:
     """A tensor of a checkpoint: the shard it lies in and where."""
 
     shard: Shard
@@ -77,7 +75,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stored:
+class StoredWeight:
     """A weight as it is stored.
 
     Attributes:
@@ -86,17 +84,17 @@ class Stored:
         weight: Values [N, K], packed [N, K / 8] in `int4`; of stacked experts [E, K, N].
         outputs: N.
         scale: The weight's scales; None in `none`.
-        input_scale: Of its input, where that is static.
+        input_scale: Scale of its input, where that is static.
         group: How it is quantised; None in `none`.
     """
 
     module: str
     format: Format
-    weight: Tensor
+    weight: CheckpointTensor
     outputs: int
-    scale: Tensor | None = None
-    input_scale: Tensor | None = None
-    group: Group | None = None
+    scale: CheckpointTensor | None = None
+    input_scale: CheckpointTensor | None = None
+    group: WeightGroup | None = None
 
     @property
     def is_static(self) -> bool:
@@ -128,11 +126,11 @@ class Finder:
         left: Tensors that nobody has taken.
     """
 
-    def __init__(self, found: Mapping[str, Tensor], scheme: Scheme) -> None:
+    def __init__(self, found: Mapping[str, CheckpointTensor], scheme: Scheme) -> None:
         self.left = dict(found)
         self.scheme = scheme
 
-    def linear(self, module: str, outputs: int, inputs: int) -> Stored | None:
+    def linear(self, module: str, outputs: int, inputs: int) -> StoredWeight | None:
         """A linear of any format, or None where it is missing.
 
         Args:
@@ -153,7 +151,7 @@ class Finder:
         packs = 8 if kind == "int4" else 1
         weight = self._take(name, [(outputs, inputs // packs)])
         if kind == "none":
-            return Stored(module=module, format=kind, weight=weight, outputs=outputs)
+            return StoredWeight(module=module, format=kind, weight=weight, outputs=outputs)
         group = self.scheme.group(module, kind)
         shapes: list[tuple[int, ...]] = [(), (1,), (outputs,), (outputs, 1)]
         if kind == "int4":
@@ -164,7 +162,7 @@ class Finder:
                 )
             shapes = [(outputs, inputs // group.group_size)]
             self._check_size(f"{module}.weight_shape", [outputs, inputs])
-        return Stored(
+        return StoredWeight(
             module=module,
             format=kind,
             weight=weight,
@@ -174,7 +172,7 @@ class Finder:
             group=group,
         )
 
-    def stack(self, name: str, shape: tuple[int, int, int]) -> Stored | None:
+    def stack(self, name: str, shape: tuple[int, int, int]) -> StoredWeight | None:
         """Stacked experts' weights [E, K, N], or None where they are missing or not quantised.
 
         Raises:
@@ -192,7 +190,7 @@ class Finder:
         per_expert: list[tuple[int, ...]] = [(), (1,), (experts,), (experts, 1), (experts, 1, 1)]
         shapes = [*per_expert, (experts, outputs), (experts, 1, outputs), (experts, outputs, 1)]
         scale = f"{name}_weight_scale" if f"{name}_weight_scale" in self.left else f"{name}_scale"
-        return Stored(
+        return StoredWeight(
             module=name,
             format=kind,
             weight=weight,
@@ -213,7 +211,7 @@ class Finder:
             raise CheckpointError(f"tensor {name!r} is {dtype}, expected one of BF16, F16, F32, F8_E4M3 and I8")
         return FORMATS[dtype]
 
-    def _take(self, name: str, shapes: list[tuple[int, ...]]) -> Tensor:
+    def _take(self, name: str, shapes: list[tuple[int, ...]]) -> CheckpointTensor:
         tensor = self.left.pop(name, None)
         if tensor is None:
             raise CheckpointError(f"tensor {name!r} is missing, which the quantised weight needs: download it again")
@@ -222,7 +220,7 @@ class Finder:
             raise CheckpointError(f"tensor {name!r} has shape {list(tensor.region.shape)}, expected {expected}")
         return tensor
 
-    def _scale(self, name: str, shapes: list[tuple[int, ...]]) -> Tensor:
+    def _scale(self, name: str, shapes: list[tuple[int, ...]]) -> CheckpointTensor:
         """A scale, its values checked."""
         tensor = self._take(name, shapes)
         if FORMATS.get(tensor.region.dtype) != "none":
@@ -232,7 +230,7 @@ class Finder:
             raise CheckpointError(f"tensor {name!r} holds the scale {values[bad][0]}, expected numbers above 0")
         return tensor
 
-    def _input_scale(self, name: str, group: Group, shapes: list[tuple[int, ...]]) -> Tensor | None:
+    def _input_scale(self, name: str, group: WeightGroup, shapes: list[tuple[int, ...]]) -> CheckpointTensor | None:
         return self._scale(name, shapes) if group.format != "int4" and group.activations == "static" else None
 
     def _check_size(self, name: str, expected: list[int]) -> None:

@@ -18,7 +18,7 @@ class Case:
     shape: tuple[int, ...]
 
     def parts(self) -> list[NDArray[np.float32]]:
-        """What each rank brings; the same for each call."""
+        """Each rank's summand, equal at every call."""
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
         return [rng.standard_normal(self.shape).astype(np.float32) for _ in range(self.attributes.ranks)]
 

@@ -1,4 +1,4 @@
-"""What the sum over ranks means, in numpy float64: the reference for every implementation of the op."""
+"""The meaning of the sum over ranks, in numpy float64: the reference for every implementation of the op."""
 
 from collections.abc import Sequence
 

@@ -26,7 +26,7 @@ class Attributes:
     """The attributes of one `AllReduce` node.
 
     Attributes:
-        ranks: How many graphs take part.
+        ranks: Number of graphs that take part.
     """
 
     ranks: int

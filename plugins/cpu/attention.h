@@ -1,157 +1,13 @@
 // Attention over caches of keys and values, in blocks of slots with a running softmax (Milakov and Gimelshein 2018,
 // arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
 //
-// Included once for each instruction set, within its own namespace, behind `vectors.h`.
+// Included once for each instruction set, within its own namespace, behind `vectors.h` and `caches.h`.
 //
 // A query's blocks begin at the same slots whatever it is computed with, and what it does not see adds zero: so a token
 // gets the same bits alone, in a prompt's piece, and in a batch, as long as all values are finite.
 
-constexpr int64_t SLOTS = 64;  // of a block
+constexpr int64_t SLOTS = 64;  // slots of a block
 constexpr int64_t LINE = 64;  // bytes of a cache line
-
-inline Floats load_some(const float* from, int64_t count) {
-    float values[LANES] = {};
-    std::memcpy(values, from, count * sizeof(float));
-    return load<Floats>(values);
-}
-
-inline float bfloat16(const uint8_t* from) {
-    uint16_t half;
-    std::memcpy(&half, from, sizeof half);
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline void write_bfloat16(uint8_t* to, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const auto half = static_cast<uint16_t>(bits >> 16);
-    std::memcpy(to, &half, sizeof half);
-}
-
-// The next bfloat16 on the side of zero, or away from it.
-inline float rounded_to_bfloat16(float value, bool away) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    bits = (bits + (away ? 0xFFFFu : 0)) & 0xFFFF0000u;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// Up to sixteen dims from `d` on of what a slot of a cache holds, in float32. `d` is a multiple of sixteen.
-template <Cached CACHE>
-inline Floats load_cached(const uint8_t* slot, int64_t d, int64_t count, int64_t padded) {
-    if (CACHE == Cached::float32) {
-        const float* from = reinterpret_cast<const float*>(slot) + d;
-        return count == LANES ? load<Floats>(from) : load_some(from, count);
-    }
-    if (CACHE == Cached::float16) {
-        Halves halves = {};
-        std::memcpy(&halves, slot + 2 * d, 2 * count);
-        return widen_half(halves);
-    }
-    if (CACHE == Cached::groups4) {
-        const uint8_t* of_group = slot + padded / 2 + d / GROUP * 4;
-        const Ints both = whole(load<Small>(slot + d / GROUP * LANES));
-        return as_floats((d % GROUP ? both >> 4 : both) & 15) * bfloat16(of_group) + bfloat16(of_group + 2);
-    }
-    Small bytes = {};
-    if (count == LANES)
-        bytes = load<Small>(slot + d);
-    else
-        std::memcpy(&bytes, slot + d, count);
-    if (CACHE == Cached::groups8) return as_floats(whole(bytes)) * bfloat16(slot + padded + d / GROUP * 2);
-    if (CACHE == Cached::int8) return as_floats(whole(bytes));
-    // E4M3's exponent and mantissa at their places in a float32, and the exponents' biases, 7 and 127, made even.
-    const Words bits = reinterpret_cast<Words>(whole(bytes));
-    const Floats values = bits_as_floats((bits & 0x7Fu) << 20 | (bits & 0x80000000u)) * 0x1p120f;
-    return (bits & 0x7Fu) == 0x7Fu ? all(NAN) : values;
-}
-
-// The bits of the nearest value of a narrower float with so many bits of mantissa, ties to even.
-template <int MANTISSA, int BIAS>
-inline uint32_t narrowed(float magnitude) {
-    constexpr int LESS = 23 - MANTISSA;
-    if (magnitude < std::ldexp(1.0f, 1 - BIAS)) return std::nearbyint(std::ldexp(magnitude, BIAS - 1 + MANTISSA));
-    uint32_t bits;
-    std::memcpy(&bits, &magnitude, sizeof bits);
-    bits += (1u << (LESS - 1)) - 1 + (bits >> LESS & 1);
-    return (bits >> LESS) - ((127 - BIAS) << MANTISSA);
-}
-
-// The nearest float16, saturating.
-inline uint16_t as_half(float value) {
-    const float magnitude = std::fabs(value);
-    if (magnitude != magnitude) return 0x7E00;
-    return (std::signbit(value) ? 0x8000 : 0) | narrowed<10, 15>(magnitude > 65504.0f ? 65504.0f : magnitude);
-}
-
-// The nearest E4M3, saturating.
-inline uint8_t as_e4m3(float value) {
-    const float magnitude = std::fabs(value);
-    if (magnitude != magnitude) return 0x7F;
-    return (std::signbit(value) ? 0x80 : 0) | narrowed<3, 7>(magnitude > 448.0f ? 448.0f : magnitude);
-}
-
-// Rounds a head to integers of 8 or 4 bits, each group of dims by its own scale, and in 4 bits from its own least value.
-// Both are bfloat16, chosen so that nothing saturates.
-inline void write_groups(const Attention& call, uint8_t* slot, const float* values) {
-    const int64_t padded = divided_up(call.head_dim, GROUP) * GROUP;
-    const bool is_narrow = call.cache == Cached::groups4;
-    for (int64_t start = 0; start < padded; start += GROUP) {
-        float own[GROUP] = {};
-        std::memcpy(own, values + start, std::min(GROUP, call.head_dim - start) * sizeof(float));
-        const float least = *std::min_element(own, own + GROUP), most = *std::max_element(own, own + GROUP);
-        const float base = is_narrow ? rounded_to_bfloat16(least, least < 0) : 0;
-        const float span = is_narrow ? (most - base) / 15 : std::max(most, -least) / 127;
-        float scale = rounded_to_bfloat16(span, true), poison = 0;
-        for (const float value : own) poison += value * 0;  // NaN, if there is an infinity or a NaN
-        uint8_t rounded[GROUP] = {};
-        if (scale > 0 && poison == 0) {
-            const float inverse = 1 / scale;
-            for (int i = 0; i < GROUP; i++)
-                rounded[i] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint((own[i] - base) * inverse)));
-        }
-        scale = poison == 0 ? scale : NAN;
-        uint8_t* to = slot + padded + start / GROUP * 2;
-        if (is_narrow) {
-            for (int i = 0; i < LANES; i++) slot[start / 2 + i] = rounded[i] | rounded[i + LANES] << 4;
-            to = slot + padded / 2 + start / GROUP * 4;
-            write_bfloat16(to + 2, base);
-        } else {
-            std::memcpy(slot + start, rounded, GROUP);
-        }
-        write_bfloat16(to, scale);
-    }
-}
-
-// Writes a head's key or value to its slot.
-inline void write_cached(const Attention& call, uint8_t* slot, const float* values, const float* scales) {
-    const int64_t size = call.head_dim;
-    switch (call.cache) {
-        case Cached::float32: std::memcpy(slot, values, size * sizeof(float)); return;
-        case Cached::float16:
-            for (int64_t d = 0; d < size; d++) {
-                const uint16_t half = as_half(values[d]);
-                std::memcpy(slot + 2 * d, &half, 2);
-            }
-            return;
-        case Cached::int8:
-            for (int64_t d = 0; d < size; d++) {
-                const float scaled = values[d] / scales[d];
-                const float rounded = std::nearbyint(scaled < -128 ? -128 : scaled > 127 ? 127 : scaled);
-                slot[d] = static_cast<uint8_t>(static_cast<int8_t>(rounded));
-            }
-            return;
-        case Cached::e4m3:
-            for (int64_t d = 0; d < size; d++) slot[d] = as_e4m3(values[d] / scales[d]);
-            return;
-        case Cached::groups8:
-        case Cached::groups4: write_groups(call, slot, values); return;
-    }
-}
 
 // A head rotated by its position's angles, then normalised, then multiplied by a factor.
 inline void turn(const Attention& call, const float* from, const float* angles, float factor, float* to) {
@@ -194,7 +50,8 @@ inline void enter(const Attention& call, int64_t row, int64_t step) {
         const int64_t place = ((row * call.kv_heads + head) * call.capacity + slot) * call.slot_size();
         turn(call, call.key + source, turned_by, 1, made);
         write_cached(call, call.key_cache + place, made, call.key_scale ? call.key_scale + head * size : nullptr);
-        write_cached(call, call.value_cache + place, call.value + source, call.value_scale ? call.value_scale + head * size : nullptr);
+        write_cached(call, call.value_cache + place, call.value + source,
+                     call.value_scale ? call.value_scale + head * size : nullptr);
         for (int64_t query = 0; query < each; query++) {
             const float* from = call.query + (token * call.heads + head * each + query) * size;
             float* to = call.queries + (((row * call.kv_heads + head) * call.length + step) * each + query) * size;
@@ -208,27 +65,45 @@ inline void enter(const Attention& call, int64_t row, int64_t step) {
 // Sixteen vectors as the columns of what were their rows: first each four by four, then these among one another.
 inline void transpose(Floats* rows) {
     for (Floats* four = rows; four < rows + LANES; four += 4) {
-        const auto low = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29); };
-        const auto high = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31); };
-        const auto firsts = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29); };
-        const auto seconds = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31); };
-        const Floats a = low(four[0], four[1]), b = high(four[0], four[1]), c = low(four[2], four[3]), d = high(four[2], four[3]);
+        const auto low = [](Floats a, Floats b) {
+            return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+        };
+        const auto high = [](Floats a, Floats b) {
+            return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+        };
+        const auto firsts = [](Floats a, Floats b) {
+            return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        };
+        const auto seconds = [](Floats a, Floats b) {
+            return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        };
+        const Floats a = low(four[0], four[1]), b = high(four[0], four[1]), c = low(four[2], four[3]),
+                     d = high(four[2], four[3]);
         four[0] = firsts(a, c), four[1] = seconds(a, c), four[2] = firsts(b, d), four[3] = seconds(b, d);
     }
     Floats turned[LANES];
     for (int i = 0; i < 4; i++) {
-        const auto front = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23); };
-        const auto back = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31); };
-        const auto even = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27); };
-        const auto odd = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31); };
-        const Floats a = front(rows[i], rows[4 + i]), b = back(rows[i], rows[4 + i]), c = front(rows[8 + i], rows[12 + i]), d = back(rows[8 + i], rows[12 + i]);
+        const auto front = [](Floats a, Floats b) {
+            return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        };
+        const auto back = [](Floats a, Floats b) {
+            return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        };
+        const auto even = [](Floats a, Floats b) {
+            return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        };
+        const auto odd = [](Floats a, Floats b) {
+            return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        };
+        const Floats a = front(rows[i], rows[4 + i]), b = back(rows[i], rows[4 + i]),
+                     c = front(rows[8 + i], rows[12 + i]), d = back(rows[8 + i], rows[12 + i]);
         turned[i] = even(a, c), turned[4 + i] = odd(a, c), turned[8 + i] = even(b, d), turned[12 + i] = odd(b, d);
     }
     for (int i = 0; i < LANES; i++) rows[i] = turned[i];
 }
 
-// A block's keys [slots, D] as columns, [D, SLOTS]; slots beyond `count` are zero. What is read next, the block's values
-// and the next one's keys, is asked for on the way: rows this far apart are no stream that a processor would see.
+// A block's keys [slots, D] as columns, [D, SLOTS]; slots beyond `count` are zero. The block's values and the next
+// block's keys, which are read next, are asked for on the way: a processor would see no stream in rows this far apart.
 template <Cached CACHE>
 inline void columns_of_keys(const Attention& call, int64_t place, int64_t count, float* columns) {
     const int64_t size = call.head_dim, slot_size = call.slot_size(), padded = divided_up(size, GROUP) * GROUP;
@@ -243,9 +118,9 @@ inline void columns_of_keys(const Attention& call, int64_t place, int64_t count,
                     __builtin_prefetch(call.value_cache + at + on);
                     __builtin_prefetch(call.key_cache + at + on + SLOTS * slot_size);
                 }
-                rows[i] = first + i >= count   ? Floats{}
-                          : width == LANES ? load_cached<CACHE>(call.key_cache + at, d, LANES, padded)
-                                              : load_cached<CACHE>(call.key_cache + at, d, width, padded);
+                rows[i] = first + i >= count ? Floats{}
+                          : width == LANES   ? load_cached<CACHE>(call.key_cache + at, d, LANES, padded)
+                                             : load_cached<CACHE>(call.key_cache + at, d, width, padded);
             }
             transpose(rows);
             for (int64_t i = 0; i < width; i++) store(columns + (d + i) * SLOTS + first, rows[i]);
@@ -254,7 +129,8 @@ inline void columns_of_keys(const Attention& call, int64_t place, int64_t count,
 
 // COUNT rows of A [., K] times WIDTH vectors of B [K, .], onto what `kept` leaves of C, or as C.
 template <int COUNT, int WIDTH>
-inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs, float* c, int64_t c_row, const float* kept) {
+inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs, float* c, int64_t c_row,
+                 const float* kept) {
     Floats sum[COUNT][WIDTH] = {};
     if (kept)
         for (int row = 0; row < COUNT; row++)
@@ -270,9 +146,11 @@ inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, i
 }
 
 template <int WIDTH>
-inline void strip(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs, float* c, int64_t c_row, const float* kept) {
+inline void strip(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs, float* c,
+                  int64_t c_row, const float* kept) {
     const auto some = [&](auto count, int64_t row) {
-        tile<decltype(count)::value, WIDTH>(a + row * a_row, a_row, b, b_row, inputs, c + row * c_row, c_row, kept ? kept + row : nullptr);
+        tile<decltype(count)::value, WIDTH>(a + row * a_row, a_row, b, b_row, inputs, c + row * c_row, c_row,
+                                            kept ? kept + row : nullptr);
     };
     int64_t row = 0;
     for (; row + AT_ONCE <= rows; row += AT_ONCE) some(std::integral_constant<int, AT_ONCE>(), row);
@@ -281,7 +159,8 @@ inline void strip(int64_t rows, const float* a, int64_t a_row, const float* b, i
 }
 
 // A [rows, K] times B [K, width], width a multiple of 16.
-inline void multiply_floats(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs, int64_t width, float* c, int64_t c_row, const float* kept) {
+inline void multiply_floats(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs,
+                            int64_t width, float* c, int64_t c_row, const float* kept) {
     int64_t at = 0;
     for (; at + 64 <= width; at += 64) strip<4>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
     for (; at < width; at += LANES) strip<1>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
@@ -304,7 +183,7 @@ inline float weigh(float* scores, int64_t seen, float& largest, float& total) {
     Floats sum = {};
     for (int64_t slot = 0; slot < SLOTS; slot += LANES) {
         const Floats part = load<Floats>(scores + slot);
-        const Floats weights = part <= LOWEST ? Floats{} : exponential(part - now);  // of a NaN a NaN
+        const Floats weights = part <= LOWEST ? Floats{} : exponential(part - now);  // a NaN stays one
         store(scores + slot, weights);
         sum += weights;
     }
@@ -322,14 +201,15 @@ inline void widen_values(const Attention& call, int64_t place, int64_t count, in
         for (int64_t d = 0; d < width; d += LANES) {
             const int64_t some = std::min(LANES, size - d);
             const Floats values = some == LANES ? load_cached<CACHE>(call.value_cache + place, d, LANES, padded)
-                                                   : load_cached<CACHE>(call.value_cache + place, d, some, padded);
+                                                : load_cached<CACHE>(call.value_cache + place, d, some, padded);
             store(widened + slot * width + d, values);
         }
 }
 
 // The queries of some tokens that share a key head, from `first` on.
 template <Cached CACHE>
-inline void attend_over(const Attention& call, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace& space) {
+inline void attend_over(const Attention& call, int64_t row, int64_t head, int64_t first, int64_t count,
+                        AttentionSpace& space) {
     const int64_t size = call.head_dim, padded = divided_up(size, LANES) * LANES, each = call.heads / call.kv_heads;
     const int64_t rows = count * each, slot = call.slot(row), filled = slot + first + count;
     const int64_t start = (row * call.kv_heads + head) * call.capacity * call.slot_size();
@@ -348,7 +228,8 @@ inline void attend_over(const Attention& call, int64_t row, int64_t head, int64_
         columns_of_keys<CACHE>(call, place, slots, columns);
         multiply_floats(rows, queries, size, columns, SLOTS, size, SLOTS, scores, SLOTS, nullptr);
         for (int64_t query = 0; query < rows; query++)
-            kept[query] = weigh(scores + query * SLOTS, slot + first + query / each + 1 - block, largest[query], total[query]);
+            kept[query] =
+                weigh(scores + query * SLOTS, slot + first + query / each + 1 - block, largest[query], total[query]);
         const float* values = reinterpret_cast<const float*>(call.value_cache + place);
         if (CACHE != Cached::float32 || size != padded) {
             widen_values<CACHE>(call, place, slots, padded, widened);
@@ -366,7 +247,8 @@ inline void attend_over(const Attention& call, int64_t row, int64_t head, int64_
     }
 }
 
-inline void attend(const Attention& call, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace& space) {
+inline void attend(const Attention& call, int64_t row, int64_t head, int64_t first, int64_t count,
+                   AttentionSpace& space) {
     switch (call.cache) {
         case Cached::float32: return attend_over<Cached::float32>(call, row, head, first, count, space);
         case Cached::float16: return attend_over<Cached::float16>(call, row, head, first, count, space);

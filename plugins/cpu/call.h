@@ -1,4 +1,4 @@
-// What a kernel asks ONNX Runtime for, in terms of C++: attributes, tensors, threads. A refusal is thrown.
+// ONNX Runtime as a kernel asks it, in terms of C++: attributes, tensors, threads. A refusal is thrown.
 
 #pragma once
 
@@ -13,7 +13,7 @@ struct Failure {
     ort::Status* status;
 };
 
-// What a kernel asks ONNX Runtime for; a refusal is thrown.
+// ONNX Runtime's interface, with refusals thrown.
 struct Runtime {
     const ort::Interface& interface;
 

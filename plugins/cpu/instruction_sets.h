@@ -21,7 +21,8 @@
 
 #define ARRIERO_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define ARRIERO_BEGIN(target_set) ARRIERO_PRAGMA(clang attribute push(__attribute__((target(target_set))), apply_to = function))
+#define ARRIERO_BEGIN(target_set) \
+    ARRIERO_PRAGMA(clang attribute push(__attribute__((target(target_set))), apply_to = function))
 #define ARRIERO_END _Pragma("clang attribute pop")
 #else
 #define ARRIERO_BEGIN(target_set) _Pragma("GCC push_options") ARRIERO_PRAGMA(GCC target(target_set))

@@ -18,10 +18,10 @@
 
 namespace {
 
-constexpr int64_t SLICE = 1 << 16;          // bytes of weights that are worth a thread's while
-constexpr int64_t SLICES = 64;              // of one product at most
-constexpr int64_t TILE_ROWS = 64;           // queries that a thread takes through a head's cache together
-constexpr int64_t ROWS_BYTES = 192 * 1024;  // of rows that a thread goes through all its panels with: they stay in its L2
+constexpr int64_t SLICE = 1 << 16;  // bytes of weights that are worth a thread's while
+constexpr int64_t SLICES = 64;  // slices of one product at most
+constexpr int64_t TILE_ROWS = 64;  // queries that a thread takes through a head's cache together
+constexpr int64_t ROWS_BYTES = 192 * 1024;  // bytes of rows that a thread takes through its panels: they stay in L2
 
 struct RowBuffers {
     Buffer values, scales, sums;
@@ -75,7 +75,8 @@ void multiply(const Call& call, const std::vector<Product>& products, const Rows
             const int64_t rows_at_once = std::max<int64_t>(6, ROWS_BYTES / row_size / 6 * 6);
             for (int64_t row = product.first; row < product.last; row += rows_at_once)
                 for (int64_t panel = from; panel < to; panel++)
-                    kernels().multiply(product.matrix, rows, row, std::min(product.last, row + rows_at_once), panel, target);
+                    kernels().multiply(product.matrix, rows, row, std::min(product.last, row + rows_at_once), panel,
+                                       target);
             unit += to - from;
         }
     });
@@ -90,13 +91,15 @@ Matrix matrix_of(const Runtime& runtime, int64_t bits, int64_t group, const Tens
     made.inputs = inputs, made.outputs = outputs, made.bits = static_cast<int>(bits);
     made.block = BLOCK;
     if (group) {
-        if (inputs % group || group % 8) runtime.fail("arriero.cpu: groups do not divide the inputs, or are no multiples of 8");
+        if (inputs % group || group % 8)
+            runtime.fail("arriero.cpu: groups do not divide the inputs, or are no multiples of 8");
         while (group % made.block) made.block /= 2;
     }
     made.groups = group ? inputs / group : 1;
     made.has_wide_scales = scale.type == ort::Type::float32;
     const int64_t panels = experts * made.panels();
-    const bool has_scales = scale.size() == panels * made.groups * PANEL && (made.has_wide_scales || scale.type == ort::Type::bfloat16);
+    const bool has_scales =
+        scale.size() == panels * made.groups * PANEL && (made.has_wide_scales || scale.type == ort::Type::bfloat16);
     if (weight.size() != panels * made.panel_size() || (bits < 16 && !has_scales))
         runtime.fail("arriero.cpu: a weight or its scales are not of the size that they should have");
     return made;
@@ -130,7 +133,8 @@ struct Linear {
         if (matrix.bits < 16) {
             rows = buffers().inputs.take(count, matrix);
             const float fixed = x_scale.data ? *x_scale.floats() : 0;
-            for_rows(call, count, [&](int64_t row) { kernels().quantise(x.floats() + row * inputs, matrix, 1, fixed, rows, row); });
+            for_rows(call, count,
+                     [&](int64_t row) { kernels().quantise(x.floats() + row * inputs, matrix, 1, fixed, rows, row); });
         }
         multiply(call, {{matrix, 0, count}}, rows, {to, outputs, nullptr, false});
     }
@@ -161,12 +165,16 @@ struct MoeDispatch {
           width(runtime.attribute(info, "width")) {}
 
     void compute(const Call& call) const {
-        const Tensor hidden = call.input(0), logits = call.input(1), hidden_scale = call.input(6), activated_scale = call.input(7);
+        const Tensor hidden = call.input(0), logits = call.input(1), hidden_scale = call.input(6),
+                     activated_scale = call.input(7);
         const int64_t tokens = hidden.shape[0], size = hidden.shape[1];
-        const Matrix into = matrix_of(call.runtime, bits, group, call.input(2), call.input(3), size, 2 * width, experts);
-        const Matrix back = matrix_of(call.runtime, bits, down_group, call.input(4), call.input(5), width, size, experts);
+        const Matrix into =
+            matrix_of(call.runtime, bits, group, call.input(2), call.input(3), size, 2 * width, experts);
+        const Matrix back =
+            matrix_of(call.runtime, bits, down_group, call.input(4), call.input(5), width, size, experts);
         for (const Tensor* scale : {&hidden_scale, &activated_scale})
-            if (scale->data && scale->size() != experts) call.runtime.fail("arriero.cpu: not every expert has a static scale");
+            if (scale->data && scale->size() != experts)
+                call.runtime.fail("arriero.cpu: not every expert has a static scale");
         float* to = call.output({tokens, size});
         const std::vector<Choice> choices = route(logits.floats(), tokens, logits.shape[1]);
         const auto count = static_cast<int64_t>(choices.size());
@@ -229,7 +237,8 @@ struct MoeDispatch {
                 choices.push_back({expert, token, token * top_k + rank, 1 / (1 + std::exp(-own[order[rank]]))});
             }
         }
-        std::stable_sort(choices.begin(), choices.end(), [](const Choice& a, const Choice& b) { return a.expert < b.expert; });
+        std::stable_sort(choices.begin(), choices.end(),
+                         [](const Choice& a, const Choice& b) { return a.expert < b.expert; });
         return choices;
     }
 };
@@ -266,7 +275,8 @@ struct GroupedQueryAttention {
         if (own.head_dim > MOST_DIMS) call.runtime.fail("arriero.cpu: heads of more than 512 dimensions");
         own.query = query.floats(), own.key = key.floats(), own.value = value.floats();
         own.past = static_cast<const int32_t*>(past.data);
-        own.inv_freq = call.input(6).floats(), own.key_scale = call.input(7).floats(), own.value_scale = call.input(8).floats();
+        own.inv_freq = call.input(6).floats(), own.key_scale = call.input(7).floats(),
+        own.value_scale = call.input(8).floats();
         own.output = call.output(query.shape);
         own.key_cache = cache(call, 3, own), own.value_cache = cache(call, 4, own);
         if (own.batch * own.length == 0) return;
@@ -274,11 +284,13 @@ struct GroupedQueryAttention {
             if (own.past[row] < 0 || own.slot(row) + own.length > own.capacity)
                 call.runtime.fail("arriero.cpu: a piece does not fit the slots that its cache has left");
         own.queries = buffers().queries.take<float>(query.size());
-        call.in_parallel(own.batch * own.length, [&](int64_t token) { kernels().enter(own, token / own.length, token % own.length); });
+        call.in_parallel(own.batch * own.length,
+                         [&](int64_t token) { kernels().enter(own, token / own.length, token % own.length); });
         const int64_t at_once = std::max<int64_t>(1, TILE_ROWS / (own.heads / own.kv_heads));
         const int64_t tiles = divided_up(own.length, at_once);
         call.in_parallel(own.batch * own.kv_heads * tiles, [&](int64_t unit) {
-            const int64_t first = unit % tiles * at_once, head = unit / tiles % own.kv_heads, row = unit / tiles / own.kv_heads;
+            const int64_t first = unit % tiles * at_once, head = unit / tiles % own.kv_heads,
+                          row = unit / tiles / own.kv_heads;
             kernels().attend(own, row, head, first, std::min(at_once, own.length - first), buffers().attention);
         });
     }
@@ -345,7 +357,8 @@ const ort::CustomOp* described() {
         for (auto& variadic : made.variadic) variadic = [](const ort::CustomOp*) { return 1; };
         made.start_version = [](const ort::CustomOp*) { return 1; };
         made.end_version = [](const ort::CustomOp*) { return 1; };
-        made.create_kernel_or_fail = [](const ort::CustomOp*, const ort::Interface* interface, const ort::Info* info, void** kernel) {
+        made.create_kernel_or_fail = [](const ort::CustomOp*, const ort::Interface* interface, const ort::Info* info,
+                                        void** kernel) {
             return guarded(*interface, [&] {
                 const Runtime runtime{*interface};
                 *kernel = new Held<Kernel>{runtime, Kernel(runtime, info)};
@@ -363,7 +376,8 @@ const ort::CustomOp* described() {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::Base* base) {
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
+                                                                                 const ort::Base* base) {
     const ort::Interface* interface = base->interface(ort::INTERFACE);
     if (!interface) return nullptr;  // ONNX Runtime has said that it is too old
     return guarded(*interface, [&] {

@@ -1,4 +1,4 @@
-"""Where the library of the CPU's own kernels lies. It is compiled when the package is installed."""
+"""The library of the CPU's own kernels, compiled when the package is installed, and the domain of its ops."""
 
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path

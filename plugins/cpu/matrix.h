@@ -1,4 +1,4 @@
-// What the kernels of all instruction sets take: matrices in panels of 32 outputs, and rows rounded to int8.
+// Arguments of the kernels of all instruction sets: matrices in panels of 32 outputs, rows rounded to int8, attention.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-constexpr int64_t PANEL = 32;  // outputs
+constexpr int64_t PANEL = 32;  // outputs of a panel
 constexpr int64_t BLOCK = 32;  // inputs that a row rounds by one scale, at most
 
 inline int64_t divided_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
@@ -58,16 +58,16 @@ struct Target {
     bool is_gated;  // each panel is sixteen gates and as many ups, and what goes out is SiLU(gate) * up
 };
 
-// How caches hold keys and values: as floats; rounded by static scales, int8 or E4M3; or in groups of 32 dims of a token,
-// each rounded by its own scale, to integers of 8 bits, or of 4 above its own least value. A slot of groups is the
-// values, of 4 bits the first sixteen of a group in the low halves of bytes, and then the groups' scales in bfloat16, of 4
-// bits each with its least value.
+// Forms in which caches hold keys and values: as floats; rounded by static scales, int8 or E4M3; or in groups of 32
+// dims of a token, each rounded by its own scale, to integers of 8 bits, or of 4 above its own least value. A slot of
+// groups is the values, in 4 bits the first sixteen of a group in the low halves of bytes, and then the groups' scales
+// in bfloat16, in 4 bits each with its least value.
 enum class Cached { float32, float16, int8, e4m3, groups8, groups4 };
 
 constexpr int64_t GROUP = 32;
 
-constexpr int64_t MOST_DIMS = 512;   // of a head
-constexpr float LOWEST = -3e38f;     // below every score
+constexpr int64_t MOST_DIMS = 512;  // dims of a head at most
+constexpr float LOWEST = -3e38f;    // below every score
 
 // One call of grouped-query attention, the canonical op's.
 struct Attention {

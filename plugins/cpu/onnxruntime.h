@@ -1,4 +1,4 @@
-// What a library of custom ops needs of ONNX Runtime's C interface, declared anew: its wheels bring no headers.
+// The part of ONNX Runtime's C interface that a library of custom ops needs, declared anew: wheels bring no headers.
 //
 // The interface is a table of functions that grows at its end only, so a function is known by its place. The places are
 // those of `onnxruntime_c_api.h` (versions 1.18 and later); a runtime that is older refuses `INTERFACE`.
@@ -20,7 +20,17 @@ struct Domain;
 struct SessionOptions;
 struct TensorInfo;
 
-enum class Type : int { any = 0, float32 = 1, uint8 = 2, int8 = 3, int32 = 6, int64 = 7, float16 = 10, bfloat16 = 16, e4m3 = 17 };
+enum class Type : int {
+    any = 0,
+    float32 = 1,
+    uint8 = 2,
+    int8 = 3,
+    int32 = 6,
+    int64 = 7,
+    float16 = 10,
+    bfloat16 = 16,
+    e4m3 = 17
+};
 enum class Presence : int { required = 0, optional = 1 };
 
 using Function = void (*)();
@@ -69,7 +79,8 @@ struct Interface {
         return function<Status*(const Context*, size_t, const Value**)>(90)(context, index, found);
     }
     Status* output(Context* context, size_t index, const int64_t* shape, size_t rank, Value** made) const {
-        return function<Status*(Context*, size_t, const int64_t*, size_t, Value**)>(91)(context, index, shape, rank, made);
+        return function<Status*(Context*, size_t, const int64_t*, size_t, Value**)>(91)(context, index, shape, rank,
+                                                                                        made);
     }
     void release(Status* status) const { function<void(Status*)>(93)(status); }
     void release(TensorInfo* info) const { function<void(TensorInfo*)>(99)(info); }

@@ -1,4 +1,4 @@
-"""Stored weights as the graph for a CPU is given them: in which type, and laid out how.
+"""Stored weights in the type and layout in which a graph for a CPU is given them.
 
 Enters: the bytes of one region of a weight file. Leaves: an array. What a kernel takes as it is stored is a view of
 those bytes; everything else is made here.
@@ -10,9 +10,9 @@ from ...spec import BITS, BLOCK, PANEL, Weight
 from ..narrow_types import NUMPY_DTYPES, Bytes, narrow, unpack_int4, widen
 
 OFFSETS = {"uint4": 0x88888888, "uint8": 0x80808080, "bfloat16": 0, "float32": 0}
-"""What a word of signed integers is turned to unsigned ones with: their sign bits."""
+"""Sign bits of a 32-bit word of integers: flipping them turns signed values to unsigned ones."""
 TILE = 32
-"""Rows transposed at a time: what they write lies in as many cache lines as the cache holds."""
+"""Rows transposed at a time: they write to no more cache lines than the cache holds."""
 
 
 def lay_out(data: Bytes, weight: Weight) -> np.ndarray:
@@ -58,7 +58,7 @@ def _panel_scales(scales: np.ndarray, weight: Weight) -> np.ndarray:
 
 
 def _by_panel(rows: np.ndarray, weight: Weight) -> np.ndarray:
-    """Rows [N, X] as [panels, 32, X], what is missing as zeros."""
+    """Rows [N, X] as [panels, 32, X]; missing rows are zeros."""
     halves = np.split(rows, 2) if weight.interleaved else [rows]
     each = PANEL // len(halves)
     padded = [np.pad(half, ((0, -len(half) % each), (0, 0))) if len(half) % each else half for half in halves]
@@ -70,9 +70,9 @@ def stored_values(data: Bytes, weight: Weight, index: int | None = None) -> np.n
     """The values that a weight was made from by `lay_out`: integers as int8, floats in float32.
 
     Args:
-        data: The bytes of what was made.
-        weight: What says how it was.
-        index: Which expert's part, of stacked ones.
+        data: The bytes that `lay_out` made.
+        weight: Its description.
+        index: The expert whose part is wanted, of stacked ones.
 
     Returns:
         [N, K] or [N, groups], of stacked experts [K, N] or [groups, N].

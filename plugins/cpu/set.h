@@ -1,7 +1,8 @@
 // All kernels, for one instruction set: included once for each, within its own namespace.
 
 #include "vectors.h"
-#include "kernels.h"
+#include "panel_products.h"
+#include "caches.h"
 #include "attention.h"
 
 constexpr Kernels KERNELS = {quantise, multiply, enter, attend};

@@ -34,9 +34,15 @@ inline Floats bits_as_floats(Words bits) { return reinterpret_cast<Floats>(bits)
 using Small = int8_t __attribute__((vector_size(16)));
 using Halves = uint16_t __attribute__((vector_size(32)));
 #if ARRIERO_SET == 2
-inline Ints whole(Small bytes) { return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes))); }
-inline Small narrow(Ints values) { return reinterpret_cast<Small>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(values))); }
-inline Words whole(Halves words) { return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(words))); }
+inline Ints whole(Small bytes) {
+    return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes)));
+}
+inline Small narrow(Ints values) {
+    return reinterpret_cast<Small>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(values)));
+}
+inline Words whole(Halves words) {
+    return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(words)));
+}
 #else
 inline Ints whole(Small bytes) { return __builtin_convertvector(bytes, Ints); }
 inline Small narrow(Ints values) { return __builtin_convertvector(values, Small); }
@@ -62,14 +68,13 @@ inline Floats widen_half(Halves halves) {
 }
 
 // Sixteen bfloat16 values as float32.
-inline Floats widen(const uint16_t* from) {
-    return bits_as_floats(whole(load<Halves>(from)) << 16);
-}
+inline Floats widen(const uint16_t* from) { return bits_as_floats(whole(load<Halves>(from)) << 16); }
 
 // All lanes as one: each half onto the other, down to a single lane.
 template <typename Vector, typename Operation>
 inline auto folded(Vector lanes, const Operation& operation) {
-    lanes = operation(lanes, __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    lanes =
+        operation(lanes, __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
     lanes = operation(lanes, __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
     lanes = operation(lanes, __builtin_shufflevector(lanes, lanes, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
     lanes = operation(lanes, __builtin_shufflevector(lanes, lanes, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0));
@@ -90,8 +95,8 @@ inline Ints dot(Ints sums, Bytes weights, const int8_t* four) {
     int32_t packed;
     std::memcpy(&packed, four, sizeof packed);
 #if ARRIERO_SET == 2
-    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
-        reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(weights), _mm512_set1_epi32(packed)));
+    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums),
+                                                      reinterpret_cast<__m512i>(weights), _mm512_set1_epi32(packed)));
 #elif ARRIERO_SET == 1
     // Pairs of products would not fit 16 bits, so even and odd bytes go apart.
     __m256i halves[2], totals[2];
@@ -107,7 +112,7 @@ inline Ints dot(Ints sums, Bytes weights, const int8_t* four) {
     std::memcpy(&sums, totals, sizeof sums);
     return sums;
 #elif ARRIERO_SET == 3 || defined(__ARM_FEATURE_DOTPROD)
-    // Of signed bytes: 128 less is taken off the weights, and comes back as 128 times the sum of the four.
+    // The instruction takes signed bytes: 128 is taken off the weights, and 128 times the sum of the four added back.
     const int8x16_t quad = vreinterpretq_s8_s32(vdupq_n_s32(packed));
     const int32x4_t back = vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), quad), 7);
     for (int part = 0; part < 4; part++) {

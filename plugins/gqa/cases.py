@@ -33,7 +33,7 @@ class Case:
     cache: Kind = "none"
 
     def inputs(self) -> dict[str, np.ndarray[Any, Any] | None]:
-        """The op's inputs by name, floats in float32, caches as they are stored; the same for each call."""
+        """The op's inputs by name, floats in float32, caches as they are stored; equal at every call."""
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
         a, batch = self.attributes, len(self.past)
 
@@ -117,4 +117,4 @@ QUANTISED_CASES = tuple(
         "head dim that is no multiple of 8",
     )
 )
-"""The same op over quantised caches."""
+"""Cases of the op over quantised caches."""

@@ -25,10 +25,10 @@ def lower(
     """Writes the node of one layer in float32, but for its caches.
 
     Args:
-        nodes: Where it goes.
+        nodes: Where the node goes.
         inputs: The op's inputs; without `inv_freq` there is no rotation.
         outputs: The values to produce.
-        attributes: The op's.
+        attributes: The op's attributes.
         cache_bits: Bits of caches of groups; 0 where caches have another form.
     """
     settings = asdict(attributes) | {"cache_bits": cache_bits}

@@ -1,4 +1,4 @@
-"""What grouped-query attention means, in numpy float64: the reference for every implementation of the op.
+"""The meaning of grouped-query attention, in numpy float64: the reference for every implementation of the op.
 
 Written for reading, not for speed: one row, one position at a time. The invariant: the output of a token depends on
 its row's tokens within its chunk (or within its row, where there are no chunks) and on nothing else.
@@ -70,7 +70,7 @@ def stored(x_KD: Array, scale_KD: NDArray[np.float32] | None, dtype: np.dtype[An
 
 
 def scale_of(scale_KD: NDArray[np.float32] | None, kv_head: int) -> NDArray[np.float32] | float:
-    """What one head's stored numbers are multiplied by."""
+    """Factors of one head's stored numbers."""
     return 1.0 if scale_KD is None else scale_KD[kv_head]
 
 

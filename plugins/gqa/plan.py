@@ -1,4 +1,4 @@
-"""What to launch for one call of grouped-query attention: kernels, scratch memory, launches in order.
+"""The launches of one call of grouped-query attention: kernels, scratch memory, launches in order.
 
 Enters: a layer's geometry, the GPU's compute capability, and a call's shapes. Leaves: `Kernel`s to compile, `Buffer`s
 to provide, `Launch`es to put into a stream. Invariant: all of it hangs on shapes alone, never on what tensors hold.
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...errors import BuildError
-from ..launch import Buffer, Kernel, Launch
+from ..launch import Buffer, Kernel, Launch, ceil_divide, power_of_two
 from .op import Attributes
 
 PROGRAMS = 256
 """Programs that fill a GPU: two on each of some 130 multiprocessors."""
 
 MOST_SPLITS = 256
-"""What one query of one kv head fills a GPU with."""
+"""Most splits of one query of one kv head: they fill a GPU."""
 
 LEAST_SLOTS = 256
 """Slots of a full cache that are worth a split."""
@@ -30,7 +30,7 @@ BLOCK_SPLITS = 32
 """Splits that `combine` reads at a time."""
 
 MOST_DIMS = 128
-"""Of a head: what the tiles of `attend` are sized for."""
+"""Most dims of a head: the tiles of `attend` are sized for them."""
 
 FP8_FROM = 89
 """Compute capability that E4M3 conversions begin with."""
@@ -39,12 +39,13 @@ STEPS = 4
 """Steps that a program of `prepare` serves."""
 
 STAGES = 3
-"""Of the pipeline that loads keys and values: with fewer, nothing is loaded while the tensor cores work."""
+"""Stages of the pipeline that loads keys and values: with fewer, nothing is loaded while the tensor cores work."""
 
 MODULE = "arriero.plugins.gqa.kernel"
-"""Where the kernels' Triton functions are."""
+"""Module of the kernels' Triton functions."""
 
 STORED = {"int8": "i8", "fp8": "fp8e4nv"}
+"""Triton's types of quantised caches."""
 LARGEST = {"none": 0, "int8": 127, "fp8": 448}
 FOLD = {"none": 1, "int8": 128, "fp8": 512}
 """With a key's scale times this the query is about as large as query times key; see `prepare`."""
@@ -52,10 +53,10 @@ FOLD = {"none": 1, "int8": 128, "fp8": 512}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
-    """What is fixed for one node of the op.
+    """The sizes and types that are fixed for one node of the op.
 
     Attributes:
-        attributes: The node's.
+        attributes: The node's attributes.
         head_dim: D.
         rope: Whether the node has `inv_freq`.
         dtype: Type of query, key, value and output, and of caches that are not quantised.
@@ -81,7 +82,7 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """How one specialisation of `attend` works: stacked queries a program, slots a step, warps."""
+    """The work of one specialisation of `attend`: stacked queries a program, slots a step, warps."""
 
     rows: int
     slots: int
@@ -107,7 +108,7 @@ def tiles(capability: int, quantised: bool) -> dict[Form, Tile]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """How a call is spread over the GPU: the form of `attend`, and its splits (1 where it is not split)."""
+    """The spread of a call over the GPU: the form of `attend`, and its splits (1 where it is not split)."""
 
     form: Form
     splits: int = 1
@@ -155,10 +156,10 @@ class Plan:
         """
         heads = batch * self.geometry.attributes.kv_heads
         rows = length * self.geometry.group
-        if rows > self.tiles["few"].rows and heads * cdiv(rows, self.tiles["many"].rows) >= PROGRAMS // 2:
+        if rows > self.tiles["few"].rows and heads * ceil_divide(rows, self.tiles["many"].rows) >= PROGRAMS // 2:
             return Schedule(form="many")
         form: Form = "few" if rows <= self.tiles["few"].rows else "some"
-        programs = heads * cdiv(rows, self.tiles[form].rows)
+        programs = heads * ceil_divide(rows, self.tiles[form].rows)
         splits = min(max(PROGRAMS // programs, 1), MOST_SPLITS, max(capacity // LEAST_SLOTS, 1))
         return Schedule(form="many") if form == "some" and splits == 1 else Schedule(form=form, splits=splits)
 
@@ -228,8 +229,8 @@ class Plan:
             "splits": schedule.splits,
         }
         grids = {
-            "prepare": cdiv(length, STEPS),
-            f"attend_{schedule.form}": cdiv(rows, self.tiles[schedule.form].rows) * schedule.splits,
+            "prepare": ceil_divide(length, STEPS),
+            f"attend_{schedule.form}": ceil_divide(rows, self.tiles[schedule.form].rows) * schedule.splits,
         }
         if schedule.form != "many":
             grids["combine"] = rows
@@ -336,15 +337,10 @@ class Plan:
     @property
     def _block_dim(self) -> int:
         """The head dim as the kernels pad it: a power of two, and 16 at least for the tensor cores."""
-        return max(16, 1 << (self.geometry.head_dim - 1).bit_length())
+        return max(16, power_of_two(self.geometry.head_dim))
 
 
 def typed(**types: str | None) -> tuple[dict[str, str], dict[str, Any]]:
     """A kernel's signature, and None for the parameters that this specialisation has not."""
     signature = {name: kind for name, kind in types.items() if kind}
     return signature, {name: None for name in types if name not in signature}
-
-
-def cdiv(count: int, size: int) -> int:
-    """How many blocks of a size hold a count."""
-    return -(-count // size)

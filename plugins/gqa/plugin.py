@@ -11,9 +11,10 @@ from ..launch import Buffer, Launch
 from ..tensorrt_plugin import PluginOp, Tensor
 from . import op
 from .op import Attributes
-from .plan import MODULE, Geometry, Plan
+from .plan import MODULE, STORED, Geometry, Plan
 
-CACHES = {"i8": "int8", "fp8e4nv": "fp8"}
+CACHES = {triton_type: kind for kind, triton_type in STORED.items()}
+"""Kinds of quantised caches, by their types in Triton's words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,8 +15,8 @@ class Case:
     """One call of the op: its attributes and the numbers that fix its inputs' shapes.
 
     Attributes:
-        experts: How many the router knows.
-        held: How many of them, from the attribute's first on, have their weights here; None is all.
+        experts: Experts that the router knows.
+        held: Number of them that, from the attribute's first on, have their weights here; None is all.
         favourite: Where set, every token's largest logit is this expert's, so the others starve.
         group: Rows of a weight that share a scale in `int4`; it divides `hidden` and `expert_size`.
         static: Whether quantised activations have static scales.
@@ -35,11 +35,11 @@ class Case:
 
     @property
     def weights(self) -> int:
-        """How many experts' weights the inputs hold."""
+        """Number of experts whose weights the inputs hold."""
         return self.experts if self.held is None else self.held
 
     def inputs(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The op's inputs by name, floats in float32, weights as they are stored; the same for each call."""
+        """The op's inputs by name, floats in float32, weights as they are stored; equal at every call."""
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
 
         def normal(*shape: int) -> np.ndarray[Any, Any]:
@@ -132,4 +132,4 @@ QUANTISED_CASES = (
     Case(name="fp8, held in part", attributes=from_expert(0, 1, "fp8"), tokens=33, experts=8, held=4),
     Case(name="int4, held in part", attributes=from_expert(2, 1, "int4"), tokens=33, experts=8, held=4, expert_size=32),
 )
-"""The same op over quantised experts."""
+"""Cases of the op over quantised experts."""

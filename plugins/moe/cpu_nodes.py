@@ -1,6 +1,6 @@
 """Mixture-of-experts dispatch for ONNX Runtime's CPU, so that only chosen experts are computed.
 
-This is the form of experts in float32 and E4M3: one `If` an expert. (Those of integers are one op of `plugins.cpu`.)
+This is the form of experts in float32 and E4M3: one `If` an expert. (Experts of integers are one op of `plugins.cpu`.)
 Each expert's weights are initializers of their own, matrices that lie in the checkpoint as they are used: nothing is
 gathered. An expert without tokens costs one branch. The branches return their tokens' outputs, which one scatter puts
 back in order.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..cpu.float_products import Matrix, multiply
+from ..cpu.float_products import MICROSOFT, Matrix, multiply
 from ..nodes import OPSET, Nodes, ints, number
 from .body import route
 from .op import Attributes
@@ -39,7 +39,7 @@ def lower(
         experts: Each held expert's gate_up [H, 2I] and down [I, H].
         hidden_size: H.
         output: The value to produce, [T, H].
-        attributes: The op's.
+        attributes: The op's attributes.
         in_part: Whether these are some of the router's experts only.
     """
     count, first = len(experts), attributes.first_expert
@@ -117,5 +117,5 @@ def _nothing(prefix: str, hidden_size: int) -> ir.Graph:
 
 
 def _branch(prefix: str, nodes: Nodes, *outputs: ir.Value) -> ir.Graph:
-    imports = {"": OPSET, "com.microsoft": 1}
+    imports = {"": OPSET, MICROSOFT: 1}
     return ir.Graph([], outputs, nodes=nodes.list, opset_imports=imports, name=prefix.rstrip("/"))

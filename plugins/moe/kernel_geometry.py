@@ -23,10 +23,10 @@ class Geometry:
         hidden: H.
         expert_size: I.
         experts: Experts that the router knows (E).
-        local_experts: Those whose weights and scales are here, each input's first axis; tokens that go to others get
+        local_experts: Experts whose weights and scales are here, each input's first axis; tokens that go to others get
             nothing added. None: all.
-        first_expert: The first of them.
-        attributes: The op's.
+        first_expert: The router's number of the first of them.
+        attributes: The op's attributes.
         dtype: `bf16` or `fp16`, of the tokens; of the weights too, where these are not quantised.
         group: Rows of a weight that share a scale in `int4`, a power of two from 16 on; 0 is the whole column.
         static: Whether the activation scales are given.
@@ -57,7 +57,7 @@ class Geometry:
 
     @property
     def name(self) -> str:
-        """What tells this geometry's kernels from those of others in a bundle."""
+        """Name that tells this geometry's kernels from those of others in a bundle."""
         scales = f"g{self.group}" if self.kind == "int4" else "static" if self.static else ""
         if self.bound:
             scales = f"to{self.bound:g}"
@@ -71,7 +71,7 @@ class Geometry:
 
     @property
     def kind(self) -> str:
-        """How the weights are stored, in the attributes' words."""
+        """Format of the stored weights, in the attributes' words."""
         return self.attributes.quantisation
 
     @property
@@ -81,7 +81,7 @@ class Geometry:
 
     @property
     def dynamic(self) -> bool:
-        """Whether they are by each token's own scale."""
+        """Whether activations are quantised by each token's own scale."""
         return self.rounded and not self.static
 
     @property

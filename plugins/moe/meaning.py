@@ -1,4 +1,4 @@
-"""What mixture-of-experts dispatch means, in numpy float64: the reference for every implementation of the op.
+"""The meaning of mixture-of-experts dispatch, in numpy float64: the reference for every implementation of the op.
 
 Written for reading, not for speed: one token, one expert at a time.
 """

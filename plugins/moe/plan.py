@@ -1,4 +1,4 @@
-"""What mixture-of-experts dispatch launches on a GPU, in which order, over which scratch memory.
+"""The launches of mixture-of-experts dispatch on a GPU: kernels, scratch memory, launches in order.
 
 Enters: a geometry and a compute capability; for a call, the number of tokens and where its arrays lie. Leaves: the
 kernels to compile, and the launches. Invariant: these depend on the number of tokens and on no data.
@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..launch import Buffer, Kernel, Launch
+from ..launch import Buffer, Kernel, Launch, ceil_divide, power_of_two
 from .kernel_geometry import Geometry
 
 MODULE = "arriero.plugins.moe.kernel"
-"""Where the kernels' Triton functions are."""
+"""Module of the kernels' Triton functions."""
 
 FEW = 16
 """Most pairs of the first way: the rows of the smallest tile that tensor cores multiply."""
@@ -36,7 +36,7 @@ PROGRAMS = 264
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """How one program computes a product: rows, columns and a step of depth; warps, and steps in flight."""
+    """The part of a product that a program computes: rows, columns and a step of depth; warps, and steps in flight."""
 
     rows: int
     columns: int
@@ -56,7 +56,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """A kernel, what its run-time parameters are given (arrays and counts by name), and its grid in a call."""
+    """A kernel, the arrays and counts that its run-time parameters are given, by name, and its grid in a call."""
 
     kernel: Kernel
     names: tuple[str, ...]
@@ -67,7 +67,7 @@ class Plan:
     """The launches of one geometry on one kind of GPU.
 
     Args:
-        geometry: The layer's.
+        geometry: The layer's geometry.
         capability: The GPU's compute capability, as in 89.
         few: Most pairs that go the first way, up to `FEW`.
         some: Most pairs an expert that go the second way.
@@ -245,7 +245,7 @@ class Plan:
         grid: Callable[[Call], tuple[int, int, int]],
         tile: Tile | None = None,
     ) -> Step:
-        """A kernel from what each of its parameters is given, in order; what this geometry has not is None."""
+        """A kernel from the argument of each of its parameters, in order; those that this geometry has not are None."""
         given = {parameter: name for parameter, name in names.items() if name in self.types}
         kernel = Kernel(
             name=f"{self.geometry.name}_{name}",
@@ -275,7 +275,7 @@ class Plan:
 
 
 OPERAND_SCALES = {"gate_up": ("hidden_scale", "input_row_scale"), "down": ("activated_scale", "activated_row_scale")}
-"""What scales the left operand of a weight: static by expert, or dynamic by pair."""
+"""Scales of the left operand of a weight: static by expert, or dynamic by pair."""
 
 
 def tiles(geometry: Geometry, capability: int) -> dict[str, Tile]:
@@ -297,7 +297,7 @@ def tiles(geometry: Geometry, capability: int) -> dict[str, Tile]:
 
 
 def parts(depth: int, width: int, tile: Tile) -> int:
-    """Into how many parts the first way cuts a weight's depth: none has fewer than eight steps."""
+    """Parts into which the first way cuts a weight's depth: none has fewer than eight steps."""
     count = 1
     while count * ceil_divide(width, tile.columns) < PROGRAMS and depth >= 16 * count * tile.depth:
         count *= 2
@@ -312,13 +312,3 @@ def most_tiles(pairs: int, experts: int, rows: int) -> int:
 def same(names: str) -> dict[str, str]:
     """Parameters that are called like what they are given."""
     return {name: name for name in names.split()}
-
-
-def ceil_divide(count: int, size: int) -> int:
-    """The quotient, rounded up."""
-    return -(-count // size)
-
-
-def power_of_two(count: int) -> int:
-    """The least power of two that is not below."""
-    return 1 << (count - 1).bit_length()

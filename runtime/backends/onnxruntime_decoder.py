@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ...spec.geometry import ModelSpec
+from ...spec.types import TYPES
 from .interface import Slots, cache_chunk, is_standing, slots_of, standing
 from .mapped_weights import MappedWeights
 from .onnxruntime_graph import open_graph
@@ -23,12 +24,15 @@ LONGEST_PIECE = 512
 Watch = Callable[[dict[str, NDArray[Any]]], None]
 """A function that takes values of the graph by name, after each step."""
 
-CACHE_DTYPES: dict[str, tuple[type[np.generic], int]] = {
-    "tensor(float)": (np.float32, 1),
-    "tensor(float16)": (np.float16, 10),
-    "tensor(uint8)": (np.uint8, 2),
-    "tensor(int8)": (np.int8, 3),
-    "tensor(float8e4m3fn)": (np.uint8, 17),
+CACHE_DTYPES: dict[str, tuple[np.dtype[Any], int]] = {
+    kind: (np.dtype(TYPES[name].held), TYPES[name].onnx)
+    for kind, name in (
+        ("tensor(float)", "float32"),
+        ("tensor(float16)", "float16"),
+        ("tensor(uint8)", "uint8"),
+        ("tensor(int8)", "int8"),
+        ("tensor(float8e4m3fn)", "fp8"),
+    )
 }
 """numpy's type of a cache's elements, and ONNX's number of their type, by ONNX Runtime's name of it."""
 

@@ -97,7 +97,7 @@ def test_an_engines_choice_of_experts_is_not_told(
 ) -> None:
     """The engine itself needs a GPU: the model's session stands in for its."""
     engine = build_bundle(tiny_model, tmp_path / "engine", target="tensorrt-rtx:sm89")
-    monkeypatch.setattr("arriero.accuracy.sides.load", lambda path, **settings: arriero.load(tiny_model))
+    monkeypatch.setattr("arriero.accuracy.sides.folder_side.load", lambda path, **settings: arriero.load(tiny_model))
     verdict = check(engine, golden, limits={"router_flips": 0.5})
     assert "router_flips" not in verdict.metrics
     assert any("cannot be seen inside an engine" in note for note in verdict.notes)

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 from arriero.accuracy.gates import judge, overall
-from arriero.accuracy.golden import Golden, rest_of
+from arriero.accuracy.golden import Golden
 from arriero.accuracy.metrics import FEWEST_WINDOWS, Estimate, divergence_of, estimate
+from arriero.accuracy.probabilities import likeliest_of, log_sum, rest_of
 from arriero.spec.geometry import LayerSpec, ModelSpec
 
 RNG = np.random.default_rng(0)
@@ -18,13 +18,13 @@ def golden_of(logits_SV: np.ndarray, top: int) -> Golden:
         kv_heads=1, head_dim=2, experts=1, experts_per_token=1, expert_size=1, dense_size=1, norm_eps=1e-5,
         qk_norm=False, rope_theta=1e4, max_positions=64, temperature_scale=0.0, temperature_floor=1.0, dtype="float32",
     )  # fmt: skip
-    logits = torch.from_numpy(logits_SV.astype(np.float32))
-    total = logits.logsumexp(-1, keepdim=True)
-    values, ids = logits.topk(top, dim=-1)
+    logits = logits_SV.astype(np.float32)
+    total = log_sum(logits)
+    ids, values = likeliest_of(logits, top)
     return Golden(
         source="", spec=spec, tokenizer="", format="none", ids_WS=np.zeros((1, len(logits) + 1), np.int32),
-        top_ids_WNK=ids[None].numpy().astype(np.int32), top_logs_WNK=(values - total)[None].numpy(),
-        rest_logs_WN=(rest_of(logits, ids) - total[:, 0])[None].numpy(), experts_LWSK=None, continued_PC=None,
+        top_ids_WNK=ids[None].astype(np.int32), top_logs_WNK=(values - total)[None],
+        rest_logs_WN=(rest_of(logits, ids) - total[:, 0])[None], experts_LWSK=None, continued_PC=None,
         next_logs_WN=np.zeros((1, len(logits)), np.float32),
     )  # fmt: skip
 
@@ -44,14 +44,14 @@ def bucketed_divergence(p_logits: np.ndarray, q_logits: np.ndarray, top: int) ->
 def test_divergence_is_over_the_likeliest_tokens_and_one_bucket(top: int) -> None:
     p, q = RNG.normal(size=(7, 20)) * 2, RNG.normal(size=(7, 20)) * 2
     golden = golden_of(p, top)
-    logits = torch.from_numpy(q.astype(np.float32))
-    found = divergence_of(golden, 0, slice(0, 7), logits, logits.logsumexp(-1, keepdim=True))
+    logits = q.astype(np.float32)
+    found = divergence_of(golden, 0, slice(0, 7), logits, log_sum(logits))
     if top == 20:  # nothing is left for the bucket
-        p_all, q_all = (torch.from_numpy(x).log_softmax(-1) for x in (p, q))
-        expected = (p_all.exp() * (p_all - q_all)).sum(-1).numpy()
+        p_all, q_all = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+        expected = (np.exp(p_all) * (p_all - q_all)).sum(-1)
     else:
         expected = bucketed_divergence(p, q, top)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_an_interval_holds_the_mean_it_was_drawn_around() -> None:

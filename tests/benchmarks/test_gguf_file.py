@@ -1,6 +1,5 @@
 """The file that llama.cpp is raced with: every weight under the name that the `gguf` package has for it."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from support import gguf_file
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gguf_file.py"
 SCOUT: dict[str, Any] = {
     "attention_chunk_size": 8192,
     "floor_scale": 8192,
@@ -27,19 +26,9 @@ MAVERICK: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def gguf_file() -> Any:
-    spec = importlib.util.spec_from_file_location("gguf_file", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(("shape", "geometry"), [("scout", SCOUT), ("maverick", MAVERICK)])
 def test_every_weight_is_in_the_file_as_llama_cpp_multiplies_it(
-    gguf_file: Any, make_llama4: Callable[..., Any], tmp_path: Path, shape: str, geometry: dict[str, Any]
+    make_llama4: Callable[..., Any], tmp_path: Path, shape: str, geometry: dict[str, Any]
 ) -> None:
     model = make_llama4(dtype=torch.bfloat16, **geometry)
     model.save_pretrained(tmp_path / shape)
@@ -80,7 +69,7 @@ def matrices(model: Any) -> list[tuple[str, Any]]:
 
 
 def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(
-    gguf_file: Any, make_llama4: Callable[..., Any], tmp_path: Path
+    make_llama4: Callable[..., Any], tmp_path: Path
 ) -> None:
     make_llama4(dtype=torch.bfloat16, **{**SCOUT, "attention_chunk_size": 4096}).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="chunk"):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from arriero.calibration.presets import int4, int8
-from arriero.calibration.product import Input
+from arriero.calibration.product import ProductInput
 from arriero.calibration.smoothing import SEARCHED_OUTPUTS, awq_exponents, output_error, search, smoothquant_exponents
 from arriero.calibration.statistics import Statistics
 from arriero.spec.choice import choose
@@ -18,8 +18,8 @@ def outliers() -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randn(24, 48, generator=generator)
 
 
-def measured(x: torch.Tensor, recipe: object) -> Input:
-    source = Input(Statistics("x", x.shape[1]), recipe)  # type: ignore[arg-type]
+def measured(x: torch.Tensor, recipe: object) -> ProductInput:
+    source = ProductInput(Statistics("x", x.shape[1]), recipe)  # type: ignore[arg-type]
     source.statistics.update(x)
     return source
 

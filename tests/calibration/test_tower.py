@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 import arriero
 from arriero.calibration import calibrate_model, fp8, int4, int8, linears
-from arriero.calibration.product import Input, Product
+from arriero.calibration.product import Product, ProductInput
 from arriero.calibration.rounding import Rounded
-from arriero.calibration.tower import quantise_vision_layer
+from arriero.calibration.tower import quantise_tower_layer
 from arriero.engine import build_bundle
 from arriero.errors import CalibrationError, DataError
 from arriero.export import export_checkpoint
@@ -29,8 +29,9 @@ from arriero.files.safetensors import open_shard
 from arriero.loading import open_tower
 from arriero.spec.choice import Choice
 from arriero.spec.recipe import Override, Recipe
-from arriero.walk.decoder import Weights, embed
-from arriero.walk.tower import VisionLayerWalk, embed_tiles, encode_tiles
+from arriero.walk.decoder import embed
+from arriero.walk.numbers import Weights
+from arriero.walk.tower import TowerLayerWalk, embed_tiles, encode_tiles
 from arriero.walk.windows import Windows, read_windows
 
 KEEP_DECODER = Override(pattern="layers.*", format="none")
@@ -180,7 +181,7 @@ def test_smoothing_leaves_what_a_layer_computes(
     model: Path, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
 ) -> None:
     def unrounded(
-        name: str, weight_NK: torch.Tensor, source: Input, choice: Choice, dtype: torch.dtype
+        name: str, weight_NK: torch.Tensor, source: ProductInput, choice: Choice, dtype: torch.dtype
     ) -> tuple[Product, None]:
         moved_NK = weight_NK * torch.exp2(source.exponents_K.float())
         return Product(Rounded(moved_NK, torch.ones(len(moved_NK), 1)), None), None
@@ -191,10 +192,10 @@ def test_smoothing_leaves_what_a_layer_computes(
     assert vision is not None
     x, attended, exact, found = np.empty((4, len(windows.pixels_N3PP), vision.positions, vision.hidden_size), "f4")
     embed_tiles(vision, before, windows.pixels_N3PP, x)
-    tensors = quantise_vision_layer(vision, 0, before, recipe, x, attended, exact).tensors
+    tensors = quantise_tower_layer(vision, 0, before, recipe, x, attended, exact).tensors
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "layer.safetensors")
     after = Weights({"layer": tmp_path / "layer.safetensors"})
-    VisionLayerWalk(vision, 0, after, attended, found).run(x)
+    TowerLayerWalk(vision, 0, after, attended, found).run(x)
     assert np.abs(found - exact).max() <= 1e-5 * np.abs(exact).max()
     for name in ("input_layernorm.bias", "post_attention_layernorm.bias", "self_attn.v_proj.bias"):
         full = f"vision_model.model.layers.0.{name}"

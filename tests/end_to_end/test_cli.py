@@ -44,7 +44,7 @@ def test_export_build_and_run_agree(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_calibrate_lists_each_weight_and_its_model_runs(tiny_model: Path, tmp_path: Path) -> None:
-    text = Path(__file__).parent.parent.parent / "README.md"
+    text = Path(__file__).parent.parent.parent / "examples" / "tiny-llama4" / "unseen.txt"
     arguments = ("--recipe", "int8", "--data", text, "--samples", 4, "--floor", 1, "--kv-cache", "int8", "--json")
     run = arriero("calibrate", tiny_model, "-o", tmp_path / "int8", *arguments)
     assert run.returncode == 0, run.stderr
@@ -52,6 +52,20 @@ def test_calibrate_lists_each_weight_and_its_model_runs(tiny_model: Path, tmp_pa
     assert len(weights) == 8 * 7 + 4 * 8 * 2
     assert min(weight["output_sqnr"] for weight in weights) > 20
     assert len(arriero("run", tmp_path / "int8", "--prompt", "The for statement", "--max-new-tokens", 12).stdout) > 12
+
+
+def test_calibrate_sums_up_what_it_did(tiny: Path, tiny_model: Path, tmp_path: Path) -> None:
+    arguments = ("--recipe", "int8", "--data", tiny / "train.py", "--samples", 1, "--floor", 0)
+    run = arriero("calibrate", tiny_model, "-o", tmp_path / "int8", *arguments)
+    assert run.stdout == ""
+    assert re.search(r"^ attention +32 +int8 +(\d+\.\d +){3}\d+\.\d *$", run.stderr, re.MULTILINE)
+    assert f"Report: {tmp_path / 'int8' / 'report.html'}\n" in run.stderr
+    assert (tmp_path / "int8" / "report.html").exists()
+    assert "layers.7.self_attn.q_proj" not in run.stderr
+    listed = arriero("calibrate", tiny_model, "-o", tmp_path / "int8", *arguments, "--force", "--verbose")
+    assert "layers.7.self_attn.q_proj" in listed.stderr
+    silent = arriero("calibrate", tiny_model, "-o", tmp_path / "int8", *arguments, "--force", "--quiet")
+    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
 
 
 def test_run_prints_json_for_programs(tiny_model: Path) -> None:

@@ -1,24 +1,11 @@
 """Scout and Maverick at full size, as sparse files: what export needs does not depend on the bytes of weights."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def sparse() -> Any:
-    spec = importlib.util.spec_from_file_location("sparse", BENCHMARKS / "sparse.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from support import sparse
 
 
 @pytest.mark.parametrize(
@@ -29,7 +16,7 @@ def sparse() -> Any:
     ],
 )
 def test_full_size_exports_in_little_memory_and_passes_the_checker(
-    sparse: Any, tmp_path: Path, name: str, gigabytes: int, split: dict[str, int], graph: str
+    tmp_path: Path, name: str, gigabytes: int, split: dict[str, int], graph: str
 ) -> None:
     total = sparse.write_sparse_checkpoint(sparse.multimodal(getattr(sparse, name)), tmp_path / "checkpoint")
     assert total // 10**9 == gigabytes

@@ -15,9 +15,9 @@ import torch
 
 from arriero.engine import Options, build_bundle
 from arriero.engine.fused_layers import Layer, LayerTensor, read_layers
-from arriero.engine.network import Choices, lower_for_tensorrt
 from arriero.engine.target import Target, check_dtypes, parse_target
 from arriero.engine.tensorrt_library import make_log, open_library
+from arriero.engine.tensorrt_lowering import Choices, lower_for_tensorrt
 from arriero.errors import BuildError
 from arriero.export import export_checkpoint
 from arriero.files.folders import read_spec

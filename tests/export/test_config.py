@@ -5,39 +5,24 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.sparse import SCOUT as TEXT
 
 from arriero.errors import CheckpointError
 from arriero.export.config import model_spec
+
+DEFAULTED = ("dtype", "num_experts_per_tok", "use_qk_norm", "floor_scale", "attn_scale", "rms_norm_eps")
+"""Fields that a configuration may leave out."""
 
 SCOUT: dict[str, Any] = {
     "model_type": "llama4",
     "torch_dtype": "bfloat16",
     "text_config": {
-        "model_type": "llama4_text",
-        "vocab_size": 202048,
-        "hidden_size": 5120,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 8192,
-        "intermediate_size_mlp": 16384,
-        "num_local_experts": 16,
-        "interleave_moe_layer_step": 1,
-        "max_position_embeddings": 10485760,
-        "rope_theta": 500000.0,
-        "attention_chunk_size": 8192,
+        **{name: value for name, value in TEXT.items() if name not in DEFAULTED},
         "attn_temperature_tuning": 4,
         "no_rope_layers": [],
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 16.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-        },
     },
 }
+"""The configuration as it was published, by names that have changed since."""
 
 
 def changed(**fields: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from arriero.errors import CheckpointError
 from arriero.export.checkpoint import open_checkpoint
 from arriero.export.config import model_spec, vision_spec
 from arriero.export.llama4_tower import MultimodalLlama4
-from arriero.walk.decoder import Weights
+from arriero.walk.numbers import Weights
 from arriero.walk.tower import encode_tiles
 
 Make = Callable[..., Llama4ForConditionalGeneration]

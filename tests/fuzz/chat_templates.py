@@ -21,18 +21,42 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
-from chat_templates import TEMPLATES  # noqa: E402
+from chat_templates import TEMPLATES
 
-from arriero.errors import SessionError  # noqa: E402
-from arriero.runtime.text import Text  # noqa: E402
+from arriero.errors import SessionError
+from arriero.runtime.text import Text
 
 TINY = Path(__file__).parent.parent.parent / "examples" / "tiny-llama4-vision"
 MORE_TOKENS = ("<|python_start|>", "<|python_end|>", "<|reasoning_end|>")
 WORDS = (
-    *("What is", "the", "list", "of", "x<y", "if a | b > 0:", "naïve", "日本", "🦙", "\n\n", "\t", "  ", "{}", '"quoted"'),
+    *(
+        "What is",
+        "the",
+        "list",
+        "of",
+        "x<y",
+        "if a | b > 0:",
+        "naïve",
+        "日本",
+        "🦙",
+        "\n\n",
+        "\t",
+        "  ",
+        "{}",
+        '"quoted"',
+    ),
     *("<b>", "&amp;", "{{ x }}", "{% raw %}", "'", "\\n", "|", "<", ">", "</s>", "[INST]", "1.5", "role"),
 )
-CONTROL = ("<|eot|>", "<|header_start|>", "<|image|>", "<|patch|>", "<|begin_of_text|>", "<think>", "</think>", "<|eom|>")
+CONTROL = (
+    "<|eot|>",
+    "<|header_start|>",
+    "<|image|>",
+    "<|patch|>",
+    "<|begin_of_text|>",
+    "<think>",
+    "</think>",
+    "<|eom|>",
+)
 
 
 def write_folder(folder: Path) -> PreTrainedTokenizerBase:
@@ -65,7 +89,9 @@ def random_content(rng: random.Random, control: float) -> Any:
     """A text, or a list of parts."""
     if rng.random() < 0.7:
         return random_text(rng, control)
-    parts: list[dict[str, Any]] = [{"type": "text", "text": random_text(rng, control)} for _ in range(rng.randint(1, 3))]
+    parts: list[dict[str, Any]] = [
+        {"type": "text", "text": random_text(rng, control)} for _ in range(rng.randint(1, 3))
+    ]
     if rng.random() < 0.4:
         parts.insert(rng.randrange(len(parts) + 1), {"type": "image"})
     return parts
@@ -91,7 +117,9 @@ def random_message(rng: random.Random, role: str, control: float) -> dict[str, A
 
 def random_schema(rng: random.Random, control: float) -> dict[str, Any]:
     """A tool."""
-    properties = {name: {"type": rng.choice(["string", "integer", "array"])} for name in rng.sample("xyz", rng.randrange(3))}
+    properties = {
+        name: {"type": rng.choice(["string", "integer", "array"])} for name in rng.sample("xyz", rng.randrange(3))
+    }
     for each in properties.values():
         each["description"] = random_text(rng, control)
     function = {"name": "get_x", "description": random_text(rng, control)}
@@ -103,13 +131,20 @@ def random_pair(rng: random.Random, control: float) -> tuple[str, list[dict[str,
     """A template's name, a conversation, and what came with it."""
     roles = ["system"] * rng.choice([0, 1]) + ["user"]
     for _ in range(rng.randrange(4)):
-        roles += rng.choice([["assistant", "user"], ["assistant", "tool"], ["assistant", "ipython", "assistant"], ["user"]])
+        roles += rng.choice(
+            [["assistant", "user"], ["assistant", "tool"], ["assistant", "ipython", "assistant"], ["user"]]
+        )
     settings: dict[str, Any] = {"add_generation_prompt": rng.random() < 0.5}
     if rng.random() < 0.4:
         settings["tools"] = [random_schema(rng, control) for _ in range(rng.randrange(3))]
     if rng.random() < 0.3:
         settings["documents"] = [{"title": random_text(rng, control), "text": random_text(rng, control)}]
-    variables = {"date_string": "1 May 2025", "tools_in_user_message": False, "enable_thinking": False, "tool_token": "T"}
+    variables = {
+        "date_string": "1 May 2025",
+        "tools_in_user_message": False,
+        "enable_thinking": False,
+        "tool_token": "T",
+    }
     settings["chat_template_kwargs"] = {name: value for name, value in variables.items() if rng.random() < 0.3}
     if roles[-1] == "assistant" and rng.random() < 0.5:
         settings |= {"add_generation_prompt": False, "continue_final_message": True}

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from custom_ops import in_panels, initializer, run_graph
 
-from arriero.plugins.cpu import ops as kernels
+from arriero.plugins.cpu import kernel_nodes as kernels
 from arriero.plugins.cpu.float_products import Matrix, multiply
 from arriero.plugins.linear import read_linear, write_input, write_linear
 from arriero.plugins.nodes import OPSET, Nodes

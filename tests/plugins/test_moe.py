@@ -14,7 +14,7 @@ import torch
 from custom_ops import in_panels, initializer, run_graph
 
 from arriero.plugins import schemas
-from arriero.plugins.cpu import ops as kernels
+from arriero.plugins.cpu import kernel_nodes as kernels
 from arriero.plugins.cpu.float_products import Matrix
 from arriero.plugins.moe import cpu_nodes as cpu
 from arriero.plugins.moe import op

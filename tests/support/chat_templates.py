@@ -2,7 +2,6 @@
 
 from transformers.models.llama4 import processing_llama4
 
-
 FULL = """{{- bos_token }}
 {%- if extra_tools is defined %}{% set tools = extra_tools %}{% endif %}
 {%- if tools_in_user_message is not defined %}{% set tools_in_user_message = true %}{% endif %}

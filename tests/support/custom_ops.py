@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from arriero.plugins.cpu.kernel_nodes import Panels
 from arriero.plugins.cpu.library import DOMAIN, library
-from arriero.plugins.cpu.ops import Panels
 from arriero.plugins.cpu.panels import lay_out
 from arriero.plugins.nodes import OPSET, Nodes
 from arriero.spec.stored_weights import Weight

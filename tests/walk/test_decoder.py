@@ -11,7 +11,8 @@ import torch
 from arriero.errors import CheckpointError
 from arriero.export.checkpoint import open_checkpoint
 from arriero.spec.geometry import ModelSpec
-from arriero.walk.decoder import LayerWalk, Weights, embed, walk_layer
+from arriero.walk.decoder import LayerWalk, embed, walk_layer
+from arriero.walk.numbers import Weights
 
 
 def opened(folder: Path) -> tuple[ModelSpec, Weights]:

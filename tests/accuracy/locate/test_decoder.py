@@ -21,7 +21,8 @@ from planted_faults import (
 )
 from transformers import Llama4ForCausalLM
 
-from arriero.accuracy.locate.search import Location, locate
+from arriero.accuracy.locate.first_fault import locate
+from arriero.accuracy.locate.location import Location
 from arriero.accuracy.sides import open_side
 from arriero.calibration import calibrate_model, fp8, int4, int8
 from arriero.engine import build_bundle

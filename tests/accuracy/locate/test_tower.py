@@ -22,7 +22,8 @@ from planted_faults import (
     without_residual,
 )
 
-from arriero.accuracy.locate.search import Location, locate
+from arriero.accuracy.locate.first_fault import locate
+from arriero.accuracy.locate.location import Location
 from arriero.accuracy.plots import plot_profile
 from arriero.accuracy.sides import open_side
 from arriero.calibration import calibrate_model, fp8, int4, int8
@@ -31,7 +32,7 @@ from arriero.errors import AccuracyError
 from arriero.export import export_checkpoint
 from arriero.export.checkpoint import open_checkpoint
 from arriero.spec.recipe import Recipe
-from arriero.walk.decoder import Weights
+from arriero.walk.numbers import Weights
 from arriero.walk.windows import Windows
 
 LAYER = "vision_model.model.layers.{}.{}"

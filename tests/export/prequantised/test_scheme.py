@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.errors import CheckpointError
-from arriero.export.prequantised.scheme import Group, Scheme, read_scheme
+from arriero.export.prequantised.scheme import Scheme, WeightGroup, read_scheme
 
 WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
 INPUTS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -44,11 +44,11 @@ def test_an_unquantised_checkpoint_has_no_scheme() -> None:
 
 
 def test_each_method_is_read() -> None:
-    dynamic, static = (Group(format="fp8", activations=each) for each in ("dynamic", "static"))  # type: ignore[arg-type]
+    dynamic, static = (WeightGroup(format="fp8", activations=each) for each in ("dynamic", "static"))  # type: ignore[arg-type]
     assert read_scheme(config()) == Scheme(method="compressed-tensors", groups=(dynamic,))
     packed = read_scheme(grouped(weights=PACKED, input_activations=None))
     assert packed is not None
-    assert packed.groups == (Group(format="int4", activations="dynamic", group_size=64),)
+    assert packed.groups == (WeightGroup(format="int4", activations="dynamic", group_size=64),)
     fbgemm = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
     nested = {"model_type": "llama4", "text_config": {}, "quantization_config": fbgemm}
     assert read_scheme(nested) == Scheme(method="fbgemm_fp8", groups=(dynamic,), activation_bound=1200.0)

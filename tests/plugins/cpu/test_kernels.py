@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from custom_ops import in_panels, run_graph
 
-from arriero.plugins.cpu.ops import dispatch, multiply
+from arriero.plugins.cpu.kernel_nodes import dispatch, multiply
 from arriero.plugins.moe.op import Attributes
 from arriero.plugins.nodes import Nodes
 from arriero.plugins.quantisation import fake_quantise

@@ -1,0 +1,50 @@
+"""The two that are compared: a checkpoint in PyTorch, or a model or bundle as it runs.
+
+Enters: a path. Leaves: a `Side`. What a side needs is imported when one is opened: PyTorch for a checkpoint alone.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from ...errors import AccuracyError
+from ...files.folders import SPEC
+from .side import Side
+
+
+def open_side(path: str | Path, weights: Path | None = None, threads: int | None = None) -> Side:
+    """Opens one side; its weights are read when it is run.
+
+    Args:
+        path: A checkpoint, a model, or a bundle.
+        weights: Folder of its weight files, where they have moved.
+        threads: Threads of one operator on the CPU.
+
+    Raises:
+        AccuracyError: It is none of these.
+        ArrieroError: It is damaged.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file() and not (path / SPEC).exists():
+        from .checkpoint_side import CheckpointSide
+
+        return CheckpointSide(path)
+    if path.is_file():
+        raise AccuracyError(f"{path} is a file: give a checkpoint, a model, a bundle, or as --against a golden file")
+    from .folder_side import FolderSide
+
+    return FolderSide(path, weights, threads)
+
+
+def tokenizer_of(path: Path) -> str:
+    """A fingerprint of what a folder's tokenizer does, whatever the file's layout.
+
+    Raises:
+        AccuracyError: There is none, or it is damaged.
+    """
+    try:
+        content = json.loads((path / "tokenizer.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise AccuracyError(f"{path} has no tokenizer.json that can be read ({error}): export it again") from error
+    fields = {name: content.get(name) for name in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,208 @@
+"""One decoder layer quantised while calibration text runs through it.
+
+Enters: the layer's input for all tokens. Leaves: every tensor of the quantised layer under its full name, a `Record`
+for each weight, how many tokens each expert saw, and the unquantised layer's output, which the next layer takes in.
+Experts are read, run, quantised and released one by one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from ..plugins.quantisation import LARGEST
+from ..spec.geometry import ModelSpec
+from ..spec.recipe import Recipe
+from ..walk.decoder import Hidden, LayerWalk
+from ..walk.numbers import Weights
+from .linears import Linears, divided_rows, laid_out, observer
+from .product import ProductInput, quantise_product
+from .smoothing import Reader
+
+SEARCHED_EXPERTS = 4
+"""The busiest experts, whose errors count in the search of the strength that all experts share."""
+
+
+FLOOR = 32
+"""Tokens that an expert must have seen, where nobody says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coverage:
+    """Calibration's demands on the routing.
+
+    Attributes:
+        floor: Tokens that every expert must have seen.
+        all_experts: Whether every expert is measured over every token.
+    """
+
+    floor: int = FLOOR
+    all_experts: bool = False
+
+
+@dataclass(slots=True)
+class LayerQuantiser:
+    """The work on one decoder layer; `quantise` does all of it.
+
+    Attributes:
+        linears: The quantised layer's tensors, and what became of each weight.
+        expert_tokens: Tokens that chose each expert; empty in a dense layer.
+    """
+
+    spec: ModelSpec
+    index: int
+    weights: Weights
+    recipe: Recipe
+    coverage: Coverage
+    linears: Linears = field(init=False)
+    expert_tokens: list[int] = field(init=False, default_factory=list)
+    walk: LayerWalk = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.linears = Linears(self.weights, self.recipe, f"layers.{self.index}.", f"layer {self.index}")
+
+    def quantise(self, x: Hidden, attended: Hidden, out: Hidden, progress: Callable[[float], None]) -> None:
+        """Quantises the layer.
+
+        Args:
+            x: Its input.
+            attended: Room for what is behind the attention.
+            out: Room for its output.
+            progress: Called with the share of the layer that is done.
+
+        Raises:
+            CalibrationError: An activation is not finite, or an expert saw too few tokens.
+        """
+        self.walk = LayerWalk(self.spec, self.index, self.weights, attended, out)
+        self._quantise_attention(x)
+        progress(0.3)
+        feed_input = self._quantise_feed()
+        progress(0.5)
+        if self.spec.layers[self.index].experts:
+            self._quantise_experts(feed_input, lambda share: progress(0.5 + share / 2))
+
+    # Attention and feed-forward
+
+    def _quantise_attention(self, x: Hidden) -> None:
+        spec, linears, name = self.spec, self.linears, "self_attn."
+        kv_size = spec.kv_heads * spec.head_dim
+        source = linears.input("attention_input", spec.hidden_size, [f"{name}{part}_proj" for part in "qkv"])
+        attended = linears.input("attention_output", spec.heads * spec.head_dim, [f"{name}o_proj"])
+        keys, values = (linears.input(part, kv_size, []) for part in ("keys", "values"))
+        self.walk.attend(x, observer(source, attended, keys, values))
+        query, key, value, output = (self.walk.weight(f"{name}{part}_proj.weight") for part in "qkvo")
+        projections = {f"{name}{part}_proj": weight for part, weight in zip("qkv", (query, key, value), strict=True)}
+        linears.smooth(source, linears.readers(source, projections))
+        linears.smooth(attended, linears.readers(attended, {f"{name}o_proj": output}), self._share_over_group)
+        groups = attended.exponents_K.view(spec.kv_heads, -1, spec.head_dim)
+        values.exponents_K = groups[:, 0].flatten()
+        projections[f"{name}v_proj"] = divided_rows(value, values.exponents_K)
+        linears.emit_divided("input_layernorm.weight", source.exponents_K)
+        for unit, weight in projections.items():
+            linears.emit_linear(unit, weight, source)
+        linears.emit_linear(f"{name}o_proj", output, attended)
+        if self.recipe.kv_cache != "none":
+            for part, cached in (("key", keys), ("value", values)):
+                absmax_N = cached.statistics.absmax_K / torch.exp2(cached.exponents_K.float())
+                scale_KD = absmax_N.view(spec.kv_heads, spec.head_dim) / LARGEST[self.recipe.kv_cache]
+                linears.emit(f"{name}{part}_scale", torch.where(scale_KD > 0, scale_KD, 1.0))
+
+    def _quantise_feed(self) -> ProductInput:
+        """The dense feed-forward or the shared expert, and the router. Returns the input that experts have too."""
+        spec, linears = self.spec, self.linears
+        has_experts = spec.layers[self.index].experts
+        name = "feed_forward.shared_expert." if has_experts else "feed_forward."
+        gate_name, up_name, down_name = (f"{name}{part}_proj" for part in ("gate", "up", "down"))
+        router = ["feed_forward.router"] if has_experts else []
+        source = linears.input("feed_input", spec.hidden_size, [gate_name, up_name, *router])
+        activated = linears.input("down_input", spec.expert_size if has_experts else spec.dense_size, [down_name])
+        self.walk.feed(observer(source, activated))
+        gate, up, down = (self.walk.weight(f"{unit}.weight") for unit in (gate_name, up_name, down_name))
+        weights = {gate_name: gate, up_name: up}
+        weights |= {unit: self.walk.weight(f"{unit}.weight") for unit in router}
+        readers = linears.readers(source, weights)
+        if has_experts:
+            self._count_tokens()
+            readers += self._expert_readers()
+        linears.smooth(source, readers)
+        linears.smooth(activated, linears.readers(activated, {down_name: down}))
+        weights[up_name] = divided_rows(up, activated.exponents_K)
+        linears.emit_divided("post_attention_layernorm.weight", source.exponents_K)
+        for unit, weight in weights.items():
+            linears.emit_linear(unit, weight, source)
+        linears.emit_linear(down_name, down, activated)
+        return source
+
+    # Experts
+
+    def _count_tokens(self) -> None:
+        counts_E = torch.bincount(self.walk.chosen().flatten(), minlength=self.spec.experts)
+        self.expert_tokens = counts_E.tolist()
+        starved = [expert for expert, tokens in enumerate(self.expert_tokens) if tokens < self.coverage.floor]
+        if starved and not self.coverage.all_experts and self.linears.choice("feed_forward.experts").format != "none":
+            saw = self.expert_tokens[starved[0]]
+            raise CalibrationError(
+                f"layer {self.index}: expert {starved[0]} saw {saw} tokens, fewer than {self.coverage.floor}"
+                f" ({len(starved)} of {self.spec.experts} experts did): give more text, or --all-experts, which "
+                "measures every expert over every token"
+            )
+
+    def _expert_readers(self) -> list[Reader]:
+        """Some experts' first products over some of their tokens."""
+        choice = self.linears.choice("feed_forward.experts")
+        if choice.format == "none" or self.recipe.smoothing == "none":
+            return []
+        busiest = sorted(range(self.spec.experts), key=lambda expert: -self.expert_tokens[expert])[:SEARCHED_EXPERTS]
+        readers = []
+        for expert in busiest:
+            tokens_N = (self.walk.chosen() == expert).any(dim=1).nonzero()[:, 0]
+            source = self.linears.input("expert_input", self.spec.hidden_size, ["feed_forward.experts"])
+            if len(tokens_N):
+                source.statistics.update(next(self.walk.expert_inputs(expert, tokens_N))[1])
+                weight_HN = self.walk.weight("feed_forward.experts.gate_up_proj", expert)
+                readers.append(source.reader(weight_HN.T, choice))
+        return readers
+
+    def _quantise_experts(self, feed_input: ProductInput, progress: Callable[[float], None]) -> None:
+        spec, linears, unit = self.spec, self.linears, "feed_forward.experts"
+        choice, dtype = linears.choice(unit), self.weights.stored(f"layers.{self.index}.input_layernorm.weight").dtype
+        kept: dict[str, list[Tensor]] = {}
+        scales: dict[str, list[float]] = {"hidden_scale": [], "activated_scale": []}
+        for expert in range(spec.experts):
+            gate_up, down = (self.walk.weight(f"{unit}.{part}_proj", expert) for part in ("gate_up", "down"))
+            source = linears.input("expert_input", spec.hidden_size, [unit])
+            activated = linears.input("expert_activated", spec.expert_size, [unit])
+            observe = observer(source, activated) if choice.format != "none" else lambda name, x: None
+            self.walk.feed_expert(expert, gate_up, down, observe, all_tokens=self.coverage.all_experts)
+            source.exponents_K, source.strength = feed_input.exponents_K, feed_input.strength
+            parts = {"gate_up": (gate_up.T, source), "down": (down.T, activated)}
+            if choice.format != "none":
+                linears.smooth(activated, [activated.reader(down.T, choice)])
+                rows_N = torch.cat([torch.zeros(spec.expert_size, dtype=torch.int32), activated.exponents_K])
+                parts["gate_up"] = divided_rows(gate_up.T, rows_N), source
+            for part, (weight_NK, read) in parts.items():
+                name = f"{unit}.{part}_proj"
+                if choice.format == "none":
+                    moved_KN = (weight_NK * torch.exp2(read.exponents_K.float())).T
+                    kept.setdefault(name, []).append(moved_KN.to(dtype).contiguous())
+                    continue
+                product, record = quantise_product(f"{linears.prefix}{name}[{expert}]", weight_NK, read, choice, dtype)
+                linears.records.append(record)
+                kept.setdefault(name, []).append(laid_out(product, choice, transposed=True))
+                kept.setdefault(f"{name}_scale", []).append(product.weight.scale_NG.T.contiguous())
+                if product.input_scale is not None:
+                    scales["hidden_scale" if part == "gate_up" else "activated_scale"].append(product.input_scale)
+            progress((expert + 1) / spec.experts)
+        for name, parts_E in kept.items():
+            linears.emit(name, torch.stack(parts_E))
+            parts_E.clear()
+        for name, values in scales.items():
+            if values:
+                linears.emit(f"{unit}.{name}", torch.tensor(values))
+
+    def _share_over_group(self, magnitude_K: Tensor) -> Tensor:
+        """Query heads of one kv head read the same values, so their channels are divided alike."""
+        heads = magnitude_K.view(self.spec.kv_heads, -1, self.spec.head_dim)
+        return heads.amax(1, keepdim=True).expand_as(heads).flatten()

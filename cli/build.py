@@ -1,0 +1,63 @@
+"""`arriero build`: a model folder to a bundle for one target."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+from .terminal import Terminal
+
+
+def build(
+    model: Annotated[Path, typer.Argument(help="Model folder that `arriero export` wrote.")],
+    output: options.Output,
+    target: options.Target = "cpu",
+    max_batch: options.MaxBatch = None,
+    max_seq: options.MaxSeq = None,
+    max_prefill: options.MaxPrefill = None,
+    max_tiles: options.MaxTiles = None,
+    gqa: options.Gqa = None,
+    weights: options.PlacedWeights = None,
+    kv_cache: options.RoundedCache = None,
+    workspace: options.Workspace = None,
+    weight_streaming: options.WeightStreaming = False,
+    timing_cache: options.TimingCache = None,
+    weights_from: options.MovedModelWeights = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Build a model for one target: the bundle folder. Options but --kv-cache and --force shape a TensorRT engine."""
+    extra = "tensorrt" if target.startswith("tensorrt") else "export"
+    terminal = Terminal(extra=extra, quiet=quiet, verbose=verbose, debug=debug)
+    with terminal.errors_shown(), terminal.progress_shown("Building") as progress:
+        from ..engine import Options, build_bundle
+
+        started = time.perf_counter()
+        shape = Options(
+            max_batch=max_batch,
+            max_seq=max_seq,
+            max_prefill=max_prefill,
+            max_tiles=max_tiles,
+            gqa=gqa,  # type: ignore[arg-type]
+            weights=weights,  # type: ignore[arg-type]
+            workspace=None if workspace is None else workspace << 20,
+            weight_streaming=weight_streaming,
+            timing_cache=timing_cache,
+            weights_from=weights_from,
+        )
+        bundle = build_bundle(
+            model,
+            output,
+            target=target,
+            options=shape,
+            kv_cache=kv_cache,  # type: ignore[arg-type]
+            force=force,
+            progress=progress,
+        )
+    with terminal.errors_shown():
+        terminal.report_written(bundle, time.perf_counter() - started, as_json)

@@ -1,0 +1,69 @@
+"""`arriero calibrate`: a model folder to a quantised one."""
+
+import json
+import time
+from typing import Annotated
+
+import typer
+
+from . import options
+from .terminal import Terminal
+
+
+def calibrate(
+    model: options.ModelFolder,
+    output: options.Output,
+    recipe: Annotated[str, typer.Option(help="int8, fp8 or int4.")],
+    data: options.CalibrationData,
+    activations: options.Activations = None,
+    clip: options.Clip = None,
+    percentile: options.Percentile = None,
+    smoothing: options.Smoothing = None,
+    strength: options.Strength = None,
+    rounding: options.Rounding = None,
+    group_size: options.GroupSize = None,
+    kv_cache: options.CalibratedCache = None,
+    override: options.Override = None,
+    samples: options.Samples = 128,
+    window: options.CalibrationWindow = None,
+    floor: options.Floor = 32,
+    all_experts: options.AllExperts = False,
+    weights: options.Moved = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.EachWeight = False,
+    debug: options.Debug = False,
+) -> None:
+    """Quantise a model with statistics of text and images: another model folder. A killed run goes on where it was."""
+    terminal = Terminal(extra="calibration", quiet=quiet, verbose=verbose, debug=debug)
+    changes = {"activations": activations, "clip": clip, "percentile": percentile, "smoothing": smoothing}
+    changes |= {"strength": strength, "rounding": rounding, "group_size": group_size, "kv_cache": kv_cache}
+    with terminal.errors_shown(), terminal.progress_shown("Calibrating", "tokens") as progress:
+        from ..calibration import calibrate_model
+        from ..calibration.presets import parse_recipe
+
+        started = time.perf_counter()
+        folder = calibrate_model(
+            model,
+            output,
+            recipe=parse_recipe(recipe, changes, override or ()),
+            data=data,
+            samples=samples,
+            window=window,
+            floor=floor,
+            all_experts=all_experts,
+            weights=weights,
+            force=force,
+            progress=progress,
+            notice=terminal.say,
+        )
+    with terminal.errors_shown():
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+        records = [record for layer in report["layers"] + report["tower"] for record in layer["records"]]
+        records += report["head"]
+        if not (as_json or quiet):
+            from .tables import show_quantised
+
+            show_quantised(records, report["kept"], folder / "report.html", every_weight=verbose)
+        terminal.report_written(folder, time.perf_counter() - started, as_json, weights=records)

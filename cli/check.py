@@ -1,0 +1,79 @@
+"""`arriero check`: a candidate held against a reference."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from . import options
+from .terminal import Terminal
+
+EXIT_CODES = {"pass": 0, "regressed": 1, "undecided": 2}
+
+
+def check(
+    candidate: options.Candidate,
+    against: options.Against,
+    data: options.CheckedData = None,
+    output: options.CheckOutput = None,
+    locate: options.Locate = False,
+    max_perplexity_ratio: options.MaxPerplexityRatio = None,
+    max_kl: options.MaxKl = None,
+    min_top1: options.MinTop1 = None,
+    max_flips: options.MaxFlips = None,
+    max_router_flips: options.MaxRouterFlips = None,
+    min_greedy: options.MinGreedy = None,
+    samples: options.Samples = 24,
+    window: options.CheckedWindow = None,
+    weights: options.CandidateWeights = None,
+    against_weights: options.ReferenceWeights = None,
+    threads: options.Threads = None,
+    force: options.ForceReport = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Hold a candidate against a reference: by how much accuracy moved, where, and whether that is allowed.
+
+    Exits with 0 where all limits are kept, 1 where one is broken, 2 where it could not run or there is not enough data.
+    """
+    limits = {"perplexity_ratio": max_perplexity_ratio, "kl": max_kl, "top1": min_top1, "flips": max_flips}
+    limits |= {"router_flips": max_router_flips, "greedy": min_greedy}
+    terminal = Terminal(extra="accuracy", quiet=quiet, verbose=verbose, debug=debug)
+    with terminal.errors_shown(), terminal.progress_shown("Checking", "tokens") as progress:
+        from ..accuracy import check as hold
+        from ..accuracy.report import VERDICT, write_report
+        from ..files.output import check_free
+
+        if output is not None:
+            check_free(output, force=force, mark=VERDICT)
+        verdict = hold(
+            candidate,
+            against,
+            data=data,
+            samples=samples,
+            window=window,
+            limits=limits,
+            locate_fault=locate,
+            weights=weights,
+            reference_weights=against_weights,
+            threads=threads,
+            progress=progress,
+        )
+        if output is not None:
+            write_report(verdict, output, force=force)
+    with terminal.errors_shown():
+        show(verdict.as_fields(), output, as_json)
+    raise typer.Exit(EXIT_CODES[verdict.outcome])
+
+
+def show(found: dict[str, Any], report: Path | None, as_json: bool) -> None:
+    """Prints a verdict on stdout, as JSON or as a table."""
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from .tables import show_verdict
+
+        show_verdict(found, report)

@@ -1,0 +1,177 @@
+"""Options of the verbs: those that several share, and those whose help is long. Each is a type that a parameter has."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no messages, only errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show more details, on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder of Arriero's.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+ModelFolder = Annotated[Path, typer.Argument(help="Model folder that `arriero export` wrote; only read.")]
+Folder = Annotated[Path, typer.Argument(help="Model or bundle folder.")]
+Moved = Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")]
+Threads = Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")]
+Samples = Annotated[int, typer.Option(help="Windows of text at most.")]
+CheckedWindow = Annotated[
+    int | None, typer.Option(help="Tokens of a window.", show_default="two chunks and a quarter, at least 512")
+]
+MaxSeq = Annotated[
+    int | None, typer.Option(help="Tokens that a sequence may hold.", show_default="the context, at most 16384")
+]
+
+# export
+CopyWeights = Annotated[bool, typer.Option("--copy-weights", help="Copy the weights, so that the folder stands alone.")]
+ConvertedType = Annotated[
+    str | None, typer.Option(help="Convert the weights to float32, float16 or bfloat16.", show_default="as stored")
+]
+TensorParallel = Annotated[int, typer.Option(help="Ranks to split the model over, a folder each.")]
+ExpertParallel = Annotated[
+    int | None, typer.Option(help="Groups of ranks over which the experts are distributed.", show_default="as --tp")
+]
+
+# calibrate
+CalibrationData = Annotated[
+    list[Path],
+    typer.Option(
+        help="File to calibrate on: text, or conversations (.jsonl): a line each, as "
+        '{"messages": [{"role": "user", "content": "What is this?"}, …], "images": ["photo.jpg"]}, '
+        "paths relative to the file; may be repeated."
+    ),
+]
+Activations = Annotated[
+    str | None, typer.Option(help="static, or dynamic: a scale a token.", show_default="the recipe's")
+]
+Clip = Annotated[str | None, typer.Option(help="absmax, percentile, entropy or mse.", show_default="the recipe's")]
+Percentile = Annotated[float | None, typer.Option(help="For --clip percentile, in percent.")]
+Smoothing = Annotated[str | None, typer.Option(help="none, smoothquant or awq.", show_default="the recipe's")]
+Strength = Annotated[float | None, typer.Option(help="Strength of the smoothing, 0 to 1.", show_default="searched")]
+Rounding = Annotated[str | None, typer.Option(help="nearest or gptq.", show_default="the recipe's")]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Inputs that share an int4 scale: 32, 64 or 128.", show_default="64")
+]
+CalibratedCache = Annotated[str | None, typer.Option(help="int8 or fp8: quantise keys and values.")]
+Override = Annotated[
+    list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights, as 'layers.0.*=none'; may be repeated.")
+]
+CalibrationWindow = Annotated[
+    int | None, typer.Option(help="Tokens of a window.", show_default="a chunk and a quarter, at least 512")
+]
+EachWeight = Annotated[
+    bool, typer.Option("--verbose", help="Show more details, on stderr: each weight's errors, each phase's time.")
+]
+Floor = Annotated[int, typer.Option(help="Tokens that every expert must have seen.")]
+AllExperts = Annotated[bool, typer.Option("--all-experts", help="Measure every expert over every token.")]
+
+# build
+Target = Annotated[
+    str, typer.Option(help="cpu; tensorrt-rtx:sm89,sm120 (any GPUs, needs none); tensorrt (the GPU here).")
+]
+MaxBatch = Annotated[int | None, typer.Option(help="Rows at once.", show_default="8")]
+MaxPrefill = Annotated[int | None, typer.Option(help="Tokens of a prefill piece.", show_default="2048")]
+MaxTiles = Annotated[
+    int | None, typer.Option(help="Tiles of images that the vision tower takes at once.", show_default="17")
+]
+Gqa = Annotated[str | None, typer.Option(help="Attention by our plugin or TensorRT's own layers: plugin, native.")]
+PlacedWeights = Annotated[
+    str | None,
+    typer.Option(help="Weights: all inside the engine; experts outside it; all outside.", show_default="experts"),
+]
+RoundedCache = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 or int4: round keys and values, with no calibration; cpu only.", show_default="16 bits or more"
+    ),
+]
+Workspace = Annotated[int | None, typer.Option(help="MiB of scratch memory that a layer may use.")]
+WeightStreaming = Annotated[
+    bool, typer.Option("--weight-streaming", help="Let built-in weights stay in the host's memory.")
+]
+TimingCache = Annotated[Path | None, typer.Option(help="File of the timing cache; tensorrt only.")]
+MovedModelWeights = Annotated[
+    Path | None, typer.Option(help="Folder of the model's weight files, where they have moved.")
+]
+
+# inspect
+Layers = Annotated[bool, typer.Option("--layers", help="List each fused layer of an engine with its sizes.")]
+MemorySeq = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a sequence to estimate memory for; CPU.", show_default="the context, at most 16384"),
+]
+MemoryBatch = Annotated[int, typer.Option(help="Rows at once to estimate memory for; CPU.")]
+
+# run
+Prompt = Annotated[str | None, typer.Option(help="Text to continue; - reads it from stdin.")]
+Image = Annotated[
+    list[Path] | None,
+    typer.Option(help="Image that the prompt is about, or that stands at its <|image|>; may be repeated."),
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Hold a conversation, one line a turn; /image FILE adds an image to the next.")
+]
+System = Annotated[str | None, typer.Option(help="System message of the conversation.")]
+MaxNewTokens = Annotated[int, typer.Option(help="New tokens at most.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy. As the next four: default from the generation config.")
+]
+TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest that make up this probability.")]
+MinP = Annotated[float | None, typer.Option(help="Keep those with this share of the likeliest's.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the random draws.")]
+PromptLookup = Annotated[
+    int,
+    typer.Option(
+        help="Tokens at most to guess from what followed the last ones before, and to verify at once. The text stays "
+        "the same: of int8 and int4 models bit for bit, of others but for ties within rounding."
+    ),
+]
+StopString = Annotated[list[str] | None, typer.Option(help="Text that ends it; may be repeated.")]
+EosTokenId = Annotated[list[int] | None, typer.Option(help="Token that ends it; may be repeated.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Let no token end it.")]
+
+# bench
+BenchOutput = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.")]
+Prefill = Annotated[
+    str | None, typer.Option(help="Tokens of the prompts.", show_default="128,512,2048, as the context allows")
+]
+Batches = Annotated[str | None, typer.Option(help="Rows at once.", show_default="1,4,8")]
+DecodeTokens = Annotated[int, typer.Option(help="Tokens decoded after each prompt.")]
+Runs = Annotated[int, typer.Option(help="Timed runs of each; medians are given.")]
+ForceOutput = Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")]
+
+# check and golden
+Candidate = Annotated[Path, typer.Argument(help="Checkpoint, model or bundle to be judged.")]
+Against = Annotated[Path, typer.Option(help="The reference: one of these too, or a golden file.")]
+CheckedData = Annotated[
+    list[Path] | None, typer.Option(help="Text file; may be repeated. A golden file has its own text.")
+]
+CheckOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder for verdict.json, junit.xml and report.html.")
+]
+Locate = Annotated[
+    bool, typer.Option("--locate", help="Walk the layers: which one, which tensor or attribute is wrong first.")
+]
+MaxPerplexityRatio = Annotated[
+    float | None, typer.Option(help="Perplexity over the reference's.", show_default="by format")
+]
+MaxKl = Annotated[float | None, typer.Option(help="Nats a token.", show_default="by format")]
+MinTop1 = Annotated[
+    float | None, typer.Option(help="Share of tokens with the same likeliest one.", show_default="by format")
+]
+MaxFlips = Annotated[float | None, typer.Option(help="Share of tokens that only one of them gets right.")]
+MaxRouterFlips = Annotated[float | None, typer.Option(help="Share of choices of experts that differ.")]
+MinGreedy = Annotated[float | None, typer.Option(help="Tokens generated alike, of 32.")]
+CandidateWeights = Annotated[
+    Path | None, typer.Option(help="Folder of the candidate's weight files, where they have moved.")
+]
+ReferenceWeights = Annotated[
+    Path | None, typer.Option(help="Folder of the reference's weight files, where they have moved.")
+]
+ForceReport = Annotated[bool, typer.Option("--force", help="Replace an existing report.")]
+GoldenData = Annotated[list[Path], typer.Option(help="Text file; may be repeated.")]
+GoldenFile = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
+ForceGolden = Annotated[bool, typer.Option("--force", help="Replace an existing golden file.")]

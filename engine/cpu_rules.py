@@ -1,0 +1,76 @@
+"""The rules by which a canonical graph's linears, experts among them, are lowered for ONNX Runtime's CPU.
+
+Enters: how a linear is quantised, and whether its graph's weights lie in panels. Leaves: its rule, which `cpu_lowering`
+carries out. Invariant: each linear has exactly one rule.
+
+    rule  format of the weight   input's scale    lowered to                            weight lies in
+    1     int8                   a token's own    kernel `Linear`, blocks of 32 inputs  panels, 8 bits
+    2     int8                   static           kernel `Linear`, the static scale     panels, 8 bits
+    3     int4                   none             kernel `Linear`, blocks of 32 inputs  panels, 4 bits
+    4     fp8                    either           `QuantizeLinear`, `FusedMatMul`       rows, widened to float32
+    5     a float, panels        none             kernel `Linear`                       panels, bfloat16 or float32
+    6     a float, no panels     none             `FusedMatMul`                         rows, float32
+    7     experts, int8 or int4  any              kernel `MoeDispatch`                  panels, 8 or 4 bits
+    8     experts, fp8 or float  any              an `If` an expert, `MatMul`           rows, float32
+
+A graph's weights lie in panels where any of them is int8 or int4 (rules 1 to 3 and 7): the bundle then has a file of
+its own for all weights, and its float linears (rule 5) are laid out in it for the same kernels.
+"""
+
+from enum import Enum
+
+import onnx_ir as ir
+
+from ..plugins.linear import Linear
+from ..spec.types import Stored
+
+INTEGERS: dict[str, Stored] = {"int4": "uint4", "int8": "uint8"}
+"""Formats that the CPU's own kernels multiply as integers, and the unsigned type that panels hold each in."""
+
+
+class Rule(Enum):
+    """The rules, by their numbers in the table."""
+
+    INT8_OWN_SCALES = 1
+    """The kernel rounds activations itself, each 32 inputs by their own scale: finer than the graph's scale a token,
+    whose nodes, the division and the multiplication behind the product among them, are left out."""
+    INT8_STATIC = 2
+    """The kernel rounds activations by the graph's static scale."""
+    INT4 = 3
+    """The kernel rounds activations to int8, each 32 inputs (or fewer, within a group) by their own scale."""
+    FP8 = 4
+    """Activations and weights are the float32 values that E4M3 stands for; a token's own scale stays in the graph."""
+    FLOAT_IN_PANELS = 5
+    """bfloat16 stays bfloat16 in panels, other floats become float32; activations are float32."""
+    FLOAT_IN_ROWS = 6
+    """The weight [N, K] is multiplied as it lies: a float32 one is a view of the file."""
+    INTEGER_EXPERTS = 7
+    """One node for all experts; activations are rounded as in rules 1 to 3."""
+    FLOAT_EXPERTS = 8
+    """Only the branches of experts that have tokens are computed; fp8 as in rule 4."""
+
+
+def rule_of_quantised(linear: Linear) -> Rule:
+    """The rule of a quantised linear: 1 to 4."""
+    match linear.kind:
+        case "int8":
+            return Rule.INT8_STATIC if linear.own_scale is None else Rule.INT8_OWN_SCALES
+        case "int4":
+            return Rule.INT4
+        case _:
+            return Rule.FP8
+
+
+def rule_of_float(*, has_panels: bool) -> Rule:
+    """The rule of a linear that is not quantised: 5 where its graph has panels, else 6."""
+    return Rule.FLOAT_IN_PANELS if has_panels else Rule.FLOAT_IN_ROWS
+
+
+def rule_of_experts(quantisation: str) -> Rule:
+    """The rule of a layer of experts by the format of its weights: 7 or 8."""
+    return Rule.INTEGER_EXPERTS if quantisation in INTEGERS else Rule.FLOAT_EXPERTS
+
+
+def panel_type(weight: ir.Value) -> Stored:
+    """The type that a float weight has in panels, as rule 5 says."""
+    return "bfloat16" if weight.dtype == ir.DataType.BFLOAT16 else "float32"

@@ -1,0 +1,99 @@
+"""Nodes of the two ops of products in `library.cpp`, and the matrices that they take.
+
+Activations are rounded to int8, 32 inputs of a row by their own largest magnitude, or all by a static scale; integers
+are multiplied as integers. That is finer than a scale a token, and a row is computed alike whatever stands beside it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from ..moe.op import Attributes
+from ..nodes import Nodes
+from .library import DOMAIN
+
+VERSION = 1
+SMALLEST_GROUP = 8
+"""Divisor of the number of inputs that share a scale."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panels:
+    """A matrix, or all experts' matrices of one kind, in panels of 32 outputs; `matrix.h` says how these lie.
+
+    Attributes:
+        weight: Bytes [.., panels, bytes of one].
+        bits: Bits of a weight: 4, 8, 16 (bfloat16) or 32 (float32).
+        scale: [.., panels, groups, 32]; None of floats.
+        group: Inputs that share a scale; 0 where all of an output do.
+        input_scale: Static scale of the inputs, float32, of experts [E]; None rounds each 32 inputs by their own.
+    """
+
+    weight: ir.Value
+    bits: int
+    scale: ir.Value | None = None
+    group: int = 0
+    input_scale: ir.Value | None = None
+
+
+def multiply(nodes: Nodes, x: ir.Value, matrix: Panels, count: int, product: ir.Value) -> None:
+    """Writes float32 x [..., K] times a matrix of `count` outputs.
+
+    Args:
+        nodes: Where the node goes.
+        x: The activations.
+        matrix: The matrix.
+        count: N.
+        product: The value to produce, [..., N].
+    """
+    attributes = {"bits": matrix.bits, "group": matrix.group, "outputs": count}
+    _node(nodes, "Linear", [x, matrix.weight, matrix.scale, matrix.input_scale], attributes, product)
+
+
+def dispatch(
+    nodes: Nodes,
+    hidden: ir.Value,
+    router_logits: ir.Value,
+    gate_up: Panels,
+    down: Panels,
+    output: ir.Value,
+    attributes: Attributes,
+    *,
+    experts: int,
+    width: int,
+) -> None:
+    """Writes the node of one layer of experts.
+
+    Args:
+        nodes: Where the node goes.
+        hidden: [T, H].
+        router_logits: [T, E].
+        gate_up: The first product's matrices, gates and ups interleaved.
+        down: The second product's matrices.
+        output: The value to produce, [T, H].
+        attributes: The canonical op's attributes.
+        experts: Number of experts whose weights are given.
+        width: I.
+    """
+    inputs = [hidden, router_logits, gate_up.weight, gate_up.scale, down.weight, down.scale]
+    settings = {
+        "bits": gate_up.bits,
+        "group": gate_up.group,
+        "down_group": down.group,
+        "top_k": attributes.top_k,
+        "first_expert": attributes.first_expert,
+        "experts": experts,
+        "width": width,
+    }
+    statics = [gate_up.input_scale, down.input_scale]
+    _node(nodes, "MoeDispatch", [*inputs, *statics], settings, output)
+
+
+def _node(
+    nodes: Nodes, name: str, inputs: list[ir.Value | None], attributes: Mapping[str, Any], output: ir.Value
+) -> None:
+    while inputs[-1] is None:
+        inputs.pop()
+    nodes.node(name, inputs, domain=DOMAIN, attributes=dict(attributes), outputs=[output])

@@ -1,0 +1,170 @@
+// Products of rows with a matrix in panels; before them rows are rounded, behind them gates are applied.
+//
+// Included once for each instruction set, within its own namespace, behind `vectors.h`.
+//
+// Whatever a row's company, it is computed alike: its sums of integers are exact, and its sums of floats go over the
+// same blocks in the same order. So a batch's rows, a prompt's pieces and single tokens agree bit by bit.
+
+constexpr int AT_ONCE = ARRIERO_SET == 2 ? 6 : 2;      // rows whose sums fit the registers
+constexpr int IN_ONE_PASS = ARRIERO_SET == 2 ? 8 : 2;  // rows faster in one pass, some sums in memory, than in two
+constexpr int AHEAD = 4096;  // bytes of weights that are asked for in advance
+
+// Puts each eight inputs in the order in which four bytes hold them: the low halves', then the high ones'.
+inline void evens_before_odds(int8_t* values) {
+    for (int8_t* eight = values; eight < values + 2 * LANES; eight += 8) {
+        int8_t even[4], odd[4];
+        for (int i = 0; i < 4; i++) even[i] = eight[2 * i], odd[i] = eight[2 * i + 1];
+        std::memcpy(eight, even, 4);
+        std::memcpy(eight + 4, odd, 4);
+    }
+}
+
+// Rounds a row to int8: each block of its inputs by a scale of its own, or all of them by one that is given.
+inline void quantise(const float* x, const Matrix& matrix, float factor, float fixed, const Rows& rows, int64_t row) {
+    const int64_t blocks = matrix.blocks();
+    int8_t* to = rows.values + row * matrix.padded();
+    for (int64_t block = 0; block < blocks; block++, to += matrix.block) {
+        const int64_t start = block * matrix.block;
+        const int64_t left = matrix.inputs - start, count = left < matrix.block ? left : matrix.block;
+        float values[2 * LANES] = {};
+        std::memcpy(values, x + start, count * sizeof(float));
+        Floats parts[2] = {load<Floats>(values) * factor, load<Floats>(values + LANES) * factor};
+        const Floats nothing = parts[0] * 0.0f + parts[1] * 0.0f;  // but of an infinity or a NaN, which stays one
+        float scale = fixed;
+        if (fixed == 0) {
+            Floats largest = all(0.0f);
+            for (const Floats part : parts) {
+                const Floats magnitude = part < 0.0f ? -part : part;
+                largest = magnitude > largest ? magnitude : largest;
+            }
+            scale = largest_of(largest) / 127;
+        }
+        const float divisor = scale < 1e-30f ? 1.0f : scale;
+        scale += sum_of(nothing);
+        Ints sum = all(0);
+        int8_t rounded[2 * LANES];
+        for (int part = 0; part < 2; part++) {
+            Floats value = parts[part] / divisor;
+            value = value < -128.0f ? all(-128.0f) : value;
+            value = value > 127.0f ? all(127.0f) : value;
+            value = value == value ? value : all(0.0f);
+            const Ints values = __builtin_convertvector(to_whole(value), Ints);
+            sum += values;
+            store(rounded + part * LANES, narrow(values));
+        }
+        if (matrix.bits == 4) evens_before_odds(rounded);
+        std::memcpy(to, rounded, matrix.block);
+        rows.scales[row * blocks + block] = scale;
+        rows.sums[row * blocks + block] = -matrix.middle() * sum_of(sum);
+    }
+}
+
+// One panel for `COUNT` rows from `first` on: sums [COUNT][2].
+template <int BITS, int COUNT>
+inline void integer_panel(const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, Floats (*total)[2]) {
+    constexpr int STEP = BITS == 4 ? 8 : 4;
+    const int64_t blocks = matrix.blocks(), groups = matrix.groups, padded = matrix.padded(), size = matrix.block;
+    const uint8_t* weights = matrix.weights + panel * matrix.panel_size();
+    const int8_t* input = rows.values + first * padded;
+    const float* scales = rows.scales + first * blocks;
+    const int32_t* sums = rows.sums + first * blocks;
+    int64_t block = 0;
+    for (int64_t group = 0; group < groups; group++) {
+        Floats partial[COUNT][2] = {};
+        for (const int64_t end = block + blocks / groups; block < end; block++) {
+            Ints sum[COUNT][2];
+            for (int row = 0; row < COUNT; row++) sum[row][0] = sum[row][1] = all(sums[row * blocks + block]);
+            for (int64_t step = 0; step < size; step += STEP, weights += 128, input += STEP) {
+                __builtin_prefetch(weights + AHEAD);
+                __builtin_prefetch(weights + AHEAD + 64);
+                for (int side = 0; side < 2; side++) {
+                    const auto bytes = load<Bytes>(weights + 64 * side);
+                    if (BITS == 4) {
+                        const Bytes low = bytes & uint8_t{15};
+                        const Bytes high = reinterpret_cast<Bytes>(reinterpret_cast<Words>(bytes) >> 4) & uint8_t{15};
+                        for (int row = 0; row < COUNT; row++)
+                            sum[row][side] = dot(sum[row][side], low, input + row * padded);
+                        for (int row = 0; row < COUNT; row++)
+                            sum[row][side] = dot(sum[row][side], high, input + row * padded + 4);
+                    } else {
+                        for (int row = 0; row < COUNT; row++)
+                            sum[row][side] = dot(sum[row][side], bytes, input + row * padded);
+                    }
+                }
+            }
+            for (int row = 0; row < COUNT; row++)
+                for (int side = 0; side < 2; side++)
+                    partial[row][side] += as_floats(sum[row][side]) * scales[row * blocks + block];
+        }
+        const int64_t at = (panel * groups + group) * PANEL;
+        for (int side = 0; side < 2; side++) {
+            const int64_t place = at + side * LANES;
+            const Floats scale = matrix.has_wide_scales ? load<Floats>(static_cast<const float*>(matrix.scales) + place)
+                                                        : widen(static_cast<const uint16_t*>(matrix.scales) + place);
+            for (int row = 0; row < COUNT; row++) total[row][side] += partial[row][side] * scale;
+        }
+    }
+}
+
+// One panel of a matrix of floats for `COUNT` rows of float32 from `first` on: sums [COUNT][2].
+template <int BITS, int COUNT>
+inline void float_panel(const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, Floats (*total)[2]) {
+    const int64_t inputs = matrix.inputs;
+    const uint8_t* weights = matrix.weights + panel * matrix.panel_size();
+    const float* input = rows.floats + first * inputs;
+    for (int64_t i = 0; i < inputs; i += 32 / BITS, weights += 128) {
+        __builtin_prefetch(weights + AHEAD);
+        __builtin_prefetch(weights + AHEAD + 64);
+        const bool has_second = i + 1 < inputs;
+        for (int side = 0; side < 2; side++) {
+            if (BITS == 32) {
+                const auto only = load<Floats>(weights + 64 * side);
+                for (int row = 0; row < COUNT; row++) total[row][side] += only * input[row * inputs + i];
+                continue;
+            }
+            const auto both = load<Words>(weights + 64 * side);
+            const Floats even = bits_as_floats(both << 16), odd = bits_as_floats(both & 0xFFFF0000u);
+            for (int row = 0; row < COUNT; row++) total[row][side] += even * input[row * inputs + i];
+            if (has_second)
+                for (int row = 0; row < COUNT; row++) total[row][side] += odd * input[row * inputs + i + 1];
+        }
+    }
+}
+
+inline void write(const Matrix& matrix, int64_t row, int64_t panel, const Floats* sums, const Target& target) {
+    float* to = target.to + (target.places ? target.places[row] : row) * target.stride;
+    Floats out[2] = {sums[0], sums[1]};
+    int64_t width = PANEL, outputs = matrix.outputs;
+    if (target.is_gated) {
+        out[0] = sums[1] * sums[0] / (all(1.0f) + exponential(-sums[0]));
+        width /= 2, outputs /= 2;
+    }
+    const int64_t left = outputs - panel * width;
+    std::memcpy(to + panel * width, out, (left < width ? left : width) * sizeof(float));
+}
+
+template <int COUNT>
+inline void rows_of_panel(const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, const Target& target) {
+    Floats sums[COUNT][2] = {};
+    switch (matrix.bits) {
+        case 4: integer_panel<4, COUNT>(matrix, rows, first, panel, sums); break;
+        case 8: integer_panel<8, COUNT>(matrix, rows, first, panel, sums); break;
+        case 16: float_panel<16, COUNT>(matrix, rows, first, panel, sums); break;
+        default: float_panel<32, COUNT>(matrix, rows, first, panel, sums);
+    }
+    for (int row = 0; row < COUNT; row++) write(matrix, first + row, panel, sums[row], target);
+}
+
+// Up to `COUNT` rows in one pass over a panel.
+template <int COUNT>
+inline void some_rows(int64_t count, const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel,
+                      const Target& target) {
+    if (count == COUNT) return rows_of_panel<COUNT>(matrix, rows, first, panel, target);
+    if constexpr (COUNT > 1) some_rows<COUNT - 1>(count, matrix, rows, first, panel, target);
+}
+
+inline void multiply(const Matrix& matrix, const Rows& rows, int64_t first, int64_t last, int64_t panel,
+                     const Target& target) {
+    for (; last - first > IN_ONE_PASS; first += AT_ONCE) rows_of_panel<AT_ONCE>(matrix, rows, first, panel, target);
+    some_rows<IN_ONE_PASS>(last - first, matrix, rows, first, panel, target);
+}

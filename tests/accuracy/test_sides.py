@@ -1,0 +1,43 @@
+"""A check of a bundle against a golden file needs the runtime alone: neither PyTorch nor onnx."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from arriero.accuracy import check, record_golden
+from arriero.accuracy.sides.side import chosen_by
+from arriero.engine import build_bundle
+
+HEAVY = {"ml_dtypes", "onnx", "onnx_ir", "onnxscript", "torch", "transformers"}
+
+
+def output_of(code: str, *arguments: str | Path) -> str:
+    run = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(run, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_check_imports_no_torch_onnx_or_transformers() -> None:
+    code = "import sys, arriero.accuracy, arriero.accuracy.report, arriero.accuracy.sides.folder_side"
+    assert not output_of(f"{code}\nprint(*({HEAVY} & set(sys.modules)))").split()
+
+
+def test_a_bundle_is_checked_where_neither_torch_nor_onnx_is(
+    tiny_model: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    golden = record_golden(tiny_model, tmp_path / "golden.safetensors", data=[texts[0]], samples=2)
+    bundle = build_bundle(tiny_model, tmp_path / "bundle", target="cpu")
+    code = f"import sys\nsys.modules.update(dict.fromkeys({HEAVY}))\n"  # as if they were not installed
+    code += "import json\nfrom arriero.accuracy import check\nprint(json.dumps(check(*sys.argv[1:]).as_fields()))"
+    alone, here = json.loads(output_of(code, bundle, golden)), check(bundle, golden).as_fields()
+    assert here["metrics"].pop("router_flips")["value"] == 0
+    assert alone["metrics"] == here["metrics"]
+    assert alone["notes"] == ["The choice of experts cannot be seen without onnx: router flips are not told."]
+    assert not here["notes"]
+
+
+def test_routers_choose_the_largest_logits_and_of_equal_ones_the_first() -> None:
+    logits_LNE = np.array([[[0.0, 2.0, 2.0, 2.0], [1.0, 0.0, 3.0, 2.0]]], np.float32)
+    assert chosen_by(logits_LNE, 2).tolist() == [[[1, 2], [2, 3]]]
