@@ -1,4 +1,4 @@
-"""What may be said beside a conversation, in the words of `transformers`' `apply_chat_template`.
+"""Settings of a conversation: tools, documents, its template, in the words of `transformers`' `apply_chat_template`.
 
 Enters: keywords as a caller gives them. Leaves: a `Chat`, checked and in plain data.
 """

@@ -37,11 +37,13 @@ FULL = """{{- bos_token }}
 {%- for message in rest %}
     {%- if message.role in ('tool', 'ipython') %}
         {{- '<|header_start|>ipython<|header_end|>\\n\\n' }}
-        {{- message.content | tojson if message.content is mapping or message.content is iterable else message.content }}
+        {%- set content = message.content %}
+        {{- content | tojson if content is mapping or content is iterable else content }}
     {%- elif 'tool_calls' in message and message.tool_calls | length %}
         {{- '<|header_start|>assistant<|header_end|>\\n\\n<|python_start|>' }}{{ body(message.content) }}<|python_end|>
         {%- for call in message.tool_calls %}
-            {{- '{"name": "' + call.function.name + '", "parameters": ' }}{{ call.function.arguments | tojson }}{{ '}' }}
+            {{- '{"name": "' + call.function.name + '", "parameters": ' }}
+            {{- call.function.arguments | tojson }}{{ '}' }}
         {%- endfor %}
     {%- else %}
         {{- '<|header_start|>' + message.role + '<|header_end|>\\n\\n' }}{{ body(message.content) }}
@@ -137,7 +139,8 @@ DOCUMENTS = """{{ bos_token }}{% if documents %}<|header_start|>documents<|heade
 {{ loop.index0 }}. {{ document['title'] | upper }} ({{ document.get('year', '?') }}): {{ document.text | truncate(80) }}
 {% else %}none{% endfor %}<|eot|>{% endif %}
 {%- macro frame(kind) %}<|header_start|>{{ kind }}<|header_end|>{{ caller() }}<|eot|>{% endmacro %}
-{%- for message in messages %}{% call frame(message.role) %}{{ message.content | default('-') }}{% endcall %}{% endfor %}
+{%- for message in messages %}
+{%- call frame(message.role) %}{{ message.content | default('-') }}{% endcall %}{% endfor %}
 {%- for role, of in messages | groupby('role') %}{{ role }}×{{ of | length }} {% endfor %}
 {%- if add_generation_prompt %}<|header_start|>assistant<|header_end|>{% endif %}"""
 
