@@ -16,7 +16,7 @@ from .messages import Message
 from .settings import Chat
 from .templates import ChatTemplate
 
-MARK = "<open-message> "
+MARK = "THE_LAST_MESSAGE_IS_OPENED "
 """Put where a message is to be continued; the space at its end shows whether the template trims."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")

@@ -35,10 +35,11 @@ def complete_tokenizer(tokenizer: Tokenizer, folder: Path, config: Mapping[str, 
     """
     settings = _settings(folder, config)
     specific, extra = settings[SPECIFIC], settings[EXTRA]
-    named = {name: token for name, value in settings.items() if (token := _named_token(name, value, folder))}
+    if tokenizer.padding is not None:
+        settings.setdefault("pad_token", tokenizer.padding["pad_token"])
+    order = [*NAMES, *(name for name in settings if name not in NAMES)]
+    named = {name: token for name in order if (token := _named_token(name, settings.get(name), folder))}
     named.update({name: _token(name, value, folder) for name, value in specific.items()})
-    if tokenizer.padding is not None and "pad_token" not in settings:
-        named["pad_token"] = AddedToken(tokenizer.padding["pad_token"], special=True)
     extras = [_token(EXTRA, value, folder) for value in extra]
     listed = _listed(folder, config, {token.content for token in (*named.values(), *extras)})
     added = tokenizer.get_added_tokens_decoder().values()
@@ -61,7 +62,11 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of special tokens, where the map of a file of its own comes before the tokenizer's config."""
     settings = {name: value for name, value in config.items() if name.endswith(("_token", "_tokens"))}
     path = folder / "tokenizer_config.json"
-    specific = settings.pop(SPECIFIC, None) or {}
+    specific = settings.pop(SPECIFIC, None) or {
+        name: settings.pop(name)
+        for name, value in list(settings.items())
+        if name.endswith("_token") and name not in NAMES and isinstance(value, str)
+    }
     if ADDITIONAL in settings and not settings.get(EXTRA):
         settings[EXTRA] = settings.pop(ADDITIONAL)
     if isinstance(settings.get(EXTRA), dict):
@@ -116,5 +121,6 @@ def _token(name: str, value: Any, folder: Path) -> AddedToken:
         )
     if not isinstance(value, dict):
         return AddedToken(content, special=True)
-    given = {flag: bool(value[flag]) for flag in FLAGS if flag in value}
-    return AddedToken(content, **({} if name == DECODER else {"special": True}), **given)
+    flags = {} if name == DECODER else {"special": True}
+    flags |= {flag: bool(value[flag]) for flag in FLAGS if flag in value}
+    return AddedToken(content, **flags)

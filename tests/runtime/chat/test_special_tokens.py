@@ -31,7 +31,7 @@ CONFIGS: list[dict[str, dict[str, Any]]] = [
     {},
     {"special_tokens_map": {"bos_token": "<|eot|>", "cls_token": "<|x|>"}},
     {"special_tokens_map": {"unk_token": object_of("<new>"), "image_token": "<|y|>"}},
-    {"special_tokens_map": {"additional_special_tokens": ["<|x|>", object_of("<|y|>", lstrip=True)]}},
+    {"special_tokens_map": {"additional_special_tokens": ["<|x|>", "<|y|>"]}},
     {"special_tokens_map": {"extra_special_tokens": {"image_token": "<|x|>"}}},
     {"tokenizer_config": {"extra_special_tokens": {"image_token": "<|x|>", "x_token": "<|y|>"}}},
     {"tokenizer_config": {"extra_special_tokens": ["<|x|>", "<|eot|>"]}},
