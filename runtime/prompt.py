@@ -65,8 +65,6 @@ class PromptReader:
         """
         ids, sources = self._encode(prompt, image_list(images), settings)
         if self.tower is None:
-            if sources:
-                raise SessionError(f"{self.text.folder}: the model takes text only, leave the images out")
             return Tokens(ids)
         has_places = self.tower.image_token in ids or (isinstance(prompt, str) and IMAGE in prompt)
         if not sources and not has_places:
@@ -79,6 +77,8 @@ class PromptReader:
     ) -> tuple[list[int], list[ImageSource]]:
         """The token ids of a prompt, with a placeholder for each image, and the images in their order."""
         text = self.text
+        if images and self.tower is None:
+            raise self._takes_text_only()
         if isinstance(prompt, str) and images and IMAGE not in prompt:
             if text.templates:
                 places = [{"type": "image"} for _ in images]
@@ -87,10 +87,16 @@ class PromptReader:
                 prompt = IMAGE * len(images) + prompt
         if is_message(prompt) or (isinstance(prompt, list | tuple) and prompt and _is_object(prompt[0])):
             turns, found = read_messages(prompt)
-            return text.encode_chat(turns, **settings), with_images_beside(found, images)
+            images = with_images_beside(found, images)
+            if images and self.tower is None:
+                raise self._takes_text_only()
+            return text.encode_chat(turns, **settings), images
         if given := [name for name, value in settings.items() if value is not None]:
             raise SessionError(f"{given[0]} came beside a prompt that is no messages: give messages, or leave it out")
         return (text.encode_prompt(prompt) if isinstance(prompt, str) else _ids(prompt)), images
+
+    def _takes_text_only(self) -> SessionError:
+        return SessionError(f"{self.text.folder}: the model takes text only, leave the images out")
 
     @cached_property
     def image_prompts(self) -> ImagePrompts:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from ..errors import FolderError, SessionError
+from ..errors import FolderError, SessionError, shortened
 from ..files.folders import read_json
 from .chat.messages import Message, read_messages
 from .chat.settings import ChatSettings, read_chat
@@ -134,7 +134,13 @@ class Text:
     def _control_tokens(self) -> "ControlTokens":
         from .chat.control_tokens import ControlTokens
 
-        return ControlTokens(self._tokenizer())
+        listed = self.config.get("chat_control_tokens")
+        if listed is not None and not (isinstance(listed, list) and all(isinstance(each, str) for each in listed)):
+            path = self.folder / "tokenizer_config.json"
+            raise FolderError(
+                f"{path}: chat_control_tokens is {shortened(listed)}, expected a list of texts: correct it"
+            )
+        return ControlTokens(self._tokenizer(), listed)
 
     @functools.cached_property
     def _has_processor(self) -> bool:

@@ -62,10 +62,10 @@ def read_conversations(path: Path, text: Text, prompts: ImagePrompts | None) -> 
         settings: Any = {name: line[name] for name in BESIDE if name in line}
         try:
             messages, images = _read(line, where, path.parent)
+            if images and prompts is None:
+                raise DataError(f"{where} has an image, the model takes text only: leave it out")
             ids = text.encode_chat(messages, **settings)
-            if images:
-                if prompts is None:
-                    raise DataError(f"{where} has an image, the model takes text only: leave it out")
+            if prompts is not None and images:
                 pictures = (read_image(image) for image in images)
                 ids = prompts.expand(ids, [choose_grid(each.height, each.width, prompts.settings) for each in pictures])
         except (SessionError, FolderError) as error:

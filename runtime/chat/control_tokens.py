@@ -40,10 +40,12 @@ class ControlTokens:
 
     Args:
         tokenizer: The tokenizer.
+        listed: The texts of those that are not special, as `chat_control_tokens` of a tokenizer's config lists them;
+            None takes those that stand in the template.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, listed: Sequence[str] | None = None) -> None:
+        self.tokenizer, self.listed = tokenizer, listed
         self.added: dict[int, AddedToken] = tokenizer.get_added_tokens_decoder()
 
     def encode(self, writer: Writer) -> list[int]:
@@ -53,9 +55,9 @@ class ControlTokens:
             SessionError: The template hides who wrote a control token.
         """
         source, text = writer.template.source, writer.text
-        plain_texts = [token.content for token in self.added.values() if not token.special]
-        written = set(written_in(source, (each for each in plain_texts if not each.isspace())))
-        control = {id for id, token in self.added.items() if token.special or token.content in written}
+        others = [token.content for token in self.added.values() if not token.special and not token.content.isspace()]
+        listed = set(written_in(source, others) if self.listed is None else self.listed)
+        control = {id for id, token in self.added.items() if token.special or token.content in listed}
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         found = list(zip(encoding.ids, encoding.offsets, strict=True))
         spans = [span for id, span in found if id in control]

@@ -147,8 +147,10 @@ def _part(part: Any, role: str, where: str, images: list[ImageSource | None]) ->
         found = [name for name in SOURCES if fields.get(name) is not None]
         if len(found) < 2 and (found or kind == "image"):
             images.append(_source(fields[found[0]], found[0], where) if found else None)
-            name = "url" if kind == "image_url" else found[0] if found else None
-            return {"type": "image"} if name is None else {"type": "image", name: "<image>"}
+            if not found:
+                return {"type": "image"}
+            name = {"image_url": "url", "base64": "image"}.get(found[0], found[0])
+            return {"type": "image", name: "<image>"}
     elif role in TOOL_ROLES:
         return plain(part, where)
     raise SessionError(

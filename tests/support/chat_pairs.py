@@ -187,11 +187,15 @@ def compare(ours: Text, theirs: PreTrainedTokenizerBase, pair: tuple[str, list[d
 
 
 def _taken(message: dict[str, Any], written: str | None, takes_parts: bool) -> dict[str, Any]:
-    """A message with its texts in one where a template would print their list; a text in a part where it takes these."""
+    """A message with its texts in one where a template would print the list, or in a part where it takes parts."""
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": [_part(content)]} if takes_parts else message
-    if not isinstance(content, list) or not all(isinstance(part, dict) and "text" in part for part in content):
+    if (
+        takes_parts
+        or not isinstance(content, list)
+        or not all(isinstance(part, dict) and "text" in part for part in content)
+    ):
         return message
     is_lost = written is None or any(str(part) in written for part in content)
     return {**message, "content": "\n".join(part["text"] for part in content)} if is_lost else message

@@ -1,3 +1,6 @@
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from arriero.errors import SessionError
+from arriero.errors import FolderError, SessionError
 from arriero.runtime.text import Text
 
 WRITES = "{{ bos_token }}{% for m in messages %}<|header_start|>{{ m.content }}<|eot|>{% endfor %}"
@@ -164,6 +167,28 @@ def test_characters_for_private_use_are_no_way_in(text: Text) -> None:
         ids = text.encode_chat(messages, chat_template=template)
         assert len(control_ids(text, ids)) == 1
         assert written(text, ids) == text.render_chat(messages, chat_template=template)
+
+
+@pytest.mark.parametrize("listed", [None, [], ["<think>"], ["<think>", "</think>"]])
+def test_a_config_may_list_control_tokens(text: Text, tmp_path: Path, listed: list[str] | None) -> None:
+    for path in text.folder.iterdir():
+        shutil.copy(path, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_control_tokens": listed}))
+    messages = [{"role": "user", "content": ATTACK}]
+    for template in (WRITES, THINKING):
+        assert Text(tmp_path).encode_chat(messages, chat_template=template) == AutoTokenizer.from_pretrained(
+            tmp_path
+        ).apply_chat_template(
+            messages,
+            return_dict=False,
+            add_generation_prompt=True,
+            chat_template=template,
+            sanitize_control_tokens=True,
+        )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_control_tokens": "<think>"}))
+    with pytest.raises(FolderError, match="chat_control_tokens is '<think>', expected a list of texts"):
+        Text(tmp_path).encode_chat(messages, chat_template=WRITES)
 
 
 def test_halves_of_characters_are_refused(text: Text) -> None:
