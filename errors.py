@@ -12,6 +12,10 @@ class ArrieroError(Exception):
     """Something outside the program is not as it must be; the message says what, what was found, and the remedy."""
 
 
+class ArrieroWarning(UserWarning):
+    """Something that a folder asks for is not done; the message says what, in one line."""
+
+
 class CheckpointError(ArrieroError):
     """A checkpoint's files are missing, damaged, or not those of a Llama 4 that Arriero knows."""
 

@@ -3,11 +3,13 @@
 The rooms are imported when they are needed, so that importing `arriero` is instant.
 """
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import FolderError, SessionError
+from .errors import ArrieroWarning, FolderError, SessionError
 from .files.folders import check_whole, find_files, read_spec
+from .files.unheeded import unheeded
 from .spec.built_engine import EngineSpec
 from .spec.folder import FolderSpec, VisionPart
 from .spec.stored_weights import Weight
@@ -41,10 +43,14 @@ def load(
 
     Raises:
         ArrieroError: The folder is damaged or incomplete, its weights are missing, or a setting is out of range.
+
+    Warns:
+        ArrieroWarning: A file asks for something that is not done, as beams.
     """
+    from .runtime.defaults import read_defaults
     from .runtime.session import Session
     from .runtime.state import Limits
-    from .runtime.text import Text, read_defaults
+    from .runtime.text import Text
 
     path = Path(folder)
     spec = read_spec(path)
@@ -54,7 +60,9 @@ def load(
     if prefix_bytes < 0:
         raise SessionError(f"prefix_bytes is {prefix_bytes}, expected a whole number from 0 up")
     limits = Limits.of(spec.model, max_seq, max_batch)
-    text, defaults = Text(path), read_defaults(path)  # small, and checked before weights are loaded
+    text, defaults = Text(path), read_defaults(path, spec.model.vocab_size)  # small: checked before weights are loaded
+    for line in unheeded(path):
+        warnings.warn(line, ArrieroWarning, stacklevel=2)
     files = find_files(path, spec.weight_files, None if weights is None else Path(weights))
     decoder = _open_decoder(path, spec, files, threads)
     tower = None if spec.vision is None else open_tower(path, spec, spec.vision, files, threads)

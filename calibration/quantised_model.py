@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .. import __version__
+from ..engine.canonical_graph import read_graph
 from ..errors import CalibrationError, FolderError
 from ..export.quantised_graph import quantise_graph
 from ..files.folders import SPEC, carry_files, find_files, read_spec
@@ -93,7 +94,8 @@ def calibrate_model(
         recipe = _without_tower(spec, recipe, notice)
     coverage = Coverage(floor=floor, all_experts=all_experts)
     with resumed_folder(target, _job(spec, recipe, coverage, windows), force=force) as (folder, scratch):
-        work = Work(spec.model, vision, recipe, coverage, Weights(files), windows, folder, scratch)
+        stored = Weights(files, _places(source, spec))
+        work = Work(spec.model, vision, recipe, coverage, stored, windows, folder, scratch)
         _finish(source, spec, recipe, folder, work.run(progress, notice))
     return target
 
@@ -111,6 +113,16 @@ def _read_unquantised(source: Path) -> FolderSpec:
     if spec.recipe is not None:
         raise CalibrationError(f"{source} is quantised already ({spec.recipe.format}): give the model it came from")
     return spec
+
+
+def _places(source: Path, spec: FolderSpec) -> dict[str, tuple[str, int]]:
+    """File name and first byte of each tensor that the graphs read."""
+    return {
+        str(value.name): (str(value.const_value.location), value.const_value.offset or 0)
+        for name in (spec.graph, *([spec.vision.graph] if spec.vision else []))
+        for value in read_graph(source / name).graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
 
 
 def _without_tower(spec: FolderSpec, recipe: Recipe, notice: Callable[[str], None]) -> Recipe:

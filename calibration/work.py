@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..errors import CalibrationError
+from ..export.finite import all_finite
 from ..export.llama4 import rms_norm
 from ..spec.choice import choose, units
 from ..spec.geometry import VISION, ModelSpec, VisionSpec
@@ -160,6 +162,11 @@ class Work:
         expert_tokens: list[int] | None = None,
     ) -> None:
         """Puts a step's shard and output on the disk, and then what is reached."""
+        self._check_finite(linears)
+        if not all_finite(output, "F32"):
+            raise CalibrationError(
+                f"{linears.title}: its output is NaN or infinite: its weights or the text are damaged"
+            )
         write_shard(self.folder / f"{name}.safetensors", linears.tensors)
         assert isinstance(output, np.memmap)
         output.flush()
@@ -168,6 +175,18 @@ class Work:
         temporary.write_text(json.dumps(dataclasses.asdict(self.reached)))
         temporary.replace(self.scratch / PROGRESS)
         self.weights.release()
+
+    def _check_finite(self, linears: Linears) -> None:
+        """Refuses what has become NaN or infinite on its way, as a scale that its type does not hold.
+
+        Raises:
+            CalibrationError: A tensor to be written holds such a number.
+        """
+        for name, tensor in linears.tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                raise CalibrationError(
+                    f"{name!r} becomes NaN or infinite: it does not fit {self.spec.dtype}, export with another --dtype"
+                )
 
     def _read_progress(self) -> Reached:
         path = self.scratch / PROGRESS
@@ -219,5 +238,6 @@ class Work:
                 rows_NH = torch.from_numpy(np.ascontiguousarray(last[start : start + TOKENS]))
                 source.statistics.update(rms_norm(rows_NH, norm, self.spec.norm_eps))
             linears.emit_linear("lm_head", self.weights.wide("lm_head.weight"), source)
+        self._check_finite(linears)
         write_shard(self.folder / "rest.safetensors", linears.tensors)
         return linears.records

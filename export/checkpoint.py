@@ -1,25 +1,26 @@
 """A Hugging Face checkpoint folder, opened and checked against the Llama 4 that its configuration describes.
 
 Enters: a folder of `config.json` and safetensors shards, perhaps symlinks into a hub cache. Leaves: a `Checkpoint`
-whose every tensor is present, of the right shape and of one dtype, or quantised as `Scheme` says (the vision tower's
-never are). No tensor's data is read but scales.
+whose every tensor is present, of the right shape and a float, or quantised as `Scheme` says (the vision tower's never
+are). Experts may be stacked or stored one by one. No tensor's data is read but scales.
 """
 
 import dataclasses
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..errors import CheckpointError
-from ..files.safetensors import Shard, open_shard
+from ..files.safetensors import Region, Shard
 from ..spec.geometry import VISION, ModelSpec, VisionSpec
 from ..spec.recipe import Override
-from ..spec.types import FLOATS_BY_CODE
+from ..spec.types import FLOATS_BY_CODE, DType
 from .config import model_spec, vision_spec
+from .foreign import refuse_foreign_files, refuse_foreign_names
 from .prequantised.inventory import Prequantised, find_quantised
 from .prequantised.scheme import MODELOPT, read_scheme
 from .prequantised.stored import CheckpointTensor
+from .shards import INDEX, SINGLE, find_tensors, read_json
+from .single_experts import ExpertStack, find_stacks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,11 +29,12 @@ class Checkpoint:
 
     Attributes:
         folder: Where it lies, absolute, symlinks kept.
-        spec: The text decoder's geometry; its dtype is the one stored.
+        spec: The text decoder's geometry; its dtype is the configuration's, which tensors need not be stored in.
         prefix: Beginning of the text decoder's tensor names (`""` or `"language_model."`).
         tensors: All tensors by their full names.
         vision: The vision tower's geometry; None where the checkpoint has no tower.
         quantised: The tensors' roles and the recipe, where the checkpoint is quantised.
+        stacks: The experts that are stored one by one and not quantised, as the stacks that they make up.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Checkpoint:
     tensors: dict[str, CheckpointTensor]
     vision: VisionSpec | None = None
     quantised: Prequantised | None = None
+    stacks: dict[str, ExpertStack] = field(default_factory=dict)
 
     @property
     def shards(self) -> list[Shard]:
@@ -48,57 +51,63 @@ class Checkpoint:
         found = {tensor.shard.path: tensor.shard for tensor in self.tensors.values()}
         return [found[path] for path in sorted(found)]
 
+    def regions(self, shard: Shard) -> dict[str, Region]:
+        """The tensors that a shard is read for: not those that the index puts elsewhere, nor single experts'."""
+        single = {name for stack in self.stacks.values() for name in stack.names}
+        return {
+            name: region
+            for name, region in shard.tensors.items()
+            if name in self.tensors and name not in single and self.tensors[name].shard is shard
+        }
 
-def open_checkpoint(folder: Path, *, any_dtype: bool = False) -> Checkpoint:
+
+def open_checkpoint(folder: Path) -> Checkpoint:
     """Opens a checkpoint.
 
     Args:
         folder: The checkpoint.
-        any_dtype: Whether tensors may be of another dtype than the configuration says, since they will be converted.
 
     Raises:
-        CheckpointError: Something is missing, damaged, misshapen or unknown; the file or tensor is named.
+        CheckpointError: Something is missing, damaged, misshapen or unknown, or the checkpoint has a form that is not
+            read; the file or tensor is named.
     """
     folder = folder.absolute()
     if not folder.is_dir():
+        refuse_foreign_files(folder)
         raise CheckpointError(f"{folder} is no folder: give the folder that holds config.json and the safetensors")
+    if not any((folder / name).exists() for name in (INDEX, SINGLE)):
+        refuse_foreign_files(folder)
     config = read_json(folder / "config.json")
     model_spec(config)  # a wrong configuration is named before any shard
     scheme = read_scheme(config, read_json(folder / MODELOPT) if (folder / MODELOPT).exists() else None)
-    found = _find_tensors(folder)
-    stored = {FLOATS_BY_CODE[t.region.dtype] for t in found.values() if t.region.dtype in FLOATS_BY_CODE}
-    spec = model_spec(config, stored.pop() if len(stored) == 1 else "bfloat16")
+    found = find_tensors(folder)
+    refuse_foreign_names(found)
+    spec = model_spec(config, _stored_dtype(found))
     prefix = "language_model." if any(name.startswith("language_model.") for name in found) else ""
+    if spec.tied_embeddings and any(f"{prefix}lm_head.{part}" in found for part in ("weight", "weight_packed")):
+        spec = dataclasses.replace(spec, tied_embeddings=False)  # a head that is stored is the one that counts
     vision = vision_spec(config) if any(name.startswith(VISION) for name in found) else None
     expected = expected_tensors(spec, prefix)
     if vision is not None:
         expected |= tower_tensors(vision, spec.hidden_size)
-    quantised = None if scheme is None else find_quantised(found, expected, spec, prefix, scheme)
-    if quantised is None:
-        _check_tensors(found, expected, spec, any_dtype=any_dtype)
-    else:
-        _check_tensors(quantised.plain, quantised.plain_shapes, spec, any_dtype=False)
-        if vision is not None:
-            kept = (*quantised.recipe.overrides, Override(pattern="vision_model.*", format="none"))
-            quantised = dataclasses.replace(quantised, recipe=dataclasses.replace(quantised.recipe, overrides=kept))
-    return Checkpoint(folder=folder, spec=spec, prefix=prefix, tensors=found, vision=vision, quantised=quantised)
+    opened = Checkpoint(folder=folder, spec=spec, prefix=prefix, tensors=found, vision=vision)
+    if scheme is None:
+        stacks, rest = find_stacks(found, expected, spec, prefix)
+        _check_tensors(rest, {name: shape for name, shape in expected.items() if name not in stacks})
+        return dataclasses.replace(opened, stacks=stacks)
+    quantised = find_quantised(found, expected, spec, prefix, scheme)
+    _check_tensors(quantised.plain, quantised.plain_shapes)
+    if vision is not None:
+        kept = (*quantised.recipe.overrides, Override(pattern="vision_model.*", format="none"))
+        quantised = dataclasses.replace(quantised, recipe=dataclasses.replace(quantised.recipe, overrides=kept))
+    return dataclasses.replace(opened, quantised=quantised)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of a checkpoint.
-
-    Raises:
-        CheckpointError: It is missing or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}: a checkpoint needs this file") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}): restore the file") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object: restore the file")
-    return value
+def _stored_dtype(found: dict[str, CheckpointTensor]) -> DType:
+    """The type that `transformers` takes where a configuration names none: that of the first float, by name."""
+    ordered = sorted(found.items(), key=lambda item: (item[1].shard.path.name, item[0]))
+    floats = (FLOATS_BY_CODE[t.region.dtype] for _, t in ordered if t.region.dtype in FLOATS_BY_CODE)
+    return next(floats, "bfloat16")
 
 
 def expected_tensors(spec: ModelSpec, prefix: str = "") -> dict[str, tuple[int, ...]]:
@@ -157,38 +166,17 @@ def tower_tensors(vision: VisionSpec, text_size: int) -> dict[str, tuple[int, ..
     return shapes
 
 
-def _find_tensors(folder: Path) -> dict[str, CheckpointTensor]:
-    """All tensors of the folder's shards, as the index names them, or of the single file."""
-    index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index_path.exists():
-        if not single.exists():
-            raise CheckpointError(f"{folder}: neither {single.name} nor {index_path.name}: download the weights")
-        shard = open_shard(single)
-        return {name: CheckpointTensor(shard=shard, region=region) for name, region in shard.tensors.items()}
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{index_path}: weight_map is no object of file names: restore the file")
-    if escaping := sorted(file for file in weight_map.values() if Path(file).name != file):
-        raise CheckpointError(f"{index_path}: names the shard {escaping[0]!r}, expected a plain file name")
-    shards = {file: open_shard(folder / file) for file in sorted(set(weight_map.values()))}
-    tensors = {}
-    for name, file in weight_map.items():
-        if name not in shards[file].tensors:
-            raise CheckpointError(f"{folder / file}: lacks {name!r}, which the index puts there: download it again")
-        tensors[name] = CheckpointTensor(shard=shards[file], region=shards[file].tensors[name])
-    for file, shard in shards.items():
-        if unlisted := sorted(name for name in shard.tensors if weight_map.get(name) != file):
-            raise CheckpointError(f"{index_path}: does not list {unlisted[0]!r} of {file}: restore the index")
-    return tensors
+def _check_tensors(found: dict[str, CheckpointTensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """Compares tensors that are not quantised with those that a configuration asks for.
 
-
-def _check_tensors(
-    found: dict[str, CheckpointTensor], expected: dict[str, tuple[int, ...]], spec: ModelSpec, *, any_dtype: bool
-) -> None:
+    Raises:
+        CheckpointError: One is missing, unknown, misshapen or no float.
+    """
     if missing := [name for name in expected if name not in found]:
-        raise CheckpointError(
-            f"tensor {missing[0]!r} is missing{_and_more(missing)}: the shards do not belong to this config.json"
-        )
+        remedy = "the shards do not belong to this config.json"
+        if missing[0].endswith("lm_head.weight"):
+            remedy = "where the embedding is the LM head, set tie_word_embeddings to true in config.json"
+        raise CheckpointError(f"tensor {missing[0]!r} is missing{_and_more(missing)}: {remedy}")
     if unexpected := [name for name in found if name not in expected]:
         raise CheckpointError(
             f"unexpected tensor {unexpected[0]!r}{_and_more(unexpected)}: no Llama 4 of this config.json has it"
@@ -197,14 +185,10 @@ def _check_tensors(
         region = found[name].region
         if region.shape != shape:
             raise CheckpointError(f"tensor {name!r} has shape {list(region.shape)}, config.json makes it {list(shape)}")
-        dtype = FLOATS_BY_CODE.get(region.dtype)
-        if dtype is None:
+        if region.dtype not in FLOATS_BY_CODE:
+            floats = ", ".join(sorted(FLOATS_BY_CODE))
             raise CheckpointError(
-                f"tensor {name!r} is {region.dtype}, expected one of {', '.join(sorted(FLOATS_BY_CODE))}"
-            )
-        if dtype != spec.dtype and not any_dtype:
-            raise CheckpointError(
-                f"tensor {name!r} is {dtype}, config.json says {spec.dtype}: choose with --dtype, which converts"
+                f"tensor {name!r} is {region.dtype}, expected one of {floats}: save it as one of them"
             )
 
 

@@ -19,16 +19,18 @@ from ..errors import ExportError
 from ..files.folders import SPEC, carry_files
 from ..files.output import check_apart, check_free, new_folder
 from ..files.safetensors import Region
+from ..files.unheeded import generation_fields, unheeded
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.types import CODES, FLOATS, DType, Progress
-from .checkpoint import Checkpoint, expected_tensors, open_checkpoint, read_json
-from .config import text_config
+from .checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from .decoder_graph import Traced, stitch_decoder
 from .placement import PlacedWeights, place_quantised, place_ranks, place_whole
 from .prequantised.inventory import Prequantised
 from .prequantised.scheme import MODELOPT
 from .quantised_graph import quantise_graph
+from .rewriting import say_rewritten, with_stacks_written
+from .shards import read_json
 from .split import Split, split_model
 from .tower_graph import stitch_tower
 
@@ -74,19 +76,22 @@ def export_checkpoint(
         raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
     check_apart(source, target)
     check_free(target, force=force)
-    opened = open_checkpoint(source, any_dtype=dtype is not None)
+    opened = open_checkpoint(source)
     if opened.quantised is not None:
         _check_quantised(opened.spec, dtype, tp)
         _notice_quantised(opened.quantised, notice)
+    for line in unheeded(source):
+        notice(line)
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
+    say_rewritten(opened, spec.dtype, notice)
     record = _folder_spec(source, opened, spec, split)
     with new_folder(target, force=force) as folder:
         if split.ranks == 1:
-            placement, model = _make_whole(opened, folder, spec, dtype, copy_weights, progress)
+            placement, model = _make_whole(opened, folder, spec, copy_weights, progress)
             _write_model(source, folder, model, placement, record)
         else:
-            copied = _write_ranks(opened, folder, split, dtype, copy_weights, record, progress)
+            copied = _write_ranks(opened, folder, split, copy_weights, record, progress)
             notice(f"{copied / 1e9:.1f} GB of weights are in the ranks' folders; the rest stays where it is.")
     return target
 
@@ -128,12 +133,12 @@ def _notice_quantised(quantised: Prequantised, notice: Callable[[str], None]) ->
 
 
 def _make_whole(
-    checkpoint: Checkpoint, folder: Path, spec: ModelSpec, dtype: DType | None, copy_weights: bool, progress: Progress
+    checkpoint: Checkpoint, folder: Path, spec: ModelSpec, copy_weights: bool, progress: Progress
 ) -> tuple[PlacedWeights, ir.Model]:
     """Places the weights and builds the graph of a model that is not split."""
     quantised = checkpoint.quantised
     if quantised is None:
-        placement = place_whole(checkpoint, folder, dtype, copy_weights, progress)
+        placement = place_whole(checkpoint, folder, spec.dtype, copy_weights, progress)
         place_of = placement.regions.__getitem__
         return placement, stitch_decoder(spec, checkpoint.prefix, place_of, progress, vision=checkpoint.vision)
     placement = place_quantised(checkpoint, quantised, folder, copy_weights, progress)
@@ -151,7 +156,6 @@ def _write_ranks(
     checkpoint: Checkpoint,
     folder: Path,
     split: Split,
-    dtype: DType | None,
     copy_weights: bool,
     record: FolderSpec,
     progress: Progress,
@@ -162,7 +166,10 @@ def _write_ranks(
         each.mkdir()
     traced: Traced = {}
     copied = 0
-    for rank, placement in enumerate(place_ranks(checkpoint, folders, split, dtype, copy_weights, progress)):
+    dtype = record.model.dtype
+    with with_stacks_written(checkpoint, folder, dtype, progress) as stacked:
+        placements = place_ranks(stacked, folders, split, dtype, copy_weights or bool(checkpoint.stacks), progress)
+    for rank, placement in enumerate(placements):
         model = stitch_decoder(
             record.model,
             checkpoint.prefix,
@@ -194,11 +201,10 @@ def _write_model(source: Path, folder: Path, model: ir.Model, placement: PlacedW
 
 
 def _write_generation_config(source: Path, folder: Path) -> None:
-    """Where a checkpoint has no generation config, its end-of-sequence tokens stand in `config.json`."""
+    """Where a checkpoint has no generation config, its `config.json` says what `transformers` takes from there."""
     if not (folder / "generation_config.json").exists():
-        config = text_config(read_json(source / "config.json"))
-        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
-        (folder / "generation_config.json").write_text(json.dumps(ids, indent=1) + "\n", "utf-8")
+        fields = generation_fields(read_json(source / "config.json"))
+        (folder / "generation_config.json").write_text(json.dumps(fields, indent=1) + "\n", "utf-8")
 
 
 def _hashes(source: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint
 from .portions import convert_shard, write_portions
 from .prequantised.inventory import Prequantised
 from .prequantised.restacked import GraphTensors, MadeTensor, write_made
+from .single_experts import write_stacks
 from .split import Portion, Split
 
 
@@ -34,21 +35,27 @@ class PlacedWeights:
     regions: dict[str, tuple[str, Region]] = field(default_factory=dict)
 
     def add(self, shard: Shard, regions: dict[str, Region], fingerprint: str, *, inside: bool) -> None:
-        """Takes tensors in one file, which lies in the model folder (`inside`) or where it was."""
+        """Takes tensors in one file, which lies in the model folder (`inside`) or where it was.
+
+        Raises:
+            ExportError: Another file has its name.
+        """
         name, path = shard.path.name, "" if inside else str(shard.path)
+        if any(file.name == name for file in self.files):
+            raise ExportError(f"{shard.path}: a file of this name is written by the export: rename the shard")
         self.files.append(WeightFile(name=name, path=path, size=shard.size, identity=fingerprint))
         self.regions.update({tensor: (name, region) for tensor, region in regions.items()})
 
 
 def place_whole(
-    checkpoint: Checkpoint, folder: Path, dtype: DType | None, copy_weights: bool, progress: Progress
+    checkpoint: Checkpoint, folder: Path, dtype: DType, copy_weights: bool, progress: Progress
 ) -> PlacedWeights:
-    """Leaves, copies or converts each shard, for a graph that reads all of it.
+    """Leaves, copies or converts each shard's tensors, for a graph that reads all of them; writes experts' stacks.
 
     Args:
         checkpoint: Where the weights are.
-        folder: The model folder, for what is copied or converted.
-        dtype: Type of the graph's weights; None is the checkpoint's.
+        folder: The model folder, for what is copied, converted or stacked.
+        dtype: Type of the graph's weights; tensors of that type stay where they are.
         copy_weights: Whether every file is to lie in the folder.
         progress: Called for each shard that is written.
 
@@ -57,19 +64,32 @@ def place_whole(
     """
     placement = PlacedWeights()
     for index, shard in enumerate(checkpoint.shards):
-        converts = _converts(shard, checkpoint, dtype)
-        if converts or copy_weights:
+        regions = checkpoint.regions(shard)
+        others = {name for name, region in regions.items() if FLOATS_BY_CODE[region.dtype] != dtype}
+        stay = {name: region for name, region in regions.items() if name not in others}
+        if not regions:
+            continue  # single experts alone
+        if copy_weights or others:
             progress("weights", index, len(checkpoint.shards))
+        if copy_weights and not others:
             path = folder / shard.path.name
-            if converts and dtype is not None:
-                convert_shard(shard, path, checkpoint.tensors, dtype)
-                shard = open_shard(path)
-            else:
-                copy_sparse(shard.path, path)
-                if identity(path) != identity(shard.path):
-                    raise ExportError(f"{shard.path}: its copy differs, the file changed meanwhile: export again")
-        regions = {name: region for name, region in shard.tensors.items() if name in checkpoint.tensors}
-        placement.add(shard, regions, identity(shard.path), inside=converts or copy_weights)
+            copy_sparse(shard.path, path)
+            if identity(path) != identity(shard.path):
+                raise ExportError(f"{shard.path}: its copy differs, the file changed meanwhile: export again")
+            placement.add(open_shard(path), regions, identity(path), inside=True)
+            continue
+        if others:
+            rewritten = set(regions) if copy_weights else others
+            path = folder / (shard.path.name if rewritten == set(regions) else f"converted-{shard.path.name}")
+            convert_shard(shard, path, rewritten, dtype)
+            written = open_shard(path)
+            placement.add(written, written.tensors, identity(path), inside=True)
+            stay = {} if copy_weights else stay
+        if stay:
+            placement.add(shard, stay, identity(shard.path), inside=False)
+    for path in write_stacks(checkpoint.stacks, folder, dtype, progress):
+        written = open_shard(path)
+        placement.add(written, written.tensors, identity(path), inside=True)
     return placement
 
 
@@ -88,7 +108,11 @@ def place_quantised(
     Raises:
         ExportError: A shard changed meanwhile.
     """
-    tensors = GraphTensors(in_place={**quantised.plain, **quantised.tensors.in_place}, made=quantised.tensors.made)
+    tensors = GraphTensors()
+    for name, plain in quantised.plain.items():
+        tensors.add_converted(name, plain, checkpoint.spec.dtype)
+    tensors.in_place.update(quantised.tensors.in_place)
+    tensors.made.update(quantised.tensors.made)
     if copy_weights:
         tensors = tensors.copied()
     fingerprints = {shard.path: identity(shard.path) for shard in checkpoint.shards}
@@ -119,7 +143,7 @@ def place_ranks(
     checkpoint: Checkpoint,
     folders: Sequence[Path],
     split: Split,
-    dtype: DType | None,
+    dtype: DType,
     copy_weights: bool,
     progress: Progress,
 ) -> list[PlacedWeights]:
@@ -129,7 +153,7 @@ def place_ranks(
         checkpoint: Where the weights are.
         folders: The ranks' model folders.
         split: The layout.
-        dtype: Type of the graphs' weights; None is the checkpoint's.
+        dtype: Type of the graphs' weights.
         copy_weights: Whether every portion is to lie in its rank's folder.
         progress: Called for each shard.
 
@@ -139,16 +163,17 @@ def place_ranks(
     placements = [PlacedWeights() for _ in folders]
     for index, shard in enumerate(checkpoint.shards):
         progress("weights", index, len(checkpoint.shards))
-        rewrites = copy_weights or _converts(shard, checkpoint, dtype)
+        regions = checkpoint.regions(shard)
+        rewrites = copy_weights or any(FLOATS_BY_CODE[region.dtype] != dtype for region in regions.values())
         fingerprint = identity(shard.path)
         paths = [folder / f"rank-{rank}.{shard.path.name}" for rank, folder in enumerate(folders)]
         written: dict[Path, dict[str, Portion]] = {}
         for rank, (path, placement) in enumerate(zip(paths, placements, strict=True)):
             in_place: dict[str, Region] = {}
             scattered: dict[str, Portion] = {}
-            for name in shard.tensors.keys() & checkpoint.tensors.keys():
-                portion = split.portion(name, shard.tensors[name].shape, rank)
-                region = None if rewrites else portion.region(shard.tensors[name])
+            for name, stored in regions.items():
+                portion = split.portion(name, stored.shape, rank)
+                region = None if rewrites else portion.region(stored)
                 if region is None:
                     scattered[name] = portion
                 else:
@@ -177,9 +202,3 @@ def _place_tied_head(prefix: str, placement: PlacedWeights, split: Split, rank: 
     head = split.portion("lm_head.weight", embedding.shape, rank).region(embedding)
     assert head is not None
     placement.regions[f"{prefix}lm_head.weight"] = file, head
-
-
-def _converts(shard: Shard, checkpoint: Checkpoint, dtype: DType | None) -> bool:
-    """Whether a shard's text tensors are not all of the type that the graph needs."""
-    regions = (region for name, region in shard.tensors.items() if name in checkpoint.tensors)
-    return dtype is not None and {FLOATS_BY_CODE[region.dtype] for region in regions} != {dtype}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..errors import ExportError
 from ..files.safetensors import Region, Shard, encode_header
 from ..spec.types import CODES, FLOATS, TYPES, DType
+from .finite import all_finite
 from .split import WHOLE, Portion
 
 Array = np.ndarray[Any, Any]
@@ -69,8 +70,9 @@ def write_portions(source: Shard, targets: Mapping[Path, Mapping[str, Portion]],
                         rows = int(rows_taken(portion, row, count).sum())
                         writer.seek(rows * portion.shape[-1] * written.itemsize, os.SEEK_CUR)
                         continue
-                    converted = _convert(name, take(portion, row, piece), written)
-                    writer.write(converted.view(np.uint8).data)
+                    values = take(portion, row, piece)
+                    code = _written_name(region, dtype)
+                    writer.write(converted(name, values, region.dtype, code).view(np.uint8).data)
         for writer, _ in writers:
             writer.truncate(writer.tell())  # a hole at the end is part of the file
 
@@ -133,13 +135,29 @@ def _pieces(source: Shard, reader: IO[bytes], region: Region) -> Iterator[tuple[
         yield row, count, None if empty else piece.reshape(-1, columns)
 
 
-def _convert(name: str, piece: Array, dtype: np.dtype[Any]) -> Array:
-    """A piece in another type, as it is where that is its own."""
+def converted(name: str, values: Array, stored: str, written: str) -> Array:
+    """Values in another type, as they are where that is their own.
+
+    Args:
+        name: The tensor's name.
+        values: Its values, or some of them.
+        stored: Safetensors' name of their type.
+        written: The name of the type that they are to have.
+
+    Raises:
+        ExportError: One is NaN or infinite, or does not fit the type.
+    """
+    if not all_finite(values, stored):
+        raise ExportError(f"tensor {name!r} holds NaN or infinity: its file is damaged, download it again")
+    dtype = FLOAT_DTYPES[written]
     with np.errstate(over="ignore"):
-        converted = piece.astype(dtype, copy=False)
-    if converted is not piece and (overflown := np.isinf(converted) & ~np.isinf(piece)).any():
-        raise ExportError(f"{name!r} holds {piece[overflown][0]}, which does not fit {dtype}")
-    return converted
+        found = values.astype(dtype, copy=False)
+    if found is not values and not all_finite(found, written):
+        largest = np.abs(values.astype(np.float32)).max()
+        raise ExportError(
+            f"{name!r} holds {largest}, which does not fit {dtype}: export with --dtype bfloat16 or float32"
+        )
+    return found
 
 
 def _is_hole(reader: IO[bytes], start: int, end: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError, FolderError
 from ..spec import FolderSpec, WeightFile
-from .safetensors import identity
+from .safetensors import POINTER, check_downloaded, identity
 
 SPEC = "spec.json"
 LAYERS, TOWER_LAYERS, KERNELS = "layers.json", "vision_layers.json", "kernels"
@@ -83,9 +83,15 @@ def check_whole(folder: Path, spec: FolderSpec) -> None:
 
 
 def carry_files(source: Path, target: Path) -> None:
-    """Copies the small files that travel with a model: tokenizer, chat template, generation config."""
+    """Copies the small files that travel with a model: tokenizer, chat template, generation config.
+
+    Raises:
+        CheckpointError: Git left a pointer in place of one.
+    """
     for name in CARRIED:
         if (source / name).is_file():
+            with (source / name).open("rb") as file:
+                check_downloaded(source / name, file.read(len(POINTER)))
             shutil.copyfile(source / name, target / name)
     for template in sorted((source / NAMED_TEMPLATES).glob("*.jinja")):
         if template.is_file():
@@ -109,10 +115,16 @@ def find_files(
     """
     found = {}
     for file in files:
-        places = [weights / file.name] if weights else [folder / file.name, *([Path(file.path)] if file.path else [])]
+        places = [weights / file.name] if weights else []
+        if not file.path or not weights:  # files of the folder's own need not move with the others
+            places.append(folder / file.name)
+        if file.path and not weights:
+            places.append(Path(file.path))
         path = next((place for place in places if place.is_file()), None)
         if path is None:
-            raise FolderError(f"weight file {file.name} is not at {places[-1]}: give its folder with {option}")
+            raise FolderError(
+                f"weight file {file.name} is not at {places[0 if weights else -1]}: give its folder with {option}"
+            )
         try:
             same = path.stat().st_size == file.size and identity(path) == file.identity
         except CheckpointError:

@@ -25,6 +25,12 @@ ITEM_BITS = {
 LONGEST_HEADER = 100_000_000
 """Bytes; the same limit as the safetensors library's."""
 
+LONGEST_NAME = 250
+"""Characters of a tensor's name; a longer one is damage, and no error repeats it."""
+
+POINTER = b"version https://git-lfs"
+"""Beginning of the text that git leaves in place of a large file."""
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
@@ -110,7 +116,22 @@ def identity(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_downloaded(path: Path, start: bytes) -> None:
+    """Refuses what git leaves in place of a large file.
+
+    Args:
+        path: The file.
+        start: Its first bytes, 8 at least.
+
+    Raises:
+        CheckpointError: It is such a pointer.
+    """
+    if len(start) >= 8 and POINTER.startswith(start[: len(POINTER)]):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+
+
 def _header_length(path: Path, start: bytes, size: int) -> int:
+    check_downloaded(path, start)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or 8 + length > size:
         raise CheckpointError(f"{path}: truncated or no safetensors file ({size} bytes): download it again")
@@ -137,8 +158,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _region(path: Path, name: str, entry: Any, start: int) -> Region:
     def damaged(what: str) -> CheckpointError:
+        what = what if len(what) <= 100 else f"{what[:100]}…"
         return CheckpointError(f"{path}: damaged header, tensor {name!r} has {what}: download it again")
 
+    if len(name) > LONGEST_NAME:
+        raise CheckpointError(f"{path}: damaged header, a tensor's name has {len(name)} characters: download it again")
     if not isinstance(entry, dict):
         raise damaged(f"the entry {entry!r}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")

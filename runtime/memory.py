@@ -132,7 +132,7 @@ def step_reads(spec: FolderSpec, sizes: Mapping[str, int], batch: int, past: flo
         past: Tokens in each row's caches before the step; a mean over several steps where that is meant.
     """
     model = spec.model
-    chosen = 1 - (1 - model.experts_per_token / model.experts) ** batch
+    chosen = 1 - (1 - model.experts_per_token / max(1, model.experts)) ** batch
     shared, experts = 0.0, 0.0
     for name, size in sizes.items():
         if EXPERT.search(name):

@@ -1,4 +1,4 @@
-"""Text in and out: the tokenizer, the chat templates, and the defaults of generation.
+"""Text in and out: the tokenizer and the chat templates.
 
 Enters: a folder's own files. Leaves: token ids of texts and conversations, and texts of token ids. Invariant: a damaged
 file is refused when it is read; a missing one only when it is needed.
@@ -6,7 +6,6 @@ file is refused when it is read; a missing one only when it is needed.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -19,7 +18,6 @@ from .chat.messages import Message, read_messages
 from .chat.settings import ChatSettings, read_chat
 from .chat.special_tokens import complete_tokenizer
 from .chat.templates import DEFAULT, ChatTemplate, choose_template, read_templates
-from .sampling import Sampling
 
 if TYPE_CHECKING:
     from .chat.control_tokens import ControlTokens
@@ -150,39 +148,6 @@ class Text:
         if self.tokenizer is None:
             raise SessionError(f"{self.folder} has no tokenizer.json: give token ids instead of text")
         return self.tokenizer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Defaults:
-    """A checkpoint's settings of generation, for a caller who gives none."""
-
-    eos_token_ids: tuple[int, ...]
-    sampling: Sampling
-
-
-def read_defaults(folder: Path) -> Defaults:
-    """Reads `generation_config.json`; without `do_sample` in it, the largest logit is taken.
-
-    Raises:
-        FolderError: The file is damaged, or a value in it out of range.
-    """
-    config = read_json(folder / "generation_config.json")
-    config = {name: value for name, value in config.items() if value is not None}
-    eos = config.get("eos_token_id", [])
-    ends = eos if isinstance(eos, list) else [eos]
-    try:
-        if not all(type(token) is int for token in ends):
-            raise SessionError(f"eos_token_id is {eos!r}, expected one token id or a list of them")
-        sampling = Sampling(
-            temperature=config.get("temperature", 1.0) if config.get("do_sample") else 0.0,
-            top_k=config.get("top_k", 0),
-            top_p=config.get("top_p", 1.0),
-            min_p=config.get("min_p", 0.0),
-            repetition_penalty=config.get("repetition_penalty", 1.0),
-        )
-    except (TypeError, SessionError) as error:
-        raise FolderError(f"{folder / 'generation_config.json'}: {error}: correct it") from error
-    return Defaults(eos_token_ids=tuple(ends), sampling=sampling)
 
 
 def _checked(text: str) -> str:

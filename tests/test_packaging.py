@@ -55,6 +55,11 @@ def test_every_locked_version_has_hashes_and_no_place() -> None:
     assert not re.search(r"//|^-|file:|[( ]/|/\w+/", LOCK, re.MULTILINE)
 
 
+def test_pre_commit_runs_the_locked_ruff() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
+    assert set(re.findall(r"ruff==([\w.]+)", hooks)) == set(locked(LOCK)["ruff"])
+
+
 def test_the_demo_installs_no_tools_of_the_tests_and_no_cuda() -> None:
     demo, test, cuda = part("demo"), part("test"), part("cuda")
     assert {"torch", "onnx", "matplotlib", "triton"} <= set(demo)

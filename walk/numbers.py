@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..export.finite import all_finite
 from ..files.safetensors import Region, open_shard
 from ..plugins.cpu.panels import stored_values
 from ..plugins.narrow_types import unpack_int4, widen
 from ..spec.geometry import VISION
 from ..spec.stored_weights import Weight
-from ..spec.types import CODES, FLOATS, TYPES
+from ..spec.types import CODES, FLOATS, TYPES, DType
+
+INTEGERS = {2: torch.int16, 4: torch.int32}
+"""Torch's integers by their bytes."""
 
 TORCH_DTYPES = {CODES[name]: getattr(torch, TYPES[name].torch) for name in FLOATS}
 """Torch's float types by their safetensors codes."""
@@ -27,19 +31,30 @@ TORCH_DTYPES = {CODES[name]: getattr(torch, TYPES[name].torch) for name in FLOAT
 class Weights:
     """A model's stored tensors, by the names that they have in a text-only checkpoint.
 
+    Every tensor is checked when it is first read: NaN or infinity is refused by its name.
+
     Args:
         files: The safetensors files.
+        places: File name and first byte of each tensor that counts; what else the files hold is passed over. None takes
+            all.
+        dtype: Type that tensors are rounded to, where a checkpoint's are of several; None takes each as it is stored.
 
     Raises:
         CheckpointError: A file is damaged, or a tensor is of a type that is no float.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    def __init__(
+        self, files: Mapping[str, Path], places: Mapping[str, tuple[str, int]] | None = None, dtype: DType | None = None
+    ) -> None:
         self.regions: dict[str, tuple[Path, Region]] = {}
         self.full_names: dict[str, str] = {}
         self.maps: dict[Path, mmap.mmap] = {}
-        for path in files.values():
+        self.finite: set[tuple[str, int | None]] = set()
+        self.dtype = None if dtype is None else TORCH_DTYPES[CODES[dtype]]
+        for file, path in files.items():
             for name, region in open_shard(path).tensors.items():
+                if places is not None and places.get(name) != (file, region.offset):
+                    continue
                 short = name.removeprefix("language_model.").removeprefix("model.")
                 self.regions[short], self.full_names[short] = (path, region), name
 
@@ -49,6 +64,10 @@ class Weights:
             raise CheckpointError(f"tensor {name!r} is in none of the weight files: export the model again")
         return self.regions[name]
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there."""
+        return name in self.regions
+
     def full_name(self, name: str) -> str:
         """A tensor's name under the checkpoint's prefix, whether it is stored or new beside stored ones."""
         if name.startswith(VISION):
@@ -57,7 +76,23 @@ class Weights:
         return self.full_names[beside].removesuffix(beside) + name
 
     def stored(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor as it is stored, a view of the mapped file; of a stacked one the part `index`."""
+        """A tensor as it is stored, a view of the mapped file; of a stacked one the part `index`.
+
+        Raises:
+            CheckpointError: It is missing, no float, or holds NaN or infinity.
+        """
+        if index is not None and name not in self.regions and f"{_single(name, index)[0]}.weight" in self.regions:
+            linears = [self.stored(f"{each}.weight") for each in _single(name, index)]
+            return torch.cat([linear.T for linear in linears], dim=1)
+        tensor = self._view(name, index)
+        if (name, index) not in self.finite:
+            if not all_finite(tensor.view(INTEGERS[tensor.element_size()]).numpy(), self.region(name)[1].dtype):
+                raise CheckpointError(not_finite(self.full_names.get(name, name), self.region(name)[0], index))
+            self.finite.add((name, index))
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def _view(self, name: str, index: int | None) -> Tensor:
+        """A view of the mapped file; a copy where elements are misaligned."""
         path, region = self.region(name)
         if region.dtype not in TORCH_DTYPES:
             raise CheckpointError(f"tensor {name!r} is {region.dtype}, expected {', '.join(sorted(TORCH_DTYPES))}")
@@ -107,6 +142,10 @@ class FolderWeights(Weights):
                 region = Region(CODES[weight.dtype], shape, weight.offset + index * size, size)
                 self.regions[f"{short}[{index}]" if weight.stacked else short] = path, region
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there, as it was stored or as it was made for the graph."""
+        return name in self.regions or name in self.made or f"{name}:panels" in self.made
+
     def wide(self, name: str, index: int | None = None) -> Tensor:
         """A tensor in float32; of a stacked one the part `index`."""
         part = "" if index is None else f"[{index}]"
@@ -132,6 +171,18 @@ class FolderWeights(Weights):
         values_KN = torch.from_numpy(values).view(-1, shape[-1])  # a scale a column or a block of it
         scale_GN = scale.view(-1, values_KN.shape[1])
         return values_KN * scale_GN.repeat_interleave(len(values_KN) // len(scale_GN), dim=0)
+
+
+def not_finite(name: str, path: Path, index: int | None = None) -> str:
+    """The message about a tensor that holds NaN or infinity."""
+    where = "" if index is None else f", expert {index},"
+    return f"tensor {name!r}{where} holds NaN or infinity: {path} is damaged, restore it or download it again"
+
+
+def _single(name: str, index: int) -> list[str]:
+    """The linears of one expert that stand side by side in its part of a stack, where experts are stored one by one."""
+    unit, _, part = name.rpartition(".")
+    return [f"{unit}.{index}.{each}_proj" for each in (("gate", "up") if part == "gate_up_proj" else ("down",))]
 
 
 def _read(path: Path, weight: Weight) -> np.ndarray:

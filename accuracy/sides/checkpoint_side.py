@@ -31,7 +31,7 @@ BLOCK_BYTES = 1 << 28
 
 
 class CheckpointSide:
-    """A Hugging Face checkpoint, computed by PyTorch in float32 from the weights as they are stored."""
+    """A Hugging Face checkpoint, computed by PyTorch in float32 from the weights in the configuration's type."""
 
     recipe: Recipe | None = None
     blind: str | None = None
@@ -43,7 +43,9 @@ class CheckpointSide:
             method = opened.quantised.scheme.method
             raise AccuracyError(f"{path} is quantised ({method}): export it, and give the model folder")
         self.spec, self.vision = opened.spec, opened.vision
-        self.weights = Weights({shard.path.name: shard.path for shard in opened.shards})
+        files = {shard.path.name: shard.path for shard in opened.shards}
+        places = {name: (each.shard.path.name, each.region.offset) for name, each in opened.tensors.items()}
+        self.weights = Weights(files, places, opened.spec.dtype)
 
     def score(self, windows: Windows, decoded: int, progress: Progress) -> Iterator[Block]:
         """Scores rows; whole sequences, there is no cache."""

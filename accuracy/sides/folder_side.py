@@ -20,9 +20,10 @@ from ...files.folders import check_whole, find_files, read_spec
 from ...loading import cpu_decoder_graph, cpu_tower_graph, load, open_tower
 from ...runtime.backends.mapped_weights import map_weights
 from ...runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
+from ...runtime.defaults import read_defaults
 from ...runtime.session import Session
 from ...runtime.state import Limits
-from ...runtime.text import Text, read_defaults
+from ...runtime.text import Text
 from ...spec.types import Progress
 from ...walk.windows import Windows
 from .side import Block, Experts, chosen_by, likeliest

@@ -17,7 +17,6 @@ from ...errors import CheckpointError
 from ...spec.choice import units
 from ...spec.geometry import ModelSpec
 from ...spec.recipe import Override, Recipe
-from ...spec.types import CODES
 from .restacked import GraphTensors
 from .scheme import Scheme, WeightGroup
 from .stored import CheckpointTensor, Finder, StoredWeight
@@ -130,12 +129,7 @@ class _Search:
             self.groups[unit] = stacks[0].group
         elif any(name.startswith(f"{module}.0.") for name in self.finder.left):
             gates, ups, downs = (self._modules(module, part) for part in ("gate", "up", "down"))
-            stored = gates[0].weight.region.dtype
-            if gates[0].group is None and stored != CODES[spec.dtype]:
-                raise CheckpointError(
-                    f"the experts of {module!r} are {stored}, config.json says {spec.dtype}: convert them"
-                )
-            self.tensors.add_experts(module, gates, ups, downs)
+            self.tensors.add_experts(module, gates, ups, downs, spec.dtype)
             self.groups[unit] = gates[0].group
         else:
             return

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from ...errors import CheckpointError, ExportError
 from ...files.safetensors import encode_header
 from ...spec.types import CODES, DType
-from ..portions import FLOAT_DTYPES
+from ..finite import all_finite
+from ..portions import FLOAT_DTYPES, converted
 from .stored import CheckpointTensor, StoredWeight
 
 Array = NDArray[Any]
@@ -73,11 +74,17 @@ class GraphTensors:
                 self.add_values(f"{unit}.{activation}", np.broadcast_to(stored.input_scales(), (experts,)))
 
     def add_experts(
-        self, unit: str, gates: list[StoredWeight], ups: list[StoredWeight], downs: list[StoredWeight]
+        self,
+        unit: str,
+        gates: list[StoredWeight],
+        ups: list[StoredWeight],
+        downs: list[StoredWeight],
+        dtype: DType,
     ) -> None:
         """Experts of three linears each, stacked: gate_up [E, H, 2I], down [E, I, H], and their scales.
 
-        Gate and up projection read one input; where their scales of it differ, the larger serves both.
+        Gate and up projection read one input; where their scales of it differ, the larger serves both. Weights that
+        are not quantised take the graph's type.
         """
         check_alike(unit, [*gates, *ups, *downs])
         pairs = [list(pair) for pair in zip(gates, ups, strict=True)]
@@ -86,19 +93,23 @@ class GraphTensors:
             ("down", "activated_scale", [[down] for down in downs]),
         ):
             name = f"{unit}.{part}_proj"
-            self._add_turned(name, experts)
+            self._add_turned(name, experts, CODES[dtype])
             if experts[0][0].is_static:
                 scales = [max(float(stored.input_scales()[0]) for stored in parts) for parts in experts]
                 self.add_values(f"{unit}.{activation}", np.array(scales, np.float32))
 
-    def _add_turned(self, name: str, experts: list[list[StoredWeight]]) -> None:
-        """Each expert's linears side by side, inputs first."""
+    def _add_turned(self, name: str, experts: list[list[StoredWeight]], code: str) -> None:
+        """Each expert's linears side by side, inputs first; those that are not quantised in the type of that code."""
         first = experts[0][0]
         outputs, inputs = sum(stored.outputs for stored in experts[0]), first.weight.region.shape[1]
         is_packed = first.format == "int4"
-        turn = turned_int4 if is_packed else turned
+        written = "U8" if is_packed else code if first.format == "none" else first.weight.region.dtype
+
+        def turn(stored: StoredWeight) -> Array:
+            return turned_int4(stored) if is_packed else turned(stored, written)
+
         self.made[name] = MadeTensor(
-            dtype="U8" if is_packed else first.weight.region.dtype,
+            dtype=written,
             shape=(len(experts), inputs * 8, outputs // 2) if is_packed else (len(experts), inputs, outputs),
             pieces=lambda: (np.concatenate([turn(each) for each in parts], axis=1) for parts in experts),
         )
@@ -121,6 +132,18 @@ class GraphTensors:
             dtype=written, shape=shape, pieces=lambda: iter([converted_scales(stored, written)])
         )
 
+    def add_converted(self, name: str, tensor: CheckpointTensor, dtype: DType) -> None:
+        """A tensor that is not quantised, in the graph's type: where it is of that type, it stays in its place."""
+        region = tensor.region
+        if region.dtype == CODES[dtype]:
+            self.in_place[name] = tensor
+            return
+        self.made[name] = MadeTensor(
+            dtype=CODES[dtype],
+            shape=region.shape,
+            pieces=lambda: iter([converted(name, tensor.read(), region.dtype, CODES[dtype])]),
+        )
+
     def add_values(self, name: str, values: NDArray[np.float32]) -> None:
         """A small tensor that is known already."""
         self.made[name] = MadeTensor(dtype="F32", shape=values.shape, pieces=lambda: iter([values]))
@@ -128,7 +151,7 @@ class GraphTensors:
     def copied(self) -> "GraphTensors":
         """All of the tensors as copies, none of them in place."""
         copies = {
-            name: MadeTensor(dtype=t.region.dtype, shape=t.region.shape, pieces=_copy(t))
+            name: MadeTensor(dtype=t.region.dtype, shape=t.region.shape, pieces=_copy(name, t))
             for name, t in self.in_place.items()
         }
         return GraphTensors(made={**copies, **self.made})
@@ -141,7 +164,7 @@ def check_alike(unit: str, experts: Sequence[StoredWeight]) -> None:
         CheckpointError: Two differ in format, group size or activations.
     """
     for stored in experts:
-        found, first = ((each.format, each.is_static, each.weight.region.dtype) for each in (stored, experts[0]))
+        found, first = ((each.format, each.is_static) for each in (stored, experts[0]))
         if found != first or stored.group != experts[0].group:
             raise CheckpointError(
                 f"{stored.module!r} is {stored.format}, {experts[0].module!r} is {experts[0].format}: "
@@ -173,9 +196,17 @@ def packed(stored: StoredWeight) -> Array:
     return stored.weight.read().view(np.uint8) ^ np.uint8(0x88)
 
 
-def turned(stored: StoredWeight) -> Array:
-    """A weight [N, K] as [K, N], its elements as integers of their size."""
-    values_NK = stored.weight.read()
+def turned(stored: StoredWeight, code: str) -> Array:
+    """A weight [N, K] as [K, N] in a type, its elements as integers of their size.
+
+    Raises:
+        ExportError: One is NaN or infinite, or does not fit the type.
+    """
+    values_NK, found = stored.weight.read(), stored.weight.region.dtype
+    if stored.format == "none":
+        values_NK = converted(f"{stored.module}.weight", values_NK, found, code)
+    elif not all_finite(values_NK, found):
+        raise ExportError(f"tensor {f'{stored.module}.weight'!r} holds NaN: its file is damaged, download it again")
     return transposed(values_NK.view(f"i{values_NK.itemsize}"))
 
 
@@ -202,12 +233,15 @@ def write_made(path: Path, tensors: Mapping[str, MadeTensor]) -> None:
                 file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
 
-def _copy(tensor: CheckpointTensor) -> Callable[[], Iterator[Array]]:
+def _copy(name: str, tensor: CheckpointTensor) -> Callable[[], Iterator[Array]]:
     """A function that yields a tensor's bytes."""
 
     def pieces() -> Iterator[Array]:
         region = tensor.region
         for start in range(0, region.size, PIECE):
-            yield tensor.read_bytes(start, min(PIECE, region.size - start))
+            piece = tensor.read_bytes(start, min(PIECE, region.size - start))
+            if not all_finite(piece, region.dtype):
+                raise ExportError(f"tensor {name!r} holds NaN or infinity: its file is damaged, download it again")
+            yield piece
 
     return pieces

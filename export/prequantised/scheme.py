@@ -13,7 +13,8 @@ from typing import Any, Literal, NoReturn
 
 from ...errors import CheckpointError
 from ...spec.recipe import Format
-from ..config import Fields, text_config
+from ..config import text_config
+from ..config_fields import Fields
 
 MODELOPT = "hf_quant_config.json"
 """ModelOpt's own description of what it has quantised."""
@@ -99,6 +100,7 @@ def read_scheme(config: Mapping[str, Any], modelopt: Mapping[str, Any] | None = 
     """
     if modelopt is not None:
         return _modelopt(_Section(f"{MODELOPT}: quantization", modelopt.get("quantization")))
+    _refuse_mlx(config)
     found = text_config(dict(config)).get("quantization_config")
     if found is None:
         return None
@@ -112,10 +114,27 @@ def read_scheme(config: Mapping[str, Any], modelopt: Mapping[str, Any] | None = 
             bound = Fields(section.values).positive("activation_scale_ub", 1200.0)
             group = WeightGroup(format="fp8", activations="dynamic", targets=("Linear",))
             return Scheme(method="fbgemm_fp8", groups=(group,), activation_bound=bound)
+    if method is None:
+        section.refuse("quant_method", "expected the name of the library that quantised the weights: restore the file")
     raise CheckpointError(
-        f"config.json: the weights are quantised by {method!r}; of quantised checkpoints Arriero takes {SUPPORTED}: "
+        f"config.json: the weights are quantised by {str(method)[:100]!r}; of quantised checkpoints Arriero takes {SUPPORTED}: "
         "give one of these, or the unquantised one"
     )
+
+
+def _refuse_mlx(config: Mapping[str, Any]) -> None:
+    """Refuses what MLX quantised, whose configuration names no method.
+
+    Raises:
+        CheckpointError: It did.
+    """
+    for place in ("quantization", "quantization_config"):
+        found = config.get(place)
+        if isinstance(found, dict) and "quant_method" not in found and {"group_size", "bits"} <= found.keys():
+            raise CheckpointError(
+                f"config.json: {place} is MLX's, whose quantised weights are not taken: give the checkpoint that was "
+                "converted to MLX"
+            )
 
 
 class _Section:
@@ -124,7 +143,7 @@ class _Section:
     def __init__(self, where: str, values: Any) -> None:
         self.where = where
         if not isinstance(values, dict):
-            raise CheckpointError(f"{where} is {values!r}, expected an object: restore the file")
+            raise CheckpointError(f"{where} is {str(values)[:100]!r}, expected an object: restore the file")
         self.values: dict[str, Any] = values
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -145,7 +164,9 @@ class _Section:
 
     def refuse(self, name: str, remedy: str) -> NoReturn:
         """Raises the error for a value that cannot be taken."""
-        raise CheckpointError(f"{self.where}.{name} is {self.values.get(name)!r}: {remedy}")
+        found = repr(self.values.get(name))
+        found = found if len(found) <= 100 else f"{found[:100]}…"
+        raise CheckpointError(f"{self.where}.{name} is {found}: {remedy}")
 
 
 def _modelopt(section: _Section) -> Scheme:

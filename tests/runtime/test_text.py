@@ -7,8 +7,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from arriero.errors import FolderError, SessionError
+from arriero.runtime.defaults import read_defaults
 from arriero.runtime.stopping import StopText
-from arriero.runtime.text import Text, read_defaults
+from arriero.runtime.text import Text
 
 TEXTS = ("def f(x):\n    return x", "naïve café — 日本語 🦙", "", " leading", "<|eot|> in a text")
 MESSAGES = [
