@@ -70,6 +70,9 @@ def read_chat(turns: list[Message], settings: ChatSettings) -> Chat:
     Raises:
         SessionError: A setting is not of its kind, or two contradict each other.
     """
+    if unknown := settings.keys() - ChatSettings.__annotations__.keys():
+        names = ", ".join(ChatSettings.__annotations__)
+        raise SessionError(f"unknown setting {shortened(min(unknown))}: choose from {names}")
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     kinds = {
         "chat_template": (str, "a template's name or a template"),

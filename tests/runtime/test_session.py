@@ -39,8 +39,10 @@ def test_ids_may_be_arrays(session: Session) -> None:
 
 
 def test_a_setting_that_does_not_exist_is_named(session: Session) -> None:
-    with pytest.raises(TypeError, match=r"unknown setting 'temprature': choose from .*temperature"):
+    with pytest.raises(SessionError, match=r"unknown setting 'temprature': choose from .*temperature"):
         session.stream("x", temprature=1)  # type: ignore[call-arg]
+    with pytest.raises(SessionError, match="unknown setting 'toolz': choose from tools, documents"):
+        session.read([{"role": "user", "content": "x"}], toolz=[])  # type: ignore[call-arg]
 
 
 def test_a_conversation_goes_through_the_chat_template(session: Session) -> None:
