@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files.processors import processors
 from ..files.safetensors import Region, open_shard
 from ..plugins.cpu.panels import stored_values
 from ..plugins.narrow_types import unpack_int4, widen
@@ -22,6 +23,12 @@ from ..spec.types import CODES, FLOATS, TYPES
 
 TORCH_DTYPES = {CODES[name]: getattr(torch, TYPES[name].torch) for name in FLOATS}
 """Torch's float types by their safetensors codes."""
+
+
+def fit_threads() -> None:
+    """Gives PyTorch no more threads than the processors that this process may use; it sees no container's quota."""
+    if torch.get_num_threads() > (count := processors()):
+        torch.set_num_threads(count)
 
 
 class Weights:
@@ -38,6 +45,7 @@ class Weights:
         self.regions: dict[str, tuple[Path, Region]] = {}
         self.full_names: dict[str, str] = {}
         self.maps: dict[Path, mmap.mmap] = {}
+        fit_threads()
         for path in files.values():
             for name, region in open_shard(path).tensors.items():
                 short = name.removeprefix("language_model.").removeprefix("model.")
