@@ -118,7 +118,7 @@ class Chat:
 
 @contextmanager
 def interrupts_counted() -> Iterator[Callable[[], bool]]:
-    """Lets the first Ctrl-C ask for an end, between two tokens, and the second one raise. Yields whether it is asked."""
+    """Lets the first Ctrl-C ask for an end between two tokens, and the second one raise. Yields whether it is asked."""
     asked: list[int] = []
 
     def note(number: int, _: Any) -> None:

@@ -186,7 +186,7 @@ def one_line(error: BaseException, extra: str) -> str:
 
 
 LACK_OF_MEMORY = re.compile(
-    r"bad_alloc|bad allocation|Failed to allocate memory|can't allocate memory|Cannot allocate memory|not enough memory"
+    r"bad_alloc|bad allocation|Failed to allocate memory|can't allocate memory|Cannot allocate memory"
     r"|failed to map segment|can't start new thread|Unable to allocate"
 )
 """Words of libraries that had too little memory, and have no error of their own for it."""
