@@ -29,8 +29,8 @@ def requirements(extra: str) -> list[str]:
     return [*project["dependencies"], *project["optional-dependencies"][extra]]
 
 
-def resolve(extra: str, tags: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The wheels that pip would install, as its report describes them.
+def resolve(extra: str, tags: tuple[str, ...], *options: str) -> list[dict[str, Any]]:
+    """The wheels that pip would install, as its report describes them; `options` are pip's.
 
     Raises:
         RuntimeError: pip finds no wheels that fit together.
@@ -38,7 +38,7 @@ def resolve(extra: str, tags: tuple[str, ...]) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run"]
     command += ["--ignore-installed", "--report", "-", "--only-binary", ":all:", "--target", "nowhere"]
     command += ["--implementation", "cp", "--python-version", "3.11", *(f"--platform={tag}" for tag in tags)]
-    run = subprocess.run([*command, *requirements(extra)], capture_output=True, text=True)
+    run = subprocess.run([*command, *options, *requirements(extra)], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stderr.strip())
     return json.loads(run.stdout)["install"]

@@ -1,5 +1,6 @@
 """A conversation on the terminal: a line a turn, commands that begin with a slash, and answers that can be ended."""
 
+import os
 import re
 import shlex
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ..errors import ArrieroError, SessionError
+from ..errors import SessionError
 from .streams import check_stdin, is_read, show_json
 from .terminal import Terminal, one_line
 
@@ -83,7 +84,7 @@ class Chat:
             self.terminal.show_error(SessionError("/image names no file: /image FILE"))
             return
         for path in paths(typed):
-            if path.is_file():
+            if os.path.isfile(path):  # False for names that no system takes
                 self.waiting.append(path)
             else:
                 self.terminal.show_error(SessionError(f"{str(path)[:200]} is no file: give another to /image"))
@@ -97,7 +98,7 @@ class Chat:
         try:
             with interrupts_counted() as is_asked:
                 said = self.answer([*self.messages, {"role": "user", "content": content}], is_asked)
-        except (ArrieroError, MemoryError, OSError) as error:
+        except Exception as error:  # whatever it is, the conversation so far stays
             self.refuse(error)
             return
         except KeyboardInterrupt:  # while nothing had come yet
@@ -161,14 +162,14 @@ def lines(refuse: Callable[[Exception], None]) -> Iterator[str]:
 
 def paths(typed: str) -> Sequence[Path]:
     """The files that were typed or dropped: as they stand, in quotes, with escaped spaces, or as file:// addresses."""
-    if (whole := Path(typed).expanduser()).is_file():
+    if os.path.isfile(whole := _expanded(typed)):
         return [whole]
     try:
         words = shlex.split(typed, posix=sys.platform != "win32")
     except ValueError:  # a quote that is not closed belongs to the name
         words = [typed]
     found = [_path(word.strip("\"'") if sys.platform == "win32" else word) for word in words]
-    if len(found) > 1 and not any(path.is_file() for path in found):  # one name with spaces in it
+    if len(found) > 1 and not any(map(os.path.isfile, found)):  # one name with spaces in it
         return [_path(typed)]
     return found
 
@@ -177,6 +178,11 @@ def _path(word: str) -> Path:
     """A word as a path."""
     if word.startswith("file://"):
         return Path(unquote(urlsplit(word).path))
+    return _expanded(word)
+
+
+def _expanded(word: str) -> Path:
+    """A path with the home folder in the place of ~."""
     try:
         return Path(word).expanduser()
     except RuntimeError:  # ~ of a user that there is not

@@ -67,13 +67,13 @@ class Terminal:
                 print(file=sys.stderr)
                 raise typer.Exit(130) from None
             except Exception as error:
-                if self.debug:
-                    traceback.print_exc()
                 self.show_error(error)
                 raise typer.Exit(2) from None
 
     def show_error(self, error: BaseException) -> None:
-        """Shows an error in one line, --quiet or not."""
+        """Shows an error in one line, --quiet or not; where asked for, its traceback before that."""
+        if self.debug:
+            traceback.print_exception(error)
         print(f"arriero: {one_line(error, self.extra)}", file=sys.stderr)
 
     @contextmanager
