@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError
+from ..files.output import reason
 from ..files.safetensors import encode_header, open_shard
 from ..spec.fields import decode
 from ..spec.geometry import ModelSpec, VisionSpec
@@ -287,7 +288,9 @@ def write_golden(golden: Golden, path: Path) -> None:
                 os.fsync(file.fileno())
             temporary.replace(path)
     except OSError as error:
-        raise AccuracyError(f"{path}: cannot be written ({error.strerror}): choose another output") from error
+        raise AccuracyError(
+            f"{path}: cannot be written ({reason(error, path.parent)}): choose another output"
+        ) from error
 
 
 def read_golden(path: Path) -> Golden:

@@ -1,15 +1,14 @@
 """`arriero run`: a model's words on stdout, streamed, in a conversation, or as JSON."""
 
 import dataclasses
-import json
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SessionError
 from . import options
+from .chat import Chat
+from .streams import as_utf8, check_stdin, is_read, read_stdin, show_json
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -20,9 +19,6 @@ CHAT_BYTES = 1 << 30
 
 MAX_NEW_TOKENS = 512
 """New tokens at most where neither the user nor the generation config says."""
-
-IMAGE_LINE = "/image "
-"""Beginning of a conversation's line that names an image for the next."""
 
 
 def run(
@@ -69,6 +65,10 @@ def run(
             raise SessionError("there is nothing to say: give --prompt TEXT, --prompt - for stdin, or --chat")
         if system is not None and not chat:
             raise SessionError("--system is the first message of a conversation: add --chat")
+        if chat or prompt == "-":
+            check_stdin()  # before the weights are loaded
+        prompt = read_stdin() if prompt == "-" else prompt and as_utf8(prompt)
+        system = system and as_utf8(system)
         from ..loading import load
 
         started = time.perf_counter()
@@ -78,9 +78,14 @@ def run(
         if max_new_tokens is None and not session.defaults.limits_length:
             settings["max_new_tokens"] = MAX_NEW_TOKENS
         terminal.detail(f"[{folder} loaded in {loaded:.2f} s, for sequences of {session.max_seq} tokens]")
-        prompt = sys.stdin.read() if prompt == "-" else prompt
         if chat:
-            converse(session, system, prompt, image or [], settings, as_json, terminal)
+            messages = [] if system is None else [{"role": "system", "content": system}]
+
+            def reply(said: list[dict[str, Any]], is_asked: Callable[[], bool]) -> str:
+                return answer(session, said, settings, as_json, {}, terminal, is_asked)
+
+            waiting = list(image or ())
+            Chat(answer=reply, terminal=terminal, as_json=as_json, messages=messages, waiting=waiting).run(prompt)
         else:
             measured = {"load_seconds": loaded}
             answer(session, prompt, {**settings, "images": image or ()}, as_json, measured, terminal)
@@ -93,8 +98,9 @@ def answer(
     as_json: bool,
     measured: dict[str, float],
     terminal: Terminal,
+    is_ended: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Streams one continuation to stdout, or prints it as JSON. Returns its text."""
+    """Streams one continuation to stdout, or prints it as JSON, until `is_ended` or nobody reads. Returns its text."""
     from ..runtime.continuation import joined
 
     started = time.perf_counter()
@@ -105,6 +111,8 @@ def answer(
         pieces.append(piece)
         if not as_json:
             print(piece.text, end="", flush=True)
+        if is_ended() or not is_read():
+            break
     seconds = time.perf_counter() - started
     whole, count = joined(pieces), len(pieces)
     rate = (count - 1) / (seconds - first) if first and count > 1 else 0.0
@@ -124,9 +132,9 @@ def answer(
         }
         if settings["logprobs"]:
             result["logprobs"] = [dataclasses.asdict(each) for each in whole.logprobs]
-        print(json.dumps(result, ensure_ascii=False))
+        show_json(result)
     else:
-        print()
+        print(flush=True)
         if first is not None:
             known = f" ({whole.reused} of the prompt's tokens were known)" if whole.reused else ""
             guessed = (
@@ -134,52 +142,3 @@ def answer(
             )
             terminal.say(f"[{count} tokens, the first after {first:.2f} s{known}, then {rate:.0f} tokens/s{guessed}]")
     return whole.text
-
-
-def converse(
-    session: "Session",
-    system: str | None,
-    first: str | None,
-    images: Sequence[Path],
-    settings: dict[str, Any],
-    as_json: bool,
-    terminal: Terminal,
-) -> None:
-    """Takes a line a turn from stdin and answers in the conversation so far, until stdin ends.
-
-    The images belong to the first turn; a line `/image FILE` adds one to the next. A turn whose image cannot be taken
-    is reported and forgotten.
-    """
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
-    waiting = list(images)
-    for line in turns(first):
-        if line.startswith(IMAGE_LINE):
-            waiting.append(Path(line.removeprefix(IMAGE_LINE).strip()).expanduser())
-            continue
-        parts = [{"type": "image", "path": str(path)} for path in waiting]
-        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": line}] if parts else line})
-        waiting = []
-        try:
-            text = answer(session, messages, settings, as_json, {}, terminal)
-        except SessionError as error:
-            if not parts or not sys.stdin.isatty():
-                raise
-            terminal.show_error(error)
-            messages.pop()
-        else:
-            messages.append({"role": "assistant", "content": text})
-
-
-def turns(first: str | None) -> Iterator[str]:
-    """The user's lines: the one given, then those typed."""
-    if first is not None:
-        yield first
-    interactive = sys.stdin.isatty()
-    while True:
-        if interactive:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()

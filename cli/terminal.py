@@ -1,6 +1,7 @@
 """The user's terminal on stderr: errors in one line, messages, and progress, as much of each as the user asks for."""
 
-import json
+import errno
+import re
 import signal
 import sys
 import time
@@ -15,7 +16,9 @@ from typing import Any
 import typer
 
 from ..errors import ArrieroError, ArrieroWarning
+from ..files.disks import full_disk
 from ..spec.types import Progress
+from .streams import show_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +68,7 @@ class Terminal:
             except KeyboardInterrupt:
                 print(file=sys.stderr)
                 raise typer.Exit(130) from None
-            except BrokenPipeError:
-                raise typer.Exit(0) from None
             except Exception as error:
-                if self.debug:
-                    traceback.print_exc()
                 self.show_error(error)
                 raise typer.Exit(2) from None
 
@@ -86,8 +85,10 @@ class Terminal:
 
         return warn
 
-    def show_error(self, error: Exception) -> None:
-        """Shows an error in one line, --quiet or not."""
+    def show_error(self, error: BaseException) -> None:
+        """Shows an error in one line, --quiet or not; where asked for, its traceback before that."""
+        if self.debug:
+            traceback.print_exception(error)
         print(f"arriero: {one_line(error, self.extra)}", file=sys.stderr)
 
     @contextmanager
@@ -128,7 +129,7 @@ class Terminal:
                 self.detail(f"{file} ({size(count)})")
         total = sum(sizes.values())
         if as_json:
-            print(json.dumps({"folder": str(path), "bytes": total, "seconds": round(seconds, 3), **more}))
+            show_json({"folder": str(path), "bytes": total, "seconds": round(seconds, 3), **more})
         else:
             self.say(f"Wrote {path} ({total / 1e6:.1f} MB) in {seconds:.1f} s")
 
@@ -174,7 +175,7 @@ class Phases:
         self.phase, self.started = phase, now
 
 
-def one_line(error: Exception, extra: str) -> str:
+def one_line(error: BaseException, extra: str) -> str:
     """An error's message in one line, with the remedy for those that are not Arriero's own.
 
     Args:
@@ -182,11 +183,37 @@ def one_line(error: Exception, extra: str) -> str:
         extra: The package's extra that a missing module comes with; empty where none does.
     """
     text = " ".join(str(error).split())
+    if is_lack_of_memory(error):
+        return (
+            f"there is not enough memory{f' ({text[:200]})' if text else ''}: end other programs, ask for less with "
+            "--max-seq or a smaller batch, or raise this process's limit (ulimit -v, the container's)"
+        )
     if isinstance(error, ArrieroError):
         return text
     if isinstance(error, ModuleNotFoundError):
         package = f"arriero[{extra}]" if extra else "arriero"
         return f"{text}: this verb needs it, pip install '{package}'"
-    if isinstance(error, UnicodeDecodeError):
+    if isinstance(error, UnicodeDecodeError | UnicodeEncodeError):
         return "the input is not UTF-8 text: convert it first"
-    return f"internal error, {type(error).__name__}: {text} (--debug shows where)"
+    if (full := full_disk(error)) is not None:
+        return full
+    return f"internal error, {type(error).__name__}: {text[:300]} (--debug shows where)"
+
+
+LACK_OF_MEMORY = re.compile(
+    r"bad_alloc|bad allocation|Failed to allocate memory|can't allocate memory|Cannot allocate memory"
+    r"|failed to map segment|can't start new thread|Unable to allocate"
+)
+"""Words of libraries that had too little memory, and have no error of their own for it."""
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, is that of too little memory."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno == errno.ENOMEM):
+            return True
+        if not isinstance(seen, ModuleNotFoundError | FileNotFoundError) and LACK_OF_MEMORY.search(str(seen)):
+            return True
+        seen = seen.__cause__
+    return False

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..export.finite import all_finite
+from ..files.processors import processors
 from ..files.safetensors import Region, open_shard
 from ..plugins.cpu.panels import stored_values
 from ..plugins.narrow_types import unpack_int4, widen
@@ -26,6 +27,12 @@ INTEGERS = {2: torch.int16, 4: torch.int32}
 
 TORCH_DTYPES = {CODES[name]: getattr(torch, TYPES[name].torch) for name in FLOATS}
 """Torch's float types by their safetensors codes."""
+
+
+def fit_threads() -> None:
+    """Gives PyTorch no more threads than the processors that this process may use; it sees no container's quota."""
+    if torch.get_num_threads() > (count := processors()):
+        torch.set_num_threads(count)
 
 
 class Weights:
@@ -51,6 +58,7 @@ class Weights:
         self.maps: dict[Path, mmap.mmap] = {}
         self.finite: set[tuple[str, int | None]] = set()
         self.dtype = None if dtype is None else TORCH_DTYPES[CODES[dtype]]
+        fit_threads()
         for file, path in files.items():
             for name, region in open_shard(path).tensors.items():
                 if places is not None and places.get(name) != (file, region.offset):

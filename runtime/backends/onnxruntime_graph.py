@@ -4,14 +4,13 @@ Enters: a serialized graph and its initializers. Leaves: an inference session on
 are not copied; the session reads the memory that their values own.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import onnxruntime as ort
-
 from ...errors import SessionError
+from ...files.processors import processors
 from ...plugins.cpu.library import DOMAIN, library
+from .onnxruntime_package import ort
 
 PROVIDER = "CPUExecutionProvider"
 
@@ -43,7 +42,7 @@ def open_graph(
     if threads is not None and threads < 1:
         raise SessionError(f"threads is {threads}, expected a whole number from 1 up")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or processors()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = has_arena
