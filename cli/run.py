@@ -51,7 +51,7 @@ def run(
     settings |= {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
     settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string or ()}
     settings |= {"eos_token_id": [] if ignore_eos else eos_token_id}
-    terminal = Terminal(quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
         if not chat and prompt is None:
             raise SessionError("there is nothing to say: give --prompt TEXT, --prompt - for stdin, or --chat")
