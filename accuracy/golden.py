@@ -248,10 +248,16 @@ def check_replaceable(path: Path, force: bool) -> None:
     Raises:
         AccuracyError: Something else is there.
     """
-    if path.exists() and not force:
+    if not os.path.lexists(path):
+        return
+    try:
+        is_golden = "golden" in open_shard(path).metadata  # of any version, or damaged: the new one takes its place
+    except CheckpointError:
+        is_golden = False
+    if not is_golden:
+        raise AccuracyError(f"{path} exists and is no golden file: it is not replaced, choose another output")
+    if not force:
         raise AccuracyError(f"{path} exists: choose another output, or --force to replace it")
-    if path.exists():
-        read_golden(path)
 
 
 def write_golden(golden: Golden, path: Path) -> None:

@@ -130,6 +130,7 @@ def find_files(
         except CheckpointError:
             same = False
         if not same:
-            raise FolderError(f"{path} is not the file that was exported (size or content differs): export again")
+            again = "export again" if file.path else f"write {folder} again, with --force"
+            raise FolderError(f"{path} is not the file that was exported (size or content differs): {again}")
         found[file.name] = path
     return found

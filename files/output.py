@@ -112,12 +112,12 @@ def check_free(out: Path, *, force: bool, mark: str = SPEC) -> None:
     """Refuses an output that exists, unless `force` allows to replace it and it is one of Arriero's or empty."""
     if not os.path.lexists(out):
         return
-    if not force:
-        raise FolderError(f"{out} exists: choose another output, or --force to replace it")
     if out.is_symlink():
         raise FolderError(f"{out} is a symlink, which is not replaced: remove it, or give the folder it points to")
     if not out.is_dir() or (any(out.iterdir()) and not (out / mark).exists()):
         raise FolderError(f"{out} exists and is no folder of Arriero's: it is not replaced, choose another output")
+    if not force:
+        raise FolderError(f"{out} exists: choose another output, or --force to replace it")
 
 
 def replace_folder(new: Path, out: Path) -> None:

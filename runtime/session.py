@@ -153,7 +153,8 @@ class Session(TokenSession):
         tokens = self.read(prompt, images, **chat)
         room = self.max_seq - len(tokens.ids)
         if not room and max_new_tokens != 0:
-            raise SessionError(f"the prompt fills all {self.max_seq} tokens that the session holds: load with more")
+            longer = ", or load with a larger max_seq" if self.max_seq < self.spec.max_positions else ""
+            raise SessionError(f"the prompt fills all {self.max_seq} tokens of the session: shorten it{longer}")
         asked = {**settings, "max_new_tokens": max_new_tokens}
         choice = self.defaults.choose(asked, len(tokens.ids), room, self.spec.vocab_size)
         if choice.stop_strings and self.text.tokenizer is None:

@@ -39,13 +39,14 @@ class FolderSide:
         path: The folder.
         weights: Folder of its weight files, where they have moved.
         threads: Threads of one operator on the CPU.
+        option: The command line's name for the folder of the weight files.
 
     Raises:
         ArrieroError: It is damaged.
     """
 
-    def __init__(self, path: Path, weights: Path | None, threads: int | None) -> None:
-        self.path, self.weights, self.threads = path, weights, threads
+    def __init__(self, path: Path, weights: Path | None, threads: int | None, option: str = "--weights") -> None:
+        self.path, self.weights, self.threads, self.option = path, weights, threads, option
         self.folder = read_spec(path)
         check_whole(path, self.folder)
         self.spec, self.recipe = self.folder.model, self.folder.recipe
@@ -140,7 +141,7 @@ class FolderSide:
     @cached_property
     def files(self) -> dict[str, Path]:
         """The weight files, found and checked."""
-        return find_files(self.path, self.folder.weight_files, self.weights)
+        return find_files(self.path, self.folder.weight_files, self.weights, option=self.option)
 
     def _check_open(self) -> None:
         if self.folder.engine is not None:
