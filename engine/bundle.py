@@ -120,7 +120,7 @@ def _place(file: WeightFile, source: Path, folder: Path) -> WeightFile:
     if file.path or (folder / file.name).exists():
         return file
     try:
-        os.link(source / file.name, folder / file.name)
+        os.link((source / file.name).resolve(), folder / file.name)  # not a link into a hub's cache, but its file
     except OSError:
         copy_sparse(source / file.name, folder / file.name)
     return file

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..export.finite import all_finite
 from ..files.safetensors import Region, open_shard
 from ..plugins.cpu.panels import stored_values
+from ..plugins.finite import all_finite
 from ..plugins.narrow_types import unpack_int4, widen
 from ..spec.geometry import VISION
 from ..spec.stored_weights import Weight
