@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from ..export.finite import all_finite
 from ..export.llama4 import rms_norm
 from ..files.disks import take_room
+from ..plugins.finite import all_finite
 from ..spec.choice import choose, units
 from ..spec.geometry import VISION, ModelSpec, VisionSpec
 from ..spec.recipe import Recipe

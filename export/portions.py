@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ..errors import ExportError
 from ..files.safetensors import Region, Shard, encode_header
+from ..plugins.finite import all_finite
 from ..spec.types import CODES, FLOATS, TYPES, DType
-from .finite import all_finite
 from .split import WHOLE, Portion
 
 Array = np.ndarray[Any, Any]

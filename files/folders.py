@@ -122,9 +122,8 @@ def find_files(
             places.append(Path(file.path))
         path = next((place for place in places if place.is_file()), None)
         if path is None:
-            raise FolderError(
-                f"weight file {file.name} is not at {places[0 if weights else -1]}: give its folder with {option}"
-            )
+            sought = places[0 if weights else -1]
+            raise FolderError(f"weight file {file.name} is not at {sought}: give its folder with {option}")
         try:
             same = path.stat().st_size == file.size and identity(path) == file.identity
         except CheckpointError:
