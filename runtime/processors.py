@@ -105,15 +105,17 @@ class ForbiddenWords:
 
     def __init__(self, words: Sequence[Sequence[int]], ends: Collection[int]) -> None:
         self.single = np.array([word[0] for word in words if len(word) == 1 and word[0] not in ends], np.int64)
-        self.longer = [tuple(word) for word in words if len(word) > 1]
+        self.following: dict[tuple[int, ...], list[int]] = {}
+        for word in words:
+            if len(word) > 1:
+                self.following.setdefault(tuple(word[:-1]), []).append(word[-1])
+        self.lengths = {len(prefix) for prefix in self.following}
 
     def __call__(self, logits_V: Logits, seen: Sequence[int]) -> None:
         """Changes the logits in place."""
         logits_V[self.single] = FORBIDDEN
-        for word in self.longer:
-            before = len(word) - 1
-            if before <= len(seen) and tuple(seen[-before:]) == word[:-1]:
-                logits_V[word[-1]] = FORBIDDEN
+        for length in self.lengths:
+            logits_V[self.following.get(tuple(seen[-length:]), [])] = FORBIDDEN
 
 
 class ForbiddenTokens:
