@@ -93,7 +93,7 @@ def open_streams() -> None:
             os.dup2(nowhere := os.open(os.devnull, os.O_RDWR), number)
             if nowhere > 2:
                 os.close(nowhere)
-    sys.stdin = _input(sys.stdin) if is_open[0] else None  # type: ignore[assignment]
+    sys.stdin = _input(sys.stdin) if is_open[0] else None
     for number, name in ((1, "stdout"), (2, "stderr")):
         old: Any = getattr(sys, name)
         if not is_open[number] or old is None:
