@@ -1,4 +1,4 @@
-"""What pip resolves for `arriero[cpu]` on each platform, and how much it downloads; nothing is installed.
+"""Wheels that pip resolves for `arriero[cpu]` on each platform, and how much it downloads; nothing is installed.
 
 Enters: pyproject.toml's ranges and the package index. Leaves: a line a platform. `make wheels` prints them for
 docs/install.md; the tests resolve the same.
