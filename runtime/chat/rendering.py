@@ -4,6 +4,7 @@ Enters: a conversation, a template and the checkpoint's special tokens. Leaves: 
 `transformers` but where this would print Python's lists or lose what was said.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -71,7 +72,8 @@ class Writer:
     def _written(self) -> str:
         """Writes the conversation; a template that takes texts gets texts, and one that takes parts gets parts."""
         turns = self.chat.turns
-        if any(isinstance(turn.get("content"), str) for turn in turns) and _takes_only_parts(self.template.source):
+        named = tuple(sorted(self.named.items()))
+        if any(isinstance(turn.get("content"), str) for turn in turns) and _takes_parts(self.template.source, named):
             self.chat = replace(self.chat, turns=[_in_parts(turn) for turn in turns])
         try:
             text = self._write(self.chat, self.template.source, self.named, {})
@@ -162,19 +164,21 @@ def _prints_parts(turn: Message, text: str) -> bool:
     return any(isinstance(part, dict) and str(part) in text for part in content)
 
 
-def _takes_only_parts(source: str) -> bool:
+@functools.lru_cache(maxsize=16)
+def _takes_parts(source: str, named: tuple[tuple[str, str], ...]) -> bool:
     """Whether a template leaves out a content that is a text, and writes it where it is a part."""
     if re.search(r"\bis\s+(not\s+)?string\b", source):
         return False
-    text, parts = (_probed(source, content) for content in (PROBE, [{"type": "text", "text": PROBE}]))
+    text, parts = (_probed(source, named, content) for content in (PROBE, [{"type": "text", "text": PROBE}]))
     return PROBE not in text and PROBE in parts and "'text'" not in parts
 
 
-def _probed(source: str, content: str | Sequence[Any]) -> str:
+def _probed(source: str, named: tuple[tuple[str, str], ...], content: str | Sequence[Any]) -> str:
     """A message of some content as a template writes it; empty where it does not take this."""
-    turns = [{"role": "user", "content": content}]
-    variables = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True}
+    variables = {"tools": None, "documents": None, "add_generation_prompt": True}
     try:
-        return render(source, variables, datetime.now())
+        return render(
+            source, {**dict(named), **variables, "messages": [{"role": "user", "content": content}]}, datetime.now()
+        )
     except FailedTemplateError:
         return ""
