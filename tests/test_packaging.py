@@ -42,7 +42,9 @@ def test_the_lock_is_within_the_project_s_ranges() -> None:
     versions = locked(LOCK)
     ranges = [PROJECT["build-system"]["requires"], PROJECT["project"]["dependencies"]]
     extras = PROJECT["project"]["optional-dependencies"]
-    ranges += [requirements for extra, requirements in extras.items() if extra != "gpu"]  # of cpu and gpu, one is locked
+    ranges += [
+        requirements for extra, requirements in extras.items() if extra != "gpu"
+    ]  # of cpu and gpu, one is locked
     for requirement in map(Requirement, chain(*ranges)):
         if requirement.name != "arriero":
             name = canonicalize_name(requirement.name)
