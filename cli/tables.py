@@ -288,7 +288,11 @@ def show_verdict(found: dict[str, Any], report: Path | None) -> None:
         console.print(note, highlight=False)
     if (location := found["location"]) is not None:
         console.print(location_text(location), highlight=False)
-    words = {"pass": "passes", "regressed": "has regressed", "undecided": "cannot be judged: give more --data or --samples"}
+    words = {
+        "pass": "passes",
+        "regressed": "has regressed",
+        "undecided": "cannot be judged: give more --data or --samples",
+    }
     outcome = found["outcome"]
     console.print(
         f"[bold {colour[outcome]}]{found['candidate']} {words[outcome]}[/], over {found['tokens']:,} tokens in "
