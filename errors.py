@@ -61,7 +61,10 @@ _quote = _quoting()
 
 def shortened(value: Any, most: int = 60) -> str:
     """A value for an error's line, as Python writes it, in `most` characters and an ellipsis at most."""
-    text = _quote.repr(value)
+    try:
+        text = " ".join(line.strip() for line in _quote.repr(value).splitlines())
+    except ValueError:  # a number of more digits than Python writes
+        text = f"<{type(value).__name__} instance>"
     return text if len(text) <= most else f"{text[:most]}…"
 
 

@@ -3,6 +3,7 @@
 The rooms are imported when they are needed, so that importing `arriero` is instant.
 """
 
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,18 +48,22 @@ def load(
     Warns:
         ArrieroWarning: A file asks for something that is not done, as beams.
     """
+    from .runtime.checks import whole
     from .runtime.defaults import read_defaults
     from .runtime.session import Session
     from .runtime.state import Limits
     from .runtime.text import Text
 
+    prefix_bytes = whole("prefix_bytes", prefix_bytes)
+    max_seq, max_batch, threads = (
+        None if value is None else whole(name, value, "a whole number from 1 up", least=-sys.maxsize)  # bounded below
+        for name, value in (("max_seq", max_seq), ("max_batch", max_batch), ("threads", threads))
+    )
     path = Path(folder)
     spec = read_spec(path)
     check_whole(path, spec)
     if spec.engine is not None:
         max_seq, max_batch = _engine_limits(spec.engine, max_seq, max_batch)
-    if prefix_bytes < 0:
-        raise SessionError(f"prefix_bytes is {prefix_bytes}, expected a whole number from 0 up")
     limits = Limits.of(spec.model, max_seq, max_batch)
     text, defaults = Text(path), read_defaults(path, spec.model.vocab_size)  # small: checked before weights are loaded
     for line in unheeded(path):

@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError
+from ..files.output import reason
 from ..files.safetensors import encode_header, open_shard
 from ..spec.fields import decode
 from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.types import Progress
 from ..walk.windows import SHORTEST_WINDOW, Windows, read_windows
+from .golden_checks import check_golden
 from .probabilities import likeliest_of, log_sum, next_of, predicting, rest_of
 from .sides import open_side, tokenizer_of
 from .sides.side import Block, Experts, Side
@@ -293,7 +295,9 @@ def write_golden(golden: Golden, path: Path) -> None:
                 os.fsync(file.fileno())
             temporary.replace(path)
     except OSError as error:
-        raise AccuracyError(f"{path}: cannot be written ({error.strerror}): choose another output") from error
+        raise AccuracyError(
+            f"{path}: cannot be written ({reason(error, path.parent)}): choose another output"
+        ) from error
 
 
 def read_golden(path: Path) -> Golden:
@@ -320,6 +324,9 @@ def read_golden(path: Path) -> Golden:
         spec = ModelSpec.from_fields(json.loads(about["model"]))
         vision = decode(VisionSpec, json.loads(about["vision"])) if "vision" in about else None
         source, tokenizer, form = (about[name] for name in ("source", "tokenizer", "format"))
-        return Golden(source=source, spec=spec, vision=vision, tokenizer=tokenizer, format=form, **arrays)
-    except (KeyError, TypeError, ValueError) as error:
-        raise AccuracyError(f"{path} is a damaged golden file ({error!r}): record it again") from error
+        golden = Golden(source=source, spec=spec, vision=vision, tokenizer=tokenizer, format=form, **arrays)
+        check_golden(golden)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OSError) as error:
+        said = repr(error)[:200]
+        raise AccuracyError(f"{path} is a damaged golden file ({said}): record it again") from error
+    return golden

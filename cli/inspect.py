@@ -1,8 +1,7 @@
 """`arriero inspect`: a folder's contents in numbers."""
 
-import json
-
 from . import options
+from .streams import show_json
 from .terminal import Terminal
 
 
@@ -27,6 +26,6 @@ def inspect(
         for file in read_spec(folder).weight_files:
             terminal.detail(f"{file.path or folder / file.name} ({size(file.size)})")
         if as_json:
-            print(json.dumps(found))
+            show_json(found)
         else:
             show_summary(found)

@@ -123,7 +123,7 @@ def _place(file: WeightFile, source: Path, folder: Path, moved: Path | None) -> 
         return file
     path = find_files(source, [file], moved, option="--weights-from")[file.name]
     try:
-        os.link(path, folder / file.name)
+        os.link(path.resolve(), folder / file.name)  # not a link into a hub's cache, but its file
     except OSError:
         copy_sparse(path, folder / file.name)
     return file

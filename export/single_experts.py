@@ -69,11 +69,13 @@ def find_stacks(
         CheckpointError: A linear is missing, misshapen or no float, or a layer has both forms.
     """
     rest, stacks = dict(found), {}
+    firsts: dict[str, str] = {}
+    for name in found:
+        if single := re.match(r"(.*\.experts)\.\d+\.\w+_proj\.weight$", name):
+            firsts.setdefault(single[1], name)
     for index, layer in enumerate(spec.layers):
         unit = f"{prefix}model.layers.{index}.feed_forward.experts"
-        first = next(
-            (name for name in (f"{unit}.0.{p}.weight" for p in sum(PARTS.values(), ())) if name in found), None
-        )
+        first = firsts.get(unit)
         if not layer.experts or first is None:
             continue
         for part, linears in PARTS.items():

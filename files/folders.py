@@ -21,11 +21,15 @@ CARRIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "added_tokens.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
 )
 """Small files that every stage hands on unchanged."""
+
+NAMED_TEMPLATES = "additional_chat_templates"
+"""Folder of chat templates that have names of their own, which travels with the small files."""
 
 
 def read_spec(folder: Path) -> FolderSpec:
@@ -89,6 +93,10 @@ def carry_files(source: Path, target: Path) -> None:
             with (source / name).open("rb") as file:
                 check_downloaded(source / name, file.read(len(POINTER)))
             shutil.copyfile(source / name, target / name)
+    for template in sorted((source / NAMED_TEMPLATES).glob("*.jinja")):
+        if template.is_file():
+            (target / NAMED_TEMPLATES).mkdir(exist_ok=True)
+            shutil.copyfile(template, target / NAMED_TEMPLATES / template.name)
 
 
 def find_files(
@@ -114,9 +122,8 @@ def find_files(
             places.append(Path(file.path))
         path = next((place for place in places if place.is_file()), None)
         if path is None:
-            raise FolderError(
-                f"weight file {file.name} is not at {places[0 if weights else -1]}: give its folder with {option}"
-            )
+            sought = places[0 if weights else -1]
+            raise FolderError(f"weight file {file.name} is not at {sought}: give its folder with {option}")
         try:
             same = path.stat().st_size == file.size and identity(path) == file.identity
         except CheckpointError:

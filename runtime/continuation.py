@@ -7,11 +7,12 @@ not been through the model yet.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .chat.settings import ChatSettings
 from .logprobs import TokenLogprobs, read_logprobs
 from .prompt import Tokens
 from .sampling import Sampler, Sampling
@@ -23,8 +24,8 @@ COUNTS = ("reused", "drafted", "accepted")
 """Names of the counts that a continuation has beside its tokens."""
 
 
-class Settings(TypedDict, total=False):
-    """How a prompt is continued, in the words of `transformers`' `generate` and, where it has none, of OpenAI.
+class Settings(ChatSettings, total=False):
+    """How a prompt is read and continued, in the words of `transformers`, and where it has none in those of OpenAI.
 
     A setting that is None or left out is as the checkpoint's generation config says.
 

@@ -1,7 +1,7 @@
 """Memory of a session on the CPU, and the part of it that a decode step reads, estimated before anything is loaded.
 
 Enters: the geometry, and which weights the graph is given. Leaves: bytes. Invariant: weights and caches are counted
-exactly; the process, the graph and the activations follow measurements with onnxruntime-gpu 1.31 on Linux.
+exactly; the process, the graph and the activations follow measurements with ONNX Runtime 1.31 on Linux.
 """
 
 import dataclasses

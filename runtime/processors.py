@@ -4,14 +4,11 @@ Enters: logits, and the sequence so far. Leaves: the same logits, changed in pla
 that each looks at its new tokens alone.
 """
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from .sampling import Sampling
 
 Logits = NDArray[np.float32]
 FORBIDDEN = np.float32(-np.inf)
@@ -32,7 +29,7 @@ class Processor(Protocol):
 class LogitBias:
     """Adds a number to some tokens' logits, as OpenAI's `logit_bias`."""
 
-    def __init__(self, bias: dict[int, float]) -> None:
+    def __init__(self, bias: Mapping[int, float]) -> None:
         self.tokens, self.values = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
 
     def __call__(self, logits_V: Logits, seen: Sequence[int]) -> None:
@@ -106,17 +103,19 @@ class ForbiddenWords:
         ends: Tokens that end the sequence.
     """
 
-    def __init__(self, words: Sequence[tuple[int, ...]], ends: Collection[int]) -> None:
+    def __init__(self, words: Sequence[Sequence[int]], ends: Collection[int]) -> None:
         self.single = np.array([word[0] for word in words if len(word) == 1 and word[0] not in ends], np.int64)
-        self.longer = [word for word in words if len(word) > 1]
+        self.following: dict[tuple[int, ...], list[int]] = {}
+        for word in words:
+            if len(word) > 1:
+                self.following.setdefault(tuple(word[:-1]), []).append(word[-1])
+        self.lengths = {len(prefix) for prefix in self.following}
 
     def __call__(self, logits_V: Logits, seen: Sequence[int]) -> None:
         """Changes the logits in place."""
         logits_V[self.single] = FORBIDDEN
-        for word in self.longer:
-            before = len(word) - 1
-            if before <= len(seen) and tuple(seen[-before:]) == word[:-1]:
-                logits_V[word[-1]] = FORBIDDEN
+        for length in self.lengths:
+            logits_V[self.following.get(tuple(seen[-length:]), [])] = FORBIDDEN
 
 
 class ForbiddenTokens:
@@ -135,32 +134,3 @@ class ForbiddenTokens:
         """Changes the logits in place."""
         if self.first <= len(seen) and (self.until is None or len(seen) < self.until):
             logits_V[self.tokens] = FORBIDDEN
-
-
-def open_processors(sampling: "Sampling", ends: Collection[int], prompt: int) -> list[Processor]:
-    """Opens the changes that the settings ask for, for one sequence.
-
-    Args:
-        sampling: The settings.
-        ends: Tokens that end the sequence.
-        prompt: Number of the prompt's tokens.
-    """
-    processors: list[Processor] = []
-    if sampling.logit_bias:
-        processors.append(LogitBias(sampling.logit_bias))
-    if sampling.repetition_penalty != 1:
-        processors.append(RepetitionPenalty(sampling.repetition_penalty))
-    if sampling.frequency_penalty or sampling.presence_penalty:
-        processors.append(OccurrencePenalties(sampling.frequency_penalty, sampling.presence_penalty, prompt))
-    if sampling.no_repeat_ngram_size:
-        processors.append(NoRepeatedNgrams(sampling.no_repeat_ngram_size))
-    if sampling.bad_words_ids:
-        processors.append(ForbiddenWords(sampling.bad_words_ids, ends))
-    shortest = prompt + sampling.min_new_tokens if sampling.min_new_tokens else sampling.min_length
-    if ends and shortest > prompt:
-        processors.append(ForbiddenTokens(ends, until=shortest))
-    if sampling.suppress_tokens:
-        processors.append(ForbiddenTokens(sampling.suppress_tokens))
-    if sampling.begin_suppress_tokens:
-        processors.append(ForbiddenTokens(sampling.begin_suppress_tokens, prompt, prompt + 1))
-    return processors

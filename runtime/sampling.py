@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from . import checks
-from .processors import open_processors
+from .processors import (
+    ForbiddenTokens,
+    ForbiddenWords,
+    LogitBias,
+    NoRepeatedNgrams,
+    OccurrencePenalties,
+    Processor,
+    RepetitionPenalty,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +104,35 @@ NUMBERS = (
 """Settings that are fractions: what is expected of them, the least and the most."""
 
 
+def open_processors(sampling: Sampling, ends: Collection[int], prompt: int) -> list[Processor]:
+    """Opens the changes that the settings ask for, for one sequence.
+
+    Args:
+        sampling: The settings.
+        ends: Tokens that end the sequence.
+        prompt: Number of the prompt's tokens.
+    """
+    processors: list[Processor] = []
+    if sampling.logit_bias:
+        processors.append(LogitBias(sampling.logit_bias))
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenalty(sampling.repetition_penalty))
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        processors.append(OccurrencePenalties(sampling.frequency_penalty, sampling.presence_penalty, prompt))
+    if sampling.no_repeat_ngram_size:
+        processors.append(NoRepeatedNgrams(sampling.no_repeat_ngram_size))
+    if sampling.bad_words_ids:
+        processors.append(ForbiddenWords(sampling.bad_words_ids, ends))
+    shortest = prompt + sampling.min_new_tokens if sampling.min_new_tokens else sampling.min_length
+    if ends and shortest > prompt:
+        processors.append(ForbiddenTokens(ends, until=shortest))
+    if sampling.suppress_tokens:
+        processors.append(ForbiddenTokens(sampling.suppress_tokens))
+    if sampling.begin_suppress_tokens:
+        processors.append(ForbiddenTokens(sampling.begin_suppress_tokens, prompt, prompt + 1))
+    return processors
+
+
 class Sampler:
     """Draws the tokens of one sequence, one after another.
 
@@ -120,12 +157,14 @@ class Sampler:
         Raises:
             SessionError: The logits are not finite, or the settings forbid every token.
         """
-        check_finite(logits_V)
+        token = int(logits_V.argmax())
+        if not (np.isfinite(logits_V[token]) and np.isfinite(logits_V.min())):
+            raise _not_finite(logits_V)
         if self.processors:
             logits_V = logits_V.copy()
             for process in self.processors:
                 process(logits_V, seen)
-        token = int(logits_V.argmax())
+            token = int(logits_V.argmax())
         if not np.isfinite(top := logits_V[token]):
             raise SessionError("the settings forbid every token, or make a logit too large: forbid or bias less")
         return token if self.sampling.temperature == 0 else self._draw(logits_V - top)
@@ -155,17 +194,10 @@ class Sampler:
         return int(tokens[min(drawn, last)])
 
 
-def check_finite(logits_V: NDArray[np.float32]) -> None:
-    """Refuses a model's logits of which one is no finite number.
-
-    Raises:
-        SessionError: One is not.
-    """
-    with np.errstate(invalid="ignore", over="ignore"):
-        total = logits_V.sum()  # a tenth of the time that looking at each takes
-    if np.isfinite(total) or (odd := np.count_nonzero(~np.isfinite(logits_V))) == 0:
-        return
-    raise SessionError(
+def _not_finite(logits_V: NDArray[np.float32]) -> SessionError:
+    """The error for a model's logits of which some are no finite numbers."""
+    odd = np.count_nonzero(~np.isfinite(logits_V))
+    return SessionError(
         f"{odd} of the model's {len(logits_V)} logits are no finite numbers: a weight is damaged or a type too narrow; "
         "find it with `arriero check --locate`, or export again from an intact checkpoint"
     )

@@ -5,18 +5,18 @@ prompt or of many side by side. Invariant: the model is run by `TokenSession` al
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 from ..errors import SessionError, shortened
 from .backends.interface import DecoderBackend
+from .chat.settings import ChatSettings
 from .checks import whole
 from .continuation import Generated, Request, Settings, joined
 from .defaults import Defaults
 from .flight import stream_requests
-from .images.sources import ImageSource
 from .images.tower import Tower
 from .lookup import Lookup
-from .prompt import Prompt, PromptReader, Tokens
+from .prompt import Images, Prompt, PromptReader, Tokens
 from .rider import ride_alone
 from .state import Limits
 from .text import Text
@@ -52,7 +52,7 @@ class Session(TokenSession):
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         prompt_lookup_num_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Generated:
@@ -63,21 +63,22 @@ class Session(TokenSession):
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         prompt_lookup_num_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Generated]:
         """Continues a prompt piece by piece.
 
         Args:
-            prompt: A text, token ids taken as they are, or messages for the chat template; see `prompt`.
+            prompt: A text, token ids taken as they are, or messages for the chat template; see `PromptReader.read`.
             max_new_tokens: New tokens at most; None is as the generation config says, or until the end of the sequence
                 or of `max_seq`.
-            images: Paths, bytes, PIL images or arrays: one for each `<|image|>` in the prompt; a text without any of
-                these is about all of them.
+            images: Paths, data URLs, bytes, PIL images or arrays, one or a list: one for each `<|image|>` in the
+                prompt; a text without any of these is about all of them.
             prompt_lookup_num_tokens: Tokens at most that are guessed from those that followed the same words before,
                 and verified in one piece; None or 0 is none. The continuation is the same, drawn or greedy.
-            **settings: The choice of tokens and the ends of the text, see `Settings`.
+            **settings: The choice of tokens and the ends of the text, and what belongs to messages, as `tools`; see
+                `Settings`.
 
         Raises:
             SessionError: The prompt is empty, too long, or not in the vocabulary, an image cannot be read or has no
@@ -140,7 +141,7 @@ class Session(TokenSession):
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         **settings: Unpack[Settings],
     ) -> Request:
         """Checks a prompt and its settings, for a `Flight` to take; the arguments are those of `stream`."""
@@ -148,7 +149,8 @@ class Session(TokenSession):
             raise SessionError(
                 f"unknown setting {shortened(unknown[0])}: choose from {', '.join(Settings.__annotations__)}"
             )
-        tokens = self.read(prompt, images)
+        chat: Any = {name: value for name, value in settings.items() if name in ChatSettings.__annotations__}
+        tokens = self.read(prompt, images, **chat)
         room = self.max_seq - len(tokens.ids)
         if not room and max_new_tokens != 0:
             longer = ", or load with a larger max_seq" if self.max_seq < self.spec.max_positions else ""
@@ -167,13 +169,13 @@ class Session(TokenSession):
             top_logprobs=choice.top_logprobs,
         )
 
-    def read(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Tokens:
+    def read(self, prompt: Prompt, images: Images = (), **settings: Unpack[ChatSettings]) -> Tokens:
         """Reads a prompt: its token ids, checked against the vocabulary and `max_seq`, and its images' tiles.
 
         Raises:
             SessionError: As `stream` does.
         """
-        tokens = self.prompt_reader.read(prompt, images)
+        tokens = self.prompt_reader.read(prompt, images, **settings)
         ids = tokens.ids
         if not ids:
             raise SessionError("the prompt holds no tokens: give some text or ids")

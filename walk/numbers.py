@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..export.finite import all_finite
+from ..files.processors import processors
 from ..files.safetensors import Region, open_shard
 from ..plugins.cpu.panels import stored_values
+from ..plugins.finite import all_finite
 from ..plugins.narrow_types import unpack_int4, widen
 from ..spec.geometry import VISION
 from ..spec.stored_weights import Weight
@@ -26,6 +27,12 @@ INTEGERS = {2: torch.int16, 4: torch.int32}
 
 TORCH_DTYPES = {CODES[name]: getattr(torch, TYPES[name].torch) for name in FLOATS}
 """Torch's float types by their safetensors codes."""
+
+
+def fit_threads() -> None:
+    """Gives PyTorch no more threads than the processors that this process may use; it sees no container's quota."""
+    if torch.get_num_threads() > (count := processors()):
+        torch.set_num_threads(count)
 
 
 class Weights:
@@ -51,6 +58,7 @@ class Weights:
         self.maps: dict[Path, mmap.mmap] = {}
         self.finite: set[tuple[str, int | None]] = set()
         self.dtype = None if dtype is None else TORCH_DTYPES[CODES[dtype]]
+        fit_threads()
         for file, path in files.items():
             for name, region in open_shard(path).tensors.items():
                 if places is not None and places.get(name) != (file, region.offset):
@@ -155,22 +163,33 @@ class FolderWeights(Weights):
             values = stored_values(_read(path, weight), weight, index if weight.stacked else None).astype(np.float32)
             shape = values.shape
             if weight.layout == "panels" and weight.convert in ("bfloat16", "float32"):
-                return torch.from_numpy(values).view(shape)
+                return self._numbers(name, path, values).view(shape)
         else:
             path, region = self.region(name + part)
             if region.dtype in TORCH_DTYPES:
                 return self.stored(name + part).float()
             values, shape = _values(path, region), region.shape
+        numbers = self._numbers(name, path, values)
         if name.endswith("_scale"):
-            return torch.from_numpy(values).view(shape)
+            return numbers.view(shape)
         scale = self.wide(f"{name}_scale", index)
         if index is None:  # [N, K], a scale a row or a block of it
-            values_NK = torch.from_numpy(values).view(shape[0], -1)
+            values_NK = numbers.view(shape[0], -1)
             scale_NG = scale.view(len(values_NK), -1)
             return values_NK * scale_NG.repeat_interleave(values_NK.shape[1] // scale_NG.shape[1], dim=1)
-        values_KN = torch.from_numpy(values).view(-1, shape[-1])  # a scale a column or a block of it
+        values_KN = numbers.view(-1, shape[-1])  # a scale a column or a block of it
         scale_GN = scale.view(-1, values_KN.shape[1])
         return values_KN * scale_GN.repeat_interleave(len(values_KN) // len(scale_GN), dim=0)
+
+    def _numbers(self, name: str, path: Path, values: np.ndarray) -> Tensor:
+        """Widened values as a tensor.
+
+        Raises:
+            CheckpointError: One is NaN or infinite.
+        """
+        if not all_finite(values, "F32"):
+            raise CheckpointError(not_finite(name, path))
+        return torch.from_numpy(values)
 
 
 def not_finite(name: str, path: Path, index: int | None = None) -> str:

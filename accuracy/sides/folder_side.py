@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ...errors import AccuracyError
 from ...files.folders import check_whole, find_files, read_spec
 from ...loading import cpu_decoder_graph, cpu_tower_graph, load, open_tower
+from ...plugins.finite import first_damaged
 from ...runtime.backends.mapped_weights import map_weights
 from ...runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
 from ...runtime.defaults import read_defaults
@@ -70,6 +71,7 @@ class FolderSide:
                 features_MH = self._features(session, windows, row)
                 for start, logits_NV in session.score(ids_S.tolist(), alone, features_MH):
                     progress(self.path.name, row * ids_WS.shape[1] + start, ids_WS.size)
+                    self._check_finite(logits_NV)
                     yield Block(row, start, logits_NV, self._chosen())
 
     def generate(self, windows: Windows, window: int, prompt: int, count: int) -> list[int] | None:
@@ -149,6 +151,18 @@ class FolderSide:
                 f"{self.path} is an engine, whose layers are fused: give --locate the model it was built of"
             )
 
+    def _check_finite(self, logits_NV: NDArray[np.float32]) -> None:
+        """Names the damaged tensor where logits are not finite and it can be seen.
+
+        Raises:
+            AccuracyError: A weight is NaN or infinite.
+        """
+        if self.folder.engine is not None or np.isfinite(logits_NV).all():
+            return
+        _, weights, _ = cpu_decoder_graph(self.path, self.folder)
+        if (name := first_damaged(weights, self.files)) is not None:
+            raise AccuracyError(f"{self.path}: tensor {name!r} holds NaN or infinity: its file is damaged, restore it")
+
     def _on_engine(self) -> Session:
         return load(self.path, weights=self.weights)
 
@@ -173,7 +187,7 @@ class FolderSide:
         )
         limits, text, part = Limits.of(self.spec, positions, None), Text(self.path), self.folder.vision
         tower = None if part is None else open_tower(self.path, self.folder, part, self.files, self.threads)
-        return Session(decoder, text, read_defaults(self.path), limits, tower)
+        return Session(decoder, text, read_defaults(self.path, self.spec.vocab_size), limits, tower)
 
     def _watch(self, values: dict[str, NDArray[np.float32]]) -> None:
         self.routed = list(values.values())

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ...errors import CheckpointError, ExportError
 from ...files.safetensors import encode_header
+from ...plugins.finite import all_finite
 from ...spec.types import CODES, DType
-from ..finite import all_finite
 from ..portions import FLOAT_DTYPES, converted
 from .stored import CheckpointTensor, StoredWeight
 

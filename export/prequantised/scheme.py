@@ -117,8 +117,8 @@ def read_scheme(config: Mapping[str, Any], modelopt: Mapping[str, Any] | None = 
     if method is None:
         section.refuse("quant_method", "expected the name of the library that quantised the weights: restore the file")
     raise CheckpointError(
-        f"config.json: the weights are quantised by {str(method)[:100]!r}; of quantised checkpoints Arriero takes {SUPPORTED}: "
-        "give one of these, or the unquantised one"
+        f"config.json: the weights are quantised by {str(method)[:100]!r}; of quantised checkpoints Arriero takes "
+        f"{SUPPORTED}: give one of these, or the unquantised one"
     )
 
 

@@ -4,16 +4,31 @@ Enters: a serialized graph and its initializers. Leaves: an inference session on
 are not copied; the session reads the memory that their values own.
 """
 
-import os
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import onnxruntime as ort
-
 from ...errors import SessionError
+from ...files.folders import SPEC
+from ...files.processors import processors
 from ...plugins.cpu.library import DOMAIN, library
+from .onnxruntime_package import ort
 
 PROVIDER = "CPUExecutionProvider"
+
+
+@contextlib.contextmanager
+def _placeholder() -> Iterator[str]:
+    """Yields a folder that holds an empty file where the graph says that its initializers lie.
+
+    ONNX Runtime wants a plain file there, though it never reads it: a model's folder may hold links into a hub's
+    cache, or have a path that is no text.
+    """
+    with tempfile.TemporaryDirectory(prefix="arriero-") as folder:
+        path = Path(folder).resolve()
+        (path / SPEC).touch()
+        yield str(path)
 
 
 def open_graph(
@@ -43,11 +58,10 @@ def open_graph(
     if threads is not None and threads < 1:
         raise SessionError(f"threads is {threads}, expected a whole number from 1 up")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or processors()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = has_arena
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     for name, value in session.items():
         options.add_session_config_entry(name, value)
     for name, weight in weights.items():
@@ -56,6 +70,8 @@ def open_graph(
     try:
         if kernels is not None:
             options.register_custom_ops_library(kernels)
-        return ort.InferenceSession(graph, options, providers=[PROVIDER])
+        with _placeholder() as place:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
+            return ort.InferenceSession(graph, options, providers=[PROVIDER])
     except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
         raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error

@@ -49,7 +49,7 @@ def test_fields_of_the_other_files_are_named(tmp_path: Path) -> None:
     assert "image_token='<image>'" in lines(tmp_path, "processor_config.json", {"image_token": "<image>"})[-1]
     assert "do_pad=True" in lines(tmp_path, "preprocessor_config.json", {"do_pad": True, "size": {}})[-1]
     found = lines(tmp_path, "config.json", {"quantization_config": {"quant_method": "x", "rotation": "hadamard"}})
-    assert "quantization_config: not heeded" in found[-1] and "rotation='hadamard'" in found[-1]
+    assert "quantization_config: not heeded, though it may change results: rotation='hadamard'" in found[-1]
     assert len(found) == 4
 
 
@@ -69,3 +69,21 @@ def test_without_a_generation_config_the_outer_fields_come_first() -> None:
     config["text_config"] = {"eos_token_id": [1], "temperature": 0.5, "top_k": 4, "bos_token_id": 0}
     expected = {"bos_token_id": 0, "eos_token_id": 5, "num_beams": 3, "temperature": 0.5, "top_k": 4}
     assert generation_fields(config) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"eos_token_id": 5, "text_config": {"eos_token_id": 1}},
+        {"eos_token_id": None, "text_config": {"eos_token_id": [1, 2]}},
+        {"eos_token_id": [3], "temperature": 0.5, "do_sample": True, "text_config": {"temperature": 0.7, "top_k": 9}},
+        {"text_config": {"eos_token_id": 1, "max_length": 30, "num_beams": 2, "bad_words_ids": [[4]]}},
+        {"eos_token_id": 7, "min_length": 4, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_fields_of_config_json_have_the_precedence_of_transformers(config: dict[str, Any]) -> None:
+    expected = GenerationConfig.from_model_config(json.loads(json.dumps(config)))
+    found = generation_fields(config)
+    for name in GENERATION_HEEDED & expected.to_dict().keys():
+        assert found.get(name) == getattr(expected, name), name

@@ -4,10 +4,15 @@ Enters: an array as it is stored, under safetensors' name of its type. Leaves: w
 always are.
 """
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..spec.stored_weights import Weight
+from ..spec.types import CODES
 
 EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "F32": (np.uint32, 0x7F80_0000),
@@ -34,3 +39,13 @@ def all_finite(values: NDArray[Any], dtype: str) -> bool:
     flat = np.ascontiguousarray(values).reshape(-1).view(bits)
     pieces = (flat[start : start + PIECE] for start in range(0, len(flat), PIECE))
     return not any(bool(((piece & bits(mask)) == mask).any()) for piece in pieces)
+
+
+def first_damaged(weights: Sequence[Weight], files: Mapping[str, Path]) -> str | None:
+    """The name of the first tensor of a lowered graph that holds NaN or infinity, or None."""
+    for weight in weights:
+        code = CODES[weight.convert if weight.is_made else weight.dtype]
+        data = np.memmap(files[weight.file], np.uint8, "r", weight.offset, (weight.size,))
+        if not all_finite(data, code):
+            return weight.name.partition(":")[0]
+    return None
