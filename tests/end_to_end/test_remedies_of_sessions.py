@@ -142,7 +142,7 @@ SESSIONS = (
     Remedy(
         name="images beside messages",
         provoke=lambda place: says(place.seeing, [TURN], 128, images=[PICTURE]),
-        says="put them into a message's content",
+        says="put the images into the parts",
         follow=lambda place: says(
             place.seeing, [{"role": "user", "content": [{"type": "image", "image": PICTURE}]}], 128
         ),

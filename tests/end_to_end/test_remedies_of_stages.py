@@ -103,9 +103,9 @@ EXPORTS = (
     ),
     Remedy(
         name="a starved expert, more samples",
-        provoke=lambda place: calibrated(place, place.model, samples=1, floor=4),
+        provoke=lambda place: calibrated(place, place.model, samples=1, floor=32),
         says="give more --data or --samples",
-        follow=lambda place: calibrated(place, place.model, samples=12, floor=4),
+        follow=lambda place: calibrated(place, place.model, samples=12, floor=32),
     ),
     Remedy(
         name="a starved expert, a lower floor",
@@ -129,7 +129,7 @@ EXPORTS = (
         name="an unknown recipe",
         provoke=lambda place: calibrated(place, recipe="int2"),
         says="choose one of int8, fp8, int4",
-        follow=lambda place: [calibrated(place, place.model, recipe=each) for each in ("int8", "fp8")],
+        follow=lambda place: [calibrated(place, recipe=each) for each in ("int8", "fp8")],
     ),
     Remedy(
         name="a group size that is none",
@@ -139,7 +139,7 @@ EXPORTS = (
     ),
     Remedy(
         name="a group size that does not divide",
-        provoke=lambda place: calibrated(place, recipe="int4", override=["*experts=none", "*mlp*=none"]),
+        provoke=lambda place: calibrated(place, recipe="int4"),
         says="does not divide its 32 inputs: choose 32",
         follow=lambda place: calibrated(
             place, recipe="int4", changes={"group_size": 32}, override=["*experts=none", "*down_proj=none"]
@@ -148,7 +148,7 @@ EXPORTS = (
     Remedy(
         name="no group size divides",
         provoke=lambda place: calibrated(place, recipe="int4", changes={"group_size": 32}),
-        says="layers.0.feed_forward.experts: .* leave it out with an override of format none",
+        says="leave it out with an override of format none",
         follow=lambda place: calibrated(
             place,
             recipe="int4",
