@@ -25,6 +25,7 @@ def untied(place: Place, **changes: Any) -> Path:
     path = folder / "model.safetensors"
     tensors = load_file(path)
     del tensors["lm_head.weight"]
+    path.unlink()  # its pages are those of the tensors
     save_file(tensors, path)
     return edited(folder / "config.json", **changes)
 
