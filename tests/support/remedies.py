@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 
+import arriero
+from arriero.accuracy import check
+from arriero.calibration import calibrate_model
+from arriero.calibration.presets import parse_recipe
+from arriero.engine import build_bundle
 from arriero.errors import ArrieroError
+from arriero.export import export_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +92,26 @@ def edited(path: Path, **changes: Any) -> Path:
     content.update(changes)
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}), "utf-8")
     return path.parent
+
+
+def runs(folder: Path, **options: Any) -> bool:
+    return arriero.load(folder, max_seq=32, **options).generate([5, 6, 7], max_new_tokens=2).finish != ""
+
+
+def exported(place: Place, checkpoint: Path | None = None, **options: Any) -> Path:
+    return export_checkpoint(checkpoint or place.small, place.new("model"), **options)
+
+
+def calibrated(place: Place, model: Path | None = None, out: Path | None = None, **options: Any) -> Path:
+    options = {"recipe": "int8", "data": [place.text], "samples": 2, "floor": 0, **options}
+    recipe = options.pop("recipe")
+    recipe = parse_recipe(recipe, options.pop("changes", {}), options.pop("override", ()))
+    return calibrate_model(model or exported(place), out or place.new("quantised"), recipe=recipe, **options)
+
+
+def built(place: Place, model: Path | None = None, **options: Any) -> Path:
+    return build_bundle(model or place.model, place.new("bundle"), **options)
+
+
+def checked(place: Place, candidate: Path, against: Path, **options: Any) -> str:
+    return check(candidate, against, **{"data": [place.text], "samples": 1, "window": 32, **options}).outcome
