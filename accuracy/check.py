@@ -19,9 +19,10 @@ from ..spec.geometry import ModelSpec
 from ..spec.types import Progress
 from ..walk.windows import Windows, read_windows
 from .gates import METRICS, Judgement, Outcome, judge, limits_for, overall
-from .golden import Golden, read_golden, record, window_of
+from .golden import read_golden, record, window_of
 from .locate.location import Location
 from .metrics import Comparison, Estimate, compare, estimates
+from .recorded import Golden
 from .sides import open_side, tokenizer_of
 from .sides.side import Side
 
@@ -115,7 +116,7 @@ def check(
         limits: By metric, see `gates.METRICS`; what is left out is as `gates.DEFAULTS` says.
         locate_fault: Whether the layers are walked for the first one that is out of line.
         weights: Folder of the candidate's weight files, where they have moved.
-        reference_weights: Folder of the reference's weight files, where they have moved.
+        reference_weights: The same for the reference.
         threads: Threads of one operator on the CPU.
         progress: Called with the tokens done, and the layers where they are walked.
 
@@ -127,8 +128,7 @@ def check(
         raise AccuracyError(f"limit {min(unknown)!r} is unknown: choose from {', '.join(METRICS)}")
     side = open_side(candidate, None if weights is None else Path(weights), threads)
     limits_given = limits_for("none" if side.recipe is None else side.recipe.format, limits or {})
-    against = Path(reference)
-    if against.is_file():
+    if (against := Path(reference)).is_file():
         golden, other = _recorded(side, against, data is not None, locate_fault), None
     else:
         moved = None if reference_weights is None else Path(reference_weights)

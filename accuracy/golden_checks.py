@@ -3,13 +3,12 @@
 Enters: a `Golden` as it was read. Leaves: nothing, or an error that names the array and what is wrong with it.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from .golden import Golden
+from .recorded import Golden
 
 SLACK = 1e-3
 """Nats that rounding may put a sum of probabilities above 1."""
@@ -29,7 +28,7 @@ DTYPES = {
 """Types of the arrays."""
 
 
-def check_golden(golden: "Golden") -> None:
+def check_golden(golden: Golden) -> None:
     """Checks what a file holds.
 
     Raises:
@@ -51,7 +50,7 @@ def check_golden(golden: "Golden") -> None:
         _check_ids("continued_PC", continued_PC, golden.spec.vocab_size)
 
 
-def _check_logs(golden: "Golden") -> None:
+def _check_logs(golden: Golden) -> None:
     """The log-probabilities: finite, at most 0, in falling order, and in all at most 1."""
     windows, length = golden.ids_WS.shape
     vocabulary = golden.spec.vocab_size
@@ -83,7 +82,7 @@ def _check_logs(golden: "Golden") -> None:
     _check_all("next_logs_WN", golden.next_logs_WN, same_WN, "what top_logs_WNK has for that token")
 
 
-def _check_images(golden: "Golden") -> None:
+def _check_images(golden: Golden) -> None:
     """Images: all of the arrays or none, each token's mark, and the tiles."""
     found = golden.is_image_WS, golden.tiles_W, golden.pixels_N3PP, golden.vision
     if all(each is None for each in found):
@@ -98,7 +97,7 @@ def _check_images(golden: "Golden") -> None:
     _check_all("pixels_N3PP", golden.pixels_N3PP, np.isfinite(golden.pixels_N3PP), "a finite number")
 
 
-def _check_experts(golden: "Golden") -> None:
+def _check_experts(golden: Golden) -> None:
     """The experts of each token: in rising order, each once."""
     if (experts_LWSK := golden.experts_LWSK) is None:
         return

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..spec.types import Progress
-from .golden import Golden, with_experts
+from .golden import with_experts
 from .probabilities import Logs, log_sum, next_of, predicting, rest_of
+from .recorded import Golden
 from .sides.side import Experts, Side, likeliest
 
 DRAWS, LEVEL = 2000, 0.95

@@ -28,7 +28,8 @@ from support.peak import WATCH
 from support.sparse import write_sparse_checkpoint
 
 from arriero.accuracy import check
-from arriero.accuracy.golden import CONTINUED, PROMPTS, decoded_tokens, prompt_length, window_of
+from arriero.accuracy.golden import window_of
+from arriero.accuracy.recorded import CONTINUED, PROMPTS, decoded_tokens, prompt_length
 from arriero.accuracy.sides import open_side
 from arriero.calibration import calibrate_model
 from arriero.export import export_checkpoint

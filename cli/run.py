@@ -61,14 +61,7 @@ def run(
     settings |= {"eos_token_id": [] if ignore_eos else eos_token_id}
     terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
-        if not chat and prompt is None:
-            raise SessionError("there is nothing to say: give --prompt TEXT, --prompt - for stdin, or --chat")
-        if system is not None and not chat:
-            raise SessionError("--system is the first message of a conversation: add --chat")
-        if chat or prompt == "-":
-            check_stdin()  # before the weights are loaded
-        prompt = read_stdin() if prompt == "-" else prompt and as_utf8(prompt)
-        system = system and as_utf8(system)
+        prompt, system = texts_of(prompt, system, chat)
         from ..loading import load
 
         started = time.perf_counter()
@@ -87,8 +80,18 @@ def run(
             waiting = list(image or ())
             Chat(answer=reply, terminal=terminal, as_json=as_json, messages=messages, waiting=waiting).run(prompt)
         else:
-            measured = {"load_seconds": loaded}
-            answer(session, prompt, {**settings, "images": image or ()}, as_json, measured, terminal)
+            answer(session, prompt, {**settings, "images": image or ()}, as_json, {"load_seconds": loaded}, terminal)
+
+
+def texts_of(prompt: str | None, system: str | None, chat: bool) -> tuple[str | None, str | None]:
+    """The prompt, read from stdin where it is there, and the system message, before any weights are loaded."""
+    if not chat and prompt is None:
+        raise SessionError("there is nothing to say: give --prompt TEXT, --prompt - for stdin, or --chat")
+    if system is not None and not chat:
+        raise SessionError("--system is the first message of a conversation: add --chat")
+    if chat or prompt == "-":
+        check_stdin()
+    return read_stdin() if prompt == "-" else prompt and as_utf8(prompt), system and as_utf8(system)
 
 
 def answer(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from arriero.accuracy import check, record_golden
-from arriero.accuracy.golden import beginnings
+from arriero.accuracy.recorded import beginnings
 from arriero.cli.app import app
 from arriero.errors import AccuracyError, DataError
 from arriero.export import export_checkpoint

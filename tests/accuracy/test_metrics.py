@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from arriero.accuracy.gates import judge, overall
-from arriero.accuracy.golden import Golden
 from arriero.accuracy.metrics import FEWEST_WINDOWS, Estimate, divergence_of, estimate
 from arriero.accuracy.probabilities import likeliest_of, log_sum, rest_of
+from arriero.accuracy.recorded import Golden
 from arriero.spec.geometry import LayerSpec, ModelSpec
 
 RNG = np.random.default_rng(0)
