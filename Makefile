@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
 
-.PHONY: help demo test check docs format lock clean
+.PHONY: help demo test check docs format lock wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile | expand -t 16
@@ -33,6 +33,9 @@ lock:  ## requirements.lock anew: the newest versions within pyproject.toml's ra
 	$(PYTHON) -m venv .venv/lock
 	.venv/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv/lock/bin/python .ci/environment.py lock
+
+wheels:  ## what pip resolves for arriero[cpu] on each platform, and its size
+	$(PYTHON) .ci/wheels.py
 
 clean:  ## away with all that make made
 	rm -rf .venv demo build *.egg-info plugins/cpu/*.so

@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import ArrieroError
+    from .errors import ArrieroError, ArrieroWarning
     from .loading import load
 
-__all__ = ["ArrieroError", "__version__", "load"]
+__all__ = ["ArrieroError", "ArrieroWarning", "__version__", "load"]
 __version__ = "0.1.0"
 
-NAMES = {"ArrieroError": "errors", "load": "loading"}
+NAMES = {"ArrieroError": "errors", "ArrieroWarning": "errors", "load": "loading"}
 ROOMS = ("accuracy", "calibration", "engine", "export", "files", "measuring", "plugins", "runtime", "spec", "walk")
 
 

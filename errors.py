@@ -1,11 +1,19 @@
 """The errors a person can do something about: what was wrong, the value found, the remedy, in one line.
 
-One class a stage, all under `ArrieroError`, which the command line prints without a traceback and exits with 2.
+One class a stage, all under `ArrieroError`, which the command line prints without a traceback and exits with 2. What an
+error quotes of its input is `shortened`.
 """
+
+from reprlib import Repr
+from typing import Any
 
 
 class ArrieroError(Exception):
     """Something outside the program is not as it must be; the message says what, what was found, and the remedy."""
+
+
+class ArrieroWarning(UserWarning):
+    """Something that a folder asks for is not done; the message says what, in one line."""
 
 
 class CheckpointError(ArrieroError):
@@ -38,3 +46,29 @@ class AccuracyError(ArrieroError):
 
 class SessionError(ArrieroError):
     """A running session was asked for something it cannot do."""
+
+
+def _quoting() -> Repr:
+    """Writes values of any size as Python does, in bounded time."""
+    quote = Repr()
+    quote.maxstring = quote.maxother = 300
+    quote.maxlong, quote.maxlevel = 60, 3
+    return quote
+
+
+_quote = _quoting()
+
+
+def shortened(value: Any, most: int = 60) -> str:
+    """A value for an error's line, as Python writes it, in `most` characters and an ellipsis at most."""
+    try:
+        text = " ".join(line.strip() for line in _quote.repr(value).splitlines())
+    except ValueError:  # a number of more digits than Python writes
+        text = f"<{type(value).__name__} instance>"
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def shortened_text(text: str, most: int = 300) -> str:
+    """Another's words for an error's line, in one line of `most` characters and an ellipsis at most."""
+    line = " ".join(text[: 4 * most].split())
+    return line if len(line) <= most else f"{line[:most]}…"

@@ -3,11 +3,14 @@
 The rooms are imported when they are needed, so that importing `arriero` is instant.
 """
 
+import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import FolderError, SessionError
+from .errors import ArrieroWarning, FolderError, SessionError
 from .files.folders import check_whole, find_files, read_spec
+from .files.unheeded import unheeded
 from .spec.built_engine import EngineSpec
 from .spec.folder import FolderSpec, VisionPart
 from .spec.stored_weights import Weight
@@ -41,20 +44,30 @@ def load(
 
     Raises:
         ArrieroError: The folder is damaged or incomplete, its weights are missing, or a setting is out of range.
+
+    Warns:
+        ArrieroWarning: A file asks for something that is not done, as beams.
     """
+    from .runtime.checks import whole
+    from .runtime.defaults import read_defaults
     from .runtime.session import Session
     from .runtime.state import Limits
-    from .runtime.text import Text, read_defaults
+    from .runtime.text import Text
 
+    prefix_bytes = whole("prefix_bytes", prefix_bytes)
+    max_seq, max_batch, threads = (
+        None if value is None else whole(name, value, "a whole number from 1 up", least=-sys.maxsize)  # bounded below
+        for name, value in (("max_seq", max_seq), ("max_batch", max_batch), ("threads", threads))
+    )
     path = Path(folder)
     spec = read_spec(path)
     check_whole(path, spec)
     if spec.engine is not None:
         max_seq, max_batch = _engine_limits(spec.engine, max_seq, max_batch)
-    if prefix_bytes < 0:
-        raise SessionError(f"prefix_bytes is {prefix_bytes}, expected a whole number from 0 up")
     limits = Limits.of(spec.model, max_seq, max_batch)
-    text, defaults = Text(path), read_defaults(path)  # small, and checked before weights are loaded
+    text, defaults = Text(path), read_defaults(path, spec.model.vocab_size)  # small: checked before weights are loaded
+    for line in unheeded(path):
+        warnings.warn(line, ArrieroWarning, stacklevel=2)
     files = find_files(path, spec.weight_files, None if weights is None else Path(weights))
     decoder = _open_decoder(path, spec, files, threads)
     tower = None if spec.vision is None else open_tower(path, spec, spec.vision, files, threads)

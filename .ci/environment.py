@@ -24,8 +24,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "requirements.lock"
-PARTS = {"demo": ("accuracy", "calibration", "tensorrt"), "test": ("test", "docs")}
+PARTS = {"demo": ("cpu", "accuracy", "calibration", "tensorrt"), "test": ("test", "docs")}
 """The extras of each part. A package stands in the first part that needs it: the parts are installed in this order."""
+
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+"""Packages that own the same module, so that one must go before the other comes."""
 
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 ABOUT = """\
@@ -86,6 +89,14 @@ def install_torch(block: str) -> None:
         pip("install", "--no-deps", "--no-compile", *here, requirements=block)
 
 
+def remove_other_runtime(chosen: dict[str, str]) -> None:
+    """Removes ONNX Runtime where another package of it than the lock's is installed, by an earlier lock perhaps."""
+    wanted = {name for name in RUNTIMES if name in chosen}
+    here = {each.metadata["Name"] for each in metadata.distributions()} & set(RUNTIMES)
+    if wanted and here - wanted:
+        pip("uninstall", "--yes", *sorted(here))
+
+
 def install(names: list[str]) -> None:
     """Installs parts of the lock; modules are compiled when they are first imported, since most never are."""
     lock = parts()
@@ -96,6 +107,7 @@ def install(names: list[str]) -> None:
         asked_for = {re.split(r"[^\w.-]", text)[0] for text in metadata.requires("torch") or []}
         if asked_for & set(lock["cuda"]):
             chosen |= lock["cuda"]
+    remove_other_runtime(chosen)
     from_source = ("--use-pep517", "--no-build-isolation")  # the few that bring no wheel, by the locked setuptools
     pip("install", "--no-deps", "--no-compile", *from_source, requirements="".join(chosen.values()))
 

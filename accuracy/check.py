@@ -131,7 +131,8 @@ def check(
     if against.is_file():
         golden, other = _recorded(side, against, data is not None, locate_fault), None
     else:
-        other = open_side(against, None if reference_weights is None else Path(reference_weights), threads)
+        moved = None if reference_weights is None else Path(reference_weights)
+        other = open_side(against, moved, threads, option="--against-weights")
         _check_alike(side, other.spec, tokenizer_of(against), against)
         golden = record(other, _windows(other, data, samples, window), progress)
     _check_towers(side, golden, against)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError
+from ..files.output import reason
 from ..files.safetensors import encode_header, open_shard
 from ..spec.fields import decode
 from ..spec.geometry import ModelSpec, VisionSpec
@@ -248,10 +249,16 @@ def check_replaceable(path: Path, force: bool) -> None:
     Raises:
         AccuracyError: Something else is there.
     """
-    if path.exists() and not force:
+    if not os.path.lexists(path):
+        return
+    try:
+        is_golden = "golden" in open_shard(path).metadata  # of any version, or damaged: the new one takes its place
+    except CheckpointError:
+        is_golden = False
+    if not is_golden:
+        raise AccuracyError(f"{path} exists and is no golden file: it is not replaced, choose another output")
+    if not force:
         raise AccuracyError(f"{path} exists: choose another output, or --force to replace it")
-    if path.exists():
-        read_golden(path)
 
 
 def write_golden(golden: Golden, path: Path) -> None:
@@ -288,7 +295,9 @@ def write_golden(golden: Golden, path: Path) -> None:
                 os.fsync(file.fileno())
             temporary.replace(path)
     except OSError as error:
-        raise AccuracyError(f"{path}: cannot be written ({error.strerror}): choose another output") from error
+        raise AccuracyError(
+            f"{path}: cannot be written ({reason(error, path.parent)}): choose another output"
+        ) from error
 
 
 def read_golden(path: Path) -> Golden:

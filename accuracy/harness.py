@@ -27,9 +27,9 @@ from tqdm import tqdm
 from ..errors import ArrieroError, SessionError
 from ..files.folders import read_spec
 from ..loading import load
+from ..runtime.chat.messages import Message
 from ..runtime.session import Session
 from ..runtime.state import State
-from ..runtime.text import Message
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """Key of the answer in a cache, the context's tokens, and the continuation's."""
@@ -126,14 +126,14 @@ class FolderModel(TemplateLM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """A conversation as a prompt, up to where the assistant begins, or within its last message."""
-        open_last = not add_generation_prompt
+        opens = not add_generation_prompt
         try:
-            return self.text.render_chat(chat_history, open_last=open_last)
+            return self.text.render_chat(chat_history, continue_final_message=opens)
         except SessionError:
             without_system = [message for message in chat_history if message["role"] != "system"]
             if len(without_system) == len(chat_history):
                 raise
-            return self.text.render_chat(without_system, open_last=open_last)
+            return self.text.render_chat(without_system, continue_final_message=opens)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; a text that has BOS written at its start gets no second one."""

@@ -145,8 +145,8 @@ class LayerQuantiser:
             saw = self.expert_tokens[starved[0]]
             raise CalibrationError(
                 f"layer {self.index}: expert {starved[0]} saw {saw} tokens, fewer than {self.coverage.floor}"
-                f" ({len(starved)} of {self.spec.experts} experts did): give more text, or --all-experts, which "
-                "measures every expert over every token"
+                f" ({len(starved)} of {self.spec.experts} experts did): give more --data or --samples, "
+                "a lower --floor, or --all-experts, which measures every expert over every token"
             )
 
     def _expert_readers(self) -> list[Reader]:

@@ -10,7 +10,6 @@ attention and its feed-forward, and `progress.json`, which is replaced when a la
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from ..export.llama4 import rms_norm
+from ..files.disks import take_room
 from ..plugins.finite import all_finite
 from ..spec.choice import choose, units
 from ..spec.geometry import VISION, ModelSpec, VisionSpec
@@ -217,8 +217,7 @@ class Work:
         path = self.scratch / f"{name}.f32"
         size = int(np.prod(shape)) * 4
         if not path.exists() or path.stat().st_size != size:
-            with path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, not a fault when it is used
+            take_room(path, size)
         return np.memmap(path, np.float32, "r+", shape=shape)
 
     def _write_rest(self) -> list[Record]:

@@ -4,6 +4,7 @@ Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 reg
 interrupted.
 """
 
+import sys
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ from .export import export
 from .golden import golden
 from .inspect import inspect
 from .run import run
+from .streams import end_of_output, open_streams
 
 VERBS = (export, calibrate, build, inspect, run, bench, check, golden)
 """In the order of the help page."""
@@ -49,4 +51,12 @@ def root(
 
 def main() -> None:
     """Runs the `arriero` command."""
-    app(prog_name="arriero")  # with `python -m arriero` as well
+    open_streams()
+    try:
+        app(prog_name="arriero")  # with `python -m arriero` as well
+    except SystemExit as end:
+        code = end.code
+        if (message := end_of_output()) is not None:
+            print(f"arriero: {message}", file=sys.stderr)
+            code = code or 2
+        sys.exit(code)

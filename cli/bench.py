@@ -1,8 +1,7 @@
 """`arriero bench`: a folder timed."""
 
-import json
-
 from . import options
+from .streams import show_json
 from .terminal import Terminal
 
 
@@ -42,7 +41,7 @@ def bench(
             write_measured(found, output, force=force)
     with terminal.errors_shown():
         if as_json:
-            print(json.dumps(found))
+            show_json(found)
         else:
             from .tables import show_measured
 

@@ -1,12 +1,12 @@
 """`arriero check`: a candidate held against a reference."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from . import options
+from .streams import show_json
 from .terminal import Terminal
 
 EXIT_CODES = {"pass": 0, "regressed": 1, "undecided": 2}
@@ -72,7 +72,7 @@ def check(
 def show(found: dict[str, Any], report: Path | None, as_json: bool) -> None:
     """Prints a verdict on stdout, as JSON or as a table."""
     if as_json:
-        print(json.dumps(found))
+        show_json(found)
     else:
         from .tables import show_verdict
 

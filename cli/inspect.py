@@ -1,8 +1,7 @@
 """`arriero inspect`: a folder's contents in numbers."""
 
-import json
-
 from . import options
+from .streams import show_json
 from .terminal import Terminal
 
 
@@ -17,7 +16,7 @@ def inspect(
     debug: options.Debug = False,
 ) -> None:
     """Show what a folder is: geometry, KV cache, the memory it will take, and an engine's profiles and fused layers."""
-    terminal = Terminal(quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
         from ..files.folders import read_spec
         from ..measuring.summary import summarise
@@ -27,6 +26,6 @@ def inspect(
         for file in read_spec(folder).weight_files:
             terminal.detail(f"{file.path or folder / file.name} ({size(file.size)})")
         if as_json:
-            print(json.dumps(found))
+            show_json(found)
         else:
             show_summary(found)

@@ -113,14 +113,28 @@ Chat = Annotated[
     bool, typer.Option("--chat", help="Hold a conversation, one line a turn; /image FILE adds an image to the next.")
 ]
 System = Annotated[str | None, typer.Option(help="System message of the conversation.")]
-MaxNewTokens = Annotated[int, typer.Option(help="New tokens at most.")]
-Temperature = Annotated[
-    float | None, typer.Option(help="0 is greedy. As the next four: default from the generation config.")
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="New tokens at most.", show_default="the generation config's, else 512")
 ]
-TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy. As the next eight: default from the generation config.")
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all; 50 where nothing is said.")
+]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest that make up this probability.")]
 MinP = Annotated[float | None, typer.Option(help="Keep those with this share of the likeliest's.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="-2 to 2: above 0 discourages new tokens, the more often they occurred.")
+]
+PresencePenalty = Annotated[float | None, typer.Option(help="-2 to 2: above 0 discourages new tokens that occurred.")]
+NoRepeatNgramSize = Annotated[int | None, typer.Option(help="No sequence of this many tokens comes twice; 0: any may.")]
+MinNewTokens = Annotated[int | None, typer.Option(help="New tokens before one may end it.")]
+TopLogprobs = Annotated[
+    int | None,
+    typer.Option(help="With --json: log-probabilities of the new tokens and of this many likeliest, 20 at most."),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the random draws.")]
 PromptLookup = Annotated[
     int,

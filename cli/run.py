@@ -1,14 +1,14 @@
 """`arriero run`: a model's words on stdout, streamed, in a conversation, or as JSON."""
 
-import json
-import sys
+import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SessionError
 from . import options
+from .chat import Chat
+from .streams import as_utf8, check_stdin, is_read, read_stdin, show_json
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 CHAT_BYTES = 1 << 30
 """Keys and values of a conversation's earlier turns that are kept at most."""
 
-IMAGE_LINE = "/image "
-"""Beginning of a conversation's line that names an image for the next."""
+MAX_NEW_TOKENS = 512
+"""New tokens at most where neither the user nor the generation config says."""
 
 
 def run(
@@ -27,17 +27,22 @@ def run(
     image: options.Image = None,
     chat: options.Chat = False,
     system: options.System = None,
-    max_new_tokens: options.MaxNewTokens = 512,
+    max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    no_repeat_ngram_size: options.NoRepeatNgramSize = None,
+    min_new_tokens: options.MinNewTokens = None,
     seed: options.Seed = None,
     prompt_lookup: options.PromptLookup = 0,
     stop_string: options.StopString = None,
     eos_token_id: options.EosTokenId = None,
     ignore_eos: options.IgnoreEos = False,
+    top_logprobs: options.TopLogprobs = None,
     max_seq: options.MaxSeq = None,
     threads: options.Threads = None,
     weights: options.Moved = None,
@@ -49,24 +54,38 @@ def run(
     """Run a model: stream the continuation of a prompt, say what is in an image, or chat."""
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
     settings |= {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
-    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string or ()}
+    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string}
+    settings |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
+    settings |= {"no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens}
+    settings |= {"logprobs": top_logprobs is not None, "top_logprobs": top_logprobs}
     settings |= {"eos_token_id": [] if ignore_eos else eos_token_id}
-    terminal = Terminal(quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
         if not chat and prompt is None:
             raise SessionError("there is nothing to say: give --prompt TEXT, --prompt - for stdin, or --chat")
         if system is not None and not chat:
             raise SessionError("--system is the first message of a conversation: add --chat")
+        if chat or prompt == "-":
+            check_stdin()  # before the weights are loaded
+        prompt = read_stdin() if prompt == "-" else prompt and as_utf8(prompt)
+        system = system and as_utf8(system)
         from ..loading import load
 
         started = time.perf_counter()
         kept = CHAT_BYTES if chat else 0
         session = load(folder, max_seq=max_seq, threads=threads, weights=weights, prefix_bytes=kept)
         loaded = time.perf_counter() - started
+        if max_new_tokens is None and not session.defaults.limits_length:
+            settings["max_new_tokens"] = MAX_NEW_TOKENS
         terminal.detail(f"[{folder} loaded in {loaded:.2f} s, for sequences of {session.max_seq} tokens]")
-        prompt = sys.stdin.read() if prompt == "-" else prompt
         if chat:
-            converse(session, system, prompt, image or [], settings, as_json, terminal)
+            messages = [] if system is None else [{"role": "system", "content": system}]
+
+            def reply(said: list[dict[str, Any]], is_asked: Callable[[], bool]) -> str:
+                return answer(session, said, settings, as_json, {}, terminal, is_asked)
+
+            waiting = list(image or ())
+            Chat(answer=reply, terminal=terminal, as_json=as_json, messages=messages, waiting=waiting).run(prompt)
         else:
             measured = {"load_seconds": loaded}
             answer(session, prompt, {**settings, "images": image or ()}, as_json, measured, terminal)
@@ -79,8 +98,9 @@ def answer(
     as_json: bool,
     measured: dict[str, float],
     terminal: Terminal,
+    is_ended: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Streams one continuation to stdout, or prints it as JSON. Returns its text."""
+    """Streams one continuation to stdout, or prints it as JSON, until `is_ended` or nobody reads. Returns its text."""
     from ..runtime.continuation import joined
 
     started = time.perf_counter()
@@ -91,12 +111,14 @@ def answer(
         pieces.append(piece)
         if not as_json:
             print(piece.text, end="", flush=True)
+        if is_ended() or not is_read():
+            break
     seconds = time.perf_counter() - started
     whole, count = joined(pieces), len(pieces)
     rate = (count - 1) / (seconds - first) if first and count > 1 else 0.0
     accepted = whole.accepted / whole.drafted if whole.drafted else None
     if as_json:
-        result = {
+        result: dict[str, Any] = {
             "text": whole.text,
             "ids": whole.ids,
             "finish": whole.finish,
@@ -108,9 +130,11 @@ def answer(
             "accepted_tokens": whole.accepted,
             "acceptance_rate": accepted,
         }
-        print(json.dumps(result, ensure_ascii=False))
+        if settings["logprobs"]:
+            result["logprobs"] = [dataclasses.asdict(each) for each in whole.logprobs]
+        show_json(result)
     else:
-        print()
+        print(flush=True)
         if first is not None:
             known = f" ({whole.reused} of the prompt's tokens were known)" if whole.reused else ""
             guessed = (
@@ -118,52 +142,3 @@ def answer(
             )
             terminal.say(f"[{count} tokens, the first after {first:.2f} s{known}, then {rate:.0f} tokens/s{guessed}]")
     return whole.text
-
-
-def converse(
-    session: "Session",
-    system: str | None,
-    first: str | None,
-    images: Sequence[Path],
-    settings: dict[str, Any],
-    as_json: bool,
-    terminal: Terminal,
-) -> None:
-    """Takes a line a turn from stdin and answers in the conversation so far, until stdin ends.
-
-    The images belong to the first turn; a line `/image FILE` adds one to the next. A turn whose image cannot be taken
-    is reported and forgotten.
-    """
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
-    waiting = list(images)
-    for line in turns(first):
-        if line.startswith(IMAGE_LINE):
-            waiting.append(Path(line.removeprefix(IMAGE_LINE).strip()).expanduser())
-            continue
-        parts = [{"type": "image", "path": str(path)} for path in waiting]
-        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": line}] if parts else line})
-        waiting = []
-        try:
-            text = answer(session, messages, settings, as_json, {}, terminal)
-        except SessionError as error:
-            if not parts or not sys.stdin.isatty():
-                raise
-            terminal.show_error(error)
-            messages.pop()
-        else:
-            messages.append({"role": "assistant", "content": text})
-
-
-def turns(first: str | None) -> Iterator[str]:
-    """The user's lines: the one given, then those typed."""
-    if first is not None:
-        yield first
-    interactive = sys.stdin.isatty()
-    while True:
-        if interactive:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()

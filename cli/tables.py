@@ -18,11 +18,13 @@ def show_summary(found: dict[str, Any]) -> None:
     built_for = f" for {found['target']}" if found["target"] else ""
     console.print(f"[bold]{found['kind'].capitalize()}{built_for}[/], from {found['source']}", highlight=False)
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    facts.add_row(
-        "layers",
-        f"{model['layers']}, of them {model['expert_layers']} with {model['experts']} experts "
-        f"(top {model['experts_per_token']}), {model['chunked_layers']} chunked at {model['chunk']} positions",
-    )
+    experts = f"{model['expert_layers']} with {model['experts']} experts (top {model['experts_per_token']})"
+    chunked = f"{model['chunked_layers']} chunked at {model['chunk']} positions"
+    if not model["expert_layers"]:
+        experts = "none with experts"
+    if not model["chunked_layers"]:
+        chunked = "none chunked"
+    facts.add_row("layers", f"{model['layers']}, of them {experts}, {chunked}")
     facts.add_row(
         "sizes",
         f"hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} kv heads of "
@@ -286,7 +288,11 @@ def show_verdict(found: dict[str, Any], report: Path | None) -> None:
         console.print(note, highlight=False)
     if (location := found["location"]) is not None:
         console.print(location_text(location), highlight=False)
-    words = {"pass": "passes", "regressed": "has regressed", "undecided": "cannot be judged: give more --data"}
+    words = {
+        "pass": "passes",
+        "regressed": "has regressed",
+        "undecided": "cannot be judged: give more --data or --samples",
+    }
     outcome = found["outcome"]
     console.print(
         f"[bold {colour[outcome]}]{found['candidate']} {words[outcome]}[/], over {found['tokens']:,} tokens in "

@@ -1,6 +1,7 @@
 """The user's terminal on stderr: errors in one line, messages, and progress, as much of each as the user asks for."""
 
-import json
+import errno
+import re
 import signal
 import sys
 import time
@@ -14,8 +15,10 @@ from typing import Any
 
 import typer
 
-from ..errors import ArrieroError
+from ..errors import ArrieroError, ArrieroWarning
+from ..files.disks import full_disk
 from ..spec.types import Progress
+from .streams import show_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,23 +59,36 @@ class Terminal:
         """Turns errors into one line and exit code 2; the traceback is shown where asked for."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders are removed
         with warnings.catch_warnings():
+            warnings.simplefilter("always", ArrieroWarning)
             if self.quiet:
                 warnings.simplefilter("ignore")
+            warnings.showwarning = self._warner(warnings.showwarning)
             try:
                 yield
             except KeyboardInterrupt:
                 print(file=sys.stderr)
                 raise typer.Exit(130) from None
-            except BrokenPipeError:
-                raise typer.Exit(0) from None
             except Exception as error:
-                if self.debug:
-                    traceback.print_exc()
                 self.show_error(error)
                 raise typer.Exit(2) from None
 
-    def show_error(self, error: Exception) -> None:
-        """Shows an error in one line, --quiet or not."""
+    def _warner(self, usual: Callable[..., None]) -> Callable[..., None]:
+        """Shows our own warnings in a line, each once, and others as usual."""
+        shown: set[str] = set()
+
+        def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, ArrieroWarning):
+                usual(message, category, *where, **more)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                self.say(f"arriero: {' '.join(str(message).split())}")
+
+        return warn
+
+    def show_error(self, error: BaseException) -> None:
+        """Shows an error in one line, --quiet or not; where asked for, its traceback before that."""
+        if self.debug:
+            traceback.print_exception(error)
         print(f"arriero: {one_line(error, self.extra)}", file=sys.stderr)
 
     @contextmanager
@@ -113,7 +129,7 @@ class Terminal:
                 self.detail(f"{file} ({size(count)})")
         total = sum(sizes.values())
         if as_json:
-            print(json.dumps({"folder": str(path), "bytes": total, "seconds": round(seconds, 3), **more}))
+            show_json({"folder": str(path), "bytes": total, "seconds": round(seconds, 3), **more})
         else:
             self.say(f"Wrote {path} ({total / 1e6:.1f} MB) in {seconds:.1f} s")
 
@@ -159,7 +175,7 @@ class Phases:
         self.phase, self.started = phase, now
 
 
-def one_line(error: Exception, extra: str) -> str:
+def one_line(error: BaseException, extra: str) -> str:
     """An error's message in one line, with the remedy for those that are not Arriero's own.
 
     Args:
@@ -167,11 +183,37 @@ def one_line(error: Exception, extra: str) -> str:
         extra: The package's extra that a missing module comes with; empty where none does.
     """
     text = " ".join(str(error).split())
+    if is_lack_of_memory(error):
+        return (
+            f"there is not enough memory{f' ({text[:200]})' if text else ''}: end other programs, ask for less with "
+            "--max-seq or a smaller batch, or raise this process's limit (ulimit -v, the container's)"
+        )
     if isinstance(error, ArrieroError):
         return text
     if isinstance(error, ModuleNotFoundError):
         package = f"arriero[{extra}]" if extra else "arriero"
         return f"{text}: this verb needs it, pip install '{package}'"
-    if isinstance(error, UnicodeDecodeError):
+    if isinstance(error, UnicodeDecodeError | UnicodeEncodeError):
         return "the input is not UTF-8 text: convert it first"
-    return f"internal error, {type(error).__name__}: {text} (--debug shows where)"
+    if (full := full_disk(error)) is not None:
+        return full
+    return f"internal error, {type(error).__name__}: {text[:300]} (--debug shows where)"
+
+
+LACK_OF_MEMORY = re.compile(
+    r"bad_alloc|bad allocation|Failed to allocate memory|can't allocate memory|Cannot allocate memory"
+    r"|failed to map segment|can't start new thread|Unable to allocate"
+)
+"""Words of libraries that had too little memory, and have no error of their own for it."""
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, is that of too little memory."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno == errno.ENOMEM):
+            return True
+        if not isinstance(seen, ModuleNotFoundError | FileNotFoundError) and LACK_OF_MEMORY.search(str(seen)):
+            return True
+        seen = seen.__cause__
+    return False

@@ -40,7 +40,7 @@ def build_bundle(
         model: The model folder.
         out: The bundle folder to write.
         target: The target: `cpu`, `tensorrt-rtx:smNN[,smNN…]`, or `tensorrt` for the GPU at hand.
-        options: Sizes and choices of the engine; not for `cpu`, whose graph takes any shape.
+        options: Sizes and choices of the engine; for `cpu`, whose graph takes any shape, `weights_from` alone.
         kv_cache: Type of keys and values on the CPU, each 32 of a token's rounded by a scale of their own, so that
             nothing needs to be calibrated; None keeps them as the model has them. For `cpu` only.
         force: Whether an existing bundle at `out` is replaced.
@@ -54,7 +54,8 @@ def build_bundle(
         FolderError: `model` is no model folder, or `out` exists or cannot be written.
     """
     source, bundle, parsed = Path(model), Path(out), parse_target(target)
-    if parsed.flavour == "cpu" and options not in (None, Options()):
+    options = options or Options()
+    if parsed.flavour == "cpu" and options != Options(weights_from=options.weights_from):
         raise BuildError("the cpu target's graph takes any batch and length: leave the engine's options out")
     if kv_cache not in (None, "int8", "int4"):
         raise BuildError(f"kv_cache is {kv_cache!r}, expected int8 or int4")
@@ -67,7 +68,7 @@ def build_bundle(
     check_apart(source, bundle)
     check_free(bundle, force=force)
     with new_folder(bundle, force=force) as folder:
-        built = _build(source, spec, parsed, options or Options(), folder, progress)
+        built = _build(source, spec, parsed, options, folder, progress)
         carry_files(source, folder)
         tower = () if built.vision is None else built.vision.weights
         used = {weight.file for weight in (*built.weights, *tower)}
@@ -78,7 +79,7 @@ def build_bundle(
             version=__version__,
             source=str(source.absolute()),
             source_hashes={spec.graph: hashlib.sha256((source / spec.graph).read_bytes()).hexdigest()},
-            weight_files=tuple(_place(file, source, folder) for file in files),
+            weight_files=tuple(_place(file, source, folder, options.weights_from) for file in files),
         )
         (folder / SPEC).write_text(record.to_json(), "utf-8")
     return bundle
@@ -97,17 +98,18 @@ def _build(
             (folder / vision.graph).write_bytes(tower.graph)
             vision = dataclasses.replace(vision, weights=tower.weights, session=tower.session)
         built = dataclasses.replace(spec, target="cpu", weights=lowered.weights, session=lowered.session, vision=vision)
-        return _with_packed(source, built, folder)
+        return _with_packed(source, built, folder, options.weights_from)
     return build_tensorrt(source, spec, target, options, folder, progress)
 
 
-def _with_packed(source: Path, spec: FolderSpec, folder: Path) -> FolderSpec:
+def _with_packed(source: Path, spec: FolderSpec, folder: Path, moved: Path | None) -> FolderSpec:
     """Writes the weights in panels, where there are any. Returns the spec with the new places."""
     vision = spec.vision
     weights = (*spec.weights, *(() if vision is None else vision.weights))
     if not any(weight.layout != "rows" for weight in weights):
         return spec
-    placed, file = write_packed(weights, find_files(source, spec.weight_files, None), folder)
+    files = find_files(source, spec.weight_files, moved, option="--weights-from")
+    placed, file = write_packed(weights, files, folder)
     if vision is not None:
         vision = dataclasses.replace(vision, weights=tuple(placed[weight.name] for weight in vision.weights))
     return dataclasses.replace(
@@ -115,12 +117,13 @@ def _with_packed(source: Path, spec: FolderSpec, folder: Path) -> FolderSpec:
     )
 
 
-def _place(file: WeightFile, source: Path, folder: Path) -> WeightFile:
+def _place(file: WeightFile, source: Path, folder: Path, moved: Path | None) -> WeightFile:
     """Weights of a self-contained model go into the bundle, as hard links where the file system has them."""
     if file.path or (folder / file.name).exists():
         return file
+    path = find_files(source, [file], moved, option="--weights-from")[file.name]
     try:
-        os.link((source / file.name).resolve(), folder / file.name)  # not a link into a hub's cache, but its file
+        os.link(path.resolve(), folder / file.name)  # not a link into a hub's cache, but its file
     except OSError:
-        copy_sparse(source / file.name, folder / file.name)
+        copy_sparse(path, folder / file.name)
     return file

@@ -79,4 +79,5 @@ def _written(weights: Iterable[Weight], files: Mapping[str, Path]) -> Iterator[n
             yield data
         else:
             yield lay_out(data if weight.offset % max(1, BITS[weight.dtype] // 8) == 0 else data.copy(), weight)
-        maps[weight.file].madvise(mmap.MADV_DONTNEED)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            maps[weight.file].madvise(mmap.MADV_DONTNEED)

@@ -2,17 +2,35 @@
 
 Enters: the parsed JSON of a text-only (`llama4_text`) or multimodal (`llama4`) checkpoint, in the field names of
 `transformers` 4 and 5. Leaves: a `ModelSpec`, and a `VisionSpec` of a multimodal one, whose every number has been
-checked.
+checked. Where a quantity may stand in several places, `transformers` 5 says which is taken:
+
+| quantity | first | then | else |
+|---|---|---|---|
+| type of the weights | `dtype` | `torch_dtype` | the stored type, then a multimodal checkpoint's `text_config` |
+| quantisation | `quantization_config` | the same in `text_config` | none |
+| embedding and head tied | `tie_word_embeddings` of the text decoder | | no |
+| image token | `image_token_id` | `image_token_index` | 200092 |
+| everything else | the text decoder's own | | its default |
+
+The text decoder of a multimodal checkpoint is its `text_config` alone: fields of the same names beside it say nothing
+about it. `config_rope` and `config_layers` have the precedence of theirs, `files.unheeded` that of generation.
+Null is a value: it does not fall through to a default.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
-from ..errors import CheckpointError
-from ..spec.geometry import LayerSpec, ModelSpec, RopeScaling, VisionSpec
+from ..errors import CheckpointError, shortened
+from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.types import FLOATS, DType
+from .config_fields import Fields, is_whole
+from .config_layers import read_layers
+from .config_rope import refuse_outside, text_rope, vision_theta
 
-MOST_LAYERS = 1000
-"""A configuration with more is damaged."""
+UNUSED = ("per_layer_config", "fusion_config", "kv_sharing_modes", "transformers_weights")
+"""Fields with which `transformers` would build another model than Llama 4."""
+
+ACTIVATIONS = ("silu", "swish")
+"""Two names of one function."""
 
 VISION_FIXED = {
     "hidden_act": "gelu",
@@ -30,53 +48,49 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: The configuration is of another architecture.
     """
     kind = config.get("model_type")
+    nested = config.get("text_config")
     if kind == "llama4":
-        nested = config.get("text_config")
         if not isinstance(nested, dict):
-            raise CheckpointError(f"config.json: text_config is {nested!r}, expected an object: restore the file")
-        shared = {name: config[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in config}
-        return {**shared, **nested}
+            raise CheckpointError(
+                f"config.json: text_config is {shortened(nested)}, expected an object: restore the file"
+            )
+        return {**nested, "quantization_config": config.get("quantization_config") or nested.get("quantization_config")}
     if kind == "llama4_text":
+        if nested is not None:
+            raise CheckpointError(
+                "config.json: text_config is given, but model_type is 'llama4_text': restore the file"
+            )
         return config
-    raise CheckpointError(f"config.json: model_type is {kind!r}; Arriero takes 'llama4' and 'llama4_text' checkpoints")
+    raise CheckpointError(
+        f"config.json: model_type is {shortened(kind)}; Arriero takes 'llama4' and 'llama4_text' checkpoints"
+    )
 
 
-def model_spec(config: dict[str, Any], stored_dtype: DType = "bfloat16") -> ModelSpec:
+def model_spec(config: dict[str, Any], stored_dtype: DType | None = None) -> ModelSpec:
     """Reads the geometry.
 
     Args:
         config: The parsed `config.json`.
-        stored_dtype: Type of the weights, for a configuration that names none.
+        stored_dtype: Type of the weights, for a configuration that names none; None where they are of several.
 
     Raises:
         CheckpointError: Another architecture, a missing field, or a field out of range.
     """
     fields = Fields(text_config(config))
-    layers = _layers(fields)
-    heads = fields.count("num_attention_heads")
-    kv_heads = fields.count("num_key_value_heads", heads if "num_key_value_heads" in fields.values else 8)
-    hidden_size = fields.count("hidden_size")
-    head_dim = fields.count("head_dim", hidden_size // heads if "head_dim" in fields.values else 128)
-    experts = fields.count("num_local_experts", 16)
-    experts_per_token = fields.count("num_experts_per_tok", 1)
-    if heads % kv_heads:
-        fields.refuse("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    if head_dim % 2:
-        fields.refuse("head_dim", "even, since RoPE rotates pairs")
-    if experts_per_token > experts:
-        fields.refuse("num_experts_per_tok", f"at most num_local_experts ({experts})")
-    if fields.get("hidden_act", "silu") != "silu":
-        fields.refuse("hidden_act", "'silu', as in every Llama 4")
-    if fields.get("attention_bias", False):
-        fields.refuse("attention_bias", "false, as in every Llama 4")
-    dtype = str(fields.get("dtype") or fields.get("torch_dtype") or stored_dtype).removeprefix("torch.")
-    if dtype not in FLOATS:
-        fields.refuse("dtype" if "dtype" in fields.values else "torch_dtype", " or ".join(FLOATS))
-    rope_theta, rope_scaling = _rope(fields)
-    tuned = fields.flag("attn_temperature_tuning", True)
+    if fields.values is not config:
+        refuse_outside(Fields(config))
+    _refuse_variants(fields)
+    layers = read_layers(fields)
+    heads, kv_heads, head_dim = _heads(fields)
+    experts, experts_per_token = _experts(fields, routed=any(layer.experts for layer in layers))
+    max_positions = fields.count("max_position_embeddings", 131072)
+    rope_theta, rope_scaling = text_rope(fields, max_positions)
+    vocab_size = fields.count("vocab_size")
+    _check_tokens(fields, vocab_size)
+    temperature_scale = fields.not_negative("attn_scale", 0.1)
     return ModelSpec(
-        vocab_size=fields.count("vocab_size"),
-        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        hidden_size=fields.count("hidden_size"),
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
@@ -89,11 +103,11 @@ def model_spec(config: dict[str, Any], stored_dtype: DType = "bfloat16") -> Mode
         qk_norm=fields.flag("use_qk_norm", True),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        max_positions=fields.count("max_position_embeddings", 131072),
-        temperature_scale=fields.positive("attn_scale", 0.1) if tuned else 0.0,
-        temperature_floor=fields.positive("floor_scale", 8192),
+        max_positions=max_positions,
+        temperature_scale=temperature_scale if _is_tuned(fields) else 0.0,
+        temperature_floor=float(fields.count("floor_scale", 8192)),
         tied_embeddings=fields.flag("tie_word_embeddings", False),
-        dtype=dtype,
+        dtype=_dtype(config, stored_dtype),
     )
 
 
@@ -105,14 +119,17 @@ def vision_spec(config: dict[str, Any]) -> VisionSpec:
     """
     nested = config.get("vision_config")
     if not isinstance(nested, dict):
-        raise CheckpointError(f"config.json: vision_config is {nested!r}, expected an object: restore the file")
+        raise CheckpointError(
+            f"config.json: vision_config is {shortened(nested)}, expected an object: restore the file"
+        )
     fields = Fields(nested, "vision_config.")
     hidden_size, heads = fields.count("hidden_size", 768), fields.count("num_attention_heads", 16)
     image_size, patch_size = fields.side("image_size", 448), fields.side("patch_size", 14)
     if hidden_size % (4 * heads):
         fields.refuse("hidden_size", f"{heads} heads of a multiple of 4, since RoPE rotates pairs by column and by row")
-    grid, shuffle = image_size // patch_size, round(1 / fields.positive("pixel_shuffle_ratio", 0.5))
-    if fields.positive("pixel_shuffle_ratio", 0.5) * shuffle != 1 or grid % shuffle or not grid:
+    grid, ratio = image_size // patch_size, fields.positive("pixel_shuffle_ratio", 0.5)
+    shuffle = round(1 / max(ratio, 1e-9))
+    if ratio * shuffle != 1 or grid % shuffle or not grid:
         fields.refuse("pixel_shuffle_ratio", f"one over a divisor of the {grid} patches of a side")
     mlp_size, adapter_size = fields.count("intermediate_size", 5632), fields.count("projector_input_dim", 4096)
     if mlp_size != hidden_size * shuffle**2:
@@ -123,11 +140,6 @@ def vision_spec(config: dict[str, Any]) -> VisionSpec:
     for name, fixed in VISION_FIXED.items():
         if fields.get(name, fixed) != fixed:
             fields.refuse(name, f"{fixed!r}, as in every Llama 4")
-    whole = Fields(config)
-    token = "image_token_id" if "image_token_id" in config else "image_token_index"
-    image_token, vocab_size = whole.count(token, 200092), Fields(text_config(config)).count("vocab_size")
-    if image_token >= vocab_size:
-        whole.refuse(token, f"a token of the vocabulary of {vocab_size}")
     return VisionSpec(
         hidden_size=hidden_size,
         layers=fields.count("num_hidden_layers", 34),
@@ -137,113 +149,93 @@ def vision_spec(config: dict[str, Any]) -> VisionSpec:
         patch_size=patch_size,
         shuffle=shuffle,
         adapter_size=adapter_size,
-        rope_theta=_rope_parameters(fields, 10000.0)[1].positive("rope_theta"),
-        image_token=image_token,
+        rope_theta=vision_theta(fields),
+        image_token=_image_token(config),
     )
 
 
-class Fields:
-    """The values of a configuration, read with their ranges.
+def _image_token(config: dict[str, Any]) -> int:
+    """The token that stands for an image's features: by its newer name, where it has both."""
+    fields = Fields(config)
+    name = "image_token_id" if "image_token_id" in config else "image_token_index"
+    fields.count("image_token_index", 200092, least=0)
+    token, vocab_size = fields.count(name, 200092, least=0), Fields(text_config(config)).count("vocab_size")
+    if token >= vocab_size:
+        fields.refuse(name, f"a token of the vocabulary of {vocab_size}")
+    return token
 
-    Args:
-        values: By name.
-        place: Put before a name in errors.
+
+def _refuse_variants(fields: Fields) -> None:
+    """Refuses what no Llama 4 does.
+
+    Raises:
+        CheckpointError: A field asks for it.
     """
-
-    def __init__(self, values: dict[str, Any], place: str = "") -> None:
-        self.values, self.place = values, place
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value as it stands."""
-        return self.values.get(name, default)
-
-    def count(self, name: str, default: int | None = None) -> int:
-        """A whole number from 1 up."""
-        value = self.values.get(name, default)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.refuse(name, "a whole number from 1 up")
-        return value
-
-    def side(self, name: str, default: int) -> int:
-        """A square's side, which may be written as height and width."""
-        value = self.values.get(name)
-        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
-            return Fields({name: value[0]}, self.place).count(name)
-        return self.count(name, default)
-
-    def positive(self, name: str, default: float | None = None) -> float:
-        """A number above 0."""
-        value = self.values.get(name, default)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-            self.refuse(name, "a number above 0")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        """True or false; older files write numbers."""
-        value = self.values.get(name, default)
-        if not isinstance(value, bool | int):
-            self.refuse(name, "true or false")
-        return bool(value)
-
-    def choices(self, name: str, valid: tuple[Any, ...], count: int) -> list[Any]:
-        """A list with a valid entry for each layer, or an empty one where the field is left out."""
-        values = self.values.get(name) or []
-        if not isinstance(values, list) or any(value not in valid for value in values) or 0 < len(values) < count:
-            self.refuse(name, f"a list with one of {', '.join(map(str, valid))} for each of the {count} layers")
-        return values[:count]
-
-    def refuse(self, name: str, expected: str) -> NoReturn:
-        """Raises the error for a value out of range."""
-        found = repr(self.values[name]) if name in self.values else "missing"
-        raise CheckpointError(f"config.json: {self.place}{name} is {found}, expected {expected}")
+    fields.one_of("hidden_act", "silu", ACTIVATIONS, "'silu', as in every Llama 4")
+    if fields.flag("attention_bias", False):
+        fields.refuse("attention_bias", "false, as in every Llama 4")
+    if not fields.flag("is_causal", True):
+        fields.refuse("is_causal", "true, as in every Llama 4")
+    for name in UNUSED:
+        if fields.get(name) not in (None, {}, []):
+            fields.refuse(name, "nothing, as in every Llama 4")
 
 
-def _layers(fields: Fields) -> tuple[LayerSpec, ...]:
-    """Which layers rotate, chunk and route; the rules fill in what a configuration leaves out."""
-    count = fields.count("num_hidden_layers")
-    if count > MOST_LAYERS:
-        fields.refuse("num_hidden_layers", f"at most {MOST_LAYERS}")
-    interval = fields.count("no_rope_layer_interval", 4)
-    step = fields.count("interleave_moe_layer_step", 1)
-    ropes = fields.choices("no_rope_layers", (0, 1), count)
-    ropes = ropes or [int((index + 1) % interval != 0) for index in range(count)]
-    kinds = fields.choices("layer_types", ("chunked_attention", "full_attention"), count)
-    kinds = kinds or ["chunked_attention" if rope else "full_attention" for rope in ropes]
-    routed = fields.get("moe_layers")
-    if routed is None:
-        routed = range(step - 1, count, step)
-    elif not isinstance(routed, list) or any(type(index) is not int or not 0 <= index < count for index in routed):
-        fields.refuse("moe_layers", f"a list of layer numbers below {count}")
-    chunk = fields.count("attention_chunk_size", 8192) if "chunked_attention" in kinds else 0
-    return tuple(
-        LayerSpec(rope=bool(rope), chunk=chunk if kind == "chunked_attention" else 0, experts=index in routed)
-        for index, (rope, kind) in enumerate(zip(ropes, kinds, strict=True))
-    )
+def _heads(fields: Fields) -> tuple[int, int, int]:
+    """Query heads, key and value heads, and their width; null derives the last two, as `transformers` 4 did."""
+    heads = fields.count("num_attention_heads")
+    kv_heads = heads if fields.is_null("num_key_value_heads") else fields.count("num_key_value_heads", 8)
+    derived = fields.is_null("head_dim")
+    head_dim = fields.count("hidden_size") // heads if derived else fields.count("head_dim", 128)
+    if heads % kv_heads:
+        fields.refuse("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    if head_dim % 2 or not head_dim:
+        fields.refuse("head_dim", "even, since RoPE rotates pairs")
+    return heads, kv_heads, head_dim
 
 
-def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """RoPE's base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    name, rope = _rope_parameters(fields, 500000.0)
-    theta = rope.positive("rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        fields.refuse(name, "of type 'default' or 'llama3'")
-    return theta, RopeScaling(
-        factor=rope.positive("factor"),
-        low_freq_factor=rope.positive("low_freq_factor"),
-        high_freq_factor=rope.positive("high_freq_factor"),
-        original_max_positions=rope.count("original_max_position_embeddings"),
-    )
+def _experts(fields: Fields, *, routed: bool) -> tuple[int, int]:
+    """Experts of a layer and of a token; none in a model whose layers are all dense."""
+    least = 1 if routed else 0
+    experts = fields.count("num_local_experts", 16, least)
+    experts_per_token = fields.count("num_experts_per_tok", 1, least)
+    if not routed:
+        return 0, 0
+    if experts_per_token > experts:
+        fields.refuse("num_experts_per_tok", f"at most num_local_experts ({experts})")
+    return experts, experts_per_token
 
 
-def _rope_parameters(fields: Fields, theta: float) -> tuple[str, Fields]:
-    """The field that holds RoPE's parameters, and these, `rope_theta` among them."""
-    name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
-    nested = fields.get(name) or {}
-    if not isinstance(nested, dict):
-        fields.refuse(name, "an object")
-    return name, Fields({"rope_theta": fields.get("rope_theta", theta), **nested}, fields.place)
+def _is_tuned(fields: Fields) -> bool:
+    """Whether attention's temperature is tuned; older files write a number."""
+    if is_whole(fields.get("attn_temperature_tuning")):
+        return bool(fields.get("attn_temperature_tuning"))
+    return fields.flag("attn_temperature_tuning", True)
+
+
+def _dtype(config: dict[str, Any], stored: DType | None) -> DType:
+    """Type of the weights: as the whole configuration says, as they are stored, or as the text decoder's part says."""
+    named = _named_dtype(Fields(config))
+    nested = config.get("text_config")
+    inner = _named_dtype(Fields(nested, "text_config.")) if isinstance(nested, dict) else None
+    return named or stored or inner or "bfloat16"
+
+
+def _named_dtype(fields: Fields) -> DType | None:
+    name = "torch_dtype" if fields.get("dtype") is None else "dtype"
+    if fields.get(name) is None:
+        return None
+    names: dict[str, DType] = {dtype: dtype for dtype in FLOATS} | {"half": "float16", "float": "float32"}
+    names |= {f"torch.{alias}": dtype for alias, dtype in names.items()}
+    return names[fields.one_of(name, None, names, " or ".join(FLOATS))]
+
+
+def _check_tokens(fields: Fields, vocab_size: int) -> None:
+    """Refuses special tokens that are no tokens; -1 is a way to write none."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = fields.get(name)
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
+        if not all(map(is_whole, ids)):
+            fields.refuse(name, "a token's number" + (" or a list of them" if name == "eos_token_id" else ""))
+        if name == "pad_token_id" and not all(-vocab_size <= token < vocab_size for token in ids):
+            fields.refuse(name, f"a token of the vocabulary of {vocab_size}")

@@ -67,10 +67,15 @@ class Stitcher:
         self.spec, self.prefix, self.vision = spec, prefix, vision
         self.split, self.rank, self.traced = split, rank, traced
         self.dtype = onnx_type(spec.dtype)
-        self.experts = moe.Attributes(top_k=spec.experts_per_token, first_expert=split.first_expert(spec, rank))
         self.initializers = Initializers(place_of)
         self.inv_freq = self.initializers.constant("rope.inv_freq", inverse_frequencies(spec).numpy())
         self.functions: dict[str, ir.Function] = {}
+
+    @property
+    def experts(self) -> moe.Attributes:
+        """Attributes of the experts' op, in a model that has experts."""
+        spec = self.spec
+        return moe.Attributes(top_k=spec.experts_per_token, first_expert=self.split.first_expert(spec, self.rank))
 
     def stitch(self, progress: Progress) -> ir.Model:
         """Joins the pieces in order."""

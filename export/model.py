@@ -19,11 +19,11 @@ from ..errors import ExportError
 from ..files.folders import SPEC, carry_files
 from ..files.output import check_apart, check_free, new_folder
 from ..files.safetensors import Region
+from ..files.unheeded import generation_fields, unheeded
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.types import CODES, FLOATS, DType, Progress
 from .checkpoint import Checkpoint, expected_tensors, open_checkpoint
-from .config import text_config
 from .decoder_graph import Traced, stitch_decoder
 from .placement import PlacedWeights, place_quantised, place_ranks, place_whole
 from .prequantised.inventory import Prequantised
@@ -80,6 +80,8 @@ def export_checkpoint(
     if opened.quantised is not None:
         _check_quantised(opened.spec, dtype, tp)
         _notice_quantised(opened.quantised, notice)
+    for line in unheeded(source):
+        notice(line)
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
     say_rewritten(opened, spec.dtype, notice)
@@ -199,11 +201,10 @@ def _write_model(source: Path, folder: Path, model: ir.Model, placement: PlacedW
 
 
 def _write_generation_config(source: Path, folder: Path) -> None:
-    """Where a checkpoint has no generation config, its end-of-sequence tokens stand in `config.json`."""
+    """Where a checkpoint has no generation config, its `config.json` says what `transformers` takes from there."""
     if not (folder / "generation_config.json").exists():
-        config = text_config(read_json(source / "config.json"))
-        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
-        (folder / "generation_config.json").write_text(json.dumps(ids, indent=1) + "\n", "utf-8")
+        fields = generation_fields(read_json(source / "config.json"))
+        (folder / "generation_config.json").write_text(json.dumps(fields, indent=1) + "\n", "utf-8")
 
 
 def _hashes(source: Path) -> dict[str, str]:

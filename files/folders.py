@@ -1,8 +1,10 @@
 """Folders as a stage reads them: the spec, the small files that travel on, and the weight files, found and checked."""
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError, FolderError
 from ..spec import FolderSpec, WeightFile
@@ -19,11 +21,15 @@ CARRIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "added_tokens.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
 )
 """Small files that every stage hands on unchanged."""
+
+NAMED_TEMPLATES = "additional_chat_templates"
+"""Folder of chat templates that have names of their own, which travels with the small files."""
 
 
 def read_spec(folder: Path) -> FolderSpec:
@@ -48,6 +54,23 @@ def read_spec(folder: Path) -> FolderSpec:
         raise FolderError(f"{folder}: {error}") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file is missing.
+
+    Raises:
+        FolderError: The file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise FolderError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
+    if not isinstance(value, dict):
+        raise FolderError(f"{path}: not a JSON object: export again from an intact checkpoint")
+    return value
+
+
 def check_whole(folder: Path, spec: FolderSpec) -> None:
     """Refuses a model that is split over ranks.
 
@@ -70,6 +93,10 @@ def carry_files(source: Path, target: Path) -> None:
             with (source / name).open("rb") as file:
                 check_downloaded(source / name, file.read(len(POINTER)))
             shutil.copyfile(source / name, target / name)
+    for template in sorted((source / NAMED_TEMPLATES).glob("*.jinja")):
+        if template.is_file():
+            (target / NAMED_TEMPLATES).mkdir(exist_ok=True)
+            shutil.copyfile(template, target / NAMED_TEMPLATES / template.name)
 
 
 def find_files(
@@ -102,6 +129,7 @@ def find_files(
         except CheckpointError:
             same = False
         if not same:
-            raise FolderError(f"{path} is not the file that was exported (size or content differs): export again")
+            again = "export again" if file.path else f"write {folder} again, with --force"
+            raise FolderError(f"{path} is not the file that was exported (size or content differs): {again}")
         found[file.name] = path
     return found

@@ -6,16 +6,18 @@ under the final name, and an output that is replaced stays until the new one is 
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ArrieroError, FolderError
+from .disks import full_disk
 from .folders import SPEC
+from .locks import is_alive, lock_file
 
 
 @contextlib.contextmanager
@@ -37,7 +39,7 @@ def new_folder(out: Path, *, force: bool = False, mark: str = SPEC) -> Iterator[
         remove_leftovers(out)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", suffix=".partial", dir=out.parent))
     except OSError as error:
-        raise FolderError(f"{out}: cannot be created ({error.strerror}): choose another output") from error
+        raise FolderError(f"{out}: cannot be created ({reason(error, out.parent)}): choose another output") from error
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -45,7 +47,8 @@ def new_folder(out: Path, *, force: bool = False, mark: str = SPEC) -> Iterator[
         replace_folder(temporary, out)
     except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
-        raise FolderError(f"{out}: writing failed ({error.strerror or error}){where}; nothing was changed") from error
+        why = reason(error, out.parent)
+        raise FolderError(f"{out}: writing failed ({why}){where}; nothing was changed") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -72,13 +75,13 @@ def resumed_folder(out: Path, job: str, *, force: bool = False) -> Iterator[tupl
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(lock)
     except BlockingIOError as error:
         raise FolderError(
             f"{out} is being written by another process: wait for it, or choose another output"
         ) from error
     except OSError as error:
-        raise FolderError(f"{out}: cannot be created ({error.strerror}): choose another output") from error
+        raise FolderError(f"{out}: cannot be created ({reason(error, out.parent)}): choose another output") from error
     with lock:
         try:
             if not (work / "job").exists() or (work / "job").read_text() != job:
@@ -92,24 +95,29 @@ def resumed_folder(out: Path, job: str, *, force: bool = False) -> Iterator[tupl
             replace_folder(model, out)
         except OSError as error:
             where = f" at {error.filename}" if error.filename else ""
-            reason = error.strerror or error
-            raise FolderError(f"{out}: writing failed ({reason}){where}; run it again to go on from there") from error
+            why = reason(error, out.parent)
+            raise FolderError(f"{out}: writing failed ({why}){where}; run it again to go on from there") from error
         except ArrieroError:
             shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
 
 
+def reason(error: OSError, *places: Path) -> str:
+    """The system's words for an error; of a full disk, which one and what is free there."""
+    return full_disk(error, *places) or error.strerror or str(error)
+
+
 def check_free(out: Path, *, force: bool, mark: str = SPEC) -> None:
     """Refuses an output that exists, unless `force` allows to replace it and it is one of Arriero's or empty."""
     if not os.path.lexists(out):
         return
-    if not force:
-        raise FolderError(f"{out} exists: choose another output, or --force to replace it")
     if out.is_symlink():
         raise FolderError(f"{out} is a symlink, which is not replaced: remove it, or give the folder it points to")
     if not out.is_dir() or (any(out.iterdir()) and not (out / mark).exists()):
         raise FolderError(f"{out} exists and is no folder of Arriero's: it is not replaced, choose another output")
+    if not force:
+        raise FolderError(f"{out} exists: choose another output, or --force to replace it")
 
 
 def replace_folder(new: Path, out: Path) -> None:
@@ -131,7 +139,7 @@ def remove_leftovers(out: Path) -> None:
     """Removes the temporary siblings that killed writers left, and puts back what one of them had set aside."""
     for leftover in out.parent.iterdir():
         match = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)\.(\w+\.partial|replaced)", leftover.name)
-        if match is None or Path(f"/proc/{match[1]}").exists():
+        if match is None or is_alive(int(match[1])):
             continue
         if match[2] == "replaced" and not os.path.lexists(out):
             leftover.rename(out)
@@ -157,7 +165,10 @@ def _umask() -> int:
 
 
 def copy_sparse(source: Path, target: Path) -> None:
-    """Copies a file's data and keeps its holes, so that a sparse file stays as small as it is."""
+    """Copies a file's data and keeps its holes, so that a sparse file stays as small as it is; whole but on Linux."""
+    if sys.platform != "linux":  # others have no such calls, or ones for sockets alone
+        shutil.copyfile(source, target)
+        return
     with source.open("rb") as reader, target.open("xb") as writer:
         size = os.fstat(reader.fileno()).st_size
         os.truncate(writer.fileno(), size)

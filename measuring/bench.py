@@ -7,6 +7,7 @@ does falls on all alike; medians are given.
 
 import json
 import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -66,7 +67,8 @@ def measure_folder(
     lengths, batches = _sizes(spec, prefill, batch, decode_tokens)
     if runs < 1:
         raise SessionError(f"runs is {runs}, expected a whole number from 1 up")
-    from .timing import Case, processors
+    from ..files.processors import processors
+    from .timing import Case
 
     started = time.perf_counter()
     session = load(path, max_seq=max(lengths) + decode_tokens, max_batch=max(batches), threads=threads, weights=weights)
@@ -245,5 +247,9 @@ def _record(
 
 def _processor() -> str:
     """The processor's name as the kernel gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine() or "unknown")

@@ -4,7 +4,7 @@ Enters: a session. Leaves: seconds and bytes a second. Tokens are drawn at rando
 too: a continuation that repeats itself would ask the same experts again and again.
 """
 
-import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,13 +83,15 @@ def time_case(session: Session, case: Case, decode_tokens: int) -> Reading:
 
 
 def peak_memory() -> int:
-    """The largest resident set that this process has had, in bytes."""
+    """The largest resident set that this process has had, in bytes; 0 where the system does not say."""
+    if not Path("/proc/self/status").exists():
+        try:
+            import resource
+        except ModuleNotFoundError:  # Windows
+            return 0
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return size if sys.platform == "darwin" else size * 1024
     return _kilobytes(Path("/proc/self/status"), "VmHWM") * 1024
-
-
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _kilobytes(file: Path, name: str) -> int:

@@ -5,47 +5,77 @@ one sequence or many, hands it the logits. Invariant: `ids` are the prompt and t
 not been through the model yet.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .chat.settings import ChatSettings
+from .logprobs import TokenLogprobs, read_logprobs
 from .prompt import Tokens
 from .sampling import Sampler, Sampling
-from .stopping import StopText
+from .stopping import StopText, special_texts
 from .text import Text
 
-Finish = Literal["eos", "stop", "length"]
+Finish = Literal["eos", "stop", "length", "error"]
 COUNTS = ("reused", "drafted", "accepted")
 """Names of the counts that a continuation has beside its tokens."""
 
 
-class Settings(TypedDict, total=False):
-    """How a prompt is continued, in the words of `transformers`' `generate`.
+class Settings(ChatSettings, total=False):
+    """How a prompt is read and continued, in the words of `transformers`, and where it has none in those of OpenAI.
 
     A setting that is None or left out is as the checkpoint's generation config says.
 
     Attributes:
-        temperature: 0 is greedy. See `sampling.Sampling` for this and the next four.
-        top_k: Keep this number of the likeliest; 0 keeps all.
+        do_sample: True draws, at the checkpoint's temperature or 1; False is greedy, whatever the temperature.
+        temperature: 0 is greedy. See `sampling.Sampling` for this and those up to `seed`.
+        top_k: Keep this number of the likeliest; 0 keeps all. 50 where the generation config does not say.
         top_p: Keep the likeliest that make up this probability.
         min_p: Keep those with this share of the likeliest's probability.
-        repetition_penalty: Above 1 discourages tokens that occurred.
+        typical_p: Keep those nearest to the expected information that make up this probability.
+        repetition_penalty: Above 1 discourages tokens that occurred, in the prompt or since.
+        frequency_penalty: From -2 to 2: above 0 discourages new tokens, the more often they occurred.
+        presence_penalty: From -2 to 2: above 0 discourages new tokens that occurred.
+        logit_bias: Numbers from -100 to 100 that are added to logits, by token id.
+        no_repeat_ngram_size: No n-gram of this size comes twice; 0 is no limit.
+        bad_words_ids: Sequences of token ids that do not come.
+        min_new_tokens: No token ends the sequence before this number of new ones.
+        min_length: The same with the prompt's tokens; counts only without `min_new_tokens`.
+        suppress_tokens: Tokens that do not come.
+        begin_suppress_tokens: Tokens that do not come first.
         seed: The seed of the draws.
+        max_length: Tokens of prompt and continuation at most; counts only without `max_new_tokens`.
         eos_token_id: Tokens that end the sequence: one, or several, or an empty list for none.
-        stop_strings: Texts that end it; the text returned ends before them.
+        stop_strings: Texts that end it, those of special tokens too; the text returned ends before them.
+        logprobs: Whether `Generated.logprobs` is filled.
+        top_logprobs: Likeliest tokens in it for each new one, 20 at most.
     """
 
+    do_sample: bool | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
     repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    no_repeat_ngram_size: int | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    min_new_tokens: int | None
+    min_length: int | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
     seed: int | None
+    max_length: int | None
     eos_token_id: int | Sequence[int] | None
     stop_strings: str | Sequence[str] | None
+    logprobs: bool | None
+    top_logprobs: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +85,13 @@ class Generated:
     Attributes:
         ids: New token ids, an end-of-sequence token included.
         text: Their text, without special tokens, up to a stop string.
-        finish: The reason of its end: an end-of-sequence token, a stop string, or the length; None where it goes on.
+        finish: The reason of its end: an end-of-sequence token, a stop string, the length, or an error of this sequence
+            among many; None where it goes on.
         reused: Tokens of the prompt that were known from an earlier one; counted in the first piece.
         drafted: Tokens that prompt lookup guessed; counted in the first piece that they were verified for.
         accepted: Drafted tokens that the model chose as well.
+        error: The error that ended it; None where none did. A sequence that runs alone raises its error.
+        logprobs: Log-probabilities of each new token in the model's own distribution, where they are asked for.
     """
 
     ids: list[int]
@@ -67,6 +100,8 @@ class Generated:
     reused: int = field(default=0, compare=False)
     drafted: int = field(default=0, compare=False)
     accepted: int = field(default=0, compare=False)
+    error: Exception | None = None
+    logprobs: tuple[TokenLogprobs, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +115,7 @@ class Request:
         ends: Tokens that end the sequence.
         stop_strings: Texts that end it.
         text: The tokenizer that writes the new tokens' text; None gives token ids and no text.
+        top_logprobs: Likeliest tokens whose log-probabilities are returned beside the chosen one's; None returns none.
     """
 
     prompt: Tokens
@@ -88,6 +124,7 @@ class Request:
     ends: frozenset[int]
     stop_strings: str | Sequence[str]
     text: Text | None = None
+    top_logprobs: int | None = None
 
     @property
     def positions(self) -> int:
@@ -110,7 +147,10 @@ class Continuation:
 
     def __init__(self, request: Request, reused: int = 0) -> None:
         self.request, self.ids, self.reused = request, list(request.prompt.ids), reused
-        self.sampler, self.stop = Sampler(request.sampling), StopText(request.stop_strings)
+        self.sampler = Sampler(request.sampling, request.ends, len(self.ids))
+        self.stop = StopText(request.stop_strings)
+        tokenizer = None if request.text is None else request.text.tokenizer
+        self.special = special_texts(tokenizer) if self.stop.stops and tokenizer is not None else {}
         self.read: Callable[[int], str] = _no_text if request.text is None else request.text.open_stream()
 
     @property
@@ -119,17 +159,22 @@ class Continuation:
         return self.request.positions - len(self.ids)
 
     def take(self, logits_V: NDArray[np.float32]) -> Generated:
-        """Chooses the next token from the logits after the last one. Returns it with the text that it completes."""
-        token = self.sampler(logits_V, self.ids)
+        """Chooses the next token from the logits after the last one. Returns it with the text that it completes.
+
+        Raises:
+            SessionError: The logits are not finite, or the settings forbid every token.
+        """
+        token, top = self.sampler(logits_V, self.ids), self.request.top_logprobs
+        logprobs = () if top is None else (read_logprobs(logits_V, token, top),)
         self.ids.append(token)
-        text, stopped = self.stop.take(self.read(token))
+        text, stopped = self.stop.take(self.read(token), self.special.get(token, ""))
         finish: Finish | None = "stop" if stopped else "eos" if token in self.request.ends else None
         if finish is None and not self.left:
             finish = "length"
         if finish in ("eos", "length"):
             text += self.stop.rest()
         reused, self.reused = self.reused, 0
-        return Generated([token], text, finish, reused)
+        return Generated([token], text, finish, reused, logprobs=logprobs)
 
 
 def joined(pieces: Sequence[Generated]) -> Generated:
@@ -137,7 +182,9 @@ def joined(pieces: Sequence[Generated]) -> Generated:
     ids = [token for piece in pieces for token in piece.ids]
     text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish if pieces else "length"
     reused, drafted, accepted = (sum(getattr(piece, name) for piece in pieces) for name in COUNTS)
-    return Generated(ids, text, finish, reused, drafted, accepted)
+    logprobs = tuple(each for piece in pieces for each in piece.logprobs)
+    error = pieces[-1].error if pieces else None
+    return Generated(ids, text, finish, reused, drafted, accepted, error, logprobs)
 
 
 def _no_text(token: int) -> str:

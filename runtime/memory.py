@@ -1,7 +1,7 @@
 """Memory of a session on the CPU, and the part of it that a decode step reads, estimated before anything is loaded.
 
 Enters: the geometry, and which weights the graph is given. Leaves: bytes. Invariant: weights and caches are counted
-exactly; the process, the graph and the activations follow measurements with onnxruntime-gpu 1.31 on Linux.
+exactly; the process, the graph and the activations follow measurements with ONNX Runtime 1.31 on Linux.
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ def step_reads(spec: FolderSpec, sizes: Mapping[str, int], batch: int, past: flo
         past: Tokens in each row's caches before the step; a mean over several steps where that is meant.
     """
     model = spec.model
-    chosen = 1 - (1 - model.experts_per_token / model.experts) ** batch
+    chosen = 1 - (1 - model.experts_per_token / max(1, model.experts)) ** batch
     shared, experts = 0.0, 0.0
     for name, size in sizes.items():
         if EXPERT.search(name):

@@ -5,11 +5,12 @@ rest is computed. A block is known by its tokens, image features and all that ca
 share it. Blocks that were used longest ago go first, a sequence's end before its beginning.
 
 Invariants: no block crosses a boundary of the chunks, and none is read after later tokens took its slots; the bytes of
-all blocks stay within the limit.
+all blocks stay within the limit. Sequences of several threads find and keep blocks one after another.
 """
 
 import hashlib
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -29,10 +30,11 @@ class Prefixes:
     Args:
         chunk: Positions of a chunk; 0 where there are none.
         limit: Bytes of keys and values at most; 0 keeps nothing.
+        lock: Held while blocks are looked for, put into a row, or kept: the session's; None is one of their own.
     """
 
-    def __init__(self, chunk: int, limit: int) -> None:
-        self.chunk, self.limit = chunk, limit
+    def __init__(self, chunk: int, limit: int, lock: "threading.RLock | None" = None) -> None:
+        self.chunk, self.limit, self.lock = chunk, limit, lock or threading.RLock()
         self.block = math.gcd(chunk, BLOCK)
         self.blocks: OrderedDict[bytes, Slots] = OrderedDict()  # the one used longest ago first
         self.size = 0
@@ -42,7 +44,9 @@ class Prefixes:
         return next((index for index, key in enumerate(keys) if key not in self.blocks), len(keys))
 
     def add(self, key: bytes, slots: Slots, chain: set[bytes]) -> bool:
-        """Keeps a block where there is room, or something older than its own chain. Returns whether it did."""
+        """Keeps a block where there is room, or something older than its own chain. Returns whether it is kept."""
+        if key in self.blocks:
+            return True
         size = total(slots)
         while self.size + size > self.limit:
             oldest = next(iter(self.blocks), None)
@@ -87,12 +91,13 @@ class Trail:
         if not self.prefixes.limit:
             return 0
         keys = self._chain(ids, len(ids) - 1)
-        keys = keys[: self.prefixes.find(keys)]
-        size = self.prefixes.block
-        self.reused = len(keys) * size
-        for index, key in enumerate(keys):
-            state.caches.write(row + state.first, index * size, self.prefixes.blocks[key], self.reused)
-        self.prefixes.touch(keys)
+        with self.prefixes.lock:
+            keys = keys[: self.prefixes.find(keys)]
+            size = self.prefixes.block
+            self.reused = len(keys) * size
+            for index, key in enumerate(keys):
+                state.caches.write(row + state.first, index * size, self.prefixes.blocks[key], self.reused)
+            self.prefixes.touch(keys)
         state.past_B[row] = self.reused
         return self.reused
 
@@ -104,10 +109,13 @@ class Trail:
             row: Its row.
             ids: Its tokens, at least those that the row holds.
         """
-        if not self.prefixes.limit:
-            return
+        if self.prefixes.limit:
+            with self.prefixes.lock:
+                self._keep(state, row, self._chain(ids, int(state.past_B[row])))
+
+    def _keep(self, state: State, row: int, keys: list[bytes]) -> None:
+        """Keeps the blocks of these keys, the row's own from its beginning."""
         past, chunk, size = int(state.past_B[row]), self.prefixes.chunk, self.prefixes.block
-        keys = self._chain(ids, past)
         known = self.prefixes.find(keys)
         self.prefixes.touch(keys[:known])
         standing = (past - 1) // chunk * chunk if chunk else 0

@@ -1,24 +1,28 @@
 """Prompts as a person gives them, read into tokens and tiles as the model takes them.
 
 Enters: a text, a conversation or token ids, and images. Leaves: token ids, with an image token for each image feature,
-and the images' tiles.
+and the images' tiles. Invariant: whatever is given, it is taken or refused by a `SessionError`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from ..errors import FolderError, SessionError
+from ..errors import FolderError, SessionError, shortened
 from ..spec.geometry import VisionSpec
+from .chat.messages import Message, is_message, read_messages, with_images_beside
+from .chat.settings import ChatSettings
 from .images.placeholders import IMAGE, ImagePrompts
 from .images.sources import ImageSource
-from .text import Message, Text
+from .text import Text
 
-Prompt = str | Sequence[int] | Sequence[Message]
+Prompt = str | Sequence[int] | Sequence[Message] | Message
+Images = ImageSource | Sequence[ImageSource] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +49,22 @@ class PromptReader:
     def __init__(self, text: Text, tower: VisionSpec | None) -> None:
         self.text, self.tower = text, tower
 
-    def read(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Tokens:
+    def read(self, prompt: Prompt, images: Images = (), **settings: Unpack[ChatSettings]) -> Tokens:
         """Reads a prompt.
 
         Args:
             prompt: A text, token ids taken as they are, or messages for the chat template, whose content is a text or
                 a list of parts, as in `{"type": "text", "text": …}` and `{"type": "image", "image": …}`.
             images: The images of a text or of token ids, one for each `<|image|>` in it. A text that has none of these
-                is what a person says about the images, in the chat template where there is one.
+                is what a person says about the images, in the chat template where there is one. Beside messages, one
+                for each part `{"type": "image"}` without an image.
+            **settings: What is said beside messages, see `ChatSettings`.
 
         Raises:
             SessionError: The prompt or an image is none of these, or they do not belong together.
         """
-        ids, sources = self._encode(prompt, list(images))
+        ids, sources = self._encode(prompt, image_list(images), settings)
         if self.tower is None:
-            if sources:
-                raise SessionError(f"{self.text.folder}: the model takes text only, leave the images out")
             return Tokens(ids)
         has_places = self.tower.image_token in ids or (isinstance(prompt, str) and IMAGE in prompt)
         if not sources and not has_places:
@@ -68,28 +72,31 @@ class PromptReader:
         ids, pixels_N3PP = self.image_prompts.prepare(ids, sources)
         return Tokens(ids, pixels_N3PP if sources else None)
 
-    def _encode(self, prompt: Prompt, images: list[ImageSource]) -> tuple[list[int], list[ImageSource]]:
+    def _encode(
+        self, prompt: Any, images: list[ImageSource], settings: ChatSettings
+    ) -> tuple[list[int], list[ImageSource]]:
         """The token ids of a prompt, with a placeholder for each image, and the images in their order."""
         text = self.text
+        if images and self.tower is None:
+            raise self._takes_text_only()
         if isinstance(prompt, str) and images and IMAGE not in prompt:
-            if text.chat_template is None:
-                prompt = IMAGE * len(images) + prompt
+            if text.templates:
+                places = [{"type": "image"} for _ in images]
+                prompt = [{"role": "user", "content": [*places, {"type": "text", "text": prompt}]}]
             else:
-                parts = [*({"type": "image", "image": each} for each in images), {"type": "text", "text": prompt}]
-                prompt, images = [{"role": "user", "content": parts}], []
-        if isinstance(prompt, str):
-            return text.encode(prompt), images
-        if len(prompt) > 0 and isinstance(prompt[0], dict):
-            messages: Sequence[Message] = prompt  # type: ignore[assignment]
-            if images:
-                raise SessionError("images came beside messages: put them into a message's content, where they belong")
-            images = list(images_of(messages))
-            return text.encode_chat([without_images(message) for message in messages]), images
-        array = np.asarray(prompt)
-        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-            found = f"{array.dtype} {list(array.shape)}"
-            raise SessionError(f"the prompt is {found}, expected a text, messages, or one list of token ids")
-        return array.tolist(), images
+                prompt = IMAGE * len(images) + prompt
+        if is_message(prompt) or (isinstance(prompt, list | tuple) and prompt and _is_object(prompt[0])):
+            turns, found = read_messages(prompt)
+            images = with_images_beside(found, images)
+            if images and self.tower is None:
+                raise self._takes_text_only()
+            return text.encode_chat(turns, **settings), images
+        if given := [name for name, value in settings.items() if value is not None]:
+            raise SessionError(f"{given[0]} came beside a prompt that is no messages: give messages, or leave it out")
+        return (text.encode_prompt(prompt) if isinstance(prompt, str) else _ids(prompt)), images
+
+    def _takes_text_only(self) -> SessionError:
+        return SessionError(f"{self.text.folder}: the model takes text only, leave the images out")
 
     @cached_property
     def image_prompts(self) -> ImagePrompts:
@@ -111,38 +118,40 @@ class PromptReader:
         return prompts
 
 
-def images_of(messages: Sequence[Message]) -> Iterator[ImageSource]:
-    """The images in messages, in order.
+def image_list(images: Any) -> list[ImageSource]:
+    """Images as a list, of one image as well: an array of two or three dimensions is one.
 
     Raises:
-        SessionError: A part is neither an image nor a text.
+        SessionError: They are neither.
     """
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            match part:
-                case {"type": "image", "image": image}:
-                    yield image
-                case {"type": "image", "path": path}:
-                    yield path
-                case {"type": "text", "text": str()}:
-                    pass
-                case _:
-                    raise SessionError(
-                        f"a message has the part {shortened(part)}, expected a type of 'text' with a text, or of "
-                        "'image' with an image or a path"
-                    )
+    if images is None:
+        return []
+    if isinstance(images, str | bytes | bytearray | Image.Image) or hasattr(images, "__fspath__"):
+        return [images]
+    if isinstance(images, np.ndarray):
+        return [images] if images.ndim < 4 else list(images)
+    if isinstance(images, list | tuple):
+        return list(images)
+    raise SessionError(
+        f"images is {shortened(images)}, of type {type(images).__name__}: give an image, or a list of images"
+    )
 
 
-def without_images(message: Message) -> Message:
-    """A message as chat templates take it: an image is a part without its content."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    return {**message, "content": [{"type": "image"} if part["type"] == "image" else part for part in content]}
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping) or is_message(value)
 
 
-def shortened(value: Any) -> str:
-    """A value for an error's line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+def _ids(prompt: Any) -> list[int]:
+    """Token ids as they were given."""
+    try:
+        array = np.asarray(prompt)
+    except Exception as error:  # a list of unlike things, or another library's object
+        raise SessionError(f"the prompt is {shortened(prompt)}, expected {EXPECTED}") from error
+    if array.ndim == 1 and (not array.size or np.issubdtype(array.dtype, np.integer)):
+        ids: list[int] = array.tolist()
+        return ids
+    found = f"{array.dtype} {list(array.shape)}" if array.dtype.kind in "iufb" and array.ndim else shortened(prompt)
+    raise SessionError(f"the prompt is {found}, expected {EXPECTED}")
+
+
+EXPECTED = "a text, messages, or one list of token ids"

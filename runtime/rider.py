@@ -1,6 +1,6 @@
 """A request in a row of a state: its prompt is read in, then it goes on token by token, alone or in a flight.
 
-Enters: a request and an empty row. Leaves: pieces of its continuation. Invariant: keys and values that may serve later
+Enters: a request and a row. Leaves: pieces of its continuation. Invariant: keys and values that may serve later
 prompts are kept in time, before the tokens of the next chunk take their slots, and at the end.
 """
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .continuation import Continuation, Generated, Request
+from .images.features import Features
 from .lookup import Lookup
 from .prefix import Trail
 from .state import State
@@ -58,30 +59,81 @@ class Rider:
         keep(state, row, self.continuation.ids)
 
 
-def board(session: TokenSession, state: State, requests: Sequence[Request]) -> tuple[list[Rider], NDArray[np.float32]]:
-    """Reads prompts, their images included, into the empty rows of a state, a row each.
+class Boarding:
+    """A request whose prompt is being read into a row, piece by piece.
 
-    Several are read at once and have no images; of one alone a beginning that is known is not computed.
+    Args:
+        session: The model.
+        state: The row, alone; what it holds is forgotten.
+        request: The request.
+    """
+
+    def __init__(self, session: TokenSession, state: State, request: Request) -> None:
+        self.session, self.state, self.request = session, state, request
+        self.features: list[NDArray[np.float32]] = []
+        self.trail: Trail | None = None
+        state.rewind([0])
+
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt that its row does not hold yet."""
+        return len(self.request.prompt.ids) - int(self.state.past_B[0])
+
+    def read(self, budget: int) -> tuple[int, NDArray[np.float32] | None]:
+        """Computes the next tiles of the prompt's images, or reads its next tokens, to the next chunk at most.
+
+        Args:
+            budget: Tokens at most; a tile counts as the tokens that it stands for, and one at least is computed.
+
+        Returns:
+            Tokens read, and once all are, the logits [V] after the last; None before.
+        """
+        pixels_N3PP, tower = self.request.prompt.pixels_N3PP, self.session.tower
+        if pixels_N3PP is not None and tower is not None and len(self.features) < len(pixels_N3PP):
+            per_tile = tower.spec.features
+            tiles = pixels_N3PP[len(self.features) :][: max(1, budget // per_tile)]
+            features_MH = self.session.encode(tiles)
+            assert features_MH is not None
+            self.features += np.split(features_MH, len(tiles))
+            return len(tiles) * per_tile, None
+        ids = self.request.prompt.ids
+        if self.trail is None:
+            features_MH = np.concatenate(self.features) if self.features else None
+            self.trail = Trail(self.session.prefixes, self.session.image_token, features_MH)
+            self.trail.restore(self.state, 0, ids)
+        done, chunk = int(self.state.past_B[0]), self.session.spec.chunk or len(ids)
+        stop = min(done - done % chunk + chunk, done + max(1, budget), len(ids))
+        logits_1V = self.session.prefill(self.state, [ids[done:stop]], self._features(done, stop))
+        if stop == len(ids) or stop % chunk == 0:  # blocks are kept before the next chunk takes their slots
+            self.trail.keep(self.state, 0, ids)
+        return stop - done, logits_1V[0] if stop == len(ids) else None
+
+    def rider(self) -> Rider:
+        """The request under way, its prompt read."""
+        assert self.trail is not None
+        return Rider(Continuation(self.request, self.trail.reused), self.trail)
+
+    def _features(self, start: int, stop: int) -> Features:
+        """The image features of some of the prompt's tokens, as a session's `prefill` takes them."""
+        if not self.features:
+            return ()
+        seen, after = (
+            sum(token == self.session.image_token for token in self.request.prompt.ids[:end]) for end in (start, stop)
+        )
+        return [np.concatenate(self.features)[seen:after]]
+
+
+def board_together(
+    session: TokenSession, state: State, requests: Sequence[Request]
+) -> tuple[list[Rider], NDArray[np.float32]]:
+    """Reads the prompts of several requests without images at once, a row each; what the rows hold is forgotten.
 
     Returns:
         The requests under way, and the logits [B, V] after their prompts.
     """
-    if len(requests) > 1:
-        riders = [Rider(Continuation(each), Trail(session.prefixes)) for each in requests]
-        return riders, session.prefill(state, [each.prompt.ids for each in requests])
-    request = requests[0]
-    ids, features_MH = request.prompt.ids, session.encode(request.prompt.pixels_N3PP)
-    trail = Trail(session.prefixes, session.image_token, features_MH)
-    done = trail.restore(state, 0, ids)
-    chunk = session.spec.chunk or len(ids)
-    while done < len(ids):
-        stop = min(done - done % chunk + chunk, len(ids))  # blocks are kept before the next chunk takes their slots
-        seen, after = (sum(token == session.image_token for token in ids[:end]) for end in (done, stop))
-        features = () if features_MH is None else [features_MH[seen:after]]
-        logits_1V = session.prefill(state, [ids[done:stop]], features)
-        trail.keep(state, 0, ids)
-        done = stop
-    return [Rider(Continuation(request, trail.reused), trail)], logits_1V
+    state.rewind([0] * len(requests))
+    riders = [Rider(Continuation(each), Trail(session.prefixes)) for each in requests]
+    return riders, session.prefill(state, [each.prompt.ids for each in requests])
 
 
 def ride_alone(session: TokenSession, request: Request, lookup: Lookup) -> Iterator[Generated]:
@@ -89,8 +141,11 @@ def ride_alone(session: TokenSession, request: Request, lookup: Lookup) -> Itera
     if request.count == 0:
         return
     state = session.start(1, request.positions)
-    (rider,), logits_1V = board(session, state, [request])
-    pieces = [rider.take(state, 0, logits_1V[0])]
+    boarding, logits_V = Boarding(session, state, request), None
+    while logits_V is None:
+        _, logits_V = boarding.read(session.decoder.longest)
+    rider = boarding.rider()
+    pieces = [rider.take(state, 0, logits_V)]
     yield from pieces
     ids = rider.continuation.ids
     while pieces[-1].finish is None:

@@ -1,16 +1,28 @@
 """From logits to the next token: greedy, or drawn after the filters that `transformers` knows, in its order.
 
-Repetition penalty, then temperature, top-k, top-p, min-p. The same seed draws the same tokens.
+The changes of `processors` first, then temperature, top-k, top-p, min-p, typical-p. The same seed draws the same
+tokens.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SessionError
+from . import checks
+from .processors import (
+    ForbiddenTokens,
+    ForbiddenWords,
+    LogitBias,
+    NoRepeatedNgrams,
+    OccurrencePenalties,
+    Processor,
+    RepetitionPenalty,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +34,20 @@ class Sampling:
         top_k: Keeps this number of the largest; 0 keeps all.
         top_p: Keeps the fewest whose probabilities reach this (Holtzman et al. 2020); 1 keeps all.
         min_p: Keeps those with at least this share of the largest probability (Nguyen et al. 2024); 0 keeps all.
+        typical_p: Keeps the fewest whose information is nearest to the expected, and whose probabilities reach this
+            (Meister et al. 2022); 1 keeps all.
         repetition_penalty: Divides the positive logits of tokens that occurred, multiplies the negative ones
             (Keskar et al. 2019); 1 is none.
+        frequency_penalty: Subtracted from a new token's logit for each time that it occurred; as the next two, in
+            OpenAI's meaning.
+        presence_penalty: Subtracted once from the logit of a new token that occurred.
+        logit_bias: Numbers from -100 to 100 that are added to logits, by token id.
+        no_repeat_ngram_size: Forbids n-grams of this size to come twice; 0 forbids none.
+        bad_words_ids: Sequences of tokens that are forbidden.
+        min_new_tokens: New tokens before which no token ends the sequence.
+        min_length: The same with the prompt's tokens; counts only without `min_new_tokens`.
+        suppress_tokens: Tokens that are forbidden.
+        begin_suppress_tokens: Tokens that are forbidden as the first new one.
         seed: The seed of the random draws; None is another one each time.
     """
 
@@ -31,46 +55,124 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: Sequence[Sequence[int]] = ()
+    min_new_tokens: int = 0
+    min_length: int = 0
+    suppress_tokens: Sequence[int] = ()
+    begin_suppress_tokens: Sequence[int] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, valid, expected in (
-            ("temperature", 0 <= self.temperature < float("inf"), "a number from 0 up"),
-            ("top_k", self.top_k >= 0, "a whole number from 0 up"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("seed", self.seed is None or self.seed >= 0, "a whole number from 0 up"),
-            ("repetition_penalty", self.repetition_penalty > 0, "a number above 0"),
-        ):
-            if not valid:
-                raise SessionError(f"{name} is {getattr(self, name)}, expected {expected}")
+        def take(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens", "min_length"):
+            take(name, checks.whole(name, getattr(self, name)))
+        for name, expected, least, most in NUMBERS:
+            take(name, checks.number(name, getattr(self, name), expected, least, most))
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            take(name, checks.token_ids(name, getattr(self, name)))
+        take("logit_bias", checks.biases("logit_bias", self.logit_bias))
+        take("bad_words_ids", checks.token_lists("bad_words_ids", self.bad_words_ids))
+        if self.seed is not None:
+            take("seed", checks.whole("seed", self.seed))
+
+    def check_vocabulary(self, vocabulary: int) -> None:
+        """Raises a `SessionError` where a setting names a token that the vocabulary does not have."""
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            checks.token_ids(name, getattr(self, name), vocabulary)
+        checks.token_lists("bad_words_ids", self.bad_words_ids, vocabulary)
+        checks.biases("logit_bias", self.logit_bias, vocabulary)
+
+
+LEAST = math.ulp(0.0)
+NUMBERS = (
+    ("temperature", "a number from 0 up", 0.0, math.inf),
+    ("top_p", "a number from 0 to 1", 0.0, 1.0),
+    ("min_p", "a number from 0 to 1", 0.0, 1.0),
+    ("typical_p", "a number above 0 and at most 1", LEAST, 1.0),
+    ("repetition_penalty", "a number above 0", LEAST, math.inf),
+    ("frequency_penalty", "a number from -2 to 2", -2.0, 2.0),
+    ("presence_penalty", "a number from -2 to 2", -2.0, 2.0),
+)
+"""Settings that are fractions: what is expected of them, the least and the most."""
+
+
+def open_processors(sampling: Sampling, ends: Collection[int], prompt: int) -> list[Processor]:
+    """Opens the changes that the settings ask for, for one sequence.
+
+    Args:
+        sampling: The settings.
+        ends: Tokens that end the sequence.
+        prompt: Number of the prompt's tokens.
+    """
+    processors: list[Processor] = []
+    if sampling.logit_bias:
+        processors.append(LogitBias(sampling.logit_bias))
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenalty(sampling.repetition_penalty))
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        processors.append(OccurrencePenalties(sampling.frequency_penalty, sampling.presence_penalty, prompt))
+    if sampling.no_repeat_ngram_size:
+        processors.append(NoRepeatedNgrams(sampling.no_repeat_ngram_size))
+    if sampling.bad_words_ids:
+        processors.append(ForbiddenWords(sampling.bad_words_ids, ends))
+    shortest = prompt + sampling.min_new_tokens if sampling.min_new_tokens else sampling.min_length
+    if ends and shortest > prompt:
+        processors.append(ForbiddenTokens(ends, until=shortest))
+    if sampling.suppress_tokens:
+        processors.append(ForbiddenTokens(sampling.suppress_tokens))
+    if sampling.begin_suppress_tokens:
+        processors.append(ForbiddenTokens(sampling.begin_suppress_tokens, prompt, prompt + 1))
+    return processors
 
 
 class Sampler:
-    """Draws the tokens of one sequence, one after another."""
+    """Draws the tokens of one sequence, one after another.
 
-    def __init__(self, sampling: Sampling) -> None:
+    Args:
+        sampling: The settings by which tokens are chosen.
+        ends: Tokens that end the sequence.
+        prompt: Number of the prompt's tokens.
+    """
+
+    def __init__(self, sampling: Sampling, ends: Collection[int] = (), prompt: int = 0) -> None:
         self.sampling = sampling
         self.rng = np.random.default_rng(sampling.seed)
-        self.occurred_V: NDArray[np.bool_] | None = None
-        self.counted = 0
+        self.processors = open_processors(sampling, ends, prompt)
 
     def __call__(self, logits_V: NDArray[np.float32], seen: Sequence[int]) -> int:
         """Chooses the next token.
 
         Args:
             logits_V: The model's logits.
-            seen: The ids of the prompt and of the tokens since, for the repetition penalty: the same sequence every
-                time, with more at its end.
+            seen: The ids of the prompt and of the tokens since: the same sequence every time, with more at its end.
+
+        Raises:
+            SessionError: The logits are not finite, or the settings forbid every token.
         """
+        token = int(logits_V.argmax())
+        if not (np.isfinite(logits_V[token]) and np.isfinite(logits_V.min())):
+            raise _not_finite(logits_V)
+        if self.processors:
+            logits_V = logits_V.copy()
+            for process in self.processors:
+                process(logits_V, seen)
+            token = int(logits_V.argmax())
+        if not np.isfinite(top := logits_V[token]):
+            raise SessionError("the settings forbid every token, or make a logit too large: forbid or bias less")
+        return token if self.sampling.temperature == 0 else self._draw(logits_V - top)
+
+    def _draw(self, below_V: NDArray[np.float32]) -> int:
+        """Draws a token by the logits less the largest of them."""
         sampling = self.sampling
-        if sampling.repetition_penalty != 1:
-            logits_V = penalise(logits_V, self._occurred(seen, len(logits_V)), sampling.repetition_penalty)
-        if sampling.temperature == 0:
-            return int(logits_V.argmax())
         draw = self.rng.random()
-        below_V = logits_V - logits_V.max()
         tokens, total = candidates(below_V, sampling, draw)
         tokens = tokens[np.argsort(-below_V[tokens], kind="stable")]
         weights = np.exp(below_V[tokens].astype(np.float64) / sampling.temperature)
@@ -82,27 +184,40 @@ class Sampler:
             count = min(count, int(np.searchsorted(cumulative, sampling.top_p * total)) + 1)
         if sampling.min_p > 0:
             count = min(count, int(np.count_nonzero(weights >= sampling.min_p * weights[0])))
-        if sampling.top_p < 1 or sampling.min_p > 0:
+        if sampling.typical_p < 1:
+            kept = typical(weights[:count], sampling.typical_p)
+            tokens, cumulative, count = tokens[kept], np.cumsum(weights[kept]), len(kept)
+        if sampling.top_p < 1 or sampling.min_p > 0 or sampling.typical_p < 1:
             total = cumulative[count - 1]
         drawn = np.searchsorted(cumulative[:count], draw * total, side="right")
         last = np.searchsorted(cumulative[:count], cumulative[count - 1])  # later tokens weigh nothing
         return int(tokens[min(drawn, last)])
 
-    def _occurred(self, seen: Sequence[int], vocabulary: int) -> NDArray[np.int64]:
-        """The tokens that occurred, each once; only the new ones since the last call are looked at."""
-        if self.occurred_V is None:
-            self.occurred_V = np.zeros(vocabulary, dtype=np.bool_)
-        self.occurred_V[np.asarray(seen[self.counted :], dtype=np.int64)] = True
-        self.counted = len(seen)
-        return np.flatnonzero(self.occurred_V)
+
+def _not_finite(logits_V: NDArray[np.float32]) -> SessionError:
+    """The error for a model's logits of which some are no finite numbers."""
+    odd = np.count_nonzero(~np.isfinite(logits_V))
+    return SessionError(
+        f"{odd} of the model's {len(logits_V)} logits are no finite numbers: a weight is damaged or a type too narrow; "
+        "find it with `arriero check --locate`, or export again from an intact checkpoint"
+    )
 
 
-def penalise(logits_V: NDArray[np.float32], tokens: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
-    """Makes tokens that occurred less likely."""
-    logits_V = logits_V.copy()
-    scores = logits_V[tokens]
-    logits_V[tokens] = np.where(scores < 0, scores * penalty, scores / penalty)
-    return logits_V
+def typical(weights: NDArray[np.float64], mass: float) -> NDArray[np.int64]:
+    """The places of the tokens whose information is nearest to the expected.
+
+    Args:
+        weights: Tokens' probabilities, but for a factor.
+        mass: Sum of the probabilities that the tokens are to reach.
+    """
+    probabilities = weights / weights.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        information = -np.log(probabilities)
+        expected = np.nansum(information * probabilities)
+    distances = np.abs(information - expected)
+    order = np.argsort(distances, kind="stable")
+    last = min(int(np.searchsorted(np.cumsum(probabilities[order]), mass)), len(order) - 1)
+    return np.flatnonzero(distances <= distances[order[last]])
 
 
 def candidates(below_V: NDArray[np.float32], sampling: Sampling, draw: float) -> tuple[NDArray[np.int64], float | None]:
@@ -118,10 +233,12 @@ def candidates(below_V: NDArray[np.float32], sampling: Sampling, draw: float) ->
         likeliest is 1; None where only these count.
     """
     if 0 < sampling.top_k < len(below_V):
-        return np.flatnonzero(below_V >= np.partition(below_V, -sampling.top_k)[-sampling.top_k]), None
+        return largest(below_V, sampling.top_k), None
     with np.errstate(over="ignore", under="ignore"):
         weights_V = np.exp(below_V / np.float32(max(sampling.temperature, 1e-30)))
     total = float(weights_V.sum())
+    if sampling.typical_p < 1 and sampling.top_p == 1 and sampling.min_p == 0:
+        return np.arange(len(below_V)), total
     if sampling.min_p > 0:
         share, depths = 0.0, [-math.log(sampling.min_p) + 1e-3]
     else:
@@ -131,3 +248,18 @@ def candidates(below_V: NDArray[np.float32], sampling: Sampling, draw: float) ->
         if float(weights_V[tokens].sum()) > share * total:
             return tokens, total
     return np.arange(len(below_V)), total
+
+
+def largest(below_V: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """The places of the largest logits, `count` of them and those equal to the last, in no order.
+
+    Args:
+        below_V: The logits less the largest of them.
+        count: A number from 1 to that of the logits.
+    """
+    for depth in (4.0, 8.0, 16.0, 32.0):  # a comparison costs far less than a partition of them all
+        near = np.flatnonzero(below_V >= -depth)
+        if len(near) >= count:
+            values = below_V[near]
+            return near[values >= np.partition(values, -count)[-count]]
+    return np.flatnonzero(below_V >= np.partition(below_V, -count)[-count])

@@ -4,24 +4,22 @@ Enters: texts, conversations, token ids and images. Leaves: new tokens and their
 prompt or of many side by side. Invariant: the model is run by `TokenSession` alone.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
-import numpy as np
-
-from ..errors import SessionError
+from ..errors import SessionError, shortened
 from .backends.interface import DecoderBackend
+from .chat.settings import ChatSettings
+from .checks import whole
 from .continuation import Generated, Request, Settings, joined
+from .defaults import Defaults
 from .flight import stream_requests
-from .images.sources import ImageSource
 from .images.tower import Tower
 from .lookup import Lookup
-from .prompt import Prompt, PromptReader, Tokens
+from .prompt import Images, Prompt, PromptReader, Tokens
 from .rider import ride_alone
-from .sampling import Sampling
 from .state import Limits
-from .text import Defaults, Text
+from .text import Text
 from .token_session import TokenSession
 
 
@@ -54,7 +52,7 @@ class Session(TokenSession):
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         prompt_lookup_num_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Generated:
@@ -65,27 +63,28 @@ class Session(TokenSession):
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         prompt_lookup_num_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Generated]:
         """Continues a prompt piece by piece.
 
         Args:
-            prompt: A text, token ids taken as they are, or messages for the chat template; see `prompt`.
-            max_new_tokens: New tokens at most; None is until the end of the sequence or of `max_seq`.
-            images: Paths, bytes, PIL images or arrays: one for each `<|image|>` in the prompt; a text without any of
-                these is about all of them.
+            prompt: A text, token ids taken as they are, or messages for the chat template; see `PromptReader.read`.
+            max_new_tokens: New tokens at most; None is as the generation config says, or until the end of the sequence
+                or of `max_seq`.
+            images: Paths, data URLs, bytes, PIL images or arrays, one or a list: one for each `<|image|>` in the
+                prompt; a text without any of these is about all of them.
             prompt_lookup_num_tokens: Tokens at most that are guessed from those that followed the same words before,
                 and verified in one piece; None or 0 is none. The continuation is the same, drawn or greedy.
-            **settings: The choice of tokens and the ends of the text, see `Settings`.
+            **settings: The choice of tokens and the ends of the text, and what belongs to messages, as `tools`; see
+                `Settings`.
 
         Raises:
             SessionError: The prompt is empty, too long, or not in the vocabulary, an image cannot be read or has no
                 place in it, or a setting is out of range.
         """
-        if (drafts := prompt_lookup_num_tokens or 0) < 0:
-            raise SessionError(f"prompt_lookup_num_tokens is {drafts}, expected a whole number from 0 up")
+        drafts = whole("prompt_lookup_num_tokens", prompt_lookup_num_tokens or 0)
         return ride_alone(self, self.request(prompt, max_new_tokens, images, **settings), Lookup(drafts))
 
     def generate_many(
@@ -94,15 +93,18 @@ class Session(TokenSession):
         max_new_tokens: int | None = None,
         *,
         slots: int | None = None,
+        prefill_budget: int | None = None,
         **settings: Unpack[Settings],
     ) -> list[Generated]:
         """Continues several prompts at once; the arguments are those of `stream_many`.
 
         Returns:
-            The new tokens and their text, in the order of the prompts.
+            The new tokens and their text, in the order of the prompts. A prompt that an error ended has the `finish`
+            "error", the error, and its tokens until then; the others go on.
         """
         pieces: list[list[Generated]] = [[] for _ in prompts]
-        for number, piece in self.stream_many(prompts, max_new_tokens, slots=slots, **settings):
+        budget = prefill_budget
+        for number, piece in self.stream_many(prompts, max_new_tokens, slots=slots, prefill_budget=budget, **settings):
             pieces[number].append(piece)
         return [joined(each) for each in pieces]
 
@@ -112,61 +114,68 @@ class Session(TokenSession):
         max_new_tokens: int | None = None,
         *,
         slots: int | None = None,
+        prefill_budget: int | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[tuple[int, Generated]]:
         """Continues several prompts at once, each as if it were alone: one that ends makes room for the next.
 
         Args:
             prompts: Each as in `stream`; images stand in messages.
-            max_new_tokens: New tokens of each at most; None is until its end or that of `max_seq`.
+            max_new_tokens: New tokens of each at most, as in `stream`.
             slots: Sequences at once; None takes `flight.DEFAULT_SLOTS`, or `max_batch` if that is less.
+            prefill_budget: Tokens of prompts that a step reads at most while others decode, so that these go on; None
+                reads as the decoder takes them, which is the fastest for all together.
             **settings: The same for all prompts, see `Settings`. Each has a sampler of its own with the same seed.
 
         Yields:
-            The prompt's number, and a piece of its continuation.
+            The prompt's number, and a piece of its continuation. An error while it is computed ends its own prompt
+            alone: with a piece that has the `finish` "error" and the error.
 
         Raises:
             SessionError: As `stream` does, before anything is computed.
         """
         requests = [self.request(prompt, max_new_tokens, **settings) for prompt in prompts]
-        return stream_requests(self, requests, slots)
+        return stream_requests(self, requests, slots, prefill_budget)
 
     def request(
         self,
         prompt: Prompt,
         max_new_tokens: int | None = None,
-        images: Sequence[ImageSource] = (),
+        images: Images = (),
         **settings: Unpack[Settings],
     ) -> Request:
         """Checks a prompt and its settings, for a `Flight` to take; the arguments are those of `stream`."""
-        if unknown := sorted(settings.keys() - Settings.__annotations__.keys()):
-            raise TypeError(f"unknown setting {unknown[0]!r}: choose from {', '.join(Settings.__annotations__)}")
-        tokens = self.read(prompt, images)
-        fields = {field.name for field in dataclasses.fields(Sampling)}
-        given: dict[str, Any] = {name: v for name, v in settings.items() if name in fields and v is not None}
-        ends = settings.get("eos_token_id")
-        ends = self.defaults.eos_token_ids if ends is None else np.atleast_1d(np.asarray(ends, dtype=np.int64)).tolist()
+        if unknown := sorted(map(str, settings.keys() - Settings.__annotations__.keys())):
+            raise SessionError(
+                f"unknown setting {shortened(unknown[0])}: choose from {', '.join(Settings.__annotations__)}"
+            )
+        chat: Any = {name: value for name, value in settings.items() if name in ChatSettings.__annotations__}
+        tokens = self.read(prompt, images, **chat)
         room = self.max_seq - len(tokens.ids)
         if not room and max_new_tokens != 0:
-            raise SessionError(f"the prompt fills all {self.max_seq} tokens that the session holds: load with more")
-        if max_new_tokens is not None and max_new_tokens < 0:
-            raise SessionError(f"max_new_tokens is {max_new_tokens}, expected a whole number from 0 up")
+            longer = ", or load with a larger max_seq" if self.max_seq < self.spec.max_positions else ""
+            raise SessionError(f"the prompt fills all {self.max_seq} tokens of the session: shorten it{longer}")
+        asked = {**settings, "max_new_tokens": max_new_tokens}
+        choice = self.defaults.choose(asked, len(tokens.ids), room, self.spec.vocab_size)
+        if choice.stop_strings and self.text.tokenizer is None:
+            raise SessionError(f"{self.text.folder} has no tokenizer.json: give eos_token_id instead of stop_strings")
         return Request(
             prompt=tokens,
-            count=room if max_new_tokens is None else min(max_new_tokens, room),
-            sampling=dataclasses.replace(self.defaults.sampling, **given),
-            ends=frozenset(ends),
-            stop_strings=settings.get("stop_strings") or (),
+            count=choice.count,
+            sampling=choice.sampling,
+            ends=choice.ends,
+            stop_strings=choice.stop_strings,
             text=self.text,
+            top_logprobs=choice.top_logprobs,
         )
 
-    def read(self, prompt: Prompt, images: Sequence[ImageSource] = ()) -> Tokens:
+    def read(self, prompt: Prompt, images: Images = (), **settings: Unpack[ChatSettings]) -> Tokens:
         """Reads a prompt: its token ids, checked against the vocabulary and `max_seq`, and its images' tiles.
 
         Raises:
             SessionError: As `stream` does.
         """
-        tokens = self.prompt_reader.read(prompt, images)
+        tokens = self.prompt_reader.read(prompt, images, **settings)
         ids = tokens.ids
         if not ids:
             raise SessionError("the prompt holds no tokens: give some text or ids")

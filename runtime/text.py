@@ -1,35 +1,31 @@
-"""Text in and out: the tokenizer, the chat template, and the defaults of generation.
+"""Text in and out: the tokenizer and the chat templates.
 
 Enters: a folder's own files. Leaves: token ids of texts and conversations, and texts of token ids. Invariant: a damaged
 file is refused when it is read; a missing one only when it is needed.
 """
 
 import functools
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from ..errors import FolderError, SessionError
-from .sampling import Sampling
+from ..errors import FolderError, SessionError, shortened
+from ..files.folders import read_json
+from .chat.messages import Message, read_messages
+from .chat.settings import ChatSettings, read_chat
+from .chat.special_tokens import complete_tokenizer
+from .chat.templates import DEFAULT, ChatTemplate, choose_template, read_templates
 
 if TYPE_CHECKING:
-    from jinja2 import Template
-
-Message = dict[str, Any]
-"""One turn of a conversation: `role`, and `content`, a text or a list of parts."""
-
-MARK = "<open-message> "
-"""Put where a message is to be continued; the space at its end shows whether the template trims."""
+    from .chat.control_tokens import ControlTokens
+    from .chat.rendering import Writer
 
 
 class Text:
-    """A folder's tokenizer and chat template.
+    """A folder's tokenizer and chat templates.
 
     Args:
         folder: The model or bundle.
@@ -45,10 +41,12 @@ class Text:
             self.tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else None
         except Exception as error:  # the tokenizers library raises plain Exception
             raise FolderError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
-        if self.tokenizer is not None:  # a saved training setting would cut prompts without a word
-            self.tokenizer.no_truncation()
-            self.tokenizer.no_padding()
         self.config = read_json(folder / "tokenizer_config.json")
+        self.special_tokens: dict[str, str] = {}
+        if self.tokenizer is not None:
+            self.special_tokens = complete_tokenizer(self.tokenizer, folder, self.config)
+            self.tokenizer.no_truncation()  # a saved training setting would cut prompts without a word
+            self.tokenizer.no_padding()
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer puts one.
@@ -57,10 +55,7 @@ class Text:
             text: Any text; special tokens written in it become those tokens.
             special_tokens: Whether the tokenizer adds its own (BOS).
         """
-        try:
-            ids: list[int] = self._tokenizer().encode(text, add_special_tokens=special_tokens).ids
-        except (TypeError, UnicodeError) as error:
-            raise SessionError("the text is not valid Unicode: give UTF-8") from error
+        ids: list[int] = self._tokenizer().encode(_checked(text), add_special_tokens=special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -68,42 +63,40 @@ class Text:
         text: str = self._tokenizer().decode(list(ids), skip_special_tokens=True)
         return text
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt as a person writes it: `encode`, but a BOS that is written gets no second one."""
+        ids = self.encode(text)
+        return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == self.special_id("bos_token") else ids
+
+    def encode_chat(self, messages: Sequence[Message] | Message, **settings: Unpack[ChatSettings]) -> list[int]:
         """Token ids of a conversation in the checkpoint's chat template, up to where the assistant speaks next.
 
-        A conversation whose last message is the assistant's ends with it.
-        """
-        return self.encode(self.render_chat(messages), special_tokens=False)
-
-    def render_chat(self, messages: Sequence[Message], *, open_last: bool = False) -> str:
-        """A conversation as the chat template writes it.
+        A conversation whose last message is the assistant's ends with it. Control tokens are the template's alone: what
+        messages, tools and documents hold is ordinary text, unless `sanitize_control_tokens` is False.
 
         Args:
-            messages: The turns.
-            open_last: Whether the text ends within the last message, to be continued, not where the assistant begins.
+            messages: The turns; an image is a part `{"type": "image"}`.
+            **settings: What is said beside them, see `ChatSettings`.
 
         Raises:
             SessionError: There is no template, or it does not take these messages.
+            FolderError: The template does not compile.
         """
-        template = self.chat_template
-        if template is None:
-            raise SessionError(f"{self.folder} has no chat template: give a plain prompt instead")
-        special = {name: _token(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
-        turns = list(messages)
-        asks = not turns or turns[-1].get("role") != "assistant"
-        if open_last:
-            turns[-1] = {**turns[-1], "content": turns[-1]["content"] + MARK}
-        try:
-            text = _compiled(template).render(
-                messages=turns, tools=None, documents=None, add_generation_prompt=asks and not open_last, **special
-            )
-        except Exception as error:  # a template is a program, and fails in its own ways
-            raise SessionError(f"the chat template does not take these messages: {error}") from error
-        return _up_to_mark(text) if open_last else text
+        writer = self._writer(messages, settings)
+        text = _checked(writer.text)
+        sanitizes = writer.chat.sanitizes
+        ids = self._control_tokens.encode(writer) if sanitizes else self.encode(text, special_tokens=False)
+        if self._has_processor and ids[:1] != (start := self.encode("")[:1]):  # as `transformers`' processors do
+            ids = start + ids if start == [self.special_id("bos_token")] else ids
+        return ids
+
+    def render_chat(self, messages: Sequence[Message] | Message, **settings: Unpack[ChatSettings]) -> str:
+        """A conversation as the chat template writes it; the arguments and errors are those of `encode_chat`."""
+        return self._writer(messages, settings).text
 
     def special_id(self, name: str) -> int | None:
         """The id of a special token by its name in `tokenizer_config.json`, as in `bos_token`; None if it has none."""
-        token = _token(self.config.get(name))
+        token = self.special_tokens.get(name)
         return self._tokenizer().token_to_id(token) if token else None
 
     def open_stream(self) -> Callable[[int], str]:
@@ -117,15 +110,39 @@ class Text:
         return lambda token: decoder.step(tokenizer, token) or ""
 
     @functools.cached_property
+    def templates(self) -> dict[str, ChatTemplate]:
+        """The chat templates by their names."""
+        return read_templates(self.folder, self.config)
+
+    @property
     def chat_template(self) -> str | None:
-        """The template's source, in Jinja; None where there is none."""
-        path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text("utf-8")
-        template = read_json(self.folder / "chat_template.json").get("chat_template", self.config.get("chat_template"))
-        if isinstance(template, list):  # several named templates
-            template = {each["name"]: each["template"] for each in template}.get("default")
-        return template
+        """The source of the template that is taken where none is asked for, in Jinja; None where there is none."""
+        template = self.templates.get(DEFAULT)
+        return None if template is None else template.source
+
+    def _writer(self, messages: Any, settings: ChatSettings) -> "Writer":
+        from .chat.rendering import Writer  # here, since ids and plain text need no Jinja and a process starts sooner
+
+        turns, _ = read_messages(messages)
+        chat = read_chat(turns, settings)
+        template = choose_template(self.templates, chat.template, chat.tools is not None, self.folder)
+        return Writer(template, chat, self.special_tokens)
+
+    @functools.cached_property
+    def _control_tokens(self) -> "ControlTokens":
+        from .chat.control_tokens import ControlTokens
+
+        listed = self.config.get("chat_control_tokens")
+        if listed is not None and not (isinstance(listed, list) and all(isinstance(each, str) for each in listed)):
+            path = self.folder / "tokenizer_config.json"
+            raise FolderError(
+                f"{path}: chat_control_tokens is {shortened(listed)}, expected a list of texts: correct it"
+            )
+        return ControlTokens(self._tokenizer(), listed)
+
+    @functools.cached_property
+    def _has_processor(self) -> bool:
+        return any((self.folder / f"{name}_config.json").is_file() for name in ("processor", "preprocessor"))
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -133,81 +150,14 @@ class Text:
         return self.tokenizer
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Defaults:
-    """A checkpoint's settings of generation, for a caller who gives none."""
-
-    eos_token_ids: tuple[int, ...]
-    sampling: Sampling
-
-
-def read_defaults(folder: Path) -> Defaults:
-    """Reads `generation_config.json`; without `do_sample` in it, the largest logit is taken.
+def _checked(text: str) -> str:
+    """A text that is valid Unicode.
 
     Raises:
-        FolderError: The file is damaged, or a value in it out of range.
-    """
-    config = read_json(folder / "generation_config.json")
-    config = {name: value for name, value in config.items() if value is not None}
-    eos = config.get("eos_token_id", [])
-    ends = eos if isinstance(eos, list) else [eos]
-    try:
-        if not all(type(token) is int for token in ends):
-            raise SessionError(f"eos_token_id is {eos!r}, expected one token id or a list of them")
-        sampling = Sampling(
-            temperature=config.get("temperature", 1.0) if config.get("do_sample") else 0.0,
-            top_k=config.get("top_k", 0),
-            top_p=config.get("top_p", 1.0),
-            min_p=config.get("min_p", 0.0),
-            repetition_penalty=config.get("repetition_penalty", 1.0),
-        )
-    except (TypeError, SessionError) as error:
-        raise FolderError(f"{folder / 'generation_config.json'}: {error}: correct it") from error
-    return Defaults(eos_token_ids=tuple(ends), sampling=sampling)
-
-
-@functools.lru_cache(maxsize=4)
-def _compiled(source: str) -> "Template":
-    """A chat template, compiled once: that takes longer than all else that a short prompt needs."""
-    from jinja2 import TemplateError  # here, since ids and plain text need none of it and a process starts sooner
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the file is missing.
-
-    Raises:
-        FolderError: The file is damaged.
+        SessionError: It has halves of characters.
     """
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise FolderError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
-    if not isinstance(value, dict):
-        raise FolderError(f"{path}: not a JSON object: export again from an intact checkpoint")
-    return value
-
-
-def _up_to_mark(text: str) -> str:
-    """The text that a template wrote before the mark, without the space that it trims from a message's end."""
-    place = text.rfind(MARK.strip())
-    if place < 0:
-        raise SessionError("the chat template leaves out the end of the last message: it cannot be continued")
-    return text[:place] if text[place:].startswith(MARK) else text[:place].rstrip()
-
-
-def _token(value: Any) -> str:
-    """A special token's text; tokenizer configs write it plainly or as an object."""
-    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
+        text.encode()
+    except UnicodeError as error:
+        raise SessionError("the text is not valid Unicode: give UTF-8") from error
+    return text

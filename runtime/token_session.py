@@ -1,9 +1,12 @@
 """A loaded model in tokens: a stateful step over a batch of sequences (`start`, `prefill`, `extend`, `decode`).
 
 Enters: token ids, and tiles of images. Leaves: logits in float32; `logits` and `score` are written with the step.
-Invariant: it knows nothing of text, so that who speaks to it in token ids needs no tokenizer.
+Invariants: it knows nothing of text, so that who speaks to it in token ids needs no tokenizer. Threads may share a
+session: each step, and each look at what the session keeps for all, holds `lock`, so that they go one after another.
+A `State` belongs to one thread at a time.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -34,7 +37,8 @@ class TokenSession:
     ) -> None:
         self.decoder, self.tower = decoder, tower
         self.limits, self.max_seq, self.max_batch = limits, limits.max_seq, limits.max_batch
-        self.prefixes = Prefixes(decoder.spec.chunk, prefix_bytes)
+        self.lock = threading.RLock()
+        self.prefixes = Prefixes(decoder.spec.chunk, prefix_bytes, self.lock)
 
     @property
     def spec(self) -> ModelSpec:
@@ -64,7 +68,8 @@ class TokenSession:
         if positions > self.max_seq:
             limit = f"the model's context is {self.spec.max_positions}"
             raise SessionError(f"{positions} tokens are more than max_seq {self.max_seq}: load with more ({limit})")
-        return State(self.decoder, batch, positions)
+        with self.lock:
+            return State(self.decoder, batch, positions)
 
     def prefill(self, state: State, rows: Sequence[Sequence[int]], features: Features = ()) -> NDArray[np.float32]:
         """Adds tokens to each row, at least one; the arguments are those of `extend`.
@@ -104,8 +109,9 @@ class TokenSession:
             raise SessionError(f"a sequence is full at {state.caches.positions} tokens: start it with more positions")
         self.check_ids(tokens_B)
         ids_B1 = np.asarray(tokens_B, dtype=np.int64)[:, None]
-        logits = state.binding(slice(0, len(ids_B1))).step(ids_B1, state.past_B, np.zeros_like(ids_B1))
-        state.past_B += 1
+        with self.lock:
+            logits = state.binding(slice(0, len(ids_B1))).step(ids_B1, state.past_B, np.zeros_like(ids_B1))
+            state.past_B += 1
         return logits[:, 0]
 
     def logits(self, ids_BS: ArrayLike, lengths_B: ArrayLike | None = None) -> NDArray[np.float32]:
@@ -164,7 +170,8 @@ class TokenSession:
         if pixels_N3PP is None or not len(pixels_N3PP):
             return None
         assert self.tower is not None
-        return self.tower.encode(pixels_N3PP)
+        with self.lock:
+            return self.tower.encode(pixels_N3PP)
 
     def _run(
         self, state: State, rows: Sequence[Sequence[int]], features: Features, *, last_only: bool
@@ -192,8 +199,9 @@ class TokenSession:
                 else np.broadcast_to(np.arange(width, dtype=np.int64), ids_BS.shape)
             )
             features_MH = given.take(piece.rows, ids_BS)
-            logits = state.binding(piece.rows).step(ids_BS, state.past_B[piece.rows], positions_BR, features_MH)
-            state.past_B[piece.rows] += lengths_B
+            with self.lock:
+                logits = state.binding(piece.rows).step(ids_BS, state.past_B[piece.rows], positions_BR, features_MH)
+                state.past_B[piece.rows] += lengths_B
             for index, length in enumerate(piece.lengths):
                 yield first + index, done[first + index], logits[index] if last_only else logits[index, :length]
                 done[first + index] += length

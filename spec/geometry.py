@@ -58,8 +58,8 @@ class ModelSpec:
         heads: Query heads (Q).
         kv_heads: Key and value heads (K).
         head_dim: Width of a head (D).
-        experts: Routed experts of a layer that has some (E).
-        experts_per_token: Experts that each token is sent to (top-k).
+        experts: Routed experts of a layer that has some (E); 0 in a model without.
+        experts_per_token: Experts that each token is sent to (top-k); 0 in a model without.
         expert_size: Width of one expert and of the shared expert (I).
         dense_size: Width of the feed-forward in layers without experts.
         norm_eps: Epsilon of the RMS norms.
@@ -97,7 +97,8 @@ class ModelSpec:
         counts = (self.vocab_size, self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.max_positions)
         if min(counts) < 1 or self.heads % self.kv_heads or self.head_dim % 2 or not self.layers:
             raise ValueError("the model's sizes do not fit together")
-        if not 1 <= self.experts_per_token <= self.experts:
+        least = 1 if any(layer.experts for layer in self.layers) else 0
+        if not least <= self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token is {self.experts_per_token} of {self.experts} experts")
 
     @classmethod

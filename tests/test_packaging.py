@@ -1,4 +1,5 @@
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -40,7 +41,10 @@ def test_the_package_list_is_the_tree() -> None:
 def test_the_lock_is_within_the_project_s_ranges() -> None:
     versions = locked(LOCK)
     ranges = [PROJECT["build-system"]["requires"], PROJECT["project"]["dependencies"]]
-    ranges += PROJECT["project"]["optional-dependencies"].values()
+    extras = PROJECT["project"]["optional-dependencies"]
+    ranges += [
+        requirements for extra, requirements in extras.items() if extra != "gpu"
+    ]  # of cpu and gpu, one is locked
     for requirement in map(Requirement, chain(*ranges)):
         if requirement.name != "arriero":
             name = canonicalize_name(requirement.name)
@@ -55,12 +59,42 @@ def test_every_locked_version_has_hashes_and_no_place() -> None:
     assert not re.search(r"//|^-|file:|[( ]/|/\w+/", LOCK, re.MULTILINE)
 
 
+def test_pre_commit_runs_the_locked_ruff() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
+    assert set(re.findall(r"ruff==([\w.]+)", hooks)) == set(locked(LOCK)["ruff"])
+
+
 def test_the_demo_installs_no_tools_of_the_tests_and_no_cuda() -> None:
     demo, test, cuda = part("demo"), part("test"), part("cuda")
     assert {"torch", "onnx", "matplotlib", "triton"} <= set(demo)
     assert {"pytest", "ruff", "mypy", "transformers", "lm-eval"} <= set(test)
     assert all(name.startswith(("cuda-", "nvidia-")) for name in cuda)
     assert not set(demo) & set(test) | set(demo) & set(cuda) | set(test) & set(cuda)
+
+
+def test_the_lock_brings_one_onnx_runtime() -> None:
+    assert [name for name in locked(LOCK) if name.startswith(("onnxruntime", "ort-"))] == ["onnxruntime"]
+
+
+WHEELS = runpy.run_path(str(ROOT / ".ci" / "wheels.py"))
+
+
+@pytest.mark.parametrize("platform", ["Linux, x86-64", "Linux, ARM", "macOS 14, Apple silicon"])
+def test_pip_finds_a_wheel_of_all_that_the_cpu_needs(platform: str) -> None:
+    tags = WHEELS["PLATFORMS"][platform]
+    try:  # without what these need in turn, which `make wheels` finds, and which is of Python alone but for one or two
+        wheels = WHEELS["resolve"]("cpu", tags, "--no-deps", "--retries", "0", "--timeout", "20")
+    except RuntimeError as error:
+        if re.search(r"onnection|resolution|timed out|from versions: none", str(error)):
+            pytest.skip(f"the package index is not reachable: {str(error)[:200]}")
+        raise
+    urls = {wheel["metadata"]["name"]: wheel["download_info"]["url"] for wheel in wheels}
+    assert "onnxruntime-gpu" not in urls
+    assert {canonicalize_name(Requirement(each).name) for each in WHEELS["requirements"]("cpu")} == set(
+        map(canonicalize_name, urls)
+    )
+    assert all(url.endswith(".whl") for url in urls.values())
+    assert urls["onnxruntime"].endswith(f"{tags[0]}.whl")
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,14 @@ Enters: JSONL files, a conversation a line, and the folder's tokenizer, chat tem
 ids, with an image token for each image feature, and the images to be cut into tiles when they are needed.
 
 A line is an object of `messages`, each with a `role` and a `content`: a text, or a list of parts, as in
-`{"type": "text", "text": …}` and `{"type": "image", "path": …}`. `images` beside it are paths of images that come
-before the first user's text. Paths are relative to the file.
+`{"type": "text", "text": …}` and `{"type": "image", "path": …}`. `images` beside it are those of parts that have none,
+or where there are no such parts, come before the first user's text. Paths are relative to the file. `tools`,
+`documents` and `chat_template_kwargs` beside it are settings of these names (`ChatSettings`). As in a session, control
+tokens are the chat template's alone.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError, FolderError, SessionError
+from ..errors import DataError, FolderError, SessionError, shortened
+from ..runtime.chat.messages import Message, read_messages, with_images_beside
+from ..runtime.images.data_urls import scheme_of
 from ..runtime.images.placeholders import ImagePrompts
-from ..runtime.images.sources import read_image
+from ..runtime.images.sources import ImageSource, read_image
 from ..runtime.images.tiles import choose_grid, cut_tiles
-from ..runtime.prompt import images_of, without_images
 from ..runtime.text import Text
 
 SUFFIX = ".jsonl"
+BESIDE = ("tools", "documents", "chat_template_kwargs")
+"""Keys of a line that are settings of its conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +38,11 @@ class Conversation:
 
     Attributes:
         ids_S: Its tokens, images expanded.
-        images: Paths, in order.
+        images: Paths, data URLs and files' bytes, in order.
     """
 
     ids_S: NDArray[np.int64]
-    images: tuple[Path, ...]
+    images: tuple[ImageSource, ...]
 
 
 def read_conversations(path: Path, text: Text, prompts: ImagePrompts | None) -> list[Conversation]:
@@ -54,13 +59,13 @@ def read_conversations(path: Path, text: Text, prompts: ImagePrompts | None) -> 
     found = []
     for number, line in _lines(path):
         where = f"{path}, line {number}"
-        messages = _messages(line, where, path.parent)
+        settings: Any = {name: line[name] for name in BESIDE if name in line}
         try:
-            images = tuple(Path(str(image)) for image in images_of(messages))
-            ids = text.encode_chat([without_images(message) for message in messages])
-            if images:
-                if prompts is None:
-                    raise DataError(f"{where} has an image, the model takes text only: leave it out")
+            messages, images = _read(line, where, path.parent)
+            if images and prompts is None:
+                raise DataError(f"{where} has an image, the model takes text only: leave it out")
+            ids = text.encode_chat(messages, **settings)
+            if prompts is not None and images:
                 pictures = (read_image(image) for image in images)
                 ids = prompts.expand(ids, [choose_grid(each.height, each.width, prompts.settings) for each in pictures])
         except (SessionError, FolderError) as error:
@@ -69,7 +74,7 @@ def read_conversations(path: Path, text: Text, prompts: ImagePrompts | None) -> 
     return found
 
 
-def cut_images(images: tuple[Path, ...], prompts: ImagePrompts) -> NDArray[np.float16]:
+def cut_images(images: Sequence[ImageSource], prompts: ImagePrompts) -> NDArray[np.float16]:
     """The tiles of images [N, 3, P, P], in float16, which holds their values exactly.
 
     Raises:
@@ -109,38 +114,37 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, value
 
 
-def _messages(line: dict[str, Any], where: str, folder: Path) -> list[dict[str, Any]]:
-    """The messages of a line, every image a part with its absolute path."""
-    messages, beside = line.get("messages"), line.get("images", [])
-    if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
+def _read(line: dict[str, Any], where: str, folder: Path) -> tuple[list[Message], tuple[ImageSource, ...]]:
+    """The messages of a line, and their images, each path an absolute one."""
+    messages, beside = line.get("messages"), line.get("images") or []
+    if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: messages is no list of objects with role and content: correct it")
     if not isinstance(beside, list) or not all(isinstance(image, str) for image in beside):
         raise DataError(f"{where}: images is no list of paths: correct it")
-    placed = [{**message, "content": _parts(message["content"], folder)} for message in messages]
-    if beside:
-        first = next((message for message in placed if message["role"] == "user"), None)
+    turns, images = read_messages(messages)
+    if beside and None not in images:
+        first = next((turn for turn in turns if turn["role"] == "user"), None)
         if first is None:
             raise DataError(f"{where}: no user's message that its images could come before: correct it")
-        content = first["content"]
+        content = first.get("content", "")
         said = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        first["content"] = [*({"type": "image", "path": str(folder / image)} for image in beside), *said]
-    return placed
+        first["content"] = [*({"type": "image"} for _ in beside), *said]
+        before = sum(_images(turn) for turn in turns[: turns.index(first)])
+        images[before:before] = [None] * len(beside)
+    return turns, tuple(_located(image, folder) for image in with_images_beside(images, beside))
 
 
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str | list)
-    )
+def _images(turn: Message) -> int:
+    """The number of a message's images."""
+    content = turn.get("content")
+    parts = content if isinstance(content, list) else []
+    return sum(isinstance(part, dict) and part.get("type") == "image" for part in parts)
 
 
-def _parts(content: Any, folder: Path) -> Any:
-    if not isinstance(content, list):
-        return content
-    return [
-        {**part, "path": str(folder / part["path"])}
-        if isinstance(part, dict) and isinstance(part.get("path"), str)
-        else part
-        for part in content
-    ]
+def _located(image: ImageSource, folder: Path) -> ImageSource:
+    """An image whose path is relative to a folder."""
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        raise SessionError(f"an image is {shortened(image)}, expected a path or a data URL")
+    return image if scheme_of(image) else folder / image

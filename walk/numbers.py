@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files.processors import processors
 from ..files.safetensors import Region, open_shard
 from ..plugins.cpu.panels import stored_values
 from ..plugins.finite import all_finite
@@ -26,6 +27,12 @@ INTEGERS = {2: torch.int16, 4: torch.int32}
 
 TORCH_DTYPES = {CODES[name]: getattr(torch, TYPES[name].torch) for name in FLOATS}
 """Torch's float types by their safetensors codes."""
+
+
+def fit_threads() -> None:
+    """Gives PyTorch no more threads than the processors that this process may use; it sees no container's quota."""
+    if torch.get_num_threads() > (count := processors()):
+        torch.set_num_threads(count)
 
 
 class Weights:
@@ -51,6 +58,7 @@ class Weights:
         self.maps: dict[Path, mmap.mmap] = {}
         self.finite: set[tuple[str, int | None]] = set()
         self.dtype = None if dtype is None else TORCH_DTYPES[CODES[dtype]]
+        fit_threads()
         for file, path in files.items():
             for name, region in open_shard(path).tensors.items():
                 if places is not None and places.get(name) != (file, region.offset):
@@ -63,6 +71,10 @@ class Weights:
         if name not in self.regions:
             raise CheckpointError(f"tensor {name!r} is in none of the weight files: export the model again")
         return self.regions[name]
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there."""
+        return name in self.regions
 
     def full_name(self, name: str) -> str:
         """A tensor's name under the checkpoint's prefix, whether it is stored or new beside stored ones."""
@@ -137,6 +149,10 @@ class FolderWeights(Weights):
             for index in range(parts):
                 region = Region(CODES[weight.dtype], shape, weight.offset + index * size, size)
                 self.regions[f"{short}[{index}]" if weight.stacked else short] = path, region
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there, as it was stored or as it was made for the graph."""
+        return name in self.regions or name in self.made or f"{name}:panels" in self.made
 
     def wide(self, name: str, index: int | None = None) -> Tensor:
         """A tensor in float32; of a stacked one the part `index`."""

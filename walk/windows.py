@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from ..errors import DataError, FolderError, SessionError
 from ..runtime.images.placeholders import ImagePrompts
+from ..runtime.images.sources import ImageSource
 from ..runtime.text import Text
 from ..spec.geometry import ModelSpec, VisionSpec
 from .conversations import SUFFIX, Conversation, cut_images, read_conversations, read_utf8
@@ -120,22 +120,22 @@ def read_windows(
     """
     if samples < 1 or (window is not None and not 2 <= window <= spec.max_positions):
         raise DataError(f"{samples} samples of {window} tokens: expected 1 up, and 2 to {spec.max_positions}")
-    tokenizer = _tokenizer(folder)
+    text = _text_of(folder)
     paths = [Path(file) for file in files]
     chats = [path for path in paths if path.suffix == SUFFIX]
     ids: list[int] = []
     for path in paths:
         if path not in chats:
-            ids += tokenizer.encode(_text(path), add_special_tokens=False).ids
-    prompts = _prompts(folder) if chats and vision is not None else None
-    talks = [talk for path in chats for talk in read_conversations(path, Text(folder), prompts)]
+            ids += text.encode(_text(path), special_tokens=False)
+    prompts = _prompts(text) if chats and vision is not None else None
+    talks = [talk for path in chats for talk in read_conversations(path, text, prompts)]
     said = sum(len(talk.ids_S) for talk in talks)
     if len(ids) + said < FEWEST_TOKENS:
         raise DataError(f"the data has {len(ids) + said} tokens, expected at least {FEWEST_TOKENS}: give more --data")
     largest = max([*ids, *(int(talk.ids_S.max()) for talk in talks)])
     if largest >= spec.vocab_size:
         raise DataError(f"the tokenizer makes id {largest}, the vocabulary has {spec.vocab_size}")
-    start = tokenizer.encode("", add_special_tokens=True).ids
+    start = text.encode("")
     length = min(window or window_length(spec), *([len(start) + len(ids)] if ids else []), *([said] if said else []))
     step = length - len(start)
     places = range(0, len(ids) - step + 1, step) if ids else ()
@@ -145,7 +145,7 @@ def read_windows(
     return _with_images([cut[at] for at in chosen], vision, prompts)
 
 
-Cut = tuple[NDArray[np.int64], tuple[Path, ...]]
+Cut = tuple[NDArray[np.int64], tuple[ImageSource, ...]]
 """A window's ids, and its images."""
 
 
@@ -185,24 +185,21 @@ def _with_images(cut: Sequence[Cut], vision: VisionSpec | None, prompts: ImagePr
     )
 
 
-def _prompts(folder: Path) -> ImagePrompts:
+def _prompts(text: Text) -> ImagePrompts:
     try:
-        return ImagePrompts(Text(folder))
+        return ImagePrompts(text)
     except (SessionError, FolderError) as error:
         raise DataError(f"{error}: images cannot be read") from error
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(f"{folder} has no tokenizer.json: export again from a checkpoint that has one")
+def _text_of(folder: Path) -> Text:
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise DataError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        text = Text(folder)
+    except FolderError as error:
+        raise DataError(str(error)) from error
+    if text.tokenizer is None:
+        raise DataError(f"{folder} has no tokenizer.json: export again from a checkpoint that has one")
+    return text
 
 
 def _text(path: Path) -> str:

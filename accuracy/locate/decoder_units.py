@@ -9,13 +9,13 @@ import dataclasses
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
 from ...runtime.backends.onnxruntime_decoder import CACHE_DTYPES, LONGEST_PIECE, HostCaches
+from ...runtime.backends.onnxruntime_package import ort
 from ...runtime.pieces import cut
 from ...spec.geometry import LayerSpec, ModelSpec
 from ...walk.decoder import LayerWalk, embed, open_head

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ...runtime.backends.mapped_weights import map_weights
 from ...runtime.backends.onnxruntime_graph import open_graph
+from ...runtime.backends.onnxruntime_package import ort
 from ...walk.numbers import FolderWeights
 from ..lowered_graph import LoweredGraph
 from ..sides.folder_side import FolderSide

@@ -195,7 +195,7 @@ class _Suspects(Evidence):
             ours: The candidate's, where factors were taken out of it; None reads it.
             over_K: Factors to be taken out of it.
         """
-        if self.full(name) not in self.our_weights.regions:
+        if not self.our_weights.has(self.full(name)):
             return self.op_blame("Add", name, "it is left out")
         theirs, ours = self.theirs(name), (self.ours(name) if ours is None else ours) / over_K
         flat = theirs.ndim == 1

@@ -12,13 +12,16 @@ from ...files.folders import SPEC
 from .side import Side
 
 
-def open_side(path: str | Path, weights: Path | None = None, threads: int | None = None) -> Side:
+def open_side(
+    path: str | Path, weights: Path | None = None, threads: int | None = None, *, option: str = "--weights"
+) -> Side:
     """Opens one side; its weights are read when it is run.
 
     Args:
         path: A checkpoint, a model, or a bundle.
         weights: Folder of its weight files, where they have moved.
         threads: Threads of one operator on the CPU.
+        option: The command line's name for the folder of the weight files.
 
     Raises:
         AccuracyError: It is none of these.
@@ -33,7 +36,7 @@ def open_side(path: str | Path, weights: Path | None = None, threads: int | None
         raise AccuracyError(f"{path} is a file: give a checkpoint, a model, a bundle, or as --against a golden file")
     from .folder_side import FolderSide
 
-    return FolderSide(path, weights, threads)
+    return FolderSide(path, weights, threads, option)
 
 
 def tokenizer_of(path: Path) -> str:
@@ -44,7 +47,12 @@ def tokenizer_of(path: Path) -> str:
     """
     try:
         content = json.loads((path / "tokenizer.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise AccuracyError(f"{path} has no tokenizer.json that can be read ({error}): export it again") from error
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AccuracyError(
+            f"{path} has no tokenizer.json that can be read ({reason}): copy the checkpoint's into it"
+        ) from error
     fields = {name: content.get(name) for name in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ...errors import AccuracyError
 from ...export.checkpoint import open_checkpoint
+from ...files.disks import take_room
 from ...spec.recipe import Recipe
 from ...spec.types import Progress
 from ...walk.decoder import Hidden, LayerWalk, embed, open_head
@@ -102,5 +103,8 @@ class CheckpointSide:
 def hidden_states(shape: tuple[int, ...]) -> Iterator[tuple[Hidden, Hidden, Hidden]]:
     """Three arrays of hidden states in mapped files, which go when the block ends."""
     with tempfile.TemporaryDirectory(prefix="arriero-") as folder:
-        first, second, third = (np.memmap(f"{folder}/{name}", np.float32, "w+", shape=shape) for name in "abc")
+        paths = [Path(folder) / name for name in "abc"]
+        for path in paths:
+            take_room(path, int(np.prod(shape)) * 4)
+        first, second, third = (np.memmap(path, np.float32, "r+", shape=shape) for path in paths)
         yield first, second, third

@@ -21,9 +21,10 @@ from ...loading import cpu_decoder_graph, cpu_tower_graph, load, open_tower
 from ...plugins.finite import first_damaged
 from ...runtime.backends.mapped_weights import map_weights
 from ...runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
+from ...runtime.defaults import read_defaults
 from ...runtime.session import Session
 from ...runtime.state import Limits
-from ...runtime.text import Text, read_defaults
+from ...runtime.text import Text
 from ...spec.types import Progress
 from ...walk.windows import Windows
 from .side import Block, Experts, chosen_by, likeliest
@@ -39,13 +40,14 @@ class FolderSide:
         path: The folder.
         weights: Folder of its weight files, where they have moved.
         threads: Threads of one operator on the CPU.
+        option: The command line's name for the folder of the weight files.
 
     Raises:
         ArrieroError: It is damaged.
     """
 
-    def __init__(self, path: Path, weights: Path | None, threads: int | None) -> None:
-        self.path, self.weights, self.threads = path, weights, threads
+    def __init__(self, path: Path, weights: Path | None, threads: int | None, option: str = "--weights") -> None:
+        self.path, self.weights, self.threads, self.option = path, weights, threads, option
         self.folder = read_spec(path)
         check_whole(path, self.folder)
         self.spec, self.recipe = self.folder.model, self.folder.recipe
@@ -141,7 +143,7 @@ class FolderSide:
     @cached_property
     def files(self) -> dict[str, Path]:
         """The weight files, found and checked."""
-        return find_files(self.path, self.folder.weight_files, self.weights)
+        return find_files(self.path, self.folder.weight_files, self.weights, option=self.option)
 
     def _check_open(self) -> None:
         if self.folder.engine is not None:
@@ -185,7 +187,7 @@ class FolderSide:
         )
         limits, text, part = Limits.of(self.spec, positions, None), Text(self.path), self.folder.vision
         tower = None if part is None else open_tower(self.path, self.folder, part, self.files, self.threads)
-        return Session(decoder, text, read_defaults(self.path), limits, tower)
+        return Session(decoder, text, read_defaults(self.path, self.spec.vocab_size), limits, tower)
 
     def _watch(self, values: dict[str, NDArray[np.float32]]) -> None:
         self.routed = list(values.values())

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arriero.files.folders import read_spec
+from arriero.files.processors import processors
 from arriero.measuring.timing import Stream
 from arriero.spec.recipe import Override, Recipe
 
@@ -144,7 +145,7 @@ def quantise_gguf(source: Path, target: Path, form: str) -> None:
     quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(quiet, None)
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = FILE_TYPES[form], len(os.sched_getaffinity(0))
+    settings.ftype, settings.nthread = FILE_TYPES[form], processors()
     settings.pure = not form.endswith("_m")
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings) != 0:
         raise SystemExit(f"llama.cpp does not quantise {source} to {form}")

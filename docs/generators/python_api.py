@@ -15,7 +15,10 @@ ROOMS = {
     "runtime": "Running",
     "accuracy": "Checking",
 }
-MORE = {"engine": [("engine/polygraphy.py", "Scripts")], "runtime": [("runtime/continuation.py", "Settings")]}
+MORE = {
+    "engine": [("engine/polygraphy.py", "Scripts")],
+    "runtime": [("runtime/continuation.py", "Settings"), ("runtime/chat/settings.py", "ChatSettings")],
+}
 """What is reached by its module's name, or says what a setting is."""
 
 ERRORS = "errors.py"

@@ -13,7 +13,8 @@ from typing import Any, Literal, NoReturn
 
 from ...errors import CheckpointError
 from ...spec.recipe import Format
-from ..config import Fields, text_config
+from ..config import text_config
+from ..config_fields import Fields
 
 MODELOPT = "hf_quant_config.json"
 """ModelOpt's own description of what it has quantised."""

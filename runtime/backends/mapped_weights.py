@@ -6,18 +6,18 @@ matrices of integers laid out in panels), and the pages they came from are relea
 """
 
 import mmap
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from ...errors import FolderError
+from ...files.processors import processors
 from ...plugins.cpu.panels import lay_out
 from ...plugins.narrow_types import NUMPY_DTYPES
 from ...spec.stored_weights import Weight
+from .onnxruntime_package import ort
 from .pages import Region, exchange_pages
 
 ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "uint8": 2}
@@ -48,7 +48,7 @@ def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> MappedWeig
     for weight in weights:
         if weight.file not in maps or not 0 <= weight.offset <= len(maps[weight.file]) - weight.size:
             raise FolderError(f"spec.json puts {weight.name!r} outside {weight.file!r}: build the bundle again")
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         values = pool.map(lambda weight: _value(weight, maps[weight.file]), weights)
         named = {weight.name: value for weight, value in zip(weights, values, strict=True)}
     ends: dict[str, int] = {}
@@ -82,4 +82,5 @@ def _value(weight: Weight, file: mmap.mmap) -> ort.OrtValue:
 def _release(file: mmap.mmap, offset: int, size: int) -> None:
     """Releases the pages of a region that has been read; they come back from the file where they are still used."""
     start = offset - offset % mmap.PAGESIZE
-    file.madvise(mmap.MADV_DONTNEED, start, offset + size - start)
+    if hasattr(mmap, "MADV_DONTNEED"):
+        file.madvise(mmap.MADV_DONTNEED, start, offset + size - start)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ...spec.geometry import ModelSpec
@@ -17,6 +16,7 @@ from ...spec.types import TYPES
 from .interface import Slots, cache_chunk, is_standing, slots_of, standing
 from .mapped_weights import MappedWeights
 from .onnxruntime_graph import open_graph
+from .onnxruntime_package import ort
 
 LONGEST_PIECE = 512
 """Tokens that prefill computes at once, of all rows; bounds the memory of attention and of the experts."""

@@ -5,16 +5,15 @@ are not copied; the session reads the memory that their values own.
 """
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import onnxruntime as ort
-
 from ...errors import SessionError
 from ...files.folders import SPEC
+from ...files.processors import processors
 from ...plugins.cpu.library import DOMAIN, library
+from .onnxruntime_package import ort
 
 PROVIDER = "CPUExecutionProvider"
 
@@ -59,7 +58,7 @@ def open_graph(
     if threads is not None and threads < 1:
         raise SessionError(f"threads is {threads}, expected a whole number from 1 up")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or processors()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = has_arena

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .onnxruntime_graph import open_graph
+from .onnxruntime_package import ort
 
 TILES = 1
 """Tiles that the tower computes at once. One of 577 positions fills the kernels; its activations stay in the

@@ -81,7 +81,9 @@ def _exchange(libc: ctypes.CDLL, address: int, size: int) -> bool:
 
 
 def free_memory() -> int:
-    """Bytes that this process can have without swapping."""
+    """Bytes that this process can have without swapping; `sys.maxsize` where the system is not Linux."""
+    if not Path("/proc/meminfo").exists():
+        return sys.maxsize
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
     return min(int(line.split()[1]) * 1024, _left_to_group())
 

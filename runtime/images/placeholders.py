@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import FolderError, SessionError
-from ..text import Text, read_json
+from ...files.folders import read_json
+from ..text import Text
 from .sources import ImageSource, read_image
 from .tiles import Grid, cut_tiles, read_tile_settings
 

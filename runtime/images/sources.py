@@ -5,21 +5,25 @@ anything is decoded, so memory is bounded by a few times four bytes a pixel, of 
 """
 
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ...errors import SessionError
+from ...errors import SessionError, shortened_text
+from .data_urls import MAX_BYTES, read_data_url, scheme_of
 
-ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.generic]
-"""An image as a caller gives it: a file's path, a file's bytes, a PIL image, or an array of its pixels."""
+ImageSource = str | os.PathLike[str] | bytes | bytearray | Image.Image | NDArray[np.generic]
+"""An image as a caller gives it: a path or a data URL, a file's bytes, a PIL image, or an array of its pixels."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM")
 """Formats that are decoded. Others of Pillow's are not pictures (PDF), or run other programs (EPS)."""
@@ -30,8 +34,8 @@ MAX_PIXELS = 1 << 27
 MAX_SIDE = 65535
 """The largest side, a JPEG's. A resize keeps numbers for each pixel of a side, whatever the area."""
 
-MAX_BYTES = 8 * MAX_PIXELS
-"""The largest file: four channels of 16 bits, uncompressed. Some decoders read a whole file at once."""
+FILE_URL = re.compile(r"file:(//[^/]*)?", re.IGNORECASE)
+"""The beginning of a file's address, up to its path."""
 
 
 def read_image(source: ImageSource, name: str = "the image") -> Image.Image:
@@ -45,7 +49,8 @@ def read_image(source: ImageSource, name: str = "the image") -> Image.Image:
         name: Name of an image that has no path, in errors.
 
     Raises:
-        SessionError: There is no such file, it is no image or damaged, it is too large, or the array is none of these.
+        SessionError: There is no such file, it is no image or damaged, it is too large, elsewhere on a network,
+            or the array is none of these.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warnings are of things that are refused below, or harmless
@@ -53,29 +58,44 @@ def read_image(source: ImageSource, name: str = "the image") -> Image.Image:
             return _decode(source, name)
         if isinstance(source, np.ndarray):
             return _decode(_from_array(source, name), name)
-        if isinstance(source, bytes):
-            with _opened(BytesIO(source), name) as image:
-                return _decode(image, name)
-        if not isinstance(source, str | os.PathLike):
-            raise SessionError(
-                f"{name} is of type {type(source).__name__}: give a path, bytes, a PIL image or an array"
-            )
-        path = Path(source)
-        _check_file(path)
-        with _opened(path, str(path)) as image:
-            return _decode(image, str(path))
+        file = _file(source, name)
+        if isinstance(file, Path):
+            name = shortened_text(str(file))
+        with _opened(file, name) as image:
+            return _decode(image, name)
 
 
-def _check_file(path: Path) -> None:
+def _file(source: Any, name: str) -> Path | BytesIO:
+    """The file that an image stands in: a path, or bytes as one."""
+    if isinstance(source, bytes | bytearray):
+        return BytesIO(source)
+    if not isinstance(source, str | os.PathLike):
+        raise SessionError(f"{name} is of type {type(source).__name__}: give a path, bytes, a PIL image or an array")
+    scheme = scheme_of(source) if isinstance(source, str) else None
+    if scheme == "data":
+        return BytesIO(read_data_url(str(source), name))
+    if scheme == "file":
+        source = unquote(FILE_URL.sub("", str(source)))
+    elif scheme is not None:
+        raise SessionError(
+            f"{name} is at {shortened_text(str(source), 100)}: nothing is fetched from a network, give a file's path, "
+            "its bytes or a data: URL"
+        )
+    path = Path(os.fsdecode(source))
+    _check_file(path, shortened_text(str(path)))
+    return path
+
+
+def _check_file(path: Path, name: str) -> None:
     try:
         found = path.stat()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise SessionError(f"{path}: cannot be read ({reason}): give the path of an image file") from error
+        raise SessionError(f"{name}: cannot be read ({reason}): give the path of an image file") from error
     if not stat.S_ISREG(found.st_mode):
-        raise SessionError(f"{path} is not a file: give the path of an image file")
+        raise SessionError(f"{name} is not a file: give the path of an image file")
     if found.st_size > MAX_BYTES:
-        raise SessionError(f"{path}: {found.st_size} bytes, expected at most {MAX_BYTES}: scale it down")
+        raise SessionError(f"{name}: {found.st_size} bytes, expected at most {MAX_BYTES}: scale it down")
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...errors import FolderError, SessionError
+from ...files.folders import read_json
 from ...plugins.narrow_types import narrow, widen
-from ..text import read_json
 from .resampling import resample
 
 FIXED = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 2}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,24 @@ def test_run_prints_json_for_programs(tiny_model: Path) -> None:
     assert len(result["ids"]) <= 7
     assert result["finish"] in ("length", "eos")
     assert result["tokens_per_second"] > 0
+
+
+def test_run_heeds_the_generation_config_and_names_what_it_does_not(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    prompt = ("--prompt", "The for statement", "--json", "--ignore-eos", "--top-logprobs", 2)
+    (model / "generation_config.json").write_text('{"max_new_tokens": 3, "num_beams": 4, "eos_token_id": 5000}')
+    run = arriero("run", model, *prompt)
+    result = json.loads(run.stdout)
+    assert len(result["ids"]) == 3
+    assert [len(each["top"]) for each in result["logprobs"]] == [2, 2, 2]
+    warned = [line for line in run.stderr.splitlines() if line.startswith("arriero: ")]
+    assert warned == [
+        "arriero: generation_config.json: eos_token_id 5000 is outside the vocabulary and changes nothing",
+        "arriero: generation_config.json: not heeded, though it may change results: num_beams=4",
+    ]
+    assert len(json.loads(arriero("run", model, *prompt, "--max-new-tokens", 5).stdout)["ids"]) == 5
+    assert arriero("run", model, *prompt, "--quiet").stderr == ""
 
 
 def test_run_tells_how_many_guesses_were_right(tiny_model: Path) -> None:

@@ -120,8 +120,8 @@ BAD: dict[str, tuple[str | Sequence[int], list[object], str]] = {
     "too many tokens": ("<|image|>" * 60, [photo(PHOTO)] * 60, "tokens (1200 of its images), the session holds 512"),
     "no file": ("What?", ["gone.jpg"], "gone.jpg: cannot be read (No such file or directory)"),
     "no image": ("What?", [b"text"], "not an image"),
-    "an unknown part": ([{"role": "user", "content": [{"type": "audio"}]}], [], "a message has the part {'type'"),  # type: ignore[list-item]
-    "images beside messages": ([{"role": "user", "content": "Hi"}], [sized(28, 28)], "images came beside messages"),  # type: ignore[list-item]
+    "an unknown part": ([{"role": "user", "content": [{"type": "audio"}]}], [], "message 1 has the part {'type'"),  # type: ignore[list-item]
+    "images beside messages": ([{"role": "user", "content": "Hi"}], [sized(28, 28)], "1 images came beside them"),  # type: ignore[list-item]
 }
 
 

@@ -205,6 +205,13 @@ def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, options: d
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_fields_that_are_not_heeded_are_noticed(checkpoint: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    (checkpoint / "generation_config.json").write_text('{"guidance_scale": 1.5, "eos_token_id": 1}')
+    export_checkpoint(checkpoint, tmp_path / "model", notice=said.append)
+    assert said == ["generation_config.json: not heeded, though it may change results: guidance_scale=1.5"]
+
+
 def test_end_tokens_come_from_the_config_where_there_is_no_generation_config(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "generation_config.json").unlink()
     model = export_checkpoint(checkpoint, tmp_path / "model")

@@ -43,6 +43,9 @@ def test_a_token_after_another_is_a_token_of_a_piece(session: Session) -> None:
 def test_text_is_the_same_in_flight_and_with_guesses(session: Session) -> None:
     alone = [session.generate(prompt, **FREE).ids for prompt in PROMPTS]
     assert [each.ids for each in session.generate_many(PROMPTS, **FREE)] == alone
+    for budget in (1, 40):
+        found = session.generate_many([*PROMPTS, "Return the number " * 30], slots=2, prefill_budget=budget, **FREE)
+        assert [each.ids for each in found] == [*alone, session.generate("Return the number " * 30, **FREE).ids]
     guessed = [session.generate(prompt, prompt_lookup_num_tokens=4, **FREE) for prompt in PROMPTS]
     assert [each.ids for each in guessed] == alone
     assert any(each.drafted for each in guessed)

@@ -15,6 +15,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from arriero.errors import SessionError
@@ -33,6 +34,8 @@ def distribution(logits: np.ndarray[Any, Any], sampling: Sampling) -> np.ndarray
         steps.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         steps.append(MinPLogitsWarper(sampling.min_p))
+    if sampling.typical_p < 1:
+        steps.append(TypicalLogitsWarper(sampling.typical_p))
     filtered = steps(torch.tensor([SEEN]), torch.from_numpy(logits)[None].double())
     probabilities: np.ndarray[Any, Any] = filtered.softmax(-1)[0].numpy()
     return probabilities
@@ -73,6 +76,12 @@ def test_the_draws_follow_the_distribution_of_transformers(settings: dict[str, A
         {"min_p": 0.001},
         {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "temperature": 0.6},
         {"top_p": 0.7, "min_p": 0.3},
+        {"top_k": 50},
+        {"top_k": 2999, "temperature": 0.8},
+        {"top_p": 0.0},
+        {"typical_p": 0.3},
+        {"typical_p": 0.9, "top_p": 0.95},
+        {"typical_p": 0.6, "top_k": 40, "min_p": 0.02, "temperature": 1.4},
     ],
     ids=str,
 )
@@ -136,7 +145,7 @@ def test_a_seed_draws_the_same_tokens_again() -> None:
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": -0.1}, "top_p is -0.1"),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"seed": -1}, "seed is -1"),

@@ -7,8 +7,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from arriero.errors import FolderError, SessionError
+from arriero.runtime.defaults import read_defaults
 from arriero.runtime.stopping import StopText
-from arriero.runtime.text import Text, read_defaults
+from arriero.runtime.text import Text
 
 TEXTS = ("def f(x):\n    return x", "naïve café — 日本語 🦙", "", " leading", "<|eot|> in a text")
 MESSAGES = [
@@ -41,10 +42,10 @@ def test_an_open_message_ends_the_prompt_as_in_transformers(tiny: Path, tmp_path
     messages = [*MESSAGES[:2], {"role": "assistant", "content": "A method, "}]
     reference = AutoTokenizer.from_pretrained(tmp_path)
     expected = reference.apply_chat_template(messages, tokenize=False, continue_final_message=True)
-    assert Text(tmp_path).render_chat(messages, open_last=True) == expected
-    (tmp_path / "chat_template.jinja").write_text("nothing of it")
+    assert Text(tmp_path).render_chat(messages, continue_final_message=True) == expected
+    (tmp_path / "chat_template.jinja").write_text("nothing of its content")
     with pytest.raises(SessionError, match="leaves out the end of the last message: it cannot be continued"):
-        Text(tmp_path).render_chat(messages, open_last=True)
+        Text(tmp_path).render_chat(messages, continue_final_message=True)
 
 
 @pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token", "unk_token"])

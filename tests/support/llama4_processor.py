@@ -45,6 +45,11 @@ def ask_processor(cases: list[Case], folder: Path) -> list[Answer]:
     return _ask("answer_cases", cases, folder)
 
 
+def ask_chats(conversations: list[tuple[Any, dict[str, Any]]], folder: Path) -> list[list[int]]:
+    """The ids that a folder's processor makes of conversations, with keywords of its chat template for each."""
+    return _ask("answer_chats", conversations, folder)
+
+
 def ask_sizes(sizes: list[tuple[int, int]], settings: list[dict[str, Any]]) -> list[list[Size]]:
     """The grid, and the size in it, that the image processor finds for heights and widths, with each of settings."""
     return _ask("answer_sizes", sizes, settings)
@@ -69,6 +74,22 @@ def answer_cases(cases: list[Case], folder: Path) -> list[Answer]:
         pixels = [each.reshape(-1, *each.shape[-3:]).float().numpy() for each in made["pixel_values"]]
         answers.append(Answer(pixels, [tuple(each.tolist()) for each in made["aspect_ratios"]], list(ids)))
     return answers
+
+
+def answer_chats(conversations: list[tuple[Any, dict[str, Any]]], folder: Path) -> list[list[int]]:
+    from transformers import AutoProcessor
+    from transformers.image_utils import load_image
+
+    def fetch(images: Any) -> Any:  # by Pillow, as the processor does without torchvision
+        return [fetch(each) for each in images] if isinstance(images, list | tuple) else load_image(images)
+
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor.fetch_images = fetch
+    made = [
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True, **given)
+        for messages, given in conversations
+    ]
+    return [list(each["input_ids"][0]) for each in made]
 
 
 def answer_sizes(sizes: list[tuple[int, int]], settings: list[dict[str, Any]]) -> list[list[Size]]:

@@ -1,6 +1,8 @@
 """Text and conversations as windows: where they are cut, and which image features belong to which."""
 
+import base64
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from pictures import drawn
 from arriero.errors import DataError
 from arriero.export.checkpoint import open_checkpoint
 from arriero.runtime.images.placeholders import ImagePrompts
+from arriero.runtime.prompt import PromptReader
 from arriero.runtime.text import Text
+from arriero.walk.conversations import cut_images, read_conversations
 from arriero.walk.windows import Windows, read_windows
 
 Write = Callable[[list[object]], Path]
@@ -88,8 +92,11 @@ def test_text_and_conversations_take_turns(multimodal_checkpoint: Path, write: W
         ({"messages": []}, "line 1: messages is no list of objects with role and content"),
         (asked("What?", "A.", images=["gone.png"]), "line 1: .*gone.png: cannot be read"),
         (asked("What?", "A.", images="wide.png"), "line 1: images is no list of paths"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "line 1: a message has the part"),
-        (asked("<|image|>What?", "A.", images=["small.png"]), "line 1: the prompt has 2 "),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "line 1: message 1 has the part"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": 5}, "line 1: tools is 5, expected a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}] * 2}], "images": ["small.png"]}, "2 parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": 5}]}]}, "line 1: an image is 5"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "https://x/y"}]}]}, "from a network"),
     ],
 )
 def test_a_bad_line_is_named(multimodal_checkpoint: Path, write: Write, line: object, said: str) -> None:
@@ -101,3 +108,38 @@ def test_images_for_a_text_model_are_refused(tiny: Path, write: Write) -> None:
     path = write([asked("What is this?", "A photo.", images=["small.png"])])
     with pytest.raises(DataError, match="line 1 has an image, the model takes text only"):
         windows_of(tiny, [path])
+
+
+def test_a_line_is_read_as_a_session_reads_it(multimodal_checkpoint: Path, write: Write, tmp_path: Path) -> None:
+    text, prompts = Text(multimodal_checkpoint), ImagePrompts(Text(multimodal_checkpoint))
+    data = "data:image/png;base64," + base64.b64encode((tmp_path / "small.png").read_bytes()).decode()
+    parts = [
+        [{"type": "image", "path": "small.png"}],
+        [{"type": "image", "image": "small.png"}],
+        [{"type": "image_url", "image_url": {"url": data}}],
+        [{"type": "image", "base64": data.partition(",")[2]}],
+    ]
+    said = {"type": "text", "text": "What <|image|> is <|eot|> this?"}
+    lines = [{"messages": [{"role": "user", "content": [*part, said]}]} for part in parts]
+    lines.append({"messages": [{"role": "user", "content": [{"type": "image"}, said]}], "images": ["small.png"]})  # type: ignore[dict-item]
+    lines.append({"messages": [{"role": "user", "content": [said]}], "images": ["small.png"]})  # type: ignore[dict-item]
+    found = read_conversations(write(lines), text, prompts)
+    reader = PromptReader(text, open_checkpoint(multimodal_checkpoint).vision)
+    tokens = reader.read(lines[2]["messages"])
+    for conversation in found:
+        assert conversation.ids_S.tolist() == tokens.ids
+        assert np.array_equal(cut_images(conversation.images, prompts), tokens.pixels_N3PP)
+
+
+def test_tools_and_calls_without_content_are_read(tiny: Path, write: Write) -> None:
+    template = "{{ tools | tojson }}{% for m in messages %}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+    line = {
+        "messages": [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}],
+        "tools": [{"name": "f"}],
+    }
+    folder = write([line]).parent
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    (found,) = read_conversations(write([line]), Text(folder), None)
+    assert found.ids_S.tolist() == Text(folder).encode('[{"name": "f"}]' * 2, special_tokens=False)

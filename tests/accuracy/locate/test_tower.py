@@ -248,6 +248,16 @@ def test_a_scale_four_times_too_large_is_named(
     assert float(why.removeprefix("it is ").partition(" times")[0]) == pytest.approx(4, rel=0.02)
 
 
+def test_a_wrong_scale_is_named_in_a_bundle_too(
+    quantised: Callable[[Recipe], Path], model: Path, windows: Windows, tmp_path: Path
+) -> None:
+    name = LAYER.format(1, "self_attn.v_proj.weight")
+    bad = changed_tensors(quantised(int8()), tmp_path / "bad", {f"{name}_scale": times(4)})
+    place, tensor, why = named(found(build_bundle(bad, tmp_path / "bundle"), model, windows))
+    assert (place, tensor) == ("vision 1", name)
+    assert float(why.removeprefix("it is ").partition(" times")[0]) == pytest.approx(4, rel=0.02)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_clean_pairs_raise_no_alarm(
     make_multimodal: Callable[..., Any], draw_vision: Callable[[int], dict[str, Any]], tmp_path: Path, seed: int

@@ -100,7 +100,8 @@ def test_patches_written_in_a_prompt_are_refused(folder: Path) -> None:
 
 
 def test_a_tokenizer_without_image_tokens_takes_no_images(tiny: Path, folder: Path) -> None:
-    (folder / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny / name).read_bytes())
     with pytest.raises(SessionError, match=r"the tokenizer has no <\|image\|>: its model takes no images"):
         ImagePrompts(Text(folder))
 
