@@ -25,8 +25,8 @@ from arriero.errors import FolderError
         (("bench", "x", "-o", "y"), "arriero[accuracy]"),
         (("check", "x", "--against", "y"), "arriero[accuracy]"),
         (("golden", "x", "-o", "y", "--data", "z"), "arriero[accuracy]"),
-        (("run", "x", "--prompt", "y"), "arriero"),
-        (("inspect", "x"), "arriero"),
+        (("run", "x", "--prompt", "y"), "arriero[export]"),
+        (("inspect", "x"), "arriero[export]"),
     ],
 )
 def test_a_missing_module_is_answered_with_the_extra_of_the_verb(command: tuple[str, ...], extra: str) -> None:
