@@ -172,7 +172,8 @@ def _inside(name: str, value: Any, vocabulary: int | None, path: Path) -> tuple[
     """A file's token ids without those that no model can choose, of which it warns."""
     several = value if isinstance(value, list) else [value]
     negative = [each for each in several if type(each) is int and each < 0]
-    tokens = checks.token_ids(name, [each for each in several if type(each) is not int or each >= 0])
+    kept = [each for each in several if type(each) is not int or each >= 0]
+    tokens = checks.token_ids(name, kept if isinstance(value, list) or not kept else value)
     inside = tuple(token for token in tokens if vocabulary is None or token < vocabulary)
     if outside := [*negative, *(token for token in tokens if token not in inside)]:
         said = f"{path.name}: {name} {outside[0]} is outside the vocabulary and changes nothing"

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, shortened
 from ...spec.recipe import Format
 from ..config import text_config
 from ..config_fields import Fields
@@ -143,7 +143,7 @@ class _Section:
     def __init__(self, where: str, values: Any) -> None:
         self.where = where
         if not isinstance(values, dict):
-            raise CheckpointError(f"{where} is {str(values)[:100]!r}, expected an object: restore the file")
+            raise CheckpointError(f"{where} is {shortened(values, 100)}, expected an object: restore the file")
         self.values: dict[str, Any] = values
 
     def get(self, name: str, default: Any = None) -> Any:

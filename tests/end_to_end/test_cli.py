@@ -118,7 +118,7 @@ def test_chat_takes_a_line_a_turn(tiny_model: Path) -> None:
     [
         (("run", "{model}"), "there is nothing to say: give --prompt TEXT"),
         (("run", "{model}", "--prompt", "x", "--system", "y"), "add --chat"),
-        (("run", "{model}", "--prompt", "x", "--top-p", "3"), "top_p is 3.0, expected above 0 and at most 1"),
+        (("run", "{model}", "--prompt", "x", "--top-p", "3"), "top_p is 3.0, expected a number from 0 to 1"),
         (("run", "{model}", "--prompt", "word " * 9000), "the session holds 4096: shorten it"),
         (("run", "{tiny}", "--prompt", "x"), "is a checkpoint: make a model of it with `arriero export` first"),
         (("run", "/nowhere", "--prompt", "x"), "/nowhere is no folder"),
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_one_line(checkpoint: Path, tmp_path: Path) -> N
     path.write_bytes(path.read_bytes()[:-1])
     refused(arriero("export", checkpoint, "-o", tmp_path / "out"), "truncated")
     path.unlink()
-    refused(arriero("export", checkpoint, "-o", tmp_path / "out"), "No such file or directory: restore the file")
+    refused(arriero("export", checkpoint, "-o", tmp_path / "out"), "No such file, one of")
     assert not (tmp_path / "out").exists()
 
 

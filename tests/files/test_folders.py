@@ -95,7 +95,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from arriero.folder import new_folder\n"
+        "from arriero.files.output import new_folder\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "with new_folder(Path(sys.argv[1])) as folder:\n"
