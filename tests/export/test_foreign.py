@@ -98,7 +98,7 @@ def test_a_file_in_place_of_a_folder_is_recognised(tmp_path: Path) -> None:
         (lambda name: name.replace(".weight", ".qweight"), "of GPTQ or AWQ: give the checkpoint that was quantised"),
         (lambda name: f"{name}.quant_state.bitsandbytes__nf4", "of bitsandbytes: give the checkpoint that was quanti"),
         (lambda name: f"{name}_scale_inv", "of FP8 in blocks"),
-        (lambda name: name.replace(".weight", ".scales"), "of MLX: give the checkpoint that was converted"),
+        (lambda name: name.replace(".weight", ".scales"), "of MLX: give the checkpoint it was converted from"),
     ],
 )
 def test_names_of_another_form_are_recognised(single: Path, rename: Callable[[str], str], said: str) -> None:
