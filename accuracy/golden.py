@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..errors import AccuracyError, CheckpointError
+from ..errors import AccuracyError, CheckpointError, printable
 from ..files.output import reason
 from ..files.safetensors import encode_header, open_shard
 from ..spec.fields import decode
@@ -116,7 +116,7 @@ def record(side: Side, data: Windows, progress: Progress) -> Golden:
     ]
     side.close()
     return Golden(
-        source=str(side.path),
+        source=printable(str(side.path)),
         spec=spec,
         tokenizer=tokenizer_of(side.path),
         format="none" if side.recipe is None else side.recipe.format,

@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment
 
 from .. import __version__
+from ..errors import printable
 from ..files.output import new_folder
 from ..runtime.text import Text
 from .check import Verdict
@@ -50,7 +51,7 @@ def write_report(verdict: Verdict, out: str | Path, *, force: bool = False) -> P
     with new_folder(out, force=force, mark=VERDICT) as folder:
         (folder / VERDICT).write_text(json.dumps(verdict.as_fields(), indent=1) + "\n", "utf-8")
         (folder / "junit.xml").write_bytes(junit(verdict))
-        (folder / "report.html").write_text(page(verdict), "utf-8")
+        (folder / "report.html").write_text(printable(page(verdict)), "utf-8")
     return out
 
 
@@ -62,7 +63,7 @@ def junit(verdict: Verdict) -> bytes:
         "failures": str(outcomes.count("regressed")),
         "errors": str(outcomes.count("undecided")),
     }
-    suite = ElementTree.Element("testsuite", {"name": f"arriero check {verdict.candidate}", **counts})
+    suite = ElementTree.Element("testsuite", {"name": printable(f"arriero check {verdict.candidate}"), **counts})
     for judgement in verdict.judgements:
         case = ElementTree.SubElement(suite, "testcase", classname="arriero.check", name=judgement.metric)
         text = sentence(judgement)

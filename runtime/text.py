@@ -38,7 +38,8 @@ class Text:
         self.folder = folder
         path = folder / "tokenizer.json"
         try:
-            self.tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else None
+            # not `from_file`, which takes no path that is not UTF-8
+            self.tokenizer = Tokenizer.from_buffer(path.read_bytes()) if path.is_file() else None
         except Exception as error:  # the tokenizers library raises plain Exception
             raise FolderError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
         self.config = read_json(folder / "tokenizer_config.json")

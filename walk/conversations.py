@@ -102,7 +102,7 @@ def read_utf8(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):  # a text in it may hold other line ends
         if not line.strip():
             continue
         try:
