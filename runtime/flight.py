@@ -67,10 +67,9 @@ class Flight:
         self.session = session
         self.slots = min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS) if slots is None else slots
         budget = PREFILL_BUDGET if prefill_budget is None else prefill_budget
-        expected = "a whole number from 1 up"
-        self.prefill_budget = whole("prefill_budget", budget, expected, least=1)
-        self.slots = whole("slots", self.slots, expected, least=1)
+        self.prefill_budget = whole("prefill_budget", budget, "a whole number from 1 up", least=1)
         self.state = session.start(self.slots, positions)
+        self.slots = self.state.batch
         self.waiting: deque[tuple[int, Request]] = deque()
         self.rows: list[tuple[int, Rider]] = []
         self.boarding: tuple[int, Boarding] | None = None

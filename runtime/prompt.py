@@ -18,7 +18,7 @@ from ..errors import FolderError, SessionError, shortened
 from ..spec.geometry import VisionSpec
 from .chat.messages import Message, is_message, read_messages, with_images_beside
 from .chat.settings import ChatSettings
-from .checks import array, is_whole
+from .checks import array
 from .images.placeholders import IMAGE, ImagePrompts
 from .images.sources import ImageSource
 from .text import Text
@@ -160,7 +160,7 @@ def _is_object(value: Any) -> bool:
 def _ids(prompt: Any) -> list[int]:
     """Token ids as they were given."""
     ids_S = array(prompt)
-    if ids_S.ndim == 1 and (not ids_S.size or is_whole(ids_S)):
+    if ids_S.ndim == 1 and (not ids_S.size or ids_S.dtype.kind in "iu"):
         ids: list[int] = ids_S.tolist()
         return ids
     found = f"{ids_S.dtype} {list(ids_S.shape)}" if ids_S.dtype.kind in "iufb" and ids_S.ndim else shortened(prompt)

@@ -110,7 +110,7 @@ def read_windows(
 
     Args:
         folder: The model folder or checkpoint, for its tokenizer.
-        files: One or several: UTF-8 text, or JSONL of conversations (`conversations`), distinguished by their names' endings.
+        files: One or several: UTF-8 text, or JSONL of conversations (`conversations`), as their names' endings say.
         spec: Geometry.
         samples: Windows at most, evenly spaced over the data.
         window: Tokens of a window; None takes `window_length`.

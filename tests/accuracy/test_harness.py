@@ -166,7 +166,9 @@ def test_control_tokens_in_a_message_are_ordinary_text(ours: FolderModel, refere
 
 
 @pytest.mark.parametrize("add_bos_token", [None, True, False])
-@pytest.mark.parametrize("text", ["", "The list", "<|begin_of_text|>The list", "<|begin_of_text|>", " <|begin_of_text|>"])
+@pytest.mark.parametrize(
+    "text", ["", "The list", "<|begin_of_text|>The list", "<|begin_of_text|>", " <|begin_of_text|>"]
+)
 def test_bos_stands_where_the_hugging_face_back_end_puts_it(
     ours: FolderModel, reference: HFLM, monkeypatch: pytest.MonkeyPatch, add_bos_token: bool | None, text: str
 ) -> None:

@@ -131,11 +131,15 @@ def test_a_damaged_set_of_shards_is_restored(harm: str, place: Place) -> None:
     follow(Remedy(name=harm, provoke=lambda place: opens(folder), says=says, follow=restore), place)
 
 
-TALK = {"messages": [{"role": "user", "content": "The list type " * 60}, {"role": "assistant", "content": "is mutable"}]}
+TALK = {
+    "messages": [{"role": "user", "content": "The list type " * 60}, {"role": "assistant", "content": "is mutable"}]
+}
 
 
 def lines(place: Place, *talks: Any) -> Path:
-    return place.write("talks.jsonl", "".join(each if isinstance(each, str) else json.dumps(each) + "\n" for each in talks))
+    return place.write(
+        "talks.jsonl", "".join(each if isinstance(each, str) else json.dumps(each) + "\n" for each in talks)
+    )
 
 
 def read(place: Place, *talks: Any) -> bool:

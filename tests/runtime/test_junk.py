@@ -17,7 +17,9 @@ def session(tiny_model: Path) -> Session:
     return arriero.load(tiny_model, max_seq=64)
 
 
-@pytest.mark.parametrize("prompts", ["The list", b"The", {"role": "user", "content": "x"}, [5, 6, 7], None, 3, Path(".")])
+@pytest.mark.parametrize(
+    "prompts", ["The list", b"The", {"role": "user", "content": "x"}, [5, 6, 7], None, 3, Path(".")]
+)
 def test_one_prompt_in_place_of_several_is_refused(session: Session, prompts: Any) -> None:
     for call in (session.generate_many, lambda each, count: list(session.stream_many(each, count))):
         with pytest.raises(SessionError, match=r"the prompts are .*: \[prompt\] is a list of one") as caught:
@@ -33,14 +35,10 @@ def test_prompts_of_any_collection_are_each_continued(session: Session, make: Ca
     assert session.generate_many(iter([]), 3) == []
 
 
-@pytest.mark.parametrize("value", ["4", 2.5, True, 0, -1, [2], b"2", float("nan"), 10**30])
+@pytest.mark.parametrize("value", ["4", 2.5, True, 0, -1, [2], b"2", float("nan"), -(10**30)])
 @pytest.mark.parametrize("name", ["slots", "prefill_budget", "positions"])
 def test_sizes_of_a_flight_are_whole_numbers(session: Session, name: str, value: Any) -> None:
-    if name == "prefill_budget" and value == 10**30:
-        return
-    if name == "slots" and value == 10**30:
-        value = -(10**30)
-    with pytest.raises(SessionError, match=rf"^{name if name != 'slots' else '(slots|batch)'} is|are more than max_seq"):
+    with pytest.raises(SessionError, match=rf"^{'batch' if name == 'slots' else name} is"):
         Flight(session, **{name: value})
 
 
