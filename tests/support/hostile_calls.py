@@ -1,4 +1,4 @@
-"""Hostile calls of the CPU's own ops: a table, one change of a call that fits after another, and random ones by seed."""
+"""Hostile calls of the CPU's own ops: a table of calls that fit but for one change each, and random ones by seed."""
 
 import contextlib
 import copy

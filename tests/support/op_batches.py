@@ -191,7 +191,7 @@ def batch(kind: str, first: int, last: int) -> dict[int, str]:
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=120 + (last - first))
         ending = f"died with {ran.returncode}: {ran.stderr[-2000:]}" if ran.returncode else ""
-        found = {number: outcome for number, outcome in map(json.loads, ran.stdout.splitlines())}
+        found = dict(map(json.loads, ran.stdout.splitlines()))
     except subprocess.TimeoutExpired:
         ending = "hung"
     if not ending:

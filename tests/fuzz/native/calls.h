@@ -28,7 +28,10 @@ struct Draw {
         for (const int64_t size : {panels, padded * 32 * bits / 8}) weight.push_back(size);
         for (const int64_t size : {panels, group ? inputs / group : 1, int64_t{32}}) scale.push_back(size);
         drawn.inputs.push_back({ort::Type::uint8, weight});
-        drawn.inputs.push_back({bits >= 16 ? ort::Type::any : coin() ? ort::Type::bfloat16 : ort::Type::float32, scale});
+        drawn.inputs.push_back({bits >= 16 ? ort::Type::any
+                                : coin()   ? ort::Type::bfloat16
+                                           : ort::Type::float32,
+                                scale});
     }
 
     Drawn linear(const ort::CustomOp* op) {
@@ -46,7 +49,8 @@ struct Draw {
     Drawn experts(const ort::CustomOp* op) {
         Drawn drawn{op, {}, {}};
         const int64_t bits = coin() ? 4 : 8, group = coin() ? 8 * between(1, 5) : 0, down = coin() ? 8 : 0;
-        const int64_t size = group ? group * between(1, 3) : between(1, 70), width = down ? 8 * between(1, 6) : between(1, 50);
+        const int64_t size = group ? group * between(1, 3) : between(1, 70),
+                      width = down ? 8 * between(1, 6) : between(1, 50);
         const int64_t routed = between(1, 9), held = between(1, routed), tokens = between(0, 12);
         drawn.info.integers = {{"bits", bits},
                                {"group", group},
@@ -111,7 +115,8 @@ inline std::unique_ptr<ort::Value> filled(ort::Type type, const std::vector<int6
         uint32_t bits;
         std::memcpy(&bits, &number, 4);
         if (type == ort::Type::float32) std::memcpy(bytes + 4 * i, &number, 4);
-        if (type == ort::Type::bfloat16) bytes[2 * i] = static_cast<uint8_t>(bits >> 16), bytes[2 * i + 1] = static_cast<uint8_t>(bits >> 24);
+        if (type == ort::Type::bfloat16)
+            bytes[2 * i] = static_cast<uint8_t>(bits >> 16), bytes[2 * i + 1] = static_cast<uint8_t>(bits >> 24);
         if (type == ort::Type::float16) bytes[2 * i + 1] &= 0xBF;
         if (type == ort::Type::e4m3) bytes[i] &= 0xBF;
     }
