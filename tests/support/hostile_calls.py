@@ -208,4 +208,8 @@ def random_call(seed: int) -> OpCall:
     for name, array in call.tensors.items():
         if array is not None and rng.random() < 0.2:
             call.constants.add(name)
+    if not call.changes and rng.random() < 0.3:
+        call.misaligned = str(rng.choice(INPUTS[call.op]))
+        call.constants.discard(call.misaligned)
+        call.changes.append(f"{call.misaligned} at an odd address")
     return call

@@ -48,13 +48,9 @@ class Guarded:
         value: The same as ONNX Runtime takes it.
     """
 
-    def __init__(self, array: Array) -> None:
-        self.memory = np.full(array.nbytes + 2 * GUARD, 0xFF, np.uint8)  # floats of these bytes are NaN
-        start = GUARD + -(self.memory.ctypes.data + GUARD) % 16
-        self.memory = (
-            self.memory if start + array.nbytes <= len(self.memory) else np.full(len(self.memory) + 16, 0xFF, np.uint8)
-        )
-        start = GUARD + -(self.memory.ctypes.data + GUARD) % 16
+    def __init__(self, array: Array, is_misaligned: bool = False) -> None:
+        self.memory = np.full(array.nbytes + 2 * GUARD + 16, 0xFF, np.uint8)  # floats of these bytes are NaN
+        start = GUARD + -(self.memory.ctypes.data + GUARD) % 16 + is_misaligned
         self.inside = slice(start, start + array.nbytes)
         self.memory[self.inside] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self.array = self.memory[self.inside].view(array.dtype).reshape(array.shape)
@@ -109,7 +105,11 @@ def computed(call: OpCall) -> tuple[list[Array], list[Guarded]]:
     """The outputs, and the memory of all that was given."""
     session_, names = session(call)
     binding = session_.io_binding()
-    given = {name: Guarded(array) for name, array in call.tensors.items() if name in names and array is not None}
+    given = {
+        name: Guarded(array, name == call.misaligned)
+        for name, array in call.tensors.items()
+        if name in names and array is not None
+    }
     for name, each in given.items():
         binding.bind_ortvalue_input(name, each.value)
     written: dict[str, Guarded] = {}

@@ -48,6 +48,7 @@ class OpCall:
         tensors: The inputs by name; one that is absent or None is not given.
         constants: Names of inputs that are initializers.
         outputs: Names of the outputs, empty ones left out.
+        misaligned: Name of an input that lies at an odd address.
         in_place: Whether caches are written where they are read.
         is_wild: Whether values are such that only their memory is looked after.
         changes: How the call departs from one that fits.
@@ -58,6 +59,7 @@ class OpCall:
     tensors: dict[str, Array | None]
     constants: set[str] = field(default_factory=set)
     outputs: tuple[str, ...] = ()
+    misaligned: str = ""
     in_place: bool = False
     is_wild: bool = False
     changes: list[str] = field(default_factory=list)

@@ -20,6 +20,8 @@ INTEGERS = {
     "MoeDispatch": ("bits", "group", "down_group", "top_k", "first_expert", "experts", "width"),
     "GroupedQueryAttention": ("heads", "kv_heads", "chunk", "cache_bits"),
 }
+ALIGNED = ("x", "x_scale", "hidden", "router_logits", "hidden_scale", "activated_scale", "query", "key", "value")
+ALIGNED += ("past_lengths", "inv_freq", "key_scale", "value_scale")  # the others are read byte by byte
 FLOATS = ("scale", "qk_norm_eps", "temperature_scale", "temperature_floor")
 
 
@@ -28,6 +30,9 @@ def fits(call: OpCall) -> bool:
     a = call.attributes
     integers, floats = INTEGERS[call.op], FLOATS if call.op == "GroupedQueryAttention" else ()
     if any(type(a.get(name)) is not int for name in integers) or any(type(a.get(name)) is not float for name in floats):
+        return False
+    moved = call.given(call.misaligned)
+    if call.misaligned in ALIGNED and moved is not None and moved.size:
         return False
     if "" in call.outputs or any(a[name] < 0 for name in integers):
         return False

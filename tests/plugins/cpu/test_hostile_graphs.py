@@ -1,5 +1,6 @@
 """Graphs that ask the CPU's own ops for what must not be: refused in one line, or answered as the meaning says."""
 
+import dataclasses
 import os
 
 import numpy as np
@@ -81,6 +82,16 @@ def test_a_refusal_names_the_op_the_input_and_what_was_found(base: OpCall, chang
         found = run(changed(base, change))  # type: ignore[arg-type]
         assert found.startswith(f"refused: arriero.cpu {base.op}: ")
         assert said in found
+
+
+@pytest.mark.parametrize(("base", "name"), [(LINEAR, "x"), (EXPERTS, "router_logits"), (ATTENTION, "past_lengths")])
+def test_numbers_at_odd_addresses_are_refused(base: OpCall, name: str) -> None:
+    found = run(dataclasses.replace(base, misaligned=name))
+    assert found == f"refused: arriero.cpu {base.op}: {name} lies at an address that is no multiple of 4"
+
+
+def test_scales_of_weights_may_lie_anywhere() -> None:
+    assert run(dataclasses.replace(LINEAR, misaligned="scale")) == "right"
 
 
 def test_a_graph_that_kills_its_process_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
