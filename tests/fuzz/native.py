@@ -121,7 +121,7 @@ def cover(seconds: int, seed: int) -> int:
     rng = random.Random(seed)
     for index in range(200):  # short inputs alone would draw the smallest of everything
         (corpus / f"seed{index}").write_bytes(rng.randbytes(rng.randrange(40, 256)))
-    limits = ["-max_len=256", "-len_control=0", "-timeout=5", "-rss_limit_mb=2048"]
+    limits = ["-max_len=256", "-len_control=0", "-timeout=10", "-rss_limit_mb=2048"]
     ending = [f"-max_total_time={seconds}", f"-seed={seed}", "-print_final_stats=1", f"-artifact_prefix={BUILD}/"]
     return run([str(program), *limits, *ending, str(corpus)])
 
