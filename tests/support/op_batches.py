@@ -189,7 +189,7 @@ def batch(kind: str, first: int, last: int) -> dict[int, str]:
     command = [sys.executable, __file__, kind, str(first), str(last)]
     found: dict[int, str] = {}
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=120 + (last - first))
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60 + SECONDS * (last - first))
         ending = f"died with {ran.returncode}: {ran.stderr[-2000:]}" if ran.returncode else ""
         found = dict(map(json.loads, ran.stdout.splitlines()))
     except subprocess.TimeoutExpired:
