@@ -36,7 +36,8 @@ def main() -> int:
         found: dict[int, str] = {}
         for start in range(first, last, EACH):
             found |= batch(kind, start, min(last, start + EACH))
-            print(f"{kind}: {len(found)} of {last - first}", file=sys.stderr)
+            bad = summary(found)["bad"]
+            print(f"{kind}: {len(found)} of {last - first}, {len(bad)} bad", file=sys.stderr)
         report = summary(found)
         is_bad |= bool(report["bad"])
         print(json.dumps({"graphs": kind} | report, indent=1))
