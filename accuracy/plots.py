@@ -1,23 +1,20 @@
-"""The report's pictures, as base64 PNGs."""
+"""The report's pictures: errors by layer, divergence over tokens and positions, and experts chosen otherwise."""
 
-import base64
-import io
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
-import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ..pages.pictures import colour, picture, series
+from ..pages.scales import plot_shares
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
 from .locate.location import STEM, Location, ModelPart, Reading
-from .metrics import Comparison
-
-matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+from .metrics import Comparison, Estimate
 
 KINDS = {
     "attention q, k, v": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -36,16 +33,12 @@ KINDS = {
 }
 """Units by what they are, each a line; the vision tower's stem is at -1, adapter and projector behind its layers."""
 
-COLOURS = dict(zip(KINDS, ("#4477aa", "#66ccee", "#888888", "#228833", "#ccbb44", "#aa3377", "#222255"), strict=True))
-"""Paul Tol's bright scheme, which colour-blind people can tell apart, and a dark blue."""
-
 WORDS = {"vision": "vision tower", "decoder": "decoder"}
-RED = "#cc3311"
-MOST_LABELLED = 16
-"""Experts up to which the matrix has its numbers written in."""
+MOVED = ((1.0, "up to 1 %"), (2.0, "1–2 %"), (5.0, "2–5 %"), (10.0, "5–10 %"), (100.0, "over 10 %"))
+"""Levels of tokens that went to another expert: below 1 % is what rounding does to near ties."""
 
 
-def plot_profile(location: Location) -> str:
+def plot_profile(location: Location) -> Markup:
     """The error of each kind of unit by layer, over what rounding explains; what is out of line is marked.
 
     Where the vision tower was walked, it stands beside the decoder.
@@ -53,40 +46,47 @@ def plot_profile(location: Location) -> str:
     parts: list[ModelPart] = ["decoder"]
     if any(reading.part == "vision" for reading in location.readings):
         parts.insert(0, "vision")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    named: dict[str, Artist] = {}
-    for part, axes in zip(parts, figure.subplots(1, len(parts), sharey=True, squeeze=False)[0], strict=True):
-        _plot_part(axes, [reading for reading in location.readings if reading.part == part], location)
-        axes.set(yscale="log", xlabel="layer" if len(parts) == 1 else f"layer of the {WORDS[part]}")
-        axes.grid(axis="y", alpha=0.3)
-        named |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.axes[0].set_ylabel("relative error on the reference's input")
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, frameon=False)
-    return _png(figure)
+
+    def draw(figure: Figure, is_phone: bool) -> None:
+        shape = (len(parts), 1) if is_phone else (1, len(parts))
+        named: dict[str, Artist] = {}
+        for part, axes in zip(parts, figure.subplots(*shape, sharey=True, squeeze=False).flat, strict=True):
+            _plot_part(axes, [reading for reading in location.readings if reading.part == part], location)
+            axes.set(yscale="log", xlabel="layer" if len(parts) == 1 else f"layer of the {WORDS[part]}")
+            named |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.axes[0].set_title("relative error on the reference's input")
+        columns = 2 if is_phone else 4
+        figure.legend(list(named.values()), list(named), loc="outside lower left", ncols=columns, fontsize=7.5)
+
+    return picture(draw, label="Error by layer", phone=0.9 + 2.6 * len(parts), desk=3.6)
 
 
 def _plot_part(axes: Axes, readings: Sequence[Reading], location: Location) -> None:
-    for kind, units in KINDS.items():
+    for at, (kind, units) in enumerate(KINDS.items()):
         worst: dict[int, float] = defaultdict(float)
         for reading in readings:
             if reading.unit in units:
                 worst[reading.layer] = max(worst[reading.layer], reading.error)
         if worst:
             layers = sorted(worst)
-            axes.plot(layers, [worst[at] for at in layers], "o-", color=COLOURS[kind], markersize=4, label=kind)
+            axes.plot(layers, [worst[each] for each in layers], "o-", color=series(at), markersize=3, label=kind)
     blamed = location.part, location.layer, location.unit
     for reading in readings:
         if (reading.part, reading.layer, reading.unit) == blamed:
-            axes.plot(reading.layer, reading.error, "o", color=RED, markersize=13, fillstyle="none", markeredgewidth=2)
+            axes.plot(reading.layer, reading.error, "o", color=colour("bad"), markersize=11, fillstyle="none")
+            half = (max(each.layer for each in readings) + min(each.layer for each in readings)) / 2
+            side, shift = ("left", 8) if reading.layer <= half else ("right", -8)
             axes.annotate(
                 f"{reading.place}, {reading.unit}",
                 (reading.layer, reading.error),
                 textcoords="offset points",
-                xytext=(10, 4),
-                color=RED,
+                xytext=(shift, 8),
+                ha=side,
+                color=colour("bad"),
             )
+    axes.margins(y=0.15)
     expected = _typical(readings)
-    axes.plot(list(expected), list(expected.values()), ":", color="#222222", label="largest that rounding explains")
+    axes.plot(list(expected), list(expected.values()), ":", color=colour("ink"), label="most that rounding explains")
 
 
 def _typical(readings: Sequence[Reading]) -> dict[int, float]:
@@ -97,55 +97,53 @@ def _typical(readings: Sequence[Reading]) -> dict[int, float]:
     return dict(sorted(largest.items()))
 
 
-def plot_divergence(seen: Comparison) -> str:
-    """How divergence is spread over tokens, and how it goes along the position."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    values = np.maximum(seen.divergence_WN.ravel(), 1e-9)
-    bins = np.geomspace(max(values.min(), 1e-9), max(values.max(), 2e-9), 60)
-    left.hist(values, bins, color="#4477aa")
-    left.axvline(values.mean(), color="#222222", linestyle=":", label=f"mean {values.mean():.2g}")
-    left.set(xscale="log", xlabel="KL divergence of a token, nats", ylabel="tokens")
-    left.legend(frameon=False)
-    by_position = seen.divergence_WN.mean(0)
-    width = max(1, len(by_position) // 64)
-    groups = by_position[: len(by_position) // width * width].reshape(-1, width).mean(1)
-    right.plot(np.arange(len(groups)) * width + width / 2, groups, color="#4477aa")
+def plot_divergence(seen: Comparison, kl: Estimate) -> Markup:
+    """How divergence is spread over the tokens that are judged, and how it goes along the position.
+
+    Args:
+        seen: Both sides.
+        kl: The mean divergence, as the table has it.
+    """
+    judged_WN = seen.golden.judged_WN
+    values = np.maximum(seen.divergence_WN[judged_WN], 1e-9)
+
+    def draw(figure: Figure, is_phone: bool) -> None:
+        left, right = figure.subplots(*((2, 1) if is_phone else (1, 2)))
+        low, high = float(values.min(initial=1e-9)), float(values.max(initial=2e-9))
+        left.hist(values, np.geomspace(low, max(high, 2 * low), 30 if is_phone else 60), color=colour("c1"))
+        left.axvline(max(kl.value, 1e-9), color=colour("ink"), linestyle=":", label=f"mean {kl.value:.4g}")
+        left.set(xscale="log", xlabel="KL divergence of a token, nats", title="tokens")
+        left.legend(loc="upper left")
+        _plot_positions(right, seen, judged_WN)
+
+    return picture(draw, label="KL divergence over tokens and positions", phone=4.6, desk=3.0)
+
+
+def _plot_positions(axes: Axes, seen: Comparison, judged_WN: NDArray[np.bool_]) -> None:
+    counts_N = judged_WN.sum(0)
+    sums_N = (seen.divergence_WN * judged_WN).sum(0)
+    width = max(1, len(sums_N) // 64)
+    kept = len(sums_N) // width * width
+    counts, sums = (each[:kept].reshape(-1, width).sum(1) for each in (counts_N, sums_N))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        axes.plot(np.arange(len(sums)) * width + width / 2, sums / counts, color=colour("c1"))
     chunk = seen.golden.spec.chunk
-    if chunk:
-        for boundary in range(chunk, len(by_position), chunk):
-            right.axvline(boundary, color="#bbbbbb", linewidth=1)
-    title = f"lines: every {chunk} positions a chunk begins" if chunk else ""
-    right.set(xlabel="position", ylabel="mean KL divergence, nats", ylim=(0, None))
-    right.set_title(title, fontsize=9, color="#666666")
-    return _png(figure)
+    for boundary in range(chunk, len(sums_N), chunk) if chunk else ():
+        axes.axvline(boundary, color=colour("faint"), linewidth=0.7, linestyle=":")
+    title = "mean KL divergence, nats" + (
+        f"; dotted: a chunk of {chunk} begins" if chunk < len(sums_N) and chunk else ""
+    )
+    axes.set(xlabel="position", title=title)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
 
 
-def plot_routing(matrix_EE: NDArray[np.int64]) -> str:
-    """Where the tokens of each of the reference's experts went, in percent."""
-    share_EE = 100 * matrix_EE / np.maximum(1, matrix_EE.sum(1, keepdims=True))
-    experts = len(share_EE)
-    size = min(9.0, 3.2 + 0.3 * experts)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
-    axes = figure.subplots()
-    off = np.where(np.eye(experts, dtype=bool), np.nan, share_EE)
-    largest = max(float(np.nanmax(off)) if experts > 1 else 0.0, 0.1)
-    image = axes.imshow(off, cmap="Reds", vmin=0, vmax=largest)
-    axes.set(xlabel="the candidate's expert", ylabel="the reference's expert")
-    step = 1 if experts <= 32 else 8
-    axes.set_xticks(range(0, experts, step))
-    axes.set_yticks(range(0, experts, step))
-    if experts <= MOST_LABELLED:
-        for row, column in np.ndindex(share_EE.shape):
-            value = share_EE[row, column]
-            colour = "#228833" if row == column else "white" if value > 0.6 * largest else "black"
-            text = f"{value:.0f}" if row == column else f"{value:.1f}"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, label="% of the reference's tokens that went elsewhere", shrink=0.8)
-    return _png(figure)
+def plot_routing(moved_LE: NDArray[np.float64], layers: Sequence[int]) -> Markup:
+    """The share of each expert's tokens that went elsewhere, by layer.
 
-
-def _png(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode()
+    Args:
+        moved_LE: Shares; NaN where the reference sent an expert nothing.
+        layers: The layers' numbers.
+    """
+    return plot_shares(
+        100 * moved_LE, layers, MOVED, label="Tokens of each expert that went elsewhere, by layer", empty="no token"
+    )

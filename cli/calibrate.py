@@ -36,7 +36,7 @@ def calibrate(
     debug: options.Debug = False,
 ) -> None:
     """Quantise a model with statistics of text and images: another model folder. A killed run goes on where it was."""
-    terminal = Terminal(extra="calibration", quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra="calibration", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     changes = {"activations": activations, "clip": clip, "percentile": percentile, "smoothing": smoothing}
     changes |= {"strength": strength, "rounding": rounding, "group_size": group_size, "kv_cache": kv_cache}
     with terminal.errors_shown(), terminal.progress_shown("Calibrating", "tokens") as progress:

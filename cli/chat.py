@@ -13,8 +13,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..errors import SessionError
-from .streams import check_stdin, is_read, show_json
-from .terminal import Terminal, one_line
+from .streams import check_stdin, is_read
+from .terminal import Terminal
 
 COMMANDS = {
     "/help": "what can be typed",
@@ -113,8 +113,6 @@ class Chat:
     def refuse(self, error: Exception) -> None:
         """Reports a turn that cannot be answered."""
         self.terminal.show_error(error)
-        if self.as_json:
-            show_json({"error": one_line(error, "")})
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def export(
     debug: options.Debug = False,
 ) -> None:
     """Export a checkpoint to ONNX: the model folder. The weights stay where they are."""
-    terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown(), terminal.progress_shown("Exporting") as progress:
         from ..export import export_checkpoint
 

@@ -16,7 +16,7 @@ def inspect(
     debug: options.Debug = False,
 ) -> None:
     """Show what a folder is: geometry, KV cache, the memory it will take, and an engine's profiles and fused layers."""
-    terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
         from ..files.folders import read_spec
         from ..measuring.summary import summarise

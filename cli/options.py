@@ -16,6 +16,7 @@ Folder = Annotated[Path, typer.Argument(help="Model or bundle folder.")]
 Moved = Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")]
 Threads = Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")]
 Samples = Annotated[int, typer.Option(help="Windows of text at most.")]
+CheckedSamples = Annotated[int | None, typer.Option(help="Windows of text at most.", show_default="24")]
 CheckedWindow = Annotated[
     int | None, typer.Option(help="Tokens of a window.", show_default="two chunks and a quarter, at least 512")
 ]
@@ -157,12 +158,22 @@ DecodeTokens = Annotated[int, typer.Option(help="Tokens decoded after each promp
 Runs = Annotated[int, typer.Option(help="Timed runs of each; medians are given.")]
 ForceOutput = Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")]
 
+# trend and compare
+PAGE_START = b"<!doctype html>"
+Page = Annotated[Path, typer.Option("--output", "-o", help="Page to write, an .html file.")]
+ForcePage = Annotated[bool, typer.Option("--force", help="Replace an existing page.")]
+
 # check and golden
 Candidate = Annotated[Path, typer.Argument(help="Checkpoint, model or bundle to be judged.")]
 Against = Annotated[Path, typer.Option(help="The reference: one of these too, or a golden file.")]
 CheckedData = Annotated[
     list[Path] | None, typer.Option(help="Text file; may be repeated. A golden file has its own text.")
 ]
+LimitsFile = Annotated[
+    Path | None,
+    typer.Option("--limits", help="TOML file of limits: a table for each recipe, as [int8], and [every]."),
+]
+History = Annotated[Path | None, typer.Option(help="File to append a line of this run to; the report draws the trend.")]
 CheckOutput = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder for verdict.json, junit.xml and report.html.")
 ]

@@ -59,7 +59,7 @@ def run(
     settings |= {"no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens}
     settings |= {"logprobs": top_logprobs is not None, "top_logprobs": top_logprobs}
     settings |= {"eos_token_id": [] if ignore_eos else eos_token_id}
-    terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
         prompt, system = texts_of(prompt, system, chat)
         from ..loading import load

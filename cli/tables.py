@@ -282,7 +282,8 @@ def show_verdict(found: dict[str, Any], report: Path | None) -> None:
         interval = "" if estimate["low"] is None else f"{estimate['low']:.4g} to {estimate['high']:.4g}"
         bound = f"{'≤' if limit['side'] == 'max' else '≥'} {limit['limit']:g}" if limit else ""
         outcome = f"[{colour[limit['outcome']]}]{limit['outcome']}[/]" if limit else ""
-        table.add_row(name.replace("_", " "), f"{estimate['value']:.4g}", interval, bound, outcome)
+        value = f"{estimate['value']:.3g} of 32" if name == "greedy" else f"{estimate['value']:.4g}"
+        table.add_row(name.replace("_", " "), value, interval, bound, outcome)
     console.print(table)
     for note in found["notes"]:
         console.print(note, highlight=False)

@@ -30,6 +30,7 @@ class Terminal:
         quiet: Whether nothing but errors is shown.
         verbose: Whether details are shown, among them each phase and its seconds.
         debug: Whether an error's traceback is shown.
+        as_json: Whether an error is a line of JSON on stdout as well.
 
     Raises:
         typer.BadParameter: Both more and nothing is asked for.
@@ -39,6 +40,7 @@ class Terminal:
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
+    as_json: bool = False
 
     def __post_init__(self) -> None:
         if self.quiet and self.verbose:
@@ -89,7 +91,10 @@ class Terminal:
         """Shows an error in one line, --quiet or not; where asked for, its traceback before that."""
         if self.debug:
             traceback.print_exception(error)
-        print(f"arriero: {one_line(error, self.extra)}", file=sys.stderr)
+        line = one_line(error, self.extra)
+        print(f"arriero: {line}", file=sys.stderr)
+        if self.as_json:
+            show_json({"error": line, "kind": type(error).__name__, "exit_code": 2})
 
     @contextmanager
     def progress_shown(self, title: str, unit: str = "") -> Iterator[Progress]:
@@ -191,6 +196,7 @@ def one_line(error: BaseException, extra: str) -> str:
     if isinstance(error, ArrieroError):
         return text
     if isinstance(error, ModuleNotFoundError):
+        extra = extra_of(error.name, extra)
         package = f"arriero[{extra}]" if extra else "arriero"
         return f"{text}: this verb needs it, pip install '{package}'"
     if isinstance(error, UnicodeDecodeError | UnicodeEncodeError):
@@ -198,6 +204,16 @@ def one_line(error: BaseException, extra: str) -> str:
     if (full := full_disk(error)) is not None:
         return full
     return f"internal error, {type(error).__name__}: {text[:300]} (--debug shows where)"
+
+
+EXTRAS = {"matplotlib": "check", "lm_eval": "evaluation", "pyarrow": "parquet", "triton": "tensorrt"}
+"""Modules that an extra of their own brings, smaller than the verb's."""
+
+
+def extra_of(module: str | None, extra: str) -> str:
+    """The smallest extra that brings a missing module, where the verb's brings more."""
+    top = (module or "").partition(".")[0]
+    return extra if extra == "calibration" and top == "matplotlib" else EXTRAS.get(top, extra)
 
 
 LACK_OF_MEMORY = re.compile(
