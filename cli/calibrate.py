@@ -27,6 +27,7 @@ def calibrate(
     samples: options.Samples = 128,
     window: options.CalibrationWindow = None,
     floor: options.Floor = 32,
+    floor_action: options.FloorAction = "fail",
     all_experts: options.AllExperts = False,
     weights: options.Moved = None,
     force: options.Force = False,
@@ -52,6 +53,7 @@ def calibrate(
             samples=samples,
             window=window,
             floor=floor,
+            floor_action=floor_action,  # type: ignore[arg-type]
             all_experts=all_experts,
             weights=weights,
             force=force,

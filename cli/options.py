@@ -65,6 +65,10 @@ EachWeight = Annotated[
     bool, typer.Option("--verbose", help="Show more details, on stderr: each weight's errors, each phase's time.")
 ]
 Floor = Annotated[int, typer.Option(help="Tokens that every expert must have seen.")]
+FloorAction = Annotated[
+    str,
+    typer.Option(help="Where experts saw fewer: fail, keeping all layers; fallback: round them without statistics."),
+]
 AllExperts = Annotated[bool, typer.Option("--all-experts", help="Measure every expert over every token.")]
 
 # build

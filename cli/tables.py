@@ -229,8 +229,9 @@ def show_quantised(records: list[dict[str, Any]], kept: dict[str, str], report: 
     if every_weight:
         console.print(every_weight_table(records, kept))
     console.print(kinds_table(records, kept))
-    if records:
-        worst = min(records, key=lambda record: record["output_sqnr"])
+    known = [record for record in records if record["output_sqnr"] is not None]
+    if known:
+        worst = min(known, key=lambda record: record["output_sqnr"])
         console.print(f"Worst output: {worst['name']}, {worst['output_sqnr']:.1f} dB", highlight=False, soft_wrap=True)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
 
@@ -250,8 +251,8 @@ def kinds_table(records: list[dict[str, Any]], kept: dict[str, str]) -> Table:
         found = groups.get((kind, dtype), [])
         errors: list[str] = []
         for name in ("weight_sqnr", "output_sqnr") if found else ():
-            values = [record[name] for record in found]
-            errors += [f"{min(values):.1f}", f"{median(values):.1f}"]
+            values = [record[name] for record in found if record[name] is not None]
+            errors += [f"{min(values):.1f}", f"{median(values):.1f}"] if values else ["unseen", ""]
         table.add_row(kind, f"{len(found) + counts[kind, dtype]:,}", dtype, *(errors or ["exact"]))
     return table
 
@@ -264,7 +265,8 @@ def every_weight_table(records: list[dict[str, Any]], kept: dict[str, str]) -> T
     for header in ("weight", "output"):
         table.add_column(header, justify="right")
     for record in records:
-        errors = (f"{record[name]:.1f}" for name in ("weight_sqnr", "output_sqnr"))
+        known = (record[name] for name in ("weight_sqnr", "output_sqnr"))
+        errors = ("unseen" if value is None else f"{value:.1f}" for value in known)
         table.add_row(record["name"], record["format"], *errors)
     for name, dtype in kept.items():
         table.add_row(name, dtype, "exact", "")
