@@ -1,16 +1,15 @@
 """The report's pictures: errors by layer, divergence over tokens and positions, and experts chosen otherwise."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..pages.pictures import colour, picture, series
+from ..pages.pictures import WIDTH, Mark, Panel, colour, picture, picture_in_two, series
 from ..pages.scales import plot_shares
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
 from .locate.location import STEM, Location, ModelPart, Reading
@@ -47,29 +46,38 @@ def plot_profile(location: Location) -> Markup:
     if any(reading.part == "vision" for reading in location.readings):
         parts.insert(0, "vision")
 
-    def draw(figure: Figure, is_phone: bool) -> None:
-        shape = (len(parts), 1) if is_phone else (1, len(parts))
-        named: dict[str, Artist] = {}
-        for part, axes in zip(parts, figure.subplots(*shape, sharey=True, squeeze=False).flat, strict=True):
-            _plot_part(axes, [reading for reading in location.readings if reading.part == part], location)
-            axes.set(yscale="log", xlabel="layer" if len(parts) == 1 else f"layer of the {WORDS[part]}")
-            named |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.axes[0].set_title("relative error on the reference's input")
-        columns = 2 if is_phone else 4
-        figure.legend(list(named.values()), list(named), loc="outside lower left", ncols=columns, fontsize=7.5)
+    errors = [each for reading in location.readings for each in (reading.error, reading.expected) if each > 0]
+    ends = (min(errors) / 2, max(errors) * 3) if errors else (1e-6, 1.0)
 
-    return picture(draw, label="Error by layer", phone=0.9 + 2.6 * len(parts), desk=3.6)
+    def panel(part: ModelPart) -> Panel:
+        def draw(axes: Axes) -> None:
+            _plot_part(axes, [reading for reading in location.readings if reading.part == part], location)
+            axes.set(yscale="log", ylim=ends)
+
+        where = "" if len(parts) == 1 else f" in the {WORDS[part]}"
+        size = {"width": 7.5, "height": 3.2} if len(parts) == 1 else {}
+        return Panel(title=f"relative error on the reference's input{where}", below="layer", draw=draw, **size)
+
+    found = {kind for kind, units in KINDS.items() for reading in location.readings if reading.unit in units}
+    legend = [Mark(colour=f"c{at % 7 + 1}", words=kind) for at, kind in enumerate(KINDS) if kind in found]
+    legend.append(Mark(colour="ink", words="most that rounding explains", sign="dots"))
+    legend += [Mark(colour="bad", words="out of line", sign="area")] if location.blame is not None else []
+    label = "Error by layer"
+    if len(parts) > 1:
+        return picture([panel(part) for part in parts], label=label, legend=legend)
+    wide = panel("decoder")
+    return picture_in_two(dataclasses.replace(wide, width=WIDTH, height=2.6), wide, label=label, legend=legend)
 
 
 def _plot_part(axes: Axes, readings: Sequence[Reading], location: Location) -> None:
-    for at, (kind, units) in enumerate(KINDS.items()):
+    for at, units in enumerate(KINDS.values()):
         worst: dict[int, float] = defaultdict(float)
         for reading in readings:
             if reading.unit in units:
                 worst[reading.layer] = max(worst[reading.layer], reading.error)
         if worst:
             layers = sorted(worst)
-            axes.plot(layers, [worst[each] for each in layers], "o-", color=series(at), markersize=3, label=kind)
+            axes.plot(layers, [worst[each] for each in layers], "o-", color=series(at), markersize=3)
     blamed = location.part, location.layer, location.unit
     for reading in readings:
         if (reading.part, reading.layer, reading.unit) == blamed:
@@ -84,9 +92,8 @@ def _plot_part(axes: Axes, readings: Sequence[Reading], location: Location) -> N
                 ha=side,
                 color=colour("bad"),
             )
-    axes.margins(y=0.15)
     expected = _typical(readings)
-    axes.plot(list(expected), list(expected.values()), ":", color=colour("ink"), label="most that rounding explains")
+    axes.plot(list(expected), list(expected.values()), ":", color=colour("ink"))
 
 
 def _typical(readings: Sequence[Reading]) -> dict[int, float]:
@@ -107,16 +114,24 @@ def plot_divergence(seen: Comparison, kl: Estimate) -> Markup:
     judged_WN = seen.golden.judged_WN
     values = np.maximum(seen.divergence_WN[judged_WN], 1e-9)
 
-    def draw(figure: Figure, is_phone: bool) -> None:
-        left, right = figure.subplots(*((2, 1) if is_phone else (1, 2)))
+    def spread(axes: Axes) -> None:
         low, high = float(values.min(initial=1e-9)), float(values.max(initial=2e-9))
-        left.hist(values, np.geomspace(low, max(high, 2 * low), 30 if is_phone else 60), color=colour("c1"))
-        left.axvline(max(kl.value, 1e-9), color=colour("ink"), linestyle=":", label=f"mean {kl.value:.4g}")
-        left.set(xscale="log", xlabel="KL divergence of a token, nats", title="tokens")
-        left.legend(loc="upper left")
-        _plot_positions(right, seen, judged_WN)
+        axes.hist(values, np.geomspace(low, max(high, 2 * low), 48), color=colour("c1"))
+        axes.axvline(max(kl.value, 1e-9), color=colour("ink"), linestyle=":", linewidth=1.5)
+        axes.set(xscale="log")
 
-    return picture(draw, label="KL divergence over tokens and positions", phone=4.6, desk=3.0)
+    chunk, length = seen.golden.spec.chunk, judged_WN.shape[1]
+    legend = [Mark(colour="ink", words=f"mean {kl.value:.4g} nats", sign="dots")]
+    legend += (
+        [Mark(colour="faint", words=f"a chunk of {chunk} positions begins", sign="dots")] if 0 < chunk < length else []
+    )
+    panels = [
+        Panel(title="tokens", below="KL divergence of a token, nats", draw=spread),
+        Panel(
+            title="mean KL divergence, nats", below="position", draw=lambda axes: _plot_positions(axes, seen, judged_WN)
+        ),
+    ]
+    return picture(panels, label="KL divergence over tokens and positions", legend=legend)
 
 
 def _plot_positions(axes: Axes, seen: Comparison, judged_WN: NDArray[np.bool_]) -> None:
@@ -130,10 +145,6 @@ def _plot_positions(axes: Axes, seen: Comparison, judged_WN: NDArray[np.bool_]) 
     chunk = seen.golden.spec.chunk
     for boundary in range(chunk, len(sums_N), chunk) if chunk else ():
         axes.axvline(boundary, color=colour("faint"), linewidth=0.7, linestyle=":")
-    title = "mean KL divergence, nats" + (
-        f"; dotted: a chunk of {chunk} begins" if chunk < len(sums_N) and chunk else ""
-    )
-    axes.set(xlabel="position", title=title)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
 
 

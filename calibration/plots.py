@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from ..pages.pictures import colour, picture, series
+from ..pages.pictures import Mark, Panel, colour, picture, series
 from ..pages.scales import plot_shares
 from .product import Record
 
@@ -48,66 +47,50 @@ def plot_errors(records: Sequence[Record], kinds: Kinds) -> Markup:
     """SQNR of weights and of outputs by layer; empty where none of the records is of these kinds."""
     if not grouped(records, "clip", kinds):
         return Markup()
+    values = [each for record in records for each in (record.weight_sqnr, record.output_sqnr)]
+    known = [each for each in values if each is not None and each < EXACT]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    room = 0.08 * max(high - low, 1.0)
 
-    def draw(figure: Figure, is_phone: bool) -> None:
-        panels = figure.subplots(*((2, 1) if is_phone else (1, 2)), sharey=True, sharex=True)
-        for axes, name, title in zip(panels, ("weight_sqnr", "output_sqnr"), ("weights", "outputs"), strict=True):
+    def panel(name: str, title: str) -> Panel:
+        def draw(axes: Axes) -> None:
             groups = grouped(records, name, kinds)
             for at, kind in enumerate(kinds):
-                if kind in groups:
-                    _line(axes, kind, groups[kind], series(at))
-            axes.set_title(f"SQNR of {title}, dB")
-        panels[-1].set_xlabel("layer")
-        _mark_exact(panels, records, kinds)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=2 if is_phone else 4)
+                _line(axes, groups.get(kind, {}), series(at), high + 2 * room)
+            has_exact = any(min(each) >= EXACT for by_layer in groups.values() for each in by_layer.values())
+            axes.set_ylim(low - room, high + (3.2 if has_exact else 1) * room)
+            if has_exact:
+                axes.text(1, 1.02, "▲ exact", transform=axes.transAxes, ha="right", va="bottom", color=colour("faint"))
 
-    return picture(draw, label="SQNR by layer", phone=5.2, desk=3.6)
+        return Panel(title=f"SQNR of {title}, dB", below="layer", draw=draw)
 
-
-def _mark_exact(panels: Sequence[Axes], records: Sequence[Record], kinds: Kinds) -> None:
-    """Marks where nothing is lost, above all that is."""
-    for axes, name in zip(panels, ("weight_sqnr", "output_sqnr"), strict=True):
-        groups = grouped(records, name, kinds)
-        exact = [
-            (at, kind) for at, kind in enumerate(kinds) for each in groups.get(kind, {}).values() if min(each) >= EXACT
-        ]
-        low, high = axes.get_ylim()
-        if not exact:
-            continue
-        top = high + 0.06 * (high - low)
-        for at, kind in dict.fromkeys(exact):
-            layers = [layer for layer, values in groups[kind].items() if min(values) >= EXACT]
-            axes.plot(layers, [top] * len(layers), "^", color=series(at), markersize=4, clip_on=False)
-        axes.text(0.995, 0.985, "▲ exact", transform=axes.transAxes, ha="right", va="top", color=colour("faint"))
-        axes.set_ylim(low, top + 0.06 * (high - low))
+    panels = [panel("weight_sqnr", "weights"), panel("output_sqnr", "outputs")]
+    found = grouped(records, "weight_sqnr", kinds)
+    legend = [Mark(colour=f"c{at % 7 + 1}", words=kind) for at, kind in enumerate(kinds) if kind in found]
+    return picture(panels, label="SQNR by layer", legend=legend)
 
 
 def plot_clips(records: Sequence[Record], kinds: Kinds) -> Markup:
     """The largest magnitude and the clip of each kind of input by layer; empty as `plot_errors` is."""
     largest, clips = grouped(records, "largest", kinds), grouped(records, "clip", kinds)
-    if not clips:
-        return Markup()
 
-    def draw(figure: Figure, is_phone: bool) -> None:
-        columns = 2 if is_phone else -(-len(kinds) // 2)
-        rows = -(-len(kinds) // columns)
-        for axes, (at, kind) in zip(figure.subplots(rows, columns, sharex=True).flat, enumerate(kinds), strict=True):
-            axes.set_title(kind, fontsize=8)
-            if kind not in largest:
-                axes.text(0.5, 0.5, "not quantised", ha="center", transform=axes.transAxes, color=colour("faint"))
-                axes.set_yticks([])
-                continue
+    def panel(at: int, kind: str) -> Panel:
+        def draw(axes: Axes) -> None:
             layers = sorted(largest[kind])
             values = np.array([[max(largest[kind][each]), max(clips[kind][each])] for each in layers])
-            width = max(1.0, min(4.0, (70 if is_phone else 160) / len(layers)))
+            width = max(1.0, min(5.0, 120 / len(layers)))
             axes.vlines(layers, 0, values[:, 0], color=series(at), alpha=0.55, linewidth=width)
-            axes.plot(layers, values[:, 1], "_", color=colour("ink"), markersize=1.6 * width + 2, markeredgewidth=1.3)
+            axes.plot(layers, values[:, 1], "_", color=colour("ink"), markersize=1.5 * width + 2, markeredgewidth=1.3)
             axes.set_ylim(bottom=0)
-        for axes in figure.axes[-columns:]:
-            axes.set_xlabel("layer")
+            axes.margins(x=0.02)
 
-    return picture(draw, label="Ranges and clips by layer", phone=5.2, desk=4.4)
+        return Panel(title=kind, below="layer", draw=draw, height=1.75)
+
+    panels = [panel(at, kind) for at, kind in enumerate(kinds) if kind in largest]
+    if not panels:
+        return Markup()
+    legend = [Mark(colour="c7", words="largest input", sign="area"), Mark(colour="ink", words="clip")]
+    return picture(panels, label="Ranges and clips by layer", legend=legend, columns=3)
 
 
 def plot_loads(loads: Mapping[int, Sequence[int]]) -> Markup:
@@ -127,10 +110,12 @@ def grouped(records: Iterable[Record], name: str, kinds: Kinds) -> dict[str, dic
     return groups
 
 
-def _line(axes: Axes, kind: str, by_layer: Mapping[int, Sequence[float]], shade: str) -> None:
-    """A line of medians with the range as a band; layers that are exact are left out of both."""
+def _line(axes: Axes, by_layer: Mapping[int, Sequence[float]], shade: str, top: float) -> None:
+    """A line of medians with the range as a band; layers that are exact are marked at the top, and in neither."""
     known = {at: [value for value in values if value < EXACT] for at, values in sorted(by_layer.items())}
     layers = [at for at, values in known.items() if values]
-    axes.plot(layers, [np.median(known[at]) for at in layers], "o-", color=shade, markersize=2.5, label=kind)
+    axes.plot(layers, [np.median(known[at]) for at in layers], "o-", color=shade, markersize=2.5, linewidth=1.3)
     low, high = ([extreme(known[at]) for at in layers] for extreme in (min, max))
     axes.fill_between(layers, low, high, color=shade, alpha=0.18, linewidth=0)
+    exact = [at for at, values in known.items() if not values]
+    axes.plot(exact, [top] * len(exact), "^", color=shade, markersize=4)

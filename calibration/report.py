@@ -181,8 +181,8 @@ def _unmeasured(report: Report) -> list[Section]:
     sections = []
     if report.unmeasured:
         text = (
-            f"{len(report.unmeasured)} experts saw too few tokens. They are rounded to nearest, smoothed as their "
-            "layer's input is; where scales of activations are static, theirs are the largest of the layer's other experts."
+            f"{_counted(len(report.unmeasured), 'expert')} saw too few tokens: rounded to nearest, smoothed as their "
+            "layer's input is; where scales of activations are static, theirs are the largest of the layer's others."
         )
         rows = [[name] for name in report.unmeasured]
         body = table([Column(name="expert", breaks=True)], rows)
@@ -191,6 +191,10 @@ def _unmeasured(report: Report) -> list[Section]:
         text = "Some layers were measured again over other data than the rest, after experts had seen too few tokens."
         sections.append(Section(title="Several texts", text=text))
     return sections
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _worst(records: Sequence[Record]) -> list[Section]:

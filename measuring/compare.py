@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from ..errors import ArrieroError, FolderError
 from ..files.circumstances import circumstances, machine_text
 from ..pages.page import Cell, Column, Section, render, table
-from ..pages.pictures import colour, picture, series
+from ..pages.pictures import Panel, picture_in_two, series
 
 FILES = ("verdict.json", "bench.json")
 LARGEST_FILE = 1 << 26
@@ -237,8 +237,7 @@ def _scatter(bundles: Sequence[Compared]) -> list[Section]:
         return []
     by_speed = all(each.bench for each in shown)
 
-    def draw(figure: Figure, is_phone: bool) -> None:
-        axes = figure.subplots()
+    def draw(axes: Axes) -> None:
         largest = max(each.bytes or 1 for each in shown)
         for at, each in enumerate(shown):
             kl = each.metric("kl")
@@ -249,14 +248,15 @@ def _scatter(bundles: Sequence[Compared]) -> list[Section]:
                 axes.plot([x, x], [max(kl[1], 1e-9), max(kl[2], 1e-9)], "-", color=series(at), alpha=0.5)
             axes.scatter([x], [y], s=30 + 260 * (each.bytes or 0) / largest, color=series(at), alpha=0.75)
             axes.annotate(each.name, (x, y), textcoords="offset points", xytext=(0, 11), ha="center", fontsize=8)
-        axes.set(yscale="log", title="KL divergence, nats a token: lower is nearer the reference")
-        axes.set_xlabel("decode, tokens/s: further right is faster" if by_speed else "size, GB")
+        axes.set(yscale="log")
         axes.set_xlim(0, axes.get_xlim()[1] * 1.15)
         axes.margins(y=0.2)
-        axes.spines["left"].set_color(colour("line"))
 
-    caption = (
-        "Circles are as large as the bundles. Down and to the right is better." if by_speed else "Lower is better."
-    )
-    body = picture(draw, label="Accuracy over speed", phone=3.6, desk=4.0, caption=caption)
+    title = "KL divergence, nats a token: lower is nearer the reference"
+    below = "decode, tokens/s: further right is faster" if by_speed else "size, GB"
+    wide = Panel(title=title, below=below, draw=draw, width=8.0, height=3.8)
+    phone = Panel(title=title, below=below, draw=draw, height=3.2)
+    caption = "Circles are as large as the bundles. Down and to the right is better."
+    caption = caption if by_speed else "Lower is better."
+    body = picture_in_two(phone, wide, label="Accuracy over speed", caption=caption)
     return [Section(title="Accuracy over speed" if by_speed else "Accuracy over size", body=body)]

@@ -1,23 +1,28 @@
-"""Pictures of a page: drawn by matplotlib as SVG, once for a phone and once for a desk, in the page's own colours.
+"""Pictures of a page: panels drawn by matplotlib as SVG, side by side at a desk and one under the other on a phone.
 
-Enters: a function that draws on a figure. Leaves: HTML. Colours are written as the page's variables, so that one
-picture serves light and dark; letters stay letters.
+Enters: functions that draw on axes. Leaves: HTML. Colours are written as the page's variables, so that one picture
+serves light and dark; letters stay letters. Margins are fixed, which spares matplotlib most of its work.
 """
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from .style import LIGHT
 
-PHONE, DESK = 3.75, 9.6
-"""Widths in inches, at 96 pixels each: those of a phone's page and of a desk's."""
+WIDTH, HEIGHT = 3.75, 2.35
+"""Size of a panel in inches of 96 pixels: a phone's width."""
+
+LEFT, RIGHT, TOP, BOTTOM = 0.5, 0.08, 0.27, 0.42
+"""Margins around the axes, inches."""
 
 _MARKS = {name: f"#0{index:x}0{index:x}f{index:x}" for index, name in enumerate(LIGHT, start=1)}
 """A colour that stands for each of the page's while matplotlib draws."""
@@ -29,8 +34,38 @@ LEFT_OUT = re.compile(
 )
 """Parts of an SVG that a page has no use for."""
 
-Draw = Callable[[Figure, bool], None]
-"""Draws on a figure; the second argument is whether it is a phone's."""
+Draw = Callable[[Axes], None]
+"""Draws on axes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        title: What is shown, with its unit.
+        draw: Draws it.
+        below: The name of the axis below.
+        width: Inches.
+        height: Inches.
+        grid: Whether there are lines across.
+    """
+
+    title: str
+    draw: Draw
+    below: str = ""
+    width: float = WIDTH
+    height: float = HEIGHT
+    grid: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """A line of the legend: the page's colour, or a plain one, the words, and the sign: `line`, `area` or `dots`."""
+
+    colour: str
+    words: str
+    sign: str = "line"
 
 
 def colour(name: str) -> str:
@@ -43,24 +78,45 @@ def series(index: int) -> str:
     return _MARKS[f"c{index % 7 + 1}"]
 
 
-def picture(draw: Draw, *, label: str, phone: float, desk: float, caption: str = "") -> Markup:
-    """A picture in two sizes, of which a page shows the one that fits.
+def picture(
+    panels: Sequence[Panel], *, label: str, legend: Sequence[Mark] = (), caption: str = "", columns: int = 2
+) -> Markup:
+    """Panels with a legend under them.
 
     Args:
-        draw: Draws it.
-        label: What it shows, for those who do not see it.
-        phone: Height on a phone, inches.
-        desk: Height on a desk, inches.
+        panels: The panels.
+        label: What they show, for those who do not see it.
+        legend: What the colours are.
         caption: A line under it.
+        columns: Panels side by side at a desk.
     """
-    small, large = _svg(draw, PHONE, phone, True), _svg(draw, DESK, desk, False)
-    under = Markup("<figcaption>{}</figcaption>").format(caption) if caption else ""
-    frame = Markup('<figure role="img" aria-label="{}">{}{}{}</figure>')
+    drawn = [Markup("<div>{}</div>").format(Markup(_svg(panel))) for panel in panels]
+    return _framed(Markup('<div class="panels p{}">{}</div>').format(columns, _joined(drawn)), label, legend, caption)
+
+
+def picture_in_two(phone: Panel, desk: Panel, *, label: str, legend: Sequence[Mark] = (), caption: str = "") -> Markup:
+    """One picture in two sizes, of which a page shows the one that fits; the arguments are those of `picture`."""
     sizes = [
-        Markup('<div class="{}">{}</div>').format(name, Markup(svg))
-        for name, svg in (("phone", small), ("desk", large))
+        Markup('<div class="{}">{}</div>').format(name, Markup(_svg(panel)))
+        for name, panel in (("phone", phone), ("desk", desk))
     ]
-    return frame.format(label, *sizes, under)
+    return _framed(_joined(sizes), label, legend, caption)
+
+
+def _framed(drawn: Markup, label: str, legend: Sequence[Mark], caption: str) -> Markup:
+    marks = [
+        Markup('<li><i class="{}" style="--mark: {}"></i>{}</li>').format(
+            mark.sign, f"var(--{mark.colour})" if mark.colour in LIGHT else mark.colour, mark.words
+        )
+        for mark in legend
+    ]
+    under = Markup("<ul>{}</ul>").format(_joined(marks)) if marks else Markup()
+    said = Markup("<figcaption>{}</figcaption>").format(caption) if caption else Markup()
+    return Markup('<figure role="img" aria-label="{}">{}{}{}</figure>').format(label, drawn, under, said)
+
+
+def _joined(parts: Sequence[Markup]) -> Markup:
+    return Markup().join(parts)
 
 
 def settings() -> dict[str, Any]:
@@ -96,34 +152,34 @@ def settings() -> dict[str, Any]:
     }
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
-    """Puts the legend of an axes under all of them."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False)
-
-
-def _svg(draw: Draw, width: float, height: float, is_phone: bool) -> str:
+def _svg(panel: Panel) -> str:
+    """A panel as SVG that takes the width it is given."""
     buffer = io.StringIO()
     with matplotlib.rc_context(settings()):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure, is_phone)
+        figure = Figure(figsize=(panel.width, panel.height))
+        bottom = BOTTOM if panel.below else BOTTOM - 0.16
+        inner = (panel.width - LEFT - RIGHT) / panel.width, (panel.height - TOP - bottom) / panel.height
+        axes = figure.add_axes((LEFT / panel.width, bottom / panel.height, *inner))
+        axes.grid(visible=panel.grid, axis="y")
+        axes.yaxis.set_major_formatter(FuncFormatter(_short))
+        panel.draw(axes)
+        figure.text(0.06 / panel.width, 1 - 0.04 / panel.height, panel.title, va="top", fontsize=9)
+        axes.set_xlabel(panel.below)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = LEFT_OUT.sub("", text)
+    text = LEFT_OUT.sub("", text[text.index("<svg") :])
     text = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'\sid="[a-z]+[a-z0-9.]*_\d+"', "", text)  # matplotlib counts anew in each figure
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", rf"font: \1px {', '.join(_quoted(each) for each in FONTS)}", text)
     for name, mark in _MARKS.items():
         text = text.replace(mark, f"var(--{name})")
-    return re.sub(r'^<svg width="[^"]*" height="[^"]*"', "<svg", text) if "viewBox" in text[:300] else text
+    return re.sub(r'^<svg width="[^"]*" height="[^"]*"', "<svg", text)
+
+
+def _short(value: float, _: object = None) -> str:
+    """A tick's number in few letters."""
+    return "0" if value == 0 else f"{value:,.0f}" if 100 <= abs(value) < 100000 else f"{value:.4g}"
 
 
 def _quoted(font: str) -> str:
     return f"'{font}'" if " " in font else font
-
-
-def escaped(text: str) -> Markup:
-    """A text as HTML."""
-    return escape(text)

@@ -55,8 +55,8 @@ p {{ margin: .5rem 0; max-width: 48rem }} .lead {{ color: var(--faint); overflow
 .wide {{ overflow-x: auto; max-width: 100%; background:
   linear-gradient(to right, var(--paper) 30%, transparent) left / 2rem 100% no-repeat local,
   linear-gradient(to left, var(--paper) 30%, transparent) right / 2rem 100% no-repeat local,
-  linear-gradient(to right, var(--faint), transparent) left / .6rem 100% no-repeat scroll,
-  linear-gradient(to left, var(--faint), transparent) right / .6rem 100% no-repeat scroll }}
+  linear-gradient(to right, var(--line), transparent) left / .75rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--line), transparent) right / .75rem 100% no-repeat scroll }}
 table {{ border-collapse: collapse; font-size: .875rem; min-width: 100% }}
 td, th {{ padding: .35rem .9rem .35rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }}
 th {{ color: var(--faint); font-weight: 600; white-space: nowrap }} td:last-child, th:last-child {{ padding-right: 0 }}
@@ -68,13 +68,22 @@ code {{ font: .8125rem ui-monospace, "DejaVu Sans Mono", monospace; background: 
 dl {{ display: grid; grid-template-columns: 1fr; gap: 0 1.5rem; margin: .5rem 0 }}
 dt {{ color: var(--faint) }} dd {{ margin: 0 0 .5rem; overflow-wrap: anywhere }}
 figure {{ margin: .75rem 0 }} figure svg {{ display: block; width: 100%; height: auto }}
-figure .desk {{ display: none }} figcaption {{ color: var(--faint); font-size: .875rem }}
+figure .desk {{ display: none }} .panels {{ display: grid; gap: 1rem 1.25rem }}
+figure ul {{ list-style: none; display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; margin: .5rem 0; padding: 0;
+  font-size: .8125rem }}
+figure i {{ display: inline-block; width: 1.1rem; height: .2rem; margin-right: .4rem; vertical-align: middle;
+  background: var(--mark) }}
+figure i.area {{ height: .8rem; width: .8rem }} figure i.dots {{ height: 0; border-top: .2rem dotted var(--mark);
+  background: none }} figure i.dash {{ height: 0; border-top: .15rem dashed var(--mark); background: none }}
+figure i.empty {{ height: .8rem; width: .8rem; background: none; border: 1px solid var(--faint) }}
+figcaption {{ color: var(--faint); font-size: .875rem }}
 summary {{ cursor: pointer; color: var(--faint) }}
 footer {{ margin-top: 3rem; border-top: 1px solid var(--line); color: var(--faint); font-size: .875rem }}
 footer p {{ overflow-wrap: anywhere }}
 @media (min-width: 44rem) {{
   main {{ padding: 2rem 1.5rem 4rem }} h1 {{ font-size: 1.875rem }}
   figure .desk {{ display: block }} figure .phone {{ display: none }}
+  .p2 {{ grid-template-columns: 1fr 1fr }} .p3 {{ grid-template-columns: 1fr 1fr 1fr }}
   dl {{ grid-template-columns: max-content 1fr }} dd {{ margin: 0 }}
 }}
 @media print {{ .wide {{ overflow: visible; background: none }} }}

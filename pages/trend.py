@@ -6,15 +6,13 @@ Enters: runs of one series. Leaves: pictures and tables for a page, and `trend_p
 from collections.abc import Sequence
 from pathlib import Path
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ..errors import AccuracyError
 from ..files.circumstances import circumstances
 from .history import Run, in_series, read_history
 from .page import Cell, Column, Section, render, table
-from .pictures import colour, picture
+from .pictures import Mark, Panel, colour, picture
 
 NAMES = {
     "perplexity_ratio": "perplexity over the reference's",
@@ -27,6 +25,10 @@ NAMES = {
 """Metrics that a trend shows, in order, and their words."""
 
 COLOURS = {"pass": "good", "regressed": "bad", "undecided": "open"}
+SAID = {"pass": "passed", "regressed": "regressed", "undecided": "undecided"}
+TICKS = 5
+"""Dates, at most, below a picture."""
+
 MOST_LISTED = 30
 """Runs, at most, that a table lists; the last ones."""
 
@@ -36,14 +38,14 @@ def trend_sections(runs: Sequence[Run], title: str = "Trend") -> list[Section]:
     if not runs:
         return []
     names = [name for name in NAMES if any(name in run.metrics for run in runs)]
-    rows = -(-len(names) // 3)
-    drawn = picture(
-        lambda figure, is_phone: _draw(figure, runs, names, is_phone),
-        label=f"Metrics over {len(runs)} runs",
-        phone=1.55 * len(names) + 0.2,
-        desk=2.1 * rows + 0.2,
-        caption="Each run with its 95 % interval; dashed, the limit. Green passed, red regressed, amber undecided.",
-    )
+    panels = [
+        Panel(title=NAMES[name], draw=lambda axes, name=name: _draw_metric(axes, runs, name))  # type: ignore[misc]
+        for name in names
+    ]
+    legend = [Mark(colour=COLOURS[name], words=words, sign="area") for name, words in SAID.items()]
+    legend.append(Mark(colour="faint", words="limit", sign="dash"))
+    caption = "Each run with its 95 % interval."
+    drawn = picture(panels, label=f"Metrics over {len(runs)} runs", legend=legend, caption=caption, columns=3)
     listed = list(runs)[-MOST_LISTED:]
     body = drawn + table(
         [Column(name="run, UTC"), Column(name="outcome"), *(Column(name=name, numeric=True) for name in _shown(names))],
@@ -92,8 +94,7 @@ def _shown(names: Sequence[str]) -> list[str]:
 
 def _counted(runs: Sequence[Run]) -> str:
     counts = {name: sum(run.outcome == name for run in runs) for name in COLOURS}
-    said = {"pass": "passed", "regressed": "regressed", "undecided": "undecided"}
-    parts = [f"{count} {said[name]}" for name, count in counts.items() if count]
+    parts = [f"{count} {SAID[name]}" for name, count in counts.items() if count]
     return f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {', '.join(parts)}"
 
 
@@ -105,17 +106,7 @@ def _row(run: Run, names: Sequence[str]) -> list[str | Cell]:
     return cells
 
 
-def _draw(figure: Figure, runs: Sequence[Run], names: Sequence[str], is_phone: bool) -> None:
-    columns = 1 if is_phone else 3
-    rows = -(-len(names) // columns)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(names) :]:
-        axes.set_axis_off()
-    for name, axes in zip(names, grid.flat, strict=False):
-        _draw_metric(axes, runs, name, 3 if is_phone else 4)
-
-
-def _draw_metric(axes: Axes, runs: Sequence[Run], name: str, ticks: int) -> None:
+def _draw_metric(axes: Axes, runs: Sequence[Run], name: str) -> None:
     places = [at for at, run in enumerate(runs) if name in run.metrics]
     values = [float(runs[at].metrics[name]["value"] or 0.0) for at in places]
     axes.plot(places, values, "-", color=colour("c1"), linewidth=1)
@@ -132,14 +123,7 @@ def _draw_metric(axes: Axes, runs: Sequence[Run], name: str, ticks: int) -> None
         axes.step(*zip(*limited, strict=True), "--", where="mid", color=colour("faint"), linewidth=1)
         if len(limited) == 1:
             axes.axhline(limited[0][1], linestyle="--", color=colour("faint"), linewidth=1)
-    axes.set_title(NAMES[name])
-    step = max(1, -(-len(runs) // ticks))
+    step = max(1, -(-len(runs) // TICKS))
     shown = list(range(0, len(runs), step))
     axes.set_xticks(shown, [runs[at].date[5:10] for at in shown])
     axes.set_xlim(-0.5, max(len(runs) - 0.5, 0.5))
-    axes.ticklabel_format(axis="y", useOffset=False)
-
-
-def joined(parts: Sequence[Markup]) -> Markup:
-    """Pieces of HTML one after the other."""
-    return Markup("").join(parts)

@@ -133,7 +133,16 @@ def test_reports_are_written_whole(tiny_model: Path, golden: Path, tmp_path: Pat
     suite = ElementTree.parse(folder / "junit.xml").getroot()
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("3", "0", "0")
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("<figure") == 2
+    assert found["schema"] == 1
+    assert {"date", "command", "machine", "versions", "seconds", "profile", "recipe"} <= set(found)
+    for side in ("candidate", "reference"):
+        assert len(found["contents"][side]["hash"]) == 64
+        assert found["contents"][side]["weights"]
+    case = suite.findall("testcase")[0]
+    assert float(case.get("time", "")) > 0
+    values = {each.get("name"): each.get("value") for each in case.iter("property")}
+    assert {"value", "low", "high", "limit", "limit_origin"} <= set(values)
     assert "http" not in page
     with pytest.raises(FolderError, match="--force to replace it"):
         write_report(verdict, folder)
@@ -151,7 +160,7 @@ def test_exit_codes_tell_the_verdict(tiny: Path, tiny_model: Path, golden: Path,
 
     assert run(tiny_model, "--against", golden, "-o", tmp_path / "report")[0] == 0
     assert (tmp_path / "report" / "report.html").is_file()
-    code, output = run(tiny_model, "--against", golden, "--min-greedy", "33", "--json")
+    code, output = run(tiny_model, "--against", golden, "--min-top1", "1", "--max-kl", "0", "--json")
     assert code == 1
     assert json.loads(output.splitlines()[-1])["outcome"] == "regressed"
     code, output = run(tiny_model, "--against", golden, "--locate")

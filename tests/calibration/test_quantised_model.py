@@ -90,7 +90,7 @@ def test_every_weight_is_reported(model: Path, tmp_path: Path) -> None:
     assert set(report["kept"]) == {"embed_tokens", "norms", "lm_head", "layers.1.feed_forward.router"}
     assert sum(report["layers"][1]["expert_tokens"]) == IDS.size
     page = (quantised / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<figure") == 3
     assert "http" not in page
 
 
@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "model").exists()
     said: list[str] = []
     resumed = calibrate_model(model, tmp_path / "out" / "model", recipe="int8", data=IDS, floor=0, notice=said.append)
-    assert said == ["Going on at layer 1 of 2, where the last run had come to."]
+    assert said == ["Going on: at layer 1 of 2; the 1 before it is kept."]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
     whole = calibrate_model(model, tmp_path / "whole", recipe="int8", data=IDS, floor=0)
     for path in whole.iterdir():

@@ -22,7 +22,7 @@ from arriero.errors import FolderError
         (("calibrate", "x", "-o", "y", "--recipe", "int8", "--data", "z"), "arriero[calibration]"),
         (("build", "x", "-o", "y"), "arriero[export]"),
         (("build", "x", "-o", "y", "--target", "tensorrt-rtx:sm89"), "arriero[tensorrt]"),
-        (("bench", "x", "-o", "y"), "arriero[accuracy]"),
+        (("bench", "x", "-o", "y"), "arriero[check]"),
         (("check", "x", "--against", "y"), "arriero[accuracy]"),
         (("golden", "x", "-o", "y", "--data", "z"), "arriero[accuracy]"),
         (("run", "x", "--prompt", "y"), "arriero[export]"),
@@ -48,7 +48,7 @@ def test_the_extras_exist() -> None:
     text = (Path(arriero.__file__).parent / "pyproject.toml").read_text("utf-8")
     extras = text.partition("[project.optional-dependencies]")[2].partition("[project.scripts]")[0]
     assert all(f"\n{extra} = [" in extras for extra in ("export", "calibration", "tensorrt", "accuracy"))
-    assert "matplotlib" in extras.partition("\naccuracy = [")[2].partition("]\n")[0]  # which `bench -o` needs
+    assert "matplotlib" in extras.partition("\ncheck = [")[2].partition("]\n")[0]  # which `bench -o` needs
 
 
 def test_errors_are_one_line_with_a_remedy() -> None:
@@ -107,7 +107,7 @@ def test_a_written_folder_is_listed_where_asked_for(tiny_model: Path, tmp_path: 
     build = ["build", str(tiny_model), "-o"]
     quiet = CliRunner().invoke(app, [*build, str(tmp_path / "quiet"), "--quiet", "--json"])
     assert quiet.stderr == ""
-    assert set(json.loads(quiet.stdout)) == {"folder", "bytes", "seconds"}
+    assert set(json.loads(quiet.stdout)) == {"schema", "folder", "bytes", "seconds"}
     verbose = CliRunner().invoke(app, [*build, str(tmp_path / "verbose"), "--verbose"]).stderr
     assert str(tmp_path / "verbose" / "spec.json") in verbose
     assert verbose.splitlines()[-1].startswith("Wrote ")
