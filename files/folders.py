@@ -129,7 +129,19 @@ def find_files(
         except CheckpointError:
             same = False
         if not same:
-            again = "export again" if file.path else f"write {folder} again, with --force"
+            again = _again(folder, file)
             raise FolderError(f"{path} is not the file that was exported (size or content differs): {again}")
         found[file.name] = path
     return found
+
+
+def _again(folder: Path, file: WeightFile) -> str:
+    """The way to a weight file that fits again: by the stage that wrote it."""
+    if not file.path:
+        return f"write {folder} again, with --force"
+    source = Path(file.path).parent
+    try:
+        is_quantised = read_spec(source).recipe is not None
+    except FolderError:
+        return "export again"
+    return f"calibrate {source} again, then build" if is_quantised else "export again"
