@@ -33,6 +33,9 @@ KINDS = {
 """Units by what they are, each a line; the vision tower's stem is at -1, adapter and projector behind its layers."""
 
 WORDS = {"vision": "vision tower", "decoder": "decoder"}
+FAINTEST = 1e-4
+"""The smallest error that is shown as it is, of the largest: what is exact lies at the lower edge."""
+
 MOVED = ((1.0, "up to 1 %"), (2.0, "1–2 %"), (5.0, "2–5 %"), (10.0, "5–10 %"), (100.0, "over 10 %"))
 """Levels of tokens that went to another expert: below 1 % is what rounding does to near ties."""
 
@@ -47,7 +50,7 @@ def plot_profile(location: Location) -> Markup:
         parts.insert(0, "vision")
 
     errors = [each for reading in location.readings for each in (reading.error, reading.expected) if each > 0]
-    ends = (min(errors) / 2, max(errors) * 3) if errors else (1e-6, 1.0)
+    ends = (max(min(errors) / 2, max(errors) * FAINTEST), max(errors) * 3) if errors else (1e-6, 1.0)
 
     def panel(part: ModelPart) -> Panel:
         def draw(axes: Axes) -> None:
@@ -77,7 +80,8 @@ def _plot_part(axes: Axes, readings: Sequence[Reading], location: Location) -> N
                 worst[reading.layer] = max(worst[reading.layer], reading.error)
         if worst:
             layers = sorted(worst)
-            axes.plot(layers, [worst[each] for each in layers], "o-", color=series(at), markersize=3)
+            lowest = FAINTEST * max(reading.error for reading in readings) * 1.2
+            axes.plot(layers, [max(worst[each], lowest) for each in layers], "o-", color=series(at), markersize=3)
     blamed = location.part, location.layer, location.unit
     for reading in readings:
         if (reading.part, reading.layer, reading.unit) == blamed:
@@ -115,8 +119,8 @@ def plot_divergence(seen: Comparison, kl: Estimate) -> Markup:
     values = np.maximum(seen.divergence_WN[judged_WN], 1e-9)
 
     def spread(axes: Axes) -> None:
-        low, high = float(values.min(initial=1e-9)), float(values.max(initial=2e-9))
-        axes.hist(values, np.geomspace(low, max(high, 2 * low), 48), color=colour("c1"))
+        low, high = (float(np.quantile(values, at)) for at in (0.002, 1.0))
+        axes.hist(np.maximum(values, low), np.geomspace(low, max(high, 2 * low), 48), color=colour("c1"))
         axes.axvline(max(kl.value, 1e-9), color=colour("ink"), linestyle=":", linewidth=1.5)
         axes.set(xscale="log")
 

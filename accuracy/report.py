@@ -156,17 +156,16 @@ def _metrics(verdict: Verdict) -> Section:
     notes = " ".join(verdict.notes)
     text = f"Intervals hold 95 %, by drawing whole windows anew. {notes}".strip()
     columns = [Column(name="metric", breaks=True), Column(name="found", numeric=True)]
-    columns += [Column(name="limit", numeric=True), Column(name="outcome")]
+    columns.append(Column(name="limit", numeric=True))
     return Section(title="What was found", text=text, body=table(columns, rows))
 
 
 def _limit(judgement: Judgement | None) -> list[str | Cell]:
     if judgement is None:
-        return ["", ""]
+        return [""]
     bound = f"{'≤' if judgement.side == 'max' else '≥'} {judgement.limit:g}"
     return [
-        Cell(text=bound, small=ORIGINS[judgement.origin]),
-        Cell(text=judgement.outcome, outcome=judgement.outcome),
+        Cell(text=f"{judgement.outcome}, {bound}", small=ORIGINS[judgement.origin], outcome=judgement.outcome),
     ]
 
 

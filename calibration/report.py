@@ -226,7 +226,7 @@ def _experts(report: Report) -> list[Section]:
     if found is None:
         return []
     text = (
-        f"The least busy expert saw {found['fewest_tokens']:,} tokens, {found['least']:.2g} of an even share; the "
+        f"The least busy expert saw {_counted(found['fewest_tokens'], 'token')}, {found['least']:.2g} of an even share; the "
         f"busiest {found['most']:.2g} times one."
     )
     return [Section(title="Expert load", text=text, body=plot_loads(report.loads))]

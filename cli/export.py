@@ -11,12 +11,15 @@ from .terminal import Terminal
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a Hugging Face Llama 4 checkpoint; only read.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a Hugging Face Llama 4 checkpoint, or its name in the hub's local cache.")
+    ],
     output: options.Output,
     dtype: options.ConvertedType = None,
     copy_weights: options.CopyWeights = False,
     tp: options.TensorParallel = 1,
     ep: options.ExpertParallel = None,
+    tokenizer: options.Tokenizer = None,
     force: options.Force = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -36,6 +39,7 @@ def export(
             copy_weights=copy_weights,
             tp=tp,
             ep=ep,
+            tokenizer=tokenizer,
             force=force,
             progress=progress,
             notice=terminal.say,

@@ -34,6 +34,11 @@ ExpertParallel = Annotated[
     int | None, typer.Option(help="Groups of ranks over which the experts are distributed.", show_default="as --tp")
 ]
 
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(help="Folder to take tokenizer, chat template and preprocessor from.", show_default="CHECKPOINT"),
+]
+
 # calibrate
 CalibrationData = Annotated[
     list[Path],

@@ -28,6 +28,9 @@ CARRIED = (
 )
 """Small files that every stage hands on unchanged."""
 
+OF_TOKENIZER = tuple(name for name in CARRIED if name != "generation_config.json")
+"""Those that belong to the tokenizer and the preprocessor."""
+
 NAMED_TEMPLATES = "additional_chat_templates"
 """Folder of chat templates that have names of their own, which travels with the small files."""
 
@@ -82,13 +85,13 @@ def check_whole(folder: Path, spec: FolderSpec) -> None:
         raise FolderError(f"{folder}: this model is {what}, which no runtime here joins yet: export without --tp")
 
 
-def carry_files(source: Path, target: Path) -> None:
+def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED) -> None:
     """Copies the small files that travel with a model: tokenizer, chat template, generation config.
 
     Raises:
         CheckpointError: Git left a pointer in place of one.
     """
-    for name in CARRIED:
+    for name in names:
         if (source / name).is_file():
             with (source / name).open("rb") as file:
                 check_downloaded(source / name, file.read(len(POINTER)))

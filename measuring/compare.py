@@ -18,6 +18,9 @@ from ..pages.page import Cell, Column, Section, render, table
 from ..pages.pictures import Panel, picture_in_two, series
 
 FILES = ("verdict.json", "bench.json")
+SAME = 1e-6
+"""A divergence up to which a bundle is as the reference, at the lower edge of the picture."""
+
 LARGEST_FILE = 1 << 26
 
 
@@ -190,6 +193,10 @@ def _notes(bundles: Sequence[Compared]) -> list[str]:
     return notes
 
 
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
 def _table(bundles: Sequence[Compared]) -> Any:
     columns = [Column(name="bundle", breaks=True), Column(name="verdict")]
     names = ("size", "perplexity", "KL, nats", "decode, tokens/s", "prefill, tokens/s", "memory")
@@ -237,17 +244,21 @@ def _scatter(bundles: Sequence[Compared]) -> list[Section]:
         return []
     by_speed = all(each.bench for each in shown)
 
+    known = [kl[0] for each in shown if (kl := each.metric("kl")) and kl[0] > SAME]
+    floor = min(known) / 10 if known else SAME
+
     def draw(axes: Axes) -> None:
         largest = max(each.bytes or 1 for each in shown)
         for at, each in enumerate(shown):
             kl = each.metric("kl")
             assert kl is not None
             x = each.case["decode_tokens_per_second"] if by_speed else (each.bytes or 0) / 1e9
-            y = max(kl[0], 1e-9)
+            y = max(kl[0], floor)
             if kl[1] is not None and kl[2] is not None:
-                axes.plot([x, x], [max(kl[1], 1e-9), max(kl[2], 1e-9)], "-", color=series(at), alpha=0.5)
+                axes.plot([x, x], [max(kl[1], floor), max(kl[2], floor)], "-", color=series(at), alpha=0.5)
             axes.scatter([x], [y], s=30 + 260 * (each.bytes or 0) / largest, color=series(at), alpha=0.75)
-            axes.annotate(each.name, (x, y), textcoords="offset points", xytext=(0, 11), ha="center", fontsize=8)
+            name = each.name if kl[0] >= floor else f"{each.name}, as the reference"
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(0, 11), ha="center", fontsize=8)
         axes.set(yscale="log")
         axes.set_xlim(0, axes.get_xlim()[1] * 1.15)
         axes.margins(y=0.2)

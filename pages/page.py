@@ -4,12 +4,13 @@ Enters: a heading, one sentence under it, sections, and circumstances. Leaves: a
 has one heading, which says the outcome; date, command and machine stand at its end.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ..files.circumstances import machine_text
 from .style import STYLE
@@ -47,6 +48,11 @@ class Column:
     name: str
     numeric: bool = False
     breaks: bool = False
+
+    @property
+    def style(self) -> str:
+        """The class of its cells."""
+        return "n" if self.numeric else "b" if self.breaks else "t"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +119,13 @@ def box(title: str, text: str) -> Markup:
     return Markup(_environment.from_string(BOX).render(title=title, text=text))
 
 
+def soft(text: str) -> Markup:
+    """A name that may be broken behind its dots, lines and brackets."""
+    return Markup(re.sub(r"([._/\]])", r"\1<wbr>", str(escape(text))))
+
+
 _environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_environment.filters["soft"] = soft
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -142,8 +154,9 @@ TABLE = """<div class="wide" tabindex="0"><table><thead><tr>
 {% for column in columns %}<th{% if column.numeric %} class="n"{% endif %}>{{ column.name }}</th>{% endfor %}
 </tr></thead><tbody>
 {% for row in rows %}<tr>{% for cell in row %}
-<td class="{{ 'n ' if columns[loop.index0].numeric }}{{ 'b ' if columns[loop.index0].breaks }}{{ cell.outcome }}">
-{%- if cell.code %}<code>{{ cell.text }}</code>{% else %}{{ cell.text }}{% endif %}
+<td class="{{ columns[loop.index0].style }} {{ cell.outcome }}">
+{%- if cell.code %}<code>{{ cell.text }}</code>
+{%- elif columns[loop.index0].breaks %}{{ cell.text|soft }}{% else %}{{ cell.text }}{% endif %}
 {%- if cell.small %}<small>{{ cell.small }}</small>{% endif %}</td>
 {%- endfor %}</tr>
 {% endfor %}</tbody></table></div>"""

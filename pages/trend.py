@@ -24,6 +24,16 @@ NAMES = {
 }
 """Metrics that a trend shows, in order, and their words."""
 
+SHORT = {
+    "perplexity_ratio": "perplexity ratio",
+    "kl": "KL",
+    "top1": "top-1",
+    "flips": "flips",
+    "router_flips": "experts",
+    "greedy": "greedy",
+}
+"""The same for the head of a table."""
+
 COLOURS = {"pass": "good", "regressed": "bad", "undecided": "open"}
 SAID = {"pass": "passed", "regressed": "regressed", "undecided": "undecided"}
 TICKS = 5
@@ -48,7 +58,7 @@ def trend_sections(runs: Sequence[Run], title: str = "Trend") -> list[Section]:
     drawn = picture(panels, label=f"Metrics over {len(runs)} runs", legend=legend, caption=caption, columns=3)
     listed = list(runs)[-MOST_LISTED:]
     body = drawn + table(
-        [Column(name="run, UTC"), Column(name="outcome"), *(Column(name=name, numeric=True) for name in _shown(names))],
+        [Column(name="run, UTC"), Column(name="outcome"), *(Column(name=SHORT[name], numeric=True) for name in names)],
         [_row(run, names) for run in reversed(listed)],
     )
     more = f", the last {MOST_LISTED} in the table" if len(runs) > MOST_LISTED else ""
@@ -86,10 +96,6 @@ def trend_page(paths: Sequence[str | Path]) -> str:
         sections=sections,
         circumstances=circumstances(),
     )
-
-
-def _shown(names: Sequence[str]) -> list[str]:
-    return [NAMES[name] for name in names]
 
 
 def _counted(runs: Sequence[Run]) -> str:

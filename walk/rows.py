@@ -5,7 +5,7 @@ Enters: a file. Leaves: rows with their places, and what a row says: a text, or 
 | keys | |
 |---|---|
 | `messages` | a conversation, with `images`, `tools`, `documents`, `chat_template_kwargs` beside it |
-| `conversations` | the same as ShareGPT has it: `from` and `value`, `<image>` where an image of `image` or `images` goes |
+| `conversations` | the same as ShareGPT has it: `from` and `value`, `<image>` where one of `images` goes |
 | `prompt` and `completion` | texts one after the other, or two lists of messages |
 | `text` | a text |
 """
