@@ -106,6 +106,9 @@ MovedModelWeights = Annotated[
 ]
 
 # inspect
+Inspected = Annotated[
+    Path, typer.Argument(help="Checkpoint, model, bundle, golden file, or a folder that check or bench wrote.")
+]
 Layers = Annotated[bool, typer.Option("--layers", help="List each fused layer of an engine with its sizes.")]
 MemorySeq = Annotated[
     int | None,

@@ -10,26 +10,25 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .words import files_text, layers_text, parameters_text, quantised_text, size, sizes_text
+
 
 def show_summary(found: dict[str, Any]) -> None:
     """Prints what `summary.summarise` found."""
     console = Console()
     model = found["model"]
     built_for = f" for {found['target']}" if found["target"] else ""
-    console.print(f"[bold]{found['kind'].capitalize()}{built_for}[/], from {found['source']}", highlight=False)
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    experts = f"{model['expert_layers']} with {model['experts']} experts (top {model['experts_per_token']})"
-    chunked = f"{model['chunked_layers']} chunked at {model['chunk']} positions"
-    if not model["expert_layers"]:
-        experts = "none with experts"
-    if not model["chunked_layers"]:
-        chunked = "none chunked"
-    facts.add_row("layers", f"{model['layers']}, of them {experts}, {chunked}")
-    facts.add_row(
-        "sizes",
-        f"hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} kv heads of "
-        f"{model['head_dim']}, vocabulary {model['vocab_size']}, context {model['max_positions']}, {model['dtype']}",
+    console.print(
+        f"[bold]{found['kind'].capitalize()}{built_for}[/], from {found['source']}, by Arriero {found['version']}",
+        highlight=False,
     )
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.add_row("layers", layers_text(model))
+    facts.add_row("sizes", sizes_text(model))
+    if "parameters" in found:
+        facts.add_row("parameters", parameters_text(found["parameters"]))
+    if (quantised := found.get("quantised")) is not None:
+        facts.add_row("quantised", quantised_text(quantised))
     cache = found["kv_cache"]
     facts.add_row(
         "KV cache",
@@ -38,7 +37,9 @@ def show_summary(found: dict[str, Any]) -> None:
     )
     files = found["weight_files"]
     if files["count"]:
-        facts.add_row("weight files", f"{files['count']}, {size(files['bytes'])}, read in place")
+        listed = found.get("files")
+        text = files_text(listed) if listed else f"{files['count']}, {size(files['bytes'])}, read in place"
+        facts.add_row("weight files", text)
     if (vision := found.get("vision")) is not None:
         facts.add_row("vision tower", describe_vision(vision))
     if (memory := found.get("memory")) is not None:
@@ -317,13 +318,3 @@ def location_text(location: dict[str, Any]) -> str:
         f"{blame['why']}. At {location['unit']} the error is {location['error']:.2g}, where at most "
         f"{location['explained']:.2g} is explained."
     )
-
-
-def size(count: int) -> str:
-    """Bytes for a person, in powers of 1000."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

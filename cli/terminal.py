@@ -128,7 +128,7 @@ class Terminal:
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         sizes = {file: file.stat().st_size for file in files}
         if self.verbose:
-            from .tables import size
+            from .words import size
 
             for file, count in sizes.items():
                 self.detail(f"{file} ({size(count)})")

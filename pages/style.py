@@ -61,7 +61,9 @@ table {{ border-collapse: collapse; font-size: .875rem; min-width: 100% }}
 td, th {{ padding: .35rem .9rem .35rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }}
 th {{ color: var(--faint); font-weight: 600; white-space: nowrap }} td:last-child, th:last-child {{ padding-right: 0 }}
 td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
-td.t {{ white-space: nowrap }} td.t code {{ white-space: pre }} td.b {{ overflow-wrap: anywhere; min-width: 9rem }} small {{ display: block; color: var(--faint) }}
+td.t {{ white-space: nowrap }} td.t code {{ white-space: pre }}
+td.b {{ overflow-wrap: anywhere; min-width: 9rem }}
+small {{ display: block; color: var(--faint) }}
 code {{ font: .8125rem ui-monospace, "DejaVu Sans Mono", monospace; background: var(--soft); padding: .1rem .25rem;
   border-radius: .2rem; white-space: pre-wrap; overflow-wrap: anywhere }}
 .box {{ border-left: 4px solid var(--bad); background: var(--soft); padding: .25rem 1rem; overflow-wrap: anywhere }}
