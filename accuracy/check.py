@@ -71,6 +71,7 @@ class Verdict:
         circumstances: Date, command, machine and versions, see `files.circumstances`.
         seconds: Duration of the check.
         contents: Path, hash and weight files' identities of `candidate` and `reference`.
+        remedy: What would decide it, where there is not enough data to tell.
     """
 
     candidate: str
@@ -88,6 +89,7 @@ class Verdict:
     circumstances: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     contents: Mapping[str, Any] = field(default_factory=dict)
+    remedy: str = ""
 
     def as_fields(self) -> dict[str, Any]:
         """The verdict in plain values, for JSON; infinite ends of intervals are None."""
@@ -102,6 +104,7 @@ class Verdict:
             "recipe": self.recipe,
             "contents": dict(self.contents),
             "outcome": self.outcome,
+            "remedy": self.remedy,
             "windows": self.windows,
             "tokens": self.tokens,
             "metrics": {name: _finite(found) for name, found in self.metrics.items()},
@@ -179,7 +182,7 @@ def check(
     judgements = judge(found, limits_held, origins)
     location = _located(side, other, golden.windows, progress) if locate_fault and other is not None else None
     return Verdict(
-        candidate=str(candidate),
+        candidate=str(side.path),
         reference=str(reference),
         outcome=overall(judgements),
         judgements=judgements,
@@ -193,7 +196,8 @@ def check(
         recipe=in_words(side.recipe),
         circumstances=circumstances(),
         seconds=time.perf_counter() - started,
-        contents={"candidate": described(candidate), "reference": described(against)},
+        contents={"candidate": described(side.path), "reference": described(against)},
+        remedy=_remedy(judgements, golden, None if other is None else SAMPLES if samples is None else samples),
     )
 
 
@@ -230,6 +234,27 @@ def _windows(
     return read_windows(
         side.path, data, side.spec, samples, window_of(side.spec) if window is None else window, side.vision
     )
+
+
+def _remedy(judgements: Sequence[Judgement], golden: Golden, samples: int | None) -> str:
+    """What would decide a verdict; empty where it is decided.
+
+    Args:
+        judgements: Outcome of each limit.
+        golden: The reference.
+        samples: Windows at most; None where a golden file fixes them.
+    """
+    if overall(judgements) != "undecided":
+        return ""
+    if unseen := [each.metric for each in judgements if each.found is None]:
+        names = ", ".join(unseen)
+        return f"{names} cannot be estimated here: leave the limit out, or give sides where it can be seen"
+    windows = golden.ids_WS.shape[0]
+    if samples is None:
+        return f"record the golden file over more than its {windows} windows, with more --data or --samples"
+    if windows >= samples:
+        return f"give more --samples than {samples}"
+    return f"give more --data: all of it is {windows} windows"
 
 
 def _located(side: Side, other: Side, windows: Windows, progress: Progress) -> Location:

@@ -226,8 +226,8 @@ def _experts(report: Report) -> list[Section]:
     if found is None:
         return []
     text = (
-        f"The least busy expert saw {_counted(found['fewest_tokens'], 'token')}, {found['least']:.2g} of an even share; "
-        f"the busiest {found['most']:.2g} times one."
+        f"The least busy expert saw {_counted(found['fewest_tokens'], 'token')}, {found['least']:.2g} of an even "
+        f"share; the busiest {found['most']:.2g} times one."
     )
     return [Section(title="Expert load", text=text, body=plot_loads(report.loads))]
 

@@ -2,6 +2,9 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,15 +43,21 @@ def calibrate(
     terminal = Terminal(extra="calibration", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     changes = {"activations": activations, "clip": clip, "percentile": percentile, "smoothing": smoothing}
     changes |= {"strength": strength, "rounding": rounding, "group_size": group_size, "kv_cache": kv_cache}
-    with terminal.errors_shown(), terminal.progress_shown("Calibrating", "tokens") as progress:
+    with (
+        terminal.errors_shown(),
+        keeping_shown(output, terminal),
+        terminal.progress_shown("Calibrating", "tokens") as progress,
+    ):
         from ..calibration import calibrate_model
-        from ..calibration.presets import parse_recipe
+        from ..calibration.presets import check_applies, parse_recipe
 
         started = time.perf_counter()
+        parsed = parse_recipe(recipe, changes, override or ())
+        check_applies(parsed, changes)
         folder = calibrate_model(
             model,
             output,
-            recipe=parse_recipe(recipe, changes, override or ()),
+            recipe=parsed,
             data=data,
             samples=samples,
             window=window,
@@ -65,7 +74,23 @@ def calibrate(
         records = [record for layer in report["layers"] + report["tower"] for record in layer["records"]]
         records += report["head"]
         if not (as_json or quiet):
-            from .tables import show_quantised
+            from .tables import show_quantised, show_sizes
 
             show_quantised(records, report["kept"], folder / "report.html", every_weight=verbose)
-        terminal.report_written(folder, time.perf_counter() - started, as_json, weights=records)
+            show_sizes(report)
+        sizes = {name: report[name] for name in ("bytes_before", "bytes_after", "experts_balance", "unmeasured")}
+        more = {"report": str(folder / "report.html"), **sizes, "weights": records}
+        terminal.report_written(folder, time.perf_counter() - started, as_json, **more)
+
+
+@contextmanager
+def keeping_shown(output: Path, terminal: Terminal) -> Iterator[None]:
+    """Says what is kept, and where, when Ctrl-C or a signal ends the block."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        from ..calibration.reached import kept
+
+        if said := kept(output):
+            terminal.say(f"Interrupted: {said}.")
+        raise

@@ -43,7 +43,7 @@ Tokenizer = Annotated[
 CalibrationData = Annotated[
     list[Path],
     typer.Option(
-        help="File to calibrate on: text, or conversations (.jsonl): a line each, as "
+        help="File to calibrate on: text, or rows (.jsonl, .parquet), as "
         '{"messages": [{"role": "user", "content": "What is this?"}, …], "images": ["photo.jpg"]}, '
         "paths relative to the file; may be repeated."
     ),
@@ -118,6 +118,14 @@ MemoryBatch = Annotated[int, typer.Option(help="Rows at once to estimate memory 
 
 # run
 Prompt = Annotated[str | None, typer.Option(help="Text to continue; - reads it from stdin.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help='JSONL of prompts, {"prompt": TEXT} or {"messages": […]} a line, answered many at once.'),
+]
+Answers = Annotated[
+    Path | None, typer.Option("--output", "-o", help="File for the answers to --prompts; a killed run goes on.")
+]
+ForceAnswers = Annotated[bool, typer.Option("--force", help="Replace an existing file of answers.")]
 Image = Annotated[
     list[Path] | None,
     typer.Option(help="Image that the prompt is about, or that stands at its <|image|>; may be repeated."),

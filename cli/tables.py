@@ -237,6 +237,23 @@ def show_quantised(records: list[dict[str, Any]], kept: dict[str, str], report: 
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
 
 
+def show_sizes(found: dict[str, Any]) -> None:
+    """Prints on stderr what became of a model's size, and how evenly its experts were used."""
+    console = Console(stderr=True)
+    before, after = found["bytes_before"], found["bytes_after"]
+    share = f" ({after / before:.0%})" if before else ""
+    console.print(f"Weights: {size(before)} before, {size(after)} after{share}", highlight=False, soft_wrap=True)
+    if (even := found["experts_balance"]) is not None:
+        console.print(
+            f"Experts: the least busy saw {even['fewest_tokens']:,} tokens, {even['least']:.2g} of an even share; the "
+            f"busiest {even['most']:.2g} times one",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if few := found["unmeasured"]:
+        console.print(f"Without statistics of their own: {len(few)} experts, see the report", highlight=False)
+
+
 def kinds_table(records: list[dict[str, Any]], kept: dict[str, str]) -> Table:
     """Weights by kind and type: how many, and the worst and the median error of each, as SQNR in dB."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
@@ -295,7 +312,7 @@ def show_verdict(found: dict[str, Any], report: Path | None) -> None:
     words = {
         "pass": "passes",
         "regressed": "has regressed",
-        "undecided": "cannot be judged: give more --data or --samples",
+        "undecided": f"cannot be judged: {found.get('remedy') or 'give more --data'}",
     }
     outcome = found["outcome"]
     console.print(

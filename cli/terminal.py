@@ -112,13 +112,16 @@ class Terminal:
         console = Console(stderr=True)
         with Bar(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as bar:
             task = bar.add_task(title, total=None)
-            speed = Speed(unit)
+            speed, lines = Speed(unit), Lines(title, self.say)
             phases = Phases(title, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
 
             def report(phase: str, done: int, total: int) -> None:
                 if self.verbose:
                     phases.enter(phase)
-                bar.update(task, description=f"{title} {phase}{speed.of(done)}", completed=done, total=total)
+                said = f"{phase}{speed.of(done)}"
+                bar.update(task, description=f"{title} {said}", completed=done, total=total)
+                if not console.is_terminal:
+                    lines.report(said, done, total)
 
             yield report
             phases.enter("")
@@ -156,6 +159,42 @@ class Speed:
         self.first = self.first or (now, done)
         seconds, counted = now - self.first[0], done - self.first[1]  # what an earlier run did is not this one's speed
         return f", {counted / seconds:,.0f} {self.unit}/s" if self.unit and seconds > 0 else ""
+
+
+class Lines:
+    """Progress in a line now and then, where there is no terminal for a bar.
+
+    Args:
+        title: Name of the work.
+        show: Called with a line.
+    """
+
+    def __init__(self, title: str, show: Callable[[str], None]) -> None:
+        self.title, self.show = title, show
+        self.started = self.last = time.monotonic()
+        self.first: int | None = None
+
+    def report(self, said: str, done: int, total: int) -> None:
+        """Shows a line where the last one is `EVERY` seconds old: how far it is, and how long it may take."""
+        now = time.monotonic()
+        self.first = done if self.first is None else self.first
+        if now - self.last < EVERY or not total:
+            return
+        self.last = now
+        gained, spent = done - self.first, now - self.started
+        left = f", about {duration((total - done) * spent / gained)} left" if gained > 0 else ""
+        self.show(f"{self.title} {said}: {done / total:.0%}{left}")
+
+
+EVERY = 30.0
+"""Seconds between two lines of progress."""
+
+
+def duration(seconds: float) -> str:
+    """A time for a person."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Phases:
