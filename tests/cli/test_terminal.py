@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from json_keys import documented
 from typer.testing import CliRunner
 
 import arriero
@@ -107,7 +108,7 @@ def test_a_written_folder_is_listed_where_asked_for(tiny_model: Path, tmp_path: 
     build = ["build", str(tiny_model), "-o"]
     quiet = CliRunner().invoke(app, [*build, str(tmp_path / "quiet"), "--quiet", "--json"])
     assert quiet.stderr == ""
-    assert set(json.loads(quiet.stdout)) == {"schema", "folder", "bytes", "seconds"}
+    assert set(json.loads(quiet.stdout)) == documented("written")
     verbose = CliRunner().invoke(app, [*build, str(tmp_path / "verbose"), "--verbose"]).stderr
     assert str(tmp_path / "verbose" / "spec.json") in verbose
     assert verbose.splitlines()[-1].startswith("Wrote ")
