@@ -38,14 +38,12 @@ class Chat:
     Attributes:
         answer: Streams an answer.
         terminal: Messages go there.
-        as_json: Whether a refused turn is a line of JSON on stdout as well, as every answer is.
         messages: The conversation, a system message first where there is one.
         waiting: Images of the next turn.
     """
 
     answer: Answer
     terminal: Terminal
-    as_json: bool = False
     messages: list[dict[str, Any]] = field(default_factory=list)
     waiting: list[Path] = field(default_factory=list)
 

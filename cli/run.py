@@ -107,7 +107,7 @@ def run(
                 return answer(session, said, settings, as_json, {}, terminal, is_asked)
 
             waiting = list(image or ())
-            Chat(answer=reply, terminal=terminal, as_json=as_json, messages=messages, waiting=waiting).run(prompt)
+            Chat(answer=reply, terminal=terminal, messages=messages, waiting=waiting).run(prompt)
         else:
             answer(session, prompt, {**settings, "images": image or ()}, as_json, {"load_seconds": loaded}, terminal)
 

@@ -161,9 +161,19 @@ def test_exit_codes_tell_the_verdict(tiny: Path, tiny_model: Path, golden: Path,
 
     assert run(tiny_model, "--against", golden, "-o", tmp_path / "report")[0] == 0
     assert (tmp_path / "report" / "report.html").is_file()
-    code, output = run(tiny_model, "--against", golden, "--min-top1", "1", "--max-kl", "0", "--json")
+    code, output = run(tiny_model, "--against", golden, "--max-perplexity-ratio", "0.5", "--json")
     assert code == 1
     assert json.loads(output.splitlines()[-1])["outcome"] == "regressed"
+    for option, value in (("--samples", 3), ("--window", 64)):
+        code, output = run(tiny_model, "--against", golden, option, value)
+        assert code == 2
+        assert f"has its own text, 10 windows of 512 tokens: leave {option} out" in output
+    limits = tmp_path / "limits.toml"
+    limits.write_text("[none]\ntop1 = 1.0\n[int8]\nkl = 0.0\n")
+    code, output = run(tiny_model, "--against", golden, "--limits", limits, "--json")
+    held = {each["metric"]: (each["limit"], each["origin"]) for each in json.loads(output)["limits"]}
+    assert held["top1"] == (1.0, "file")
+    assert held["kl"] == (0.002, "default")
     code, output = run(tiny_model, "--against", golden, "--locate")
     assert code == 2
     assert "holds no layers to walk" in output

@@ -196,3 +196,17 @@ def test_what_a_folder_cannot_do_is_said(tiny_model: Path, tmp_path: Path) -> No
     (nameless / "tokenizer_config.json").write_text("{}")
     with pytest.raises(SessionError, match="names no eos_token: add it"):
         FolderModel(nameless)
+
+
+def test_lm_eval_finds_the_model_by_its_plug_in_entry_point() -> None:
+    import tomllib
+    from importlib.metadata import EntryPoint
+    from pathlib import Path
+
+    from lm_eval.api.registry import Registry
+
+    project = tomllib.loads((Path(harness.__file__).parent.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    (found,) = project["entry-points"]["lm_eval.models"].items()
+    registry: Registry[type] = Registry("models")
+    registry.register(found[0], target=EntryPoint(*found, group="lm_eval.models"))
+    assert registry.get("arriero") is harness.FolderModel

@@ -73,6 +73,39 @@ def test_quiet_leaves_errors_and_verbose_adds_details(capsys: pytest.CaptureFixt
     assert lines == [*quiet, *usual, "said", "detailed", "Working cutting", "Working sewing", "arriero"]
 
 
+def test_off_a_terminal_there_is_a_line_every_30_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("arriero.cli.terminal.time.monotonic", lambda: clock[0])
+    for quiet in (False, True):
+        with Terminal(quiet=quiet).progress_shown("Calibrating") as progress:
+            for second in range(0, 100, 10):
+                clock[0] += 10
+                progress("layer 3", second, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "Calibrating layer 3: 20%, about 120 s left".replace("120 s", "2 min"),
+        "Calibrating layer 3: 50%, about 60 s left",
+        "Calibrating layer 3: 80%, about 22 s left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "verb", "extra"),
+    [
+        ("matplotlib", "accuracy", "check"),
+        ("matplotlib", "calibration", "calibration"),
+        ("torch", "accuracy", "accuracy"),
+        ("onnx.checker", "export", "export"),
+        ("pyarrow", "calibration", "parquet"),
+        ("lm_eval", "accuracy", "evaluation"),
+    ],
+)
+def test_the_smallest_extra_that_brings_a_module_is_named(module: str, verb: str, extra: str) -> None:
+    assert f"pip install 'arriero[{extra}]'" in one_line(ModuleNotFoundError("x", name=module), verb)
+
+
 def test_warnings_are_messages(recwarn: pytest.WarningsRecorder) -> None:
     import warnings
 
