@@ -24,7 +24,7 @@ def test_a_missing_tokenizer_is_said_and_taken_from_elsewhere(tiny: Path, tmp_pa
     assert not said
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (model / name).read_bytes() == (tiny / name).read_bytes()
-    with pytest.raises(ExportError, match="has no tokenizer.json: give with --tokenizer a folder that has one"):
+    with pytest.raises(ExportError, match=r"has no tokenizer.json: give with --tokenizer a folder that has one"):
         export_checkpoint(tiny, tmp_path / "other", tokenizer=bare)
 
 

@@ -81,7 +81,7 @@ def test_a_missing_weight_file_is_said_and_no_error(tiny: Path, tmp_path: Path) 
 
 
 def test_a_checkpoint_says_what_export_will_miss(multimodal_checkpoint: Path, tmp_path: Path) -> None:
-    found, shown = inspected(multimodal_checkpoint)
+    found, _ = inspected(multimodal_checkpoint)
     assert set(found) == documented("checkpoint")
     assert found["sees"]
     assert found["has_tokenizer"]
@@ -106,7 +106,7 @@ def test_a_golden_file_and_results_are_told(tiny_model: Path, texts: tuple[Path,
 
 
 def test_anything_else_says_what_can_be_given(tmp_path: Path) -> None:
-    with pytest.raises(FolderError, match="holds no spec.json, config.json, verdict.json or bench.json: give"):
+    with pytest.raises(FolderError, match=r"holds no spec.json, config.json, verdict.json or bench.json: give"):
         describe(tmp_path)
     (tmp_path / "x").write_text("x")
     with pytest.raises(FolderError, match="no golden file, or damaged"):
