@@ -1,6 +1,7 @@
 """`arriero calibrate`: a model folder to a quantised one."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ import typer
 
 from . import options
 from .terminal import Terminal
+
+PACKAGE = __name__.partition(".")[0]
 
 
 def calibrate(
@@ -89,8 +92,7 @@ def keeping_shown(output: Path, terminal: Terminal) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        from ..calibration.reached import kept
-
-        if said := kept(output):
+        module = sys.modules.get(f"{PACKAGE}.calibration.reached")  # there where anything was begun
+        if module is not None and (said := module.kept(output)):
             terminal.say(f"Interrupted: {said}.")
         raise

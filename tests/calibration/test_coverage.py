@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 
 import arriero
 from arriero.calibration import calibrate_model, int8
-from arriero.calibration.reached import kept
+from arriero.calibration.reached import Reached, kept, write_progress
+from arriero.calibration.report import LayerReport
+from arriero.cli.calibrate import keeping_shown
+from arriero.cli.terminal import Terminal
 from arriero.errors import CalibrationError, StarvedError
 from arriero.export import export_checkpoint
 from arriero.files.folders import read_spec
@@ -164,6 +167,19 @@ def test_with_fallback_starved_experts_are_rounded_to_nearest(
         others = [scales_E[each] for each, tokens in enumerate(counts[index]) if tokens >= floor]
         assert not others or scales_E[expert] == max(others)
     assert np.isfinite(arriero.load(out).logits(IDS[:1])).all()
+
+
+def test_ctrl_c_says_what_is_kept_and_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scratch = resumable(tmp_path / "out") / "scratch"
+    scratch.mkdir(parents=True)
+    done = LayerReport(records=(), expert_tokens=())
+    write_progress(scratch, Reached(layers=[done, done]))
+    with pytest.raises(KeyboardInterrupt), keeping_shown(tmp_path / "out", Terminal()):
+        raise KeyboardInterrupt
+    said = capsys.readouterr().err
+    assert said == (
+        f"Interrupted: 2 layers are kept in {scratch.parent}: run the same command again to go on, or remove the folder.\n"
+    )
 
 
 def test_demands_out_of_range_are_refused(model: Path, tmp_path: Path) -> None:

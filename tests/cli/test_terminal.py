@@ -135,6 +135,8 @@ def test_quiet_says_nothing_where_all_is_well_and_results_stay(tiny_model: Path)
     assert quiet.stdout == usual.stdout == verbose.stdout != ""
     assert "tokens/s" in usual.stderr
     assert "loaded in" in verbose.stderr
+    found = json.loads(CliRunner().invoke(app, [*prompt, "--json"]).stdout)
+    assert set(found) | {"logprobs"} == documented("run")
 
 
 def test_a_written_folder_is_listed_where_asked_for(tiny_model: Path, tmp_path: Path) -> None:
