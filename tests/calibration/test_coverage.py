@@ -178,7 +178,8 @@ def test_ctrl_c_says_what_is_kept_and_where(tmp_path: Path, capsys: pytest.Captu
         raise KeyboardInterrupt
     said = capsys.readouterr().err
     assert said == (
-        f"Interrupted: 2 layers are kept in {scratch.parent}: run the same command again to go on, or remove the folder.\n"
+        f"Interrupted: 2 layers are kept in {scratch.parent}: run the same command again to go on, "
+        "or remove the folder.\n"
     )
 
 
