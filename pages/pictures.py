@@ -27,7 +27,7 @@ LEFT, RIGHT, TOP, BOTTOM = 0.5, 0.08, 0.27, 0.42
 _MARKS = {name: f"#0{index:x}0{index:x}f{index:x}" for index, name in enumerate(LIGHT, start=1)}
 """A colour that stands for each of the page's while matplotlib draws."""
 
-FONTS = ("DejaVu Sans", "Verdana", "sans-serif")
+FONTS = "system-ui, 'DejaVu Sans', sans-serif"
 
 LEFT_OUT = re.compile(
     r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style type=\"text/css\">.*?</style>\s*</defs>", re.DOTALL
@@ -130,6 +130,7 @@ def settings() -> dict[str, Any]:
         "axes.titlecolor": ink,
         "axes.titlesize": 9,
         "axes.titlelocation": "left",
+        "axes.prop_cycle": matplotlib.cycler(color=[series(at) for at in range(7)]),
         "axes.grid": True,
         "axes.grid.axis": "y",
         "axes.axisbelow": True,
@@ -170,7 +171,7 @@ def _svg(panel: Panel) -> str:
     text = LEFT_OUT.sub("", text[text.index("<svg") :])
     text = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'\sid="[a-z]+[a-z0-9.]*_\d+"', "", text)  # matplotlib counts anew in each figure
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", rf"font: \1px {', '.join(_quoted(each) for each in FONTS)}", text)
+    text = text.replace("font-family: 'DejaVu Sans'", f"font-family: {FONTS}")
     for name, mark in _MARKS.items():
         text = text.replace(mark, f"var(--{name})")
     return re.sub(r'^<svg width="[^"]*" height="[^"]*"', "<svg", text)
@@ -179,7 +180,3 @@ def _svg(panel: Panel) -> str:
 def _short(value: float, _: object = None) -> str:
     """A tick's number in few letters."""
     return "0" if value == 0 else f"{value:,.0f}" if 100 <= abs(value) < 100000 else f"{value:.4g}"
-
-
-def _quoted(font: str) -> str:
-    return f"'{font}'" if " " in font else font

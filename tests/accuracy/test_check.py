@@ -171,7 +171,7 @@ def test_exit_codes_tell_the_verdict(tiny: Path, tiny_model: Path, golden: Path,
     limits = tmp_path / "limits.toml"
     limits.write_text("[none]\ntop1 = 1.0\n[int8]\nkl = 0.0\n")
     code, output = run(tiny_model, "--against", golden, "--limits", limits, "--json")
-    held = {each["metric"]: (each["limit"], each["origin"]) for each in json.loads(output)["limits"]}
+    held = {each["metric"]: (each["limit"], each["origin"]) for each in json.loads(output.splitlines()[-1])["limits"]}
     assert held["top1"] == (1.0, "file")
     assert held["kl"] == (0.002, "default")
     code, output = run(tiny_model, "--against", golden, "--locate")

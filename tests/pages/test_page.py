@@ -103,9 +103,9 @@ def test_one_map_serves_8_experts_and_128_in_48_layers() -> None:
     levels = ((1.0, "up to 1 %"), (5.0, "1–5 %"), (100.0, "over 5 %"))
     for rows, experts, labelled in ((4, 8, True), (48, 128, False)):
         shares = np.full((rows, experts), 0.4)
-        shares[0, 0], shares[1, 1] = 42, np.nan
+        shares[0, 0], shares[1, 1] = 77, np.nan
         drawn = plot_shares(shares, range(rows), levels, label="moved", empty="no token")
-        assert (">42</text>" in drawn) == labelled
+        assert (">77</text>" in drawn) == labelled
         assert drawn.count("<svg") == 2
         assert "no token" in drawn
         assert len(drawn) < 200_000
