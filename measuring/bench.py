@@ -140,7 +140,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         speed = stream["bytes_per_second"] / 1e9
         all_axes[-1].axhline(speed, color="#222222", linestyle=":", label="the memory's own speed")
     for axes in all_axes:
-        axes.set_ylim(bottom=0)  # last, since it keeps the top where it is then
+        axes.set_ylim(0, 1.06 * axes.get_ylim()[1])  # last, since it keeps the top where it is then
     figure.suptitle(_heading(found), x=0.01, ha="left", fontsize=10)
     figure.legend(*all_axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, dpi=110)

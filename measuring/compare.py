@@ -178,7 +178,7 @@ def _notes(bundles: Sequence[Compared]) -> list[str]:
     if len(texts) > 1:
         notes.append("The checks are of different references or texts: perplexity and KL are not comparable.")
     places = {
-        machine_text(each.bench["machine"]) + f", {each.bench['threads']} threads" for each in bundles if each.bench
+        machine_text(each.bench["machine"]) + f", {_threads(each.bench['threads'])}" for each in bundles if each.bench
     }
     cases = {(each.case["batch"], each.case["prefill"]) for each in bundles if each.bench}
     if len(places) > 1 or len(cases) > 1:
@@ -258,7 +258,7 @@ def _scatter(bundles: Sequence[Compared]) -> list[Section]:
                 axes.plot([x, x], [max(kl[1], floor), max(kl[2], floor)], "-", color=series(at), alpha=0.5)
             axes.scatter([x], [y], s=30 + 260 * (each.bytes or 0) / largest, color=series(at), alpha=0.75)
             name = each.name if kl[0] >= floor else f"{each.name}, as the reference"
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(0, 11), ha="center", fontsize=8)
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(0, 13), ha="center", fontsize=8)
         axes.set(yscale="log")
         axes.set_xlim(0, axes.get_xlim()[1] * 1.15)
         axes.margins(y=0.2)
