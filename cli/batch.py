@@ -139,7 +139,9 @@ def _line(value: dict[str, Any]) -> str:
 def job_of(folder: Path, prompts: Path, settings: dict[str, Any]) -> str:
     """A fingerprint of the folder's contents, the prompts and the settings."""
     from ..files.contents_hash import contents_hash, file_hash
+    from ..files.folders import read_spec
 
+    read_spec(folder)  # which says best what is wrong with a folder
     parts = [contents_hash(folder), file_hash(prompts), {name: str(value) for name, value in settings.items()}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

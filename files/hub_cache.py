@@ -54,7 +54,7 @@ def _snapshot(folder: Path) -> Path:
         revision = (folder / "refs" / "main").read_text("utf-8").strip()
     except (OSError, ValueError):
         revision = ""
-    if revision and re.fullmatch(r"[\w.-]{1,200}", revision) and (found := folder / "snapshots" / revision).is_dir():
+    if revision and re.fullmatch(r"\w[\w.-]{0,200}", revision) and (found := folder / "snapshots" / revision).is_dir():
         return found
     if revision and snapshots:
         raise CheckpointError(f"{folder}: refs/main names {revision[:60]}, which is not in snapshots/: {again}")

@@ -119,7 +119,7 @@ def _joined(parts: Sequence[Markup]) -> Markup:
     return Markup().join(parts)
 
 
-def settings() -> dict[str, Any]:
+def settings() -> Any:
     """Matplotlib's settings for the page's look."""
     ink, faint, line = _MARKS["ink"], _MARKS["faint"], _MARKS["line"]
     return {
