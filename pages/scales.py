@@ -79,7 +79,7 @@ def _draw(
         if np.isfinite(value):
             is_worst = colours[int(norm(value))] == COLOURS[-1]
             shade = "#ffffff" if is_worst else "#101318"
-            axes.text(column, row, number(value), ha="center", va="center", color=shade, fontsize=6.5)
+            axes.text(column, row, number(float(value)), ha="center", va="center", color=shade, fontsize=6.5)
 
 
 def number(value: float) -> str:
