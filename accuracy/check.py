@@ -178,12 +178,37 @@ def check(
         golden = record(other, _windows(other, data, SAMPLES if samples is None else samples, window), progress)
     _check_towers(side, golden, against)
     seen = compare(golden, side, progress)
-    found = estimates(seen)
-    judgements = judge(found, limits_held, origins)
+    judgements = judge(found := estimates(seen), limits_held, origins)
     location = _located(side, other, golden.windows, progress) if locate_fault and other is not None else None
+    most = None if other is None else SAMPLES if samples is None else samples
+    made = _verdict(side, against, seen, found, judgements, location, most)
+    return dataclasses.replace(made, seconds=time.perf_counter() - started)
+
+
+def _verdict(
+    side: Side,
+    against: Path,
+    seen: Comparison,
+    found: Mapping[str, Estimate],
+    judgements: tuple[Judgement, ...],
+    location: Location | None,
+    samples: int | None,
+) -> Verdict:
+    """Puts together what a check rests on, but for its duration.
+
+    Args:
+        side: The candidate.
+        against: Path of the reference.
+        seen: Both sides at each token.
+        found: Estimates by metric.
+        judgements: Outcome of each limit.
+        location: Where the candidate goes wrong first.
+        samples: Windows of text at most; None where a golden file fixes them.
+    """
+    golden = seen.golden
     return Verdict(
         candidate=str(side.path),
-        reference=str(reference),
+        reference=str(against),
         outcome=overall(judgements),
         judgements=judgements,
         metrics=found,
@@ -192,12 +217,11 @@ def check(
         notes=tuple(_notes(side, golden, seen)),
         location=location,
         comparison=seen,
-        profile=profile,
+        profile="none" if side.recipe is None else side.recipe.format,
         recipe=in_words(side.recipe),
         circumstances=circumstances(),
-        seconds=time.perf_counter() - started,
         contents={"candidate": described(side.path), "reference": described(against)},
-        remedy=_remedy(judgements, golden, None if other is None else SAMPLES if samples is None else samples),
+        remedy=_remedy(judgements, golden, samples),
     )
 
 
@@ -237,7 +261,7 @@ def _windows(
 
 
 def _remedy(judgements: Sequence[Judgement], golden: Golden, samples: int | None) -> str:
-    """What would decide a verdict; empty where it is decided.
+    """The way to decide a verdict; empty where it is decided.
 
     Args:
         judgements: Outcome of each limit.

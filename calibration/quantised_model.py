@@ -96,18 +96,31 @@ def calibrate_model(
     check_apart(source, target)
     check_free(target, force=force)
     files = find_files(source, spec.weight_files, None if weights is None else Path(weights))
-    if isinstance(data, np.ndarray):
-        data = Windows(ids_WS=data)
-    windows = data if isinstance(data, Windows) else read_windows(source, data, spec.model, samples, window, vision)
+    windows = _windows(source, spec, data, samples, window)
     if vision is not None and windows.vision is None:
         recipe = _without_tower(spec, recipe, notice)
     coverage = Coverage(floor=floor, all_experts=all_experts, falls_back=floor_action == "fallback")
-    job = _job(spec, recipe)
-    with resumed_folder(target, job, force=force, kept=StarvedError) as (folder, scratch):
+    with resumed_folder(target, _job(spec, recipe), force=force, kept=StarvedError) as (folder, scratch):
         stored = Weights(files, _places(source, spec))
         work = Work(spec.model, vision, recipe, coverage, stored, windows, folder, scratch, _fingerprint(windows))
         _finish(source, spec, recipe, folder, work.run(progress, notice), target.name)
     return target
+
+
+def _windows(
+    source: Path,
+    spec: FolderSpec,
+    data: Sequence[str | Path] | NDArray[np.int64] | Windows,
+    samples: int,
+    window: int | None,
+) -> Windows:
+    """The data as windows."""
+    if isinstance(data, Windows):
+        return data
+    if isinstance(data, np.ndarray):
+        return Windows(ids_WS=data)
+    vision = None if spec.vision is None else spec.vision.spec
+    return read_windows(source, data, spec.model, samples, window, vision)
 
 
 def _read_unquantised(source: Path) -> FolderSpec:

@@ -1,4 +1,4 @@
-"""The progress of a calibration as it lies in the scratch folder: what is done, and what a person is told of it.
+"""The progress of a calibration as it lies in the scratch folder: what is done, and the words for it.
 
 Enters: reports of finished layers. Leaves: `progress.json`, which is replaced whole, and sentences about it.
 """
@@ -65,7 +65,7 @@ def restarted(folder: Path, scratch: Path) -> Reached:
 
 
 def described(reached: Reached, spec: ModelSpec, vision: VisionSpec | None) -> str:
-    """What is done, in words; empty where nothing is."""
+    """The progress in words; empty where nothing is."""
     tower, layers, count = len(reached.tower), len(reached.layers), len(spec.layers)
     if reached.head is not None:
         return f"all {count} layers are done and kept."
@@ -80,7 +80,7 @@ def described(reached: Reached, spec: ModelSpec, vision: VisionSpec | None) -> s
 
 
 def kept(out: str | Path) -> str:
-    """What a run that was interrupted leaves for the next one, in words; empty where it leaves nothing."""
+    """The part of an interrupted run that the next one takes over, in words; empty where it leaves nothing."""
     work = resumable(Path(out))
     try:
         reached = read_progress(work / "scratch")

@@ -106,7 +106,7 @@ class Answers:
             ) from error
 
     def _read_partial(self) -> None:
-        """What an earlier run of the same job answered; a line that was cut off is left out."""
+        """Takes the answers of an earlier run of the same job; a line that was cut off is left out."""
         if not self.partial.exists():
             return
         lines = self.partial.read_text("utf-8", "replace").split("\n")

@@ -73,17 +73,21 @@ def calibrate(
             notice=terminal.say,
         )
     with terminal.errors_shown():
-        report = json.loads((folder / "report.json").read_text("utf-8"))
-        records = [record for layer in report["layers"] + report["tower"] for record in layer["records"]]
-        records += report["head"]
-        if not (as_json or quiet):
-            from .tables import show_quantised, show_sizes
+        show_report(folder, terminal, time.perf_counter() - started, as_json=as_json, every_weight=verbose)
 
-            show_quantised(records, report["kept"], folder / "report.html", every_weight=verbose)
-            show_sizes(report)
-        sizes = {name: report[name] for name in ("bytes_before", "bytes_after", "experts_balance", "unmeasured")}
-        more = {"report": str(folder / "report.html"), **sizes, "weights": records}
-        terminal.report_written(folder, time.perf_counter() - started, as_json, **more)
+
+def show_report(folder: Path, terminal: Terminal, seconds: float, *, as_json: bool, every_weight: bool) -> None:
+    """Sums up on stderr what was done, or prints it as JSON."""
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    records = [record for layer in report["layers"] + report["tower"] for record in layer["records"]]
+    records += report["head"]
+    if not (as_json or terminal.quiet):
+        from .tables import show_quantised, show_sizes
+
+        show_quantised(records, report["kept"], folder / "report.html", every_weight=every_weight)
+        show_sizes(report)
+    sizes = {name: report[name] for name in ("bytes_before", "bytes_after", "experts_balance", "unmeasured")}
+    terminal.report_written(folder, seconds, as_json, report=str(folder / "report.html"), **sizes, weights=records)
 
 
 @contextmanager

@@ -47,15 +47,8 @@ def check(
     terminal = Terminal(extra="accuracy", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown(), terminal.progress_shown("Checking", "tokens") as progress:
         from ..accuracy import check as hold
-        from ..files.drawing import check_drawable
-        from ..files.output import check_free
-        from ..pages.history import append_run, read_history
 
-        if output is not None:
-            check_drawable()
-            check_free(output, force=force, mark="verdict.json")
-        if history is not None:
-            read_history(history, missing_ok=True)  # before anything is computed
+        check_outputs(output, history, force=force)
         verdict = hold(
             candidate,
             against,
@@ -70,18 +63,38 @@ def check(
             threads=threads,
             progress=progress,
         )
-        runs = []
-        if history is not None:
-            append_run(history, verdict.as_fields())
-            runs = read_history(history)
-            runs = [run for run in runs if run.series == runs[-1].series]
-        if output is not None:
-            from ..accuracy.report import write_report
-
-            write_report(verdict, output, force=force, history=runs)
+        write_outputs(verdict, output, history, force=force)
     with terminal.errors_shown():
         show(verdict.as_fields(), output, as_json)
     raise typer.Exit(EXIT_CODES[verdict.outcome])
+
+
+def check_outputs(output: Path | None, history: Path | None, *, force: bool) -> None:
+    """Refuses, before anything is computed, a report that cannot be written, and a history that cannot be read."""
+    from ..files.drawing import check_drawable
+    from ..files.output import check_free
+    from ..pages.history import read_history
+
+    if output is not None:
+        check_drawable()
+        check_free(output, force=force, mark="verdict.json")
+    if history is not None:
+        read_history(history, missing_ok=True)
+
+
+def write_outputs(verdict: Any, output: Path | None, history: Path | None, *, force: bool) -> None:
+    """Appends the run to the history, and writes the report with the trend of runs like it."""
+    from ..pages.history import append_run, read_history
+
+    runs = []
+    if history is not None:
+        append_run(history, verdict.as_fields())
+        runs = read_history(history)
+        runs = [run for run in runs if run.series == runs[-1].series]
+    if output is not None:
+        from ..accuracy.report import write_report
+
+        write_report(verdict, output, force=force, history=runs)
 
 
 def show(found: dict[str, Any], report: Path | None, as_json: bool) -> None:

@@ -91,25 +91,31 @@ def run(
             run_prompts(folder, prompts, output, settings, loading, terminal, force=force, as_json=as_json)
             return
         prompt, system = texts_of(prompt, system, chat)
-        from ..loading import load
-
-        started = time.perf_counter()
-        kept = CHAT_BYTES if chat else 0
-        session = load(folder, max_seq=max_seq, threads=threads, weights=weights, prefix_bytes=kept)
-        loaded = time.perf_counter() - started
+        session, loaded = opened(folder, terminal, max_seq, threads, weights, CHAT_BYTES if chat else 0)
         if max_new_tokens is None and not session.defaults.limits_length:
             settings["max_new_tokens"] = MAX_NEW_TOKENS
-        terminal.detail(f"[{folder} loaded in {loaded:.2f} s, for sequences of {session.max_seq} tokens]")
         if chat:
             messages = [] if system is None else [{"role": "system", "content": system}]
 
             def reply(said: list[dict[str, Any]], is_asked: Callable[[], bool]) -> str:
                 return answer(session, said, settings, as_json, {}, terminal, is_asked)
 
-            waiting = list(image or ())
-            Chat(answer=reply, terminal=terminal, messages=messages, waiting=waiting).run(prompt)
+            Chat(answer=reply, terminal=terminal, messages=messages, waiting=list(image or ())).run(prompt)
         else:
             answer(session, prompt, {**settings, "images": image or ()}, as_json, {"load_seconds": loaded}, terminal)
+
+
+def opened(
+    folder: Path, terminal: Terminal, max_seq: int | None, threads: int | None, weights: Path | None, kept: int
+) -> tuple["Session", float]:
+    """The session, and the seconds that it took to load."""
+    from ..loading import load
+
+    started = time.perf_counter()
+    session = load(folder, max_seq=max_seq, threads=threads, weights=weights, prefix_bytes=kept)
+    loaded = time.perf_counter() - started
+    terminal.detail(f"[{folder} loaded in {loaded:.2f} s, for sequences of {session.max_seq} tokens]")
+    return session, loaded
 
 
 def run_prompts(

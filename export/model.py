@@ -77,8 +77,7 @@ def export_checkpoint(
     """
     source, target = find_checkpoint(checkpoint).absolute(), Path(out).absolute()
     small = source if tokenizer is None else _tokenizer_folder(tokenizer)
-    if dtype is not None and dtype not in FLOATS:
-        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
+    _check_dtype(dtype)
     check_apart(source, target)
     check_free(target, force=force)
     opened = open_checkpoint(source)
@@ -100,6 +99,11 @@ def export_checkpoint(
             copied = _write_ranks(opened, small, folder, split, copy_weights, record, progress)
             notice(f"{copied / 1e9:.1f} GB of weights are in the ranks' folders; the rest stays where it is.")
     return target
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
 
 
 def _tokenizer_folder(given: str | Path) -> Path:

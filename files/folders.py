@@ -29,7 +29,7 @@ CARRIED = (
 """Small files that every stage hands on unchanged."""
 
 OF_TOKENIZER = tuple(name for name in CARRIED if name != "generation_config.json")
-"""Those that belong to the tokenizer and the preprocessor."""
+"""The ones among them that belong to the tokenizer and the preprocessor."""
 
 NAMED_TEMPLATES = "additional_chat_templates"
 """Folder of chat templates that have names of their own, which travels with the small files."""

@@ -1,4 +1,4 @@
-"""What lies at a path, in numbers: for `arriero inspect`, whichever of Arriero's files or folders it is.
+"""A path's contents in numbers: for `arriero inspect`, whichever of Arriero's files or folders it is.
 
 Enters: a path. Leaves: plain values for JSON, with a `kind`: `model`, `bundle`, `group` (`summary`), or here
 `checkpoint`, `golden`, `verdict` and `bench`. Nothing is loaded.

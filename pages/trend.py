@@ -32,7 +32,7 @@ SHORT = {
     "router_flips": "experts",
     "greedy": "greedy",
 }
-"""The same for the head of a table."""
+"""Their short names, for the head of a table."""
 
 COLOURS = {"pass": "good", "regressed": "bad", "undecided": "open"}
 SAID = {"pass": "passed", "regressed": "regressed", "undecided": "undecided"}

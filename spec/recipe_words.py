@@ -12,7 +12,7 @@ CLIPS = {
 
 
 def in_words(recipe: Recipe | None) -> str:
-    """What a recipe does, as in `INT8 weights and activations, a scale a token, SmoothQuant of searched strength`."""
+    """A recipe as a sentence, as in `INT8 weights and activations, a scale a token, SmoothQuant of searched strength`."""
     if recipe is None:
         return "not quantised"
     name = NAMES[recipe.format]
