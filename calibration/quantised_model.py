@@ -64,8 +64,7 @@ def calibrate_model(
         model: A model folder that is not quantised; only read.
         out: The model folder to write.
         recipe: A recipe, or the name of a preset: `int8`, `fp8` or `int4`.
-        data: Files of text (UTF-8) and of conversations with images (JSONL, see `walk.conversations`), token ids
-            [W, S], or windows of them with their images.
+        data: Files of text and of rows (JSONL, Parquet: see `walk.rows`), token ids [W, S], or windows of them.
         samples: Windows at most.
         window: Tokens of a window; None is a chunk and a quarter of the model's attention.
         floor: Tokens that every expert must have seen.
@@ -89,8 +88,7 @@ def calibrate_model(
     source, target = Path(model).absolute(), Path(out).absolute()
     _check_floor(floor, floor_action)
     spec = _read_unquantised(source)
-    if isinstance(recipe, str):
-        recipe = parse_recipe(recipe, {}, ())
+    recipe = parse_recipe(recipe, {}, ()) if isinstance(recipe, str) else recipe
     vision = None if spec.vision is None else spec.vision.spec
     check_recipe(recipe, spec.model, vision)
     check_apart(source, target)
@@ -101,8 +99,8 @@ def calibrate_model(
         recipe = _without_tower(spec, recipe, notice)
     coverage = Coverage(floor=floor, all_experts=all_experts, falls_back=floor_action == "fallback")
     with resumed_folder(target, _job(spec, recipe), force=force, kept=StarvedError) as (folder, scratch):
-        stored = Weights(files, _places(source, spec))
-        work = Work(spec.model, vision, recipe, coverage, stored, windows, folder, scratch, _fingerprint(windows))
+        weights_read = Weights(files, _places(source, spec))
+        work = Work(spec.model, vision, recipe, coverage, weights_read, windows, folder, scratch, _fingerprint(windows))
         _finish(source, spec, recipe, folder, work.run(progress, notice), target.name)
     return target
 

@@ -190,7 +190,9 @@ def _named(asked: Asked) -> dict[str, Any]:
     return {} if asked.name is None else {"id": asked.name}
 
 
-def check_prompts(prompts: Path | None, output: Path | None, others: dict[str, Any]) -> None:
+def check_prompts(
+    prompts: Path | None, output: Path | None, of_one: dict[str, Any], prompt_lookup: int, top_logprobs: int | None
+) -> None:
     """Refuses options that do not go with a file of prompts.
 
     Raises:
@@ -202,5 +204,6 @@ def check_prompts(prompts: Path | None, output: Path | None, others: dict[str, A
         return
     if output is None:
         raise SessionError("--prompts needs a file for the answers: add -o OUT.jsonl")
+    others = {**of_one, "--prompt-lookup": prompt_lookup, "--top-logprobs": top_logprobs is not None}
     if given := next((option for option, value in others.items() if value), None):
         raise SessionError(f"{given} does not go with --prompts, whose lines are whole prompts: leave it out")

@@ -83,23 +83,21 @@ def run(
     settings |= {"eos_token_id": [] if ignore_eos else eos_token_id}
     terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
-        others = {"--prompt": prompt, "--image": image, "--chat": chat, "--system": system}
-        others |= {"--prompt-lookup": prompt_lookup, "--top-logprobs": top_logprobs is not None}
-        check_prompts(prompts, output, others)
+        of_one = {"--prompt": prompt, "--image": image, "--chat": chat, "--system": system}
+        check_prompts(prompts, output, of_one, prompt_lookup, top_logprobs)
         if prompts is not None and output is not None:
             loading = {"max_seq": max_seq, "threads": threads, "weights": weights}
-            run_prompts(folder, prompts, output, settings, loading, terminal, force=force, as_json=as_json)
-            return
+            return run_prompts(folder, prompts, output, settings, loading, terminal, force=force, as_json=as_json)
         prompt, system = texts_of(prompt, system, chat)
         session, loaded = opened(folder, terminal, max_seq, threads, weights, CHAT_BYTES if chat else 0)
         if max_new_tokens is None and not session.defaults.limits_length:
             settings["max_new_tokens"] = MAX_NEW_TOKENS
         if chat:
-            messages = [] if system is None else [{"role": "system", "content": system}]
 
             def reply(said: list[dict[str, Any]], is_asked: Callable[[], bool]) -> str:
                 return answer(session, said, settings, as_json, {}, terminal, is_asked)
 
+            messages = [] if system is None else [{"role": "system", "content": system}]
             Chat(answer=reply, terminal=terminal, messages=messages, waiting=list(image or ())).run(prompt)
         else:
             answer(session, prompt, {**settings, "images": image or ()}, as_json, {"load_seconds": loaded}, terminal)

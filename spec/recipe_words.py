@@ -12,7 +12,7 @@ CLIPS = {
 
 
 def in_words(recipe: Recipe | None) -> str:
-    """A recipe as a sentence, as in `INT8 weights and activations, a scale a token, SmoothQuant of searched strength`."""
+    """A recipe as a sentence, as in `INT8 weights, a scale an output channel; rounding to nearest`."""
     if recipe is None:
         return "not quantised"
     name = NAMES[recipe.format]
