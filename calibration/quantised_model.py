@@ -91,18 +91,22 @@ def calibrate_model(
     recipe = parse_recipe(recipe, {}, ()) if isinstance(recipe, str) else recipe
     vision = None if spec.vision is None else spec.vision.spec
     check_recipe(recipe, spec.model, vision)
-    check_apart(source, target)
-    check_free(target, force=force)
+    _check_places(source, target, force)
     files = find_files(source, spec.weight_files, None if weights is None else Path(weights))
     windows = _windows(source, spec, data, samples, window)
     if vision is not None and windows.vision is None:
         recipe = _without_tower(spec, recipe, notice)
     coverage = Coverage(floor=floor, all_experts=all_experts, falls_back=floor_action == "fallback")
     with resumed_folder(target, _job(spec, recipe), force=force, kept=StarvedError) as (folder, scratch):
-        weights_read = Weights(files, _places(source, spec))
-        work = Work(spec.model, vision, recipe, coverage, weights_read, windows, folder, scratch, _fingerprint(windows))
+        stored, data_read = Weights(files, _places(source, spec)), _fingerprint(windows)
+        work = Work(spec.model, vision, recipe, coverage, stored, windows, folder, scratch, data_read)
         _finish(source, spec, recipe, folder, work.run(progress, notice), target.name)
     return target
+
+
+def _check_places(source: Path, target: Path, force: bool) -> None:
+    check_apart(source, target)
+    check_free(target, force=force)
 
 
 def _windows(

@@ -76,42 +76,45 @@ def run(
     """Run a model: stream the continuation of a prompt, say what is in an image, or chat."""
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
     settings |= {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
-    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string}
+    ends = [] if ignore_eos else eos_token_id
+    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string, "eos_token_id": ends}
     settings |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
     settings |= {"no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens}
     settings |= {"logprobs": top_logprobs is not None, "top_logprobs": top_logprobs}
-    settings |= {"eos_token_id": [] if ignore_eos else eos_token_id}
     terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
         of_one = {"--prompt": prompt, "--image": image, "--chat": chat, "--system": system}
         check_prompts(prompts, output, of_one, prompt_lookup, top_logprobs)
+        loading = {"max_seq": max_seq, "threads": threads, "weights": weights}
         if prompts is not None and output is not None:
-            loading = {"max_seq": max_seq, "threads": threads, "weights": weights}
-            return run_prompts(folder, prompts, output, settings, loading, terminal, force=force, as_json=as_json)
+            run_prompts(folder, prompts, output, settings, loading, terminal, force=force, as_json=as_json)
+            return
         prompt, system = texts_of(prompt, system, chat)
-        session, loaded = opened(folder, terminal, max_seq, threads, weights, CHAT_BYTES if chat else 0)
-        if max_new_tokens is None and not session.defaults.limits_length:
-            settings["max_new_tokens"] = MAX_NEW_TOKENS
+        session, loaded = opened(folder, settings, terminal, prefix_bytes=CHAT_BYTES if chat else 0, **loading)
         if chat:
 
             def reply(said: list[dict[str, Any]], is_asked: Callable[[], bool]) -> str:
                 return answer(session, said, settings, as_json, {}, terminal, is_asked)
 
-            messages = [] if system is None else [{"role": "system", "content": system}]
-            Chat(answer=reply, terminal=terminal, messages=messages, waiting=list(image or ())).run(prompt)
+            Chat(answer=reply, terminal=terminal, messages=begun(system), waiting=list(image or ())).run(prompt)
         else:
             answer(session, prompt, {**settings, "images": image or ()}, as_json, {"load_seconds": loaded}, terminal)
 
 
-def opened(
-    folder: Path, terminal: Terminal, max_seq: int | None, threads: int | None, weights: Path | None, kept: int
-) -> tuple["Session", float]:
-    """The session, and the seconds that it took to load."""
+def begun(system: str | None) -> list[dict[str, Any]]:
+    """A conversation that has its system message alone."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def opened(folder: Path, settings: dict[str, Any], terminal: Terminal, **loading: Any) -> tuple["Session", float]:
+    """The session, and the seconds that it took to load; `settings` get a limit where nothing sets one."""
     from ..loading import load
 
     started = time.perf_counter()
-    session = load(folder, max_seq=max_seq, threads=threads, weights=weights, prefix_bytes=kept)
+    session = load(folder, **loading)
     loaded = time.perf_counter() - started
+    if settings["max_new_tokens"] is None and not session.defaults.limits_length:
+        settings["max_new_tokens"] = MAX_NEW_TOKENS
     terminal.detail(f"[{folder} loaded in {loaded:.2f} s, for sequences of {session.max_seq} tokens]")
     return session, loaded
 
