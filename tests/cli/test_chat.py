@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from json_keys import documented
 
 from arriero.cli.chat import COMMAND, COMMANDS, Chat, interrupts_counted, paths
 from arriero.cli.terminal import Terminal
@@ -49,7 +50,8 @@ def converse(
     model = Model()
     stdin = io.TextIOWrapper(io.BytesIO(typed.encode() if isinstance(typed, str) else typed), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
-    chat = Chat(answer=model.answer, terminal=Terminal(), **settings)
+    terminal = Terminal(as_json=settings.pop("as_json", False))
+    chat = Chat(answer=model.answer, terminal=terminal, **settings)
     chat.run(first)
     return model, chat
 
@@ -66,7 +68,7 @@ def test_a_refused_turn_is_reported_and_the_chat_goes_on(
     assert said(chat) == ["a", "answer 1", "b", "answer 3"]
     out, err = capsys.readouterr()
     assert err.count("arriero: ") == 1
-    assert set(json.loads(out)) == {"error"}
+    assert set(json.loads(out)) == documented("error")
 
 
 def test_a_line_that_is_not_utf_8_spoils_no_other(

@@ -105,20 +105,26 @@ EXPORTS = (
     Remedy(
         name="a starved expert, more samples",
         provoke=lambda place: calibrated(place, place.model, samples=1, floor=32),
-        says="give more --data or --samples",
+        says="with more --data or --samples",
         follow=lambda place: calibrated(place, place.model, samples=12, floor=32),
     ),
     Remedy(
         name="a starved expert, a lower floor",
         provoke=lambda place: calibrated(place, floor=10**6),
-        says="a lower --floor",
+        says="with a lower --floor",
         follow=lambda place: calibrated(place, floor=1),
     ),
     Remedy(
         name="a starved expert, all experts",
         provoke=lambda place: calibrated(place, floor=10**6),
-        says="or --all-experts",
+        says="with --all-experts",
         follow=lambda place: calibrated(place, floor=10**6, all_experts=True),
+    ),
+    Remedy(
+        name="a starved expert, fallback",
+        provoke=lambda place: calibrated(place, floor=10**6),
+        says="with --floor-action fallback",
+        follow=lambda place: calibrated(place, floor=10**6, floor_action="fallback"),
     ),
     Remedy(
         name="too little data",
