@@ -1,8 +1,8 @@
 """A model built into a TensorRT bundle: its engines, the plugins' kernels, and their description for a session.
 
 Enters: a model folder and a temporary folder to fill. Leaves there: `decoder.engine`, `kernels/*.cubin`, `layers.json`
-and TensorRT's warnings in `layers.log`, and of a multimodal model the same of `vision.engine`. Invariant: engines, kernels and their description
-come from one build.
+and TensorRT's warnings in `layers.log`, and of a multimodal model the same of `vision.engine`. Invariant: engines,
+kernels and their description come from one build.
 """
 
 import contextlib

@@ -19,10 +19,10 @@ import onnx_ir as ir
 from ..errors import BuildError
 from ..plugins.gqa import native as gqa_native
 from ..plugins.gqa import op as gqa
+from ..plugins.launch import ALIGNMENT, round_up
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import write_body as write_moe_body
 from ..plugins.nodes import Nodes, number
-from ..plugins.launch import ALIGNMENT, round_up
 from ..plugins.tensorrt_plugin import NAMESPACE, VERSION
 from ..spec.built_engine import CacheInput
 from ..spec.folder import FolderSpec, VisionPart

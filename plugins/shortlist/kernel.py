@@ -1,8 +1,8 @@
 """Triton kernels that shorten rows of logits to their largest: `shorten` block by block, then `join` row by row.
 
 Enter: logits [B, V] in float32. Leaves: for each row its COUNT largest logits with their tokens, the sum of all tokens'
-weights where the likeliest weighs 1, and the number of logits that are no finite numbers. Invariant: equal logits are in
-the order of their tokens, as a stable sort leaves them.
+weights where the likeliest weighs 1, and the number of logits that are no finite numbers. Invariant: equal logits are
+in the order of their tokens, as a stable sort leaves them.
 
 A key is a logit's bits, made to sort as whole numbers do, and behind them the token, the lower the larger.
 """

@@ -1,13 +1,14 @@
 """A GPU's memory, stream and graphs, and the host's pinned memory, through CUDA's driver API.
 
-Invariants: memory and graphs are freed with the objects that own them, but never while the stream is captured, which the
-driver would refuse: then they wait for its end. Context and stream live as long as the process. A thread calls `enter`
+Invariants: memory and graphs are freed with the objects that own them, but never while the stream is captured, which
+the driver would refuse: then they wait for its end. Context and stream live as long as the process. A thread calls `enter`
 before its first call of anything else: the driver's context is the thread's.
 """
 
 import contextlib
 import ctypes
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -135,8 +136,12 @@ class Device:
                 gc.enable()
             self._free_released()
 
+    def own(self, owner: object, function: str, handle: Any) -> None:
+        """Has the driver free a handle when its owner goes; at the end of the process the driver frees all itself."""
+        weakref.finalize(owner, self.release, function, handle).atexit = False
+
     def release(self, function: str, handle: Any) -> None:
-        """Frees what an object owned, or has it freed when the stream is no longer captured."""
+        """Frees a handle, or has it freed when the stream is no longer captured."""
         self.released.append((function, handle))
         if not self.capturing:
             self._free_released()
@@ -157,15 +162,12 @@ class DeviceMemory:
         pointer = ctypes.c_uint64()
         device.driver.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
         self.address: int = pointer.value
+        device.own(self, "cuMemFree_v2", pointer)
 
     def zero(self) -> None:
         """Fills the memory with zeros, behind what the stream holds."""
         stream, size = ctypes.c_void_p(self.device.stream), ctypes.c_size_t(self.size)
         self.device.driver.call("cuMemsetD8Async", ctypes.c_uint64(self.address), 0, size, stream)
-
-    def __del__(self) -> None:
-        if getattr(self, "address", 0):
-            self.device.release("cuMemFree_v2", ctypes.c_uint64(self.address))
 
 
 class PinnedMemory:
@@ -177,10 +179,7 @@ class PinnedMemory:
         device.driver.call("cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)), 0)
         self.address: int = pointer.value or 0
         self.bytes: NDArray[np.uint8] = np.frombuffer((ctypes.c_uint8 * size).from_address(self.address), np.uint8)
-
-    def __del__(self) -> None:
-        if getattr(self, "address", 0):
-            self.device.release("cuMemFreeHost", ctypes.c_void_p(self.address))
+        device.own(self, "cuMemFreeHost", pointer)
 
 
 class Uploads:
@@ -193,6 +192,7 @@ class Uploads:
         for _ in self.buffers:
             event = ctypes.c_void_p()
             device.driver.call("cuEventCreate", ctypes.byref(event), NO_TIMING)
+            device.own(self, "cuEventDestroy_v2", event)
             self.events.append(event)
         self.used = 0
 
@@ -208,10 +208,6 @@ class Uploads:
             self.device.driver.call("cuEventRecord", event, ctypes.c_void_p(self.device.stream))
             self.used += 1
 
-    def __del__(self) -> None:
-        for event in getattr(self, "events", []):
-            self.device.release("cuEventDestroy_v2", event)
-
 
 class DeviceGraph:
     """Work that was recorded once and is launched as a whole."""
@@ -222,11 +218,8 @@ class DeviceGraph:
             device.driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self.executable), graph, ctypes.c_uint64(0))
         finally:
             device.driver.call("cuGraphDestroy", graph)
+        device.own(self, "cuGraphExecDestroy", self.executable)
 
     def launch(self) -> None:
         """Puts the work into the stream."""
         self.device.driver.call("cuGraphLaunch", self.executable, ctypes.c_void_p(self.device.stream))
-
-    def __del__(self) -> None:
-        if getattr(self, "executable", None):
-            self.device.release("cuGraphExecDestroy", self.executable)

@@ -1,10 +1,11 @@
 """KV caches on a GPU: the rows of a state in one piece of device memory, which the next state takes over.
 
 Enters: numbers of rows. Leaves: the address of each cache's rows. Invariants: every row of every cache begins at a
-multiple of 256, as TensorRT wants it; memory that a state gives back is kept for the next, so that starting one allocates
-nothing where one like it has been.
+multiple of 256, as TensorRT wants it; memory that a state gives back is kept for the next, so that starting one
+allocates nothing where one like it has been.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -70,16 +71,13 @@ class DeviceCaches:
         self.batch, self.positions = batch, positions
         self.row_sizes = {each.name: each.row_size for each in caches}
         self.memory = pool.take(batch)
+        weakref.finalize(self, pool.give, self.memory).atexit = False
         self.sharpness = np.ones(self.memory.size // pool.row_size, np.float32)  # one over the rows' temperatures
         self.addresses, at = {}, self.memory.address
         rows = self.memory.size // pool.row_size
         for each in caches:
             self.addresses[each.name] = at
             at += rows * each.row_size
-
-    def __del__(self) -> None:
-        if hasattr(self, "memory"):
-            self.pool.give(self.memory)
 
     @property
     def address(self) -> int:

@@ -19,7 +19,7 @@ REASONS = {
     "UNSUPPORTED_CC": "it was not built for this GPU: build it for this one",
     "OLD_CUDA_DRIVER": "NVIDIA's driver is too old for it: install a newer driver",
     "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it: install the TensorRT-RTX that built it",
-    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory: build with a smaller --max-batch, --max-seq or --max-tiles",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory: build with a smaller --max-batch or --max-seq",
     "MALFORMED_ENGINE": "the file is damaged: build it again",
     "CUDA_ERROR": "CUDA's driver or runtime is not installed as it must be: install NVIDIA's driver again",
 }

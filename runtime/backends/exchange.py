@@ -1,7 +1,8 @@
 """The buffers through which steps of one profile take their inputs and give their logits.
 
-Enters: a piece's ids, lengths and positions. Leaves: addresses for the engine, and logits on the host. Invariant: all that
-a step over single tokens needs is allocated at the start, so that its addresses stay; what pieces need grows by doubling.
+Enters: a piece's ids, lengths and positions. Leaves: addresses for the engine, and logits on the host. Invariant: all
+that a step over single tokens needs is allocated at the start, so that its addresses stay; what pieces need grows by
+doubling.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from ...spec.built_engine import Profile
 from .device import Device, DeviceMemory, PinnedMemory
 
 MOST_PINNED = 64 << 20
-"""Bytes of logits that pass through pinned memory at most: more are a whole text's, and the host waits for them anyway."""
+"""Bytes of logits that pass through pinned memory at most: more are a whole text's."""
 
 SENT = ("past_lengths", "sharpness", "logit_positions", "input_ids")
 DTYPES = {"past_lengths": np.int32, "sharpness": np.float32, "logit_positions": np.int64, "input_ids": np.int64}

@@ -261,7 +261,7 @@ class TensorRTBinding:
 INPUTS = ("input_ids", "past_lengths", "logit_positions")
 NO_POSITIONS = np.zeros(0, np.int64)
 SHORT, LONG = 16, 64
-"""Pieces of up to SHORT tokens keep their length, up to LONG they are padded to multiples of SHORT, longer ones of LONG."""
+"""Pieces of up to SHORT tokens keep their length; up to LONG they are padded to multiples of SHORT, above of LONG."""
 
 
 def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> TensorRTDecoder:

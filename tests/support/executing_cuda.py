@@ -2,8 +2,8 @@
 
 Enter: the calls that `plugins.launch.Driver` makes. Leaves: what a card would have computed, or the error it would have
 given: for an allocation, a free or a wait while a stream is captured, for misaligned or freed addresses, for a thread
-without a context, for a stream of another context. Work in a stream runs when somebody waits for it, so that what is read
-or changed too early is seen. To be used in a process whose Triton interprets; see `gpu_process`.
+without a context, for a stream of another context. Work in a stream runs when somebody waits for it, so that what is
+read or changed too early is seen. To be used in a process whose Triton interprets; see `gpu_process`.
 """
 
 import bisect
@@ -35,14 +35,15 @@ NAMES = {
     CAPTURE_UNSUPPORTED: "operation not permitted when stream is capturing",
     CAPTURE_INVALIDATED: "operation failed due to a previous error during capture",
 }
-UNSAFE = frozenset(
-    "cuMemAlloc_v2 cuMemFree_v2 cuMemHostAlloc cuMemFreeHost cuStreamSynchronize cuEventSynchronize cuModuleLoadData "
-    "cuGraphExecDestroy cuStreamCreate cuMemGetInfo_v2".split()
-)
+UNSAFE = frozenset({
+    "cuMemAlloc_v2", "cuMemFree_v2", "cuMemHostAlloc", "cuMemFreeHost", "cuStreamSynchronize", "cuEventSynchronize",
+    "cuModuleLoadData", "cuGraphExecDestroy", "cuStreamCreate", "cuMemGetInfo_v2",
+})  # fmt: skip
 """Calls that end a capture of the same thread."""
-WITHOUT_CONTEXT = frozenset(
-    "cuInit cuDriverGetVersion cuDeviceGetAttribute cuDevicePrimaryCtxRetain cuCtxSetCurrent cuGetErrorString".split()
-)
+WITHOUT_CONTEXT = frozenset({
+    "cuInit", "cuDriverGetVersion", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
+    "cuGetErrorString",
+})  # fmt: skip
 CONTEXT = 0xC0DE
 POISONED = 64 << 20
 """Larger memory is not filled: it would be real."""
@@ -50,7 +51,7 @@ POISONED = 64 << 20
 Op = Callable[[], None]
 
 
-class Refused(Exception):
+class Refusal(Exception):  # noqa: N818
     """A call that a card refuses, with CUDA's number for it."""
 
     def __init__(self, code: int) -> None:
@@ -77,7 +78,8 @@ class Memory:
         self.largest = self.allocations = 0
 
     def allocate(self, size: int) -> int:
-        raw = mmap.mmap(-1, max(size, 1) + 512)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE  # what is not touched is not there
+        raw = mmap.mmap(-1, max(size, 1) + 512, flags=flags)
         first = ctypes.addressof((ctypes.c_char * 1).from_buffer(raw))
         address = -(-first // 256) * 256
         if size <= POISONED:
@@ -94,7 +96,7 @@ class Memory:
 
     def free(self, address: int) -> None:
         if address not in self.regions:
-            raise Refused(INVALID_VALUE)
+            raise Refusal(INVALID_VALUE)
         size, _ = self.regions.pop(address)
         self.starts.remove(address)
         if size <= POISONED:
@@ -110,7 +112,7 @@ class Memory:
 
     def check(self, address: int, size: int) -> None:
         if not self.holds(address, address + size):
-            raise Refused(ILLEGAL_ADDRESS)
+            raise Refusal(ILLEGAL_ADDRESS)
 
 
 def number(value: Any) -> int:
@@ -152,7 +154,7 @@ class ExecutingCuda:
             try:
                 self._admit(name)
                 method(*arguments)
-            except Refused as error:
+            except Refusal as error:
                 return error.code
             return 0
 
@@ -161,15 +163,15 @@ class ExecutingCuda:
 
     def _admit(self, name: str) -> None:
         if name in self.refusals:
-            raise Refused(self.refusals[name])
+            raise Refusal(self.refusals[name])
         thread = threading.get_ident()
         if name not in WITHOUT_CONTEXT and self.contexts.get(thread) != CONTEXT:
-            raise Refused(NO_CONTEXT)
+            raise Refusal(NO_CONTEXT)
         if name in UNSAFE:
             for stream in self.streams.values():
                 if stream.captured is not None and stream.thread == thread:
                     stream.broken = True
-                    raise Refused(CAPTURE_UNSUPPORTED)
+                    raise Refusal(CAPTURE_UNSUPPORTED)
 
     # The device and its contexts.
 
@@ -199,7 +201,7 @@ class ExecutingCuda:
 
     def _cuMemAlloc_v2(self, pointer: Any, size: Any) -> None:
         if self.device.held + number(size) > self.size:
-            raise Refused(OUT_OF_MEMORY)
+            raise Refusal(OUT_OF_MEMORY)
         give(pointer, self.device.allocate(number(size)))
 
     def _cuMemFree_v2(self, address: Any) -> None:
@@ -234,7 +236,7 @@ class ExecutingCuda:
     def _no_pageable(self, stream: Any) -> None:
         if (found := self._stream(stream)).captured is not None:
             found.broken = True
-            raise Refused(CAPTURE_UNSUPPORTED)
+            raise Refusal(CAPTURE_UNSUPPORTED)
 
     def _cuMemcpyDtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> None:
         target, source, size = number(target), number(source), number(size)
@@ -253,7 +255,7 @@ class ExecutingCuda:
 
     def _stream(self, stream: Any) -> Stream:
         if number(stream) not in self.streams:
-            raise Refused(INVALID_HANDLE)
+            raise Refusal(INVALID_HANDLE)
         return self.streams[number(stream)]
 
     def put(self, stream: Any, op: Op) -> None:
@@ -273,7 +275,7 @@ class ExecutingCuda:
 
     def _cuStreamCreate(self, pointer: Any, flags: int) -> None:
         if flags != 1:  # a blocking stream works on a card, until somebody uses the legacy stream
-            raise Refused(INVALID_VALUE)
+            raise Refusal(INVALID_VALUE)
         handle = next(self.handles)
         self.streams[handle] = Stream()
         give(pointer, handle)
@@ -285,16 +287,16 @@ class ExecutingCuda:
     def _cuStreamBeginCapture_v2(self, stream: Any, mode: int) -> None:
         found = self._stream(stream)
         if found.captured is not None:
-            raise Refused(INVALID_VALUE)
+            raise Refusal(INVALID_VALUE)
         found.captured, found.thread, found.broken = [], threading.get_ident(), False
 
     def _cuStreamEndCapture(self, stream: Any, pointer: Any) -> None:
         found = self._stream(stream)
         captured, found.captured = found.captured, None
         if captured is None:
-            raise Refused(INVALID_VALUE)
+            raise Refusal(INVALID_VALUE)
         if found.broken:
-            raise Refused(CAPTURE_INVALIDATED)
+            raise Refusal(CAPTURE_INVALIDATED)
         self.graphs[handle := next(self.handles)] = captured
         give(pointer, handle)
 
@@ -310,7 +312,7 @@ class ExecutingCuda:
 
     def _cuGraphLaunch(self, graph: Any, stream: Any) -> None:
         if number(graph) not in self.graphs:
-            raise Refused(INVALID_HANDLE)
+            raise Refusal(INVALID_HANDLE)
         for op in self.graphs[number(graph)]:
             self.put(stream, op)
 
@@ -332,14 +334,14 @@ class ExecutingCuda:
         try:
             kernel = read_image(image)
         except (ValueError, TypeError):
-            raise Refused(INVALID_IMAGE) from None
+            raise Refusal(INVALID_IMAGE) from None
         self.modules[handle := next(self.handles)] = kernel
         give(pointer, handle)
 
     def _cuModuleGetFunction(self, pointer: Any, module: Any, name: bytes) -> None:
         kernel = self.modules[number(module)]
         if name.decode() != kernel.function:
-            raise Refused(NOT_FOUND)
+            raise Refusal(NOT_FOUND)
         self.kernels[handle := next(self.handles)] = kernel
         give(pointer, handle)
 
@@ -347,16 +349,16 @@ class ExecutingCuda:
         pass
 
     def _cuLaunchKernel(self, function: Any, *rest: Any) -> None:
-        *grid, threads, y, z, shared, stream, pointers, extra = rest
+        *grid, threads, y, z, _, stream, pointers, extra = rest
         kernel = self.kernels[number(function)]
         if min(grid) < 1 or max(grid[1:]) >= 1 << 16 or (threads, y, z) != (kernel.warps * 32, 1, 1) or extra:
-            raise Refused(INVALID_VALUE)
+            raise Refusal(INVALID_VALUE)
         values = {}
         for place, (name, kind) in enumerate(kernel.signature.items()):
             values[name] = read_argument(pointers[place], kind)
             if kind.startswith("*"):
                 if values[name] % 16:
-                    raise Refused(MISALIGNED)
+                    raise Refusal(MISALIGNED)
                 self.device.check(values[name], 1)
         self.put(stream, lambda: interpret(kernel, tuple(grid), values, self.device))
 
@@ -438,7 +440,7 @@ def watch_accesses() -> None:
         if places.size:
             size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
             if not CHECKED[-1].holds(int(places.min()), int(places.max()) + size):
-                raise Refused(ILLEGAL_ADDRESS)
+                raise Refusal(ILLEGAL_ADDRESS)
 
     def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         check(pointers, mask)

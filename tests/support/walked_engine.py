@@ -6,7 +6,7 @@ memory that the session gave for activations, and what a node does is put into t
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from arriero.plugins.gqa.plugin import PLUGIN as GQA
-from arriero.plugins.launch import round_up
+from arriero.plugins.launch import Kernel, round_up
 from arriero.plugins.moe.plugin import PLUGIN as MOE
 from arriero.plugins.shortlist import plan as shortlist
 from arriero.plugins.tensorrt_plugin import register
@@ -41,7 +41,9 @@ ONNX = {np.dtype(kind): code for code, kind in NUMPY.items()}
 def at(address: int, shape: Sequence[int], dtype: Any) -> Array:
     """The array that lies at an address."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * max(size, 1)).from_address(address), np.uint8)[:size].view(dtype).reshape(shape)
+    return (
+        np.frombuffer((ctypes.c_char * max(size, 1)).from_address(address), np.uint8)[:size].view(dtype).reshape(shape)
+    )
 
 
 class WalkedEngine:
@@ -57,7 +59,13 @@ class WalkedEngine:
     """
 
     def __init__(
-        self, trt: Any, cuda: ExecutingCuda, graph: bytes, weights: Mapping[str, Path], profiles: Sequence[Any], capability: int
+        self,
+        trt: Any,
+        cuda: ExecutingCuda,
+        graph: bytes,
+        weights: Mapping[str, Path],
+        profiles: Sequence[Any],
+        capability: int,
     ) -> None:
         self.trt, self.cuda, self.profiles = trt, cuda, profiles
         model = onnx.load_from_string(graph)
@@ -87,7 +95,11 @@ class WalkedEngine:
         values = {each.name: helper.get_attribute_value(each) for each in node.attribute}
         known = op.settings.__dataclass_fields__
         settings = op.settings(
-            **{name: each.decode() if isinstance(each, bytes) else each for name, each in values.items() if name in known}
+            **{
+                name: each.decode() if isinstance(each, bytes) else each
+                for name, each in values.items()
+                if name in known
+            }
         )
         return creator.make(settings)
 
@@ -105,23 +117,9 @@ class WalkedEngine:
             for name, creator in self.creators.items()
             for kernel in creator.needed.values()
         ] + [(shortlist.MODULE, kernel) for kernel in shortlist.Plan(vocabulary).kernels]
-        folder.mkdir(parents=True, exist_ok=True)
-        binaries = []
-        for module, kernel in needed:
-            (folder / f"{kernel.name}.image").write_bytes(write_image(module, kernel))
-            binaries.append(
-                Binary(
-                    kernel=kernel.name,
-                    capability=capability,
-                    file=f"{kernel.name}.image",
-                    entry=kernel.function,
-                    parameters=tuple(kernel.signature.values()),
-                    threads=kernel.warps * 32,
-                    shared=0,
-                    sha256="",
-                )
-            )
-        return tuple(binaries)
+        return tuple(
+            binary for module, kernel in needed for binary in write_images([kernel], module, capability, folder)
+        )
 
     def _described(self, name: str, about: tuple[Sequence[int], Any]) -> Any:
         shape, dtype = about
@@ -304,6 +302,26 @@ class Context:
         values = [self.constants[name] if name in self.constants else at(*self.places[name]) for name in node.input]
         for name, made in zip(node.output, self.engine.compute(node, values), strict=True):
             at(*self.places[name])[...] = made
+
+
+def write_images(kernels: Iterable[Kernel], module: str, capability: int, folder: Path) -> list[Binary]:
+    """Writes kernels in place of cubins. Returns their records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for kernel in kernels:
+        (folder / f"{kernel.name}.image").write_bytes(write_image(module, kernel))
+        binary = Binary(
+            kernel=kernel.name,
+            capability=capability,
+            file=f"{kernel.name}.image",
+            entry=kernel.function,
+            parameters=tuple(kernel.signature.values()),
+            threads=kernel.warps * 32,
+            shared=0,
+            sha256="",
+        )
+        found.append(binary)
+    return found
 
 
 def narrow(dtype: Any) -> bool:
