@@ -3,13 +3,17 @@
 The rooms are imported when they are needed, so that importing `arriero` is instant.
 """
 
+import dataclasses
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ArrieroWarning, FolderError, SessionError
+from .files.agreement import check_decoder, check_tower
 from .files.folders import check_whole, find_files, read_spec
+from .files.reading import read_bytes
+from .files.trust import check_trusted
 from .files.unheeded import unheeded
 from .spec.built_engine import EngineSpec
 from .spec.folder import FolderSpec, VisionPart
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
     from .runtime.backends.interface import DecoderBackend, TowerBackend
     from .runtime.images.tower import Tower
     from .runtime.session import Session
+    from .runtime.state import Limits
+
+LARGEST_GRAPH = 1 << 30
+"""Bytes of a graph's file at most; protocol buffers end at twice this."""
 
 
 def load(
@@ -29,6 +37,7 @@ def load(
     threads: int | None = None,
     weights: str | Path | None = None,
     prefix_bytes: int = 0,
+    trust: bool = False,
 ) -> "Session":
     """Loads a model or bundle folder. A model is lowered for the CPU in memory first, which needs onnx.
 
@@ -41,15 +50,18 @@ def load(
         weights: Folder of the weight files, where they have moved.
         prefix_bytes: Keys and values of earlier prompts that may be kept, so that a prompt that begins alike has only
             its rest computed; 0 keeps none.
+        trust: Whether an engine that this user has not built here is trusted, now and from now on: it is code.
 
     Raises:
-        ArrieroError: The folder is damaged or incomplete, its weights are missing, or a setting is out of range.
+        ArrieroError: The folder is damaged or incomplete, its weights are missing, its engine is not trusted, a setting
+            is out of range, or the session would take more memory than there is.
 
     Warns:
         ArrieroWarning: A file asks for something that is not done, as beams.
     """
     from .runtime.checks import whole
     from .runtime.defaults import read_defaults
+    from .runtime.room import check_fits, check_threads
     from .runtime.session import Session
     from .runtime.state import Limits
     from .runtime.text import Text
@@ -62,6 +74,9 @@ def load(
     path = Path(folder)
     spec = read_spec(path)
     check_whole(path, spec)
+    check_trusted(path, spec, trust=trust)
+    check_threads(threads)
+    check_fits(f"a prefix_bytes of {prefix_bytes}", prefix_bytes, "give less")
     if spec.engine is not None:
         max_seq, max_batch = _engine_limits(spec.engine, max_seq, max_batch)
     limits = Limits.of(spec.model, max_seq, max_batch)
@@ -69,8 +84,10 @@ def load(
     for line in unheeded(path):
         warnings.warn(line, ArrieroWarning, stacklevel=2)
     files = find_files(path, spec.weight_files, None if weights is None else Path(weights))
-    decoder = _open_decoder(path, spec, files, threads)
+    decoder = _open_decoder(path, spec, files, threads, limits)
     tower = None if spec.vision is None else open_tower(path, spec, spec.vision, files, threads)
+    if text.tokenizer is not None and text.templates:
+        text.prepare_chat()
     return Session(decoder, text, defaults, limits, tower, prefix_bytes)
 
 
@@ -83,7 +100,9 @@ def _engine_limits(engine: EngineSpec, max_seq: int | None, max_batch: int | Non
     return max_seq or built["max_seq"], max_batch or built["max_batch"]
 
 
-def _open_decoder(path: Path, spec: FolderSpec, files: dict[str, Path], threads: int | None) -> "DecoderBackend":
+def _open_decoder(
+    path: Path, spec: FolderSpec, files: dict[str, Path], threads: int | None, limits: "Limits"
+) -> "DecoderBackend":
     """Opens a folder's decoder on the back end that it was built for, its weights loaded."""
     if spec.engine is not None:
         from .runtime.backends.tensorrt_decoder import load_decoder
@@ -91,8 +110,14 @@ def _open_decoder(path: Path, spec: FolderSpec, files: dict[str, Path], threads:
         return load_decoder(path, spec, files)
     from .runtime.backends.mapped_weights import map_weights
     from .runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
+    from .runtime.memory import session_memory
+    from .runtime.room import check_fits
 
     graph, weights, flags = cpu_decoder_graph(path, spec)
+    alone = dataclasses.replace(spec, weights=weights, vision=None)
+    memory = session_memory(alone, len(graph), 0, limits.max_seq, 1)
+    what = f"{path} with one sequence of {limits.max_seq} tokens"
+    check_fits(what, memory.total - memory.mapped - memory.process, "load it with a smaller max_seq (--max-seq)")
     return OnnxRuntimeDecoder(graph, map_weights(weights, files), path, spec.model, flags, threads)
 
 
@@ -128,25 +153,31 @@ def cpu_decoder_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight
         The serialized graph, the weights that it is given, and its session's flags.
     """
     if spec.kind == "bundle":
-        return _read_graph(path / spec.graph), spec.weights, spec.session
-    from .engine.cpu_lowering import lower_for_cpu
+        found = _read_graph(path / spec.graph), spec.weights, spec.session
+    else:
+        from .engine.cpu_lowering import lower_for_cpu
 
-    lowered = lower_for_cpu(path, spec)
-    return lowered.graph, lowered.weights, lowered.session
+        lowered = lower_for_cpu(path, spec)
+        found = lowered.graph, lowered.weights, lowered.session
+    check_decoder(found[0], found[1], spec.model, spec.cache_bits, path / spec.graph)
+    return found
 
 
 def cpu_tower_graph(path: Path, spec: FolderSpec, part: VisionPart) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
     """Reads the vision tower's graph for the CPU from a bundle, or lowers a model's; returns as `cpu_decoder_graph`."""
     if spec.kind == "bundle":
-        return _read_graph(path / part.graph), part.weights, part.session
-    from .engine.cpu_lowering import lower_tower_for_cpu
+        found = _read_graph(path / part.graph), part.weights, part.session
+    else:
+        from .engine.cpu_lowering import lower_tower_for_cpu
 
-    lowered = lower_tower_for_cpu(path, part)
-    return lowered.graph, lowered.weights, lowered.session
+        lowered = lower_tower_for_cpu(path, part)
+        found = lowered.graph, lowered.weights, lowered.session
+    check_tower(found[0], found[1], part.spec, spec.model, path / part.graph)
+    return found
 
 
 def _read_graph(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return read_bytes(path, remedy="build the bundle again", folder=path.parent, most=LARGEST_GRAPH)
+    except FileNotFoundError as error:
         raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error

@@ -14,6 +14,10 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")
 ModelFolder = Annotated[Path, typer.Argument(help="Model folder that `arriero export` wrote; only read.")]
 Folder = Annotated[Path, typer.Argument(help="Model or bundle folder.")]
 Moved = Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Trust the engine in the bundle from now on: it is code, and was not built here."),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")]
 Samples = Annotated[int, typer.Option(help="Windows of text at most.")]
 CheckedWindow = Annotated[

@@ -46,6 +46,7 @@ def run(
     max_seq: options.MaxSeq = None,
     threads: options.Threads = None,
     weights: options.Moved = None,
+    trust: options.Trust = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -54,11 +55,14 @@ def run(
     """Run a model: stream the continuation of a prompt, say what is in an image, or chat."""
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
     settings |= {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
-    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string}
+    settings |= {
+        "prompt_lookup_num_tokens": prompt_lookup,
+        "stop_strings": stop_string,
+        "min_new_tokens": min_new_tokens,
+    }
     settings |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
-    settings |= {"no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens}
-    settings |= {"logprobs": top_logprobs is not None, "top_logprobs": top_logprobs}
-    settings |= {"eos_token_id": [] if ignore_eos else eos_token_id}
+    settings |= {"no_repeat_ngram_size": no_repeat_ngram_size, "logprobs": top_logprobs is not None}
+    settings |= {"top_logprobs": top_logprobs, "eos_token_id": [] if ignore_eos else eos_token_id}
     terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
         prompt, system = texts_of(prompt, system, chat)
@@ -66,7 +70,7 @@ def run(
 
         started = time.perf_counter()
         kept = CHAT_BYTES if chat else 0
-        session = load(folder, max_seq=max_seq, threads=threads, weights=weights, prefix_bytes=kept)
+        session = load(folder, max_seq=max_seq, threads=threads, weights=weights, prefix_bytes=kept, trust=trust)
         loaded = time.perf_counter() - started
         if max_new_tokens is None and not session.defaults.limits_length:
             settings["max_new_tokens"] = MAX_NEW_TOKENS

@@ -15,9 +15,12 @@ from .. import __version__
 from ..errors import BuildError, FolderError
 from ..files.folders import SPEC, carry_files, check_whole, find_files, read_spec
 from ..files.output import check_apart, check_free, copy_sparse, new_folder
+from ..files.reading import read_bytes
+from ..files.trust import remember
 from ..spec.folder import FolderSpec
 from ..spec.stored_weights import WeightFile
 from ..spec.types import BITS, Progress
+from .canonical_graph import LARGEST
 from .cpu_lowering import lower_for_cpu, lower_tower_for_cpu
 from .packed_weights import write_packed
 from .target import Target, parse_target
@@ -70,18 +73,20 @@ def build_bundle(
     with new_folder(bundle, force=force) as folder:
         built = _build(source, spec, parsed, options, folder, progress)
         carry_files(source, folder)
-        tower = () if built.vision is None else built.vision.weights
-        used = {weight.file for weight in (*built.weights, *tower)}
+        used = {weight.file for weight in (*built.weights, *(built.vision.weights if built.vision else ()))}
         files = [file for file in built.weight_files if file.name in used]
         record = dataclasses.replace(
             built,
             kind="bundle",
             version=__version__,
             source=str(source.absolute()),
-            source_hashes={spec.graph: hashlib.sha256((source / spec.graph).read_bytes()).hexdigest()},
+            source_hashes={
+                spec.graph: hashlib.sha256(read_bytes(source / spec.graph, folder=source, most=LARGEST)).hexdigest()
+            },
             weight_files=tuple(_place(file, source, folder, options.weights_from) for file in files),
         )
         (folder / SPEC).write_text(record.to_json(), "utf-8")
+    remember(bundle, record)
     return bundle
 
 

@@ -46,6 +46,7 @@ class Session(TokenSession):
     ) -> None:
         super().__init__(decoder, limits, tower, prefix_bytes)
         self.text, self.defaults = text, defaults
+        text.expect(limits.max_seq)
         self.prompt_reader = PromptReader(text, None if tower is None else tower.spec)
 
     def generate(
@@ -149,6 +150,7 @@ class Session(TokenSession):
             raise SessionError(
                 f"unknown setting {shortened(unknown[0])}: choose from {', '.join(Settings.__annotations__)}"
             )
+        self.decoder.check_files()
         chat: Any = {name: value for name, value in settings.items() if name in ChatSettings.__annotations__}
         tokens = self.read(prompt, images, **chat)
         room = self.max_seq - len(tokens.ids)

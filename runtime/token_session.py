@@ -15,10 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import SessionError
 from ..spec.geometry import ModelSpec
 from .backends.interface import DecoderBackend
+from .checks import whole
 from .images.features import Features, RowFeatures
 from .images.tower import Tower
 from .pieces import cut
 from .prefix import Prefixes
+from .room import check_fits
 from .state import Limits, State
 
 
@@ -60,8 +62,9 @@ class TokenSession:
         Raises:
             SessionError: The session does not hold that many rows or tokens.
         """
-        if batch < 1 or (positions is not None and positions < 1):
-            raise SessionError(f"batch is {batch} and positions {positions}, expected whole numbers from 1 up")
+        expected = "a whole number from 1 up"
+        batch = whole("batch", batch, expected, least=1)
+        positions = None if positions is None else whole("positions", positions, expected, least=1)
         if self.max_batch is not None and batch > self.max_batch:
             raise SessionError(f"{batch} rows are more than max_batch {self.max_batch}: load with a larger one")
         positions = self.max_seq if positions is None else positions
@@ -132,10 +135,12 @@ class TokenSession:
             raise SessionError(f"ids are {ids.dtype} {list(ids.shape)}, expected whole numbers [B, S]")
         batch, length = ids.shape
         lengths = np.full(batch, length) if lengths_B is None else np.asarray(lengths_B)
-        whole = lengths.shape == (batch,) and np.issubdtype(lengths.dtype, np.integer)
-        if not whole or lengths.min() < 1 or lengths.max() > length:
+        are_whole = lengths.shape == (batch,) and np.issubdtype(lengths.dtype, np.integer)
+        if not are_whole or lengths.min() < 1 or lengths.max() > length:
             raise SessionError(f"lengths are {lengths.tolist()}, expected {batch} numbers from 1 to {length}")
         state = self.start(batch, length)
+        needed = 4 * batch * length * self.spec.vocab_size
+        check_fits(f"logits of {batch} rows of {length} tokens", needed, "take them piece by piece (score)")
         logits_BSV = np.zeros((batch, length, self.spec.vocab_size), dtype=np.float32)
         rows = [row[:count].tolist() for row, count in zip(ids, lengths, strict=True)]
         for row, start, logits_SV in self._run(state, rows, (), last_only=False):

@@ -10,7 +10,6 @@ or where there are no such parts, come before the first user's text. Paths are r
 tokens are the chat template's alone.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError, FolderError, SessionError, shortened
+from ..errors import DataError, FolderError, SessionError, shortened, shortened_text
+from ..files.reading import read_text
 from ..runtime.chat.messages import Message, read_messages, with_images_beside
 from ..runtime.images.data_urls import scheme_of
 from ..runtime.images.placeholders import ImagePrompts
 from ..runtime.images.sources import ImageSource, read_image
 from ..runtime.images.tiles import choose_grid, cut_tiles
 from ..runtime.text import Text
+from ..spec.json_text import parse_json
 
 SUFFIX = ".jsonl"
+LARGEST = 1 << 28
+"""Bytes of a file of data at most."""
 BESIDE = ("tools", "documents", "chat_template_kwargs")
 """Keys of a line that are settings of its conversation."""
 
@@ -94,10 +97,8 @@ def read_utf8(path: Path) -> str:
         DataError: It cannot be read, or is none.
     """
     try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: convert it first") from error
-    except OSError as error:
+        return read_text(path, DataError, "give text files with --data, in UTF-8", most=LARGEST).removeprefix("\ufeff")
+    except FileNotFoundError as error:
         raise DataError(f"{path}: {error.strerror}: give text files with --data") from error
 
 
@@ -106,9 +107,9 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}): correct it") from error
+            raise DataError(f"{path}, line {number}: not JSON ({shortened_text(str(error))}): correct it") from error
         if not isinstance(value, dict):
             raise DataError(f"{path}, line {number}: no JSON object: give one with messages")
         yield number, value

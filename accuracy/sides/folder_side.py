@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ...errors import AccuracyError
 from ...files.folders import check_whole, find_files, read_spec
+from ...files.trust import check_trusted
 from ...loading import cpu_decoder_graph, cpu_tower_graph, load, open_tower
 from ...plugins.finite import first_damaged
 from ...runtime.backends.mapped_weights import map_weights
@@ -50,6 +51,7 @@ class FolderSide:
         self.path, self.weights, self.threads, self.option = path, weights, threads, option
         self.folder = read_spec(path)
         check_whole(path, self.folder)
+        check_trusted(path, self.folder)
         self.spec, self.recipe = self.folder.model, self.folder.recipe
         self.vision = None if self.folder.vision is None else self.folder.vision.spec
         self.blind: str | None = None

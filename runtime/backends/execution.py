@@ -7,7 +7,6 @@ touched.
 
 import hashlib
 import importlib
-import mmap
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,16 @@ from typing import Any
 import numpy as np
 
 from ...errors import FolderError, SessionError
+from ...files.agreement import check_weights
+from ...files.mapping import map_file
+from ...files.reading import read_bytes
 from ...plugins.tensorrt_plugin import MODULES, REMEDIES
 from ...spec.built_engine import EngineSpec
 from ...spec.stored_weights import Weight
 from .device import Device, DeviceMemory
+
+LARGEST = 1 << 40
+"""Bytes of an engine at most."""
 
 PIECE = 64 << 20
 """Bytes of a weight that are sent to the GPU at a time."""
@@ -113,10 +118,11 @@ def read_built(path: Path, sha256: str) -> bytes:
     Raises:
         FolderError: It is missing, or not the one that was built.
     """
+    remedy = "build the bundle again"
     try:
-        found = path.read_bytes()
-    except OSError as error:
-        raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error
+        found = read_bytes(path, remedy=remedy, folder=path.parent, most=LARGEST)
+    except FileNotFoundError as error:
+        raise FolderError(f"{path}: {error.strerror}: {remedy}") from error
     if hashlib.sha256(found).hexdigest() != sha256:
         raise FolderError(f"{path} is not what was built (truncated or changed): build the bundle again")
     return found
@@ -143,8 +149,10 @@ def upload_weights(device: Device, weights: Iterable[Weight], files: Mapping[str
     """Sends the weights that an engine has as inputs to the GPU. Returns their memory by name.
 
     Raises:
-        FolderError: A region lies outside its file.
+        FolderError: A weight is not in its file as it is said to be.
     """
+    weights = list(weights)
+    check_weights(weights, files)
     return {weight.name: _upload(device, weight, files[weight.file]) for weight in weights}
 
 
@@ -158,7 +166,7 @@ def _upload(device: Device, weight: Weight, path: Path) -> DeviceMemory:
     """Sends a weight to the GPU, a piece of the mapped file at a time."""
     size = weight.size
     memory = DeviceMemory(device, size)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with map_file(path) as mapped:
         if weight.offset + size > len(mapped):
             raise FolderError(f"spec.json puts {weight.name!r} outside {path}: build the bundle again")
         for start in range(0, size, PIECE):

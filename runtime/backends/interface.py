@@ -98,6 +98,10 @@ class DecoderBackend(Protocol):
         """Tokens of a piece of several rows at most; None is no limit."""
         ...
 
+    def check_files(self) -> None:
+        """Looks whether the files that are read in place are as they were; raises a `SessionError` where not."""
+        ...
+
     def caches(self, batch: int, positions: int) -> Any:
         """Makes `Caches` of this back end, zeros at first."""
         ...

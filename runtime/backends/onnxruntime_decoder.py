@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ...spec.geometry import ModelSpec
 from ...spec.types import TYPES
+from ..room import cache_bytes, check_fits, layer_slots
 from .interface import Slots, cache_chunk, is_standing, slots_of, standing
 from .mapped_weights import MappedWeights
 from .onnxruntime_graph import open_graph
@@ -52,8 +53,7 @@ class HostCaches:
         self.spec, self.batch, self.positions = spec, batch, positions
         dtype, self.onnx_type = CACHE_DTYPES[kind]
         self.buffers: dict[str, NDArray[Any]] = {}
-        for index, layer in enumerate(spec.layers):
-            slots = min(layer.chunk or positions, positions)
+        for index, slots in enumerate(layer_slots(spec, positions)):
             for kind in ("key", "value"):
                 shape = (batch, spec.kv_heads, slots, size)
                 self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=dtype)
@@ -115,9 +115,21 @@ class OnnxRuntimeDecoder:
         self.session = open_graph(graph, weights, folder, session, threads, has_arena=False)
         self.takes_images = any(value.name == "image_features" for value in self.session.get_inputs())
 
+    def check_files(self) -> None:
+        """Looks whether the weight files are as they were when they were mapped.
+
+        Raises:
+            SessionError: One is gone or has changed.
+        """
+        self.weights.watched.check()
+
     def caches(self, batch: int, positions: int) -> HostCaches:
         """Makes KV buffers for a batch, zeros at first, whose rows hold `positions` tokens each."""
         cache = next(value for value in self.session.get_inputs() if value.name == "past.0.key")
+        self.check_files()
+        slot = 2 * self.spec.kv_heads * cache.shape[3] * CACHE_DTYPES[cache.type][0].itemsize
+        needed = cache_bytes(self.spec, batch, positions, slot) + 4 * batch * self.spec.vocab_size
+        check_fits(f"a batch of {batch} rows of {positions} tokens", needed, "start fewer rows, or of fewer tokens")
         return HostCaches(self.spec, batch, positions, cache.type, cache.shape[3])
 
     def bind(self, caches: HostCaches, rows: slice) -> "OnnxRuntimeBinding":

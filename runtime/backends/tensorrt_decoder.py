@@ -69,6 +69,9 @@ class TensorRTDecoder:
         """None: pieces of several rows have no limit but the profiles' own."""
         return None
 
+    def check_files(self) -> None:
+        """Nothing: the weights are the GPU's own copy."""
+
     def caches(self, batch: int, positions: int) -> "DeviceCaches":
         """Makes KV buffers for a batch, zeros at first; their size is the engine's, whatever `positions` are used."""
         self.device.enter()
