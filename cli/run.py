@@ -20,6 +20,12 @@ CHAT_BYTES = 1 << 30
 MAX_NEW_TOKENS = 512
 """New tokens at most where neither the user nor the generation config says."""
 
+SETTINGS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
+    *("presence_penalty", "no_repeat_ngram_size", "min_new_tokens", "seed", "top_logprobs"),
+)
+"""Options that are settings of the same names."""
+
 
 def run(
     folder: options.Folder,
@@ -53,16 +59,10 @@ def run(
     debug: options.Debug = False,
 ) -> None:
     """Run a model: stream the continuation of a prompt, say what is in an image, or chat."""
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-    settings |= {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
-    settings |= {
-        "prompt_lookup_num_tokens": prompt_lookup,
-        "stop_strings": stop_string,
-        "min_new_tokens": min_new_tokens,
-    }
-    settings |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
-    settings |= {"no_repeat_ngram_size": no_repeat_ngram_size, "logprobs": top_logprobs is not None}
-    settings |= {"top_logprobs": top_logprobs, "eos_token_id": [] if ignore_eos else eos_token_id}
+    given = locals()
+    settings: dict[str, Any] = {name: given[name] for name in SETTINGS}
+    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string}
+    settings |= {"logprobs": top_logprobs is not None, "eos_token_id": [] if ignore_eos else eos_token_id}
     terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
         prompt, system = texts_of(prompt, system, chat)

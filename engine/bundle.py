@@ -73,8 +73,7 @@ def build_bundle(
     with new_folder(bundle, force=force) as folder:
         built = _build(source, spec, parsed, options, folder, progress)
         carry_files(source, folder)
-        used = {weight.file for weight in (*built.weights, *(built.vision.weights if built.vision else ()))}
-        files = [file for file in built.weight_files if file.name in used]
+        files = _used_files(built)
         record = dataclasses.replace(
             built,
             kind="bundle",
@@ -88,6 +87,13 @@ def build_bundle(
         (folder / SPEC).write_text(record.to_json(), "utf-8")
     remember(bundle, record)
     return bundle
+
+
+def _used_files(spec: FolderSpec) -> list[WeightFile]:
+    """The weight files that the graphs read."""
+    tower = () if spec.vision is None else spec.vision.weights
+    used = {weight.file for weight in (*spec.weights, *tower)}
+    return [file for file in spec.weight_files if file.name in used]
 
 
 def _build(

@@ -96,7 +96,9 @@ def read_text(
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise kind(f"{path}: no UTF-8 text (byte {error.start} is {content[error.start]:#04x}): {remedy}") from error
+        raise kind(
+            f"{path}: cannot be read (no UTF-8 text, byte {error.start} is {content[error.start]:#04x}): {remedy}"
+        ) from error
 
 
 def read_json(

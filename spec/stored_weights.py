@@ -76,7 +76,8 @@ class Weight:
         check_name(f"the file of weight {shortened(self.name)}", self.file)
         check_shape(f"weight {shortened(self.name)}", self.shape)
         check_sizes(self, ("offset",), 0, 2**53)
-        if self.layout != "rows" and not (len(self.shape) == 3 if self.stacked else len(self.shape) >= 2):
+        least = {"rows": 0, "panels": 2, "scales": 1}[self.layout]
+        if len(self.shape) < least or (self.stacked and len(self.shape) != 3):
             raise ValueError(f"weight {shortened(self.name)} has the shape {list(self.shape)}, no {self.layout}")
 
     @property
