@@ -12,10 +12,33 @@ TEXTS = [
     *("{{ 1 }}", "(a+)+$", "model.safetensors", "spec.json", "float32", "int4", "F32", "<|image|>"),
 ]
 NUMBERS = [0, 1, -1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**32, 2**62, 2**63, -(2**63), 10**30, 0.5, -0.5, 1e308, 1e-320]
-RAW = ["1e999", "-1e999", "NaN", "9" * 5000, "[" * 3000 + "]" * 3000, '{"a":' * 500 + "1" + "}" * 500, "tru", '"\\ud800"']
+RAW = [
+    "1e999",
+    "-1e999",
+    "NaN",
+    "9" * 5000,
+    "[" * 3000 + "]" * 3000,
+    '{"a":' * 500 + "1" + "}" * 500,
+    "tru",
+    '"\\ud800"',
+]
 """Values that only stand in a file's text."""
 MARK = "THE-MARK-OF-A-RAW-VALUE"
-PIECES = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"}", b"[", b'"', b"\\", b"\n", b"\x80", b"-", b"1e999", b"\xff" * 8]
+PIECES = [
+    b"\0",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"{",
+    b"}",
+    b"[",
+    b'"',
+    b"\\",
+    b"\n",
+    b"\x80",
+    b"-",
+    b"1e999",
+    b"\xff" * 8,
+]
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
