@@ -1,6 +1,7 @@
 """A dataclass rebuilt from plain JSON, its fields checked against their annotations. Standard library only."""
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -17,7 +18,7 @@ def decode(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, dict):
             raise ValueError(f"{shortened(value)} is no object")
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         if unknown := sorted(set(value) - set(hints)):
             raise ValueError(f"unknown field {shortened(unknown[0])} in {kind.__name__}")
         return kind(**{name: _field(hints[name], name, item) for name, item in value.items()})
@@ -39,6 +40,11 @@ def decode(kind: Any, value: Any) -> Any:
     if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= LARGEST):
         raise ValueError(f"{shortened(value)} is no number that anything here has")
     return value
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _field(kind: Any, name: str, value: Any) -> Any:
