@@ -5,10 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
 
-.PHONY: help demo test check docs format lock wheels clean
+.PHONY: help demo test check docs fuzz fuzz-files format lock wheels clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 16
 
 demo: .venv/.demo .venv/.built  ## the tiny Llama 4, from its checkpoint to text
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,11 @@ check: .venv/.test .venv/.built  ## style and types
 docs: .venv/.test .venv/.built  ## the site in build/docs, from docs/ and the code; a dead link fails it
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
+
+fuzz: fuzz-files  ## all that is tried with damaged input
+
+fuzz-files: .venv/.test .venv/.built  ## 10,000 damaged files of every format that is read
+	PYTHONPATH=tests/support $(BIN)/python tests/fuzz/files.py
 
 format: .venv/.test  ## style, mended
 	$(BIN)/ruff format .
