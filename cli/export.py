@@ -11,12 +11,15 @@ from .terminal import Terminal
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a Hugging Face Llama 4 checkpoint; only read.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a Hugging Face Llama 4 checkpoint, or its name in the hub's local cache.")
+    ],
     output: options.Output,
     dtype: options.ConvertedType = None,
     copy_weights: options.CopyWeights = False,
     tp: options.TensorParallel = 1,
     ep: options.ExpertParallel = None,
+    tokenizer: options.Tokenizer = None,
     force: options.Force = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -24,7 +27,7 @@ def export(
     debug: options.Debug = False,
 ) -> None:
     """Export a checkpoint to ONNX: the model folder. The weights stay where they are."""
-    terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown(), terminal.progress_shown("Exporting") as progress:
         from ..export import export_checkpoint
 
@@ -36,6 +39,7 @@ def export(
             copy_weights=copy_weights,
             tp=tp,
             ep=ep,
+            tokenizer=tokenizer,
             force=force,
             progress=progress,
             notice=terminal.say,

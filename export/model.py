@@ -9,14 +9,15 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx_ir as ir
 
 from .. import __version__
 from ..errors import CheckpointError, ExportError
-from ..files.folders import SPEC, carry_files
+from ..files.folders import OF_TOKENIZER, SPEC, carry_files
+from ..files.hub_cache import find_checkpoint
 from ..files.output import check_apart, check_free, new_folder
 from ..files.reading import read_bytes
 from ..files.safetensors import Region
@@ -30,7 +31,7 @@ from .placement import PlacedWeights, place_quantised, place_ranks, place_whole
 from .prequantised.inventory import Prequantised
 from .prequantised.scheme import MODELOPT
 from .quantised_graph import quantise_graph
-from .rewriting import say_rewritten, with_stacks_written
+from .rewriting import say_missing, say_rewritten, with_stacks_written
 from .shards import read_json
 from .split import Split, split_model
 from .tower_graph import stitch_tower
@@ -46,6 +47,7 @@ def export_checkpoint(
     copy_weights: bool = False,
     tp: int = 1,
     ep: int | None = None,
+    tokenizer: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda phase, done, total: None,
     notice: Callable[[str], None] = lambda line: None,
@@ -53,12 +55,14 @@ def export_checkpoint(
     """Exports a Llama 4 checkpoint: the text decoder, and the vision tower where there is one.
 
     Args:
-        checkpoint: Folder in Hugging Face layout; only read.
+        checkpoint: Folder in Hugging Face layout, a hub cache's folder of one, or its name where it is in the local
+            cache; only read.
         out: The model folder to write.
         dtype: Type of the graph and its weights; None keeps the checkpoint's. Another type writes converted weights.
         copy_weights: Whether the weights are copied into the folder, so that it stands alone.
         tp: Ranks over which the model is split; 1 leaves it whole.
         ep: Groups of ranks over which the experts are distributed; None is one a rank, which leaves them in place.
+        tokenizer: Folder that tokenizer, chat template and preprocessor are taken from; None is the checkpoint.
         force: Whether an existing model folder at `out` is replaced.
         progress: Called with the phase, the steps done and the steps in all.
         notice: Called with each line that a person should know.
@@ -72,29 +76,51 @@ def export_checkpoint(
             file changed meanwhile.
         FolderError: `out` exists, or cannot be written.
     """
-    source, target = Path(checkpoint).absolute(), Path(out).absolute()
-    if dtype is not None and dtype not in FLOATS:
-        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
+    source, target = find_checkpoint(checkpoint).absolute(), Path(out).absolute()
+    small = source if tokenizer is None else _tokenizer_folder(tokenizer)
+    _check_dtype(dtype)
     check_apart(source, target)
     check_free(target, force=force)
     opened = open_checkpoint(source)
     if opened.quantised is not None:
         _check_quantised(opened.spec, dtype, tp)
         _notice_quantised(opened.quantised, notice)
-    for line in unheeded(source):
-        notice(line)
+    _say_all(unheeded(source), notice)
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
     say_rewritten(opened, spec.dtype, notice)
+    say_missing(small, opened.vision is not None, notice)
     record = _folder_spec(source, opened, spec, split)
     with new_folder(target, force=force) as folder:
         if split.ranks == 1:
             placement, model = _make_whole(opened, folder, spec, copy_weights, progress)
-            _write_model(source, folder, model, placement, record)
+            _write_model((source, small), folder, model, placement, record)
         else:
-            copied = _write_ranks(opened, folder, split, copy_weights, record, progress)
+            copied = _write_ranks(opened, small, folder, split, copy_weights, record, progress)
             notice(f"{copied / 1e9:.1f} GB of weights are in the ranks' folders; the rest stays where it is.")
     return target
+
+
+def _say_all(lines: Iterable[str], notice: Callable[[str], None]) -> None:
+    for line in lines:
+        notice(line)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
+
+
+def _tokenizer_folder(given: str | Path) -> Path:
+    """The folder that a tokenizer is taken from.
+
+    Raises:
+        ExportError: It holds none.
+    """
+    folder = find_checkpoint(given).absolute()
+    if not (folder / "tokenizer.json").is_file():
+        raise ExportError(f"{folder} has no tokenizer.json: give with --tokenizer a folder that has one")
+    return folder
 
 
 def _folder_spec(source: Path, checkpoint: Checkpoint, spec: ModelSpec, split: Split) -> FolderSpec:
@@ -155,6 +181,7 @@ def _make_whole(
 
 def _write_ranks(
     checkpoint: Checkpoint,
+    small: Path,
     folder: Path,
     split: Split,
     copy_weights: bool,
@@ -181,21 +208,35 @@ def _write_ranks(
             traced=traced,
             vision=checkpoint.vision,
         )
-        _write_model(checkpoint.folder, folders[rank], model, placement, dataclasses.replace(record, rank=rank))
+        places = checkpoint.folder, small
+        _write_model(places, folders[rank], model, placement, dataclasses.replace(record, rank=rank))
         copied += sum(file.size for file in placement.files if not file.path)
     group = dataclasses.replace(record, kind="group", graph="")
     (folder / SPEC).write_text(group.to_json(), "utf-8")
     return copied
 
 
-def _write_model(source: Path, folder: Path, model: ir.Model, placement: PlacedWeights, record: FolderSpec) -> None:
-    """Writes the decoder's graph, the vision tower's, and all that goes with them."""
+def _write_model(
+    sources: tuple[Path, Path], folder: Path, model: ir.Model, placement: PlacedWeights, record: FolderSpec
+) -> None:
+    """Writes the decoder's graph, the vision tower's, and all that goes with them.
+
+    Args:
+        sources: The checkpoint, and the folder of its tokenizer.
+        folder: Where to.
+        model: The decoder's graph.
+        placement: The weights' places.
+        record: The folder's spec, but for the weight files.
+    """
+    source, small = sources
     ir.save(model, folder / GRAPH)
     if record.vision is not None:
         text = record.model
         tower = stitch_tower(record.vision.spec, text.hidden_size, text.dtype, placement.regions.__getitem__)
         ir.save(tower, folder / record.vision.graph)
     carry_files(source, folder)
+    if small != source:
+        carry_files(small, folder, OF_TOKENIZER)
     _write_generation_config(source, folder)
     record = dataclasses.replace(record, weight_files=tuple(placement.files))
     (folder / SPEC).write_text(record.to_json(), "utf-8")

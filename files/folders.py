@@ -29,6 +29,9 @@ CARRIED = (
 )
 """Small files that every stage hands on unchanged."""
 
+OF_TOKENIZER = tuple(name for name in CARRIED if name != "generation_config.json")
+"""The ones among them that belong to the tokenizer and the preprocessor."""
+
 NAMED_TEMPLATES = "additional_chat_templates"
 """Folder of chat templates that have names of their own, which travels with the small files."""
 
@@ -79,14 +82,14 @@ def check_whole(folder: Path, spec: FolderSpec) -> None:
         raise FolderError(f"{folder}: this model is {what}, which no runtime here joins yet: export without --tp")
 
 
-def carry_files(source: Path, target: Path) -> None:
+def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED) -> None:
     """Copies the small files that travel with a model: tokenizer, chat template, generation config.
 
     Raises:
         CheckpointError: Git left a pointer in place of one, or one is no regular file of a sane size, or a link to
             somewhere else.
     """
-    for name in (*CARRIED, *template_names(source)):
+    for name in (*names, *template_names(source)):
         try:
             content = reading.read_bytes(source / name, CheckpointError, "restore the file", folder=source)
         except FileNotFoundError:
@@ -142,7 +145,19 @@ def find_files(
         except CheckpointError:
             same = False
         if not same:
-            again = "export again" if file.path else f"write {folder} again, with --force"
+            again = _again(folder, file)
             raise FolderError(f"{path} is not the file that was exported (size or content differs): {again}")
         found[file.name] = path
     return found
+
+
+def _again(folder: Path, file: WeightFile) -> str:
+    """The way to a weight file that fits again: by the stage that wrote it."""
+    if not file.path:
+        return f"write {folder} again, with --force"
+    source = Path(file.path).parent
+    try:
+        is_quantised = read_spec(source).recipe is not None
+    except FolderError:
+        return "export again"
+    return f"calibrate {source} again, then build" if is_quantised else "export again"

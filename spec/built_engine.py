@@ -101,6 +101,7 @@ class EngineSpec:
         file: Its file name.
         flavour: `tensorrt-rtx` or `tensorrt`.
         version: Version of that library; an engine runs on the version that built it.
+        cuda: Major version of CUDA that that library needs of the driver; 0 is not known.
         capabilities: Compute capabilities that it was built for.
         sha256: SHA-256 of the file.
         max_seq: Positions that a sequence may hold.
@@ -128,6 +129,7 @@ class EngineSpec:
     weight_streaming: bool
     weights: int
     kernels: tuple[Binary, ...] = ()
+    cuda: int = 0
 
     def __post_init__(self) -> None:
         check_name("the file of the engine", self.file)

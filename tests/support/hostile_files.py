@@ -36,7 +36,8 @@ from arriero.runtime.defaults import read_defaults
 from arriero.runtime.images.sources import read_image
 from arriero.runtime.images.tiles import read_tile_settings
 from arriero.runtime.text import Text
-from arriero.walk.conversations import read_conversations, read_utf8
+from arriero.walk.conversations import read_conversations
+from arriero.walk.rows import read_utf8
 
 PROMPT = [5, 9, 40, 7, 300]
 SAID = [
