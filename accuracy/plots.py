@@ -121,7 +121,7 @@ def plot_divergence(seen: Comparison, kl: Estimate) -> Markup:
 
     def spread(axes: Axes) -> None:
         low, high = (float(np.quantile(values, at)) for at in (0.002, 1.0))
-        axes.hist(np.maximum(values, low), np.geomspace(low, max(high, 2 * low), 48), color=colour("c1"))
+        axes.hist(np.maximum(values, low), np.geomspace(low, max(high, 2 * low), 48).tolist(), color=colour("c1"))
         axes.axvline(max(kl.value, 1e-9), color=colour("ink"), linestyle=":", linewidth=1.5)
         axes.set(xscale="log")
 
