@@ -179,12 +179,18 @@ EXPORTS = (
         ],
     ),
     Remedy(
-        name="a GPU without bfloat16",
-        provoke=lambda place: check_dtypes(parse_target("tensorrt-rtx:sm75"), ["bfloat16"]),
-        says="export with --dtype float16 or target sm80",
+        name="a GPU before sm80",
+        provoke=lambda place: parse_target("tensorrt-rtx:sm75"),
+        says="tensorrt-rtx builds for sm80, sm86, sm89, sm120, sm121, not for 'sm75': choose among these",
+        follow=lambda place: parse_target("tensorrt-rtx:sm80,sm86,sm89,sm120,sm121"),
+    ),
+    Remedy(
+        name="a GPU without FP8",
+        provoke=lambda place: check_dtypes(parse_target("tensorrt-rtx:sm86"), ["fp8"]),
+        says="calibrate with --recipe int8 or target sm89",
         follow=lambda place: (
-            check_dtypes(parse_target("tensorrt-rtx:sm75"), ["float16"]) is None
-            and check_dtypes(parse_target("tensorrt-rtx:sm80"), ["bfloat16"]) is None
+            check_dtypes(parse_target("tensorrt-rtx:sm86"), ["int8"]) is None
+            and check_dtypes(parse_target("tensorrt-rtx:sm89"), ["fp8"]) is None
         ),
     ),
     Remedy(
