@@ -5,7 +5,7 @@ not enough data to tell (`check` only), 130 interrupted.
 """
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,7 +70,8 @@ def _run_as_json() -> None:
     """Runs the command so that a wrong option is JSON on stdout too, beside what typer shows of it on stderr."""
     try:
         sys.exit(app(prog_name="arriero", standalone_mode=False))
-    except Exception as error:  # typer's own, which it does not name in its interface
+    except Exception as caught:  # typer's own, which it does not name in its interface
+        error: Any = caught
         if not hasattr(error, "format_message"):
             raise
         show_json({"error": error.format_message(), "kind": "UsageError", "exit_code": 2})
