@@ -1,8 +1,8 @@
 """A GPU's memory, stream and graphs, and the host's pinned memory, through CUDA's driver API.
 
 Invariants: memory and graphs are freed with the objects that own them, but never while the stream is captured, which
-the driver would refuse: then they wait for its end. Context and stream live as long as the process. A thread calls `enter`
-before its first call of anything else: the driver's context is the thread's.
+the driver would refuse: then they wait for its end. Context and stream live as long as the process. A thread calls
+`enter` before its first call of anything else: the driver's context is the thread's.
 """
 
 import contextlib
