@@ -1,4 +1,4 @@
-"""The day a card is there: all that needs a GPU, in an order that pays within minutes; one JSON, one table, what failed.
+"""The day a card is there: all that needs a GPU, in an order that pays within minutes; one JSON, one table.
 
 Each step runs in a process of its own, so that an illegal access ends that step alone.
 

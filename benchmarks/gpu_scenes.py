@@ -13,8 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / folder) for folder in ("support", ".")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
+from conftest import llama4
 from gpu_models import BOUNDS, VOCABULARY, make_model
 from gpu_process import Gpu
 
@@ -30,7 +32,7 @@ def main() -> int:
     prompts = [[*ids[0][:7] * 3], ids[1], ids[2][:9], [*ids[0][:7] * 3]]
     with TemporaryDirectory() as folder:
         for name in names:
-            model = str(make_model(name, Path(folder) / name))
+            model = str(make_model(name, Path(folder) / name, llama4))
             for way, graphs in itertools.product(WAYS, (True, False)):
                 given = {"model": model, "graphs": graphs}
                 found, _, _ = gpu.run("texts", prompts=prompts, new=10, way=way, **given)

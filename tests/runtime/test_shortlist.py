@@ -1,4 +1,4 @@
-"""Tokens drawn from a shortlist are those of the whole row, over every setting; where they might not be, it is fetched."""
+"""Tokens drawn from a shortlist are those of the whole row, over every setting; in doubt the row is fetched."""
 
 from itertools import product
 from typing import Any
