@@ -1,5 +1,6 @@
 """Tokens drawn from a shortlist are those of the whole row, over every setting; in doubt the row is fetched."""
 
+import threading
 from itertools import product
 from typing import Any
 
@@ -30,6 +31,7 @@ def shortened(logits_V: NDArray[np.float32], temperature: float, fetched: list[i
         vocabulary=len(logits_V),
         fetch=fetch,
         expect=lambda sharpness: None,
+        lock=threading.RLock(),
     )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
-from executing_cuda import ExecutingCuda, write_image
+from executed_kernels import write_image
+from executing_cuda import ExecutingCuda
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
