@@ -178,7 +178,7 @@ class PinnedMemory:
         pointer = ctypes.c_void_p()
         device.driver.call("cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)), 0)
         self.address: int = pointer.value or 0
-        self.bytes: NDArray[np.uint8] = np.frombuffer((ctypes.c_uint8 * size).from_address(self.address), np.uint8)
+        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
         device.own(self, "cuMemFreeHost", pointer)
 
 

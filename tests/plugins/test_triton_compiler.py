@@ -47,10 +47,8 @@ def test_a_kernel_compiles_for_each_gpu_without_one(capability: int) -> None:
 
 
 def test_kernels_fit_every_gpu_that_engines_are_built_for() -> None:
-    assert (
-        {each for known in CAPABILITIES.values() for each in known} == set(kernels.CAPABILITIES)
+    assert {each for known in CAPABILITIES.values() for each in known} == set(kernels.CAPABILITIES)
     assert set(kernels.SHARED) == set(kernels.CAPABILITIES)
-    )
 
 
 @pytest.mark.parametrize("capability", [86, 103, 121])  # the ops' own tests compile all kernels for the others
@@ -67,9 +65,7 @@ def test_the_largest_tiles_fit_the_other_gpus(capability: int) -> None:
 
 def test_a_kernel_too_large_for_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(kernels.SHARED, 89, -1)
-    with pytest.raises(
-        BuildError, match="add_fp32 wants 0 bytes of shared memory, sm89 has -1024: build for an"
-    ):
+    with pytest.raises(BuildError, match="add_fp32 wants 0 bytes of shared memory, sm89 has -1024: build for an"):
         kernels.compile_kernel(sys.modules[__name__], KERNEL, 89)
 
 
