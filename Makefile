@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
 
-.PHONY: help demo test check docs format fuzz fuzz-files fuzz-ops sanitize lock wheels clean
+.PHONY: help demo test gpu gpu-scenes check docs format fuzz fuzz-files fuzz-ops sanitize lock wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 16
@@ -15,6 +15,12 @@ demo: .venv/.demo .venv/.built  ## the tiny Llama 4, from its checkpoint to text
 
 test: .venv/.test .venv/.built  ## all tests
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
+gpu: .venv/.test .venv/.built  ## on a machine with a card: all its tests and speeds, one JSON, one table
+	$(BIN)/python benchmarks/card.py
+
+gpu-scenes: .venv/.test .venv/.built  ## without a card: every precision in every way, kernels interpreted
+	$(BIN)/python benchmarks/gpu_scenes.py
 
 check: .venv/.test .venv/.built  ## style and types
 	$(BIN)/ruff check .

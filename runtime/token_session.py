@@ -21,7 +21,7 @@ from .images.tower import Tower
 from .pieces import cut
 from .prefix import Prefixes
 from .room import check_fits
-from .shortlist import Row, whole
+from .shortlist import Row
 from .state import Limits, State
 
 
@@ -107,20 +107,28 @@ class TokenSession:
 
     def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
         """Adds one token to every row. Returns the logits [B, V] after it."""
-        return np.stack([whole(row) for row in self.decode_rows(state, tokens_B)])
+        ids_B1 = self._next_ids(state, tokens_B)
+        with self.lock:
+            logits = state.binding(slice(0, len(ids_B1))).step(ids_B1, state.past_B, np.zeros_like(ids_B1))
+            state.past_B += 1
+        return logits[:, 0]
 
     def decode_rows(self, state: State, tokens_B: Sequence[int]) -> Sequence[Row]:
-        """Adds one token to every row. Returns each row's logits after it, from a GPU those that a draw looks at."""
+        """Adds one token to every row. Returns each row's logits after it, of a GPU those that a draw looks at."""
+        ids_B1 = self._next_ids(state, tokens_B)
+        with self.lock:
+            rows = state.binding(slice(0, len(ids_B1))).decode(ids_B1, state.past_B)
+            state.past_B += 1
+        return rows
+
+    def _next_ids(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.int64]:
+        """Checks a token for each row. Returns them as a piece [B, 1]."""
         if len(tokens_B) != state.batch:
             raise SessionError(f"{len(tokens_B)} tokens for {state.batch} rows: give each row one")
         if int(state.past_B.max()) >= state.caches.positions:
             raise SessionError(f"a sequence is full at {state.caches.positions} tokens: start it with more positions")
         self.check_ids(tokens_B)
-        ids_B1 = np.asarray(tokens_B, dtype=np.int64)[:, None]
-        with self.lock:
-            rows = state.binding(slice(0, len(ids_B1))).decode(ids_B1, state.past_B)
-            state.past_B += 1
-        return rows
+        return np.asarray(tokens_B, dtype=np.int64)[:, None]
 
     def logits(self, ids_BS: ArrayLike, lengths_B: ArrayLike | None = None) -> NDArray[np.float32]:
         """Teacher-forced logits of whole sequences.
