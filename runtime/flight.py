@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from ..errors import SessionError
+from .checks import whole
 from .continuation import Generated, Request
 from .rider import Boarding, Rider, board_together
 from .shortlist import Row
@@ -63,10 +64,10 @@ class Flight:
     ) -> None:
         self.session = session
         self.slots = min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS) if slots is None else slots
-        self.prefill_budget = PREFILL_BUDGET if prefill_budget is None else prefill_budget
-        if self.prefill_budget < 1:
-            raise SessionError(f"prefill_budget is {prefill_budget}, expected a whole number from 1 up")
+        budget = PREFILL_BUDGET if prefill_budget is None else prefill_budget
+        self.prefill_budget = whole("prefill_budget", budget, "a whole number from 1 up", least=1)
         self.state = session.start(self.slots, positions)
+        self.slots = self.state.batch
         self.waiting: deque[tuple[int, Request]] = deque()
         self.rows: list[tuple[int, Rider]] = []
         self.boarding: tuple[int, Boarding] | None = None

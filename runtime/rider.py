@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import SessionError
 from .continuation import Continuation, Generated, Request
 from .images.features import Features
 from .lookup import Lookup
@@ -46,7 +47,12 @@ class Rider:
         """
         pieces: list[Generated] = []
         for guess, logits_V in zip([*draft, None], logits_SV, strict=True):
-            pieces.append(self.continuation.take(logits_V))
+            try:
+                pieces.append(self.continuation.take(logits_V))
+            except SessionError:
+                if not pieces:
+                    raise
+                break  # the tokens before stand; the step from the last of them raises it again
             if pieces[-1].finish is not None or pieces[-1].ids != [guess]:
                 break
         accepted = sum(piece.ids == [guess] for piece, guess in zip(pieces, draft, strict=False))

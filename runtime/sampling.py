@@ -147,6 +147,7 @@ class Sampler:
         self.sampling = sampling
         self.rng = np.random.default_rng(sampling.seed)
         self.processors = open_processors(sampling, ends, prompt)
+        self.changed_V = np.empty(0, np.float32)  # memory that is new each time would cost more than the changes
 
     def __call__(self, logits_V: Row, seen: Sequence[int]) -> int:
         """Chooses the next token.
@@ -167,15 +168,18 @@ class Sampler:
                 if (found := logits_V.draw(self.sampling, draw)) is not None:
                     return found
             logits_V = logits_V.whole()
-        token = int(logits_V.argmax())
-        if not (np.isfinite(logits_V[token]) and np.isfinite(logits_V.min())):
+        token = int(logits_V.argmax())  # of the first NaN where there is one
+        if not (math.isfinite(logits_V[token]) and math.isfinite(logits_V.min())):
             raise _not_finite(logits_V)
         if self.processors:
-            logits_V = logits_V.copy()
+            if len(self.changed_V) != len(logits_V):
+                self.changed_V = np.empty(len(logits_V), np.float32)
+            np.copyto(self.changed_V, logits_V)
+            logits_V = self.changed_V
             for process in self.processors:
                 process(logits_V, seen)
             token = int(logits_V.argmax())
-        if not np.isfinite(top := logits_V[token]):
+        if not math.isfinite(top := logits_V[token]):
             raise SessionError("the settings forbid every token, or make a logit too large: forbid or bias less")
         if self.sampling.temperature == 0:
             return token

@@ -17,7 +17,7 @@ from .defaults import Defaults
 from .flight import stream_requests
 from .images.tower import Tower
 from .lookup import Lookup
-from .prompt import Images, Prompt, PromptReader, Tokens
+from .prompt import Images, Prompt, PromptReader, Tokens, prompt_list
 from .rider import ride_alone
 from .state import Limits
 from .text import Text
@@ -104,6 +104,7 @@ class Session(TokenSession):
             The new tokens and their text, in the order of the prompts. A prompt that an error ended has the `finish`
             "error", the error, and its tokens until then; the others go on.
         """
+        prompts = prompt_list(prompts)
         pieces: list[list[Generated]] = [[] for _ in prompts]
         budget = prefill_budget
         for number, piece in self.stream_many(prompts, max_new_tokens, slots=slots, prefill_budget=budget, **settings):
@@ -136,7 +137,7 @@ class Session(TokenSession):
         Raises:
             SessionError: As `stream` does, before anything is computed.
         """
-        requests = [self.request(prompt, max_new_tokens, **settings) for prompt in prompts]
+        requests = [self.request(prompt, max_new_tokens, **settings) for prompt in prompt_list(prompts)]
         return stream_requests(self, requests, slots, prefill_budget)
 
     def request(
