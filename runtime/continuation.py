@@ -116,6 +116,7 @@ class Request:
         stop_strings: Texts that end it.
         text: The tokenizer that writes the new tokens' text; None gives token ids and no text.
         top_logprobs: Likeliest tokens whose log-probabilities are returned beside the chosen one's; None returns none.
+        scope: Requests of one scope share the beginnings that a session keeps, those of others do not.
     """
 
     prompt: Tokens
@@ -125,6 +126,7 @@ class Request:
     stop_strings: str | Sequence[str]
     text: Text | None = None
     top_logprobs: int | None = None
+    scope: bytes = b""
 
     @property
     def positions(self) -> int:

@@ -69,7 +69,7 @@ class TensorRTDecoder:
         """None: pieces of several rows have no limit but the profiles' own."""
         return None
 
-    def caches(self, batch: int, positions: int) -> "DeviceCaches":
+    def caches(self, batch: int, positions: int, *, sparse: bool = False) -> "DeviceCaches":
         """Makes KV buffers for a batch, zeros at first; their size is the engine's, whatever `positions` are used."""
         self.device.enter()
         return DeviceCaches(self.device, self.spec, self.about, batch, positions)
@@ -92,8 +92,8 @@ class DeviceCaches:
     def __init__(self, device: Device, spec: ModelSpec, about: EngineSpec, batch: int, positions: int) -> None:
         self.device, self.spec, self.about = device, spec, about.caches
         self.batch, self.positions = batch, positions
-        self.row_bytes = {each.name: each.row_size for each in about.caches}
-        self.buffers = {name: DeviceMemory(device, batch * size) for name, size in self.row_bytes.items()}
+        self.row_sizes = {each.name: each.row_size for each in about.caches}
+        self.buffers = {name: DeviceMemory(device, batch * size) for name, size in self.row_sizes.items()}
         for memory in self.buffers.values():
             memory.zero()
 
@@ -101,7 +101,7 @@ class DeviceCaches:
         """Copies a whole row over another, whatever it holds: the GPU is quick at that."""
         self.device.enter()
         for name, memory in self.buffers.items():
-            size = self.row_bytes[name]
+            size = self.row_sizes[name]
             self.device.copy(memory.address + source * size, memory.address + target * size, size)
 
     def read(self, row: int, start: int, stop: int) -> Slots:
@@ -123,6 +123,13 @@ class DeviceCaches:
             if is_standing(cache_chunk(self.spec, each.name), start, past):
                 for address, line in zip(self._addresses(each, row, start), slots[each.name], strict=True):
                     self.device.upload(address, line)
+
+    def row_bytes(self, tokens: int) -> int:
+        """Bytes of a row, however few tokens it holds: an engine's rows are whole."""
+        return sum(self.row_sizes.values())
+
+    def release(self, row: int) -> None:
+        """Does nothing: a row's memory is there as long as the others'."""
 
     def _addresses(self, cache: CacheInput, row: int, start: int) -> list[int]:
         """The address of a position in a row, for each head."""
@@ -196,7 +203,7 @@ class TensorRTBinding:
         for name, memory in decoder.buffers.items():
             accept(context.set_tensor_address(name, memory.address), name)
         for each in decoder.about.caches:
-            first = self.caches.buffers[each.name].address + self.rows.start * self.caches.row_bytes[each.name]
+            first = self.caches.buffers[each.name].address + self.rows.start * self.caches.row_sizes[each.name]
             past, present = f"past.{each.name}", f"present.{each.name}"
             accept(context.set_input_shape(past, (self.rows.stop - self.rows.start, *each.shape)), past)
             accept(context.set_tensor_address(past, first), past)
