@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 PAGE = mmap.PAGESIZE
+NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
+"""Linux's MAP_NORESERVE: more may be asked for than there is, since little of it will be taken."""
 
 
 class SparseMemory:
@@ -25,7 +27,7 @@ class SparseMemory:
         self.memory = (
             mmap.mmap(-1, max(1, size))
             if sys.platform == "win32"
-            else mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            else mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
         )
         self.gives_back = sys.platform == "linux"
         if self.gives_back and hasattr(mmap, "MADV_NOHUGEPAGE"):
