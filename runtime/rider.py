@@ -154,6 +154,7 @@ def ride_alone(session: TokenSession, request: Request, lookup: Lookup) -> Itera
         draft = lookup.draft(ids, _room(session, len(ids) - 1, rider.continuation.left))
         if session.image_token in draft:
             draft = draft[: draft.index(session.image_token)]  # no feature comes with it
+        draft = rider.continuation.fitting(draft)
         if draft:
             ((_, _, logits_SV),) = session.extend(state, [[ids[-1], *draft]])
             pieces = rider.verify(state, draft, logits_SV)

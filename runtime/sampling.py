@@ -1,7 +1,7 @@
 """From logits to the next token: greedy, or drawn after the filters that `transformers` knows, in its order.
 
-The changes of `processors` first, then temperature, top-k, top-p, min-p, typical-p. The same seed draws the same
-tokens.
+The changes of `processors` first, then a grammar's mask, temperature, top-k, top-p, min-p, typical-p. The same seed
+draws the same tokens.
 """
 
 import math
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from . import checks
+from .grammars.guide import Guide
 from .processors import (
+    FORBIDDEN,
     ForbiddenTokens,
     ForbiddenWords,
     LogitBias,
@@ -140,10 +142,13 @@ class Sampler:
         sampling: The settings by which tokens are chosen.
         ends: Tokens that end the sequence.
         prompt: Number of the prompt's tokens.
+        guide: Says which tokens may come, whatever the settings make of the others; None allows all.
     """
 
-    def __init__(self, sampling: Sampling, ends: Collection[int] = (), prompt: int = 0) -> None:
-        self.sampling = sampling
+    def __init__(
+        self, sampling: Sampling, ends: Collection[int] = (), prompt: int = 0, guide: Guide | None = None
+    ) -> None:
+        self.sampling, self.guide = sampling, guide
         self.rng = np.random.default_rng(sampling.seed)
         self.processors = open_processors(sampling, ends, prompt)
 
@@ -165,8 +170,13 @@ class Sampler:
             for process in self.processors:
                 process(logits_V, seen)
             token = int(logits_V.argmax())
+        if self.guide is not None and not (self.sampling.temperature == 0 and self.guide.allows(token)):
+            logits_V = self.guide.restrict(logits_V)
+            token = int(logits_V.argmax())
         if not np.isfinite(top := logits_V[token]):
-            raise SessionError("the settings forbid every token, or make a logit too large: forbid or bias less")
+            among = "" if self.guide is None else " that the grammar allows"
+            wrong = f"the settings forbid every token{among}, or make a logit too large"
+            raise SessionError(f"{wrong}: forbid or bias less")
         return token if self.sampling.temperature == 0 else self._draw(logits_V - top)
 
     def _draw(self, below_V: NDArray[np.float32]) -> int:
@@ -174,6 +184,7 @@ class Sampler:
         sampling = self.sampling
         draw = self.rng.random()
         tokens, total = candidates(below_V, sampling, draw)
+        tokens = tokens[below_V[tokens] > FORBIDDEN]  # a grammar forbids most of them
         tokens = tokens[np.argsort(-below_V[tokens], kind="stable")]
         weights = np.exp(below_V[tokens].astype(np.float64) / sampling.temperature)
         cumulative = np.cumsum(weights)
@@ -251,7 +262,7 @@ def candidates(below_V: NDArray[np.float32], sampling: Sampling, draw: float) ->
 
 
 def largest(below_V: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """The places of the largest logits, `count` of them and those equal to the last, in no order.
+    """The places of the largest logits, `count` of them and those equal to the last, in no order; none of -∞.
 
     Args:
         below_V: The logits less the largest of them.
@@ -262,4 +273,8 @@ def largest(below_V: NDArray[np.float32], count: int) -> NDArray[np.int64]:
         if len(near) >= count:
             values = below_V[near]
             return near[values >= np.partition(values, -count)[-count]]
-    return np.flatnonzero(below_V >= np.partition(below_V, -count)[-count])
+    allowed = np.flatnonzero(below_V > FORBIDDEN)
+    if len(allowed) <= count:
+        return allowed
+    values = below_V[allowed]
+    return allowed[values >= np.partition(values, -count)[-count]]

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from .chat import ChatWriter, whole_chat
 from .completions import CompletionWriter, whole_completion
 from .doors import Doors
-from .errors import RequestError, of_session
+from .errors import RequestError
 from .logs import Log
 from .page import page
 from .pilot import Ride
@@ -92,7 +92,7 @@ class Endpoints:
         def write() -> str:
             if asked.tokens:
                 session.check_ids(asked.tokens)
-            return "".join(session.text.decode_whole(asked.tokens))
+            return self.service.texts.whole(asked.tokens)
 
         return JSONResponse(plain(DetokenizeAnswer(prompt=await self.service.work(write))))
 
@@ -146,7 +146,8 @@ class Endpoints:
         about = request.state.about
         about["prompt_tokens"] = sum(len(party[0].prompt.ids) for party in ride.parties)
         about["user"] = asked.asker or None
-        about["timelines"] = _Timelines(ride)
+        about["completion_tokens"] = lambda: sum(each.tokens for each in ride.timelines)
+        about["first_token_seconds"] = ride.first_token_seconds
         if asked.stream:
             return await stream(self.service, ride, writer(self.service, asked, ride))
         return JSONResponse(await watched(self.service, request, ride, whole(self.service, asked, ride)))
@@ -175,17 +176,6 @@ class Endpoints:
         if self.log.has_prompts:
             request.state.about["request"] = data
         return read(cls, data)
-
-
-class _Timelines:
-    """The tokens and times of a ride, for the log: read when the line is written."""
-
-    def __init__(self, ride: Ride) -> None:
-        self.ride = ride
-
-    def __str__(self) -> str:
-        tokens = sum(each.tokens for each in self.ride.timelines)
-        return f"{tokens} new tokens"
 
 
 def _too_large(limit: int) -> RequestError:
@@ -229,13 +219,10 @@ def make_app(
 
     async def refuse(request: HttpRequest, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            error = RequestError(f"{request.method} {request.url.path[:100]}: {error.detail}", status=error.status_code,
-                                 headers=error.headers)
+            line = f"{request.method} {request.url.path[:100]}: {error.detail}"
+            error = RequestError(line, status=error.status_code, headers=error.headers)
         elif isinstance(error, ClientDisconnect):
             error = RequestError("the client has gone", status=499)
-        elif not isinstance(error, RequestError):
-            log.fault(error)
-            error = of_session(error)
         assert isinstance(error, RequestError)
         request.state.about["error"] = error.message[:300]
         return JSONResponse(error.body, error.status, error.headers)
@@ -244,6 +231,6 @@ def make_app(
     if origins:
         cors = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": ["x-request-id"]}
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(origins), **cors))
-    handlers: dict[Any, Any] = dict.fromkeys((HTTPException, RequestError, ClientDisconnect, Exception), refuse)
-    del handlers[Exception]  # Starlette raises those again behind its answer
-    return Starlette(routes=routes(Endpoints(service, log, bool(keys))), middleware=middleware, exception_handlers=handlers)
+    handlers: dict[Any, Any] = dict.fromkeys((HTTPException, RequestError, ClientDisconnect), refuse)
+    endpoints = Endpoints(service, log, bool(keys))
+    return Starlette(routes=routes(endpoints), middleware=middleware, exception_handlers=handlers)

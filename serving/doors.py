@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import SessionError
-from .errors import RequestError
+from .errors import RequestError, of_session
 from .logs import Log
 from .service import Caller
 
@@ -87,11 +87,18 @@ class Doors:
             answer = JSONResponse(error.body, error.status, error.headers)
             await answer(scope, receive, send_on)
         else:
-            await self.app(scope, receive, send_on)
+            try:
+                await self.app(scope, receive, send_on)
+            except Exception as error:  # of whatever kind: it ends this request alone
+                self.log.fault(error)
+                if not status:
+                    answer = JSONResponse(of_session(error).body, 500)
+                    await answer(scope, receive, send_on)
         if scope["path"] not in ("/health", "/ready", "/metrics"):
             seconds = round(time.perf_counter() - started, 4)
             line = {"id": number, "method": scope["method"], "path": scope["path"][:200], "status": status}
-            self.log.write("request", **line, seconds=seconds, **about)
+            shown = {name: value() if callable(value) else value for name, value in about.items()}
+            self.log.write("request", **line, seconds=seconds, **shown)
 
     def _caller(self, scope: Scope, headers: Headers) -> Caller:
         """Who asks.

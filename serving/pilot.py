@@ -50,11 +50,16 @@ class Ride:
 
     def __init__(self, parties: Sequence[Sequence[Request]], user: str) -> None:
         self.parties, self.user = parties, user
-        self.joined = time.perf_counter()
-        self.timelines = [Timeline(self.joined) for party in parties for _ in party]
+        self.started = time.perf_counter()
+        self.timelines = [Timeline(self.started) for party in parties for _ in party]
         self.riding = set(range(len(self.timelines)))
         self.pieces: deque[tuple[int, Generated]] = deque()
         self._waiter: asyncio.Future[None] | None = None
+
+    def first_token_seconds(self) -> float | None:
+        """Seconds until its first token; None where none came."""
+        firsts = [each.first for each in self.timelines if each.first]
+        return round(min(firsts) - self.started, 4) if firsts else None
 
     async def next(self) -> list[tuple[int, Generated]]:
         """Waits for pieces. Returns all that are there, each with its sequence's number; none once all have ended."""
@@ -144,6 +149,7 @@ class Pilot:
         self.flight = self._open()
         self.longest = self._longest()
         self.inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self.rides: set[Ride] = set()
         self.queue: FairQueue[Entry] = FairQueue()
         self.numbers: dict[int, tuple[Ride, int]] = {}
         self.waiting = self.active = 0  # sequences, as the event loop counts them
@@ -181,12 +187,14 @@ class Pilot:
         self.waiting += len(ride.timelines)
         self.active += len(ride.timelines)
         self._gauge()
+        self.rides.add(ride)
         self.inbox.put(("join", ride))
 
     def cancel(self, ride: Ride, error: Exception | None = None) -> None:
         """Ends a ride that nobody waits for any more, or that an error ends; its rows are free at the next step."""
         if ride.riding:
             ride.end(error)
+            self.rides.discard(ride)
             self.inbox.put(("leave", ride))
 
     def _open(self) -> Flight:
@@ -296,6 +304,8 @@ class Pilot:
             if piece.finish is not None:
                 self._ended(ride, index, piece, now)
             ride.put(index, piece)
+            if not ride.riding:
+                self.rides.discard(ride)
         metrics.cache_usage = batch.used
         self._gauge()
 

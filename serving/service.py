@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from .. import __version__
 from ..errors import ArrieroError
 from ..runtime import Request, Session
 from .conversation import template_messages
@@ -80,6 +81,7 @@ class Service:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.metrics = Metrics(name)
         self.created = int(time.time())
+        self.fingerprint = f"arriero-{__version__}"
         self.workers = ThreadPoolExecutor(2, thread_name_prefix="reader")
         self._session: Session | None = None
         self._pilot: Pilot | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from ..errors import SessionError
 from ..runtime.grammars.vocabulary import byte_letters
 from ..runtime.logprobs import TokenLogprobs
 
@@ -30,6 +31,17 @@ class TokenTexts:
     def text_of(self, token: int) -> str:
         """A token's text."""
         return self.bytes_of(token).decode("utf-8", "replace")
+
+    def whole(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones included.
+
+        Raises:
+            SessionError: There is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise SessionError("the model has no tokenizer.json: there are no texts")
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+        return text
 
     def chat(self, logprobs: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
         """Log-probabilities as `/v1/chat/completions` has them."""
