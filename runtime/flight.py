@@ -19,6 +19,7 @@ a step of several rows fails, each is tried alone. A flight belongs to one threa
 """
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ class Flight:
         cache_bytes: Keys and values of all rows at most; None is no limit but the rows' own length.
 
     Attributes:
-        boarded: Numbers of requests that got a row, in their order; whoever looks empties it.
+        boarded: Numbers of requests that got a row, in their order, and the time by `time.perf_counter`; whoever looks
+            empties it.
 
     Raises:
         SessionError: The session does not hold that many rows or tokens, the budget is less than 1, or the memory less
@@ -101,7 +103,7 @@ class Flight:
         self.waiting: deque[Party] = deque()
         self.rows: list[tuple[int, Rider]] = []
         self.boarding: tuple[Party, Boarding] | None = None
-        self.boarded: list[int] = []
+        self.boarded: list[tuple[int, float]] = []
         self.alone: set[int] = set()
         self.numbers = itertools.count()
         if cache_bytes is not None and cache_bytes < (least := self.state.caches.row_bytes(1)):
@@ -140,8 +142,8 @@ class Flight:
             if self.cache_bytes is not None and self._bytes(request) > self.cache_bytes:
                 raise SessionError(
                     f"the prompt's {len(request.prompt.ids)} and {request.count} new tokens need "
-                    f"{self._bytes(request)} bytes of cache, there are {self.cache_bytes}: ask for fewer new tokens, or "
-                    "for more cache_bytes"
+                    f"{self._bytes(request)} bytes of cache, there are {self.cache_bytes}: ask for fewer new tokens, "
+                    "or for more cache_bytes"
                 )
         party = Party([(next(self.numbers), request) for request in requests])
         if party.members:
@@ -198,7 +200,7 @@ class Flight:
                 read, more = self._admit(group)
             else:
                 party, row = self._take_first(count), len(self.rows)
-                self._count(party.members)
+                self._count(party.members, time.perf_counter())
                 self.boarding = party, Boarding(self.session, self.state.rows(row, row + 1), party.first)
                 continue
             budget -= read
@@ -226,10 +228,10 @@ class Flight:
             self.waiting.popleft()
         return party
 
-    def _count(self, members: Sequence[tuple[int, Request]]) -> None:
-        """Takes down that requests get rows, and the memory of these."""
+    def _count(self, members: Sequence[tuple[int, Request]], started: float) -> None:
+        """Takes down that requests got rows, and the memory of these."""
         for number, request in members:
-            self.boarded.append(number)
+            self.boarded.append((number, started))
             if self.cache_bytes is not None:
                 self.taken[number] = self._bytes(request)
 
@@ -287,14 +289,14 @@ class Flight:
 
         Where that fails, they stay in the queue, to be read alone, so that only the one that is to blame ends.
         """
-        first = len(self.rows)
+        first, started = len(self.rows), time.perf_counter()
         try:
             part = self.state.rows(first, first + len(group))
             riders, logits_BV = board_together(self.session, part, [request for _, request in group])
         except Exception:  # of whatever kind: it comes again where it comes from
             self.alone |= {number for number, _ in group}
             return 0, []
-        self._count(group)
+        self._count(group, started)
         for number, rider in zip([number for number, _ in group], riders, strict=True):
             self.waiting.popleft()
             self.rows.append((number, rider))

@@ -92,7 +92,7 @@ class Endpoints:
         def write() -> str:
             if asked.tokens:
                 session.check_ids(asked.tokens)
-            return self.service.texts.whole(asked.tokens)
+            return self.service.texts.whole(asked.tokens, special=True)
 
         return JSONResponse(plain(DetokenizeAnswer(prompt=await self.service.work(write))))
 
@@ -229,7 +229,11 @@ def make_app(
 
     middleware = [Middleware(Doors, keys=keys, hosts=hosts, log=log)]
     if origins:
-        cors = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": ["x-request-id"]}
+        cors: dict[str, Any] = {
+            "allow_methods": ["GET", "POST"],
+            "allow_headers": ["*"],
+            "expose_headers": ["x-request-id"],
+        }
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(origins), **cors))
     handlers: dict[Any, Any] = dict.fromkeys((HTTPException, RequestError, ClientDisconnect), refuse)
     endpoints = Endpoints(service, log, bool(keys))

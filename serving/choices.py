@@ -66,7 +66,8 @@ class Choice:
             raise of_session(piece.error)
         self.tokens += len(piece.ids)
         self.reused += piece.reused
-        content, calls = piece.text, ()
+        content: str = piece.text
+        calls: Sequence[dict[str, Any]] = ()
         if self.reader is not None:
             content, calls = self._read(piece)
         if piece.finish is not None:

@@ -42,7 +42,7 @@ def echoes(service: Service, request: CompletionRequest, ride: Ride) -> list[str
     """The text that comes before each choice's own."""
     found = []
     for party in ride.parties:
-        text = service.texts.whole(party[0].prompt.ids) if request.echo else ""
+        text = service.texts.whole(party[0].prompt.ids, special=False) if request.echo else ""
         found += [text] * len(party)
     return found
 

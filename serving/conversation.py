@@ -95,7 +95,9 @@ def _answer(message: AssistantMessage, template: str) -> dict[str, Any]:
             raise RequestError(f"the arguments {shown} of {call.function.name} are no JSON", "messages") from error
         if not isinstance(arguments, dict):
             raise RequestError(f"the arguments of {call.function.name} are no JSON object", "messages")
-        calls.append({"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}})
+        calls.append(
+            {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+        )
     if "tool_calls" in template:
         return {"role": "assistant", "content": text, "tool_calls": calls}
     return {"role": "assistant", "content": text + written_calls(call["function"] for call in calls)}

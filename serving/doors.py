@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -68,7 +69,8 @@ class Doors:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, started, about = Headers(scope=scope), time.perf_counter(), {}
+        headers, started = Headers(scope=scope), time.perf_counter()
+        about: dict[str, Any] = {}
         given = headers.get("x-request-id", "")
         number = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         status = 0

@@ -11,10 +11,50 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
+SECONDS = (
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+)
 """Bounds of the buckets of times to tokens."""
 
-LONG_SECONDS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
+LONG_SECONDS = (
+    0.01,
+    0.05,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+)
 """Bounds of the buckets of times of whole requests."""
 
 REASONS = ("stop", "length", "abort")
@@ -90,7 +130,7 @@ class Metrics:
         from prometheus_client import CollectorRegistry, generate_latest
 
         registry = CollectorRegistry()
-        registry.register(self)  # type: ignore[arg-type] # a collector by its method alone
+        registry.register(self)
         return generate_latest(registry)
 
     def collect(self) -> Iterator["Metric"]:
@@ -116,7 +156,9 @@ class Metrics:
         }
         for name, (about, value) in counters.items():
             yield family(CounterMetricFamily, name, about, value)
-        ends = CounterMetricFamily("vllm:request_success", "Sequences by the end.", labels=["model_name", "finished_reason"])
+        ends = CounterMetricFamily(
+            "vllm:request_success", "Sequences by the end.", labels=["model_name", "finished_reason"]
+        )
         for reason, count in self.ends.items():
             ends.add_metric([self.model, reason], count)
         yield ends
@@ -136,6 +178,8 @@ class Metrics:
             found.add_metric([self.model], buckets=each.buckets(), sum_value=each.sum)
             yield found
         if self.cache:
-            about = GaugeMetricFamily("vllm:cache_config_info", "Sizes of the caches.", labels=["model_name", *self.cache])
-            about.add_metric([self.model, *self.cache.values()], 1)
-            yield about
+            info = GaugeMetricFamily(
+                "vllm:cache_config_info", "Sizes of the caches.", labels=["model_name", *self.cache]
+            )
+            info.add_metric([self.model, *self.cache.values()], 1)
+            yield info

@@ -6,6 +6,7 @@ request's own ends the rides that are on board, and a new flight takes the next.
 """
 
 import asyncio
+import itertools
 import queue
 import threading
 import time
@@ -53,6 +54,8 @@ class Ride:
         self.started = time.perf_counter()
         self.timelines = [Timeline(self.started) for party in parties for _ in party]
         self.riding = set(range(len(self.timelines)))
+        firsts = itertools.accumulate((len(party) for party in parties), initial=0)
+        self.prompts = {first: len(party[0].prompt.ids) for first, party in zip(firsts, parties, strict=False)}
         self.pieces: deque[tuple[int, Generated]] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
@@ -226,7 +229,7 @@ class Pilot:
                 self._feed(batch)
                 found = self.flight.step()
                 boarded, self.flight.boarded = self.flight.boarded, []
-                batch.boarded = [(*self.numbers[number], time.perf_counter()) for number in boarded]
+                batch.boarded = [(*self.numbers[number], started) for number, started in boarded]
                 for number, piece in found:
                     batch.pieces.append((*self.numbers[number], piece))
                     if piece.finish is not None:
@@ -296,7 +299,8 @@ class Pilot:
                     timeline.first = now
                     metrics.first_token.observe(now - timeline.joined)
                     metrics.prefill_time.observe(now - timeline.boarded)
-                    metrics.count_prompt(len(ride.parties[0][0].prompt.ids), piece.reused)
+                    if tokens := ride.prompts.get(index):
+                        metrics.count_prompt(tokens, piece.reused)
                 timeline.last = now
                 metrics.generation_tokens += len(piece.ids)
                 metrics.drafted += piece.drafted

@@ -1,5 +1,6 @@
 """`/v1/responses`: a conversation of items as a chat, and its answer as items, whole or as a stream of events."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -69,8 +70,8 @@ def _messages(request: ResponseRequest) -> list[chat.Message]:
             function = chat.CalledFunction(name=item.name, arguments=item.arguments)
             call = chat.ToolCall(id=item.call_id, type="function", function=function)
             last = found.pop() if found and isinstance(found[-1], chat.AssistantMessage) else None
-            content, calls = (None, []) if last is None else (last.content, last.tool_calls or [])  # type: ignore[union-attr]
-            found.append(chat.AssistantMessage(role="assistant", content=content, tool_calls=[*calls, call]))
+            answer = last if isinstance(last, chat.AssistantMessage) else chat.AssistantMessage(role="assistant")
+            found.append(dataclasses.replace(answer, tool_calls=[*(answer.tool_calls or ()), call]))
         elif isinstance(item, CallOutputItem):
             output = item.output if isinstance(item.output, str) else "".join(each.text for each in item.output)
             found.append(chat.ToolMessage(role="tool", content=output, tool_call_id=item.call_id))
@@ -190,7 +191,9 @@ class ResponseWriter:
             item = self._item(index, call["id"], call["function"]["name"], call["function"]["arguments"], status)
             items.append((self.places.get(self.call_ids[index], len(items)), item))
         output = [item for _, item in sorted(items, key=lambda each: each[0])]
-        return self._answer(status, output, usage=self._usage(), cut={"reason": "max_output_tokens"} if is_cut else None)
+        return self._answer(
+            status, output, usage=self._usage(), cut={"reason": "max_output_tokens"} if is_cut else None
+        )
 
     def _usage(self) -> ResponseUsage:
         found = usage_of(self.ride, [self.choice])

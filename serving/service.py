@@ -116,7 +116,9 @@ class Service:
         """
         if self.state != "ready" or self._session is None:
             seconds = {"Retry-After": "5"}
-            raise RequestError(f"the server is {self.state}: try again later", status=503, code=self.state, headers=seconds)
+            raise RequestError(
+                f"the server is {self.state}: try again later", status=503, code=self.state, headers=seconds
+            )
         return self._session
 
     @property
@@ -250,7 +252,7 @@ class Service:
         limit, longest = self.limits.new_tokens, self.pilot.longest
         if limit is not None and most is not None and most > limit:
             raise RequestError(f"max_tokens is {most}, this server gives at most {limit}", "max_tokens")
-        first = session.request(prompt, most, **settings, **request.seeded(0))
+        first = session.request(prompt, most, **(settings | request.seeded(0)))
         tokens, prompts = len(first.prompt.ids), self.limits.prompt_tokens
         if prompts is not None and tokens > prompts:
             raise RequestError(

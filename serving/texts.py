@@ -32,15 +32,15 @@ class TokenTexts:
         """A token's text."""
         return self.bytes_of(token).decode("utf-8", "replace")
 
-    def whole(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, special ones included.
+    def whole(self, tokens: Sequence[int], *, special: bool) -> str:
+        """The text of tokens, special ones included or not.
 
         Raises:
             SessionError: There is no tokenizer.
         """
         if self.tokenizer is None:
             raise SessionError("the model has no tokenizer.json: there are no texts")
-        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=not special)
         return text
 
     def chat(self, logprobs: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:

@@ -198,5 +198,3 @@ class ErrorAnswer:
     """A refusal."""
 
     error: ErrorDetails
-
-

@@ -231,7 +231,7 @@ class ChatRequest(Choosing):
             raise RequestError("tool_choice asks for a call, but tools has none: give tools", "tool_choice")
         if isinstance(chosen, NamedTool) and chosen.function.name not in names:
             raise RequestError(f"tool_choice names {chosen.function.name}, which is not among the tools", "tool_choice")
-        self._check_constraints(bool(names) and chosen in ("required",) or isinstance(chosen, NamedTool))
+        self._check_constraints((bool(names) and chosen in ("required",)) or isinstance(chosen, NamedTool))
 
     @property
     def limit(self) -> int | None:

@@ -115,9 +115,7 @@ def _get(operation: str, about: str, answered: type, components: dict[str, Any],
 
 def _errors(components: dict[str, Any], *statuses: int) -> dict[str, Any]:
     content = {"application/json": {"schema": schema(ErrorAnswer, components)}}
-    found: dict[str, Any] = {
-        str(status): {"description": ERRORS[status], "content": content} for status in statuses
-    }
+    found: dict[str, Any] = {str(status): {"description": ERRORS[status], "content": content} for status in statuses}
     if "429" in found:
         found["429"]["headers"] = {"Retry-After": {"schema": {"type": "string"}}}
     return found

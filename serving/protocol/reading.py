@@ -53,7 +53,7 @@ def read(cls: type[T], value: Any, where: str = "") -> T:
     """
     if not isinstance(value, dict):
         refuse(where, value, "an object")
-    known = _annotations(cls)
+    known = _annotations(typing.cast(Any, cls))
     for name in value:
         if name not in known:
             path = _join(where, shortened(name, 40).strip("'\""))
@@ -169,14 +169,14 @@ def _take_one(options: tuple[Any, ...], value: Any, where: str) -> Any:
             return take(option, value, where)
         except RequestError as error:
             errors.append((_likeness(option, value), error))
-    likeness, error = max(errors, key=lambda each: each[0])
+    likeness, closest = max(errors, key=lambda each: each[0])
     if isinstance(value, dict) and (tags := _tags(options)) and likeness < 3:
         name = "role" if "role" in value and "role" in tags else next(iter(tags))
         if name not in value:
             raise RequestError(f"{_join(where, name)} is missing: give it", _join(where, name))
         refuse(_join(where, name), value[name], _one_of(tags[name]))
     if likeness:
-        raise error
+        raise closest
     return refuse(where, value, " or ".join(dict.fromkeys(_kind(each) for each in options)))
 
 

@@ -10,7 +10,6 @@ from .reading import Sized, Within
 from .sampling import Choosing, Name
 
 
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputText:
     """A text of a message; `output_text` is one of an earlier answer."""

@@ -1,0 +1,133 @@
+"""`arriero serve`: a model behind OpenAI's interface."""
+
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from ..errors import SessionError
+from . import options
+from .streams import show_json
+from .terminal import Terminal
+
+Number = TypeVar("Number", int, float)
+
+
+def serve(
+    folder: options.Folder,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    unix_socket: options.UnixSocket = None,
+    model_name: options.ModelName = None,
+    slots: options.Slots = None,
+    max_seq: options.MaxSeq = None,
+    threads: options.Threads = None,
+    weights: options.Moved = None,
+    prefill_budget: options.PrefillBudget = None,
+    prefix_bytes: options.PrefixBytes = "256M",
+    share_prefixes: options.SharePrefixes = False,
+    cache_bytes: options.CacheBytes = None,
+    queue: options.Queue = 128,
+    api_key_file: options.ApiKeyFile = None,
+    tls_certificate: options.TlsCertificate = None,
+    tls_key: options.TlsKey = None,
+    cors_origin: options.CorsOrigin = None,
+    allow_host: options.AllowHost = None,
+    allow_image_host: options.AllowImageHost = None,
+    max_body_bytes: options.MaxBodyBytes = "32M",
+    max_prompt_tokens: options.MaxPromptTokens = None,
+    max_new_tokens: options.MostNewTokens = None,
+    max_images: options.MaxImages = 16,
+    first_token_seconds: options.FirstTokenSeconds = 0.0,
+    total_seconds: options.TotalSeconds = 0.0,
+    drain_seconds: options.DrainSeconds = 30.0,
+    log_prompts: options.LogPrompts = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the address on stdout, as JSON, when requests are taken.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Log nothing but faults.")] = False,
+    verbose: options.Verbose = False,
+    debug: options.Debug = False,
+) -> None:
+    """Serve a model: OpenAI's chat, completions and responses, with a page, metrics and a log in JSON lines."""
+    with Terminal(extra="serve", quiet=quiet, verbose=verbose, debug=debug).errors_shown():
+        from ..serving.logs import Log
+        from ..serving.server import ServerSettings
+        from ..serving.server import serve as run
+        from ..serving.service import Limits
+
+        check_extra(folder)
+        limits = Limits(
+            body_bytes=sized("--max-body-bytes", max_body_bytes),
+            prompt_tokens=at_least("--max-prompt-tokens", max_prompt_tokens, 1),
+            new_tokens=at_least("--max-new-tokens", max_new_tokens, 1),
+            images=at_least("--max-images", max_images, 0) or 0,
+            first_token_seconds=at_least("--first-token-seconds", first_token_seconds, 0) or 0,
+            total_seconds=at_least("--total-seconds", total_seconds, 0) or 0,
+            image_hosts=frozenset(each.lower().rstrip(".") for each in allow_image_host or ()),
+        )
+        settings = ServerSettings(
+            folder=folder,
+            name=model_name,
+            host=host,
+            port=port,
+            unix_socket=unix_socket,
+            api_key_file=api_key_file,
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+            origins=tuple(cors_origin or ()),
+            hosts=tuple(each.lower() for each in allow_host or ()),
+            max_seq=max_seq,
+            threads=threads,
+            weights=weights,
+            slots=at_least("--slots", slots, 1),
+            prefill_budget=at_least("--prefill-budget", prefill_budget, 1),
+            prefix_bytes=sized("--prefix-bytes", prefix_bytes),
+            cache_bytes=None if cache_bytes is None else sized("--cache-bytes", cache_bytes),
+            shares_prefixes=share_prefixes,
+            queue=at_least("--queue", queue, 0) or 0,
+            drain_seconds=at_least("--drain-seconds", drain_seconds, 0) or 0,
+            limits=limits,
+        )
+        log = Log(has_prompts=log_prompts, is_silent=quiet, debug=debug)
+        run(settings, log, show_json if as_json else lambda about: None)
+
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def sized(name: str, value: str) -> int:
+    """A number of bytes, as 1048576, 64M or 2G.
+
+    Raises:
+        SessionError: It is none.
+    """
+    text = value.strip().upper().removesuffix("B").removesuffix("I")
+    number, unit = (text[:-1], text[-1]) if text[-1:] in UNITS and text else (text, "")
+    if not (number.isascii() and number.isdigit() and len(number) < 16):
+        raise SessionError(f"{name} is {value[:40]!r}, expected a number of bytes, as 1048576, 64M or 2G")
+    return int(number) * UNITS[unit]
+
+
+def at_least(name: str, value: Number | None, least: int) -> Number | None:
+    """A number that is not less than `least`.
+
+    Raises:
+        SessionError: It is.
+    """
+    if value is not None and not value >= least:
+        raise SessionError(f"{name} is {value}, expected a number from {least} up")
+    return value
+
+
+def check_extra(folder: Path) -> None:
+    """Refuses a model folder, which is lowered first, where what lowers it is not installed."""
+    from importlib.util import find_spec
+
+    from ..files.folders import read_spec
+
+    if read_spec(folder).kind == "model" and find_spec("onnx") is None:
+        raise SessionError(
+            f"{folder} is a model folder, which is lowered first and needs arriero[export]: pip install "
+            "'arriero[export,serve]', or serve a bundle (arriero build --target cpu)"
+        )

@@ -1,0 +1,5 @@
+"""PLACEHOLDER."""
+
+
+def page() -> bytes:
+    return b"<!doctype html>"
