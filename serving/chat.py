@@ -24,9 +24,16 @@ def shown_tools(request: ChatRequest) -> list[dict[str, Any]]:
     return [plain(tool) for tool in request.tools or ()]
 
 
+def open_chat(service: Service, request: ChatRequest, ride: Ride) -> list[Choice]:
+    """The choices of a conversation's continuations, which may hold calls."""
+    demanded = request.tool_choice not in (None, "auto", "none")
+    parallel = request.parallel_tool_calls is not False
+    return open_choices(ride, shown_tools(request), service.texts.marks, parallel=parallel, demanded=demanded)
+
+
 async def whole_chat(service: Service, request: ChatRequest, ride: Ride) -> dict[str, Any]:
     """Waits for all choices. Returns the answer."""
-    choices = open_choices(ride, shown_tools(request))
+    choices = open_chat(service, request, ride)
     await finish_all(ride, choices)
     answer = ChatAnswer(
         id=new_id("chatcmpl"),
@@ -61,7 +68,7 @@ class ChatWriter:
 
     def __init__(self, service: Service, request: ChatRequest, ride: Ride) -> None:
         self.service, self.request, self.ride = service, request, ride
-        self.choices = open_choices(ride, shown_tools(request))
+        self.choices = open_chat(service, request, ride)
         self.counts = request.stream_options is not None and bool(request.stream_options.include_usage)
         self.head: dict[str, Any] = {
             "id": new_id("chatcmpl"),

@@ -17,7 +17,7 @@ from .streams import event
 
 async def whole_completion(service: Service, request: CompletionRequest, ride: Ride) -> dict[str, Any]:
     """Waits for all choices. Returns the answer."""
-    choices = open_choices(ride, ())
+    choices = open_choices(ride)
     await finish_all(ride, choices)
     echoed = echoes(service, request, ride)
     answer = CompletionAnswer(
@@ -58,7 +58,7 @@ class CompletionWriter:
 
     def __init__(self, service: Service, request: CompletionRequest, ride: Ride) -> None:
         self.service, self.request, self.ride = service, request, ride
-        self.choices = open_choices(ride, ())
+        self.choices = open_choices(ride)
         self.offsets = [0] * len(self.choices)
         self.counts = request.stream_options is not None and bool(request.stream_options.include_usage)
         self.head = {

@@ -1,7 +1,7 @@
 """A queue in which users take turns: someone's tenth request waits behind another's first.
 
-Start-time fair queueing (Goyal et al. 1996): an item's time is one after the user's last, and not before that of the item
-that left last. So nobody waits forever, whoever comes.
+Start-time fair queueing (Goyal et al. 1996): an item's time is one after the user's last, and not before that of the
+item that left last. So nobody waits forever, whoever comes.
 """
 
 import heapq

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..runtime import Generated
-from .chat import shown_tools
-from .choices import finish_all, new_id, open_choices, usage_of
+from .chat import open_chat
+from .choices import finish_all, new_id, usage_of
 from .errors import RequestError
 from .pilot import Ride
 from .protocol import chat
@@ -138,7 +138,7 @@ class ResponseWriter:
 
     def __init__(self, service: Service, request: ResponseRequest, ride: Ride) -> None:
         self.service, self.request, self.ride = service, request, ride
-        (self.choice,) = open_choices(ride, shown_tools(as_chat(request)))
+        (self.choice,) = open_chat(service, as_chat(request), ride)
         self.id, self.message_id, self.created = new_id("resp"), new_id("msg"), int(time.time())
         self.call_ids: list[str] = []
         self.number = 0

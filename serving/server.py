@@ -1,7 +1,7 @@
 """A server's life: it listens, loads its model, serves, drains, and ends.
 
-Enters: a folder and settings. Leaves: nothing but what clients get. Invariants: the socket is there before the model, so
-that whoever asks learns that it is being loaded; a signal to end lets what flies land; a second ends at once.
+Enters: a folder and settings. Leaves: nothing but what clients get. Invariants: the socket is there before the model, so that
+whoever asks learns that it is being loaded; a signal to end lets what flies land; a second ends at once.
 """
 
 import asyncio
@@ -281,7 +281,8 @@ def _listen(settings: ServerSettings) -> socket.socket:
             listener.close()
         reason = getattr(error, "strerror", None) or error
         raise SessionError(
-            f"cannot listen on {shortened(settings.host)} port {settings.port} ({reason}): give another --host or --port"
+            f"cannot listen on {shortened(settings.host)} port {settings.port} ({reason}): give another --host or "
+            "--port"
         ) from error
     return listener
 

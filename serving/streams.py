@@ -6,7 +6,7 @@ the first piece is an answer with its own status, one after it an event; a clien
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Iterable
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -90,6 +90,7 @@ class EventStream(Response):
         self.service, self.ride, self.writer, self.first = service, ride, writer, first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the stream, until it ends or the client leaves."""
         watcher = asyncio.create_task(_watch(self.service, receive, self.ride))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -142,6 +143,3 @@ async def stream(service: Service, ride: Ride, writer: Writer) -> EventStream:
         service.cancel(ride)
         raise of_session(failed)
     return EventStream(service, ride, writer, first)
-
-
-Endpoint = Callable[[HttpRequest], Awaitable[Response]]

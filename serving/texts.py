@@ -15,6 +15,10 @@ from ..runtime.grammars.vocabulary import byte_letters
 from ..runtime.logprobs import TokenLogprobs
 
 
+MARKS = ("<|python_start|>", "<|python_end|>")
+"""Special tokens that stand around calls."""
+
+
 class TokenTexts:
     """The texts of a model's tokens.
 
@@ -26,6 +30,7 @@ class TokenTexts:
         self.tokenizer = tokenizer
         self.added = {} if tokenizer is None else tokenizer.get_added_tokens_decoder()
         self.letters = byte_letters()
+        self.marks = {token: each.content for token, each in self.added.items() if each.content in MARKS}
         self.bytes_of = lru_cache(maxsize=1 << 14)(self._bytes_of)
 
     def text_of(self, token: int) -> str:

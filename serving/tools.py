@@ -8,7 +8,7 @@ def tool_grammar(tools: Any, choice: Any, parallel: bool) -> str:
 
 
 class ToolCallReader:
-    def __init__(self, tools: Any) -> None: ...
+    def __init__(self, tools: Any, **k: Any) -> None: ...
     def feed(self, text: str) -> Any:
         return text, []
 

@@ -1,10 +1,10 @@
 """JSON read into dataclasses by their annotations, and the JSON schemas that say the same.
 
-Enters: a dataclass, and data of any kind. Leaves: an instance, or a `RequestError` that names the field. Invariant: what
-the schema allows is read, and what it does not is refused; so a description never differs from the check.
+Enters: a dataclass, and data of any kind. Leaves: an instance, or a `RequestError` that names the field. Invariant:
+what the schema allows is read, and what it does not is refused; so a description never differs from the check.
 
-Annotations may be `bool`, `int`, `float`, `str`, `None`, `Any`, `Literal`, dataclasses, lists, dictionaries by text, and
-unions of them; `Annotated` adds `Within` to numbers and `Sized` to texts, lists and dictionaries.
+Annotations may be `bool`, `int`, `float`, `str`, `None`, `Any`, `Literal`, dataclasses, lists, dictionaries by text,
+and unions of them; `Annotated` adds `Within` to numbers and `Sized` to texts, lists and dictionaries.
 """
 
 import dataclasses
