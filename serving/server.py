@@ -1,6 +1,6 @@
 """A server's life: it listens, loads its model, serves, drains, and ends.
 
-Enters: a folder and settings. Leaves: nothing but what clients get. Invariants: the socket is there before the model, so that
+Enters: a folder and settings. Leaves: what clients get. Invariants: the socket is there before the model, so that
 whoever asks learns that it is being loaded; a signal to end lets what flies land; a second ends at once.
 """
 

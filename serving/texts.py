@@ -14,7 +14,6 @@ from ..errors import SessionError
 from ..runtime.grammars.vocabulary import byte_letters
 from ..runtime.logprobs import TokenLogprobs
 
-
 MARKS = ("<|python_start|>", "<|python_end|>")
 """Special tokens that stand around calls."""
 
