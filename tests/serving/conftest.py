@@ -15,8 +15,6 @@ import pytest
 from openai import OpenAI
 
 import arriero
-from arriero.calibration import int8
-from arriero.engine import build_bundle
 from arriero.runtime import Session
 from arriero.spec.recipe import Recipe
 
@@ -64,6 +62,9 @@ class Served:
 @pytest.fixture(scope="session")
 def bundle(quantised_tiny: Callable[[Recipe], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama 4 in int8, whose texts do not depend on what runs beside them."""
+    from arriero.calibration import int8
+    from arriero.engine import build_bundle
+
     return build_bundle(quantised_tiny(int8()), tmp_path_factory.mktemp("served") / "tiny", target="cpu")
 
 
