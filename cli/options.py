@@ -145,6 +145,9 @@ PromptLookup = Annotated[
 ]
 StopString = Annotated[list[str] | None, typer.Option(help="Text that ends it; may be repeated.")]
 EosTokenId = Annotated[list[int] | None, typer.Option(help="Token that ends it; may be repeated.")]
+JsonSchema = Annotated[Path | None, typer.Option(help="File of a JSON schema that the text follows.")]
+Grammar = Annotated[Path | None, typer.Option(help="File of a grammar in Lark that the text follows.")]
+Regex = Annotated[str | None, typer.Option(help="Regular expression that the whole text matches.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Let no token end it.")]
 
 # serve

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SessionError
 from . import options
 from .chat import Chat
-from .streams import as_utf8, check_stdin, is_read, read_stdin, show_json
+from .streams import as_utf8, check_stdin, is_read, read_option, read_stdin, show_json
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ def run(
     stop_string: options.StopString = None,
     eos_token_id: options.EosTokenId = None,
     ignore_eos: options.IgnoreEos = False,
+    json_schema: options.JsonSchema = None,
+    grammar: options.Grammar = None,
+    regex: options.Regex = None,
     top_logprobs: options.TopLogprobs = None,
     max_seq: options.MaxSeq = None,
     threads: options.Threads = None,
@@ -61,6 +64,8 @@ def run(
     settings |= {"eos_token_id": [] if ignore_eos else eos_token_id}
     terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
+        settings |= {"json_schema": read_option(json_schema, "--json-schema"), "regex": regex}
+        settings |= {"grammar": read_option(grammar, "--grammar")}
         prompt, system = texts_of(prompt, system, chat)
         from ..loading import load
 
