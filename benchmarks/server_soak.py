@@ -42,7 +42,9 @@ def pool_of(session: arriero.runtime.Session) -> list[tuple[list[dict[str, str]]
     """Conversations with the number of tokens asked for, and what each gives alone."""
     found = []
     for number in range(24):
-        words = f"Explain {['list.append', 'the with statement', 'dict', 'generators'][number % 4]}. " * (1 + number % 9)
+        words = f"Explain {['list.append', 'the with statement', 'dict', 'generators'][number % 4]}. " * (
+            1 + number % 9
+        )
         messages = [{"role": "user", "content": words + str(number % 5)}]
         count = 4 + 5 * (number % 8)
         found.append((messages, count, session.generate(messages, count, do_sample=False).text))
@@ -91,7 +93,9 @@ async def aenumerate(stream: Any) -> Any:
         number += 1
 
 
-async def soak(server: ServerProcess, pool: list[Any], seconds: float, clients: int, seed: int) -> tuple[Counter[str], list[int]]:
+async def soak(
+    server: ServerProcess, pool: list[Any], seconds: float, clients: int, seed: int
+) -> tuple[Counter[str], list[int]]:
     """Lets clients ask until the time is over, then ends the server under them."""
     found: Counter[str] = Counter()
     memory: list[int] = []
@@ -136,7 +140,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     pool = pool_of(arriero.load(asked.folder, threads=asked.threads, max_seq=1024))
-    options = ("--threads", str(asked.threads), "--slots", "8", "--queue", "16", "--max-seq", "1024", "--cache-bytes", "8M")
+    options = (
+        "--threads",
+        str(asked.threads),
+        "--slots",
+        "8",
+        "--queue",
+        "16",
+        "--max-seq",
+        "1024",
+        "--cache-bytes",
+        "8M",
+    )
     with ServerProcess(asked.folder, *options, "--prefix-bytes", "4M") as server:
         found, memory = asyncio.run(soak(server, pool, asked.minutes * 60, asked.clients, asked.seed))
         code = server.process.wait()

@@ -48,7 +48,9 @@ async def stream(host: str, port: int, body: dict[str, Any]) -> list[float]:
     """Asks for a stream. Returns the moments of its pieces, the request's first."""
     reader, writer = await asyncio.open_connection(host, port)
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    )
     moments = [time.perf_counter()]
     writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     while line := await reader.readline():
@@ -61,7 +63,14 @@ async def stream(host: str, port: int, body: dict[str, Any]) -> list[float]:
 def body_of(count: int, number: int, prompt: Any = None) -> dict[str, Any]:
     """A request for a number of tokens, no more and no fewer."""
     words = f"{PROMPT} {number}" if prompt is None else prompt
-    return {"prompt": words, "max_tokens": count, "temperature": 0, "logit_bias": {"1": -100}, "stream": True, "logprobs": 0}
+    return {
+        "prompt": words,
+        "max_tokens": count,
+        "temperature": 0,
+        "logit_bias": {"1": -100},
+        "stream": True,
+        "logprobs": 0,
+    }
 
 
 async def load(server: ServerProcess, streams: int, count: int, prompt: Any = None) -> Load:
@@ -116,7 +125,9 @@ def main() -> None:
         asyncio.run(load(server, 1, 8))
         fly(session, 1, 8)
         for _ in range(asked.rounds):
-            pairs.append((asyncio.run(load(server, asked.streams, asked.tokens)), fly(session, asked.streams, asked.tokens)))
+            pairs.append(
+                (asyncio.run(load(server, asked.streams, asked.tokens)), fly(session, asked.streams, asked.tokens))
+            )
             singles += [(asyncio.run(load(server, 1, 2)), fly(session, 1, 2)) for _ in range(5)]
         long = [5 + each % 1000 for each in range(min(asked.prompt_tokens, session.max_seq - 8))]
         calm = sorted(asyncio.run(load(server, asked.streams, asked.tokens)).gaps)

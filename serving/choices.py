@@ -73,7 +73,8 @@ class Choice:
         if self.reader is not None:
             content, calls = self._read(piece)
         if piece.finish is not None:
-            self.finish = "tool_calls" if self.calls or calls else FINISHES[piece.finish]
+            is_called = (self.calls or calls) and piece.finish != "length"  # one that is cut off may not be whole
+            self.finish = "tool_calls" if is_called else FINISHES[piece.finish]
         if content:
             self.content.append(content)
         for call in calls:

@@ -10,11 +10,12 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from .. import __version__
-from ..errors import ArrieroError
+from ..errors import ArrieroError, SessionError
 from ..runtime import Request, Session
 from .conversation import template_messages
 from .errors import RequestError, of_session
@@ -98,6 +99,7 @@ class Service:
         self.template = "" if template is None else template.source
         self._session, self._pilot = session, pilot
         pilot.start()
+        self.workers.submit(_ready_grammars, session)
         if self.state == "loading":
             self.state = "ready"
 
@@ -252,7 +254,12 @@ class Service:
         limit, longest = self.limits.new_tokens, self.pilot.longest
         if limit is not None and most is not None and most > limit:
             raise RequestError(f"max_tokens is {most}, this server gives at most {limit}", "max_tokens")
-        first = session.request(prompt, most, **(settings | request.seeded(0)))
+        try:
+            first = session.request(prompt, most, **(settings | request.seeded(0)))
+        except SessionError as error:
+            if request.grammar is None and str(error).startswith("grammar "):  # it was made of the tools
+                raise RequestError(f"tools: their {error}", "tools") from error
+            raise
         tokens, prompts = len(first.prompt.ids), self.limits.prompt_tokens
         if prompts is not None and tokens > prompts:
             raise RequestError(
@@ -272,3 +279,9 @@ class Service:
             seed = request.seeded(index).get("seed", first.sampling.seed)
             requests.append(dataclasses.replace(first, sampling=dataclasses.replace(first.sampling, seed=seed)))
         return requests
+
+
+def _ready_grammars(session: Session) -> None:
+    """Makes ready what the first grammar needs, seconds with a large vocabulary, where it can be."""
+    with suppress(SessionError):
+        session.grammars.tokens  # noqa: B018 # computed once
