@@ -2,8 +2,8 @@
 
 Greedy answers of a pool of prompts are taken alone first, from a session of this process. Then clients ask for them at
 random, whole or as streams, with some that leave on their way and some whose requests are wrong; each answer is
-compared. In the end SIGTERM comes while streams fly: all of them must end whole, and the server with 0. Serve an int8 or
-int4 bundle: its texts do not depend on what runs beside them.
+compared. In the end SIGTERM comes while streams fly: all of them must end whole, and the server with 0. Serve an int8
+or int4 bundle: its texts do not depend on what runs beside them.
 
     python benchmarks/server_soak.py BUNDLE [--minutes 10] [--clients 24] [--threads 2]
 """

@@ -10,6 +10,7 @@ busy machine weighs on both.
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import time
@@ -48,9 +49,7 @@ async def stream(host: str, port: int, body: dict[str, Any]) -> list[float]:
     """Asks for a stream. Returns the moments of its pieces, the request's first."""
     reader, writer = await asyncio.open_connection(host, port)
     data = json.dumps(body).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    )
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     moments = [time.perf_counter()]
     writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     while line := await reader.readline():
@@ -84,7 +83,7 @@ async def load(server: ServerProcess, streams: int, count: int, prompt: Any = No
     found = Load(time.perf_counter() - started, server.cpu_seconds() - cpu)
     for each in moments:
         found.firsts.append(each[1] - each[0])
-        found.gaps += [after - before for before, after in zip(each[1:], each[2:], strict=False)]
+        found.gaps += [after - before for before, after in itertools.pairwise(each[1:])]
     return found
 
 

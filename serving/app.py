@@ -3,6 +3,7 @@
 Enters: HTTP. Leaves: HTTP. Invariant: whatever goes wrong is an answer in OpenAI's form, and no other request's.
 """
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ from .service import Service
 from .streams import Writer, stream, watched
 
 T = TypeVar("T")
+BODY_SECONDS = 60
+"""Seconds that a request's body has to come."""
 
 
 class Endpoints:
@@ -165,10 +168,14 @@ class Endpoints:
         body = bytearray()
         if (length := request.headers.get("content-length", "0")).isdigit() and int(length[:20]) > limit:
             raise _too_large(limit)
-        async for piece in request.stream():
-            body += piece
-            if len(body) > limit:
-                raise _too_large(limit)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > limit:
+                        raise _too_large(limit)
+        except TimeoutError as error:
+            raise RequestError(f"the body did not come within {BODY_SECONDS} s: send it again", status=408) from error
         try:
             data = json.loads(bytes(body), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:

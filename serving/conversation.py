@@ -75,7 +75,8 @@ def _turn(message: Message, index: int, template: str, fetch: Fetch) -> dict[str
     if isinstance(message, ToolMessage):
         role = "tool" if "tool_call" in template or "ipython" in template else "ipython"
         return {"role": role, "content": content, **({"tool_call_id": message.tool_call_id} if role == "tool" else {})}
-    return {"role": "system" if isinstance(message, Instruction) else message.role, "content": content}
+    role = "system" if isinstance(message, Instruction) else message.role
+    return {"role": role, "content": content, **({} if message.name is None else {"name": message.name})}
 
 
 def _answer(message: AssistantMessage, template: str) -> dict[str, Any]:

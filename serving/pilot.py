@@ -57,6 +57,7 @@ class Ride:
         firsts = itertools.accumulate((len(party) for party in parties), initial=0)
         self.prompts = {first: len(party[0].prompt.ids) for first, party in zip(firsts, parties, strict=False)}
         self.pieces: deque[tuple[int, Generated]] = deque()
+        self.timers: list[asyncio.TimerHandle] = []
         self._waiter: asyncio.Future[None] | None = None
 
     def first_token_seconds(self) -> float | None:
@@ -91,6 +92,9 @@ class Ride:
         self._wake()
 
     def _wake(self) -> None:
+        if not self.riding:
+            for timer in self.timers:
+                timer.cancel()
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -170,8 +174,8 @@ class Pilot:
             self.thread.join()
 
     def check_queue(self) -> None:
-        """Raises the refusal with 429 where as many sequences wait as may."""
-        if self.waiting >= self.settings.queue:
+        """Raises the refusal with 429 where as many sequences wait as may, and no row is free."""
+        if self.waiting >= self.settings.queue and self.active >= self.flight.slots:
             seconds = 1 + int(self.seconds * (self.waiting + self.active) / (2 * self.flight.slots))
             raise RequestError(
                 f"{self.waiting} requests wait already: try again later",
@@ -218,28 +222,34 @@ class Pilot:
             is_idle = not (self.numbers or len(self.queue))
             try:
                 command, value = self.inbox.get(block=is_idle)
-                if command == "stop":
-                    return
-                self._obey(command, value)
-                continue
             except queue.Empty:
-                pass
-            batch = Batch()
+                self._step()
+                continue
+            if command == "stop":
+                return
             try:
-                self._feed(batch)
-                found = self.flight.step()
-                boarded, self.flight.boarded = self.flight.boarded, []
-                batch.boarded = [(*self.numbers[number], started) for number, started in boarded]
-                for number, piece in found:
-                    batch.pieces.append((*self.numbers[number], piece))
-                    if piece.finish is not None:
-                        del self.numbers[number]
-            except Exception as error:  # none that a request makes comes this far
+                self._obey(command, value)
+            except Exception as error:  # a fault of ours: the thread goes on
                 self.report(error)
-                self._start_anew(batch, error)
-            batch.used, batch.time = self.flight.used, time.perf_counter()
-            if batch.pieces or batch.boarded:
-                self._call(self._deliver, batch)
+
+    def _step(self) -> None:
+        """Steps the flight, and hands over what it gave."""
+        batch = Batch()
+        try:
+            self._feed(batch)
+            found = self.flight.step()
+            boarded, self.flight.boarded = self.flight.boarded, []
+            batch.boarded = [(*self.numbers[number], started) for number, started in boarded]
+            for number, piece in found:
+                batch.pieces.append((*self.numbers[number], piece))
+                if piece.finish is not None:
+                    del self.numbers[number]
+        except Exception as error:  # none that a request makes comes this far
+            self.report(error)
+            self._start_anew(batch, error)
+        batch.used, batch.time = self.flight.used, time.perf_counter()
+        if batch.pieces or batch.boarded:
+            self._call(self._deliver, batch)
 
     def _obey(self, command: str, ride: Ride) -> None:
         """Lets a ride join or leave."""

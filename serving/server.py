@@ -9,7 +9,9 @@ import logging
 import os
 import socket
 import stat
+import sys
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,6 +38,9 @@ DEFAULT_SLOTS = 16
 BACKLOG = 2048
 POLL = 0.02
 """Seconds between two looks at whether all has landed."""
+
+SWITCH = 0.0005
+"""Seconds that one thread may hold the interpreter while another, as the pilot after its step, waits for it."""
 
 LANDING = 5
 """Seconds that answers have to be written after their sequences have ended."""
@@ -103,6 +108,8 @@ def serve(settings: ServerSettings, log: Log, on_ready: Callable[[dict[str, Any]
     Raises:
         ArrieroError: The folder cannot be loaded, the address is taken, or a file cannot be read.
     """
+    warnings.showwarning = lambda message, *_: log.write("warning", "warning", message=" ".join(str(message).split()))
+    sys.setswitchinterval(SWITCH)
     keys = [] if settings.api_key_file is None else read_keys(settings.api_key_file)
     for path in (settings.tls_certificate, settings.tls_key):
         if path is not None and not path.is_file():

@@ -172,6 +172,12 @@ class Service:
     async def _board(self, prepare: Callable[..., list[list[Request]]], request: Any, caller: Caller) -> Ride:
         self.check_model(request.model)
         session, pilot = self.session, self.pilot
+        most, count = (
+            pilot.settings.slots + pilot.settings.queue,
+            (request.n or 1) * len(getattr(request, "prompts", " ")),
+        )
+        if count > most:
+            raise RequestError(f"{count} continuations are asked for, this server takes at most {most} at once", "n")
         self._refuse_load(pilot.check_queue)
         parties = await self.work(prepare, session, request, self._scope(caller))
         self.session  # noqa: B018 # it may drain by now
@@ -191,9 +197,11 @@ class Service:
         """Ends a ride when its time is over."""
         loop, limits = asyncio.get_running_loop(), self.limits
         if limits.first_token_seconds:
-            loop.call_later(limits.first_token_seconds, self._expire, ride, True, limits.first_token_seconds)
+            ride.timers.append(
+                loop.call_later(limits.first_token_seconds, self._expire, ride, True, limits.first_token_seconds)
+            )
         if limits.total_seconds:
-            loop.call_later(limits.total_seconds, self._expire, ride, False, limits.total_seconds)
+            ride.timers.append(loop.call_later(limits.total_seconds, self._expire, ride, False, limits.total_seconds))
 
     def _expire(self, ride: Ride, first: bool, seconds: float) -> None:
         if first and any(each.first for each in ride.timelines):

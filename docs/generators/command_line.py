@@ -19,8 +19,8 @@ HEAD = """# Command line
 
 `arriero --help` lists the verbs, and `arriero VERB --help` a verb's options; `python -m arriero` is the same command.
 Results go to stdout, progress and messages to stderr. The verbs by what they are for:
-[export](export.md), [calibrate](calibrate.md), [build](build.md), [run](run.md), [serve](serve.md), [check and golden](check.md),
-[bench and inspect](bench.md).
+[export](export.md), [calibrate](calibrate.md), [build](build.md), [run](run.md), [serve](serve.md),
+[check and golden](check.md), [bench and inspect](bench.md).
 
 | exit code | |
 |---|---|

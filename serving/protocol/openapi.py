@@ -23,6 +23,7 @@ ERRORS = {
     401: "The API key is missing or wrong.",
     403: "The request names another host than this server's.",
     404: "There is no such model.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is no JSON by its type.",
     429: "As many requests wait as may: `Retry-After` says when to come again.",

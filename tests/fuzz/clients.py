@@ -26,7 +26,8 @@ import openai
 client = OpenAI(base_url=sys.argv[1] + "/v1", api_key="none")
 ask = {"model": sys.argv[2], "messages": [{"role": "user", "content": "Explain list.append."}], "max_tokens": 12}
 whole = client.chat.completions.create(**ask, temperature=0)
-text = "".join(c.choices[0].delta.content or "" for c in client.chat.completions.create(**ask, temperature=0, stream=True))
+stream = client.chat.completions.create(**ask, temperature=0, stream=True)
+text = "".join(c.choices[0].delta.content or "" for c in stream)
 assert whole.choices[0].message.content == text and whole.usage.completion_tokens == 12
 tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {
     "city": {"enum": ["Lima", "Cusco"]}}, "required": ["city"], "additionalProperties": False}}}
