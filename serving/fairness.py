@@ -1,11 +1,13 @@
 """A queue in which users take turns: someone's tenth request waits behind another's first.
 
-Start-time fair queueing (Goyal et al. 1996): an item's time is one after the user's last, and not before that of the
-item that left last. So nobody waits forever, whoever comes.
+Weighted fair queueing (Demers et al. 1989), each request of the same size: an item's time is one after the user's last,
+and not before the queue's, which goes on by one while each user that waits has had a turn. So nobody waits forever,
+whoever comes.
 """
 
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -16,9 +18,10 @@ class FairQueue(Generic[T]):
     """Items of several users, the next one by turns."""
 
     def __init__(self) -> None:
-        self.heap: list[tuple[int, int, T]] = []
-        self.last: dict[str, int] = {}
-        self.time = 0
+        self.heap: list[tuple[float, int, str, T]] = []
+        self.last: dict[str, float] = {}
+        self.counts: Counter[str] = Counter()
+        self.time = 0.0
         self.arrivals = itertools.count()
 
     def __len__(self) -> int:
@@ -26,24 +29,32 @@ class FairQueue(Generic[T]):
 
     def push(self, user: str, item: T) -> None:
         """Puts an item of a user's into the queue."""
-        start = max(self.time, self.last.get(user, -1) + 1)
+        start = max(self.time, self.last.get(user, -1.0) + 1)
         self.last[user] = start
-        heapq.heappush(self.heap, (start, next(self.arrivals), item))
+        self.counts[user] += 1
+        heapq.heappush(self.heap, (start, next(self.arrivals), user, item))
 
     def pop(self) -> T:
         """Takes the next item out."""
-        self.time, _, item = heapq.heappop(self.heap)
-        if not self.heap:  # nobody waits, so nobody's past counts
-            self.last.clear()
-            self.time = 0
-        elif len(self.last) > 2 * len(self.heap) + 64:
-            self.last = {user: start for user, start in self.last.items() if start >= self.time}
+        start, _, user, item = heapq.heappop(self.heap)
+        self.time = max(self.time, start) + 1 / len(self.counts)
+        self._forget(user)
         return item
 
     def remove(self, is_meant: Callable[[T], bool]) -> list[T]:
         """Takes items out, wherever they stand. Returns them."""
-        removed = [each for _, _, each in self.heap if is_meant(each)]
+        removed = [(user, each) for _, _, user, each in self.heap if is_meant(each)]
         if removed:
-            self.heap = [entry for entry in self.heap if not is_meant(entry[2])]
+            self.heap = [entry for entry in self.heap if not is_meant(entry[3])]
             heapq.heapify(self.heap)
-        return removed
+        for user, _ in removed:
+            self._forget(user)
+        return [each for _, each in removed]
+
+    def _forget(self, user: str) -> None:
+        """Counts an item that has gone, and forgets users whose past counts no more."""
+        self.counts[user] -= 1
+        if not self.counts[user]:
+            del self.counts[user]
+        if len(self.last) > 2 * len(self.counts) + 64:
+            self.last = {name: last for name, last in self.last.items() if name in self.counts or last > self.time - 1}

@@ -144,9 +144,11 @@ def test_responses_are_answered_whole_and_as_events(client: OpenAI, session: Ses
     found = client.responses.create(**asked)
     assert found.output_text == text
     assert found.status == "incomplete"
-    with client.responses.stream(**asked) as stream:
-        kinds = [event.type for event in stream]
-        assert stream.get_final_response().output_text == text
+    events: list[Any] = list(client.responses.create(**asked, stream=True))
+    kinds = [event.type for event in events]
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == text
+    assert events[-1].response.output_text == text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
     assert kinds[0] == "response.created"
     assert kinds[-1] == "response.incomplete"
 
