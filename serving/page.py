@@ -1,5 +1,0 @@
-"""PLACEHOLDER."""
-
-
-def page() -> bytes:
-    return b"<!doctype html>"
