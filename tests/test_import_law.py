@@ -19,7 +19,7 @@ STOREYS = (
     {"plugins"},
     {"export", "engine", "runtime"},
     {"loading", "walk"},
-    {"calibration", "accuracy", "measuring"},
+    {"serving", "calibration", "accuracy", "measuring"},
     {"cli"},
 )
 """From the ground up. A room imports those of lower storeys, never its neighbours."""

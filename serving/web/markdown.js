@@ -91,7 +91,7 @@ function link(address, label, depth, whole) {
   return make("a", { href: address, target: "_blank", rel: "noopener noreferrer nofollow" }, depth > 12 ? label : inline(label, depth + 12));
 }
 
-const FENCE = /^( {0,3})(`{3,}|~{3,})\s*([^\s`]*)[^`]*$/, ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(\s+|$)/, RULE = /^ {0,3}([-*_])\s*(\1\s*){2,}$/;
+const FENCE = /^( {0,12})(`{3,}|~{3,})\s*([^\s`]*)[^`]*$/, ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(\s+|$)/, RULE = /^ {0,3}([-*_])\s*(\1\s*){2,}$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*$/, QUOTE = /^ {0,3}> ?/, CELLS = /^\s*\|?(\s*:?-+:?\s*\|)+\s*:?-*:?\s*$/;
 
 // The text cut into blocks that stand alone: what has been written stays as it is while more comes.
@@ -104,16 +104,22 @@ function blocks(text) {
     const mark = FENCE.exec(line);
     if (fence) {
       open.push(line);
-      if (new RegExp(`^ {0,3}${fence[0]}{${fence.length},}\\s*$`).test(line)) { fence = null; close(); }
-    } else if (mark && !mark[1] && !ITEM.test(open[0] || "")) {
-      close();
+      if (new RegExp(`^\\s*${fence.sign[0]}{${fence.sign.length},}\\s*$`).test(line)) {
+        if (fence.alone) close();
+        fence = null;
+      }
+      continue;
+    }
+    const inList = ITEM.test(open[0] || "");
+    if (inList && line.trim() && !open[open.length - 1].trim() && !ITEM.test(line) && !/^\s/.test(line)) close();
+    if (mark && (!mark[1] || !inList)) close();
+    if (mark) {
+      fence = { sign: mark[2], alone: !open.length };
       open.push(line);
-      fence = mark[2];
     } else if (!line.trim()) {
       if (ITEM.test(open[0] || "")) open.push(line); else close();
     } else {
-      const ended = ITEM.test(open[0] || "") && !open[open.length - 1].trim() && !ITEM.test(line) && !/^\s/.test(line);
-      if (ended || HEADING.test(line)) close();
+      if (HEADING.test(line)) close();
       open.push(line);
       if (HEADING.test(line)) close();
     }
@@ -132,7 +138,7 @@ function block(source, depth = 0) {
     if (depth > 8) { paragraph.push(line); at += 1; continue; }
     if (fence) {
       flush();
-      const end = new RegExp(`^ {0,3}${fence[2][0]}{${fence[2].length},}\\s*$`), code = [];
+      const end = new RegExp(`^\\s*${fence[2][0]}{${fence[2].length},}\\s*$`), code = [];
       while (++at < lines.length && !end.test(lines[at])) code.push(lines[at].replace(new RegExp(`^ {0,${fence[1].length}}`), ""));
       found.append(codeBlock(code.join("\n"), fence[3].slice(0, 30)));
       at += 1;

@@ -109,7 +109,14 @@ class Page:
 def opened(folder: Path) -> Iterator[Page]:
     """A headless browser with one empty page; its files lie in the folder."""
     assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+    command = [
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+    ]
     command += ["--no-first-run", "--disable-background-networking", "--remote-debugging-port=0"]
     with subprocess.Popen(
         [*command, f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
