@@ -199,11 +199,23 @@ DrainSeconds = Annotated[float, typer.Option(help="Seconds that running answers 
 LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Log requests with what they say.")]
 
 # bench
+MeasuredFolder = Annotated[Path | None, typer.Argument(help="Model or bundle folder.", show_default=False)]
+Url = Annotated[str | None, typer.Option(help="OpenAI server to measure under load, instead of a folder.")]
+ServedModel = Annotated[
+    str | None, typer.Option("--model", help="With --url: the model.", show_default="the first listed")
+]
+EndpointKind = Annotated[str, typer.Option("--endpoint", help="With --url: completions or chat.")]
+KeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", help="With --url: file whose first line is an API key.")
+]
 BenchOutput = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.")]
 Prefill = Annotated[
-    str | None, typer.Option(help="Tokens of the prompts.", show_default="128,512,2048, as the context allows")
+    str | None,
+    typer.Option(help="Tokens of the prompts.", show_default="128,512,2048, as the context allows; 128 of a server"),
 ]
-Batches = Annotated[str | None, typer.Option(help="Rows at once.", show_default="1,4,8")]
+Batches = Annotated[
+    str | None, typer.Option(help="Rows at once; of a server, clients.", show_default="1,4,8; 1,4,16,64 of a server")
+]
 DecodeTokens = Annotated[int, typer.Option(help="Tokens decoded after each prompt.")]
 Runs = Annotated[int, typer.Option(help="Timed runs of each; medians are given.")]
 ForceOutput = Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")]

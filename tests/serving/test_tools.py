@@ -69,8 +69,10 @@ TEXTS: list[tuple[str, Read]] = [
 CONTENT = [
     "", " ", "Hello.", "[1] is a reference", "[f] is no call", "[f(a=1)] is a call", "[f(a=1)", "[fgh(a=1)]", "f(a=1)",
     "so [f(a=1)]", "{", "{}", '{"name": "unknown", "parameters": {}}', '{"key": 1}', '{"name": "f", "parameters": {}',
-    "[[f(a=1)]]", "<|python_start|>", "<|python_start|>print(1)<|python_end|>", "<|python_end|>", "<|python_", "<|py [f(a=1)]",
-    "<|python_start|>[f(a=1)] no<|python_end|>", "[f(a=b)]", "[f(a=" + "[" * 99 + "1" + "]" * 99 + ")]", "[f(a=1)] [f(a=1)]",
+    "[[f(a=1)]]", "<|python_start|>", "<|python_start|>print(1)<|python_end|>", "<|python_end|>",
+    "<|python_", "<|py [f(a=1)]",
+    "<|python_start|>[f(a=1)] no<|python_end|>", "[f(a=b)]", "[f(a=" + "[" * 99 + "1" + "]" * 99 + ")]",
+    "[f(a=1)] [f(a=1)]",
     '[f(a="]', "[f(a=1]", ") [f(a=1)]", '{"name": "f", "parameters": {}} and {', "\n\n[ x", '["f(a=1)"]', "[f(a=1)]]",
 ]  # fmt: skip
 
