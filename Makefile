@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
 
-.PHONY: help demo test check docs format lock wheels clean
+.PHONY: help demo test check docs server format lock wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile | expand -t 16
@@ -24,6 +24,16 @@ check: .venv/.test .venv/.built  ## style and types
 docs: .venv/.test .venv/.built  ## the site in build/docs, from docs/ and the code; a dead link fails it
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
+
+server: .venv/.test .venv/.built  ## a server tried hard: schemathesis, clients of others, a soak of ten minutes
+	mkdir -p build/served
+	$(BIN)/arriero export examples/tiny-llama4 -o build/served/model --force
+	$(BIN)/arriero calibrate build/served/model --recipe int8 --data examples/tiny-llama4/unseen.txt -o build/served/int8 --force
+	$(BIN)/arriero build build/served/int8 --target cpu -o build/served/tiny --force
+	$(BIN)/python tests/fuzz/openapi.py build/served/tiny
+	$(BIN)/python tests/fuzz/clients.py build/served/tiny
+	$(BIN)/python benchmarks/server_soak.py build/served/tiny
+	$(BIN)/python benchmarks/server_speed.py build/served/tiny
 
 format: .venv/.test  ## style, mended
 	$(BIN)/ruff format .
