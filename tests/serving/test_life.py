@@ -1,5 +1,6 @@
 """A server's life: full, too slow, ended by a signal."""
 
+import importlib.util
 import socket
 import threading
 import time
@@ -99,3 +100,14 @@ def test_what_cannot_be_served_is_said_in_one_line(bundle: Path, tmp_path: Path)
             assert found.exit_code == 2, options
             assert said in found.stderr, found.stderr
             assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_folder_without_what_lowers_it_is_refused_in_one_line(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else known(name))
+    found = CliRunner().invoke(app, ["serve", str(tiny_model), "--port", "0"])
+    assert found.exit_code == 2
+    assert "arriero[export]" in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
