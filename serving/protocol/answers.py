@@ -1,7 +1,9 @@
 """Answers of `/v1/chat/completions` and `/v1/completions`, of lists and of tokens."""
 
-from dataclasses import MISSING, dataclass
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from .reading import ABSENT
 
 Reason = Literal["stop", "length", "tool_calls"]
 
@@ -81,7 +83,7 @@ class AnsweredMessage:
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
-    tool_calls: list[AnsweredCall] = MISSING  # type: ignore[assignment] # left out
+    tool_calls: list[AnsweredCall] = cast(Any, ABSENT)  # noqa: RUF009 # never changed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

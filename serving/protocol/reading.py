@@ -20,6 +20,8 @@ from ...errors import shortened
 from ..errors import RequestError
 
 T = TypeVar("T")
+ABSENT = object()
+"""The value of an answer's field that is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +141,10 @@ def refuse(where: str, value: Any, expected: str) -> typing.NoReturn:
 
 
 def plain(value: Any) -> Any:
-    """An answer's dataclass as JSON has it; what is `dataclasses.MISSING` is left out."""
+    """An answer's dataclass as JSON has it; what is `ABSENT` is left out."""
     if dataclasses.is_dataclass(value):
         fields = ((each.name, getattr(value, each.name)) for each in dataclasses.fields(value))
-        return {name: plain(each) for name, each in fields if each is not dataclasses.MISSING}
+        return {name: plain(each) for name, each in fields if each is not ABSENT}
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     return value
