@@ -50,7 +50,7 @@ def main() -> None:
         arguments = ["--config-file", config, "run", f"{server.url}/openapi.json", "-n", asked.examples]
         arguments += ["--seed", asked.seed, "--workers", asked.workers, "--continue-on-failure", "--no-color"]
         arguments += ["--phases", "examples,coverage,fuzzing", "--max-response-time", "60"]
-        code = subprocess.run([command, *map(str, arguments)]).returncode
+        code = subprocess.run([command, *map(str, arguments)], cwd=folder).returncode
         ended = server.end()
         faults = [line for line in server.log if line["event"] in ("fault", "text")]
     print(f"schemathesis {code}, the server {ended}, faults {faults[:3]}")
