@@ -95,7 +95,7 @@ async def _later(asked: Any) -> Any:
 def fly(session: Session, streams: int, count: int) -> Load:
     """The same round in a flight of this process."""
     flight = Flight(session, streams, cache_bytes=1 << 40)
-    settings: dict[str, Any] = {"do_sample": False, "logit_bias": {1: -100}, "logprobs": True, "top_logprobs": 0}
+    settings: dict[str, Any] = {"do_sample": False, "logit_bias": {1: -100}}
     cpu, started = time.process_time(), time.perf_counter()
     for number in range(streams):
         flight.join(session.request(f"{PROMPT} {number}", count, **settings))

@@ -1,7 +1,8 @@
 """`arriero serve`: a model behind OpenAI's interface."""
 
 from pathlib import Path
-from typing import Annotated, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,7 +11,8 @@ from . import options
 from .streams import show_json
 from .terminal import Terminal
 
-Number = TypeVar("Number", int, float)
+if TYPE_CHECKING:
+    from ..serving.server import ServerSettings
 
 
 def serve(
@@ -50,47 +52,57 @@ def serve(
     debug: options.Debug = False,
 ) -> None:
     """Serve a model: OpenAI's chat, completions and responses, with a page, metrics and a log in JSON lines."""
+    asked = SimpleNamespace(**locals())
     with Terminal(extra="serve", quiet=quiet, verbose=verbose, debug=debug).errors_shown():
         from ..serving.logs import Log
-        from ..serving.server import ServerSettings
         from ..serving.server import serve as run
-        from ..serving.service import Limits
 
         check_extra(folder)
-        limits = Limits(
-            body_bytes=sized("--max-body-bytes", max_body_bytes),
-            prompt_tokens=at_least("--max-prompt-tokens", max_prompt_tokens, 1),
-            new_tokens=at_least("--max-new-tokens", max_new_tokens, 1),
-            images=at_least("--max-images", max_images, 0) or 0,
-            first_token_seconds=at_least("--first-token-seconds", first_token_seconds, 0) or 0,
-            total_seconds=at_least("--total-seconds", total_seconds, 0) or 0,
-            image_hosts=frozenset(each.lower().rstrip(".") for each in allow_image_host or ()),
-        )
-        settings = ServerSettings(
-            folder=folder,
-            name=model_name,
-            host=host,
-            port=port,
-            unix_socket=unix_socket,
-            api_key_file=api_key_file,
-            tls_certificate=tls_certificate,
-            tls_key=tls_key,
-            origins=tuple(cors_origin or ()),
-            hosts=tuple(each.lower() for each in allow_host or ()),
-            max_seq=max_seq,
-            threads=threads,
-            weights=weights,
-            slots=at_least("--slots", slots, 1),
-            prefill_budget=at_least("--prefill-budget", prefill_budget, 1),
-            prefix_bytes=sized("--prefix-bytes", prefix_bytes),
-            cache_bytes=None if cache_bytes is None else sized("--cache-bytes", cache_bytes),
-            shares_prefixes=share_prefixes,
-            queue=at_least("--queue", queue, 0) or 0,
-            drain_seconds=at_least("--drain-seconds", drain_seconds, 0) or 0,
-            limits=limits,
-        )
         log = Log(has_prompts=log_prompts, is_silent=quiet, debug=debug)
-        run(settings, log, show_json if as_json else lambda about: None)
+        run(settings_of(asked), log, show_json if as_json else lambda about: None)
+
+
+def settings_of(asked: SimpleNamespace) -> "ServerSettings":
+    """A server's settings, from the verb's options by their names.
+
+    Raises:
+        SessionError: One is out of range.
+    """
+    from ..serving.server import ServerSettings
+    from ..serving.service import Limits
+
+    limits = Limits(
+        body_bytes=sized("--max-body-bytes", asked.max_body_bytes),
+        prompt_tokens=at_least("--max-prompt-tokens", asked.max_prompt_tokens, 1),
+        new_tokens=at_least("--max-new-tokens", asked.max_new_tokens, 1),
+        images=at_least("--max-images", asked.max_images, 0),
+        first_token_seconds=at_least("--first-token-seconds", asked.first_token_seconds, 0),
+        total_seconds=at_least("--total-seconds", asked.total_seconds, 0),
+        image_hosts=frozenset(each.lower().rstrip(".") for each in asked.allow_image_host or ()),
+    )
+    return ServerSettings(
+        folder=asked.folder,
+        name=asked.model_name,
+        host=asked.host,
+        port=asked.port,
+        unix_socket=asked.unix_socket,
+        api_key_file=asked.api_key_file,
+        tls_certificate=asked.tls_certificate,
+        tls_key=asked.tls_key,
+        origins=tuple(asked.cors_origin or ()),
+        hosts=tuple(each.lower() for each in asked.allow_host or ()),
+        max_seq=asked.max_seq,
+        threads=asked.threads,
+        weights=asked.weights,
+        slots=at_least("--slots", asked.slots, 1),
+        prefill_budget=at_least("--prefill-budget", asked.prefill_budget, 1),
+        prefix_bytes=sized("--prefix-bytes", asked.prefix_bytes),
+        cache_bytes=None if asked.cache_bytes is None else sized("--cache-bytes", asked.cache_bytes),
+        shares_prefixes=asked.share_prefixes,
+        queue=at_least("--queue", asked.queue, 0),
+        drain_seconds=at_least("--drain-seconds", asked.drain_seconds, 0),
+        limits=limits,
+    )
 
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -109,7 +121,7 @@ def sized(name: str, value: str) -> int:
     return int(number) * UNITS[unit]
 
 
-def at_least(name: str, value: Number | None, least: int) -> Number | None:
+def at_least(name: str, value: Any, least: int) -> Any:
     """A number that is not less than `least`.
 
     Raises:

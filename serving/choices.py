@@ -18,7 +18,7 @@ from .tools import ToolCallReader
 
 @dataclass(slots=True)
 class Added:
-    """What a piece adds to a choice.
+    """Additions of a piece to a choice.
 
     Attributes:
         content: Text.

@@ -1,5 +1,6 @@
 """`/v1/completions`: the continuations of prompts, whole or as a stream of chunks."""
 
+import json
 import time
 from typing import Any
 
@@ -68,6 +69,9 @@ class CompletionWriter:
             "model": service.name,
             "system_fingerprint": service.fingerprint,
         }
+        start = event(self.head)[:-3].decode()  # without the end of its object, and of the event
+        self.starts = [f'{start},"choices":[{{"index":{index},"text":' for index in range(len(self.choices))]
+        self.rest = ',"logprobs":null,"finish_reason":null}]' + (',"usage":null}' if self.counts else "}") + "\n\n"
 
     def begin(self) -> bytes:
         """A chunk a choice with its prompt where that is echoed."""
@@ -80,8 +84,10 @@ class CompletionWriter:
         if self.request.logprobs is not None:
             logprobs = self.service.texts.completion(added.logprobs, self.offsets[index])
             self.offsets[index] += sum(map(len, logprobs["tokens"]))
-        if not added.content and added.finish is None and not logprobs:
-            return b""
+        if added.finish is None and logprobs is None:
+            if not added.content:
+                return b""
+            return f"{self.starts[index]}{json.dumps(added.content)}{self.rest}".encode()  # nearly every token's way
         return self._chunk(index, added.content, logprobs, added.finish)
 
     def end(self) -> bytes:

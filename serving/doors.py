@@ -1,4 +1,4 @@
-"""What a request passes before it is looked at: its number, the host it names, its key, and the log behind it.
+"""Doors that a request passes before it is looked at: its number, the host it names, its key, and the log behind it.
 
 Enters: ASGI's requests. Leaves: those that may pass, with their caller. Invariants: keys are compared in constant time,
 all of them each time; a server without keys on this machine's own address answers no page of another site that calls

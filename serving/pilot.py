@@ -121,7 +121,7 @@ class Timeline:
 
 @dataclass(slots=True)
 class Batch:
-    """What a step gave, for the event loop."""
+    """Pieces of a step, for the event loop."""
 
     boarded: list[tuple[Ride, int, float]] = field(default_factory=list)
     pieces: list[tuple[Ride, int, Generated]] = field(default_factory=list)

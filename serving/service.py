@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a server takes at most.
+    """Bounds of a request.
 
     Attributes:
         body_bytes: Bytes of a request's body.

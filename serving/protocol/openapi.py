@@ -49,6 +49,23 @@ def document(name: str, has_keys: bool) -> dict[str, Any]:
         has_keys: Whether API keys are asked for.
     """
     components: dict[str, Any] = {}
+    paths = {**_posted(components), **_got(components, name)}
+    found: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "Arriero", "version": __version__, "description": f"The model {name}, served."},
+        "paths": paths,
+        "components": {"schemas": dict(sorted(components.items()))},
+    }
+    if has_keys:
+        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        found["security"] = [{"key": []}]
+        for path in ("/health", "/ready"):
+            paths[path]["get"]["security"] = []
+    return found
+
+
+def _posted(components: dict[str, Any]) -> dict[str, Any]:
+    """The paths that something is sent to."""
     paths: dict[str, Any] = {}
     for path, (operation, about, asked, answered) in POSTED.items():
         content = {"application/json": {"schema": schema(answered, components)}}
@@ -68,6 +85,12 @@ def document(name: str, has_keys: bool) -> dict[str, Any]:
                 },
             }
         }
+    return paths
+
+
+def _got(components: dict[str, Any], name: str) -> dict[str, Any]:
+    """The paths that are asked alone."""
+    paths: dict[str, Any] = {}
     paths["/v1/models"] = {"get": _get("models", "List the one model.", ModelList, components, 401, 403, 503)}
     paths["/v1/models/{name}"] = {
         "get": {
@@ -91,18 +114,7 @@ def document(name: str, has_keys: bool) -> dict[str, Any]:
             },
         }
     }
-    found: dict[str, Any] = {
-        "openapi": "3.1.0",
-        "info": {"title": "Arriero", "version": __version__, "description": f"The model {name}, served."},
-        "paths": paths,
-        "components": {"schemas": dict(sorted(components.items()))},
-    }
-    if has_keys:
-        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        found["security"] = [{"key": []}]
-        for path in ("/health", "/ready"):
-            paths[path]["get"]["security"] = []
-    return found
+    return paths
 
 
 def _get(operation: str, about: str, answered: type, components: dict[str, Any], *errors: int) -> dict[str, Any]:

@@ -114,7 +114,7 @@ SAME = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamOptions:
-    """What a stream has beside its text.
+    """Additions to a stream's text.
 
     Attributes:
         include_usage: Whether a last event counts the tokens.
