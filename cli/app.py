@@ -19,17 +19,18 @@ from .export import export
 from .golden import golden
 from .inspect import inspect
 from .run import run
+from .serve import serve
 from .streams import end_of_output, open_streams, show_json
 from .trend import trend
 
-VERBS = (export, calibrate, build, inspect, run, bench, check, golden, trend, compare)
+VERBS = (export, calibrate, build, inspect, run, serve, bench, check, golden, trend, compare)
 """In the order of the help page."""
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Takes a Llama 4 checkpoint to the machines that serve it: export, calibrate, build, run, check.",
+    help="Takes a Llama 4 checkpoint to the machines that serve it: export, calibrate, build, run, serve, check.",
 )
 for verb in VERBS:
     app.command()(verb)

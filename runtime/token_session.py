@@ -53,12 +53,14 @@ class TokenSession:
         """Id of the token that stands for an image feature; None where the model takes no images."""
         return None if self.tower is None else self.tower.spec.image_token
 
-    def start(self, batch: int = 1, positions: int | None = None) -> State:
+    def start(self, batch: int = 1, positions: int | None = None, *, sparse: bool = False) -> State:
         """Starts sequences of no tokens.
 
         Args:
             batch: Number of rows.
             positions: Tokens that each row can hold; None takes `max_seq`.
+            sparse: Whether a row takes memory for the tokens that it holds, where the back end can do so, and not for
+                all that it could.
 
         Raises:
             SessionError: The session does not hold that many rows or tokens.
@@ -73,7 +75,7 @@ class TokenSession:
             limit = f"the model's context is {self.spec.max_positions}"
             raise SessionError(f"{positions} tokens are more than max_seq {self.max_seq}: load with more ({limit})")
         with self.lock:
-            return State(self.decoder, batch, positions)
+            return State(self.decoder, batch, positions, sparse=sparse)
 
     def prefill(self, state: State, rows: Sequence[Sequence[int]], features: Features = ()) -> NDArray[np.float32]:
         """Adds tokens to each row, at least one; the arguments are those of `extend`.

@@ -111,7 +111,7 @@ class TensorRTDecoder:
     def check_files(self) -> None:
         """Nothing: the weights are the GPU's own copy."""
 
-    def caches(self, batch: int, positions: int) -> DeviceCaches:
+    def caches(self, batch: int, positions: int, *, sparse: bool = False) -> DeviceCaches:
         """Makes KV buffers for a batch; their size is the engine's, whatever `positions` are used."""
         self.device.enter()
         return DeviceCaches(self.pool, self.spec, self.about.caches, batch, positions)
