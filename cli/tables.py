@@ -127,19 +127,26 @@ def show_load(found: dict[str, Any], folder: Path | None) -> None:
     from ..measuring.bench import PLOT
 
     console = Console()
-    ranks = ("p50", "p95", "p99")
-    headers = ["prompt", "clients", "tokens/s", "requests/s", *(f"TTFT {rank}, ms" for rank in ranks)]
-    table = Table(*headers, *(f"ITL {rank}, ms" for rank in ranks), "failed", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    headers = [
+        "prompt",
+        "clients",
+        "tokens/s",
+        "requests/s",
+        "TTFT, ms\np50, p95, p99",
+        "ITL, ms\np50, p95, p99",
+        "failed",
+    ]
+    table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in table.columns:
         column.justify = "right"
     for case in found["cases"]:
-        times = [case[name][rank] for name in ("ttft_seconds", "itl_seconds") for rank in ranks]
+        times = [[case[name][rank] for rank in ("p50", "p95", "p99")] for name in ("ttft_seconds", "itl_seconds")]
         table.add_row(
             f"{case['prompt_tokens'] or case['prefill']:.0f}",
             f"{case['batch']}",
             f"{case['tokens_per_second']:,.1f}",
             f"{case['requests_per_second']:,.2f}",
-            *("–" if value is None else f"{value * 1e3:,.1f}" for value in times),
+            *(", ".join("–" if value is None else f"{value * 1e3:.3g}" for value in each) for each in times),
             f"{case['failed']}",
         )
     console.print(table)
