@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..engine.canonical_graph import read_graph
+from ..plugins.canonical_graph import read_graph
 from ..errors import CalibrationError, FolderError
 from ..export.quantised_graph import quantise_graph
 from ..files.folders import SPEC, carry_files, find_files, read_spec

@@ -28,7 +28,7 @@ from ..plugins.nodes import Nodes, dims
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.stored_weights import Weight, slot_bytes
 from ..spec.types import BITS, Stored
-from .canonical_graph import read_graph
+from ..plugins.canonical_graph import read_graph
 from .cpu_rules import INTEGERS, Rule, panel_type, rule_of_experts, rule_of_float, rule_of_quantised
 from .supply import DTYPES, FLOAT, Supply
 

@@ -26,7 +26,7 @@ from ..spec.built_engine import CacheInput
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.stored_weights import Weight
-from .canonical_graph import read_graph
+from ..plugins.canonical_graph import read_graph
 from .supply import STORED
 
 Way = Literal["plugin", "native", "function"]
