@@ -18,12 +18,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..plugins.canonical_graph import read_graph
 from ..errors import CalibrationError, FolderError
 from ..export.quantised_graph import quantise_graph
 from ..files.folders import SPEC, carry_files, find_files, read_spec
 from ..files.output import check_apart, check_free, resumed_folder
 from ..files.safetensors import identity, open_shard
+from ..plugins.canonical_graph import read_graph
 from ..spec.choice import choose, units
 from ..spec.folder import FolderSpec
 from ..spec.geometry import VISION

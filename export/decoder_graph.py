@@ -18,6 +18,7 @@ from .assembly import IR_VERSION, Initializers, PlaceOf, clone
 from .llama4 import attention_attributes, inverse_frequencies
 from .trace import trace_layer
 
+
 def stitch_decoder(
     spec: ModelSpec,
     prefix: str,

@@ -44,9 +44,7 @@ def convert_shard(source: Shard, target: Path, names: Collection[str], dtype: DT
     write_portions(source, {target: whole}, dict.fromkeys(chosen, CODES[dtype]))
 
 
-def write_portions(
-    source: Shard, targets: Mapping[Path, Mapping[str, Portion]], codes: Mapping[str, str]
-) -> None:
+def write_portions(source: Shard, targets: Mapping[Path, Mapping[str, Portion]], codes: Mapping[str, str]) -> None:
     """Writes portions of a shard's tensors.
 
     Args:
@@ -107,9 +105,7 @@ def rows_taken(portion: Portion, first_row: int, count: int) -> NDArray[np.bool_
 def _header(source: Shard, portions: Mapping[str, Portion], codes: Mapping[str, str]) -> bytes:
     """The head of a safetensors file that holds the portions in their tensors' order."""
     in_order = sorted(source.tensors.items(), key=lambda item: item[1].offset)
-    return encode_header(
-        {name: (codes[name], portions[name].shape) for name, _ in in_order if name in portions}
-    )
+    return encode_header({name: (codes[name], portions[name].shape) for name, _ in in_order if name in portions})
 
 
 def held(code: str) -> np.dtype[Any]:

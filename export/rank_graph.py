@@ -1,7 +1,7 @@
 """A decoder's canonical graph, quantised or not, made that of one rank.
 
-Enters: the whole model's graph, a `Split`, and where the rank's portion of each tensor lies. Leaves: the same graph over
-narrower weights and caches, with an `AllReduce` wherever the rank computes a part of a sum. Ranks differ in their
+Enters: the whole model's graph, a `Split`, and where the rank's portion of each tensor lies. Leaves: the same graph
+over narrower weights and caches, with an `AllReduce` wherever the rank computes a part of a sum. Ranks differ in their
 weights, in the number of their first expert and in the columns of the logits.
 """
 
@@ -105,7 +105,7 @@ class _Narrowing:
         found = [value for key, value in self.graph.initializers.items() if key.endswith(name)]
         value = found[0] if found else None
         while value is not None:
-            readers = [node for node in value.consumers() if node.op_type in ("DequantizeLinear", "Transpose", "MatMul")]
+            readers = [node for node in value.consumers() if node.op_type in WAY]
             if len(readers) != 1:
                 break
             value = readers[0].outputs[0]
@@ -217,12 +217,12 @@ class _Narrowing:
             node.attributes["first_expert"] = ir.AttrInt64("first_expert", first)
         attributes = moe.Attributes(**{name: attribute.value for name, attribute in node.attributes.items()})
         in_part = dims(node.inputs[2])[0] < self.spec.experts
-        body = moe_body(
-            attributes, self.dtype, static=len(node.inputs) > 6, in_part=in_part, overload=node.overload
-        )
+        body = moe_body(attributes, self.dtype, static=len(node.inputs) > 6, in_part=in_part, overload=node.overload)
         self.model.functions[body.identifier()] = body
 
 
+WAY = ("DequantizeLinear", "Transpose", "MatMul")
+"""The ops from a linear's weight to its product."""
 EMBEDDING = "model.embed_tokens.weight"
 NARROWED = tuple(f".{part}_proj.weight" for part in ("q", "k", "v", "gate", "up"))
 """Endings of the names of linears whose outputs are split."""

@@ -138,7 +138,9 @@ class Split:
         return self.sharers if ".experts." in name else self.parts
 
 
-COLUMNS = re.compile(r"\.([qkv]_proj|gate_proj|up_proj)\.weight(_scale)?$|lm_head\.weight(_scale)?$|\.(key|value)_scale$")
+COLUMNS = re.compile(
+    r"\.([qkv]_proj|gate_proj|up_proj)\.weight(_scale)?$|lm_head\.weight(_scale)?$|\.(key|value)_scale$"
+)
 """Names of what is split by outputs: the matrices that read the hidden states, and the scales of keys and values."""
 
 ROWS = re.compile(r"\.(o_proj|down_proj)\.weight(_scale)?$|\.experts\.down_proj(_scale)?$")

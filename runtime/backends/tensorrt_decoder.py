@@ -5,7 +5,7 @@ caches are updated in place; past and present are one address.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,25 @@ class TensorRTDecoder:
         engine: The deserialised engine.
         weights: Device memory of the weights that are inputs, by name.
         folder: The bundle's spec.
+        communicator: The ranks' communicator, as TensorRT takes it; None of a whole model.
     """
 
     def __init__(
-        self, trt: Any, device: Device, engine: Any, weights: Mapping[str, DeviceMemory], folder: FolderSpec
+        self,
+        trt: Any,
+        device: Device,
+        engine: Any,
+        weights: Mapping[str, DeviceMemory],
+        folder: FolderSpec,
+        communicator: Any = None,
     ) -> None:
         assert folder.engine is not None
         self.device, self.about, self.spec = device, folder.engine, folder.model
         self.execution = Execution(trt=trt, flavour=self.about.flavour, device=device, engine=engine, weights=weights)
         self.contexts = self.execution.contexts(len(self.about.profiles), repeats=[0])  # single tokens
+        if communicator is not None:
+            for number, context in enumerate(self.contexts.made):  # each waits for all ranks
+                accept(context.set_communicator(communicator), f"the communicator of profile {number}")
         no_features = np.zeros((1, self.spec.hidden_size), np.float32)
         self.no_features = None if folder.vision is None else no_features
         self.buffers: dict[str, DeviceMemory] = {}
@@ -208,13 +218,19 @@ class TensorRTBinding:
         accept(context.execute_async_v3(self.decoder.device.stream), "the step")
 
 
-def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> TensorRTDecoder:
-    """Loads a bundle's engine onto the GPU.
+def load_decoder(
+    folder: Path,
+    spec: FolderSpec,
+    files: Mapping[str, Path],
+    join: Callable[[], Any] | None = None,
+) -> TensorRTDecoder:
+    """Loads a bundle's engine onto the GPU, a rank's onto the GPU of its number.
 
     Args:
         folder: The bundle.
         spec: Its spec.
         files: The paths of its weight files, by name.
+        join: Makes the communicator of the ranks, as TensorRT takes it; None of a whole model.
 
     Raises:
         SessionError: The GPU, the driver or TensorRT's version is not the one that the engine was built for.
@@ -224,8 +240,8 @@ def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> T
     assert about is not None
     data = read_engine(folder, about)
     trt = open_version(about)
-    device = Device.open()
-    capability = device.driver.capability()
+    device = Device.open(spec.rank)
+    capability = device.driver.capability(device.number)
     if capability not in about.capabilities:
         built_for = ", ".join(f"sm{each}" for each in about.capabilities)
         raise SessionError(f"{folder} was built for {built_for}, this GPU is sm{capability}: build for sm{capability}")
@@ -237,7 +253,8 @@ def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> T
     engine = deserialise(trt, data, folder / about.file)
     if about.weight_streaming:
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-    return TensorRTDecoder(trt, device, engine, upload_weights(device, spec.weights, files), spec)
+    weights = upload_weights(device, spec.weights, files)
+    return TensorRTDecoder(trt, device, engine, weights, spec, None if join is None else join())
 
 
 def read_engine(folder: Path, about: EngineSpec) -> bytes:
