@@ -1,6 +1,6 @@
 """A group of ranks in numbers: what each holds, and what they exchange in a step.
 
-Enters: a group's folder and how one folder is described. Leaves: figures ready for JSON. Only specs and graphs are read.
+Enters: a group's folder and how one folder is described. Leaves: figures ready for JSON. Specs and graphs are read.
 """
 
 import dataclasses
