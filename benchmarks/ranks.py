@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py [--parts tokens,speed,sizes] [--threads 2] [--json FILE]
 
-`tokens` splits the tiny Llama 4 three ways in three formats, and counts over the held-out text where the likeliest token
+`tokens` splits the tiny Llama 4 three ways in three formats, and counts over held-out text where the likeliest token
 differs, and how many of those are near ties: the two likeliest within twice the largest difference of any logit.
 `speed` decodes and prefills as one process with all threads and as two ranks that share them, in turns. `sizes` splits
 sparse full-size models in FP8, Scout over 2 ranks and Maverick over 8, and shows what `arriero inspect` says of them.

@@ -49,7 +49,7 @@ def add_collectives(trt: Any, definition: Any, sums: Mapping[str, int]) -> None:
             made = definition.add_dist_collective(layer.get_input(0), operation, reduction, NO_ROOT, None)
             if made is None:
                 raise BuildError(f"TensorRT does not take the sum {layer.name!r} over ranks: build with --debug")
-            made.num_ranks, made.name = sums[layer.name], f"{layer.name}/AllReduce"
+            made.num_ranks, made.name = sums[layer.name], layer.name
             totals[layer.get_output(0).name] = made.get_output(0)
     if len(totals) != len(sums):
         raise BuildError(f"TensorRT's parser kept {len(totals)} of {len(sums)} sums over ranks: export the model again")

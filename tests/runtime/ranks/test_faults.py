@@ -46,6 +46,12 @@ def is_running(process: int) -> bool:
         return False
 
 
+def use_up(session: arriero.runtime.Session) -> None:
+    """Runs until the group ends; what was sent before is still done."""
+    for _ in range(100):
+        session.logits([[5, 6, 7]])
+
+
 def assert_gone(processes: list[int]) -> None:
     end = time.monotonic() + 60
     while any(map(is_running, processes)):
@@ -57,8 +63,7 @@ def test_a_rank_that_dies_ends_the_group(groups: list[Path]) -> None:
     session, decoder = load(groups[0])
     os.kill(decoder.processes[0], signal.SIGKILL)
     with pytest.raises(SessionError) as error:
-        for _ in range(100):  # the first may still be done
-            session.logits([[5, 6, 7]])
+        use_up(session)
     assert str(error.value) == f"{groups[0]}: rank 1 was ended by SIGKILL; the group has ended, load it again"
     with pytest.raises(SessionError, match="rank 1 was ended by SIGKILL"):
         session.generate([5, 6], max_new_tokens=2)
