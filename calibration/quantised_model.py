@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..errors import CalibrationError, FolderError
 from ..export.quantised_graph import quantise_graph
-from ..files.folders import SPEC, carry_files, find_files, read_spec
+from ..files.folders import SPEC, carry_files, check_no_rank, find_files, read_spec
 from ..files.output import check_apart, check_free, resumed_folder
 from ..files.safetensors import identity, open_shard
 from ..plugins.canonical_graph import read_graph
@@ -108,6 +108,7 @@ def _read_unquantised(source: Path) -> FolderSpec:
         FolderError: It is no model folder.
     """
     spec = read_spec(source)
+    check_no_rank(source, spec)
     if spec.kind != "model":
         raise FolderError(f"{source} is a {spec.kind}: give the model folder it was built from")
     if spec.recipe is not None:

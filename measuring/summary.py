@@ -5,7 +5,7 @@ Enters: a model or bundle folder; only its `spec.json` and the lists of fused la
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ def summarise(
     """
     path = Path(folder)
     spec = read_spec(path)
-    found = _describe(path, spec, every_layer=every_layer, max_seq=max_seq, batch=batch)
+    own = spec if spec.kind == "group" else replace(spec, model=spec.rank_model)
+    found = _describe(path, own, every_layer=every_layer, max_seq=max_seq, batch=batch)
     if spec.kind == "group":
         describe = partial(_describe, every_layer=every_layer, max_seq=max_seq, batch=batch)
         found["ranks"] = summarise_group(path, spec, describe)

@@ -26,9 +26,6 @@ from .segment import Segment
 
 Result = TypeVar("Result")
 
-SLACK = 5.0
-"""Seconds that a step may take beyond the ranks' patience: on the CPU they give up by themselves."""
-
 
 class GroupDecoder:
     """A group of ranks.
@@ -130,9 +127,12 @@ class GroupDecoder:
             while self.unused:
                 self.followers.send(("drop", self.unused.popleft()))
             self.followers.send(commands)
-            self.followers.deadline = time.monotonic() + self.followers.patience + SLACK
+            if self.meeting.identifier:  # on the CPU the sums see to that themselves
+                self.followers.deadline = time.monotonic() + self.followers.patience
             found = [own()]
             self.followers.deadline = None
+            if self.meeting.fault is not None:  # what a GPU gives that was freed from waiting is no result
+                raise RuntimeError("a rank is lost")
             return found + self.followers.receive(patience=self.followers.patience) if answers else found
         except BaseException as error:
             self.failure = f"{self.group}: {self._reason(error)}; the group has ended, load it again"
