@@ -127,7 +127,7 @@ def find_cut_groups(sources: Sequence[Source], split: Split) -> dict[str, Groups
     packed = {name for source in sources for name in source.is_int4}
     found: dict[str, Groups] = {}
     for name in packed:
-        _check_bytes(name, shapes[name], split)
+        _check_bytes(name, shapes, split)
     for name, scale in shapes.items():
         weight = name.removesuffix("_scale")
         cuts = split.cuts(weight)
@@ -140,14 +140,15 @@ def find_cut_groups(sources: Sequence[Source], split: Split) -> dict[str, Groups
             if left % SMALLEST_GROUP:
                 raise ExportError(
                     f"{weight!r} has groups of {group} inputs, of which {cuts} ranks would leave {left}, fewer than "
-                    f"{SMALLEST_GROUP}: {_smaller(split)}"
+                    f"{SMALLEST_GROUP}: {_instead(shapes, split.ranks)}"
                 )
             found[name] = Groups(times=group // left)
     return found
 
 
-def _check_bytes(name: str, shape: tuple[int, ...], split: Split) -> None:
+def _check_bytes(name: str, shapes: Mapping[str, tuple[int, ...]], split: Split) -> None:
     """Refuses to cut a byte that holds two integers."""
+    shape = shapes[name]
     last = shape[-1]
     if name.endswith("gate_up_proj"):
         last //= 2
@@ -157,14 +158,16 @@ def _check_bytes(name: str, shape: tuple[int, ...], split: Split) -> None:
     if last % parts:
         raise ExportError(
             f"{name!r} has two int4 values in a byte, and {parts} ranks would cut one of {last} bytes: "
-            f"{_smaller(split)}"
+            f"{_instead(shapes, split.ranks)}"
         )
 
 
-def _smaller(split: Split) -> str:
-    if split.expert_groups > 1:
-        return f"split the experts alone, with --tp 1 --ep {split.expert_groups}"
-    return "give a smaller --tp"
+def _instead(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> str:
+    """What else would do: experts are split whole, and floats anywhere."""
+    experts = [shape[0] for name, shape in shapes.items() if name.endswith(".experts.gate_up_proj")]
+    if experts and not any(count % ranks for count in experts):
+        return f"split the experts alone, with --tp 1 --ep {ranks}"
+    return "split the model that it was quantised from"
 
 
 def _write_regrouped(source: Source, scales: Mapping[str, Groups], split: Split, rank: int, path: Path) -> Shard:
