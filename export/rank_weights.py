@@ -163,7 +163,7 @@ def _check_bytes(name: str, shapes: Mapping[str, tuple[int, ...]], split: Split)
 
 
 def _instead(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> str:
-    """What else would do: experts are split whole, and floats anywhere."""
+    """A split that works in its place: experts are whole, and floats are cut anywhere."""
     experts = [shape[0] for name, shape in shapes.items() if name.endswith(".experts.gate_up_proj")]
     if experts and not any(count % ranks for count in experts):
         return f"split the experts alone, with --tp 1 --ep {ranks}"

@@ -62,13 +62,13 @@ def test_groups_that_a_split_cuts_become_smaller_ones(tmp_path: Path, inputs: in
             48,
             3,
             4,
-            "has groups of 16 inputs, of which 4 ranks would leave 4, fewer than 8: split the model that it was quantised from",
+            "has groups of 16 inputs, of which 4 ranks would leave 4, fewer than 8: split the model",
         ),
         (
             18,
             1,
             2,
-            "has two int4 values in a byte, and 2 ranks would cut one of 9 bytes: split the model that it was quantised",
+            "has two int4 values in a byte, and 2 ranks would cut one of 9 bytes: split the model",
         ),
     ],
 )
