@@ -22,6 +22,7 @@ from arriero.export.portions import take
 from arriero.export.split import Split, split_model
 from arriero.files.folders import read_spec
 from arriero.files.output import check_free
+from arriero.measuring.summary import summarise
 
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_local_experts": 8}
 IDS = [[5, 3, 90, 41, 7, 7, 12, 60, 33, 2, 1, 8, 96, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23]]
@@ -122,6 +123,7 @@ def test_a_split_of_the_experts_alone_is_the_whole_to_the_bit(
         sums = [node.name for node in onnx.load(group / "rank-3/decoder.onnx", load_external_data=False).graph.node
                 if node.op_type == "AllReduce"]  # fmt: skip
         assert sums == [f"layers.{index}/MoeDispatch/AllReduce" for index in (1, 3)]
+        assert summarise(group)["ranks"]["sums"] == {"a_step": 2, "bytes_per_token": 2 * 32 * 4, "bytes_per_logits": 0}
 
 
 def test_a_model_folder_is_split_as_its_checkpoint_is(exported: Callable[..., Path], tmp_path: Path) -> None:
@@ -206,7 +208,8 @@ def test_a_rank_has_a_part_of_the_cache_and_its_own_experts(exported: Callable[.
         dispatch = next(node for node in graph.node if node.op_type == "MoeDispatch")
         first = {attribute.name: attribute.i for attribute in dispatch.attribute}.get("first_expert", 0)
         assert first == (0, 0, 4, 4)[rank]
-        assert sum(node.op_type == "AllReduce" for node in graph.node) == 2 * 4 + 1
+        sums = sum(node.op_type == "AllReduce" for node in graph.node)
+        assert sums == summarise(group)["ranks"]["sums"]["a_step"] == 2 * 4 + 1
         assert len({node.name for node in graph.node}) == len(graph.node)
     assert (read_spec(group).kind, read_spec(group).ranks, read_spec(group).expert_groups) == ("group", 4, 2)
 

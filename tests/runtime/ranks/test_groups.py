@@ -16,6 +16,7 @@ from arriero.engine import build_bundle
 from arriero.errors import SessionError
 from arriero.export import export_checkpoint
 from arriero.measuring.bench import measure_folder
+from arriero.measuring.summary import summarise
 from arriero.runtime import Session
 from arriero.spec.recipe import Recipe
 
@@ -127,6 +128,11 @@ def test_run_bench_and_check_take_a_group(models: Callable[[str], Path], tmp_pat
     group = build_bundle(export_checkpoint(model, tmp_path / "group", tp=2), tmp_path / "bundles")
     verdict = check(group, model, data=np.random.default_rng(1).integers(3, 97, (2, 30)), threads=2)
     assert verdict.metrics["kl"].value < 1e-6
+    ranks = summarise(group)["ranks"]
+    assert [rank["experts"] for rank in ranks["each"]] == [[0, 1], [2, 3]]
+    assert len({rank["kv_cache"]["bytes_per_token"] for rank in ranks["each"]}) == 1
+    assert ranks["sums"]["bytes_per_token"] == 8 * 64 * 4  # float32 on a CPU
+    assert all(rank["memory"]["total"] > rank["weights_bytes"] for rank in ranks["each"])
     measured = measure_folder(group, prefill=[8], batch=[1], decode_tokens=2, runs=1, threads=2)
     assert (measured["ranks"], measured["stream"]) == (2, None)
     assert measured["peak_rss_bytes"] > 60e6
