@@ -23,7 +23,7 @@ class VisionPart:
 
     Attributes:
         spec: The tower's geometry.
-        graph: File name of its graph; empty where it is an engine.
+        graph: File name of its graph; empty where it is an engine, and on a rank that has none since rank 0 has it.
         weights: Tensors that the runtime hands to a bundle's graph; empty in a model.
         session: Flags that the graph needs from its session.
         engine: A TensorRT bundle's engine of the tower.

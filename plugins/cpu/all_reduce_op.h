@@ -32,7 +32,7 @@ struct alignas(128) RankLine {
     std::atomic<uint32_t> turn;      // the last turn that it has come to
     std::atomic<uint32_t> sleepers;  // ranks that sleep until it comes
     std::atomic<int32_t> process;
-    uint32_t unused;
+    uint32_t is_ready;  // for whoever has to wait before there are turns
     std::atomic<uint64_t> counts[2];  // values that it brings, of even and of odd turns
 };
 

@@ -6,12 +6,16 @@ them, and one line on why a group has ended. Invariant: who waits for a rank tha
 
 import contextlib
 import struct
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import SessionError
 from .nccl import Communicator, Nccl
 from .segment import ENDED, HEAD, LINE, SAID, SILENT, Segment
+
+READY_LOOK = 0.01
+"""Seconds after which a rank looks again whether the others are there."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,7 +37,18 @@ class Meeting:
     communicator: Communicator | None = field(default=None)
 
     def join(self) -> Any:
-        """Joins the other ranks' GPUs, and waits for them. Returns the communicator as TensorRT takes it."""
+        """Joins the other ranks' GPUs. Returns the communicator as TensorRT takes it.
+
+        NCCL waits for all ranks without end, so this one waits first until all of them are there.
+
+        Raises:
+            SessionError: One of them has ended or failed.
+        """
+        self.segment.say_ready(self.rank)
+        while not all(self.segment.is_ready(rank) for rank in range(self.ranks)):
+            if self.fault is not None:
+                raise SessionError(self.fault)
+            time.sleep(READY_LOOK)
         self.communicator = Communicator(Nccl(), self.identifier, self.ranks, self.rank)
         return self.communicator.capsule()
 

@@ -29,7 +29,7 @@ SAID = {ENDED: "has ended", SILENT: "does not answer", OTHER_STEP: "computes ano
 """The reasons for which a group ends."""
 
 HEADER = struct.Struct("<QIIQII")
-FAULT_AT, PROCESS_AT = 28, 8
+FAULT_AT, PROCESS_AT, READY_AT = 28, 8, 12
 
 
 class Segment:
@@ -74,6 +74,14 @@ class Segment:
     def process(self, rank: int) -> int:
         """The process that is a rank; 0 where none has said so."""
         return int(struct.unpack_from("<i", self.map, HEAD + rank * LINE + PROCESS_AT)[0])
+
+    def say_ready(self, rank: int) -> None:
+        """Says that a rank has loaded all that it needs."""
+        struct.pack_into("<I", self.map, HEAD + rank * LINE + READY_AT, 1)
+
+    def is_ready(self, rank: int) -> bool:
+        """Whether a rank has said so."""
+        return bool(struct.unpack_from("<I", self.map, HEAD + rank * LINE + READY_AT)[0])
 
     def end(self, why: int, rank: int) -> None:
         """Ends the group, if nothing has ended it yet: who waits, or will wait, is told within a tenth of a second."""

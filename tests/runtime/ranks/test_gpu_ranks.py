@@ -7,8 +7,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -137,6 +139,18 @@ def test_ranks_on_gpus_give_the_models_logits_and_end_together(built: Built, lib
     while library.count_aborted() == aborted:  # what a GPU waits for is ended too
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_ranks_meet_before_they_join_and_not_without_one_that_failed(library: Any) -> None:
+    segment = Segment.create(2, patience=1)
+    meetings = [Meeting(segment=segment, rank=rank, ranks=2, identifier=b"\1" * 128) for rank in (0, 1)]
+    with ThreadPoolExecutor(2) as pool, patch("arriero.runtime.ranks.meeting.Nccl", lambda: Nccl(library)):
+        capsules = list(pool.map(Meeting.join, meetings))
+    assert len(capsules) == 2
+    alone = Segment.create(2, patience=1)
+    alone.end(4, 1)
+    with pytest.raises(SessionError, match="rank 1 has failed"):
+        Meeting(segment=alone, rank=0, ranks=2, identifier=b"\1" * 128).join()
 
 
 def test_the_rank_behind_is_the_one_that_does_not_answer() -> None:
