@@ -115,7 +115,7 @@ class OnnxRuntimeDecoder:
     ) -> None:
         self.spec, self.watched, self.watch, self.group = spec, watched, watch, group
         self.weights = weights  # kept: the session reads the memory that these own
-        self.session = open_graph(graph, weights, folder, session, threads, has_arena=False)
+        self.session = open_graph(graph, weights, folder, session, threads, has_arena=False, is_rank=group is not None)
         self.takes_images = any(value.name == "image_features" for value in self.session.get_inputs())
 
     def caches(self, batch: int, positions: int) -> HostCaches:
