@@ -5,10 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
 
-.PHONY: help demo test check docs format lock wheels clean
+.PHONY: help demo test check docs format fuzz fuzz-ops sanitize lock wheels clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 16
 
 demo: .venv/.demo .venv/.built  ## the tiny Llama 4, from its checkpoint to text
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,15 @@ docs: .venv/.test .venv/.built  ## the site in build/docs, from docs/ and the co
 format: .venv/.test  ## style, mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: .venv/.test .venv/.built  ## hostile graphs: the whole table, and 2,000 random ones
+	$(BIN)/python tests/fuzz/ops.py --count 2000
+
+fuzz-ops: .venv/.test  ## the CPU's ops alone under libFuzzer, 20 minutes (Clang)
+	$(BIN)/python tests/fuzz/native.py coverage --seconds 1200
+
+sanitize: .venv/.test .venv/.built  ## the CPU's ops under the sanitizers of addresses, undefined behaviour and threads
+	$(BIN)/python tests/fuzz/native.py sanitize
 
 lock:  ## requirements.lock anew: the newest versions within pyproject.toml's ranges
 	$(PYTHON) -m venv .venv/lock

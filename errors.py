@@ -32,6 +32,10 @@ class CalibrationError(ArrieroError):
     """A model could not be quantised with the text and the recipe given."""
 
 
+class StarvedError(CalibrationError):
+    """Experts saw too few tokens; all that was done is kept for a run with more data or other demands."""
+
+
 class FolderError(ArrieroError):
     """A model or bundle folder cannot be read or written as it stands."""
 

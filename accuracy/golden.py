@@ -80,7 +80,9 @@ def record_golden(
     target = Path(out).absolute()
     check_replaceable(target, force)
     side = open_side(reference, None if weights is None else Path(weights), threads)
-    windows = read_windows(side.path, data, side.spec, samples, window or window_of(side.spec), side.vision)
+    windows = read_windows(
+        side.path, data, side.spec, samples, window_of(side.spec) if window is None else window, side.vision
+    )
     write_golden(record(side, windows, progress), target)
     return target
 

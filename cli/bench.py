@@ -21,7 +21,7 @@ def bench(
     debug: options.Debug = False,
 ) -> None:
     """Time a model: first token, prefill, decode, and the bandwidth beside what this machine's memory gives."""
-    terminal = Terminal(extra="accuracy", quiet=quiet, verbose=verbose, debug=debug)  # whose matplotlib --output needs
+    terminal = Terminal(extra="check", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown(), terminal.progress_shown("Timing") as progress:
         from ..measuring.bench import check_output, measure_folder, parse_sizes, write_measured
 

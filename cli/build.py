@@ -33,7 +33,7 @@ def build(
 ) -> None:
     """Build a model for one target: the bundle folder. Options but --kv-cache and --force shape a TensorRT engine."""
     extra = "tensorrt" if target.startswith("tensorrt") else "export"
-    terminal = Terminal(extra=extra, quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra=extra, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown(), terminal.progress_shown("Building") as progress:
         from ..engine import Options, build_bundle
 

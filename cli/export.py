@@ -12,7 +12,10 @@ from .terminal import Terminal
 
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Hugging Face Llama 4 checkpoint, or a model folder to be split; only read.")
+        Path,
+        typer.Argument(
+            help="Hugging Face Llama 4 checkpoint, its name in the hub's local cache, or a model folder to be split."
+        ),
     ],
     output: options.Output,
     dtype: options.ConvertedType = None,
@@ -20,6 +23,7 @@ def export(
     tp: options.TensorParallel = 1,
     ep: options.ExpertParallel = None,
     weights: options.MovedSplit = None,
+    tokenizer: options.Tokenizer = None,
     force: options.Force = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -27,7 +31,7 @@ def export(
     debug: options.Debug = False,
 ) -> None:
     """Export a checkpoint to ONNX, or split a model over ranks. The weights stay where they are."""
-    terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown(), terminal.progress_shown("Exporting") as progress:
         from ..export import export_checkpoint
 
@@ -40,6 +44,7 @@ def export(
             tp=tp,
             ep=ep,
             weights=weights,
+            tokenizer=tokenizer,
             force=force,
             progress=progress,
             notice=terminal.say,

@@ -8,6 +8,7 @@ Invariant: each custom op's node records which way it was lowered: to a `plugin`
 `function`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..plugins.all_reduce import op as all_reduce
 from ..plugins.canonical_graph import read_graph
 from ..plugins.gqa import native as gqa_native
 from ..plugins.gqa import op as gqa
+from ..plugins.launch import ALIGNMENT, round_up
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import write_body as write_moe_body
 from ..plugins.nodes import Nodes, number
@@ -29,6 +31,7 @@ from ..spec.built_engine import CacheInput
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.stored_weights import Weight
+from ..spec.types import BITS
 from .supply import STORED
 
 Way = Literal["plugin", "native", "function"]
@@ -270,6 +273,9 @@ class _TensorrtLowering:
     def _cache_shape(self, value: ir.Value, layer: int) -> ir.Shape:
         model = self.spec
         slots = min(model.layers[layer].chunk or self.choices.max_seq, self.choices.max_seq)
+        # TensorRT wants addresses that are multiples of ALIGNMENT, those of any row of a batch among them.
+        slot_size = max(1, model.kv_heads * model.head_dim * BITS[STORED[_dtype(value)]] // 8)
+        slots = round_up(slots, ALIGNMENT // math.gcd(ALIGNMENT, slot_size))
         shape = (model.kv_heads, slots, model.head_dim)
         if f"{value.name}".startswith("past."):
             name = f"{value.name}".removeprefix("past.")

@@ -9,14 +9,15 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx_ir as ir
 
 from .. import __version__
 from ..errors import ExportError
-from ..files.folders import SPEC, carry_files
+from ..files.folders import OF_TOKENIZER, SPEC, carry_files
+from ..files.hub_cache import find_checkpoint
 from ..files.output import check_apart, check_free, new_folder
 from ..files.safetensors import Region, identity
 from ..files.unheeded import generation_fields, unheeded
@@ -30,7 +31,7 @@ from .placement import PlacedWeights, place_quantised, place_whole
 from .prequantised.inventory import Prequantised
 from .prequantised.scheme import MODELOPT
 from .quantised_graph import quantise_graph
-from .rewriting import say_rewritten, scratch_folder, with_stacks
+from .rewriting import say_missing, say_rewritten, scratch_folder, with_stacks
 from .shards import read_json
 from .split import Split, split_model
 from .tower_graph import stitch_tower
@@ -47,6 +48,7 @@ def export_checkpoint(
     tp: int = 1,
     ep: int | None = None,
     weights: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda phase, done, total: None,
     notice: Callable[[str], None] = lambda line: None,
@@ -54,13 +56,15 @@ def export_checkpoint(
     """Exports a Llama 4 checkpoint: the text decoder, and the vision tower where there is one.
 
     Args:
-        checkpoint: Folder in Hugging Face layout, or a model folder that is to be split; only read.
+        checkpoint: Folder in Hugging Face layout, a hub cache's folder of one, or its name where it is in the local
+            cache; or a model folder that is to be split. Only read.
         out: The model folder to write.
         dtype: Type of the graph and its weights; None keeps the checkpoint's. Another type writes converted weights.
         copy_weights: Whether the weights are copied into the folder, so that it stands alone.
         tp: Ranks over which the model is split; 1 leaves all but the experts whole.
         ep: Groups of ranks over which the experts are distributed; None is `tp`, which leaves them in place.
         weights: Folder of a model folder's weight files, where they have moved.
+        tokenizer: Folder that tokenizer, chat template and preprocessor are taken from; None is the checkpoint.
         force: Whether an existing model folder at `out` is replaced.
         progress: Called with the phase, the steps done and the steps in all.
         notice: Called with each line that a person should know.
@@ -74,15 +78,15 @@ def export_checkpoint(
             file changed meanwhile.
         FolderError: `out` exists, or cannot be written.
     """
-    source, target = Path(checkpoint).absolute(), Path(out).absolute()
-    if dtype is not None and dtype not in FLOATS:
-        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
-    if (source / SPEC).exists():
-        if dtype is not None:
-            raise ExportError(f"{source} is exported already and not converted: export its checkpoint with --dtype")
+    _check_dtype(dtype)
+    if (Path(checkpoint) / SPEC).exists():
+        if dtype is not None or tokenizer is not None:
+            raise ExportError(
+                f"{checkpoint} is exported already: export its checkpoint with --dtype or --tokenizer, and split that"
+            )
         return split_folder(
-            source,
-            target,
+            Path(checkpoint).absolute(),
+            Path(out).absolute(),
             tp=tp,
             ep=ep,
             copy_weights=copy_weights,
@@ -91,26 +95,50 @@ def export_checkpoint(
             progress=progress,
             notice=notice,
         )
+    source, target = find_checkpoint(checkpoint).absolute(), Path(out).absolute()
+    small = source if tokenizer is None else _tokenizer_folder(tokenizer)
     check_apart(source, target)
     check_free(target, force=force)
     opened = open_checkpoint(source)
     if opened.quantised is not None:
         _check_quantised(opened.spec, dtype)
         _notice_quantised(opened.quantised, notice)
-    for line in unheeded(source):
-        notice(line)
+    _say_all(unheeded(source), notice)
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
     say_rewritten(opened, spec.dtype, notice)
+    say_missing(small, opened.vision is not None, notice)
     record = _folder_spec(source, opened, spec)
     with new_folder(target, force=force) as folder:
         if split.ranks == 1:
             placement, model = _make_whole(opened, folder, spec, copy_weights, progress)
-            _write_model(source, folder, model, placement, record)
+            _write_model((source, small), folder, model, placement, record)
         else:
-            copied = _write_group(opened, folder, split, copy_weights, record, progress)
+            copied = _write_group(opened, small, folder, split, copy_weights, record, progress)
             notice_copied(copied, notice)
     return target
+
+
+def _say_all(lines: Iterable[str], notice: Callable[[str], None]) -> None:
+    for line in lines:
+        notice(line)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
+
+
+def _tokenizer_folder(given: str | Path) -> Path:
+    """The folder that a tokenizer is taken from.
+
+    Raises:
+        ExportError: It holds none.
+    """
+    folder = find_checkpoint(given).absolute()
+    if not (folder / "tokenizer.json").is_file():
+        raise ExportError(f"{folder} has no tokenizer.json: give with --tokenizer a folder that has one")
+    return folder
 
 
 def _folder_spec(source: Path, checkpoint: Checkpoint, spec: ModelSpec) -> FolderSpec:
@@ -166,7 +194,13 @@ def _make_whole(
 
 
 def _write_group(
-    checkpoint: Checkpoint, folder: Path, split: Split, copy_weights: bool, record: FolderSpec, progress: Progress
+    checkpoint: Checkpoint,
+    small: Path,
+    folder: Path,
+    split: Split,
+    copy_weights: bool,
+    record: FolderSpec,
+    progress: Progress,
 ) -> int:
     """Builds the whole graphs, writes the ranks' folders, and what goes with them. Returns the bytes of weights."""
     with scratch_folder(folder) as scratch:
@@ -179,7 +213,7 @@ def _write_group(
         files = {file.name: (Path(file.path or scratch / file.name), bool(file.path)) for file in placement.files}
         whole = WholeModel(decoder=model, tower=tower, files=files, record=record)
         copied = write_ranks(whole, folder, split, copy_weights, progress)
-    carry_files(checkpoint.folder, folder)
+    _carry(checkpoint.folder, small, folder)
     _write_generation_config(checkpoint.folder, folder)
     return copied
 
@@ -197,17 +231,35 @@ def _make_whole_in_place(
     return placement, stitch_decoder(spec, checkpoint.prefix, place_of, progress, vision=checkpoint.vision)
 
 
-def _write_model(source: Path, folder: Path, model: ir.Model, placement: PlacedWeights, record: FolderSpec) -> None:
-    """Writes the decoder's graph, the vision tower's, and all that goes with them."""
+def _write_model(
+    sources: tuple[Path, Path], folder: Path, model: ir.Model, placement: PlacedWeights, record: FolderSpec
+) -> None:
+    """Writes the decoder's graph, the vision tower's, and all that goes with them.
+
+    Args:
+        sources: The checkpoint, and the folder of its tokenizer.
+        folder: Where to.
+        model: The decoder's graph.
+        placement: The weights' places.
+        record: The folder's spec, but for the weight files.
+    """
+    source, small = sources
     ir.save(model, folder / GRAPH)
     if record.vision is not None:
         text = record.model
         tower = stitch_tower(record.vision.spec, text.hidden_size, text.dtype, placement.regions.__getitem__)
         ir.save(tower, folder / record.vision.graph)
-    carry_files(source, folder)
+    _carry(source, small, folder)
     _write_generation_config(source, folder)
     record = dataclasses.replace(record, weight_files=tuple(placement.files))
     (folder / SPEC).write_text(record.to_json(), "utf-8")
+
+
+def _carry(source: Path, small: Path, folder: Path) -> None:
+    """Copies the small files, those of the tokenizer from a folder of their own where there is one."""
+    carry_files(source, folder)
+    if small != source:
+        carry_files(small, folder, OF_TOKENIZER)
 
 
 def _write_generation_config(source: Path, folder: Path) -> None:

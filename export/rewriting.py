@@ -51,6 +51,21 @@ def say_rewritten(checkpoint: Checkpoint, dtype: DType, notice: Callable[[str], 
         notice(f"The graph is in {dtype}, {kinds} of the tensors are not: {_size(bits // 8)} are written converted.")
 
 
+def say_missing(folder: Path, sees: bool, notice: Callable[[str], None]) -> None:
+    """Says which of the small files that a model is used with are missing.
+
+    Args:
+        folder: The folder that they are taken from.
+        sees: Whether the model takes images.
+        notice: Called with each line.
+    """
+    give = "give with --tokenizer DIR a folder that has it, the model's base for one"
+    if not (folder / "tokenizer.json").is_file():
+        notice(f"{folder} has no tokenizer.json, so the model will take token ids and no text: {give}.")
+    elif sees and not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        notice(f"{folder} has no preprocessor_config.json, so the model's vision tower gets no images: {give}.")
+
+
 @contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
     """Yields a folder for files that go when the block ends."""

@@ -29,6 +29,9 @@ CARRIED = (
 )
 """Small files that every stage hands on unchanged."""
 
+OF_TOKENIZER = tuple(name for name in CARRIED if name != "generation_config.json")
+"""The ones among them that belong to the tokenizer and the preprocessor."""
+
 NAMED_TEMPLATES = "additional_chat_templates"
 """Folder of chat templates that have names of their own, which travels with the small files."""
 
@@ -123,13 +126,13 @@ def rank_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def carry_files(source: Path, target: Path) -> None:
+def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED) -> None:
     """Copies the small files that travel with a model: tokenizer, chat template, generation config.
 
     Raises:
         CheckpointError: Git left a pointer in place of one.
     """
-    for name in CARRIED:
+    for name in names:
         if (source / name).is_file():
             with (source / name).open("rb") as file:
                 check_downloaded(source / name, file.read(len(POINTER)))
@@ -170,7 +173,19 @@ def find_files(
         except CheckpointError:
             same = False
         if not same:
-            again = "export again" if file.path else f"write {folder} again, with --force"
+            again = _again(folder, file)
             raise FolderError(f"{path} is not the file that was exported (size or content differs): {again}")
         found[file.name] = path
     return found
+
+
+def _again(folder: Path, file: WeightFile) -> str:
+    """The way to a weight file that fits again: by the stage that wrote it."""
+    if not file.path:
+        return f"write {folder} again, with --force"
+    source = Path(file.path).parent
+    try:
+        is_quantised = read_spec(source).recipe is not None
+    except FolderError:
+        return "export again"
+    return f"calibrate {source} again, then build" if is_quantised else "export again"

@@ -14,7 +14,9 @@ from ..errors import FolderError
 from ..files.folders import LAYERS, TOWER_LAYERS, read_spec
 from ..spec.built_engine import EngineSpec
 from ..spec.folder import FolderSpec, VisionPart
-from ..spec.geometry import ModelSpec
+from ..spec.geometry import ModelSpec, VisionSpec
+from ..spec.parameters import count_parameters
+from ..spec.recipe_words import bits, in_words
 from ..spec.types import BITS, Stored
 from .group_summary import summarise_group
 
@@ -60,7 +62,9 @@ def _describe(path: Path, spec: FolderSpec, *, every_layer: bool, max_seq: int |
         "version": spec.version,
         "target": spec.target,
         "source": spec.source,
-        "model": _geometry(spec.model),
+        "model": geometry(spec.model),
+        "quantised": _quantised(spec),
+        "parameters": dict(zip(("total", "active"), count_parameters(*_geometries(spec)), strict=True)),
         "weight_files": {"count": len(spec.weight_files), "bytes": sum(file.size for file in spec.weight_files)},
         "kv_cache": _cache(spec),
     }
@@ -77,7 +81,28 @@ def _describe(path: Path, spec: FolderSpec, *, every_layer: bool, max_seq: int |
     return found
 
 
-def _geometry(model: ModelSpec) -> dict[str, Any]:
+def _geometries(spec: FolderSpec) -> tuple[ModelSpec, VisionSpec | None]:
+    return spec.model, None if spec.vision is None else spec.vision.spec
+
+
+def _quantised(spec: FolderSpec) -> dict[str, Any] | None:
+    """How a folder is quantised, its caches too; None where neither is."""
+    recipe = spec.recipe
+    if recipe is None and not spec.cache_bits:
+        return None
+    caches = f"int{spec.cache_bits}" if spec.cache_bits else "none" if recipe is None else recipe.kv_cache
+    return {
+        "words": in_words(recipe),
+        "format": "none" if recipe is None else recipe.format,
+        "weight_bits": bits(recipe, BITS[spec.model.dtype]),
+        "kv_cache": caches,
+        "unmeasured_experts": len(spec.unmeasured),
+        "recipe": None if recipe is None else asdict(recipe),
+    }
+
+
+def geometry(model: ModelSpec) -> dict[str, Any]:
+    """A decoder's geometry."""
     return {
         "layers": len(model.layers),
         "chunked_layers": sum(layer.chunk > 0 for layer in model.layers),

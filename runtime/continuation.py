@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .chat.settings import ChatSettings
 from .logprobs import TokenLogprobs, read_logprobs
 from .prompt import Tokens
 from .sampling import Sampler, Sampling
+from .shortlist import Row, whole
 from .stopping import StopText, special_texts
 from .text import Text
 
@@ -158,14 +156,14 @@ class Continuation:
         """New tokens that may still come."""
         return self.request.positions - len(self.ids)
 
-    def take(self, logits_V: NDArray[np.float32]) -> Generated:
+    def take(self, logits_V: Row) -> Generated:
         """Chooses the next token from the logits after the last one. Returns it with the text that it completes.
 
         Raises:
             SessionError: The logits are not finite, or the settings forbid every token.
         """
         token, top = self.sampler(logits_V, self.ids), self.request.top_logprobs
-        logprobs = () if top is None else (read_logprobs(logits_V, token, top),)
+        logprobs = () if top is None else (read_logprobs(whole(logits_V), token, top),)
         self.ids.append(token)
         text, stopped = self.stop.take(self.read(token), self.special.get(token, ""))
         finish: Finish | None = "stop" if stopped else "eos" if token in self.request.ends else None

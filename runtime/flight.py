@@ -19,12 +19,10 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..errors import SessionError
 from .continuation import Generated, Request
 from .rider import Boarding, Rider, board_together
+from .shortlist import Row
 from .token_session import TokenSession
 
 DEFAULT_SLOTS = 8
@@ -37,7 +35,7 @@ keep the others waiting longer: `benchmarks/flight_gaps.py`."""
 Pieces = list[tuple[int, Generated]]
 """Requests' numbers, each with a piece of its continuation."""
 
-Logits = NDArray[np.float32] | Exception
+Logits = Row | Exception
 """The logits [V] after a row's last token, or the error that came in their place."""
 
 
@@ -201,14 +199,14 @@ class Flight:
         """Adds each row's last token. Returns each row's logits, or its error where it fails alone as well."""
         tokens_B = [rider.continuation.ids[-1] for _, rider in self.rows]
         try:
-            return list(self.session.decode(self.state.rows(0, len(self.rows)), tokens_B))
+            return list(self.session.decode_rows(self.state.rows(0, len(self.rows)), tokens_B))
         except Exception as error:  # of whatever kind: no row has its token yet
             if len(tokens_B) == 1:
                 return [error]
         found: list[Logits] = []
         for row, token in enumerate(tokens_B):
             try:
-                found.append(self.session.decode(self.state.rows(row, row + 1), [token])[0])
+                found.append(self.session.decode_rows(self.state.rows(row, row + 1), [token])[0])
             except Exception as error:
                 found.append(error)
         return found

@@ -15,6 +15,7 @@ from .continuation import Continuation, Generated, Request
 from .images.features import Features
 from .lookup import Lookup
 from .prefix import Trail
+from .shortlist import Row
 from .state import State
 from .token_session import TokenSession
 
@@ -26,7 +27,7 @@ class Rider:
     continuation: Continuation
     trail: Trail
 
-    def take(self, state: State, row: int, logits_V: NDArray[np.float32]) -> Generated:
+    def take(self, state: State, row: int, logits_V: Row) -> Generated:
         """Chooses the next token from the logits after the last one in its row. Returns its piece."""
         piece = self.continuation.take(logits_V)
         self._keep(state, row, piece)
@@ -157,7 +158,7 @@ def ride_alone(session: TokenSession, request: Request, lookup: Lookup) -> Itera
             pieces = rider.verify(state, draft, logits_SV)
             lookup.judge(len(draft), pieces[0].accepted)
         else:
-            pieces = [rider.take(state, 0, session.decode(state, ids[-1:])[0])]
+            pieces = [rider.take(state, 0, session.decode_rows(state, ids[-1:])[0])]
         yield from pieces
 
 

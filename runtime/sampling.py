@@ -23,6 +23,7 @@ from .processors import (
     Processor,
     RepetitionPenalty,
 )
+from .shortlist import Row, Shortlist
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,16 +148,25 @@ class Sampler:
         self.rng = np.random.default_rng(sampling.seed)
         self.processors = open_processors(sampling, ends, prompt)
 
-    def __call__(self, logits_V: NDArray[np.float32], seen: Sequence[int]) -> int:
+    def __call__(self, logits_V: Row, seen: Sequence[int]) -> int:
         """Chooses the next token.
 
         Args:
-            logits_V: The model's logits.
+            logits_V: The model's logits, or a shortlist of them.
             seen: The ids of the prompt and of the tokens since: the same sequence every time, with more at its end.
 
         Raises:
             SessionError: The logits are not finite, or the settings forbid every token.
         """
+        draw = None
+        if isinstance(logits_V, Shortlist):
+            if not (logits_V.odd or self.processors):
+                if self.sampling.temperature == 0:
+                    return int(logits_V.tokens[0])
+                draw = self.rng.random()
+                if (found := logits_V.draw(self.sampling, draw)) is not None:
+                    return found
+            logits_V = logits_V.whole()
         token = int(logits_V.argmax())
         if not (np.isfinite(logits_V[token]) and np.isfinite(logits_V.min())):
             raise _not_finite(logits_V)
@@ -167,31 +177,40 @@ class Sampler:
             token = int(logits_V.argmax())
         if not np.isfinite(top := logits_V[token]):
             raise SessionError("the settings forbid every token, or make a logit too large: forbid or bias less")
-        return token if self.sampling.temperature == 0 else self._draw(logits_V - top)
-
-    def _draw(self, below_V: NDArray[np.float32]) -> int:
-        """Draws a token by the logits less the largest of them."""
-        sampling = self.sampling
-        draw = self.rng.random()
-        tokens, total = candidates(below_V, sampling, draw)
+        if self.sampling.temperature == 0:
+            return token
+        below_V, draw = logits_V - top, self.rng.random() if draw is None else draw
+        tokens, total = candidates(below_V, self.sampling, draw)
         tokens = tokens[np.argsort(-below_V[tokens], kind="stable")]
-        weights = np.exp(below_V[tokens].astype(np.float64) / sampling.temperature)
-        cumulative = np.cumsum(weights)
-        count = len(tokens)
-        if total is None:
-            total = cumulative[-1]
-        if sampling.top_p < 1:
-            count = min(count, int(np.searchsorted(cumulative, sampling.top_p * total)) + 1)
-        if sampling.min_p > 0:
-            count = min(count, int(np.count_nonzero(weights >= sampling.min_p * weights[0])))
-        if sampling.typical_p < 1:
-            kept = typical(weights[:count], sampling.typical_p)
-            tokens, cumulative, count = tokens[kept], np.cumsum(weights[kept]), len(kept)
-        if sampling.top_p < 1 or sampling.min_p > 0 or sampling.typical_p < 1:
-            total = cumulative[count - 1]
-        drawn = np.searchsorted(cumulative[:count], draw * total, side="right")
-        last = np.searchsorted(cumulative[:count], cumulative[count - 1])  # later tokens weigh nothing
-        return int(tokens[min(drawn, last)])
+        return int(tokens[chosen(below_V[tokens], self.sampling, draw, total)])
+
+
+def chosen(below_N: NDArray[np.float32], sampling: Sampling, draw: float, total: float | None) -> int:
+    """The place of the token that a draw chooses.
+
+    Args:
+        below_N: Logits less the largest of all, in descending order.
+        sampling: The settings by which tokens are chosen.
+        draw: A number from 0 to 1.
+        total: The weight of all tokens where that of the likeliest is 1; None where only these count.
+    """
+    weights = np.exp(below_N.astype(np.float64) / sampling.temperature)
+    cumulative = np.cumsum(weights)
+    places, count = np.arange(len(below_N)), len(below_N)
+    if total is None:
+        total = cumulative[-1]
+    if sampling.top_p < 1:
+        count = min(count, int(np.searchsorted(cumulative, sampling.top_p * total)) + 1)
+    if sampling.min_p > 0:
+        count = min(count, int(np.count_nonzero(weights >= sampling.min_p * weights[0])))
+    if sampling.typical_p < 1:
+        kept = typical(weights[:count], sampling.typical_p)
+        places, cumulative, count = places[kept], np.cumsum(weights[kept]), len(kept)
+    if sampling.top_p < 1 or sampling.min_p > 0 or sampling.typical_p < 1:
+        total = cumulative[count - 1]
+    drawn = np.searchsorted(cumulative[:count], draw * total, side="right")
+    last = np.searchsorted(cumulative[:count], cumulative[count - 1])  # later tokens weigh nothing
+    return int(places[min(drawn, last)])
 
 
 def _not_finite(logits_V: NDArray[np.float32]) -> SessionError:

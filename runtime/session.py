@@ -5,6 +5,7 @@ prompt or of many side by side. Invariant: the model is run by `TokenSession` al
 """
 
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from typing import Any, Unpack
 
 from ..errors import SessionError, shortened
@@ -146,9 +147,7 @@ class Session(TokenSession):
     ) -> Request:
         """Checks a prompt and its settings, for a `Flight` to take; the arguments are those of `stream`."""
         if unknown := sorted(map(str, settings.keys() - Settings.__annotations__.keys())):
-            raise SessionError(
-                f"unknown setting {shortened(unknown[0])}: choose from {', '.join(Settings.__annotations__)}"
-            )
+            raise SessionError(f"unknown setting {shortened(unknown[0])}{_choice(unknown[0])}")
         chat: Any = {name: value for name, value in settings.items() if name in ChatSettings.__annotations__}
         tokens = self.read(prompt, images, **chat)
         room = self.max_seq - len(tokens.ids)
@@ -187,3 +186,20 @@ class Session(TokenSession):
                 f"with a larger max_seq (the model's context is {self.spec.max_positions})"
             )
         return tokens
+
+
+def _choice(name: str) -> str:
+    """The settings that a caller may have meant, and all there are."""
+    known = list(Settings.__annotations__)
+    meant = get_close_matches(ALIASES.get(name, name), known, n=1)
+    hint = f"; did you mean {meant[0]}?" if meant else ""
+    return f": choose from {', '.join(known)}{hint}"
+
+
+ALIASES = {
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "stop": "stop_strings",
+    "eos": "eos_token_id",
+}
+"""Other libraries' names of settings."""

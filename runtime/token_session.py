@@ -19,6 +19,7 @@ from .images.features import Features, RowFeatures
 from .images.tower import Tower
 from .pieces import cut
 from .prefix import Prefixes
+from .shortlist import Row, whole
 from .state import Limits, State
 
 
@@ -103,6 +104,10 @@ class TokenSession:
 
     def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
         """Adds one token to every row. Returns the logits [B, V] after it."""
+        return np.stack([whole(row) for row in self.decode_rows(state, tokens_B)])
+
+    def decode_rows(self, state: State, tokens_B: Sequence[int]) -> Sequence[Row]:
+        """Adds one token to every row. Returns each row's logits after it, from a GPU those that a draw looks at."""
         if len(tokens_B) != state.batch:
             raise SessionError(f"{len(tokens_B)} tokens for {state.batch} rows: give each row one")
         if int(state.past_B.max()) >= state.caches.positions:
@@ -110,9 +115,9 @@ class TokenSession:
         self.check_ids(tokens_B)
         ids_B1 = np.asarray(tokens_B, dtype=np.int64)[:, None]
         with self.lock:
-            logits = state.binding(slice(0, len(ids_B1))).step(ids_B1, state.past_B, np.zeros_like(ids_B1))
+            rows = state.binding(slice(0, len(ids_B1))).decode(ids_B1, state.past_B)
             state.past_B += 1
-        return logits[:, 0]
+        return rows
 
     def logits(self, ids_BS: ArrayLike, lengths_B: ArrayLike | None = None) -> NDArray[np.float32]:
         """Teacher-forced logits of whole sequences.

@@ -83,6 +83,7 @@ class EngineSpec:
         file: Its file name.
         flavour: `tensorrt-rtx` or `tensorrt`.
         version: Version of that library; an engine runs on the version that built it.
+        cuda: Major version of CUDA that that library needs of the driver; 0 is not known.
         capabilities: Compute capabilities that it was built for.
         sha256: SHA-256 of the file.
         max_seq: Positions that a sequence may hold.
@@ -110,6 +111,7 @@ class EngineSpec:
     weight_streaming: bool
     weights: int
     kernels: tuple[Binary, ...] = ()
+    cuda: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,6 +51,8 @@ class FolderSpec:
         source_hashes: SHA-256 of the small files it was made from, by name.
         weight_files: The safetensors files that the graph reads in place.
         recipe: How the model is quantised; None where it is not.
+        unmeasured: Experts that saw too few tokens, as `layers.5.feed_forward.experts[3]`: rounded to nearest without
+            statistics of their own, static scales being the largest of the layer's others.
         weights: Tensors that the runtime hands to a bundle's graph; empty in a model, whose graph names them itself.
         tools: Versions of the libraries that wrote it.
         session: Flags that the graph needs from its session.
@@ -75,6 +77,7 @@ class FolderSpec:
     source_hashes: dict[str, str] = field(default_factory=dict)
     weight_files: tuple[WeightFile, ...] = ()
     recipe: Recipe | None = None
+    unmeasured: tuple[str, ...] = ()
     weights: tuple[Weight, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
     session: dict[str, str] = field(default_factory=dict)

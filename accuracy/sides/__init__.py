@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...errors import AccuracyError
 from ...files.folders import SPEC
+from ...files.hub_cache import find_checkpoint
 from .side import Side
 
 
@@ -27,7 +28,7 @@ def open_side(
         AccuracyError: It is none of these.
         ArrieroError: It is damaged.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
     if (path / "config.json").is_file() and not (path / SPEC).exists():
         from .checkpoint_side import CheckpointSide
 

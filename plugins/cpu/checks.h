@@ -31,9 +31,9 @@ inline std::string written(float value) {
 }
 
 inline std::string name_of(ort::Type type) {
-    constexpr const char* NAMES[] = {"no type",  "float32", "uint8",   "int8",   "uint16", "int16",
-                                     "int32",    "int64",   "string",  "bool",   "float16", "float64",
-                                     "uint32",   "uint64",  "complex64", "complex128", "bfloat16", "float8e4m3fn"};
+    constexpr const char* NAMES[] = {"no type", "float32", "uint8",     "int8",       "uint16",   "int16",
+                                     "int32",   "int64",   "string",    "bool",       "float16",  "float64",
+                                     "uint32",  "uint64",  "complex64", "complex128", "bfloat16", "float8e4m3fn"};
     const auto index = static_cast<size_t>(type);
     return index < sizeof NAMES / sizeof *NAMES ? NAMES[index] : "type " + std::to_string(index);
 }

@@ -32,7 +32,7 @@ struct GroupedQueryAttention {
         if (settings.heads % settings.kv_heads)
             Settings::refuse("heads", std::to_string(settings.heads),
                              "a multiple of kv_heads, " + std::to_string(settings.kv_heads));
-        settings.chunk = given.integer("chunk", 0);
+        settings.chunk = given.integer("chunk", 0, INT64_MAX);
         settings.scale = given.number("scale");
         settings.qk_norm_eps = given.number("qk_norm_eps", 0);
         settings.temperature_scale = given.number("temperature_scale");

@@ -70,9 +70,8 @@ const ort::CustomOp* described() {
         };
         made.compute_or_fail = [](void* kernel, ort::Context* context) {
             const auto& held = *static_cast<Held<Kernel>*>(kernel);
-            return guarded(held.runtime.interface, Kernel::NAME, [&] {
-                held.kernel.compute({held.runtime, context, Kernel::INPUT_NAMES, Kernel::NEEDED});
-            });
+            return guarded(held.runtime.interface, Kernel::NAME,
+                           [&] { held.kernel.compute({held.runtime, context, Kernel::INPUT_NAMES, Kernel::NEEDED}); });
         };
         made.destroy_kernel = [](void* kernel) { delete static_cast<Held<Kernel>*>(kernel); };
         return made;

@@ -19,8 +19,8 @@ struct Choice {
 struct MoeDispatch {
     static constexpr const char* NAME = "MoeDispatch";
     static constexpr size_t INPUTS = 8, NEEDED = 6, OUTPUTS = 1;
-    static constexpr const char* INPUT_NAMES[INPUTS] = {"hidden",     "router_logits", "gate_up",      "gate_up_scale",
-                                                        "down",       "down_scale",    "hidden_scale", "activated_scale"};
+    static constexpr const char* INPUT_NAMES[INPUTS] = {"hidden", "router_logits", "gate_up",      "gate_up_scale",
+                                                        "down",   "down_scale",    "hidden_scale", "activated_scale"};
 
     static ort::Type input_type(size_t index) { return index < 2 ? ort::Type::float32 : ort::Type::any; }
     static ort::Type output_type(size_t) { return ort::Type::float32; }

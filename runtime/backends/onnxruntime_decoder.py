@@ -174,3 +174,8 @@ class OnnxRuntimeBinding:
             watched = (value.numpy() for value in self.io.get_outputs()[-len(self.watched) :])
             self.watch(dict(zip(self.watched, watched, strict=True)))
         return logits_BRV
+
+    def decode(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> Sequence[NDArray[np.float32]]:
+        """Runs a token of each row. Returns each row's logits after it."""
+        logits_BV: NDArray[np.float32] = self.step(ids_B1, past_B, np.zeros_like(ids_B1))[:, 0]
+        return list(logits_BV)

@@ -106,7 +106,7 @@ def read_tile_settings(folder: Path) -> TileSettings:
     them.
 
     Raises:
-        SessionError: The folder has neither: its model takes no images.
+        SessionError: The folder has neither.
         FolderError: A file is damaged, or is not a Llama 4's.
     """
     path = folder / "processor_config.json"
@@ -114,7 +114,10 @@ def read_tile_settings(folder: Path) -> TileSettings:
     if config is None:
         path = folder / "preprocessor_config.json"
         if not path.is_file():
-            raise SessionError(f"{folder} has no preprocessor_config.json: its model takes no images, give text only")
+            raise SessionError(
+                f"{folder} has no processor_config.json or preprocessor_config.json, by which images are cut: export "
+                "again with --tokenizer DIR, a folder that has it, or give text only"
+            )
         config = read_json(path)
     try:
         if not isinstance(config, dict):

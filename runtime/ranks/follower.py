@@ -54,12 +54,12 @@ def _follow(channel: Connection, decoder: DecoderBackend, meeting: Meeting) -> N
     bindings: dict[int, dict[tuple[int, int], Binding]] = {}
     while True:
         match channel.recv():
-            case "step", number, rows, *inputs:
+            case ("step" | "decode") as name, number, rows, *inputs:
                 bound = bindings[number]
                 if rows not in bound:
                     bound[rows] = decoder.bind(caches[number], slice(*rows))
                 meeting.arrive()
-                bound[rows].step(*inputs)
+                getattr(bound[rows], name)(*inputs)
             case "caches", number, batch, positions:
                 caches[number], bindings[number] = decoder.caches(batch, positions), {}
             case "drop", number:

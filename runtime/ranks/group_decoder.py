@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ...errors import SessionError, shortened_text
 from ...spec.geometry import ModelSpec
 from ..backends.interface import Binding, Caches, DecoderBackend, Slots
+from ..shortlist import Row
 from .followers import Followers, LostRankError
 from .meeting import Meeting
 from .segment import Segment
@@ -198,18 +199,24 @@ class GroupBinding:
         features_MH: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Runs one piece on every rank."""
-        past_B = past_B.copy()  # the caller's goes on, should it be interrupted
         positions_BR = np.ascontiguousarray(positions_BR)
-        rows = (self.rows.start, self.rows.stop)
-        command = ("step", self.caches.number, rows, ids_BS, past_B, positions_BR, features_MH)
+        inputs = (ids_BS, past_B.copy(), positions_BR, features_MH)  # the caller's lengths go on, if it is interrupted
+        return self._together("step", inputs, lambda local: local.step(*inputs))
 
-        def own() -> NDArray[np.float32]:
+    def decode(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> Sequence[Row]:
+        """Runs a token of each row on every rank."""
+        inputs = (ids_B1, past_B.copy())
+        return self._together("decode", inputs, lambda local: local.decode(*inputs))
+
+    def _together(self, name: str, inputs: tuple[Any, ...], run: Callable[[Binding], Result]) -> Result:
+        def own() -> Result:
             if self.local is None:
                 self.local = self.decoder.local.bind(self.caches.local, self.rows)
             self.decoder.meeting.arrive()
-            return self.local.step(ids_BS, past_B, positions_BR, features_MH)
+            return run(self.local)
 
-        return self.decoder.together(command, own)
+        rows = (self.rows.start, self.rows.stop)
+        return self.decoder.together((name, self.caches.number, rows, *inputs), own)
 
 
 def _pin(cores: tuple[int, ...] | None) -> None:

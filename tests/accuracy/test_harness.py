@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import lm_eval.__main__
 import pytest
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import Registry
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -196,3 +199,11 @@ def test_what_a_folder_cannot_do_is_said(tiny_model: Path, tmp_path: Path) -> No
     (nameless / "tokenizer_config.json").write_text("{}")
     with pytest.raises(SessionError, match="names no eos_token: add it"):
         FolderModel(nameless)
+
+
+def test_lm_eval_finds_the_model_by_its_plug_in_entry_point() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    (found,) = project["entry-points"]["lm_eval.models"].items()
+    registry: Registry[type] = Registry("models")
+    registry.register(found[0], target=EntryPoint(*found, group="lm_eval.models"))
+    assert registry.get("arriero") is FolderModel

@@ -28,7 +28,10 @@ struct Draw {
         for (const int64_t size : {panels, padded * 32 * bits / 8}) weight.push_back(size);
         for (const int64_t size : {panels, group ? inputs / group : 1, int64_t{32}}) scale.push_back(size);
         drawn.inputs.push_back({ort::Type::uint8, weight});
-        drawn.inputs.push_back({bits >= 16 ? ort::Type::any : coin() ? ort::Type::bfloat16 : ort::Type::float32, scale});
+        drawn.inputs.push_back({bits >= 16 ? ort::Type::any
+                                : coin()   ? ort::Type::bfloat16
+                                           : ort::Type::float32,
+                                scale});
     }
 
     Drawn linear(const ort::CustomOp* op) {
@@ -46,7 +49,8 @@ struct Draw {
     Drawn experts(const ort::CustomOp* op) {
         Drawn drawn{op, {}, {}};
         const int64_t bits = coin() ? 4 : 8, group = coin() ? 8 * between(1, 5) : 0, down = coin() ? 8 : 0;
-        const int64_t size = group ? group * between(1, 3) : between(1, 70), width = down ? 8 * between(1, 6) : between(1, 50);
+        const int64_t size = group ? group * between(1, 3) : between(1, 70),
+                      width = down ? 8 * between(1, 6) : between(1, 50);
         const int64_t routed = between(1, 9), held = between(1, routed), tokens = between(0, 12);
         drawn.info.integers = {{"bits", bits},
                                {"group", group},
@@ -98,20 +102,40 @@ struct Draw {
     }
 };
 
+// Numbers about zero, drawn once: a tensor takes its own from a place among them, which is quicker than to draw each.
+inline const std::vector<float>& numbers() {
+    static const std::vector<float> drawn = [] {
+        std::mt19937_64 random(1);
+        std::normal_distribution<float> normal;
+        std::vector<float> made(1 << 14);
+        for (float& each : made) each = normal(random);
+        return made;
+    }();
+    return drawn;
+}
+
 // A tensor of plausible values: floats about zero or all bits at random, scales small, lengths few.
 inline std::unique_ptr<ort::Value> filled(ort::Type type, const std::vector<int64_t>& dims, bool is_scale, bool is_wild,
                                           std::mt19937_64& random) {
     auto made = std::make_unique<ort::Value>(type, dims);
     auto* bytes = static_cast<uint8_t*>(made->data);
-    for (size_t i = 0; i < made->size(); i++) bytes[i] = static_cast<uint8_t>(random());
+    for (size_t i = 0; i < made->size(); i += 8) {
+        const uint64_t word = random();
+        std::memcpy(bytes + i, &word, std::min<size_t>(8, made->size() - i));
+    }
     if (is_wild) return made;
-    std::normal_distribution<float> normal;
-    for (size_t i = 0; i < made->count(); i++) {
-        const float number = is_scale ? 0.01f + std::fabs(normal(random)) / 100 : normal(random);
+    const bool has_floats = type == ort::Type::float32 || type == ort::Type::bfloat16;
+    const size_t first = random();
+    for (size_t i = 0; has_floats && i < made->count(); i++) {
+        const float drawn = numbers()[(first + i) % numbers().size()];
+        const float number = is_scale ? 0.01f + std::fabs(drawn) / 100 : drawn;
         uint32_t bits;
         std::memcpy(&bits, &number, 4);
+        const auto half = static_cast<uint16_t>(bits >> 16);
         if (type == ort::Type::float32) std::memcpy(bytes + 4 * i, &number, 4);
-        if (type == ort::Type::bfloat16) bytes[2 * i] = static_cast<uint8_t>(bits >> 16), bytes[2 * i + 1] = static_cast<uint8_t>(bits >> 24);
+        if (type == ort::Type::bfloat16) std::memcpy(bytes + 2 * i, &half, 2);
+    }
+    for (size_t i = 0; i < made->count(); i++) {
         if (type == ort::Type::float16) bytes[2 * i + 1] &= 0xBF;
         if (type == ort::Type::e4m3) bytes[i] &= 0xBF;
     }

@@ -10,9 +10,29 @@
 
 namespace {
 
-constexpr int64_t WORDS[] = {INT64_MIN, -(int64_t{1} << 32), -8, -1, 0, 1, 2, 3, 7, 12, 16, 17, 24, 40, 64, 512, 513,
-                             int64_t{1} << 31, (int64_t{1} << 32) + 4, (int64_t{1} << 32) + 8, int64_t{1} << 40,
-                             int64_t{1} << 62, INT64_MAX};
+constexpr int64_t WORDS[] = {INT64_MIN,
+                             -(int64_t{1} << 32),
+                             -8,
+                             -1,
+                             0,
+                             1,
+                             2,
+                             3,
+                             7,
+                             12,
+                             16,
+                             17,
+                             24,
+                             40,
+                             64,
+                             512,
+                             513,
+                             int64_t{1} << 31,
+                             (int64_t{1} << 32) + 4,
+                             (int64_t{1} << 32) + 8,
+                             int64_t{1} << 40,
+                             int64_t{1} << 62,
+                             INT64_MAX};
 constexpr float NUMBERS[] = {NAN, INFINITY, -INFINITY, 0, -1, 1, 1e-45f, 1e-30f, 1e30f, 3e38f};
 constexpr int64_t MOST_BYTES = 1 << 20;
 
@@ -25,10 +45,17 @@ void change_shape(Bytes& bytes, std::vector<int64_t>& dims) {
     const int64_t rank = static_cast<int64_t>(dims.size());
     switch (bytes.between(0, 4)) {
         case 0: dims.insert(dims.begin() + bytes.between(0, rank), bytes.between(0, 2)); break;
-        case 1: if (rank) dims.erase(dims.begin() + bytes.between(0, rank - 1)); break;
-        case 2: if (rank) dims[bytes.between(0, rank - 1)] = bytes.between(0, 130); break;
-        case 3: if (rank) dims[bytes.between(0, rank - 1)] += bytes.between(0, 1) ? 1 : -1; break;
-        default: if (rank > 1) std::swap(dims[bytes.between(0, rank - 1)], dims[bytes.between(0, rank - 1)]);
+        case 1:
+            if (rank) dims.erase(dims.begin() + bytes.between(0, rank - 1));
+            break;
+        case 2:
+            if (rank) dims[bytes.between(0, rank - 1)] = bytes.between(0, 130);
+            break;
+        case 3:
+            if (rank) dims[bytes.between(0, rank - 1)] += bytes.between(0, 1) ? 1 : -1;
+            break;
+        default:
+            if (rank > 1) std::swap(dims[bytes.between(0, rank - 1)], dims[bytes.between(0, rank - 1)]);
     }
 }
 
@@ -38,7 +65,8 @@ void change(Bytes& bytes, Drawn& drawn) {
     switch (bytes.between(0, 6)) {
         case 0: any_of(drawn.info.integers)->second = WORDS[bytes.between(0, std::size(WORDS) - 1)]; break;
         case 1: any_of(drawn.info.integers)->second = bytes.between(-5, 70); break;
-        case 2: if (!drawn.info.numbers.empty())
+        case 2:
+            if (!drawn.info.numbers.empty())
                 any_of(drawn.info.numbers)->second = NUMBERS[bytes.between(0, std::size(NUMBERS) - 1)];
             break;
         case 3: type = static_cast<ort::Type>(bytes.between(0, 22)); break;
@@ -62,7 +90,8 @@ void fill_lengths(Bytes& bytes, ort::Context& context) {
     if (context.inputs.size() < 6 || !context.inputs[5] || context.inputs[5]->type != ort::Type::int32) return;
     auto* lengths = static_cast<int32_t*>(context.inputs[5]->data);
     for (size_t row = 0; row < context.inputs[5]->count(); row++)
-        lengths[row] = static_cast<int32_t>(bytes.between(0, 15) ? bytes.between(0, 140) : bytes.between(INT32_MIN, INT32_MAX));
+        lengths[row] =
+            static_cast<int32_t>(bytes.between(0, 15) ? bytes.between(0, 140) : bytes.between(INT32_MIN, INT32_MAX));
 }
 
 void check_written(const ort::Value& output) {

@@ -44,11 +44,21 @@ struct Value {
     size_t size() const { return (count() * bits() + 7) / 8; }
     int bits() const {
         switch (static_cast<int>(type)) {
-            case 1: case 6: case 12: return 32;
-            case 7: case 11: case 13: case 14: return 64;
-            case 4: case 5: case 10: case 16: return 16;
+            case 1:
+            case 6:
+            case 12: return 32;
+            case 7:
+            case 11:
+            case 13:
+            case 14: return 64;
+            case 4:
+            case 5:
+            case 10:
+            case 16: return 16;
             case 15: return 128;
-            case 21: case 22: case 23: return 4;
+            case 21:
+            case 22:
+            case 23: return 4;
             default: return 8;
         }
     }
