@@ -12,13 +12,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder of Arriero's.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 ModelFolder = Annotated[Path, typer.Argument(help="Model folder that `arriero export` wrote; only read.")]
-Folder = Annotated[Path, typer.Argument(help="Model or bundle folder.")]
+Folder = Annotated[Path, typer.Argument(help="Model or bundle folder, or a group of ranks.")]
 Moved = Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")]
 Trust = Annotated[
     bool,
     typer.Option("--trust", help="Trust the engine in the bundle from now on: it is code, and was not built here."),
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads, of all ranks of a group together.", show_default="the processors allowed")
+]
 Samples = Annotated[int, typer.Option(help="Windows of text at most.")]
 CheckedSamples = Annotated[int | None, typer.Option(help="Windows of text at most.", show_default="24")]
 CheckedWindow = Annotated[
@@ -33,9 +35,14 @@ CopyWeights = Annotated[bool, typer.Option("--copy-weights", help="Copy the weig
 ConvertedType = Annotated[
     str | None, typer.Option(help="Convert the weights to float32, float16 or bfloat16.", show_default="as stored")
 ]
-TensorParallel = Annotated[int, typer.Option(help="Ranks to split the model over, a folder each.")]
+TensorParallel = Annotated[
+    int, typer.Option(help="Ranks to split the model over, a folder each; 1 leaves all but the experts whole.")
+]
 ExpertParallel = Annotated[
     int | None, typer.Option(help="Groups of ranks over which the experts are distributed.", show_default="as --tp")
+]
+MovedSplit = Annotated[
+    Path | None, typer.Option(help="Folder of a model's weight files, where they have moved; with --tp or --ep.")
 ]
 
 Tokenizer = Annotated[

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...plugins.cpu.library import GROUP_INPUT
 from ...spec.geometry import ModelSpec
 from ...spec.types import TYPES
 from ..room import cache_bytes, check_fits, layer_slots
@@ -116,6 +117,7 @@ class OnnxRuntimeDecoder:
         threads: Threads of one operator; None takes the processors that this process may use.
         watched: Names of the graph's other outputs to be looked at.
         watch: Takes their values after each step.
+        group: The memory that a rank shares with the others of its group; None of a whole model.
 
     Raises:
         SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
@@ -134,10 +136,11 @@ class OnnxRuntimeDecoder:
         threads: int | None = None,
         watched: Sequence[str] = (),
         watch: Watch = lambda values: None,
+        group: NDArray[np.uint8] | None = None,
     ) -> None:
-        self.spec, self.watched, self.watch = spec, watched, watch
+        self.spec, self.watched, self.watch, self.group = spec, watched, watch, group
         self.weights = weights  # kept: the session reads the memory that these own
-        self.session = open_graph(graph, weights, folder, session, threads, has_arena=False)
+        self.session = open_graph(graph, weights, folder, session, threads, has_arena=False, is_rank=group is not None)
         self.takes_images = any(value.name == "image_features" for value in self.session.get_inputs())
 
     def check_files(self) -> None:
@@ -174,6 +177,10 @@ class OnnxRuntimeBinding:
         self.no_features = np.zeros((1, decoder.spec.hidden_size), np.float32) if decoder.takes_images else None
         self.io = self.session.io_binding()
         self.kept = []
+        if decoder.group is not None:
+            shared = ort.OrtValue.ortvalue_from_numpy(decoder.group)  # the same memory
+            self.kept.append((decoder.group, shared))
+            self.io.bind_ortvalue_input(GROUP_INPUT, shared)
         for name, buffer in caches.buffers.items():
             value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer[rows], caches.onnx_type)
             self.kept.append((buffer, value))

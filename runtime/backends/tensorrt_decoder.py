@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class TensorRTDecoder:
         folder: The bundle's spec.
         path: The bundle; None where nothing compiled is kept.
         kernels: The bundle's kernels; without them logits are fetched whole.
+        communicator: The ranks' communicator, as TensorRT takes it; None of a whole model.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class TensorRTDecoder:
         folder: FolderSpec,
         path: Path | None = None,
         kernels: Kernels | None = None,
+        communicator: Any = None,
     ) -> None:
         assert folder.engine is not None
         self.device, self.about, self.spec = device, folder.engine, folder.model
@@ -88,6 +90,9 @@ class TensorRTDecoder:
             self.execution.stream_weights()
         pieces = len(about.profiles) - 1
         self.contexts = self.execution.contexts(["EAGER", *["NONE"] * pieces], activations)  # type: ignore[list-item]
+        if communicator is not None:
+            for number, context in enumerate(self.contexts.made):  # each waits for all ranks
+                accept(context.set_communicator(communicator), f"the communicator of profile {number}")
         self.bound: dict[int, tuple[int, ...]] = {}
         self.shapes: dict[int, dict[str, tuple[int, ...]]] = {DECODE: {}, PIECES: {}}
         self.captures = not about.weight_streaming
@@ -282,13 +287,19 @@ SHORT, LONG = 16, 64
 """Pieces of up to SHORT tokens keep their length; up to LONG they are padded to multiples of SHORT, above of LONG."""
 
 
-def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> TensorRTDecoder:
-    """Loads a bundle's engine onto the GPU.
+def load_decoder(
+    folder: Path,
+    spec: FolderSpec,
+    files: Mapping[str, Path],
+    join: Callable[[], Any] | None = None,
+) -> TensorRTDecoder:
+    """Loads a bundle's engine onto the GPU, a rank's onto the GPU of its number.
 
     Args:
         folder: The bundle.
         spec: Its spec.
         files: The paths of its weight files, by name.
+        join: Makes the communicator of the ranks, as TensorRT takes it; None of a whole model.
 
     Raises:
         SessionError: The GPU, the driver or TensorRT's version is not the one that the engine was built for.
@@ -296,8 +307,8 @@ def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> T
     """
     about = spec.engine
     assert about is not None
-    device = Device.open()
-    capability = check_machine(folder, about, device.driver)
+    device = Device.open(spec.rank)
+    capability = check_machine(folder, about, device.driver, device.number)
     data = read_engine(folder, about)
     trt = open_version(about)
     binaries = [each for each in about.kernels if each.capability == capability]
@@ -306,7 +317,8 @@ def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> T
         creator.kernels, creator.capabilities = kernels, (capability,)
     engine = deserialise(trt, data, folder / about.file)
     weights = upload_weights(device, spec.weights, files)
-    return TensorRTDecoder(trt, device, engine, weights, spec, folder, kernels)
+    communicator = None if join is None else join()
+    return TensorRTDecoder(trt, device, engine, weights, spec, folder, kernels, communicator)
 
 
 def read_engine(folder: Path, about: EngineSpec) -> bytes:
