@@ -50,7 +50,7 @@ def _memory_nodes(folder: Path) -> list[set[int]]:
     found = []
     for path in sorted(folder.glob("node[0-9]*"), key=lambda path: int(path.name.removeprefix("node"))):
         of_node: set[int] = set()
-        for word in (found := words(path / "cpulist")) and found[0].split(","):
+        for word in (listed := words(path / "cpulist")) and listed[0].split(","):
             first, _, last = word.partition("-")
             if first.isdecimal():
                 of_node |= set(range(int(first), int(last or first) + 1))
