@@ -66,10 +66,7 @@ def measure_folder(
     Raises:
         ArrieroError: The folder cannot be loaded, or a setting is out of range.
     """
-    path = Path(folder)
-    spec = read_spec(path)
-    if spec.kind == "group":
-        _, spec = rank_folder(path, spec, 0)  # all ranks have one target and its limits
+    path, spec = Path(folder), _spec_of_one(Path(folder))
     lengths, batches = _sizes(spec, prefill, batch, decode_tokens)
     if runs < 1:
         raise SessionError(f"runs is {runs}, expected a whole number from 1 up")
@@ -97,6 +94,12 @@ def measure_folder(
         "load_seconds": loading,
         **measured,
     }
+
+
+def _spec_of_one(folder: Path) -> FolderSpec:
+    """The spec of a folder, of a group that of its first rank: all have one target and its limits."""
+    spec = read_spec(folder)
+    return rank_folder(folder, spec, 0)[1] if spec.kind == "group" else spec
 
 
 def check_output(out: Path, *, force: bool) -> None:
