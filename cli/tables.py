@@ -122,9 +122,10 @@ def describe_vision(vision: dict[str, Any]) -> str:
 def describe_engine(engine: dict[str, Any]) -> str:
     """One line on an engine."""
     gpus = ", ".join(f"sm{capability}" for capability in engine["capabilities"])
+    experts = f"experts by {engine['experts']}" if engine["experts"] else "no experts"
     return (
         f"{engine['flavour']} {engine['version']} for {gpus}; attention by {engine['attention'] or 'nothing'}, "
-        f"experts by {engine['experts'] or 'nothing'}; weights {size(engine['weights_inside_bytes'])} inside, "
+        f"{experts}; weights {size(engine['weights_inside_bytes'])} inside, "
         f"{size(engine['weights_outside_bytes'])} outside; {engine['kernels']} compiled kernels"
     )
 
