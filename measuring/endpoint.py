@@ -81,7 +81,8 @@ class Endpoint:
         said = {"prompt": prompt} if self.kind == "completions" else {"messages": [{"role": "user", "content": prompt}]}
         body = {**said, "model": self.model, "max_tokens": tokens, "stream": True, "temperature": 0}
         body["stream_options"] = {"include_usage": True}
-        started, times, usage, ended = time.perf_counter(), list[float](), {}, False
+        started, times, ended = time.perf_counter(), list[float](), False
+        usage: dict[str, Any] = {}
         for event in self._events(PATHS[self.kind], body):
             choice = (event.get("choices") or [{}])[0]
             usage = event.get("usage") or usage

@@ -90,7 +90,7 @@ function edit(number) {
     if (event.key === "Escape") { event.stopPropagation(); draw(); text.focus(); }
   });
   turn.className += " editing";
-  turn.replaceChildren(area, make("div", { class: "edit-row" }, cancel, send));
+  turn.replaceChildren(...turn.querySelectorAll(".pictures"), area, make("div", { class: "edit-row" }, cancel, send));
   area.focus();
   area.setSelectionRange(area.value.length, area.value.length);
 }

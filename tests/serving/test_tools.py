@@ -106,7 +106,7 @@ def test_content_is_given_as_soon_as_it_is_no_call() -> None:
         "", "  He", "llo ", "", "", "<|pythonic", " [f(a=1)]"
     ]  # fmt: skip
     assert ToolCallReader(TOOLS).feed("[1")[0] == "[1"
-    assert ToolCallReader(TOOLS).feed('{"a')[0] == '{"a'
+    assert ToolCallReader(TOOLS).feed('{"x')[0] == '{"x'
     assert ToolCallReader(TOOLS).feed("[g")[0] == ""
     assert ToolCallReader(TOOLS).feed("[gone")[0] == "[gone"
 
