@@ -10,42 +10,47 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .words import files_text, layers_text, parameters_text, quantised_text, size, sizes_text
+
 
 def show_summary(found: dict[str, Any]) -> None:
     """Prints what `summary.summarise` found."""
     console = Console()
     model = found["model"]
     built_for = f" for {found['target']}" if found["target"] else ""
-    console.print(f"[bold]{found['kind'].capitalize()}{built_for}[/], from {found['source']}", highlight=False)
+    console.print(
+        f"[bold]{found['kind'].capitalize()}{built_for}[/], from {found['source']}, by Arriero {found['version']}",
+        highlight=False,
+    )
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    experts = f"{model['expert_layers']} with {model['experts']} experts (top {model['experts_per_token']})"
-    chunked = f"{model['chunked_layers']} chunked at {model['chunk']} positions"
-    if not model["expert_layers"]:
-        experts = "none with experts"
-    if not model["chunked_layers"]:
-        chunked = "none chunked"
-    facts.add_row("layers", f"{model['layers']}, of them {experts}, {chunked}")
-    facts.add_row(
-        "sizes",
-        f"hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} kv heads of "
-        f"{model['head_dim']}, vocabulary {model['vocab_size']}, context {model['max_positions']}, {model['dtype']}",
-    )
-    cache = found["kv_cache"]
-    facts.add_row(
-        "KV cache",
-        f"{size(cache['bytes_per_token'])} a token; {size(cache['chunked_bytes_per_token'])} of it in chunked layers, "
-        "which hold one chunk at most",
-    )
-    files = found["weight_files"]
+    facts.add_row("layers", layers_text(model))
+    facts.add_row("sizes", sizes_text(model))
+    if "parameters" in found:
+        facts.add_row("parameters", parameters_text(found["parameters"]))
+    if (quantised := found.get("quantised")) is not None:
+        facts.add_row("quantised", quantised_text(quantised))
+    if (cache := found.get("kv_cache")) is not None:
+        facts.add_row(
+            "KV cache",
+            f"{size(cache['bytes_per_token'])} a token; {size(cache['chunked_bytes_per_token'])} of it in chunked "
+            "layers, which hold one chunk at most",
+        )
+    files = found.get("weight_files", {"count": 0})
     if files["count"]:
-        facts.add_row("weight files", f"{files['count']}, {size(files['bytes'])}, read in place")
+        listed = found.get("files")
+        text = files_text(listed) if listed else f"{files['count']}, {size(files['bytes'])}, read in place"
+        facts.add_row("weight files", text)
     if (vision := found.get("vision")) is not None:
         facts.add_row("vision tower", describe_vision(vision))
     if (memory := found.get("memory")) is not None:
         facts.add_row("memory", describe_memory(memory))
     if (engine := found.get("engine")) is not None:
         facts.add_row("engine", describe_engine(engine))
+    if (ranks := found.get("ranks")) is not None:
+        facts.add_row("ranks", describe_ranks(ranks))
     console.print(facts, highlight=False)
+    if ranks is not None:
+        console.print(ranks_table(ranks))
     if engine is not None:
         console.print(profiles_table(engine))
         console.print(layers_table(found["layers"]))
@@ -55,6 +60,29 @@ def show_summary(found: dict[str, Any]) -> None:
         console.print(layers_table(vision["fused_layers"], title="From the build log of the vision tower"))
         if "every_layer" in vision:
             console.print(every_layer_table(vision["every_layer"], title="Every fused layer of the vision tower"))
+
+
+def describe_ranks(ranks: dict[str, Any]) -> str:
+    """A group's layout and its sums, in two sentences."""
+    groups, sums = ranks["expert_groups"], ranks["sums"]
+    split = "the experts alone" if ranks["experts_only"] else f"experts in {groups} group{'s' * (groups > 1)}"
+    logits = f" and {size(sums['bytes_per_logits'])} for each position's logits" if sums["bytes_per_logits"] else ""
+    return (
+        f"{ranks['count']}, {split}; a step has {sums['a_step']} sums over ranks, to which each brings "
+        f"{size(sums['bytes_per_token'])} a token{logits}"
+    )
+
+
+def ranks_table(ranks: dict[str, Any]) -> Table:
+    """Each rank's weights, experts, cache and, on the CPU, memory."""
+    has_memory = any("memory" in rank for rank in ranks["each"])
+    headers = ["rank", "weights", "experts", "KV cache a token", *(["memory"] if has_memory else [])]
+    table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for rank in ranks["each"]:
+        experts = "none" if rank["experts"] is None else f"{rank['experts'][0]}–{rank['experts'][1]}"
+        row = [str(rank["rank"]), size(rank["weights_bytes"]), experts, size(rank["kv_cache"]["bytes_per_token"])]
+        table.add_row(*row, *([size(rank["memory"]["total"])] if has_memory else []))
+    return table
 
 
 def describe_memory(memory: dict[str, int]) -> str:
@@ -107,7 +135,8 @@ def show_measured(found: dict[str, Any], folder: Path | None) -> None:
     console.print(table)
     machine = found["machine"]
     lines = [
-        f"{found['target']} on {machine['processor']}, {found['threads']} threads; loaded in "
+        f"{found['target']} on {machine['processor']}, {found['threads']} threads"
+        f"{' of ' + str(found['ranks']) + ' ranks' if found['ranks'] > 1 else ''}; loaded in "
         f"{found['load_seconds']:.1f} s, peak RSS {size(found['peak_rss_bytes'])}; medians of {found['runs']} runs, "
         f"{found['decode_tokens']} tokens decoded."
     ]
@@ -262,10 +291,28 @@ def show_quantised(records: list[dict[str, Any]], kept: dict[str, str], report: 
     if every_weight:
         console.print(every_weight_table(records, kept))
     console.print(kinds_table(records, kept))
-    if records:
-        worst = min(records, key=lambda record: record["output_sqnr"])
+    known = [record for record in records if record["output_sqnr"] is not None]
+    if known:
+        worst = min(known, key=lambda record: record["output_sqnr"])
         console.print(f"Worst output: {worst['name']}, {worst['output_sqnr']:.1f} dB", highlight=False, soft_wrap=True)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+
+
+def show_sizes(found: dict[str, Any]) -> None:
+    """Prints on stderr what became of a model's size, and how evenly its experts were used."""
+    console = Console(stderr=True)
+    before, after = found["bytes_before"], found["bytes_after"]
+    share = f" ({after / before:.0%})" if before else ""
+    console.print(f"Weights: {size(before)} before, {size(after)} after{share}", highlight=False, soft_wrap=True)
+    if (even := found["experts_balance"]) is not None:
+        console.print(
+            f"Experts: the least busy saw {even['fewest_tokens']:,} tokens, {even['least']:.2g} of an even share; the "
+            f"busiest {even['most']:.2g} times one",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if few := found["unmeasured"]:
+        console.print(f"Without statistics of their own: {len(few)} experts, see the report", highlight=False)
 
 
 def kinds_table(records: list[dict[str, Any]], kept: dict[str, str]) -> Table:
@@ -283,8 +330,8 @@ def kinds_table(records: list[dict[str, Any]], kept: dict[str, str]) -> Table:
         found = groups.get((kind, dtype), [])
         errors: list[str] = []
         for name in ("weight_sqnr", "output_sqnr") if found else ():
-            values = [record[name] for record in found]
-            errors += [f"{min(values):.1f}", f"{median(values):.1f}"]
+            values = [record[name] for record in found if record[name] is not None]
+            errors += [f"{min(values):.1f}", f"{median(values):.1f}"] if values else ["unseen", ""]
         table.add_row(kind, f"{len(found) + counts[kind, dtype]:,}", dtype, *(errors or ["exact"]))
     return table
 
@@ -297,7 +344,8 @@ def every_weight_table(records: list[dict[str, Any]], kept: dict[str, str]) -> T
     for header in ("weight", "output"):
         table.add_column(header, justify="right")
     for record in records:
-        errors = (f"{record[name]:.1f}" for name in ("weight_sqnr", "output_sqnr"))
+        known = (record[name] for name in ("weight_sqnr", "output_sqnr"))
+        errors = ("unseen" if value is None else f"{value:.1f}" for value in known)
         table.add_row(record["name"], record["format"], *errors)
     for name, dtype in kept.items():
         table.add_row(name, dtype, "exact", "")
@@ -315,7 +363,8 @@ def show_verdict(found: dict[str, Any], report: Path | None) -> None:
         interval = "" if estimate["low"] is None else f"{estimate['low']:.4g} to {estimate['high']:.4g}"
         bound = f"{'≤' if limit['side'] == 'max' else '≥'} {limit['limit']:g}" if limit else ""
         outcome = f"[{colour[limit['outcome']]}]{limit['outcome']}[/]" if limit else ""
-        table.add_row(name.replace("_", " "), f"{estimate['value']:.4g}", interval, bound, outcome)
+        value = f"{estimate['value']:.3g} of 32" if name == "greedy" else f"{estimate['value']:.4g}"
+        table.add_row(name.replace("_", " "), value, interval, bound, outcome)
     console.print(table)
     for note in found["notes"]:
         console.print(note, highlight=False)
@@ -324,7 +373,7 @@ def show_verdict(found: dict[str, Any], report: Path | None) -> None:
     words = {
         "pass": "passes",
         "regressed": "has regressed",
-        "undecided": "cannot be judged: give more --data or --samples",
+        "undecided": f"cannot be judged: {found.get('remedy') or 'give more --data'}",
     }
     outcome = found["outcome"]
     console.print(
@@ -347,13 +396,3 @@ def location_text(location: dict[str, Any]) -> str:
         f"{blame['why']}. At {location['unit']} the error is {location['error']:.2g}, where at most "
         f"{location['explained']:.2g} is explained."
     )
-
-
-def size(count: int) -> str:
-    """Bytes for a person, in powers of 1000."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

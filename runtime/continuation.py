@@ -9,14 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .chat.settings import ChatSettings
 from .grammars.compiler import Grammar
 from .logprobs import TokenLogprobs, read_logprobs
 from .prompt import Tokens
 from .sampling import Sampler, Sampling
+from .shortlist import Row, whole
 from .stopping import StopText, special_texts
 from .text import Text
 
@@ -176,14 +174,14 @@ class Continuation:
         """The first tokens of a draft, as far as the grammar takes them; all where there is none."""
         return draft if self.guide is None else self.guide.fitting(draft)
 
-    def take(self, logits_V: NDArray[np.float32]) -> Generated:
+    def take(self, logits_V: Row) -> Generated:
         """Chooses the next token from the logits after the last one. Returns it with the text that it completes.
 
         Raises:
             SessionError: The logits are not finite, the settings forbid every token, or a grammar has grown too large.
         """
         token, top = self.sampler(logits_V, self.ids), self.request.top_logprobs
-        logprobs = () if top is None else (read_logprobs(logits_V, token, top),)
+        logprobs = () if top is None else (read_logprobs(whole(logits_V), token, top),)
         self.ids.append(token)
         if self.guide is not None:
             self.guide.advance(token)

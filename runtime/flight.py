@@ -24,12 +24,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..errors import SessionError
+from .checks import whole
 from .continuation import Generated, Request
 from .rider import Boarding, Rider, board_together
+from .shortlist import Row
 from .token_session import TokenSession
 
 DEFAULT_SLOTS = 8
@@ -42,7 +41,7 @@ keep the others waiting longer: `benchmarks/flight_gaps.py`."""
 Pieces = list[tuple[int, Generated]]
 """Requests' numbers, each with a piece of its continuation."""
 
-Logits = NDArray[np.float32] | Exception
+Logits = Row | Exception
 """The logits [V] after a row's last token, or the error that came in their place."""
 
 
@@ -94,10 +93,10 @@ class Flight:
     ) -> None:
         self.session = session
         self.slots = min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS) if slots is None else slots
-        self.prefill_budget = PREFILL_BUDGET if prefill_budget is None else prefill_budget
-        if self.prefill_budget < 1:
-            raise SessionError(f"prefill_budget is {prefill_budget}, expected a whole number from 1 up")
+        budget = PREFILL_BUDGET if prefill_budget is None else prefill_budget
+        self.prefill_budget = whole("prefill_budget", budget, "a whole number from 1 up", least=1)
         self.state = session.start(self.slots, positions, sparse=cache_bytes is not None)
+        self.slots = self.state.batch
         self.cache_bytes = cache_bytes
         self.taken: dict[int, int] = {}
         self.waiting: deque[Party] = deque()
@@ -307,14 +306,14 @@ class Flight:
         """Adds each row's last token. Returns each row's logits, or its error where it fails alone as well."""
         tokens_B = [rider.continuation.ids[-1] for _, rider in self.rows]
         try:
-            return list(self.session.decode(self.state.rows(0, len(self.rows)), tokens_B))
+            return list(self.session.decode_rows(self.state.rows(0, len(self.rows)), tokens_B))
         except Exception as error:  # of whatever kind: no row has its token yet
             if len(tokens_B) == 1:
                 return [error]
         found: list[Logits] = []
         for row, token in enumerate(tokens_B):
             try:
-                found.append(self.session.decode(self.state.rows(row, row + 1), [token])[0])
+                found.append(self.session.decode_rows(self.state.rows(row, row + 1), [token])[0])
             except Exception as error:
                 found.append(error)
         return found

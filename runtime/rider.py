@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import SessionError
 from .continuation import Continuation, Generated, Request
 from .images.features import Features
 from .lookup import Lookup
 from .prefix import Trail
+from .shortlist import Row
 from .state import State
 from .token_session import TokenSession
 
@@ -26,7 +28,7 @@ class Rider:
     continuation: Continuation
     trail: Trail
 
-    def take(self, state: State, row: int, logits_V: NDArray[np.float32]) -> Generated:
+    def take(self, state: State, row: int, logits_V: Row) -> Generated:
         """Chooses the next token from the logits after the last one in its row. Returns its piece."""
         piece = self.continuation.take(logits_V)
         self._keep(state, row, piece)
@@ -45,7 +47,12 @@ class Rider:
         """
         pieces: list[Generated] = []
         for guess, logits_V in zip([*draft, None], logits_SV, strict=True):
-            pieces.append(self.continuation.take(logits_V))
+            try:
+                pieces.append(self.continuation.take(logits_V))
+            except SessionError:
+                if not pieces:
+                    raise
+                break  # the tokens before stand; the step from the last of them raises it again
             if pieces[-1].finish is not None or pieces[-1].ids != [guess]:
                 break
         accepted = sum(piece.ids == [guess] for piece, guess in zip(pieces, draft, strict=False))
@@ -160,7 +167,7 @@ def ride_alone(session: TokenSession, request: Request, lookup: Lookup) -> Itera
             pieces = rider.verify(state, draft, logits_SV)
             lookup.judge(len(draft), pieces[0].accepted)
         else:
-            pieces = [rider.take(state, 0, session.decode(state, ids[-1:])[0])]
+            pieces = [rider.take(state, 0, session.decode_rows(state, ids[-1:])[0])]
         yield from pieces
 
 

@@ -25,6 +25,7 @@ from .processors import (
     Processor,
     RepetitionPenalty,
 )
+from .shortlist import Row, Shortlist
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,58 +152,85 @@ class Sampler:
         self.sampling, self.guide = sampling, guide
         self.rng = np.random.default_rng(sampling.seed)
         self.processors = open_processors(sampling, ends, prompt)
+        self.changed_V = np.empty(0, np.float32)  # memory that is new each time would cost more than the changes
 
-    def __call__(self, logits_V: NDArray[np.float32], seen: Sequence[int]) -> int:
+    def __call__(self, logits_V: Row, seen: Sequence[int]) -> int:
         """Chooses the next token.
 
         Args:
-            logits_V: The model's logits.
+            logits_V: The model's logits, or a shortlist of them.
             seen: The ids of the prompt and of the tokens since: the same sequence every time, with more at its end.
 
         Raises:
             SessionError: The logits are not finite, or the settings forbid every token.
         """
-        token = int(logits_V.argmax())
-        if not (np.isfinite(logits_V[token]) and np.isfinite(logits_V.min())):
+        draw = None
+        if isinstance(logits_V, Shortlist):
+            if not (logits_V.odd or self.processors):
+                likeliest = int(logits_V.tokens[0])
+                if self.sampling.temperature == 0 and (self.guide is None or self.guide.allows(likeliest)):
+                    return likeliest
+                if self.sampling.temperature != 0 and self.guide is None:
+                    draw = self.rng.random()
+                    if (found := logits_V.draw(self.sampling, draw)) is not None:
+                        return found
+            logits_V = logits_V.whole()
+        token = int(logits_V.argmax())  # of the first NaN where there is one
+        if not (math.isfinite(logits_V[token]) and math.isfinite(logits_V.min())):
             raise _not_finite(logits_V)
         if self.processors:
-            logits_V = logits_V.copy()
+            if len(self.changed_V) != len(logits_V):
+                self.changed_V = np.empty(len(logits_V), np.float32)
+            np.copyto(self.changed_V, logits_V)
+            logits_V = self.changed_V
             for process in self.processors:
                 process(logits_V, seen)
             token = int(logits_V.argmax())
         if self.guide is not None and not (self.sampling.temperature == 0 and self.guide.allows(token)):
             logits_V = self.guide.restrict(logits_V)
             token = int(logits_V.argmax())
-        if not np.isfinite(top := logits_V[token]):
+        if not math.isfinite(top := logits_V[token]):
             among = "" if self.guide is None else " that the grammar allows"
             wrong = f"the settings forbid every token{among}, or make a logit too large"
             raise SessionError(f"{wrong}: forbid or bias less")
-        return token if self.sampling.temperature == 0 else self._draw(logits_V - top)
+        if self.sampling.temperature == 0:
+            return token
+        return self._draw(logits_V - top, self.rng.random() if draw is None else draw)
 
-    def _draw(self, below_V: NDArray[np.float32]) -> int:
-        """Draws a token by the logits less the largest of them."""
-        sampling = self.sampling
-        draw = self.rng.random()
-        tokens, total = candidates(below_V, sampling, draw)
+    def _draw(self, below_V: NDArray[np.float32], draw: float) -> int:
+        """Chooses a token by a draw from 0 to 1 and the logits less the largest of them."""
+        tokens, total = candidates(below_V, self.sampling, draw)
         tokens = tokens[below_V[tokens] > FORBIDDEN]  # a grammar forbids most of them
         tokens = tokens[np.argsort(-below_V[tokens], kind="stable")]
-        weights = np.exp(below_V[tokens].astype(np.float64) / sampling.temperature)
-        cumulative = np.cumsum(weights)
-        count = len(tokens)
-        if total is None:
-            total = cumulative[-1]
-        if sampling.top_p < 1:
-            count = min(count, int(np.searchsorted(cumulative, sampling.top_p * total)) + 1)
-        if sampling.min_p > 0:
-            count = min(count, int(np.count_nonzero(weights >= sampling.min_p * weights[0])))
-        if sampling.typical_p < 1:
-            kept = typical(weights[:count], sampling.typical_p)
-            tokens, cumulative, count = tokens[kept], np.cumsum(weights[kept]), len(kept)
-        if sampling.top_p < 1 or sampling.min_p > 0 or sampling.typical_p < 1:
-            total = cumulative[count - 1]
-        drawn = np.searchsorted(cumulative[:count], draw * total, side="right")
-        last = np.searchsorted(cumulative[:count], cumulative[count - 1])  # later tokens weigh nothing
-        return int(tokens[min(drawn, last)])
+        return int(tokens[chosen(below_V[tokens], self.sampling, draw, total)])
+
+
+def chosen(below_N: NDArray[np.float32], sampling: Sampling, draw: float, total: float | None) -> int:
+    """The place of the token that a draw chooses.
+
+    Args:
+        below_N: Logits less the largest of all, in descending order.
+        sampling: The settings by which tokens are chosen.
+        draw: A number from 0 to 1.
+        total: The weight of all tokens where that of the likeliest is 1; None where only these count.
+    """
+    weights = np.exp(below_N.astype(np.float64) / sampling.temperature)
+    cumulative = np.cumsum(weights)
+    places, count = np.arange(len(below_N)), len(below_N)
+    if total is None:
+        total = cumulative[-1]
+    if sampling.top_p < 1:
+        count = min(count, int(np.searchsorted(cumulative, sampling.top_p * total)) + 1)
+    if sampling.min_p > 0:
+        count = min(count, int(np.count_nonzero(weights >= sampling.min_p * weights[0])))
+    if sampling.typical_p < 1:
+        kept = typical(weights[:count], sampling.typical_p)
+        places, cumulative, count = places[kept], np.cumsum(weights[kept]), len(kept)
+    if sampling.top_p < 1 or sampling.min_p > 0 or sampling.typical_p < 1:
+        total = cumulative[count - 1]
+    drawn = np.searchsorted(cumulative[:count], draw * total, side="right")
+    last = np.searchsorted(cumulative[:count], cumulative[count - 1])  # later tokens weigh nothing
+    return int(places[min(drawn, last)])
 
 
 def _not_finite(logits_V: NDArray[np.float32]) -> SessionError:

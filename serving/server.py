@@ -22,9 +22,9 @@ from typing import Any
 import uvicorn
 
 from ..errors import SessionError, shortened
+from ..files.machine_memory import find_room
 from ..loading import load
 from ..runtime import Session
-from ..runtime.backends.pages import free_memory
 from .app import make_app
 from .doors import LOCAL, read_keys
 from .errors import RequestError
@@ -261,7 +261,7 @@ def load_for(settings: ServerSettings) -> tuple[Session, FlightSettings]:
     cache_bytes = settings.cache_bytes
     if cache_bytes is None:
         row = session.start(1, None, sparse=True).caches.row_bytes(session.max_seq)
-        cache_bytes = max(row, min(slots * row, free_memory() // 2))
+        cache_bytes = max(row, min(slots * row, find_room().free // 2))
     queue = settings.queue
     budget = settings.prefill_budget
     return session, FlightSettings(slots=slots, prefill_budget=budget, cache_bytes=cache_bytes, queue=queue)

@@ -1,6 +1,6 @@
 """The import law: a room imports only rooms below it, root modules included, and no modules form a circle.
 
-errors, version ← spec ← files ← plugins ← export | engine | runtime ← loading | walk
+errors, version ← spec ← files ← plugins ← export | engine | runtime ← loading | walk | pages
     ← serving | calibration | accuracy | measuring ← cli
 """
 
@@ -18,7 +18,7 @@ STOREYS = (
     {"files"},
     {"plugins"},
     {"export", "engine", "runtime"},
-    {"loading", "walk"},
+    {"loading", "walk", "pages"},
     {"serving", "calibration", "accuracy", "measuring"},
     {"cli"},
 )

@@ -3,12 +3,14 @@
 A session knows these alone; ONNX Runtime on the CPU and TensorRT on a GPU stand behind them.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...spec.geometry import ModelSpec
+from ..shortlist import Row
 
 Slots = dict[str, NDArray[Any]]
 """The contents of some positions of a row in each cache, by the cache's name."""
@@ -85,6 +87,10 @@ class Binding(Protocol):
         """
         ...
 
+    def decode(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> Sequence[Row]:
+        """Runs a token of each row and writes its keys and values to the caches. Returns each row's logits after it."""
+        ...
+
 
 class DecoderBackend(Protocol):
     """A decoder with its weights, loaded and ready to run."""
@@ -104,6 +110,10 @@ class DecoderBackend(Protocol):
     @property
     def most(self) -> int | None:
         """Tokens of a piece of several rows at most; None is no limit."""
+        ...
+
+    def check_files(self) -> None:
+        """Looks whether the files that are read in place are as they were; raises a `SessionError` where not."""
         ...
 
     def caches(self, batch: int, positions: int, *, sparse: bool = False) -> Any:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...plugins.cpu.library import GROUP_INPUT
 from ...spec.geometry import ModelSpec
 from ...spec.types import TYPES
+from ..room import cache_bytes, check_fits, layer_slots
 from .interface import Slots, cache_chunk, is_standing, slots_of, standing
 from .mapped_weights import MappedWeights
 from .onnxruntime_graph import open_graph
@@ -57,8 +59,7 @@ class HostCaches:
         dtype, self.onnx_type = CACHE_DTYPES[kind]
         self.buffers: dict[str, NDArray[Any]] = {}
         self.memories: dict[str, SparseMemory] = {}
-        for index, layer in enumerate(spec.layers):
-            slots = min(layer.chunk or positions, positions)
+        for index, slots in enumerate(layer_slots(spec, positions)):
             for kind in ("key", "value"):
                 shape, name = (batch, spec.kv_heads, slots, size), f"{index}.{kind}"
                 if sparse:
@@ -116,6 +117,7 @@ class OnnxRuntimeDecoder:
         threads: Threads of one operator; None takes the processors that this process may use.
         watched: Names of the graph's other outputs to be looked at.
         watch: Takes their values after each step.
+        group: The memory that a rank shares with the others of its group; None of a whole model.
 
     Raises:
         SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
@@ -134,15 +136,30 @@ class OnnxRuntimeDecoder:
         threads: int | None = None,
         watched: Sequence[str] = (),
         watch: Watch = lambda values: None,
+        group: NDArray[np.uint8] | None = None,
     ) -> None:
-        self.spec, self.watched, self.watch = spec, watched, watch
+        self.spec, self.watched, self.watch, self.group = spec, watched, watch, group
         self.weights = weights  # kept: the session reads the memory that these own
-        self.session = open_graph(graph, weights, folder, session, threads, has_arena=False)
+        self.session = open_graph(graph, weights, folder, session, threads, has_arena=False, is_rank=group is not None)
         self.takes_images = any(value.name == "image_features" for value in self.session.get_inputs())
+
+    def check_files(self) -> None:
+        """Looks whether the weight files are as they were when they were mapped.
+
+        Raises:
+            SessionError: One is gone or has changed.
+        """
+        self.weights.watched.check()
 
     def caches(self, batch: int, positions: int, *, sparse: bool = False) -> HostCaches:
         """Makes KV buffers for a batch, zeros at first, whose rows hold `positions` tokens each."""
         cache = next(value for value in self.session.get_inputs() if value.name == "past.0.key")
+        self.check_files()
+        slot = 2 * self.spec.kv_heads * cache.shape[3] * CACHE_DTYPES[cache.type][0].itemsize
+        needed = 4 * batch * self.spec.vocab_size
+        if not sparse:
+            needed += cache_bytes(self.spec, batch, positions, slot)
+        check_fits(f"a batch of {batch} rows of {positions} tokens", needed, "start fewer rows, or of fewer tokens")
         return HostCaches(self.spec, batch, positions, cache.type, cache.shape[3], sparse=sparse)
 
     def bind(self, caches: HostCaches, rows: slice) -> "OnnxRuntimeBinding":
@@ -160,6 +177,10 @@ class OnnxRuntimeBinding:
         self.no_features = np.zeros((1, decoder.spec.hidden_size), np.float32) if decoder.takes_images else None
         self.io = self.session.io_binding()
         self.kept = []
+        if decoder.group is not None:
+            shared = ort.OrtValue.ortvalue_from_numpy(decoder.group)  # the same memory
+            self.kept.append((decoder.group, shared))
+            self.io.bind_ortvalue_input(GROUP_INPUT, shared)
         for name, buffer in caches.buffers.items():
             value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer[rows], caches.onnx_type)
             self.kept.append((buffer, value))
@@ -192,3 +213,8 @@ class OnnxRuntimeBinding:
             watched = (value.numpy() for value in self.io.get_outputs()[-len(self.watched) :])
             self.watch(dict(zip(self.watched, watched, strict=True)))
         return logits_BRV
+
+    def decode(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> Sequence[NDArray[np.float32]]:
+        """Runs a token of each row. Returns each row's logits after it."""
+        logits_BV: NDArray[np.float32] = self.step(ids_B1, past_B, np.zeros_like(ids_B1))[:, 0]
+        return list(logits_BV)
