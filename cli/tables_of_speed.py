@@ -62,27 +62,19 @@ def show_load(found: dict[str, Any], folder: Path | None) -> None:
     from ..measuring.bench import PLOT
 
     console = Console()
-    headers = [
-        "prompt",
-        "clients",
-        "tokens/s",
-        "requests/s",
-        "TTFT, ms\np50, p95, p99",
-        "ITL, ms\np50, p95, p99",
-        "failed",
-    ]
-    table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    fails = any(case["failed"] for case in found["cases"])
+    headers = ["prompt", "clients", "tokens/s", "TTFT, ms\np50 / p95 / p99", "ITL, ms\np50 / p95 / p99"]
+    table = Table(*headers, *(["failed"] if fails else []), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in table.columns:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for case in found["cases"]:
         times = [[case[name][rank] for rank in ("p50", "p95", "p99")] for name in ("ttft_seconds", "itl_seconds")]
         table.add_row(
             f"{case['prompt_tokens'] or case['prefill']:.0f}",
             f"{case['batch']}",
             f"{case['tokens_per_second']:,.1f}",
-            f"{case['requests_per_second']:,.2f}",
-            *(", ".join("–" if value is None else f"{value * 1e3:.3g}" for value in each) for each in times),
-            f"{case['failed']}",
+            *(" / ".join(milliseconds(value) for value in each) for each in times),
+            *([f"{case['failed']}"] if fails else []),
         )
     console.print(table)
     requests = sum(case["requests"] for case in found["cases"])
@@ -91,3 +83,8 @@ def show_load(found: dict[str, Any], folder: Path | None) -> None:
     if folder is not None:
         lines.append(f"Plot: {folder / PLOT}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Seconds as milliseconds in three digits; a dash where there are none."""
+    return "–" if seconds is None else f"{seconds * 1e3:.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f}"
