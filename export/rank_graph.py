@@ -190,7 +190,7 @@ class _Narrowing:
         if isinstance(tensor, ir.ExternalTensor):
             point_into(value, *self.place_of(name))
             return
-        whole = tensor.shape.numpy()
+        whole = tuple(tensor.shape.numpy())
         portion = self.split.portion(name, whole, self.rank)
         if portion.shape == whole:
             return
