@@ -3,6 +3,7 @@
 The rooms are imported when they are needed, so that importing `arriero` is instant.
 """
 
+import dataclasses
 import os
 import sys
 import warnings
@@ -10,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ArrieroWarning, FolderError, SessionError
+from .files.agreement import check_decoder, check_tower
 from .files.folders import check_no_rank, find_files, rank_folder, read_spec
+from .files.reading import read_bytes
+from .files.trust import check_trusted
 from .files.unheeded import unheeded
 from .spec.built_engine import EngineSpec
 from .spec.folder import FolderSpec, VisionPart
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
     from .runtime.ranks.group_decoder import GroupDecoder
     from .runtime.ranks.meeting import Meeting
     from .runtime.session import Session
+
+LARGEST_GRAPH = 1 << 30
+"""Bytes of a graph's file at most; protocol buffers end at twice this."""
 
 PATIENCE = 120.0
 """Seconds that the ranks of a group wait for one that is alive and does not answer."""
@@ -35,6 +42,7 @@ def load(
     threads: int | None = None,
     weights: str | Path | None = None,
     prefix_bytes: int = 0,
+    trust: bool = False,
     patience: float = PATIENCE,
 ) -> "Session":
     """Loads a model or bundle folder. A model is lowered for the CPU in memory first, which needs onnx.
@@ -51,16 +59,19 @@ def load(
         weights: Folder of the weight files, where they have moved.
         prefix_bytes: Keys and values of earlier prompts that may be kept, so that a prompt that begins alike has only
             its rest computed; 0 keeps none.
+        trust: Whether an engine that this user has not built here is trusted, now and from now on: it is code.
         patience: Seconds that the ranks of a group wait for one that is alive and does not answer.
 
     Raises:
-        ArrieroError: The folder is damaged or incomplete, its weights are missing, or a setting is out of range.
+        ArrieroError: The folder is damaged or incomplete, its weights are missing, its engine is not trusted, a setting
+            is out of range, or the session would take more memory than there is.
 
     Warns:
         ArrieroWarning: A file asks for something that is not done, as beams.
     """
     from .runtime.checks import whole
     from .runtime.defaults import read_defaults
+    from .runtime.room import check_fits, check_threads
     from .runtime.session import Session
     from .runtime.state import Limits
     from .runtime.text import Text
@@ -73,7 +84,12 @@ def load(
     path = Path(folder)
     spec = read_spec(path)
     check_no_rank(path, spec)
+    check_threads(threads)
+    check_fits(f"a prefix_bytes of {prefix_bytes}", prefix_bytes, "give less")
     first, own = (path, spec) if spec.kind != "group" else rank_folder(path, spec, 0)
+    for rank in range(spec.ranks if spec.kind == "group" else 0):
+        check_trusted(*rank_folder(path, spec, rank), trust=trust)
+    check_trusted(path, spec, trust=trust)
     if own.engine is not None:
         max_seq, max_batch = _engine_limits(own.engine, max_seq, max_batch)
     limits = Limits.of(spec.model, max_seq, max_batch)
@@ -83,10 +99,12 @@ def load(
     files = find_files(first, own.weight_files, None if weights is None else Path(weights))
     decoder: DecoderBackend
     if spec.kind == "group":
-        decoder = _open_group(path, spec, own, threads, weights, patience)
+        decoder = _open_group(path, spec, own, threads, weights, patience, limits.max_seq)
     else:
-        decoder = _open_decoder(path, spec, files, threads)
+        decoder = _open_decoder(path, spec, files, threads, limits.max_seq)
     tower = None if own.vision is None else open_tower(first, own, own.vision, files, threads)
+    if text.tokenizer is not None and text.templates:
+        text.prepare_chat()
     return Session(decoder, text, defaults, limits, tower, prefix_bytes)
 
 
@@ -97,6 +115,7 @@ def _open_group(
     threads: int | None,
     weights: str | Path | None,
     patience: float,
+    max_seq: int,
 ) -> "GroupDecoder":
     """Opens a group's decoder: rank 0 here, the others in processes of their own."""
     from .files.processors import processors, share_processors
@@ -125,6 +144,7 @@ def _open_group(
             "threads": counts[rank],
             "cores": None if cores is None else cores[rank],
             "weights": None if weights is None else str(Path(weights).absolute()),
+            "max_seq": max_seq,
         }
         for rank in range(1, spec.ranks)
     ]
@@ -135,18 +155,18 @@ def _open_group(
         splits_caches=spec.parts > 1,
         cores=None if cores is None else cores[0],
         start=lambda: Followers(path, settings, [segment.descriptor], patience, meeting.lost, meeting.silent),
-        open_local=lambda: _open_rank(path, spec, meeting, weights, counts[0]),
+        open_local=lambda: _open_rank(path, spec, meeting, weights, counts[0], max_seq),
         meeting=meeting,
     )
 
 
 def _open_rank(
-    group: Path, spec: FolderSpec, meeting: "Meeting", weights: str | Path | None, threads: int
+    group: Path, spec: FolderSpec, meeting: "Meeting", weights: str | Path | None, threads: int, max_seq: int
 ) -> "DecoderBackend":
     """Opens the decoder of one rank, once its folder is proven to be of the group."""
     folder, own = rank_folder(group, spec, meeting.rank)
     files = find_files(folder, own.weight_files, None if weights is None else Path(weights))
-    return _open_decoder(folder, own, files, threads, meeting)
+    return _open_decoder(folder, own, files, threads, max_seq, meeting)
 
 
 def follow(
@@ -158,6 +178,7 @@ def follow(
     threads: int,
     cores: list[int] | None,
     weights: str | None,
+    max_seq: int,
     channel: int,
     parent: int,
 ) -> None:
@@ -171,6 +192,7 @@ def follow(
         threads: Threads of one operator.
         cores: Processors that it is pinned to; None pins it nowhere.
         weights: Folder of the weight files, where they have moved.
+        max_seq: Positions that a sequence may hold.
         channel: File descriptor of the connection to the leader.
         parent: The leader's process.
     """
@@ -187,7 +209,7 @@ def follow(
     shared.join(rank)
     spec = read_spec(path)
     meeting = Meeting(segment=shared, rank=rank, ranks=spec.ranks, identifier=bytes.fromhex(identifier))
-    follow_leader(Connection(channel), lambda: _open_rank(path, spec, meeting, weights, threads), meeting)
+    follow_leader(Connection(channel), lambda: _open_rank(path, spec, meeting, weights, threads, max_seq), meeting)
 
 
 def _engine_limits(engine: EngineSpec, max_seq: int | None, max_batch: int | None) -> tuple[int, int]:
@@ -200,7 +222,12 @@ def _engine_limits(engine: EngineSpec, max_seq: int | None, max_batch: int | Non
 
 
 def _open_decoder(
-    path: Path, spec: FolderSpec, files: dict[str, Path], threads: int | None, meeting: "Meeting | None" = None
+    path: Path,
+    spec: FolderSpec,
+    files: dict[str, Path],
+    threads: int | None,
+    max_seq: int,
+    meeting: "Meeting | None" = None,
 ) -> "DecoderBackend":
     """Opens a folder's decoder on the back end that it was built for, its weights loaded."""
     if spec.engine is not None:
@@ -209,8 +236,14 @@ def _open_decoder(
         return load_decoder(path, spec, files, None if meeting is None else meeting.join)
     from .runtime.backends.mapped_weights import map_weights
     from .runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
+    from .runtime.memory import session_memory
+    from .runtime.room import check_fits
 
     graph, weights, flags = cpu_decoder_graph(path, spec)
+    alone = dataclasses.replace(spec, weights=weights, vision=None)
+    memory = session_memory(alone, len(graph), 0, max_seq, 1)
+    what = f"{path} with one sequence of {max_seq} tokens"
+    check_fits(what, memory.total - memory.mapped - memory.process, "load it with a smaller max_seq (--max-seq)")
     shared = None if meeting is None else meeting.segment.bytes
     return OnnxRuntimeDecoder(graph, map_weights(weights, files), path, spec.rank_model, flags, threads, group=shared)
 
@@ -247,25 +280,31 @@ def cpu_decoder_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight
         The serialized graph, the weights that it is given, and its session's flags.
     """
     if spec.kind == "bundle":
-        return _read_graph(path / spec.graph), spec.weights, spec.session
-    from .engine.cpu_lowering import lower_for_cpu
+        found = _read_graph(path / spec.graph), spec.weights, spec.session
+    else:
+        from .engine.cpu_lowering import lower_for_cpu
 
-    lowered = lower_for_cpu(path, spec)
-    return lowered.graph, lowered.weights, lowered.session
+        lowered = lower_for_cpu(path, spec)
+        found = lowered.graph, lowered.weights, lowered.session
+    check_decoder(found[0], found[1], spec.model, spec.cache_bits, path / spec.graph)
+    return found
 
 
 def cpu_tower_graph(path: Path, spec: FolderSpec, part: VisionPart) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
     """Reads the vision tower's graph for the CPU from a bundle, or lowers a model's; returns as `cpu_decoder_graph`."""
     if spec.kind == "bundle":
-        return _read_graph(path / part.graph), part.weights, part.session
-    from .engine.cpu_lowering import lower_tower_for_cpu
+        found = _read_graph(path / part.graph), part.weights, part.session
+    else:
+        from .engine.cpu_lowering import lower_tower_for_cpu
 
-    lowered = lower_tower_for_cpu(path, part)
-    return lowered.graph, lowered.weights, lowered.session
+        lowered = lower_tower_for_cpu(path, part)
+        found = lowered.graph, lowered.weights, lowered.session
+    check_tower(found[0], found[1], part.spec, spec.model, path / part.graph)
+    return found
 
 
 def _read_graph(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return read_bytes(path, remedy="build the bundle again", folder=path.parent, most=LARGEST_GRAPH)
+    except FileNotFoundError as error:
         raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error

@@ -24,8 +24,9 @@ from ..errors import CalibrationError, FolderError, StarvedError
 from ..export.quantised_graph import quantise_graph
 from ..files.folders import SPEC, carry_files, check_no_rank, find_files, read_spec
 from ..files.output import check_apart, check_free, resumed_folder
+from ..files.reading import read_bytes
 from ..files.safetensors import identity, open_shard
-from ..plugins.canonical_graph import read_graph
+from ..plugins.canonical_graph import LARGEST, read_graph
 from ..spec.choice import choose, units
 from ..spec.folder import FolderSpec
 from ..spec.geometry import VISION
@@ -213,7 +214,9 @@ def _finish(source: Path, spec: FolderSpec, recipe: Recipe, folder: Path, report
         spec,
         version=__version__,
         source=str(source),
-        source_hashes={each: hashlib.sha256((source / each).read_bytes()).hexdigest() for each in graphs},
+        source_hashes={
+            each: hashlib.sha256(read_bytes(source / each, folder=source, most=LARGEST)).hexdigest() for each in graphs
+        },
         weight_files=tuple(
             WeightFile(name=shard.path.name, path="", size=shard.size, identity=identity(shard.path))
             for shard in shards

@@ -150,6 +150,42 @@ def show_measured(found: dict[str, Any], folder: Path | None) -> None:
     console.print("\n".join(lines), highlight=False)
 
 
+def show_load(found: dict[str, Any], folder: Path | None) -> None:
+    """Prints what `load.measure_url` found."""
+    from ..measuring.bench import PLOT
+
+    console = Console()
+    headers = [
+        "prompt",
+        "clients",
+        "tokens/s",
+        "requests/s",
+        "TTFT, ms\np50, p95, p99",
+        "ITL, ms\np50, p95, p99",
+        "failed",
+    ]
+    table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in table.columns:
+        column.justify = "right"
+    for case in found["cases"]:
+        times = [[case[name][rank] for rank in ("p50", "p95", "p99")] for name in ("ttft_seconds", "itl_seconds")]
+        table.add_row(
+            f"{case['prompt_tokens'] or case['prefill']:.0f}",
+            f"{case['batch']}",
+            f"{case['tokens_per_second']:,.1f}",
+            f"{case['requests_per_second']:,.2f}",
+            *(", ".join("–" if value is None else f"{value * 1e3:.3g}" for value in each) for each in times),
+            f"{case['failed']}",
+        )
+    console.print(table)
+    requests = sum(case["requests"] for case in found["cases"])
+    lines = [f"{found['model']} at {found['url']}: {requests} requests, {found['decode_tokens']} new tokens at most."]
+    lines += [f"First failure: {case['first_error']}" for case in found["cases"] if case["first_error"]][:1]
+    if folder is not None:
+        lines.append(f"Plot: {folder / PLOT}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
 def describe_vision(vision: dict[str, Any]) -> str:
     """The vision tower in a sentence, and its engine in another."""
     found = (

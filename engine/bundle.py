@@ -15,6 +15,9 @@ from .. import __version__
 from ..errors import BuildError, FolderError
 from ..files.folders import SPEC, carry_files, check_no_rank, find_files, rank_fingerprint, rank_folder, read_spec
 from ..files.output import check_apart, check_free, copy_sparse, new_folder
+from ..files.reading import read_bytes
+from ..files.trust import remember
+from ..plugins.canonical_graph import LARGEST
 from ..spec.folder import FolderSpec
 from ..spec.stored_weights import WeightFile
 from ..spec.types import BITS, Progress
@@ -71,32 +74,36 @@ def build_bundle(
     with new_folder(bundle, force=force) as folder:
         carry_files(source, folder)
         if spec.kind == "model":
-            _write_bundle(source, dataclasses.replace(spec, cache_bits=bits), parsed, options, folder, progress)
+            own = dataclasses.replace(spec, cache_bits=bits)
+            built = [_write_bundle(source, own, parsed, options, folder, progress)]
         else:
-            _write_group(source, spec, bits, parsed, options, folder, progress)
+            built = _write_group(source, spec, bits, parsed, options, folder, progress)
+    for record in built:
+        remember(bundle, record)
     return bundle
 
 
 def _write_group(
     source: Path, spec: FolderSpec, bits: int, target: Target, options: Options, folder: Path, progress: Progress
-) -> None:
-    """Writes a bundle a rank, and the spec of them all."""
-    fingerprints, built = [], spec
+) -> list[FolderSpec]:
+    """Writes a bundle a rank, and the spec of them all. Returns the ranks' specs."""
+    fingerprints, built = [], list[FolderSpec]()
     for rank in range(spec.ranks):
         model, own = rank_folder(source, spec, rank)
         out = folder / model.name
         out.mkdir()
-        built = _write_bundle(model, dataclasses.replace(own, cache_bits=bits), target, options, out, progress)
+        built.append(_write_bundle(model, dataclasses.replace(own, cache_bits=bits), target, options, out, progress))
         fingerprints.append(rank_fingerprint(out))
     group = dataclasses.replace(
         spec,
         version=__version__,
         source=str(source.absolute()),
-        target=built.target,
+        target=built[-1].target,
         cache_bits=bits,
         rank_hashes=tuple(fingerprints),
     )
     (folder / SPEC).write_text(group.to_json(), "utf-8")
+    return built
 
 
 def _write_bundle(
@@ -104,19 +111,25 @@ def _write_bundle(
 ) -> FolderSpec:
     """Writes one bundle, but for the tokenizer. Returns its spec."""
     built = _build(source, spec, target, options, folder, progress)
-    tower = () if built.vision is None else built.vision.weights
-    used = {weight.file for weight in (*built.weights, *tower)}
-    files = [file for file in built.weight_files if file.name in used]
     record = dataclasses.replace(
         built,
         kind="bundle",
         version=__version__,
         source=str(source.absolute()),
-        source_hashes={spec.graph: hashlib.sha256((source / spec.graph).read_bytes()).hexdigest()},
-        weight_files=tuple(_place(file, source, folder, options.weights_from) for file in files),
+        source_hashes={
+            spec.graph: hashlib.sha256(read_bytes(source / spec.graph, folder=source, most=LARGEST)).hexdigest()
+        },
+        weight_files=tuple(_place(file, source, folder, options.weights_from) for file in _used_files(built)),
     )
     (folder / SPEC).write_text(record.to_json(), "utf-8")
     return record
+
+
+def _used_files(spec: FolderSpec) -> list[WeightFile]:
+    """The weight files that the graphs read."""
+    tower = () if spec.vision is None else spec.vision.weights
+    used = {weight.file for weight in (*spec.weights, *tower)}
+    return [file for file in spec.weight_files if file.name in used]
 
 
 def _build(

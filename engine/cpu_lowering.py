@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ..errors import BuildError
+from ..errors import ArrieroError, BuildError, shortened_text
 from ..plugins.all_reduce import cpu_nodes as all_reduce_cpu
 from ..plugins.all_reduce import op as all_reduce
 from ..plugins.canonical_graph import read_graph
@@ -69,10 +69,17 @@ def lower_tower_for_cpu(folder: Path, vision: VisionPart) -> Lowered:
 
 def _lower(path: Path, router_experts: int, cache_bits: int, rank: int) -> Lowered:
     model = read_graph(path)
-    lowering = _CpuLowering(model.graph, router_experts, cache_bits, rank)
-    lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
+    try:
+        lowering = _CpuLowering(model.graph, router_experts, cache_bits, rank)
+        lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
+        graph = ir.to_proto(lowered).SerializeToString()
+    except ArrieroError:
+        raise
+    except Exception as error:  # a graph that is another than export writes breaks whatever is assumed of it
+        said = shortened_text(f"{type(error).__name__}: {error}", 150)
+        raise BuildError(f"{path}: not a graph as Arriero writes it ({said}): export the model again") from error
     return Lowered(
-        graph=ir.to_proto(lowered).SerializeToString(),
+        graph=graph,
         weights=tuple(lowering.supply.weights.values()),
         session=SESSION,
     )

@@ -15,10 +15,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from .. import __version__
-from ..errors import ExportError
+from ..errors import CheckpointError, ExportError
 from ..files.folders import OF_TOKENIZER, SPEC, carry_files
 from ..files.hub_cache import find_checkpoint
 from ..files.output import check_apart, check_free, new_folder
+from ..files.reading import read_bytes
 from ..files.safetensors import Region, identity
 from ..files.unheeded import generation_fields, unheeded
 from ..spec.folder import FolderSpec, VisionPart
@@ -272,6 +273,9 @@ def _write_generation_config(source: Path, folder: Path) -> None:
 def _hashes(source: Path) -> dict[str, str]:
     """SHA-256 of the checkpoint's small files that decide what is exported."""
     names = ("config.json", MODELOPT, "tokenizer.json", "model.safetensors.index.json")
-    return {
-        name: hashlib.sha256((source / name).read_bytes()).hexdigest() for name in names if (source / name).is_file()
+    contents = {
+        name: read_bytes(source / name, CheckpointError, "restore the file", folder=source)
+        for name in names
+        if (source / name).exists()
     }
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}

@@ -7,7 +7,7 @@ does falls on all alike; medians are given.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -110,14 +110,16 @@ def check_output(out: Path, *, force: bool) -> None:
     check_free(out, force=force, mark=RESULT)
 
 
-def write_measured(found: dict[str, Any], out: Path, *, force: bool = False) -> None:
-    """Writes what `measure_folder` found as `bench.json` and as a picture. Needs matplotlib."""
+def write_measured(
+    found: dict[str, Any], out: Path, *, force: bool = False, draw: Callable[[dict[str, Any], Path], None] | None = None
+) -> None:
+    """Writes what was found as `bench.json`, and as a picture by `draw`, that of a folder's. Needs matplotlib."""
     with new_folder(out, force=force, mark=RESULT) as folder:
         (folder / RESULT).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        draw(found, folder / PLOT)
+        (draw or draw_folder)(found, folder / PLOT)
 
 
-def draw(found: dict[str, Any], file: Path) -> None:
+def draw_folder(found: dict[str, Any], file: Path) -> None:
     """Draws tokens a second and the achieved bandwidth over the prompt's length, a line a batch."""
     from matplotlib.figure import Figure
 

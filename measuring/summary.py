@@ -3,18 +3,21 @@
 Enters: a model or bundle folder; only its `spec.json` and the lists of fused layers are read. Nothing is loaded.
 """
 
-import json
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import FolderError
+from ..engine.fused_layers import Layer
+from ..errors import FolderError, shortened, shortened_text
 from ..files.folders import LAYERS, TOWER_LAYERS, read_spec
+from ..files.reading import read_text
 from ..spec.built_engine import EngineSpec
+from ..spec.fields import decode
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec, VisionSpec
+from ..spec.json_text import parse_json
 from ..spec.parameters import count_parameters
 from ..spec.recipe_words import bits, in_words
 from ..spec.types import BITS, Stored
@@ -229,10 +232,16 @@ def _with_totals(engine: dict[str, Any]) -> dict[str, Any]:
 
 def _read_layers(path: Path) -> list[dict[str, Any]]:
     """An engine's fused layers, those that compute nothing left out."""
+    remedy = "build the bundle again"
     try:
-        return [layer for layer in json.loads(path.read_text("utf-8")) if layer["kind"] not in QUIET]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FolderError(f"{path}: cannot be read ({error}): build the bundle again") from error
+        layers: Any = parse_json(read_text(path, remedy=remedy, folder=path.parent))
+        if not isinstance(layers, list):
+            raise ValueError(f"{shortened(layers)} is no list")
+        for layer in layers:
+            decode(Layer, layer)
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise FolderError(f"{path}: cannot be read ({shortened_text(str(error), 150)}): {remedy}") from error
+    return [layer for layer in layers if layer["kind"] not in QUIET]
 
 
 def _counted(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.backends.pages import free_memory
+from ..files.machine_memory import find_room
 from ..runtime.session import Session
 
 STREAM_SIZE = 1 << 30
@@ -50,7 +50,7 @@ class Stream:
     """
 
     def __init__(self, threads: int, size: int = STREAM_SIZE) -> None:
-        count = min(size, free_memory() // 4) // 4
+        count = min(size, find_room().free // 4) // 4
         self.parts = np.array_split(np.ones(count, dtype=np.float32), threads)
         self.size = count * 4
         self.pool = ThreadPoolExecutor(threads)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ...errors import AccuracyError
 from ...files.folders import check_no_rank, find_files, rank_folder, read_spec
+from ...files.trust import check_trusted
 from ...loading import cpu_decoder_graph, cpu_tower_graph, load, open_tower
 from ...plugins.finite import first_damaged
 from ...runtime.backends.mapped_weights import map_weights
@@ -50,6 +51,7 @@ class FolderSide:
         self.path, self.weights, self.threads, self.option = path, weights, threads, option
         self.folder = read_spec(path)
         check_no_rank(path, self.folder)
+        check_trusted(path, self.folder)
         self.is_group = self.folder.kind == "group"
         self.own_path, self.own = rank_folder(path, self.folder, 0) if self.is_group else (path, self.folder)
         self.spec, self.recipe = self.folder.model, self.folder.recipe

@@ -1,8 +1,8 @@
 """A GPU's memory, stream and graphs, and the host's pinned memory, through CUDA's driver API.
 
 Invariants: memory and graphs are freed with the objects that own them, but never while the stream is captured, which
-the driver would refuse: then they wait for its end. Context and stream live as long as the process. A thread calls `enter`
-before its first call of anything else: the driver's context is the thread's.
+the driver would refuse: then they wait for its end. Context and stream live as long as the process. A thread calls
+`enter` before its first call of anything else: the driver's context is the thread's.
 """
 
 import contextlib
@@ -181,7 +181,7 @@ class PinnedMemory:
         pointer = ctypes.c_void_p()
         device.driver.call("cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)), 0)
         self.address: int = pointer.value or 0
-        self.bytes: NDArray[np.uint8] = np.frombuffer((ctypes.c_uint8 * size).from_address(self.address), np.uint8)
+        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
         device.own(self, "cuMemFreeHost", pointer)
 
 

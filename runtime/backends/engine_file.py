@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FolderError, SessionError
+from ...files.reading import read_bytes
 from ...plugins.launch import Driver
 from ...plugins.tensorrt_plugin import MODULES, REMEDIES
 from ...spec.built_engine import EngineSpec
+
+LARGEST = 1 << 40
+"""Bytes of an engine at most."""
 
 REASONS = {
     "VERSION_MISMATCH": "another version of TensorRT-RTX built it: build it again here",
@@ -70,10 +74,11 @@ def read_built(path: Path, sha256: str) -> bytes:
     Raises:
         FolderError: It is missing, or not the one that was built.
     """
+    remedy = "build the bundle again"
     try:
-        found = path.read_bytes()
-    except OSError as error:
-        raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error
+        found = read_bytes(path, remedy=remedy, folder=path.parent, most=LARGEST)
+    except FileNotFoundError as error:
+        raise FolderError(f"{path}: {error.strerror}: {remedy}") from error
     if hashlib.sha256(found).hexdigest() != sha256:
         raise FolderError(f"{path} is not what was built (truncated or changed): build the bundle again")
     return found

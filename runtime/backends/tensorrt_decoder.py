@@ -5,6 +5,7 @@ caches are updated in place, past and present are one address; a step over singl
 have been before is one launch of a captured graph, and allocates nothing.
 """
 
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
@@ -79,7 +80,10 @@ class TensorRTDecoder:
         self.exchanges = [
             Exchange(device, about.profiles[index], self.spec.vocab_size, feature_row) for index in (DECODE, PIECES)
         ]
-        self.shortener = None if kernels is None else Shortener(device, kernels, self.exchanges[DECODE], most)
+        self.lock = threading.RLock()
+        self.shortener = (
+            None if kernels is None else Shortener(device, kernels, self.exchanges[DECODE], most, self.lock)
+        )
         activations = self.execution.activations(len(about.profiles), streams_weights=about.weight_streaming)
         if about.weight_streaming:
             self.pool.give(self.pool.take(most))  # the weights get what is left
@@ -109,7 +113,10 @@ class TensorRTDecoder:
         """None: pieces of several rows have no limit but the profiles' own."""
         return None
 
-    def caches(self, batch: int, positions: int) -> DeviceCaches:
+    def check_files(self) -> None:
+        """Nothing: the weights are the GPU's own copy."""
+
+    def caches(self, batch: int, positions: int, *, sparse: bool = False) -> DeviceCaches:
         """Makes KV buffers for a batch; their size is the engine's, whatever `positions` are used."""
         self.device.enter()
         return DeviceCaches(self.pool, self.spec, self.about.caches, batch, positions)
@@ -151,6 +158,16 @@ class TensorRTBinding:
         features_MH: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Runs one piece: inputs to the GPU, the step, and the logits back into a new array."""
+        with self.decoder.lock:
+            return self._step(ids_BS, past_B, positions_BR, features_MH)
+
+    def _step(
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        positions_BR: NDArray[np.int64],
+        features_MH: NDArray[np.float32] | None,
+    ) -> NDArray[np.float32]:
         decoder = self.decoder
         shape = (*positions_BR.shape, decoder.spec.vocab_size)
         if ids_BS.shape[1] == 1 and positions_BR.shape[1] == 1 and features_MH is None:
@@ -177,12 +194,13 @@ class TensorRTBinding:
     def decode(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> Sequence[Row]:
         """Runs a token of each row. Returns each row's logits after it, shortened where there are kernels for it."""
         decoder = self.decoder
-        self._run_tokens(ids_B1, past_B)
-        if decoder.shortener is None:
-            return list(decoder.exchanges[DECODE].fetch((self.batch, decoder.spec.vocab_size)))
-        rows = decoder.shortener.read(self.caches.sharpness[self.rows])
-        decoder.outstanding = [weakref.ref(row) for row in rows]
-        return rows
+        with decoder.lock:
+            self._run_tokens(ids_B1, past_B)
+            if decoder.shortener is None:
+                return list(decoder.exchanges[DECODE].fetch((self.batch, decoder.spec.vocab_size)))
+            rows = decoder.shortener.read(self.caches.sharpness[self.rows])
+            decoder.outstanding = [weakref.ref(row) for row in rows]
+            return rows
 
     def _run_tokens(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> None:
         """Runs a token of each row: a captured graph where this was done before."""

@@ -60,12 +60,16 @@ def _follow(channel: Connection, decoder: DecoderBackend, meeting: Meeting) -> N
                     bound[rows] = decoder.bind(caches[number], slice(*rows))
                 meeting.arrive()
                 getattr(bound[rows], name)(*inputs)
-            case "caches", number, batch, positions:
-                caches[number], bindings[number] = decoder.caches(batch, positions), {}
+            case "check":
+                decoder.check_files()
+            case "caches", number, batch, positions, sparse:
+                caches[number], bindings[number] = decoder.caches(batch, positions, sparse=sparse), {}
             case "drop", number:
                 del caches[number], bindings[number]
             case "copy", number, *rows:
                 caches[number].copy(*rows)
+            case "release", number, row:
+                caches[number].release(row)
             case "read", number, *place:
                 channel.send(("slots", caches[number].read(*place)))
             case "write", number, *content:

@@ -92,11 +92,19 @@ class GroupDecoder:
         """The followers' process numbers."""
         return [process.pid for process in self.followers.processes]
 
-    def caches(self, batch: int, positions: int) -> "GroupCaches":
+    def check_files(self) -> None:
+        """Looks on every rank whether the files that are read in place are as they were.
+
+        Raises:
+            SessionError: One is not, and the group has ended.
+        """
+        self.together(("check",), self.local.check_files)
+
+    def caches(self, batch: int, positions: int, *, sparse: bool = False) -> "GroupCaches":
         """Makes caches on every rank."""
         self.made += 1
-        number = self.made
-        local = self.together(("caches", number, batch, positions), lambda: self.local.caches(batch, positions))
+        number, command = self.made, ("caches", self.made, batch, positions, sparse)
+        local = self.together(command, lambda: self.local.caches(batch, positions, sparse=sparse))
         return GroupCaches(self, number, local, batch, positions)
 
     def bind(self, caches: "GroupCaches", rows: slice) -> "GroupBinding":
@@ -182,6 +190,14 @@ class GroupCaches:
             parts = [{name: values[rank] for name, values in cut.items()} for rank in range(ranks)]
         commands = [("write", self.number, row, start, part, past) for part in parts[1:]]
         self.decoder.together(commands, lambda: self.local.write(row, start, parts[0], past))
+
+    def row_bytes(self, tokens: int) -> int:
+        """Bytes that a row takes at most on all ranks together, while it holds this number of tokens."""
+        return (len(self.decoder.followers.processes) + 1) * self.local.row_bytes(tokens)
+
+    def release(self, row: int) -> None:
+        """Gives back the memory of a row that nobody has, on every rank."""
+        self.decoder.together(("release", self.number, row), lambda: self.local.release(row))
 
 
 class GroupBinding:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from arriero.files import control_groups
 from arriero.files import processors as module
 
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The mount of a made-up system's control groups, on a machine of 64 processors."""
-    monkeypatch.setattr(module, "GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(module, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(control_groups, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(control_groups, "OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(64)))
     return tmp_path
 
