@@ -86,26 +86,47 @@ def load(
     check_no_rank(path, spec)
     check_threads(threads)
     check_fits(f"a prefix_bytes of {prefix_bytes}", prefix_bytes, "give less")
-    first, own = (path, spec) if spec.kind != "group" else rank_folder(path, spec, 0)
-    for rank in range(spec.ranks if spec.kind == "group" else 0):
-        check_trusted(*rank_folder(path, spec, rank), trust=trust)
-    check_trusted(path, spec, trust=trust)
+    first, own = _first_rank(path, spec, trust=trust)
     if own.engine is not None:
         max_seq, max_batch = _engine_limits(own.engine, max_seq, max_batch)
     limits = Limits.of(spec.model, max_seq, max_batch)
     text, defaults = Text(path), read_defaults(path, spec.model.vocab_size)  # small: checked before weights are loaded
     for line in unheeded(path):
         warnings.warn(line, ArrieroWarning, stacklevel=2)
-    files = find_files(first, own.weight_files, None if weights is None else Path(weights))
-    decoder: DecoderBackend
-    if spec.kind == "group":
-        decoder = _open_group(path, spec, own, threads, weights, patience, limits.max_seq)
-    else:
-        decoder = _open_decoder(path, spec, files, threads, limits.max_seq)
+    moved = None if weights is None else Path(weights)
+    files = find_files(first, own.weight_files, moved)
+    decoder = _open_any(path, spec, own, files, threads, moved, patience, limits.max_seq)
     tower = None if own.vision is None else open_tower(first, own, own.vision, files, threads)
     if text.tokenizer is not None and text.templates:
         text.prepare_chat()
     return Session(decoder, text, defaults, limits, tower, prefix_bytes)
+
+
+def _open_any(
+    path: Path,
+    spec: FolderSpec,
+    own: FolderSpec,
+    files: dict[str, Path],
+    threads: int | None,
+    weights: Path | None,
+    patience: float,
+    max_seq: int,
+) -> "DecoderBackend":
+    """Opens the decoder of a folder, or of a group."""
+    if spec.kind == "group":
+        return _open_group(path, spec, own, threads, weights, patience, max_seq)
+    return _open_decoder(path, spec, files, threads, max_seq)
+
+
+def _first_rank(path: Path, spec: FolderSpec, *, trust: bool) -> tuple[Path, FolderSpec]:
+    """The folder itself, or a group's first rank's, once all that is code in it is trusted."""
+    check_trusted(path, spec, trust=trust)
+    if spec.kind != "group":
+        return path, spec
+    ranks = [rank_folder(path, spec, rank) for rank in range(spec.ranks)]
+    for each in ranks:
+        check_trusted(*each, trust=trust)
+    return ranks[0]
 
 
 def _open_group(
