@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .ranks_table import describe_ranks, ranks_table
 from .words import files_text, layers_text, parameters_text, quantised_text, size, sizes_text
 
 
@@ -60,29 +61,6 @@ def show_summary(found: dict[str, Any]) -> None:
         console.print(layers_table(vision["fused_layers"], title="From the build log of the vision tower"))
         if "every_layer" in vision:
             console.print(every_layer_table(vision["every_layer"], title="Every fused layer of the vision tower"))
-
-
-def describe_ranks(ranks: dict[str, Any]) -> str:
-    """A group's layout and its sums, in two sentences."""
-    groups, sums = ranks["expert_groups"], ranks["sums"]
-    split = "the experts alone" if ranks["experts_only"] else f"experts in {groups} group{'s' * (groups > 1)}"
-    logits = f" and {size(sums['bytes_per_logits'])} for each position's logits" if sums["bytes_per_logits"] else ""
-    return (
-        f"{ranks['count']}, {split}; a step has {sums['a_step']} sums over ranks, to which each brings "
-        f"{size(sums['bytes_per_token'])} a token{logits}"
-    )
-
-
-def ranks_table(ranks: dict[str, Any]) -> Table:
-    """Each rank's weights, experts, cache and, on the CPU, memory."""
-    has_memory = any("memory" in rank for rank in ranks["each"])
-    headers = ["rank", "weights", "experts", "KV cache a token", *(["memory"] if has_memory else [])]
-    table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for rank in ranks["each"]:
-        experts = "none" if rank["experts"] is None else f"{rank['experts'][0]}–{rank['experts'][1]}"
-        row = [str(rank["rank"]), size(rank["weights_bytes"]), experts, size(rank["kv_cache"]["bytes_per_token"])]
-        table.add_row(*row, *([size(rank["memory"]["total"])] if has_memory else []))
-    return table
 
 
 def describe_memory(memory: dict[str, int]) -> str:

@@ -49,11 +49,11 @@ class WholeModel:
 def split_folder(
     source: Path,
     target: Path,
-    *,
     tp: int,
     ep: int | None,
     copy_weights: bool,
-    weights: str | Path | None,
+    weights: Path | None,
+    *,
     force: bool,
     progress: Progress,
     notice: Callable[[str], None],
@@ -73,7 +73,7 @@ def split_folder(
         raise ExportError(f"{source} is exported already: give --tp or --ep to split it, or a checkpoint to export")
     check_apart(source, target)
     check_free(target, force=force)
-    files = find_files(source, spec.weight_files, None if weights is None else Path(weights))
+    files = find_files(source, spec.weight_files, weights)
     tower = None if spec.vision is None else read_graph(source / spec.vision.graph)
     whole = WholeModel(
         decoder=read_graph(source / spec.graph),

@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -58,7 +57,8 @@ def export_checkpoint(
     """Exports a Llama 4 checkpoint: the text decoder, and the vision tower where there is one.
 
     Args:
-        checkpoint: Folder in Hugging Face layout, a hub cache's, its name in the local cache, or a model to be split.
+        checkpoint: Folder in Hugging Face layout, a hub cache's folder of one, or its name where it is in the local
+            cache; or a model folder that is to be split. Only read.
         out: The model folder to write.
         dtype: Type of the graph and its weights; None keeps the checkpoint's. Another type writes converted weights.
         copy_weights: Whether the weights are copied into the folder, so that it stands alone.
@@ -75,52 +75,50 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: The checkpoint is damaged or no Llama 4.
-        ExportError: `dtype` is unknown or too narrow, `tp` or `ep` does not divide what it must, or a file changed.
+        ExportError: `dtype` is unknown or too narrow for a weight, `tp` or `ep` does not divide what it must, or a
+            file changed meanwhile.
         FolderError: `out` exists, or cannot be written.
     """
-    if (Path(checkpoint) / SPEC).exists():
-        _check_kept(checkpoint, dtype, tokenizer)
-        split = partial(split_folder, tp=tp, ep=ep, copy_weights=copy_weights, weights=weights, force=force)
-        return split(Path(checkpoint).absolute(), Path(out).absolute(), progress=progress, notice=notice)
     _check_dtype(dtype)
-    source, target = find_checkpoint(checkpoint).absolute(), Path(out).absolute()
+    if (Path(checkpoint) / SPEC).exists():
+        if dtype is not None or tokenizer is not None:
+            raise ExportError(
+                f"{checkpoint} is exported already: export its checkpoint with --dtype or --tokenizer, and split that"
+            )
+        moved, folders = None if weights is None else Path(weights), (Path(checkpoint).absolute(), Path(out).absolute())
+        return split_folder(*folders, tp, ep, copy_weights, moved, force=force, progress=progress, notice=notice)
+    source = find_checkpoint(checkpoint).absolute()
     small = source if tokenizer is None else _tokenizer_folder(tokenizer)
-    check_apart(source, target)
-    check_free(target, force=force)
+    check_apart(source, Path(out).absolute())
+    check_free(Path(out).absolute(), force=force)
     opened = open_checkpoint(source)
-    _say_kept(source, opened, dtype, notice)
-    parts = split_model(opened.spec, tp, ep)
+    _check_quantised(opened, dtype, notice)
+    _say_all(unheeded(source), notice)
+    split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
     say_rewritten(opened, spec.dtype, notice)
     say_missing(small, opened.vision is not None, notice)
-    record = _folder_spec(source, opened, spec)
-    with new_folder(target, force=force) as folder:
-        if parts.ranks == 1:
-            placement, model = _make_whole(opened, folder, spec, copy_weights, progress)
-            _write_model((source, small), folder, model, placement, record)
-        else:
-            notice_copied(_write_group(opened, small, folder, parts, copy_weights, record, progress), notice)
-    return target
+    with new_folder(Path(out).absolute(), force=force) as folder:
+        _write(opened, small, folder, split, copy_weights, _folder_spec(source, opened, spec), progress, notice)
+    return Path(out).absolute()
 
 
-def _check_kept(model: str | Path, dtype: DType | None, tokenizer: str | Path | None) -> None:
-    """Refuses settings of an export for a model folder, which is only split."""
-    if dtype is not None or tokenizer is not None:
-        raise ExportError(
-            f"{model} is exported already: export its checkpoint with --dtype or --tokenizer, and split that"
-        )
-
-
-def _say_kept(source: Path, opened: Checkpoint, dtype: DType | None, notice: Callable[[str], None]) -> None:
-    """Says how a checkpoint is quantised, which is kept, and which of its settings are not heeded.
-
-    Raises:
-        ExportError: A quantised checkpoint would have to be converted.
-    """
-    if opened.quantised is not None:
-        _check_quantised(opened.spec, dtype)
-        _notice_quantised(opened.quantised, notice)
-    _say_all(unheeded(source), notice)
+def _write(
+    checkpoint: Checkpoint,
+    small: Path,
+    folder: Path,
+    split: Split,
+    copy_weights: bool,
+    record: FolderSpec,
+    progress: Progress,
+    notice: Callable[[str], None],
+) -> None:
+    """Writes the model folder, or the group's."""
+    if split.ranks == 1:
+        placement, model = _make_whole(checkpoint, folder, record.model, copy_weights, progress)
+        _write_model((checkpoint.folder, small), folder, model, placement, record)
+        return
+    notice_copied(_write_group(checkpoint, small, folder, split, copy_weights, record, progress), notice)
 
 
 def _say_all(lines: Iterable[str], notice: Callable[[str], None]) -> None:
@@ -160,14 +158,18 @@ def _folder_spec(source: Path, checkpoint: Checkpoint, spec: ModelSpec) -> Folde
     )
 
 
-def _check_quantised(spec: ModelSpec, dtype: DType | None) -> None:
-    """Refuses what is not done with an already quantised checkpoint.
+def _check_quantised(checkpoint: Checkpoint, dtype: DType | None, notice: Callable[[str], None]) -> None:
+    """Says how a checkpoint is quantised already, if it is, and refuses what is not done with one.
 
     Raises:
         ExportError: It would have to be converted.
     """
-    if dtype not in (None, spec.dtype):
-        raise ExportError(f"dtype is {dtype}, a quantised checkpoint is not converted: leave it at {spec.dtype}")
+    if checkpoint.quantised is None:
+        return
+    if dtype not in (None, checkpoint.spec.dtype):
+        own = checkpoint.spec.dtype
+        raise ExportError(f"dtype is {dtype}, a quantised checkpoint is not converted: leave it at {own}")
+    _notice_quantised(checkpoint.quantised, notice)
 
 
 def _notice_quantised(quantised: Prequantised, notice: Callable[[str], None]) -> None:

@@ -66,7 +66,8 @@ def measure_folder(
     Raises:
         ArrieroError: The folder cannot be loaded, or a setting is out of range.
     """
-    path, spec = Path(folder), _spec_of_one(Path(folder))
+    path = Path(folder)
+    spec = _own_spec(path)
     lengths, batches = _sizes(spec, prefill, batch, decode_tokens)
     if runs < 1:
         raise SessionError(f"runs is {runs}, expected a whole number from 1 up")
@@ -96,10 +97,10 @@ def measure_folder(
     }
 
 
-def _spec_of_one(folder: Path) -> FolderSpec:
-    """The spec of a folder, of a group that of its first rank: all have one target and its limits."""
-    spec = read_spec(folder)
-    return rank_folder(folder, spec, 0)[1] if spec.kind == "group" else spec
+def _own_spec(path: Path) -> FolderSpec:
+    """A folder's spec, or that of a group's first rank: all ranks have one target and its limits."""
+    spec = read_spec(path)
+    return spec if spec.kind != "group" else rank_folder(path, spec, 0)[1]
 
 
 def check_output(out: Path, *, force: bool) -> None:
