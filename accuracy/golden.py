@@ -19,10 +19,11 @@ import numpy as np
 
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError, printable
-from ..files.output import reason
+from ..files.output import reason, remove_leftovers
 from ..files.safetensors import encode_header, open_shard
 from ..spec.fields import decode
 from ..spec.geometry import ModelSpec, VisionSpec
+from ..spec.json_text import parse_json
 from ..spec.types import Progress
 from ..walk.windows import SHORTEST_WINDOW, Windows, read_windows
 from .golden_checks import check_golden
@@ -32,6 +33,8 @@ from .sides import open_side, tokenizer_of
 from .sides.side import Block, Experts, Side
 
 VERSION = "1"
+LARGEST = 1 << 33
+"""Bytes of a golden file at most."""
 TOP = 64
 """Tokens whose probabilities are kept one by one."""
 
@@ -198,7 +201,9 @@ def write_golden(golden: Golden, path: Path) -> None:
     header = encode_header({name: (DTYPES[str(a.dtype)], a.shape) for name, a in arrays.items()}, about)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        remove_leftovers(path)
+        mark = f".{path.name}.{os.getpid()}."
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=mark, suffix=".partial") as folder:
             temporary = Path(folder) / path.name
             with temporary.open("wb") as file:
                 file.write(header)
@@ -228,14 +233,16 @@ def read_golden(path: Path) -> Golden:
         found = f"version {about['golden']}" if "golden" in about else "no golden file"
         raise AccuracyError(f"{path} is {found}, this Arriero reads version {VERSION}: record it with `arriero golden`")
     arrays: dict[str, Any] = dict.fromkeys(OPTIONAL)
+    if shard.size > LARGEST:
+        raise AccuracyError(f"{path} has {shard.size} bytes, a golden file at most {LARGEST}: record it again")
     kinds = {name: np.dtype(kind) for kind, name in DTYPES.items()}
     try:
         for name, region in shard.tensors.items():
             kind = kinds[region.dtype]
             values = np.fromfile(path, kind, region.size // kind.itemsize, offset=region.offset)
             arrays[name] = values.reshape(region.shape)
-        spec = ModelSpec.from_fields(json.loads(about["model"]))
-        vision = decode(VisionSpec, json.loads(about["vision"])) if "vision" in about else None
+        spec = ModelSpec.from_fields(parse_json(about["model"]))
+        vision = decode(VisionSpec, parse_json(about["vision"])) if "vision" in about else None
         source, tokenizer, form = (about[name] for name in ("source", "tokenizer", "format"))
         golden = Golden(source=source, spec=spec, vision=vision, tokenizer=tokenizer, format=form, **arrays)
         check_golden(golden)

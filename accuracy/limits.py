@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import AccuracyError, shortened, shortened_text
+from ..files.reading import read_bytes
 from .gates import DEFAULTS, METRICS
 from .recorded import CONTINUED
 
@@ -68,13 +69,11 @@ def read_limits(path: str | Path) -> dict[str, dict[str, float]]:
         AccuracyError: The file cannot be read, or names something unknown or out of range.
     """
     path = Path(path)
+    remedy = "give a TOML file of limits with --limits"
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise AccuracyError(f"{path}: {error.strerror or error}: give a TOML file of limits with --limits") from error
-    if len(content) > LARGEST_FILE:
-        raise AccuracyError(f"{path} has more than {LARGEST_FILE} bytes: give a TOML file of limits with --limits")
+        content = read_bytes(path, AccuracyError, remedy, most=LARGEST_FILE)
+    except FileNotFoundError as error:
+        raise AccuracyError(f"{path}: {error.strerror}: {remedy}") from error
     try:
         profiles = tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:

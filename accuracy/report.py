@@ -198,7 +198,7 @@ def _experts(verdict: Verdict) -> list[Section]:
 def _worst(verdict: Verdict) -> Section:
     columns = [Column(name="KL, nats", numeric=True), Column(name="text before", breaks=True)]
     columns += [Column(name=name) for name in ("comes", "reference", "candidate")]
-    rows = [
+    rows: list[list[str | Cell]] = [
         [f"{each.divergence:.3g}", *(Cell(text=text, code=True) for text in _words(each))]
         for each in worst_tokens(verdict)
     ]

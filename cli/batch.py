@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArrieroError, DataError, SessionError
 from ..files.output import reason
+from ..files.reading import read_bytes
+from ..spec.json_text import parse_json
 from ..spec.types import Progress
 
 if TYPE_CHECKING:
     from ..runtime import Generated, Session
     from ..runtime.continuation import Request
+
+LARGEST = 1 << 32
+"""Bytes of a file of answers at most."""
 
 AT_ONCE = 256
 """Prompts that are read and held at once; their images too."""
@@ -54,8 +59,8 @@ def read_prompts(path: Path) -> list[Asked]:
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{where}: not JSON ({str(error)[:100]}): correct it") from error
         given = [name for name in ("prompt", "messages") if isinstance(row, dict) and name in row]
         if len(given) != 1 or not isinstance(row[given[0]], str if given[0] == "prompt" else list):
@@ -109,12 +114,13 @@ class Answers:
         """Takes the answers of an earlier run of the same job; a line that was cut off is left out."""
         if not self.partial.exists():
             return
-        lines = self.partial.read_text("utf-8", "replace").split("\n")
+        content = read_bytes(self.partial, remedy="remove it", most=LARGEST)
+        lines = content.decode("utf-8", "replace").split("\n")
         if lines[0] + "\n" != _line({"job": self.job}):
             return
         for line in lines[1:]:
             try:
-                answer = json.loads(line)
+                answer = parse_json(line)
                 self.done[answer["line"]] = answer
             except (ValueError, KeyError, TypeError):
                 continue

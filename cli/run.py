@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from ..errors import SessionError
 from . import options
 from .batch import Answers, answer_all, check_prompts, job_of, read_prompts
 from .chat import Chat
-from .streams import as_utf8, check_stdin, is_read, read_stdin, show_json
+from .streams import as_utf8, check_stdin, is_read, read_option, read_stdin, show_json
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -40,6 +41,24 @@ MAX_NEW_TOKENS = 512
 """New tokens at most where neither the user nor the generation config says."""
 
 
+SETTINGS = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "seed",
+    "regex",
+    "top_logprobs",
+)
+"""Options of `run` that are settings of these names."""
+
+
 def run(
     folder: options.Folder,
     prompt: options.Prompt = None,
@@ -63,10 +82,14 @@ def run(
     stop_string: options.StopString = None,
     eos_token_id: options.EosTokenId = None,
     ignore_eos: options.IgnoreEos = False,
+    json_schema: options.JsonSchema = None,
+    grammar: options.Grammar = None,
+    regex: options.Regex = None,
     top_logprobs: options.TopLogprobs = None,
     max_seq: options.MaxSeq = None,
     threads: options.Threads = None,
     weights: options.Moved = None,
+    trust: options.Trust = False,
     force: options.ForceAnswers = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -74,31 +97,39 @@ def run(
     debug: options.Debug = False,
 ) -> None:
     """Run a model: stream the continuation of a prompt, say what is in an image, or chat."""
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-    settings |= {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
-    ends = [] if ignore_eos else eos_token_id
-    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string, "eos_token_id": ends}
-    settings |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
-    settings |= {"no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens}
-    settings |= {"logprobs": top_logprobs is not None, "top_logprobs": top_logprobs}
+    given = locals()
+    settings: dict[str, Any] = {name: given[name] for name in SETTINGS}
+    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string}
+    settings |= {"logprobs": top_logprobs is not None, "eos_token_id": [] if ignore_eos else eos_token_id}
     terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
+        settings |= {"json_schema": read_option(json_schema, "--json-schema")}
+        settings |= {"grammar": read_option(grammar, "--grammar")}
         of_one = {"--prompt": prompt, "--image": image, "--chat": chat, "--system": system}
         check_prompts(prompts, output, of_one, prompt_lookup, top_logprobs)
-        loading = {"max_seq": max_seq, "threads": threads, "weights": weights}
+        loading = {"max_seq": max_seq, "threads": threads, "weights": weights, "trust": trust}
         if prompts is not None and output is not None:
             run_prompts(folder, prompts, output, settings, loading, terminal, force=force, as_json=as_json)
             return
         prompt, system = texts_of(prompt, system, chat)
         session, loaded = opened(folder, settings, terminal, prefix_bytes=CHAT_BYTES if chat else 0, **loading)
         if chat:
-
-            def reply(said: list[dict[str, Any]], is_asked: Callable[[], bool]) -> str:
-                return answer(session, said, settings, as_json, {}, terminal, is_asked)
-
+            reply = partial(reply_to, session, settings, as_json, terminal)
             Chat(answer=reply, terminal=terminal, messages=begun(system), waiting=list(image or ())).run(prompt)
         else:
             answer(session, prompt, {**settings, "images": image or ()}, as_json, {"load_seconds": loaded}, terminal)
+
+
+def reply_to(
+    session: "Session",
+    settings: dict[str, Any],
+    as_json: bool,
+    terminal: Terminal,
+    said: list[dict[str, Any]],
+    is_asked: Callable[[], bool],
+) -> str:
+    """Answers a conversation's last turn; returns the text."""
+    return answer(session, said, settings, as_json, {}, terminal, is_asked)
 
 
 def begun(system: str | None) -> list[dict[str, Any]]:

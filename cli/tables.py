@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .ranks_table import describe_ranks, ranks_table
 from .words import files_text, layers_text, parameters_text, quantised_text, size, sizes_text
 
 
@@ -29,13 +30,13 @@ def show_summary(found: dict[str, Any]) -> None:
         facts.add_row("parameters", parameters_text(found["parameters"]))
     if (quantised := found.get("quantised")) is not None:
         facts.add_row("quantised", quantised_text(quantised))
-    cache = found["kv_cache"]
-    facts.add_row(
-        "KV cache",
-        f"{size(cache['bytes_per_token'])} a token; {size(cache['chunked_bytes_per_token'])} of it in chunked layers, "
-        "which hold one chunk at most",
-    )
-    files = found["weight_files"]
+    if (cache := found.get("kv_cache")) is not None:
+        facts.add_row(
+            "KV cache",
+            f"{size(cache['bytes_per_token'])} a token; {size(cache['chunked_bytes_per_token'])} of it in chunked "
+            "layers, which hold one chunk at most",
+        )
+    files = found.get("weight_files", {"count": 0})
     if files["count"]:
         listed = found.get("files")
         text = files_text(listed) if listed else f"{files['count']}, {size(files['bytes'])}, read in place"
@@ -46,7 +47,11 @@ def show_summary(found: dict[str, Any]) -> None:
         facts.add_row("memory", describe_memory(memory))
     if (engine := found.get("engine")) is not None:
         facts.add_row("engine", describe_engine(engine))
+    if (ranks := found.get("ranks")) is not None:
+        facts.add_row("ranks", describe_ranks(ranks))
     console.print(facts, highlight=False)
+    if ranks is not None:
+        console.print(ranks_table(ranks))
     if engine is not None:
         console.print(profiles_table(engine))
         console.print(layers_table(found["layers"]))
@@ -74,52 +79,6 @@ def describe_memory(memory: dict[str, int]) -> str:
         f"{size(memory['total'])} for {memory['batch']} × {memory['max_seq']} tokens: {', '.join(named)}, "
         f"{size(memory['process'] + memory['graph'])} the process"
     )
-
-
-def show_measured(found: dict[str, Any], folder: Path | None) -> None:
-    """Prints what `bench.measure_folder` found."""
-    from ..measuring.bench import PLOT
-
-    console, stream = Console(), found["stream"]
-    headers = ["prompt", "batch", "TTFT, ms", "prefill, tokens/s", "ITL, ms", "decode, tokens/s"]
-    table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    if stream:
-        table.add_column("a step reads")
-        table.add_column("GB/s")
-        table.add_column("of the stream")
-    for column in table.columns:
-        column.justify = "right"
-    for case in found["cases"]:
-        row = [
-            f"{case['prefill']}",
-            f"{case['batch']}",
-            f"{case['ttft_seconds'] * 1e3:,.1f}",
-            f"{case['prefill_tokens_per_second']:,.0f}",
-            f"{case['itl_seconds'] * 1e3:,.2f}",
-            f"{case['decode_tokens_per_second']:,.1f}",
-        ]
-        if stream:
-            row += [
-                size(round(case["step_bytes"]["total"])),
-                f"{case['decode_bytes_per_second'] / 1e9:.1f}",
-                f"{case['share_of_stream']:.0%}",
-            ]
-        table.add_row(*row)
-    console.print(table)
-    machine = found["machine"]
-    lines = [
-        f"{found['target']} on {machine['processor']}, {found['threads']} threads; loaded in "
-        f"{found['load_seconds']:.1f} s, peak RSS {size(found['peak_rss_bytes'])}; medians of {found['runs']} runs, "
-        f"{found['decode_tokens']} tokens decoded."
-    ]
-    if stream:
-        lines.append(
-            f"The stream is {stream['bytes_per_second'] / 1e9:.1f} GB/s: as many threads reading "
-            f"{size(stream['buffer_bytes'])} from end to end, between the runs."
-        )
-    if folder is not None:
-        lines.append(f"Plot: {folder / PLOT}")
-    console.print("\n".join(lines), highlight=False)
 
 
 def describe_vision(vision: dict[str, Any]) -> str:

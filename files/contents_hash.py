@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import ArrieroError, CheckpointError, FolderError
 from ..spec.folder import FolderSpec
 from .folders import SPEC, read_spec
+from .reading import open_regular
 from .safetensors import identity
 
 BLOCK = 1 << 20
@@ -62,7 +63,7 @@ def file_hash(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(BLOCK):
                 digest.update(block)
     except OSError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import FolderError
 from .output import reason
+from .reading import open_regular
 
 
 def check_writable(path: Path, *, force: bool, start: bytes) -> None:
@@ -23,8 +24,11 @@ def check_writable(path: Path, *, force: bool, start: bytes) -> None:
         return
     if path.is_dir():
         raise FolderError(f"{path} is a folder: give the name of a file with -o")
-    with path.open("rb") as file:
-        is_ours = file.read(len(start)) == start
+    try:
+        with open_regular(path) as file:
+            is_ours = file.read(len(start)) == start
+    except OSError:  # a pipe, a link to nothing, or not this user's
+        is_ours = False
     if not is_ours:
         raise FolderError(f"{path} exists and is none of Arriero's: it is not replaced, choose another output")
     if not force:

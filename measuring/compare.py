@@ -4,7 +4,6 @@ Enters: `verdict.json` and `bench.json` files, or the folders that hold them. Le
 scatter. A verdict and a measurement belong together where the bundle's hash is the same, wherever it lay.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,10 @@ from matplotlib.axes import Axes
 
 from ..errors import ArrieroError, FolderError
 from ..files.circumstances import circumstances, machine_text
+from ..files.reading import read_text
 from ..pages.page import Cell, Column, Section, render, table
 from ..pages.pictures import Panel, picture_in_two, series
+from ..spec.json_text import parse_json
 
 FILES = ("verdict.json", "bench.json")
 SAME = 1e-6
@@ -92,10 +93,8 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         path = inside[0]
     advice = "give a verdict.json of `arriero check -o` or a bench.json of `arriero bench -o`"
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise FolderError(f"{path} is too large to be a result: {advice}")
-        fields = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        fields = parse_json(read_text(path, remedy=advice, most=LARGEST_FILE))
+    except (FileNotFoundError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "not JSON"
         raise FolderError(f"{path}: {why}: {advice}") from error
     try:
@@ -201,7 +200,7 @@ def _table(bundles: Sequence[Compared]) -> Any:
     columns = [Column(name="bundle", breaks=True), Column(name="verdict")]
     names = ("size", "perplexity", "KL, nats", "decode, tokens/s", "prefill, tokens/s", "memory")
     columns += [Column(name=name, numeric=True) for name in names]
-    rows = []
+    rows: list[list[str | Cell]] = []
     for each in bundles:
         outcome = str(each.verdict.get("outcome", ""))
         case = each.case

@@ -4,16 +4,17 @@ Enters: a path. Leaves: plain values for JSON, with a `kind`: `model`, `bundle`,
 `checkpoint`, `golden`, `verdict` and `bench`. Nothing is loaded.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArrieroError, FolderError
 from ..files.folders import SPEC, find_files
 from ..files.hub_cache import find_checkpoint
+from ..files.reading import read_json
 from ..files.safetensors import open_shard
 from ..spec.folder import FolderSpec
 from ..spec.geometry import ModelSpec
+from ..spec.json_text import parse_json
 from ..spec.parameters import count_parameters
 from ..spec.recipe_words import in_words
 from .summary import geometry, summarise
@@ -87,7 +88,7 @@ def _golden(path: Path) -> dict[str, Any]:
         if "golden" not in about:
             raise FolderError(f"{path} is no golden file: give {FORMS}")
         windows, length = shard.tensors["ids_WS"].shape
-        model = ModelSpec.from_fields(json.loads(about["model"]))
+        model = ModelSpec.from_fields(parse_json(about["model"]))
         source, written_by, form = about["source"], about["arriero"], about["format"]
     except FolderError:
         raise
@@ -114,7 +115,7 @@ def _result(path: Path) -> dict[str, Any]:
     """A verdict or a measurement, as it was written."""
     kind = path.stem
     try:
-        fields = json.loads(path.read_text("utf-8"))
+        fields = read_json(path, remedy="write it again")
         keys = ("candidate", "outcome", "metrics") if kind == "verdict" else ("folder", "cases", "machine")
         found = {"kind": kind, "path": str(path), **fields}
         for key in keys:

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AccuracyError, shortened
+from ..files.reading import read_text
+from ..spec.json_text import parse_json
+
+LARGEST = 1 << 28
+"""Bytes of a history at most."""
 
 SCHEMA = 1
 KEPT = ("date", "version", "command", "machine", "seconds", "candidate", "reference", "profile", "recipe", "outcome")
@@ -101,22 +106,18 @@ def read_history(path: str | Path, *, missing_ok: bool = False) -> list[Run]:
     """
     path = Path(path)
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path, AccuracyError, "give what `arriero check --history` wrote", most=LARGEST)
     except FileNotFoundError as error:
         if missing_ok:
             return []
         raise AccuracyError(f"{path}: no such file: give what `arriero check --history` wrote") from error
-    except UnicodeDecodeError as error:
-        raise AccuracyError(f"{path} is not UTF-8 text: give what `arriero check --history` wrote") from error
-    except OSError as error:
-        raise AccuracyError(f"{path}: {error.strerror or error}: give another file") from error
     lines = enumerate(text.splitlines(), start=1)
     return [_run(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
 def _run(line: str, where: str) -> Run:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
         if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
             raise ValueError(f"its schema is no {SCHEMA}")
         if fields["outcome"] not in OUTCOMES:

@@ -6,6 +6,7 @@ interpreter. Invariant: nothing here waits for the GPU or allocates while launch
 """
 
 import ctypes
+import hashlib
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SessionError
+from ..files.reading import read_bytes
 from ..spec.built_engine import Binary
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "i8": 1, "u8": 1, "fp8e4nv": 1, "i32": 4, "i64": 8}
@@ -101,11 +103,17 @@ class Driver:
             self.library.cuGetErrorString(code, ctypes.byref(text))
             raise SessionError(f"{function} failed: {(text.value or b'unknown error').decode()} ({code})")
 
-    def capability(self) -> int:
-        """The compute capability of the first GPU, as in 89."""
+    def devices(self) -> int:
+        """The number of GPUs."""
+        count = ctypes.c_int()
+        self.call("cuDeviceGetCount", ctypes.byref(count))
+        return count.value
+
+    def capability(self, number: int = 0) -> int:
+        """The compute capability of a GPU, as in 89."""
         major, minor = ctypes.c_int(), ctypes.c_int()
-        self.call("cuDeviceGetAttribute", ctypes.byref(major), CAPABILITY_MAJOR, 0)
-        self.call("cuDeviceGetAttribute", ctypes.byref(minor), CAPABILITY_MINOR, 0)
+        self.call("cuDeviceGetAttribute", ctypes.byref(major), CAPABILITY_MAJOR, number)
+        self.call("cuDeviceGetAttribute", ctypes.byref(minor), CAPABILITY_MINOR, number)
         return major.value * 10 + minor.value
 
     def version(self) -> tuple[int, int]:
@@ -135,9 +143,11 @@ class Kernels:
 
     def _load(self, path: Path, binary: Binary) -> ctypes.c_void_p:
         try:
-            image = path.read_bytes()
-        except OSError as error:
+            image = read_bytes(path, SessionError, "build the bundle again", folder=path.parent)
+        except FileNotFoundError as error:
             raise SessionError(f"{path}: {error.strerror}: build the bundle again") from error
+        if hashlib.sha256(image).hexdigest() != binary.sha256:
+            raise SessionError(f"{path} is not what was built (truncated or changed): build the bundle again")
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self.driver.call("cuModuleLoadData", ctypes.byref(module), image)
         self.driver.call("cuModuleGetFunction", ctypes.byref(function), module, binary.entry.encode())

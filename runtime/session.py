@@ -4,6 +4,7 @@ Enters: texts, conversations, token ids and images. Leaves: new tokens and their
 prompt or of many side by side. Invariant: the model is run by `TokenSession` alone.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, Unpack
@@ -15,6 +16,7 @@ from .checks import whole
 from .continuation import Generated, Request, Settings, joined
 from .defaults import Defaults
 from .flight import stream_requests
+from .grammars.compiler import KINDS, GrammarCompiler
 from .images.tower import Tower
 from .lookup import Lookup
 from .prompt import Images, Prompt, PromptReader, Tokens, prompt_list
@@ -47,6 +49,7 @@ class Session(TokenSession):
     ) -> None:
         super().__init__(decoder, limits, tower, prefix_bytes)
         self.text, self.defaults = text, defaults
+        text.expect(limits.max_seq)
         self.prompt_reader = PromptReader(text, None if tower is None else tower.spec)
 
     def generate(
@@ -149,6 +152,7 @@ class Session(TokenSession):
         """Checks a prompt and its settings, for a `Flight` to take; the arguments are those of `stream`."""
         if unknown := sorted(map(str, settings.keys() - Settings.__annotations__.keys())):
             raise SessionError(f"unknown setting {shortened(unknown[0])}{_choice(unknown[0])}")
+        self.decoder.check_files()
         chat: Any = {name: value for name, value in settings.items() if name in ChatSettings.__annotations__}
         tokens = self.read(prompt, images, **chat)
         room = self.max_seq - len(tokens.ids)
@@ -159,6 +163,7 @@ class Session(TokenSession):
         choice = self.defaults.choose(asked, len(tokens.ids), room, self.spec.vocab_size)
         if choice.stop_strings and self.text.tokenizer is None:
             raise SessionError(f"{self.text.folder} has no tokenizer.json: give eos_token_id instead of stop_strings")
+        grammars = self.grammars if any(settings.get(kind) is not None for kind in KINDS) else None
         return Request(
             prompt=tokens,
             count=choice.count,
@@ -167,7 +172,19 @@ class Session(TokenSession):
             stop_strings=choice.stop_strings,
             text=self.text,
             top_logprobs=choice.top_logprobs,
+            grammar=None if grammars is None else grammars.read(settings),
         )
+
+    @functools.cached_property
+    def grammars(self) -> GrammarCompiler:
+        """The grammars that continuations follow.
+
+        Raises:
+            SessionError: The folder has no tokenizer.
+        """
+        if self.text.tokenizer is None:
+            raise SessionError(f"{self.text.folder} has no tokenizer.json: leave grammar, json_schema and regex out")
+        return GrammarCompiler(self.text.tokenizer, self.spec.vocab_size)
 
     def read(self, prompt: Prompt, images: Images = (), **settings: Unpack[ChatSettings]) -> Tokens:
         """Reads a prompt: its token ids, checked against the vocabulary and `max_seq`, and its images' tiles.

@@ -20,8 +20,8 @@ from .images.features import Features, RowFeatures
 from .images.tower import Tower
 from .pieces import cut
 from .prefix import Prefixes
+from .room import check_fits
 from .shortlist import Row
-from .shortlist import whole as whole_row
 from .state import Limits, State
 
 
@@ -53,12 +53,14 @@ class TokenSession:
         """Id of the token that stands for an image feature; None where the model takes no images."""
         return None if self.tower is None else self.tower.spec.image_token
 
-    def start(self, batch: int = 1, positions: int | None = None) -> State:
+    def start(self, batch: int = 1, positions: int | None = None, *, sparse: bool = False) -> State:
         """Starts sequences of no tokens.
 
         Args:
             batch: Number of rows.
             positions: Tokens that each row can hold; None takes `max_seq`.
+            sparse: Whether a row takes memory for the tokens that it holds, where the back end can do so, and not for
+                all that it could.
 
         Raises:
             SessionError: The session does not hold that many rows or tokens.
@@ -73,7 +75,7 @@ class TokenSession:
             limit = f"the model's context is {self.spec.max_positions}"
             raise SessionError(f"{positions} tokens are more than max_seq {self.max_seq}: load with more ({limit})")
         with self.lock:
-            return State(self.decoder, batch, positions)
+            return State(self.decoder, batch, positions, sparse=sparse)
 
     def prefill(self, state: State, rows: Sequence[Sequence[int]], features: Features = ()) -> NDArray[np.float32]:
         """Adds tokens to each row, at least one; the arguments are those of `extend`.
@@ -107,20 +109,28 @@ class TokenSession:
 
     def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
         """Adds one token to every row. Returns the logits [B, V] after it."""
-        return np.stack([whole_row(row) for row in self.decode_rows(state, tokens_B)])
+        ids_B1 = self._next_ids(state, tokens_B)
+        with self.lock:
+            logits = state.binding(slice(0, len(ids_B1))).step(ids_B1, state.past_B, np.zeros_like(ids_B1))
+            state.past_B += 1
+        return logits[:, 0]
 
     def decode_rows(self, state: State, tokens_B: Sequence[int]) -> Sequence[Row]:
-        """Adds one token to every row. Returns each row's logits after it, from a GPU those that a draw looks at."""
+        """Adds one token to every row. Returns each row's logits after it, of a GPU those that a draw looks at."""
+        ids_B1 = self._next_ids(state, tokens_B)
+        with self.lock:
+            rows = state.binding(slice(0, len(ids_B1))).decode(ids_B1, state.past_B)
+            state.past_B += 1
+        return rows
+
+    def _next_ids(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.int64]:
+        """Checks a token for each row. Returns them as a piece [B, 1]."""
         if (found := array(tokens_B)).shape != (state.batch,):
             raise SessionError(f"{found.size} tokens for {state.batch} rows: give each row one")
         if int(state.past_B.max()) >= state.caches.positions:
             raise SessionError(f"a sequence is full at {state.caches.positions} tokens: start it with more positions")
         self.check_ids(tokens_B)
-        ids_B1 = np.asarray(tokens_B, dtype=np.int64)[:, None]
-        with self.lock:
-            rows = state.binding(slice(0, len(ids_B1))).decode(ids_B1, state.past_B)
-            state.past_B += 1
-        return rows
+        return np.asarray(tokens_B, dtype=np.int64)[:, None]
 
     def logits(self, ids_BS: ArrayLike, lengths_B: ArrayLike | None = None) -> NDArray[np.float32]:
         """Teacher-forced logits of whole sequences.
@@ -145,6 +155,8 @@ class TokenSession:
         if not are_whole or lengths.min() < 1 or lengths.max() > length:
             raise SessionError(f"lengths are {lengths.tolist()}, expected {batch} numbers from 1 to {length}")
         state = self.start(batch, length)
+        needed = 4 * batch * length * self.spec.vocab_size
+        check_fits(f"logits of {batch} rows of {length} tokens", needed, "take them piece by piece (score)")
         logits_BSV = np.zeros((batch, length, self.spec.vocab_size), dtype=np.float32)
         rows = [row[:count].tolist() for row, count in zip(ids, lengths, strict=True)]
         for row, start, logits_SV in self._run(state, rows, (), last_only=False):

@@ -10,13 +10,14 @@ Enters: a file. Leaves: rows with their places, and what a row says: a text, or 
 | `text` | a text |
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, shortened, shortened_text, without_extra
+from ..files.reading import open_regular, read_bytes
 from ..files.safetensors import POINTER
+from ..spec.json_text import parse_json
 
 JSONL, PARQUET = ".jsonl", ".parquet"
 SPEAKERS = {
@@ -34,6 +35,8 @@ SPEAKERS = {
 
 IMAGE = "<image>"
 FORMS = "messages, conversations (ShareGPT), prompt and completion, or text"
+LARGEST = 1 << 28
+"""Bytes of a file of text or JSON lines at most."""
 BATCH = 256
 """Rows of a Parquet file that are read at once."""
 
@@ -59,11 +62,11 @@ def read_utf8(path: Path) -> str:
     Raises:
         DataError: It cannot be read, or is none.
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: give the files in it with --data, each by itself")
     try:
-        content = path.read_bytes()
-    except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder: give the files in it with --data, each by itself") from error
-    except OSError as error:
+        content = read_bytes(path, DataError, "give text files with --data", most=LARGEST)
+    except FileNotFoundError as error:
         raise DataError(f"{path}: {error.strerror}: give text files with --data") from error
     if content.startswith(POINTER):
         raise DataError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
@@ -79,8 +82,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}, line {number}"
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{where}: not JSON ({shortened_text(str(error), 100)}): correct it") from error
         if not isinstance(value, dict):
             raise DataError(f"{where}: no JSON object: give one with {FORMS}")
@@ -95,7 +98,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise without_extra(error, "parquet") from error
     number = 0
     try:
-        with path.open("rb") as start:
+        with open_regular(path) as start:
             if start.read(len(POINTER)) == POINTER:
                 raise DataError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
         with path.open("rb") as whole, parquet.ParquetFile(whole) as file:  # pyarrow takes no path that is not UTF-8

@@ -10,6 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ...errors import FolderError
+from ...files.reading import read_bytes
+
+LARGEST = 1 << 33
+"""Bytes of a cache at most."""
+
 ENDING = ".compiled"
 
 
@@ -33,8 +39,8 @@ class CompiledCache:
                 break
 
     def _read(self, path: Path) -> bool:
-        with contextlib.suppress(OSError):
-            data = path.read_bytes()
+        with contextlib.suppress(OSError, FolderError):
+            data = read_bytes(path, most=LARGEST)
             if self.cache.deserialize(data):
                 self.size = len(data)
                 return True

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FolderError, SessionError
+from ...files.reading import read_bytes
 from ...plugins.launch import Driver
 from ...plugins.tensorrt_plugin import MODULES, REMEDIES
 from ...spec.built_engine import EngineSpec
+
+LARGEST = 1 << 40
+"""Bytes of an engine at most."""
 
 REASONS = {
     "VERSION_MISMATCH": "another version of TensorRT-RTX built it: build it again here",
@@ -23,11 +27,11 @@ REASONS = {
     "MALFORMED_ENGINE": "the file is damaged: build it again",
     "CUDA_ERROR": "CUDA's driver or runtime is not installed as it must be: install NVIDIA's driver again",
 }
-"""TensorRT-RTX's diagnostics of an engine, in the order in which they are told."""
+"""TensorRT-RTX's diagnostics of an engine, in the order in which they are reported."""
 
 
-def check_machine(folder: Path, about: EngineSpec, driver: Driver) -> int:
-    """Compares driver and GPU with those that an engine is for. Returns the GPU's compute capability.
+def check_machine(folder: Path, about: EngineSpec, driver: Driver, number: int = 0) -> int:
+    """Compares driver and GPU, by its number, with those an engine is for. Returns the GPU's compute capability.
 
     Raises:
         SessionError: The driver is too old, or the GPU another.
@@ -38,7 +42,7 @@ def check_machine(folder: Path, about: EngineSpec, driver: Driver) -> int:
             f"this machine's NVIDIA driver serves CUDA {major}.{minor}, {about.flavour} {about.version} needs "
             f"CUDA {about.cuda}: install a newer driver"
         )
-    capability = driver.capability()
+    capability = driver.capability(number)
     if capability not in about.capabilities:
         built_for = ", ".join(f"sm{each}" for each in about.capabilities)
         raise SessionError(f"{folder} was built for {built_for}, this GPU is sm{capability}: build for sm{capability}")
@@ -70,10 +74,11 @@ def read_built(path: Path, sha256: str) -> bytes:
     Raises:
         FolderError: It is missing, or not the one that was built.
     """
+    remedy = "build the bundle again"
     try:
-        found = path.read_bytes()
-    except OSError as error:
-        raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error
+        found = read_bytes(path, remedy=remedy, folder=path.parent, most=LARGEST)
+    except FileNotFoundError as error:
+        raise FolderError(f"{path}: {error.strerror}: {remedy}") from error
     if hashlib.sha256(found).hexdigest() != sha256:
         raise FolderError(f"{path} is not what was built (truncated or changed): build the bundle again")
     return found

@@ -4,7 +4,6 @@ Enters: a deserialised engine. Leaves: the execution contexts of the decoder and
 engine needs is allocated here, once; while it runs TensorRT allocates nothing, so that a step can be captured.
 """
 
-import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ...errors import FolderError, SessionError
+from ...files.agreement import check_weights
+from ...files.mapping import map_file
 from ...spec.stored_weights import Weight
 from .compiled_cache import CompiledCache
 from .device import Device, DeviceMemory, Uploads
@@ -139,8 +140,10 @@ def upload_weights(device: Device, weights: Iterable[Weight], files: Mapping[str
     """Sends the weights that an engine has as inputs to the GPU. Returns their memory by name.
 
     Raises:
-        FolderError: A region lies outside its file.
+        FolderError: A weight is not in its file as it is said to be.
     """
+    weights = list(weights)
+    check_weights(weights, files)
     found: dict[str, DeviceMemory] = {}
     uploads = None
     for weight in weights:
@@ -159,7 +162,7 @@ def accept(answer: bool, what: str) -> None:
 def _upload(device: Device, uploads: Uploads, weight: Weight, path: Path) -> DeviceMemory:
     """Sends a weight to the GPU from its mapped file."""
     memory = DeviceMemory(device, weight.size)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with map_file(path) as mapped:
         if weight.offset + weight.size > len(mapped):
             raise FolderError(f"spec.json puts {weight.name!r} outside {path}: build the bundle again")
         region = np.frombuffer(mapped, np.uint8, weight.size, weight.offset)
