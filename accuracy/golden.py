@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..errors import AccuracyError, CheckpointError
+from ..errors import AccuracyError, CheckpointError, printable
 from ..files.output import reason, remove_leftovers
 from ..files.safetensors import encode_header, open_shard
 from ..spec.fields import decode
@@ -37,6 +37,9 @@ LARGEST = 1 << 33
 """Bytes of a golden file at most."""
 TOP = 64
 """Tokens whose probabilities are kept one by one."""
+
+MARK = b'{"__metadata__": {"golden": '
+"""Beginning of a file's header, behind the header's length."""
 
 DTYPES = {"int32": "I32", "int16": "I16", "float32": "F32", "float16": "F16", "bool": "BOOL"}
 OPTIONAL = ("experts_LWSK", "continued_PC", "is_image_WS", "tiles_W", "pixels_N3PP")
@@ -121,7 +124,7 @@ def record(side: Side, data: Windows, progress: Progress) -> Golden:
     ]
     side.close()
     return Golden(
-        source=str(side.path),
+        source=printable(str(side.path)),
         spec=spec,
         tokenizer=tokenizer_of(side.path),
         format="none" if side.recipe is None else side.recipe.format,
@@ -158,14 +161,20 @@ def check_replaceable(path: Path, force: bool) -> None:
     """
     if not os.path.lexists(path):
         return
-    try:
-        is_golden = "golden" in open_shard(path).metadata  # of any version, or damaged: the new one takes its place
-    except CheckpointError:
-        is_golden = False
-    if not is_golden:
+    if not _begins_as_golden(path):
         raise AccuracyError(f"{path} exists and is no golden file: it is not replaced, choose another output")
     if not force:
         raise AccuracyError(f"{path} exists: choose another output, or --force to replace it")
+
+
+def _begins_as_golden(path: Path) -> bool:
+    """Whether a file was a golden one, of any version: it may be damaged or cut short since."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8 + len(MARK))
+    except OSError:
+        return False
+    return start[8:] == MARK
 
 
 def write_golden(golden: Golden, path: Path) -> None:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from ..pages.pictures import WIDTH, Mark, Panel, colour, picture, picture_in_two, series
+from ..pages.pictures import HEIGHT, WIDTH, Mark, Panel, colour, picture, picture_in_two, series
 from ..pages.scales import plot_shares
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
 from .locate.location import STEM, Location, ModelPart, Reading
@@ -58,8 +58,9 @@ def plot_profile(location: Location) -> Markup:
             axes.set(yscale="log", ylim=ends)
 
         where = "" if len(parts) == 1 else f" in the {WORDS[part]}"
-        size = {"width": 7.5, "height": 3.2} if len(parts) == 1 else {}
-        return Panel(title=f"relative error on the reference's input{where}", below="layer", draw=draw, **size)
+        width, height = (7.5, 3.2) if len(parts) == 1 else (WIDTH, HEIGHT)
+        title = f"relative error on the reference's input{where}"
+        return Panel(title=title, below="layer", draw=draw, width=width, height=height)
 
     found = {kind for kind, units in KINDS.items() for reading in location.readings if reading.unit in units}
     legend = [Mark(colour=f"c{at % 7 + 1}", words=kind) for at, kind in enumerate(KINDS) if kind in found]
@@ -120,7 +121,7 @@ def plot_divergence(seen: Comparison, kl: Estimate) -> Markup:
 
     def spread(axes: Axes) -> None:
         low, high = (float(np.quantile(values, at)) for at in (0.002, 1.0))
-        axes.hist(np.maximum(values, low), np.geomspace(low, max(high, 2 * low), 48), color=colour("c1"))
+        axes.hist(np.maximum(values, low), np.geomspace(low, max(high, 2 * low), 48).tolist(), color=colour("c1"))
         axes.axvline(max(kl.value, 1e-9), color=colour("ink"), linestyle=":", linewidth=1.5)
         axes.set(xscale="log")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import printable
 from ..files.output import new_folder
 from ..pages.history import Run
 from ..pages.page import Cell, Column, Section, box, render, table
@@ -64,7 +65,7 @@ def write_report(verdict: Verdict, out: str | Path, *, force: bool = False, hist
     with new_folder(out, force=force, mark=VERDICT) as folder:
         (folder / VERDICT).write_text(json.dumps(verdict.as_fields(), indent=1) + "\n", "utf-8")
         (folder / "junit.xml").write_bytes(junit(verdict))
-        (folder / "report.html").write_text(page(verdict, history), "utf-8")
+        (folder / "report.html").write_text(printable(page(verdict, history)), "utf-8")
     return out
 
 
@@ -197,7 +198,7 @@ def _experts(verdict: Verdict) -> list[Section]:
 def _worst(verdict: Verdict) -> Section:
     columns = [Column(name="KL, nats", numeric=True), Column(name="text before", breaks=True)]
     columns += [Column(name=name) for name in ("comes", "reference", "candidate")]
-    rows = [
+    rows: list[list[str | Cell]] = [
         [f"{each.divergence:.3g}", *(Cell(text=text, code=True) for text in _words(each))]
         for each in worst_tokens(verdict)
     ]

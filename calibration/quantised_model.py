@@ -20,13 +20,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..engine.canonical_graph import LARGEST, read_graph
 from ..errors import CalibrationError, FolderError, StarvedError
 from ..export.quantised_graph import quantise_graph
-from ..files.folders import SPEC, carry_files, find_files, read_spec
+from ..files.folders import SPEC, carry_files, check_no_rank, find_files, read_spec
 from ..files.output import check_apart, check_free, resumed_folder
 from ..files.reading import read_bytes
 from ..files.safetensors import identity, open_shard
+from ..plugins.canonical_graph import LARGEST, read_graph
 from ..spec.choice import choose, units
 from ..spec.folder import FolderSpec
 from ..spec.geometry import VISION
@@ -134,6 +134,7 @@ def _read_unquantised(source: Path) -> FolderSpec:
         FolderError: It is no model folder.
     """
     spec = read_spec(source)
+    check_no_rank(source, spec)
     if spec.kind != "model":
         raise FolderError(f"{source} is a {spec.kind}: give the model folder it was built from")
     if spec.recipe is not None:

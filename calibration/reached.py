@@ -71,9 +71,8 @@ def described(reached: Reached, spec: ModelSpec, vision: VisionSpec | None) -> s
     if reached.head is not None:
         return f"all {count} layers are done and kept."
     if layers or (vision is not None and tower > vision.layers):
-        return (
-            f"at layer {layers} of {count}; the {layers} before it are kept." if layers else f"at layer 0 of {count}."
-        )
+        before = f"the {layers} before it {'are' if layers > 1 else 'is'}" if layers else "the vision tower is"
+        return f"at layer {layers} of {count}; {before} kept."
     if vision is not None and tower:
         is_kept = f"{tower} before it {'are' if tower > 1 else 'is'} kept"
         return f"at layer {tower} of {vision.layers} of the vision tower; the {is_kept}."

@@ -5,7 +5,7 @@ not enough data to tell (`check` only), 130 interrupted.
 """
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,17 +19,18 @@ from .export import export
 from .golden import golden
 from .inspect import inspect
 from .run import run
+from .serve import serve
 from .streams import end_of_output, open_streams, show_json
 from .trend import trend
 
-VERBS = (export, calibrate, build, inspect, run, bench, check, golden, trend, compare)
+VERBS = (export, calibrate, build, inspect, run, serve, bench, check, golden, trend, compare)
 """In the order of the help page."""
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Takes a Llama 4 checkpoint to the machines that serve it: export, calibrate, build, run, check.",
+    help="Takes a Llama 4 checkpoint to the machines that serve it: export, calibrate, build, run, serve, check.",
 )
 for verb in VERBS:
     app.command()(verb)
@@ -70,7 +71,8 @@ def _run_as_json() -> None:
     """Runs the command so that a wrong option is JSON on stdout too, beside what typer shows of it on stderr."""
     try:
         sys.exit(app(prog_name="arriero", standalone_mode=False))
-    except Exception as error:  # typer's own, which it does not name in its interface
+    except Exception as caught:  # typer's own, which it does not name in its interface
+        error: Any = caught
         if not hasattr(error, "format_message"):
             raise
         show_json({"error": error.format_message(), "kind": "UsageError", "exit_code": 2})

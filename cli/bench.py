@@ -1,12 +1,23 @@
-"""`arriero bench`: a folder timed."""
+"""`arriero bench`: a folder timed, or a server under load."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SessionError
 from . import options
-from .streams import show_json
+from .streams import read_option, show_json
 from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from ..spec.types import Progress
 
 
 def bench(
-    folder: options.Folder,
+    folder: options.MeasuredFolder = None,
+    url: options.Url = None,
+    model: options.ServedModel = None,
+    endpoint: options.EndpointKind = "completions",
+    api_key_file: options.KeyFile = None,
     output: options.BenchOutput = None,
     prefill: options.Prefill = None,
     batch: options.Batches = None,
@@ -20,29 +31,42 @@ def bench(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Time a model: first token, prefill, decode, and the bandwidth beside what this machine's memory gives."""
+    """Time a model: first token, prefill, decode, bandwidth; or, with --url, a server with several clients at once."""
     terminal = Terminal(extra="check", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+    asked: dict[str, Any] = {"decode_tokens": decode_tokens, "runs": runs}
     with terminal.errors_shown(), terminal.progress_shown("Timing") as progress:
         from ..measuring.bench import check_output, measure_folder, parse_sizes, write_measured
 
+        if (folder is None) == (url is None):
+            raise SessionError("give a FOLDER to time, or --url and the address of a server, one of the two")
         if output is not None:
             check_output(output, force=force)
-        found = measure_folder(
-            folder,
-            prefill=parse_sizes(prefill, "--prefill"),
-            batch=parse_sizes(batch, "--batch"),
-            decode_tokens=decode_tokens,
-            runs=runs,
-            threads=threads,
-            weights=weights,
-            progress=progress,
-        )
+        asked["prefill"], rows = parse_sizes(prefill, "--prefill"), parse_sizes(batch, "--batch")
+        if folder is not None:
+            found = measure_folder(folder, batch=rows, threads=threads, weights=weights, progress=progress, **asked)
+        elif url is not None:
+            found = measure_server(url, endpoint, model, api_key_file, {**asked, "clients": rows}, progress)
         if output is not None:
-            write_measured(found, output, force=force)
+            from ..measuring.load import draw_load
+
+            write_measured(found, output, force=force, draw=None if url is None else draw_load)
     with terminal.errors_shown():
         if as_json:
             show_json(found)
         else:
-            from .tables import show_measured
+            from .tables import show_load, show_measured
 
-            show_measured(found, output)
+            (show_measured if url is None else show_load)(found, output)
+
+
+def measure_server(
+    url: str, kind: str, model: str | None, key: Path | None, asked: dict[str, Any], progress: "Progress"
+) -> dict[str, Any]:
+    """Measures a server; its key is the first line of a file."""
+    from ..measuring.endpoint import Endpoint
+    from ..measuring.load import measure_url
+
+    lines = (read_option(key, "--api-key-file") or "").split()
+    if key is not None and not lines:
+        raise SessionError(f"--api-key-file {key} is empty: write the key into its first line")
+    return measure_url(Endpoint(url, kind, model, lines[0] if lines else None), progress=progress, **asked)

@@ -11,7 +11,7 @@ from .terminal import Terminal
 
 
 def build(
-    model: Annotated[Path, typer.Argument(help="Model folder that `arriero export` wrote.")],
+    model: Annotated[Path, typer.Argument(help="Model folder, or group of ranks, that `arriero export` wrote.")],
     output: options.Output,
     target: options.Target = "cpu",
     max_batch: options.MaxBatch = None,

@@ -10,7 +10,7 @@ from ..errors import SessionError
 from . import options
 from .batch import Answers, answer_all, check_prompts, job_of, read_prompts
 from .chat import Chat
-from .streams import as_utf8, check_stdin, is_read, read_stdin, show_json
+from .streams import as_utf8, check_stdin, is_read, read_option, read_stdin, show_json
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -63,6 +63,9 @@ def run(
     stop_string: options.StopString = None,
     eos_token_id: options.EosTokenId = None,
     ignore_eos: options.IgnoreEos = False,
+    json_schema: options.JsonSchema = None,
+    grammar: options.Grammar = None,
+    regex: options.Regex = None,
     top_logprobs: options.TopLogprobs = None,
     max_seq: options.MaxSeq = None,
     threads: options.Threads = None,
@@ -84,6 +87,8 @@ def run(
     settings |= {"logprobs": top_logprobs is not None, "top_logprobs": top_logprobs}
     terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
+        settings |= {"json_schema": read_option(json_schema, "--json-schema"), "regex": regex}
+        settings |= {"grammar": read_option(grammar, "--grammar")}
         of_one = {"--prompt": prompt, "--image": image, "--chat": chat, "--system": system}
         check_prompts(prompts, output, of_one, prompt_lookup, top_logprobs)
         loading = {"max_seq": max_seq, "threads": threads, "weights": weights, "trust": trust}

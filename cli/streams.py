@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 from typing import IO, Any
 
 from ..errors import SessionError
@@ -180,3 +181,17 @@ def as_utf8(text: str) -> str:
         UnicodeDecodeError: Its bytes are no UTF-8.
     """
     return text.encode("utf-8", "surrogateescape").decode("utf-8")
+
+
+def read_option(file: Path | None, option: str) -> str | None:
+    """The text of the file that an option names; None where it names none.
+
+    Raises:
+        SessionError: It cannot be read as UTF-8 text.
+    """
+    if file is None:
+        return None
+    try:
+        return file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise SessionError(f"{option} {file} cannot be read ({error}): give a file of UTF-8 text") from error

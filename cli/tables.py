@@ -29,13 +29,13 @@ def show_summary(found: dict[str, Any]) -> None:
         facts.add_row("parameters", parameters_text(found["parameters"]))
     if (quantised := found.get("quantised")) is not None:
         facts.add_row("quantised", quantised_text(quantised))
-    cache = found["kv_cache"]
-    facts.add_row(
-        "KV cache",
-        f"{size(cache['bytes_per_token'])} a token; {size(cache['chunked_bytes_per_token'])} of it in chunked layers, "
-        "which hold one chunk at most",
-    )
-    files = found["weight_files"]
+    if (cache := found.get("kv_cache")) is not None:
+        facts.add_row(
+            "KV cache",
+            f"{size(cache['bytes_per_token'])} a token; {size(cache['chunked_bytes_per_token'])} of it in chunked "
+            "layers, which hold one chunk at most",
+        )
+    files = found.get("weight_files", {"count": 0})
     if files["count"]:
         listed = found.get("files")
         text = files_text(listed) if listed else f"{files['count']}, {size(files['bytes'])}, read in place"
@@ -46,7 +46,11 @@ def show_summary(found: dict[str, Any]) -> None:
         facts.add_row("memory", describe_memory(memory))
     if (engine := found.get("engine")) is not None:
         facts.add_row("engine", describe_engine(engine))
+    if (ranks := found.get("ranks")) is not None:
+        facts.add_row("ranks", describe_ranks(ranks))
     console.print(facts, highlight=False)
+    if ranks is not None:
+        console.print(ranks_table(ranks))
     if engine is not None:
         console.print(profiles_table(engine))
         console.print(layers_table(found["layers"]))
@@ -56,6 +60,29 @@ def show_summary(found: dict[str, Any]) -> None:
         console.print(layers_table(vision["fused_layers"], title="From the build log of the vision tower"))
         if "every_layer" in vision:
             console.print(every_layer_table(vision["every_layer"], title="Every fused layer of the vision tower"))
+
+
+def describe_ranks(ranks: dict[str, Any]) -> str:
+    """A group's layout and its sums, in two sentences."""
+    groups, sums = ranks["expert_groups"], ranks["sums"]
+    split = "the experts alone" if ranks["experts_only"] else f"experts in {groups} group{'s' * (groups > 1)}"
+    logits = f" and {size(sums['bytes_per_logits'])} for each position's logits" if sums["bytes_per_logits"] else ""
+    return (
+        f"{ranks['count']}, {split}; a step has {sums['a_step']} sums over ranks, to which each brings "
+        f"{size(sums['bytes_per_token'])} a token{logits}"
+    )
+
+
+def ranks_table(ranks: dict[str, Any]) -> Table:
+    """Each rank's weights, experts, cache and, on the CPU, memory."""
+    has_memory = any("memory" in rank for rank in ranks["each"])
+    headers = ["rank", "weights", "experts", "KV cache a token", *(["memory"] if has_memory else [])]
+    table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for rank in ranks["each"]:
+        experts = "none" if rank["experts"] is None else f"{rank['experts'][0]}–{rank['experts'][1]}"
+        row = [str(rank["rank"]), size(rank["weights_bytes"]), experts, size(rank["kv_cache"]["bytes_per_token"])]
+        table.add_row(*row, *([size(rank["memory"]["total"])] if has_memory else []))
+    return table
 
 
 def describe_memory(memory: dict[str, int]) -> str:
@@ -108,7 +135,8 @@ def show_measured(found: dict[str, Any], folder: Path | None) -> None:
     console.print(table)
     machine = found["machine"]
     lines = [
-        f"{found['target']} on {machine['processor']}, {found['threads']} threads; loaded in "
+        f"{found['target']} on {machine['processor']}, {found['threads']} threads"
+        f"{' of ' + str(found['ranks']) + ' ranks' if found['ranks'] > 1 else ''}; loaded in "
         f"{found['load_seconds']:.1f} s, peak RSS {size(found['peak_rss_bytes'])}; medians of {found['runs']} runs, "
         f"{found['decode_tokens']} tokens decoded."
     ]
@@ -120,6 +148,42 @@ def show_measured(found: dict[str, Any], folder: Path | None) -> None:
     if folder is not None:
         lines.append(f"Plot: {folder / PLOT}")
     console.print("\n".join(lines), highlight=False)
+
+
+def show_load(found: dict[str, Any], folder: Path | None) -> None:
+    """Prints what `load.measure_url` found."""
+    from ..measuring.bench import PLOT
+
+    console = Console()
+    headers = [
+        "prompt",
+        "clients",
+        "tokens/s",
+        "requests/s",
+        "TTFT, ms\np50, p95, p99",
+        "ITL, ms\np50, p95, p99",
+        "failed",
+    ]
+    table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in table.columns:
+        column.justify = "right"
+    for case in found["cases"]:
+        times = [[case[name][rank] for rank in ("p50", "p95", "p99")] for name in ("ttft_seconds", "itl_seconds")]
+        table.add_row(
+            f"{case['prompt_tokens'] or case['prefill']:.0f}",
+            f"{case['batch']}",
+            f"{case['tokens_per_second']:,.1f}",
+            f"{case['requests_per_second']:,.2f}",
+            *(", ".join("–" if value is None else f"{value * 1e3:.3g}" for value in each) for each in times),
+            f"{case['failed']}",
+        )
+    console.print(table)
+    requests = sum(case["requests"] for case in found["cases"])
+    lines = [f"{found['model']} at {found['url']}: {requests} requests, {found['decode_tokens']} new tokens at most."]
+    lines += [f"First failure: {case['first_error']}" for case in found["cases"] if case["first_error"]][:1]
+    if folder is not None:
+        lines.append(f"Plot: {folder / PLOT}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def describe_vision(vision: dict[str, Any]) -> str:

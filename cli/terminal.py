@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from ..errors import ArrieroError, ArrieroWarning
+from ..errors import ArrieroError, ArrieroWarning, extra_of
 from ..files.disks import full_disk
 from ..spec.types import Progress
 from .streams import show_json
@@ -243,16 +243,6 @@ def one_line(error: BaseException, extra: str) -> str:
     if (full := full_disk(error)) is not None:
         return full
     return f"internal error, {type(error).__name__}: {text[:300]} (--debug shows where)"
-
-
-EXTRAS = {"matplotlib": "check", "lm_eval": "evaluation", "pyarrow": "parquet", "triton": "tensorrt"}
-"""Modules that an extra of their own brings, smaller than the verb's."""
-
-
-def extra_of(module: str | None, extra: str) -> str:
-    """The smallest extra that brings a missing module, where the verb's brings more."""
-    top = (module or "").partition(".")[0]
-    return extra if extra == "calibration" and top == "matplotlib" else EXTRAS.get(top, extra)
 
 
 LACK_OF_MEMORY = re.compile(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
+from ..plugins.all_reduce.native import add_collectives
 from ..spec.types import Progress
 from .profiles import Shapes
 from .target import Target
@@ -136,6 +137,8 @@ def define(trt: Any, builder: Any, network: Network, weights: Path, log: Any) ->
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         named = [f"{error.node_name()}: {' '.join(error.desc().split())}" for error in errors]
         raise BuildError(f"TensorRT does not take the graph: {named[0] if named else 'no reason given'}")
+    if network.sums:
+        add_collectives(trt, definition, network.sums)
     return definition, parser
 
 

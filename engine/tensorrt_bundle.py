@@ -139,7 +139,7 @@ def prepare(source: Path, spec: FolderSpec, target: Target, options: Options) ->
     placement: Placement = options.weights or "experts"
     network = lower_for_tensorrt(source, spec, Choices(gqa=options.gqa, placement=placement, max_seq=max_seq))
     tower = None
-    if spec.vision is not None:
+    if spec.vision is not None and spec.vision.graph:
         tower = lower_tower_for_tensorrt(source, spec, spec.vision, placement)
     check_dtypes(target, network.dtypes | (tower.dtypes if tower else frozenset()))
     creators = register(trt, OPS)
@@ -199,7 +199,9 @@ def build_tensorrt(
         weights=built.weights,
         kernels=tuple(_compile(prepared, folder / KERNELS, progress)),
     )
-    vision = None if spec.vision is None else _build_tower(prepared, spec.vision, options, folder, progress)
+    vision = spec.vision
+    if vision is not None and vision.graph:
+        vision = _build_tower(prepared, vision, options, folder, progress)
     return dataclasses.replace(
         spec, target=str(target), graph="", weights=network.weights, engine=engine, vision=vision
     )

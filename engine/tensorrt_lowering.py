@@ -17,6 +17,9 @@ from typing import Literal
 import onnx_ir as ir
 
 from ..errors import BuildError
+from ..plugins.all_reduce import native as all_reduce_native
+from ..plugins.all_reduce import op as all_reduce
+from ..plugins.canonical_graph import read_graph
 from ..plugins.gqa import native as gqa_native
 from ..plugins.gqa import op as gqa
 from ..plugins.launch import ALIGNMENT, round_up
@@ -29,7 +32,6 @@ from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.stored_weights import Weight
 from ..spec.types import BITS
-from .canonical_graph import read_graph
 from .supply import STORED
 
 Way = Literal["plugin", "native", "function"]
@@ -64,6 +66,7 @@ class Network:
         ways: The way that each custom op's node was lowered, by node name.
         caches: The cache inputs, in order.
         dtypes: Types of the tensors in the graph.
+        sums: Names of the layers that stand for sums over ranks, and how many ranks take part.
     """
 
     graph: bytes
@@ -71,6 +74,7 @@ class Network:
     ways: Mapping[str, Way]
     caches: tuple[CacheInput, ...]
     dtypes: frozenset[str]
+    sums: Mapping[str, int] = field(default_factory=dict)
 
 
 def lower_for_tensorrt(folder: Path, spec: FolderSpec, choices: Choices) -> Network:
@@ -79,7 +83,7 @@ def lower_for_tensorrt(folder: Path, spec: FolderSpec, choices: Choices) -> Netw
     Raises:
         BuildError: The graph is damaged, or a choice does not fit it.
     """
-    return _lower(folder / spec.graph, spec.model, choices)
+    return _lower(folder / spec.graph, spec.rank_model, choices)
 
 
 def lower_tower_for_tensorrt(folder: Path, spec: FolderSpec, vision: VisionPart, placement: Placement) -> Network:
@@ -98,6 +102,7 @@ def _lower(path: Path, spec: ModelSpec, choices: Choices) -> Network:
         ways=lowering.ways,
         caches=tuple(lowering.caches),
         dtypes=frozenset(STORED[dtype] for dtype in lowering.dtypes if dtype in STORED),
+        sums=lowering.sums,
     )
 
 
@@ -115,6 +120,7 @@ class _TensorrtLowering:
     ways: dict[str, Way] = field(default_factory=dict)
     caches: list[CacheInput] = field(default_factory=list)
     dtypes: set[ir.DataType] = field(default_factory=set)
+    sums: dict[str, int] = field(default_factory=dict)
 
     def lower(self) -> ir.Graph:
         """Lowers node by node, in order."""
@@ -178,6 +184,9 @@ class _TensorrtLowering:
                 self._lower_attention(nodes, f"{node.name}", inputs, outputs, gqa.Attributes(**attributes))
             case moe.DOMAIN, moe.NAME:
                 self._lower_experts(nodes, f"{node.name}", inputs, outputs, moe.Attributes(**attributes))
+            case all_reduce.DOMAIN, all_reduce.NAME:
+                self.sums[f"{node.name}"] = attributes["ranks"]
+                all_reduce_native.mark(nodes, f"{node.name}", _present(inputs, 0), outputs[0])
             case domain, op_type:
                 raise BuildError(
                     f"{node.name}: {domain}.{op_type} has no lowering for TensorRT: export the model again"

@@ -1,8 +1,8 @@
 """A checkpoint as a model folder: the canonical graph, its spec and the tokenizer, with the weights left in place.
 
 The checkpoint is only read. Weights move when asked to (`copy_weights`) or when they must change type (`dtype`); then
-they are safetensors files of the same names beside the graph. Split over ranks (`tp`), the folder holds a model folder
-a rank, `rank-0` and so on; `split` says which part of the model a rank has.
+they are safetensors files of the same names beside the graph. Split over ranks (`tp`, `ep`), of a checkpoint or of a
+model folder, it is a group's folder; `split` says which part of the model a rank has.
 """
 
 import dataclasses
@@ -20,18 +20,19 @@ from ..files.folders import OF_TOKENIZER, SPEC, carry_files
 from ..files.hub_cache import find_checkpoint
 from ..files.output import check_apart, check_free, new_folder
 from ..files.reading import read_bytes
-from ..files.safetensors import Region
+from ..files.safetensors import Region, identity
 from ..files.unheeded import generation_fields, unheeded
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.types import CODES, FLOATS, DType, Progress
 from .checkpoint import Checkpoint, expected_tensors, open_checkpoint
-from .decoder_graph import Traced, stitch_decoder
-from .placement import PlacedWeights, place_quantised, place_ranks, place_whole
+from .decoder_graph import stitch_decoder
+from .group import WholeModel, notice_copied, split_folder, write_ranks
+from .placement import PlacedWeights, place_quantised, place_whole
 from .prequantised.inventory import Prequantised
 from .prequantised.scheme import MODELOPT
 from .quantised_graph import quantise_graph
-from .rewriting import say_missing, say_rewritten, with_stacks_written
+from .rewriting import say_missing, say_rewritten, scratch_folder, with_stacks
 from .shards import read_json
 from .split import Split, split_model
 from .tower_graph import stitch_tower
@@ -47,6 +48,7 @@ def export_checkpoint(
     copy_weights: bool = False,
     tp: int = 1,
     ep: int | None = None,
+    weights: str | Path | None = None,
     tokenizer: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda phase, done, total: None,
@@ -56,19 +58,20 @@ def export_checkpoint(
 
     Args:
         checkpoint: Folder in Hugging Face layout, a hub cache's folder of one, or its name where it is in the local
-            cache; only read.
+            cache; or a model folder that is to be split. Only read.
         out: The model folder to write.
         dtype: Type of the graph and its weights; None keeps the checkpoint's. Another type writes converted weights.
         copy_weights: Whether the weights are copied into the folder, so that it stands alone.
-        tp: Ranks over which the model is split; 1 leaves it whole.
-        ep: Groups of ranks over which the experts are distributed; None is one a rank, which leaves them in place.
+        tp: Ranks over which the model is split; 1 leaves all but the experts whole.
+        ep: Groups of ranks over which the experts are distributed; None is `tp`, which leaves them in place.
+        weights: Folder of a model folder's weight files, where they have moved.
         tokenizer: Folder that tokenizer, chat template and preprocessor are taken from; None is the checkpoint.
         force: Whether an existing model folder at `out` is replaced.
         progress: Called with the phase, the steps done and the steps in all.
         notice: Called with each line that a person should know.
 
     Returns:
-        The model folder.
+        The model folder, or the group's.
 
     Raises:
         CheckpointError: The checkpoint is damaged or no Llama 4.
@@ -76,28 +79,44 @@ def export_checkpoint(
             file changed meanwhile.
         FolderError: `out` exists, or cannot be written.
     """
+    _check_dtype(dtype)
+    if (Path(checkpoint) / SPEC).exists():
+        if dtype is not None or tokenizer is not None:
+            raise ExportError(
+                f"{checkpoint} is exported already: export its checkpoint with --dtype or --tokenizer, and split that"
+            )
+        return split_folder(
+            Path(checkpoint).absolute(),
+            Path(out).absolute(),
+            tp=tp,
+            ep=ep,
+            copy_weights=copy_weights,
+            weights=None if weights is None else Path(weights),
+            force=force,
+            progress=progress,
+            notice=notice,
+        )
     source, target = find_checkpoint(checkpoint).absolute(), Path(out).absolute()
     small = source if tokenizer is None else _tokenizer_folder(tokenizer)
-    _check_dtype(dtype)
     check_apart(source, target)
     check_free(target, force=force)
     opened = open_checkpoint(source)
     if opened.quantised is not None:
-        _check_quantised(opened.spec, dtype, tp)
+        _check_quantised(opened.spec, dtype)
         _notice_quantised(opened.quantised, notice)
     _say_all(unheeded(source), notice)
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
     say_rewritten(opened, spec.dtype, notice)
     say_missing(small, opened.vision is not None, notice)
-    record = _folder_spec(source, opened, spec, split)
+    record = _folder_spec(source, opened, spec)
     with new_folder(target, force=force) as folder:
         if split.ranks == 1:
             placement, model = _make_whole(opened, folder, spec, copy_weights, progress)
             _write_model((source, small), folder, model, placement, record)
         else:
-            copied = _write_ranks(opened, small, folder, split, copy_weights, record, progress)
-            notice(f"{copied / 1e9:.1f} GB of weights are in the ranks' folders; the rest stays where it is.")
+            copied = _write_group(opened, small, folder, split, copy_weights, record, progress)
+            notice_copied(copied, notice)
     return target
 
 
@@ -123,8 +142,8 @@ def _tokenizer_folder(given: str | Path) -> Path:
     return folder
 
 
-def _folder_spec(source: Path, checkpoint: Checkpoint, spec: ModelSpec, split: Split) -> FolderSpec:
-    """The folder's spec, but for its weight files and for the number of a rank."""
+def _folder_spec(source: Path, checkpoint: Checkpoint, spec: ModelSpec) -> FolderSpec:
+    """The folder's spec, but for its weight files."""
     return FolderSpec(
         kind="model",
         version=__version__,
@@ -135,21 +154,17 @@ def _folder_spec(source: Path, checkpoint: Checkpoint, spec: ModelSpec, split: S
         recipe=None if checkpoint.quantised is None else checkpoint.quantised.recipe,
         tools={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},
         vision=None if checkpoint.vision is None else VisionPart(spec=checkpoint.vision),
-        ranks=split.ranks,
-        expert_groups=split.expert_groups,
     )
 
 
-def _check_quantised(spec: ModelSpec, dtype: DType | None, tp: int) -> None:
+def _check_quantised(spec: ModelSpec, dtype: DType | None) -> None:
     """Refuses what is not done with an already quantised checkpoint.
 
     Raises:
-        ExportError: It would have to be converted or split.
+        ExportError: It would have to be converted.
     """
     if dtype not in (None, spec.dtype):
         raise ExportError(f"dtype is {dtype}, a quantised checkpoint is not converted: leave it at {spec.dtype}")
-    if tp > 1:
-        raise ExportError(f"tp is {tp}, a quantised checkpoint is not split: split the one it was made from")
 
 
 def _notice_quantised(quantised: Prequantised, notice: Callable[[str], None]) -> None:
@@ -179,7 +194,7 @@ def _make_whole(
     return placement, model
 
 
-def _write_ranks(
+def _write_group(
     checkpoint: Checkpoint,
     small: Path,
     folder: Path,
@@ -188,32 +203,33 @@ def _write_ranks(
     record: FolderSpec,
     progress: Progress,
 ) -> int:
-    """Writes a model folder a rank, and the spec of them all. Returns the bytes of weights in them."""
-    folders = [folder / f"rank-{rank}" for rank in range(split.ranks)]
-    for each in folders:
-        each.mkdir()
-    traced: Traced = {}
-    copied = 0
-    dtype = record.model.dtype
-    with with_stacks_written(checkpoint, folder, dtype, progress) as stacked:
-        placements = place_ranks(stacked, folders, split, dtype, copy_weights or bool(checkpoint.stacks), progress)
-    for rank, placement in enumerate(placements):
-        model = stitch_decoder(
-            record.model,
-            checkpoint.prefix,
-            placement.regions.__getitem__,
-            progress,
-            split=split,
-            rank=rank,
-            traced=traced,
-            vision=checkpoint.vision,
-        )
-        places = checkpoint.folder, small
-        _write_model(places, folders[rank], model, placement, dataclasses.replace(record, rank=rank))
-        copied += sum(file.size for file in placement.files if not file.path)
-    group = dataclasses.replace(record, kind="group", graph="")
-    (folder / SPEC).write_text(group.to_json(), "utf-8")
+    """Builds the whole graphs, writes the ranks' folders, and what goes with them. Returns the bytes of weights."""
+    with scratch_folder(folder) as scratch:
+        with_files = _make_whole if checkpoint.quantised is not None else _make_whole_in_place
+        placement, model = with_files(checkpoint, scratch, record.model, False, progress)
+        tower = None
+        if record.vision is not None:
+            text = record.model
+            tower = stitch_tower(record.vision.spec, text.hidden_size, text.dtype, placement.regions.__getitem__)
+        files = {file.name: (Path(file.path or scratch / file.name), bool(file.path)) for file in placement.files}
+        whole = WholeModel(decoder=model, tower=tower, files=files, record=record)
+        copied = write_ranks(whole, folder, split, copy_weights, progress)
+    _carry(checkpoint.folder, small, folder)
+    _write_generation_config(checkpoint.folder, folder)
     return copied
+
+
+def _make_whole_in_place(
+    checkpoint: Checkpoint, folder: Path, spec: ModelSpec, copy_weights: bool, progress: Progress
+) -> tuple[PlacedWeights, ir.Model]:
+    """Builds the graph over weights as they are stored: what is converted is so when the ranks' parts are written."""
+    stacked = with_stacks(checkpoint, folder, spec.dtype, progress)
+    placement = PlacedWeights()
+    for shard in stacked.shards:
+        if regions := stacked.regions(shard):
+            placement.add(shard, regions, identity(shard.path), inside=shard.path.parent == folder)
+    place_of = placement.regions.__getitem__
+    return placement, stitch_decoder(spec, checkpoint.prefix, place_of, progress, vision=checkpoint.vision)
 
 
 def _write_model(
@@ -234,12 +250,17 @@ def _write_model(
         text = record.model
         tower = stitch_tower(record.vision.spec, text.hidden_size, text.dtype, placement.regions.__getitem__)
         ir.save(tower, folder / record.vision.graph)
-    carry_files(source, folder)
-    if small != source:
-        carry_files(small, folder, OF_TOKENIZER)
+    _carry(source, small, folder)
     _write_generation_config(source, folder)
     record = dataclasses.replace(record, weight_files=tuple(placement.files))
     (folder / SPEC).write_text(record.to_json(), "utf-8")
+
+
+def _carry(source: Path, small: Path, folder: Path) -> None:
+    """Copies the small files, those of the tokenizer from a folder of their own where there is one."""
+    carry_files(source, folder)
+    if small != source:
+        carry_files(small, folder, OF_TOKENIZER)
 
 
 def _write_generation_config(source: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Folders as a stage reads them: the spec, the small files that travel on, and the weight files, found and checked."""
 
+import hashlib
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -71,15 +72,55 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
+def check_no_rank(folder: Path, spec: FolderSpec) -> None:
+    """Refuses one rank of several, which computes a part of each sum.
+
+    Raises:
+        FolderError: The folder is one rank's.
+    """
+    if spec.kind != "group" and spec.ranks > 1:
+        raise FolderError(
+            f"{folder} is rank {spec.rank} of {spec.ranks}, which does not run alone: give the group's folder, "
+            f"{folder.absolute().parent}"
+        )
+
+
 def check_whole(folder: Path, spec: FolderSpec) -> None:
     """Refuses a model that is split over ranks.
 
     Raises:
         FolderError: The folder is one rank's, or holds the ranks' folders.
     """
-    if spec.kind == "group" or spec.ranks > 1:
-        what = f"a group of {spec.ranks} ranks" if spec.kind == "group" else f"rank {spec.rank} of {spec.ranks}"
-        raise FolderError(f"{folder}: this model is {what}, which no runtime here joins yet: export without --tp")
+    check_no_rank(folder, spec)
+    if spec.kind == "group":
+        raise FolderError(f"{folder} is a group of {spec.ranks} ranks: give the model that it was split from")
+
+
+def rank_folder(group: Path, spec: FolderSpec, rank: int) -> tuple[Path, FolderSpec]:
+    """A rank's folder in a group's and its spec, proven to be the one that was written with the group.
+
+    Raises:
+        FolderError: It is missing, damaged, or another.
+    """
+    folder = group / f"rank-{rank}"
+    own = read_spec(folder)
+    if (own.rank, own.ranks) != (rank, spec.ranks) or len(spec.rank_hashes) != spec.ranks:
+        raise FolderError(f"{folder} is not rank {rank} of this group: write the group again")
+    if rank_fingerprint(folder) != spec.rank_hashes[rank]:
+        raise FolderError(f"rank {rank}: {folder} has other weights or another graph than its group: write it again")
+    return folder, own
+
+
+def rank_fingerprint(folder: Path) -> str:
+    """SHA-256 of a rank's spec, which has the identities of its weights, and of its graphs."""
+    spec, digest = read_spec(folder), hashlib.sha256()
+    for name in (SPEC, spec.graph, "" if spec.vision is None else spec.vision.graph):
+        if name:
+            try:
+                digest.update((folder / name).read_bytes())
+            except OSError as error:
+                raise FolderError(f"{folder / name}: {error.strerror}: write the group again") from error
+    return digest.hexdigest()
 
 
 def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED) -> None:

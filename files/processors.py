@@ -10,12 +10,52 @@ from pathlib import Path
 
 from .control_groups import legacy_groups, unified_groups, words
 
+NODES = Path("/sys/devices/system/node")
+"""The place where Linux describes the memory nodes."""
+
 
 def processors() -> int:
     """The number of processors that this process may use, a quota rounded up; 1 at least."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = processor_quota()
     return count if quota is None else max(1, min(count, math.ceil(quota - 0.01)))
+
+
+def share_processors(parts: int, nodes: Path = NODES) -> list[list[int]] | None:
+    """Divides the processors that this process may use into parts, none of which reaches over two memory nodes.
+
+    Args:
+        parts: Number of parts, all of one size where the numbers divide.
+        nodes: The place where the system describes its memory nodes.
+
+    Returns:
+        The processors of each part; None where there are fewer than parts, or the system does not tell.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < parts:
+        return None
+    found = [sorted(allowed & of_node) for of_node in _memory_nodes(nodes)]
+    rest = sorted(allowed.difference(*found))
+    groups = [group for group in (*found, rest) if group]
+    if parts % len(groups) or any(len(group) < parts // len(groups) for group in groups):
+        groups = [[each for group in groups for each in group]]  # node by node, in one line
+    each = parts // len(groups)
+    return [group[len(group) * i // each : len(group) * (i + 1) // each] for group in groups for i in range(each)]
+
+
+def _memory_nodes(folder: Path) -> list[set[int]]:
+    """The processors of each memory node, as in `0-3,8-11`."""
+    found = []
+    for path in sorted(folder.glob("node[0-9]*"), key=lambda path: int(path.name.removeprefix("node"))):
+        of_node: set[int] = set()
+        for word in (listed := words(path / "cpulist")) and listed[0].split(","):
+            first, _, last = word.partition("-")
+            if first.isdecimal():
+                of_node |= set(range(int(first), int(last or first) + 1))
+        found.append(of_node)
+    return found
 
 
 def processor_quota() -> float | None:

@@ -7,7 +7,7 @@ does falls on all alike; medians are given.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -18,7 +18,7 @@ from ..errors import SessionError
 from ..files.circumstances import circumstances, machine_text
 from ..files.contents_hash import described
 from ..files.drawing import check_drawable
-from ..files.folders import read_spec
+from ..files.folders import rank_folder, read_spec
 from ..files.output import check_free, new_folder
 from ..loading import load
 from ..spec.folder import FolderSpec
@@ -50,7 +50,7 @@ def measure_folder(
     """Times a folder.
 
     Args:
-        folder: A model or bundle folder.
+        folder: A model or bundle folder, or a group of them.
         prefill: Tokens of a prompt; None takes those of 128, 512 and 2048 that the context has room for.
         batch: Rows at once; None takes those of 1, 4 and 8 that an engine was built for.
         decode_tokens: Tokens decoded after each prompt.
@@ -68,6 +68,8 @@ def measure_folder(
     """
     path = Path(folder)
     spec = read_spec(path)
+    if spec.kind == "group":
+        _, spec = rank_folder(path, spec, 0)  # all ranks have one target and its limits
     lengths, batches = _sizes(spec, prefill, batch, decode_tokens)
     if runs < 1:
         raise SessionError(f"runs is {runs}, expected a whole number from 1 up")
@@ -89,6 +91,7 @@ def measure_folder(
         "recipe": in_words(spec.recipe),
         "contents": described(path),
         "threads": threads,
+        "ranks": spec.ranks,
         "decode_tokens": decode_tokens,
         "runs": runs,
         "load_seconds": loading,
@@ -107,14 +110,16 @@ def check_output(out: Path, *, force: bool) -> None:
     check_free(out, force=force, mark=RESULT)
 
 
-def write_measured(found: dict[str, Any], out: Path, *, force: bool = False) -> None:
-    """Writes what `measure_folder` found as `bench.json` and as a picture. Needs matplotlib."""
+def write_measured(
+    found: dict[str, Any], out: Path, *, force: bool = False, draw: Callable[[dict[str, Any], Path], None] | None = None
+) -> None:
+    """Writes what was found as `bench.json`, and as a picture by `draw`, that of a folder's. Needs matplotlib."""
     with new_folder(out, force=force, mark=RESULT) as folder:
         (folder / RESULT).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        draw(found, folder / PLOT)
+        (draw or draw_folder)(found, folder / PLOT)
 
 
-def draw(found: dict[str, Any], file: Path) -> None:
+def draw_folder(found: dict[str, Any], file: Path) -> None:
     """Draws tokens a second and the achieved bandwidth over the prompt's length, a line a batch."""
     from matplotlib.figure import Figure
 
@@ -209,7 +214,7 @@ def _time_cases(
     for done, case in enumerate(cases):
         progress("warm-up", done, total)
         time_case(session, case, decode_tokens)
-    peak = peak_memory()  # before the stream's buffer
+    peak = peak_memory(getattr(session.decoder, "processes", ()))  # before the stream's buffer
     stream = Stream(threads) if sizes else None
     readings: dict[Case, list[tuple[Reading, float | None]]] = {case: [] for case in cases}
     for run in range(runs):
@@ -230,7 +235,7 @@ def _time_cases(
 
 
 def _weight_sizes(session: "Session") -> dict[str, int]:
-    """Bytes of each weight as ONNX Runtime has it; none of an engine, whose memory is the GPU's."""
+    """Bytes of each weight as ONNX Runtime has it; none of an engine, whose memory is the GPU's, or of a group."""
     from ..runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
 
     if not isinstance(session.decoder, OnnxRuntimeDecoder):

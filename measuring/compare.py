@@ -200,7 +200,7 @@ def _table(bundles: Sequence[Compared]) -> Any:
     columns = [Column(name="bundle", breaks=True), Column(name="verdict")]
     names = ("size", "perplexity", "KL, nats", "decode, tokens/s", "prefill, tokens/s", "memory")
     columns += [Column(name=name, numeric=True) for name in names]
-    rows = []
+    rows: list[list[str | Cell]] = []
     for each in bundles:
         outcome = str(each.verdict.get("outcome", ""))
         case = each.case

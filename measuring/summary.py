@@ -4,7 +4,8 @@ Enters: a model or bundle folder; only its `spec.json` and the lists of fused la
 """
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..spec.json_text import parse_json
 from ..spec.parameters import count_parameters
 from ..spec.recipe_words import bits, in_words
 from ..spec.types import BITS, Stored
+from .group_summary import summarise_group
 
 QUIET = ("shape_call", "signal", "wait", "copy", "NoOp", "Constant", "ShapeHostToDevice")
 """Kinds of layers that move or order things and compute nothing."""
@@ -31,7 +33,7 @@ def summarise(
     """Describes a folder.
 
     Args:
-        folder: A model or bundle folder.
+        folder: A model or bundle folder, or a group of them.
         every_layer: Whether an engine's fused layers are listed one by one, beside how many there are of each kind.
         max_seq: Tokens of a sequence that a CPU bundle's memory is estimated for; None takes what a session takes.
         batch: Rows at once that it is estimated for.
@@ -39,6 +41,7 @@ def summarise(
     Returns:
         JSON-ready: the folder's kind and source, the model's geometry, its KV cache, its vision tower, of a CPU bundle
         the memory that a session takes, and of an engine its profiles with the memory each needs and its fused layers.
+        Of a group the same of each rank, with the bytes of its weights, and the sums that a step computes over ranks.
 
     Raises:
         FolderError: The folder is not one of Arriero's, or damaged.
@@ -46,6 +49,17 @@ def summarise(
     """
     path = Path(folder)
     spec = read_spec(path)
+    own = spec if spec.kind == "group" else replace(spec, model=spec.rank_model)
+    found = _describe(path, own, every_layer=every_layer, max_seq=max_seq, batch=batch)
+    if spec.kind == "group":
+        describe = partial(_describe, every_layer=every_layer, max_seq=max_seq, batch=batch)
+        found["ranks"] = summarise_group(path, spec, describe)
+        for name in ("kv_cache", "weight_files"):
+            del found[name]  # those are the ranks'
+    return found
+
+
+def _describe(path: Path, spec: FolderSpec, *, every_layer: bool, max_seq: int | None, batch: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "kind": spec.kind,
         "version": spec.version,
@@ -59,7 +73,7 @@ def summarise(
     }
     if spec.vision is not None:
         found["vision"] = _vision(path, spec.model, spec.vision, every_layer=every_layer)
-    if spec.target == "cpu":
+    if spec.target == "cpu" and spec.kind == "bundle":
         found["memory"] = _memory(path, spec, max_seq, batch)
     if spec.engine is not None:
         found["engine"] = _with_totals(_engine(path, spec, spec.engine))
@@ -134,7 +148,7 @@ def _memory(folder: Path, spec: FolderSpec, max_seq: int | None, batch: int) -> 
 
     limits = Limits.of(spec.model, max_seq, batch)
     graph_size = _size(folder / spec.graph)
-    tower_size = 0 if spec.vision is None else _size(folder / spec.vision.graph)
+    tower_size = 0 if spec.vision is None or not spec.vision.graph else _size(folder / spec.vision.graph)
     memory = session_memory(spec, graph_size, tower_size, limits.max_seq, batch)
     return {"max_seq": limits.max_seq, "batch": batch, **asdict(memory), "total": memory.total}
 

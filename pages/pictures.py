@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -130,7 +131,7 @@ def settings() -> Any:
         "axes.titlecolor": ink,
         "axes.titlesize": 9,
         "axes.titlelocation": "left",
-        "axes.prop_cycle": matplotlib.cycler(color=[series(at) for at in range(7)]),
+        "axes.prop_cycle": cycler(color=[series(at) for at in range(7)]),
         "axes.grid": True,
         "axes.grid.axis": "y",
         "axes.axisbelow": True,

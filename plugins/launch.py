@@ -103,11 +103,17 @@ class Driver:
             self.library.cuGetErrorString(code, ctypes.byref(text))
             raise SessionError(f"{function} failed: {(text.value or b'unknown error').decode()} ({code})")
 
-    def capability(self) -> int:
-        """The compute capability of the first GPU, as in 89."""
+    def devices(self) -> int:
+        """The number of GPUs."""
+        count = ctypes.c_int()
+        self.call("cuDeviceGetCount", ctypes.byref(count))
+        return count.value
+
+    def capability(self, number: int = 0) -> int:
+        """The compute capability of a GPU, as in 89."""
         major, minor = ctypes.c_int(), ctypes.c_int()
-        self.call("cuDeviceGetAttribute", ctypes.byref(major), CAPABILITY_MAJOR, 0)
-        self.call("cuDeviceGetAttribute", ctypes.byref(minor), CAPABILITY_MINOR, 0)
+        self.call("cuDeviceGetAttribute", ctypes.byref(major), CAPABILITY_MAJOR, number)
+        self.call("cuDeviceGetAttribute", ctypes.byref(minor), CAPABILITY_MINOR, number)
         return major.value * 10 + minor.value
 
     def version(self) -> tuple[int, int]:

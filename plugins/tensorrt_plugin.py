@@ -310,6 +310,7 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
                 return
             if self.call is None:
                 self.on_shape_change(input_desc, output_desc)
+            assert self.call is not None
             self.call.enqueue(inputs, outputs, workspace, stream)
 
     return Plugin

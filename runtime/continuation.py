@@ -7,9 +7,10 @@ not been through the model yet.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .chat.settings import ChatSettings
+from .grammars.compiler import Grammar
 from .logprobs import TokenLogprobs, read_logprobs
 from .prompt import Tokens
 from .sampling import Sampler, Sampling
@@ -50,6 +51,11 @@ class Settings(ChatSettings, total=False):
         stop_strings: Texts that end it, those of special tokens too; the text returned ends before them.
         logprobs: Whether `Generated.logprobs` is filled.
         top_logprobs: Likeliest tokens in it for each new one, 20 at most.
+        grammar: A grammar in llguidance's Lark that the text follows. This and the next two need `arriero[grammar]`;
+            one of them is given at most. The sequence ends where the grammar does, and before only by its length or a
+            stop string.
+        json_schema: A JSON schema that the text follows, a dictionary or JSON text. What cannot be enforced is refused.
+        regex: A regular expression that the whole text matches.
     """
 
     do_sample: bool | None
@@ -74,6 +80,9 @@ class Settings(ChatSettings, total=False):
     stop_strings: str | Sequence[str] | None
     logprobs: bool | None
     top_logprobs: int | None
+    grammar: str | None
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +92,8 @@ class Generated:
     Attributes:
         ids: New token ids, an end-of-sequence token included.
         text: Their text, without special tokens, up to a stop string.
-        finish: The reason of its end: an end-of-sequence token, a stop string, the length, or an error of this sequence
-            among many; None where it goes on.
+        finish: The reason of its end: an end-of-sequence token; "stop", a stop string or the end of the grammar; the
+            length; or an error of this sequence among many. None where it goes on.
         reused: Tokens of the prompt that were known from an earlier one; counted in the first piece.
         drafted: Tokens that prompt lookup guessed; counted in the first piece that they were verified for.
         accepted: Drafted tokens that the model chose as well.
@@ -114,6 +123,8 @@ class Request:
         stop_strings: Texts that end it.
         text: The tokenizer that writes the new tokens' text; None gives token ids and no text.
         top_logprobs: Likeliest tokens whose log-probabilities are returned beside the chosen one's; None returns none.
+        scope: Requests of one scope share the beginnings that a session keeps, those of others do not.
+        grammar: The grammar that the text follows; None is free.
     """
 
     prompt: Tokens
@@ -123,6 +134,8 @@ class Request:
     stop_strings: str | Sequence[str]
     text: Text | None = None
     top_logprobs: int | None = None
+    scope: bytes = b""
+    grammar: Grammar | None = None
 
     @property
     def positions(self) -> int:
@@ -145,7 +158,8 @@ class Continuation:
 
     def __init__(self, request: Request, reused: int = 0) -> None:
         self.request, self.ids, self.reused = request, list(request.prompt.ids), reused
-        self.sampler = Sampler(request.sampling, request.ends, len(self.ids))
+        self.guide = None if request.grammar is None else request.grammar.open(request.ends)
+        self.sampler = Sampler(request.sampling, request.ends, len(self.ids), self.guide)
         self.stop = StopText(request.stop_strings)
         tokenizer = None if request.text is None else request.text.tokenizer
         self.special = special_texts(tokenizer) if self.stop.stops and tokenizer is not None else {}
@@ -156,20 +170,28 @@ class Continuation:
         """New tokens that may still come."""
         return self.request.positions - len(self.ids)
 
+    def fitting(self, draft: list[int]) -> list[int]:
+        """The first tokens of a draft, as far as the grammar takes them; all where there is none."""
+        return draft if self.guide is None else self.guide.fitting(draft)
+
     def take(self, logits_V: Row) -> Generated:
         """Chooses the next token from the logits after the last one. Returns it with the text that it completes.
 
         Raises:
-            SessionError: The logits are not finite, or the settings forbid every token.
+            SessionError: The logits are not finite, the settings forbid every token, or a grammar has grown too large.
         """
         token, top = self.sampler(logits_V, self.ids), self.request.top_logprobs
         logprobs = () if top is None else (read_logprobs(whole(logits_V), token, top),)
         self.ids.append(token)
+        if self.guide is not None:
+            self.guide.advance(token)
         text, stopped = self.stop.take(self.read(token), self.special.get(token, ""))
         finish: Finish | None = "stop" if stopped else "eos" if token in self.request.ends else None
+        if finish is None and self.guide is not None and self.guide.is_complete:
+            finish = "stop"
         if finish is None and not self.left:
             finish = "length"
-        if finish in ("eos", "length"):
+        if finish is not None and not stopped:
             text += self.stop.rest()
         reused, self.reused = self.reused, 0
         return Generated([token], text, finish, reused, logprobs=logprobs)

@@ -1,7 +1,7 @@
 """From logits to the next token: greedy, or drawn after the filters that `transformers` knows, in its order.
 
-The changes of `processors` first, then temperature, top-k, top-p, min-p, typical-p. The same seed draws the same
-tokens.
+The changes of `processors` first, then a grammar's mask, temperature, top-k, top-p, min-p, typical-p. The same seed
+draws the same tokens.
 """
 
 import math
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from . import checks
+from .grammars.guide import Guide
 from .processors import (
+    FORBIDDEN,
     ForbiddenTokens,
     ForbiddenWords,
     LogitBias,
@@ -141,12 +143,16 @@ class Sampler:
         sampling: The settings by which tokens are chosen.
         ends: Tokens that end the sequence.
         prompt: Number of the prompt's tokens.
+        guide: Says which tokens may come, whatever the settings make of the others; None allows all.
     """
 
-    def __init__(self, sampling: Sampling, ends: Collection[int] = (), prompt: int = 0) -> None:
-        self.sampling = sampling
+    def __init__(
+        self, sampling: Sampling, ends: Collection[int] = (), prompt: int = 0, guide: Guide | None = None
+    ) -> None:
+        self.sampling, self.guide = sampling, guide
         self.rng = np.random.default_rng(sampling.seed)
         self.processors = open_processors(sampling, ends, prompt)
+        self.changed_V = np.empty(0, np.float32)  # memory that is new each time would cost more than the changes
 
     def __call__(self, logits_V: Row, seen: Sequence[int]) -> int:
         """Chooses the next token.
@@ -161,26 +167,40 @@ class Sampler:
         draw = None
         if isinstance(logits_V, Shortlist):
             if not (logits_V.odd or self.processors):
-                if self.sampling.temperature == 0:
-                    return int(logits_V.tokens[0])
-                draw = self.rng.random()
-                if (found := logits_V.draw(self.sampling, draw)) is not None:
-                    return found
+                likeliest = int(logits_V.tokens[0])
+                if self.sampling.temperature == 0 and (self.guide is None or self.guide.allows(likeliest)):
+                    return likeliest
+                if self.sampling.temperature != 0 and self.guide is None:
+                    draw = self.rng.random()
+                    if (found := logits_V.draw(self.sampling, draw)) is not None:
+                        return found
             logits_V = logits_V.whole()
-        token = int(logits_V.argmax())
-        if not (np.isfinite(logits_V[token]) and np.isfinite(logits_V.min())):
+        token = int(logits_V.argmax())  # of the first NaN where there is one
+        if not (math.isfinite(logits_V[token]) and math.isfinite(logits_V.min())):
             raise _not_finite(logits_V)
         if self.processors:
-            logits_V = logits_V.copy()
+            if len(self.changed_V) != len(logits_V):
+                self.changed_V = np.empty(len(logits_V), np.float32)
+            np.copyto(self.changed_V, logits_V)
+            logits_V = self.changed_V
             for process in self.processors:
                 process(logits_V, seen)
             token = int(logits_V.argmax())
-        if not np.isfinite(top := logits_V[token]):
-            raise SessionError("the settings forbid every token, or make a logit too large: forbid or bias less")
+        if self.guide is not None and not (self.sampling.temperature == 0 and self.guide.allows(token)):
+            logits_V = self.guide.restrict(logits_V)
+            token = int(logits_V.argmax())
+        if not math.isfinite(top := logits_V[token]):
+            among = "" if self.guide is None else " that the grammar allows"
+            wrong = f"the settings forbid every token{among}, or make a logit too large"
+            raise SessionError(f"{wrong}: forbid or bias less")
         if self.sampling.temperature == 0:
             return token
-        below_V, draw = logits_V - top, self.rng.random() if draw is None else draw
+        return self._draw(logits_V - top, self.rng.random() if draw is None else draw)
+
+    def _draw(self, below_V: NDArray[np.float32], draw: float) -> int:
+        """Chooses a token by a draw from 0 to 1 and the logits less the largest of them."""
         tokens, total = candidates(below_V, self.sampling, draw)
+        tokens = tokens[below_V[tokens] > FORBIDDEN]  # a grammar forbids most of them
         tokens = tokens[np.argsort(-below_V[tokens], kind="stable")]
         return int(tokens[chosen(below_V[tokens], self.sampling, draw, total)])
 
@@ -270,7 +290,7 @@ def candidates(below_V: NDArray[np.float32], sampling: Sampling, draw: float) ->
 
 
 def largest(below_V: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """The places of the largest logits, `count` of them and those equal to the last, in no order.
+    """The places of the largest logits, `count` of them and those equal to the last, in no order; none of -∞.
 
     Args:
         below_V: The logits less the largest of them.
@@ -281,4 +301,8 @@ def largest(below_V: NDArray[np.float32], count: int) -> NDArray[np.int64]:
         if len(near) >= count:
             values = below_V[near]
             return near[values >= np.partition(values, -count)[-count]]
-    return np.flatnonzero(below_V >= np.partition(below_V, -count)[-count])
+    allowed = np.flatnonzero(below_V > FORBIDDEN)
+    if len(allowed) <= count:
+        return allowed
+    values = below_V[allowed]
+    return allowed[values >= np.partition(values, -count)[-count]]

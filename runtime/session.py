@@ -4,6 +4,7 @@ Enters: texts, conversations, token ids and images. Leaves: new tokens and their
 prompt or of many side by side. Invariant: the model is run by `TokenSession` alone.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, Unpack
@@ -15,9 +16,10 @@ from .checks import whole
 from .continuation import Generated, Request, Settings, joined
 from .defaults import Defaults
 from .flight import stream_requests
+from .grammars.compiler import KINDS, GrammarCompiler
 from .images.tower import Tower
 from .lookup import Lookup
-from .prompt import Images, Prompt, PromptReader, Tokens
+from .prompt import Images, Prompt, PromptReader, Tokens, prompt_list
 from .rider import ride_alone
 from .state import Limits
 from .text import Text
@@ -104,6 +106,7 @@ class Session(TokenSession):
             The new tokens and their text, in the order of the prompts. A prompt that an error ended has the `finish`
             "error", the error, and its tokens until then; the others go on.
         """
+        prompts = prompt_list(prompts)
         pieces: list[list[Generated]] = [[] for _ in prompts]
         budget = prefill_budget
         for number, piece in self.stream_many(prompts, max_new_tokens, slots=slots, prefill_budget=budget, **settings):
@@ -136,7 +139,7 @@ class Session(TokenSession):
         Raises:
             SessionError: As `stream` does, before anything is computed.
         """
-        requests = [self.request(prompt, max_new_tokens, **settings) for prompt in prompts]
+        requests = [self.request(prompt, max_new_tokens, **settings) for prompt in prompt_list(prompts)]
         return stream_requests(self, requests, slots, prefill_budget)
 
     def request(
@@ -160,6 +163,7 @@ class Session(TokenSession):
         choice = self.defaults.choose(asked, len(tokens.ids), room, self.spec.vocab_size)
         if choice.stop_strings and self.text.tokenizer is None:
             raise SessionError(f"{self.text.folder} has no tokenizer.json: give eos_token_id instead of stop_strings")
+        grammars = self.grammars if any(settings.get(kind) is not None for kind in KINDS) else None
         return Request(
             prompt=tokens,
             count=choice.count,
@@ -168,7 +172,19 @@ class Session(TokenSession):
             stop_strings=choice.stop_strings,
             text=self.text,
             top_logprobs=choice.top_logprobs,
+            grammar=None if grammars is None else grammars.read(settings),
         )
+
+    @functools.cached_property
+    def grammars(self) -> GrammarCompiler:
+        """The grammars that continuations follow.
+
+        Raises:
+            SessionError: The folder has no tokenizer.
+        """
+        if self.text.tokenizer is None:
+            raise SessionError(f"{self.text.folder} has no tokenizer.json: leave grammar, json_schema and regex out")
+        return GrammarCompiler(self.text.tokenizer, self.spec.vocab_size)
 
     def read(self, prompt: Prompt, images: Images = (), **settings: Unpack[ChatSettings]) -> Tokens:
         """Reads a prompt: its token ids, checked against the vocabulary and `max_seq`, and its images' tiles.

@@ -6,6 +6,7 @@ the one that the whole row gives, though the weights' sum was added up in anothe
 boundary that it might fall on either side is left to the row.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ class Shortlist:
         vocabulary: Number of the row's logits.
         fetch: Fetches the whole row.
         expect: Told the sharpness that the row's next shortlist is wanted at.
+        lock: Held while the row is fetched; the steps hold it too.
+        row: The row, once it is fetched.
     """
 
     tokens: NDArray[np.int32]
@@ -46,13 +49,15 @@ class Shortlist:
     vocabulary: int
     fetch: Callable[[], NDArray[np.float32]]
     expect: Callable[[float], None]
+    lock: "threading.RLock"
     row: NDArray[np.float32] | None = field(default=None)
 
     def whole(self) -> NDArray[np.float32]:
         """The whole row [V]."""
-        if self.row is None:
-            self.row = self.fetch()
-        return self.row
+        with self.lock:  # before another thread's step, or after it was fetched for that
+            if self.row is None:
+                self.row = self.fetch()
+            return self.row
 
     def draw(self, sampling: "Sampling", draw: float) -> int | None:
         """The token that a draw between 0 and 1 chooses by these settings; None where the whole row is needed."""

@@ -10,7 +10,7 @@ from typing import Literal, Self
 from ..errors import FolderError, shortened, shortened_text
 from .built_engine import EngineSpec, TowerEngine
 from .fields import decode
-from .geometry import ModelSpec, VisionSpec
+from .geometry import ModelSpec, VisionSpec, share_of
 from .json_text import parse_json
 from .recipe import Recipe
 from .sizes import check_name
@@ -32,7 +32,7 @@ class VisionPart:
 
     Attributes:
         spec: The tower's geometry.
-        graph: File name of its graph; empty where it is an engine.
+        graph: File name of its graph; empty where it is an engine, and on a rank that has none since rank 0 has it.
         weights: Tensors that the runtime hands to a bundle's graph; empty in a model.
         session: Flags that the graph needs from its session.
         engine: A TensorRT bundle's engine of the tower.
@@ -54,10 +54,11 @@ class FolderSpec:
     """`spec.json`: what a folder is, made from what, by which version.
 
     Attributes:
-        kind: `model` (canonical graph), `bundle` (one target's artifact), or `group` (a model folder a rank).
+        kind: `model` (canonical graph), `bundle` (one target's artifact), or `group` (a model or bundle folder a rank,
+            named `rank-0` and so on).
         version: Arriero's version that wrote it.
         model: The decoder's geometry; the whole model's where the graph is one rank's.
-        target: Target that a bundle was built for; empty in a model.
+        target: Target that a bundle, or a group's bundles, were built for; empty in a model.
         graph: File name of the decoder's graph.
         source: The checkpoint or model it was made from.
         source_hashes: SHA-256 of the small files it was made from, by name.
@@ -75,6 +76,8 @@ class FolderSpec:
         cache_bits: Bits of keys and values in the caches of a bundle for the CPU, 8 or 4, each group of a token's by a
             scale of its own; 0 where the graph's caches are as they are.
         expert_groups: Over how many groups of ranks the experts are distributed.
+        experts_only: Whether the routed experts alone are split, and each rank has all else whole.
+        rank_hashes: A group's fingerprints of its ranks' folders: SHA-256 of their specs and graphs.
         schema: Version of this description; a folder with another one is refused.
     """
 
@@ -96,6 +99,8 @@ class FolderSpec:
     rank: int = 0
     ranks: int = 1
     expert_groups: int = 1
+    experts_only: bool = False
+    rank_hashes: tuple[str, ...] = ()
     cache_bits: int = 0
     schema: int = SCHEMA
 
@@ -114,6 +119,18 @@ class FolderSpec:
         names = [file.name for file in self.weight_files]
         if len(set(names)) < len(names):
             raise ValueError("two weight files have one name")
+        if self.experts_only and self.expert_groups != self.ranks:
+            raise ValueError(f"experts alone in {self.expert_groups} groups of {self.ranks} ranks")
+
+    @property
+    def parts(self) -> int:
+        """Ranks that have attention, dense MLPs, shared experts and LM head between them; 1 where each has them."""
+        return 1 if self.experts_only else self.ranks
+
+    @property
+    def rank_model(self) -> ModelSpec:
+        """The geometry of the graph in this folder: a rank's part of the decoder's."""
+        return share_of(self.model, self.parts, self.ranks // self.expert_groups)
 
     def to_json(self) -> str:
         """The text of `spec.json`."""

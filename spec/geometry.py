@@ -1,5 +1,6 @@
 """A model's geometry: that of its text decoder and of its vision tower. Standard library only."""
 
+import dataclasses
 import typing
 from dataclasses import dataclass
 from typing import Any, Self
@@ -191,3 +192,22 @@ class VisionSpec:
     def patch_values(self) -> int:
         """Values of a patch: its pixels in three colours."""
         return 3 * self.patch_size**2
+
+
+def share_of(model: ModelSpec, parts: int, sharers: int) -> ModelSpec:
+    """The geometry of a rank's part of a decoder.
+
+    Args:
+        model: The whole decoder.
+        parts: Ranks that have heads and dense MLPs between them.
+        sharers: Ranks that have an expert's width between them.
+    """
+    if parts == sharers == 1:
+        return model
+    return dataclasses.replace(
+        model,
+        heads=model.heads // parts,
+        kv_heads=model.kv_heads // parts,
+        dense_size=model.dense_size // parts,
+        expert_size=model.expert_size // sharers,
+    )

@@ -113,7 +113,8 @@ def _images_beside(row: Mapping[str, Any], where: str) -> list[str | bytes]:
     given = row.get("images") or row.get("image") or []
     listed = given if isinstance(given, list) else [given] if "images" not in row else None
     if listed is not None:
-        found = [each.get("bytes") or each.get("path") if isinstance(each, Mapping) else each for each in listed]
+        places = ((each.get("bytes") or each.get("path")) if isinstance(each, Mapping) else each for each in listed)
+        found: list[Any] = list(places)
         if all(isinstance(image, str | bytes) for image in found):
             return found
     raise DataError(f"{where}: images is no list of paths: correct it")

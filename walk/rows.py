@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, shortened, shortened_text
+from ..errors import DataError, shortened, shortened_text, without_extra
 from ..files.reading import open_regular, read_bytes
 from ..files.safetensors import POINTER
 from ..spec.json_text import parse_json
@@ -51,7 +51,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises:
         DataError: The file or a row cannot be read.
-        ModuleNotFoundError: It is Parquet, and pyarrow is not installed.
+        MissingExtraError: It is Parquet, and pyarrow is not installed.
     """
     yield from _parquet(path) if path.suffix.lower() == PARQUET else _jsonl(path)
 
@@ -91,15 +91,17 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    from pyarrow import parquet
-
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise without_extra(error, "parquet") from error
     number = 0
     try:
         with open_regular(path) as start:
             if start.read(len(POINTER)) == POINTER:
                 raise DataError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
-        with parquet.ParquetFile(path) as file:
+        with path.open("rb") as whole, parquet.ParquetFile(whole) as file:  # pyarrow takes no path that is not UTF-8
             for batch in file.iter_batches(batch_size=BATCH):
                 for row in batch.to_pylist():
                     number += 1

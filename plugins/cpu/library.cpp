@@ -1,4 +1,4 @@
-// The ops of domain `arriero.cpu` for ONNX Runtime: attention, and products with quantised matrices.
+// The ops of domain `arriero.cpu` for ONNX Runtime: attention, products with quantised matrices, and sums over ranks.
 //
 // Weights and scales lie as `matrix.h` says, and are read where they lie. Activations are rounded to int8: in blocks of
 // 32 inputs by the largest of each, or by a static scale where one is given. A matrix of floats has no scale, and is
@@ -7,6 +7,7 @@
 // A graph is data: an op checks its attributes when its kernel is made, and all that a call gives it before it reads or
 // writes any of it.
 
+#include "all_reduce_op.h"
 #include "gqa_op.h"
 #include "linear_op.h"
 #include "moe_op.h"
@@ -88,6 +89,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
         const Runtime runtime{*interface};
         ort::Domain* domain = nullptr;  // lives as long as the process, like the ops
         runtime.check(interface->create_domain("arriero.cpu", &domain));
+        runtime.check(interface->add_to_domain(domain, described<AllReduce>()));
         runtime.check(interface->add_to_domain(domain, described<Linear>()));
         runtime.check(interface->add_to_domain(domain, described<MoeDispatch>()));
         runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::float32>>()));

@@ -1,8 +1,8 @@
 """A GPU's memory, stream and graphs, and the host's pinned memory, through CUDA's driver API.
 
 Invariants: memory and graphs are freed with the objects that own them, but never while the stream is captured, which
-the driver would refuse: then they wait for its end. Context and stream live as long as the process. A thread calls `enter`
-before its first call of anything else: the driver's context is the thread's.
+the driver would refuse: then they wait for its end. Context and stream live as long as the process. A thread calls
+`enter` before its first call of anything else: the driver's context is the thread's.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ PIECE = 64 << 20
 
 
 class Device:
-    """The first GPU, with its primary context, and one stream."""
+    """A GPU, with its primary context, and one stream; the first one, where nothing is said."""
 
-    def __init__(self, driver: Driver) -> None:
-        self.driver = driver
+    def __init__(self, driver: Driver, number: int = 0) -> None:
+        self.driver, self.number = driver, number
         self.context, stream = ctypes.c_void_p(), ctypes.c_void_p()
         self.capturing = False
         self.released: list[tuple[str, Any]] = []
-        driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), 0)
+        driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), number)
         self.enter()
         driver.call("cuStreamCreate", ctypes.byref(stream), NON_BLOCKING)
         self.stream: int = stream.value or 0
@@ -41,13 +41,16 @@ class Device:
         self.pending: list[NDArray[Any]] = []
 
     @classmethod
-    def open(cls) -> Self:
-        """Opens the first GPU.
+    def open(cls, number: int = 0) -> Self:
+        """Opens a GPU, by its number among those that the process sees.
 
         Raises:
-            SessionError: There is no driver, or no GPU.
+            SessionError: There is no driver, or no such GPU.
         """
-        return cls(Driver())
+        driver = Driver()
+        if number and (present := driver.devices()) <= number:
+            raise SessionError(f"rank {number} needs a GPU of its own, and there are {present}: run fewer ranks")
+        return cls(driver, number)
 
     def enter(self) -> None:
         """Makes the GPU's context the calling thread's."""
@@ -178,7 +181,7 @@ class PinnedMemory:
         pointer = ctypes.c_void_p()
         device.driver.call("cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)), 0)
         self.address: int = pointer.value or 0
-        self.bytes: NDArray[np.uint8] = np.frombuffer((ctypes.c_uint8 * size).from_address(self.address), np.uint8)
+        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
         device.own(self, "cuMemFreeHost", pointer)
 
 

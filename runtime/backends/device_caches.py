@@ -112,6 +112,13 @@ class DeviceCaches:
                 for address, line in zip(self._lines(each, row, start), slots[each.name], strict=True):
                     self.device.upload(address, line)
 
+    def row_bytes(self, tokens: int) -> int:
+        """Bytes of a row, however few tokens it holds: an engine's rows are whole."""
+        return sum(self.row_sizes.values())
+
+    def release(self, row: int) -> None:
+        """Does nothing: a row's memory is there as long as the others'."""
+
     def _lines(self, cache: CacheInput, row: int, start: int) -> list[int]:
         """The address of a position in a row, for each head."""
         slot = slots_of(cache_chunk(self.spec, cache.name), start, start).start

@@ -30,8 +30,8 @@ REASONS = {
 """TensorRT-RTX's diagnostics of an engine, in the order in which they are told."""
 
 
-def check_machine(folder: Path, about: EngineSpec, driver: Driver) -> int:
-    """Compares driver and GPU with those that an engine is for. Returns the GPU's compute capability.
+def check_machine(folder: Path, about: EngineSpec, driver: Driver, number: int = 0) -> int:
+    """Compares driver and GPU, by its number, with those an engine is for. Returns the GPU's compute capability.
 
     Raises:
         SessionError: The driver is too old, or the GPU another.
@@ -42,7 +42,7 @@ def check_machine(folder: Path, about: EngineSpec, driver: Driver) -> int:
             f"this machine's NVIDIA driver serves CUDA {major}.{minor}, {about.flavour} {about.version} needs "
             f"CUDA {about.cuda}: install a newer driver"
         )
-    capability = driver.capability()
+    capability = driver.capability(number)
     if capability not in about.capabilities:
         built_for = ", ".join(f"sm{each}" for each in about.capabilities)
         raise SessionError(f"{folder} was built for {built_for}, this GPU is sm{capability}: build for sm{capability}")

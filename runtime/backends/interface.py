@@ -55,6 +55,14 @@ class Caches(Protocol):
         """Puts back what `read` gave from `start` on; slots to which no token after `past` attends may be left out."""
         ...
 
+    def row_bytes(self, tokens: int) -> int:
+        """Bytes that a row takes at most while it holds this number of tokens."""
+        ...
+
+    def release(self, row: int) -> None:
+        """Gives back the memory of a row that nobody has, where it was made sparse."""
+        ...
+
 
 class Binding(Protocol):
     """A decoder bound to some rows of its caches."""
@@ -108,8 +116,11 @@ class DecoderBackend(Protocol):
         """Looks whether the files that are read in place are as they were; raises a `SessionError` where not."""
         ...
 
-    def caches(self, batch: int, positions: int) -> Any:
-        """Makes `Caches` of this back end, zeros at first."""
+    def caches(self, batch: int, positions: int, *, sparse: bool = False) -> Any:
+        """Makes `Caches` of this back end, zeros at first; sparse ones take memory only for tokens that rows hold.
+
+        A back end that cannot do so makes the others, whose `row_bytes` is that of a whole row.
+        """
         ...
 
     def bind(self, caches: Any, rows: slice) -> Binding:

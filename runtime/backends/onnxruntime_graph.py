@@ -39,6 +39,7 @@ def open_graph(
     threads: int | None = None,
     *,
     has_arena: bool = True,
+    is_rank: bool = False,
 ) -> ort.InferenceSession:
     """Opens a lowered graph.
 
@@ -50,6 +51,8 @@ def open_graph(
         threads: Threads of one operator; None takes the processors that this process may use.
         has_arena: Whether ONNX Runtime keeps the memory of activations. It keeps a block of each shape that has come
             twice, which adds up where lengths and batches change; without it malloc takes back each step's memory.
+        is_rank: Whether it is one of a group's, whose steps may fail for another rank's sake: the leader says so once,
+            and ONNX Runtime not at all.
 
     Raises:
         SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
@@ -59,7 +62,7 @@ def open_graph(
     options = ort.SessionOptions()
     options.intra_op_num_threads = count
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4 if is_rank else 3
     options.enable_cpu_mem_arena = has_arena
     for name, value in session.items():
         options.add_session_config_entry(name, value)

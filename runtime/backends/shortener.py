@@ -3,6 +3,7 @@
 Enters: the logits that the step left on the GPU. Leaves: `Shortlist`s, which fetch their row where they are not enough.
 """
 
+import threading
 from functools import partial
 
 import numpy as np
@@ -23,10 +24,13 @@ class Shortener:
         kernels: The bundle's.
         exchange: Its logits, and one over each row's temperature.
         most: Rows at most.
+        lock: Held by steps, and where a row is fetched.
     """
 
-    def __init__(self, device: Device, kernels: Kernels, exchange: Exchange, most: int) -> None:
-        self.device, self.kernels, self.exchange = device, kernels, exchange
+    def __init__(
+        self, device: Device, kernels: Kernels, exchange: Exchange, most: int, lock: "threading.RLock"
+    ) -> None:
+        self.device, self.kernels, self.exchange, self.lock = device, kernels, exchange, lock
         self.plan = Plan(exchange.vocabulary)
         self.scratch = DeviceMemory(device, total_size(self.plan.workspace(most)))
         self.memory = DeviceMemory(device, most * WORDS * 4)
@@ -65,8 +69,13 @@ class Shortener:
                 sharpness=float(sharpness_B[row]),
                 odd=int(words_BW[row, 2 * COUNT + 1]),
                 vocabulary=vocabulary,
-                fetch=partial(self.exchange.fetch, (vocabulary,), row),
+                fetch=partial(self._fetch, row),
                 expect=partial(sharpness_B.__setitem__, row),
+                lock=self.lock,
             )
             for row in range(rows)
         ]
+
+    def _fetch(self, row: int) -> NDArray[np.float32]:
+        self.device.enter()  # perhaps of another thread than the step's
+        return self.exchange.fetch((self.exchange.vocabulary,), row)

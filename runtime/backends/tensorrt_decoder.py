@@ -5,10 +5,11 @@ caches are updated in place, past and present are one address; a step over singl
 have been before is one launch of a captured graph, and allocates nothing.
 """
 
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class TensorRTDecoder:
         folder: The bundle's spec.
         path: The bundle; None where nothing compiled is kept.
         kernels: The bundle's kernels; without them logits are fetched whole.
+        communicator: The ranks' communicator, as TensorRT takes it; None of a whole model.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class TensorRTDecoder:
         folder: FolderSpec,
         path: Path | None = None,
         kernels: Kernels | None = None,
+        communicator: Any = None,
     ) -> None:
         assert folder.engine is not None
         self.device, self.about, self.spec = device, folder.engine, folder.model
@@ -77,13 +80,19 @@ class TensorRTDecoder:
         self.exchanges = [
             Exchange(device, about.profiles[index], self.spec.vocab_size, feature_row) for index in (DECODE, PIECES)
         ]
-        self.shortener = None if kernels is None else Shortener(device, kernels, self.exchanges[DECODE], most)
+        self.lock = threading.RLock()
+        self.shortener = (
+            None if kernels is None else Shortener(device, kernels, self.exchanges[DECODE], most, self.lock)
+        )
         activations = self.execution.activations(len(about.profiles), streams_weights=about.weight_streaming)
         if about.weight_streaming:
             self.pool.give(self.pool.take(most))  # the weights get what is left
             self.execution.stream_weights()
         pieces = len(about.profiles) - 1
         self.contexts = self.execution.contexts(["EAGER", *["NONE"] * pieces], activations)  # type: ignore[list-item]
+        if communicator is not None:
+            for number, context in enumerate(self.contexts.made):  # each waits for all ranks
+                accept(context.set_communicator(communicator), f"the communicator of profile {number}")
         self.bound: dict[int, tuple[int, ...]] = {}
         self.shapes: dict[int, dict[str, tuple[int, ...]]] = {DECODE: {}, PIECES: {}}
         self.captures = not about.weight_streaming
@@ -107,7 +116,7 @@ class TensorRTDecoder:
     def check_files(self) -> None:
         """Nothing: the weights are the GPU's own copy."""
 
-    def caches(self, batch: int, positions: int) -> DeviceCaches:
+    def caches(self, batch: int, positions: int, *, sparse: bool = False) -> DeviceCaches:
         """Makes KV buffers for a batch; their size is the engine's, whatever `positions` are used."""
         self.device.enter()
         return DeviceCaches(self.pool, self.spec, self.about.caches, batch, positions)
@@ -149,6 +158,16 @@ class TensorRTBinding:
         features_MH: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Runs one piece: inputs to the GPU, the step, and the logits back into a new array."""
+        with self.decoder.lock:
+            return self._step(ids_BS, past_B, positions_BR, features_MH)
+
+    def _step(
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        positions_BR: NDArray[np.int64],
+        features_MH: NDArray[np.float32] | None,
+    ) -> NDArray[np.float32]:
         decoder = self.decoder
         shape = (*positions_BR.shape, decoder.spec.vocab_size)
         if ids_BS.shape[1] == 1 and positions_BR.shape[1] == 1 and features_MH is None:
@@ -175,12 +194,13 @@ class TensorRTBinding:
     def decode(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> Sequence[Row]:
         """Runs a token of each row. Returns each row's logits after it, shortened where there are kernels for it."""
         decoder = self.decoder
-        self._run_tokens(ids_B1, past_B)
-        if decoder.shortener is None:
-            return list(decoder.exchanges[DECODE].fetch((self.batch, decoder.spec.vocab_size)))
-        rows = decoder.shortener.read(self.caches.sharpness[self.rows])
-        decoder.outstanding = [weakref.ref(row) for row in rows]
-        return rows
+        with decoder.lock:
+            self._run_tokens(ids_B1, past_B)
+            if decoder.shortener is None:
+                return list(decoder.exchanges[DECODE].fetch((self.batch, decoder.spec.vocab_size)))
+            rows = decoder.shortener.read(self.caches.sharpness[self.rows])
+            decoder.outstanding = [weakref.ref(row) for row in rows]
+            return rows
 
     def _run_tokens(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> None:
         """Runs a token of each row: a captured graph where this was done before."""
@@ -267,13 +287,19 @@ SHORT, LONG = 16, 64
 """Pieces of up to SHORT tokens keep their length; up to LONG they are padded to multiples of SHORT, above of LONG."""
 
 
-def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> TensorRTDecoder:
-    """Loads a bundle's engine onto the GPU.
+def load_decoder(
+    folder: Path,
+    spec: FolderSpec,
+    files: Mapping[str, Path],
+    join: Callable[[], Any] | None = None,
+) -> TensorRTDecoder:
+    """Loads a bundle's engine onto the GPU, a rank's onto the GPU of its number.
 
     Args:
         folder: The bundle.
         spec: Its spec.
         files: The paths of its weight files, by name.
+        join: Makes the communicator of the ranks, as TensorRT takes it; None of a whole model.
 
     Raises:
         SessionError: The GPU, the driver or TensorRT's version is not the one that the engine was built for.
@@ -281,8 +307,8 @@ def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> T
     """
     about = spec.engine
     assert about is not None
-    device = Device.open()
-    capability = check_machine(folder, about, device.driver)
+    device = Device.open(spec.rank)
+    capability = check_machine(folder, about, device.driver, device.number)
     data = read_engine(folder, about)
     trt = open_version(about)
     binaries = [each for each in about.kernels if each.capability == capability]
@@ -291,7 +317,8 @@ def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> T
         creator.kernels, creator.capabilities = kernels, (capability,)
     engine = deserialise(trt, data, folder / about.file)
     weights = upload_weights(device, spec.weights, files)
-    return TensorRTDecoder(trt, device, engine, weights, spec, folder, kernels)
+    communicator = None if join is None else join()
+    return TensorRTDecoder(trt, device, engine, weights, spec, folder, kernels, communicator)
 
 
 def read_engine(folder: Path, about: EngineSpec) -> bytes:

@@ -20,6 +20,7 @@ from ...errors import SessionError, shortened
 from .environment import BrokenTemplateError, CostlyTemplateError, FailedTemplateError
 from .rendering import Writer
 from .sandbox import written_in
+from .special_tokens import encode_ordinary
 
 Span = tuple[int, int]
 
@@ -122,19 +123,9 @@ class ControlTokens:
         at = 0
         for start, end in foreign:
             ids += self.tokenizer.encode(text[at:start], add_special_tokens=False).ids
-            ids += self._encode_letters(text[start:end])
+            ids += encode_ordinary(self.tokenizer, text[start:end])
             at = end
         return ids + list(self.tokenizer.encode(text[at:], add_special_tokens=False).ids)
-
-    def _encode_letters(self, text: str) -> list[int]:
-        """Token ids of a text that no added token is looked for in."""
-        tokenizer = self.tokenizer
-        if tokenizer.normalizer is not None:
-            text = tokenizer.normalizer.normalize_str(text)
-        words = [text]
-        if tokenizer.pre_tokenizer is not None:
-            words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        return [token.id for word in words for token in tokenizer.model.tokenize(word)]
 
 
 def _written_in(writer: Writer, source: str, texts: Iterable[str]) -> list[str]:

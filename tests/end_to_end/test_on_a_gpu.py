@@ -3,7 +3,7 @@
 The tests take a pairwise sample; `make gpu-scenes` plays all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ def gpu() -> Iterator[Gpu]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {name: str(make_model(name, tmp_path_factory.mktemp("gpu") / name)) for name in BOUNDS}
+def models(make_llama4: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {name: str(make_model(name, tmp_path_factory.mktemp("gpu") / name, make_llama4)) for name in BOUNDS}
 
 
 @pytest.mark.parametrize("name", BOUNDS)

@@ -46,10 +46,10 @@ def test_what_is_not_there_says_how_to_get_it(cache: Path) -> None:
 
 
 def test_the_cache_lies_where_the_hub_s_library_puts_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    constants = pytest.importorskip("huggingface_hub.constants")
     assert cache_folder() == cache.parent
     monkeypatch.delenv("HF_HOME")
-    if "HF_HUB_CACHE" not in constants.__dict__.get("os").environ:
-        assert cache_folder() == Path("~/.cache/huggingface/hub").expanduser()
+    assert cache_folder() == Path("~/.cache/huggingface/hub").expanduser()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache_folder() == Path("/cache/huggingface/hub")
     monkeypatch.setenv("HF_HUB_CACHE", "/somewhere")
     assert cache_folder() == Path("/somewhere")

@@ -5,13 +5,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from json_keys import documented
 from transformers import Llama4ForCausalLM
 from typer.testing import CliRunner
 
 from arriero.accuracy import record_golden
-from arriero.calibration import int8
+from arriero.calibration import calibrate_model
 from arriero.cli.app import app
 from arriero.engine import build_bundle
 from arriero.errors import FolderError
@@ -19,7 +20,6 @@ from arriero.export.checkpoint import open_checkpoint
 from arriero.files.contents_hash import contents_hash
 from arriero.measuring.contents import describe
 from arriero.spec.parameters import count_parameters
-from arriero.spec.recipe import Recipe
 
 
 def inspected(path: Path) -> tuple[dict[str, object], str]:
@@ -52,10 +52,10 @@ def _product(shape: tuple[int, ...]) -> int:
     return total
 
 
-def test_a_quantised_folder_tells_its_recipe_and_its_files(
-    quantised_tiny: Callable[[Recipe], Path], tmp_path: Path
-) -> None:
-    bundle = build_bundle(quantised_tiny(int8()), tmp_path / "bundle", kv_cache="int8")
+def test_a_quantised_folder_tells_its_recipe_and_its_files(tiny_model: Path, tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(3, 2000, (1, 64))
+    quantised = calibrate_model(tiny_model, tmp_path / "int8", recipe="int8", data=ids, floor=0)
+    bundle = build_bundle(quantised, tmp_path / "bundle", kv_cache="int8")
     found, shown = inspected(bundle)
     assert set(found) | {"vision", "engine", "layers", "every_layer"} == documented("model, bundle")
     assert found["quantised"]["format"] == "int8"  # type: ignore[index]

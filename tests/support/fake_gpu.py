@@ -70,12 +70,14 @@ class FakeEngine:
 class FakeDecoder(FakeEngine):
     """A decoder's engine, for `arriero.runtime.backends.tensorrt_decoder`."""
 
-    def __init__(self, model: Path, driver: FakeDriver, dtype: str = "float32") -> None:
+    def __init__(self, model: Path, driver: FakeDriver, dtype: str = "float32", group: Any = None) -> None:
         super().__init__(driver, dtype)
         spec = read_spec(model)
         lowered = lower_for_cpu(model, spec)
         weights = map_weights(lowered.weights, find_files(model, spec.weight_files))
-        self.decoder = OnnxRuntimeDecoder(lowered.graph, weights, model, spec.model, lowered.session, 1)
+        self.decoder = OnnxRuntimeDecoder(
+            lowered.graph, weights, model, spec.rank_model, lowered.session, 1, group=group
+        )
 
     def run(self, context: "FakeContext") -> None:
         ids, past, positions = (context.array(name, kind) for name, kind in TYPES.items())
@@ -118,6 +120,11 @@ class FakeContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.profile: int | None = None
         self.runs: list[tuple[int, ...]] = []
+        self.communicator: Any = None
+
+    def set_communicator(self, communicator: Any) -> bool:
+        self.communicator = communicator
+        return True
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile

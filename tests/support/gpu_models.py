@@ -1,10 +1,11 @@
 """Small random Llama 4s for the GPU that is not there, one of each precision."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from conftest import llama4
 
 from arriero.calibration import calibrate_model
 from arriero.export import export_checkpoint
@@ -22,8 +23,8 @@ RECIPES = {
 }
 
 
-def make_model(name: str, folder: Path) -> Path:
-    """Exports a model of two layers, one chunked and one full, and quantises it."""
+def make_model(name: str, folder: Path, llama4: Callable[..., Any]) -> Path:
+    """Exports a model of two layers, one chunked and one full, and quantises it; `llama4` is `conftest`'s."""
     made = llama4(num_hidden_layers=2, no_rope_layers=[1, 0], initializer_range=0.1, dtype=torch.bfloat16)
     with torch.no_grad():
         for layer in made.model.layers:

@@ -26,11 +26,11 @@ class Gpu:
 
 def start() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
-    import executing_cuda
+    import executed_kernels
     import interpreted_floats
 
     interpreted_floats.teach()
-    executing_cuda.watch_accesses()
+    executed_kernels.watch_accesses()
 
 
 def play(scene: str, given: dict[str, Any]) -> Any:

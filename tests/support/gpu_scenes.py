@@ -90,7 +90,7 @@ def load(model: Path, max_seq: int, max_batch: int, max_prefill: int) -> Stage:
 
 
 def logits(model: str, ids: Sequence[Sequence[int]], lengths: Sequence[int], decoded: int, **how: Any) -> Any:
-    """Teacher-forced logits of rows, prefilled in pieces and then decoded together. Returns the engine's and the CPU's."""
+    """Teacher-forced logits of rows, prefilled, then decoded together. Returns the engine's and the CPU's."""
     made = stage(model, **how)
     found = []
     for session in (made.session, made.plain):
@@ -132,7 +132,7 @@ def texts(model: str, prompts: Sequence[Sequence[int]], new: int, way: str, sett
 def judged(
     model: str, prompts: Sequence[Sequence[int]], found: Sequence[Sequence[int]], bound: float, **how: Any
 ) -> Any:
-    """Of each new token, whether the CPU's two likeliest are apart by more than twice the bound, and the CPU's token."""
+    """Of each new token, whether the CPU's two likeliest are apart by twice the bound, the CPU's token, and itself."""
     plain, rows = stage(model, **how).plain, []
     for prompt, new in zip(prompts, found, strict=True):
         ids = [*prompt, *new]
@@ -195,9 +195,7 @@ def far_slots() -> Any:
         device = Device(Driver(cuda))
         folder = Path(mkdtemp())
         kernels = Kernels(device.driver, folder, write_images(plan.kernels, GQA_MODULE, CAPABILITY, folder))
-        caches = [
-            DeviceMemory(device, batch * 2 * capacity * 128) for _ in range(2)
-        ]  # 7.7 GB each, touched nowhere else
+        caches = [DeviceMemory(device, batch * 2 * capacity * 128) for _ in range(2)]
         arrays: dict[str, Any] = {"query": query, "key": key, "value": key * 2, "past_lengths": past}
         arrays |= dict.fromkeys(("key_scale", "value_scale"), np.full((2, 128), 0.02, np.float32))
         arrays["output"] = np.zeros_like(query)

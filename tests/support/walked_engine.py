@@ -1,8 +1,8 @@
 """A TensorRT engine without TensorRT: the lowered network walked node by node over the addresses that a session bound.
 
-Custom ops are the real plugins, with all that TensorRT would ask of them; standard nodes are ONNX's reference operators in
-float32, rounded to the type that the graph says. Invariant: a run allocates nothing; what lies between nodes is in the
-memory that the session gave for activations, and what a node does is put into the session's stream.
+Custom ops are the real plugins, with all that TensorRT would ask of them; standard nodes are ONNX's reference operators
+in float32, rounded to the type that the graph says. Invariant: a run allocates nothing; what lies between nodes is in
+the memory that the session gave for activations, and what a node does is put into the session's stream.
 """
 
 import ctypes
@@ -14,7 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
-from executing_cuda import ExecutingCuda, write_image
+from executed_kernels import write_image
+from executing_cuda import ExecutingCuda
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
@@ -90,7 +91,7 @@ class WalkedEngine:
         self.built = {node.name: self._build(node) for node in self.graph.node if node.op_type in PLUGINS}
 
     def _build(self, node: Any) -> Any:
-        """Makes a node's plugin and asks it what TensorRT asks when it builds. Returns it, serialised and read again."""
+        """Makes a node's plugin, as TensorRT's parser does."""
         creator, op = self.creators[node.op_type], PLUGINS[node.op_type]
         values = {each.name: helper.get_attribute_value(each) for each in node.attribute}
         known = op.settings.__dataclass_fields__

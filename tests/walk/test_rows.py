@@ -59,7 +59,7 @@ def test_parquet_is_read_as_jsonl(multimodal_checkpoint: Path, tmp_path: Path) -
 
     drawn(20, 20).save(tmp_path / "small.png")
     prompts, text = ImagePrompts(Text(multimodal_checkpoint)), Text(multimodal_checkpoint)
-    rows = [EQUAL["messages"], {"messages": [USER], "images": ["small.png"]}]
+    rows = [{**EQUAL["messages"], "images": []}, {"messages": [USER], "images": ["small.png"]}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     expected = read(multimodal_checkpoint, list(rows), tmp_path, prompts)
     found = read_conversations(tmp_path / "rows.parquet", text, prompts)

@@ -1,0 +1,1 @@
+"""Continuations that follow a grammar, a JSON schema or a regular expression."""

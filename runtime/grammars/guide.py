@@ -1,0 +1,158 @@
+"""One sequence's way through a grammar: which tokens may come next.
+
+Enters: the tokens as they are chosen. Leaves: a mask of the next ones. Invariant: the mask of the next step is computed
+by another thread from the moment that a token is chosen, so that it lies ready when the model's step is done; whoever
+asks for it earlier waits.
+"""
+
+import threading
+import weakref
+from collections.abc import Collection, Sequence
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import SessionError, shortened_text
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+HALF, INFINITE = np.float32(0.5), np.float32(np.inf)
+
+
+class Guide:
+    """A grammar's matcher at one place of one sequence.
+
+    Args:
+        matcher: The matcher at the beginning; the guide's own.
+        words: The mask there, 32 tokens a word.
+        size: Tokens that there are.
+        ends: Tokens that end the sequence: they may come where the grammar's text may end.
+        textless: Tokens that write no text.
+        worker: Computes masks.
+    """
+
+    def __init__(
+        self,
+        matcher: "LLMatcher",
+        words: NDArray[np.int32],
+        size: int,
+        ends: Collection[int],
+        textless: Collection[int],
+        worker: "MaskWorker",
+    ) -> None:
+        self.matcher, self.words, self.size = matcher, words.copy(), size
+        self.ends = [(token, token in textless) for token in sorted(ends) if token < size]
+        self.worker, self.ready = worker, threading.Lock()
+        self.is_complete, self.fault = False, ""
+        self._admit_ends()
+        self._end_where_nothing_follows()
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
+        self._wait()
+        return self._has(token)
+
+    def restrict(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A copy of logits [V] in which those of tokens that may not come are -∞."""
+        self._wait()
+        bound_V = np.unpackbits(self.words.view(np.uint8), bitorder="little")[: len(logits_V)].astype(np.float32)
+        bound_V -= HALF
+        bound_V *= INFINITE  # ∞ for those that may come: a third of the time that a choice by the mask takes
+        return np.minimum(logits_V, bound_V, out=bound_V)
+
+    def advance(self, token: int) -> None:
+        """Takes the token that was chosen, one that may come.
+
+        Raises:
+            SessionError: The grammar has become too large to follow.
+        """
+        self._wait()
+        ends = next((textless for end, textless in self.ends if end == token), None)
+        if ends and not self.matcher.validate_tokens([token]):  # no text of the grammar's
+            self.is_complete = True
+            return
+        if not self.matcher.consume_token(token):
+            raise self._error(self.matcher.get_error())
+        if self.matcher.is_stopped():
+            self.is_complete = True
+            return
+        self.ready.acquire()
+        self.worker.fill(self)
+        self._end_where_nothing_follows()
+
+    def fitting(self, draft: Sequence[int]) -> list[int]:
+        """The first tokens of a draft, as far as the grammar takes them."""
+        self._wait()
+        return list(draft[: self.matcher.validate_tokens(list(draft))])
+
+    def fill(self) -> None:
+        """Computes the mask; whatever it raises is raised where the mask is asked for."""
+        try:
+            self.matcher.unsafe_compute_mask_ptr(self.words.ctypes.data, self.words.nbytes)
+            self._admit_ends()
+        except Exception as error:  # of whatever kind: it belongs to this sequence, not to the worker
+            self.fault = self.fault or f"{type(error).__name__}: {error}"
+        finally:
+            self.ready.release()
+
+    def _wait(self) -> None:
+        """Waits until the mask is there."""
+        self.ready.acquire()
+        self.ready.release()
+        if self.fault:
+            raise self._error(self.fault)
+
+    def _admit_ends(self) -> None:
+        """Puts the tokens that end the sequence into the mask, or takes them from it."""
+        if self.matcher.is_error():
+            self.fault = self.matcher.get_error()
+            return
+        accepts = self.matcher.is_accepting()
+        for token, textless in self.ends:
+            admitted = accepts and textless
+            if self._has(token):  # the grammar has it as text: it may end the sequence where the text may end behind it
+                probe = self.matcher.deep_copy()
+                admitted = admitted or (probe.consume_token(token) and probe.is_accepting())
+            bit = np.uint32(1 << (token & 31)).view(np.int32)
+            self.words[token >> 5] = self.words[token >> 5] | bit if admitted else self.words[token >> 5] & ~bit
+
+    def _end_where_nothing_follows(self) -> None:
+        """Without a token that could end it, a sequence is complete where no token may come."""
+        if not self.ends:
+            self._wait()
+            bits = np.unpackbits(self.words.view(np.uint8), bitorder="little")[: self.size]
+            self.is_complete = not bits.any() and self.matcher.is_accepting()
+
+    def _has(self, token: int) -> bool:
+        return bool(int(self.words[token >> 5]) >> (token & 31) & 1)
+
+    def _error(self, reason: str) -> SessionError:
+        return SessionError(f"the grammar cannot be followed further ({shortened_text(reason, 200)}): simplify it")
+
+
+class MaskWorker:
+    """A thread that computes masks while the model's step runs. It begins with the first, and ends with its owner."""
+
+    def __init__(self) -> None:
+        self.guides: SimpleQueue[Guide | None] = SimpleQueue()
+        self.lock, self.is_running = threading.Lock(), False
+
+    def fill(self, guide: Guide) -> None:
+        """Has a guide's mask computed; its `ready` is held until it is."""
+        if not self.is_running:
+            with self.lock:
+                if not self.is_running:
+                    threading.Thread(target=_fill_masks, args=(self.guides,), name="masks", daemon=True).start()
+                    weakref.finalize(self, self.guides.put, None)
+                    self.is_running = True
+        self.guides.put(guide)
+
+
+def _fill_masks(guides: "SimpleQueue[Guide | None]") -> None:
+    """Computes the masks of guides as they come, until None comes."""
+    while (guide := guides.get()) is not None:
+        guide.fill()
+        del guide  # with the last of a session, its worker may go

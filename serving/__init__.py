@@ -1,0 +1,1 @@
+"""A session behind the interfaces that clients and routers speak."""
