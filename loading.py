@@ -299,7 +299,7 @@ def cpu_decoder_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight
 
         lowered = lower_for_cpu(path, spec)
         found = lowered.graph, lowered.weights, lowered.session
-    check_decoder(found[0], found[1], spec.model, spec.cache_bits, path / spec.graph)
+    check_decoder(found[0], found[1], spec.rank_model, spec.cache_bits, path / spec.graph)
     return found
 
 
