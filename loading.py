@@ -258,7 +258,8 @@ def _open_decoder(
     what = f"{path} with one sequence of {max_seq} tokens"
     check_fits(what, memory.total - memory.mapped - memory.process, "load it with a smaller max_seq (--max-seq)")
     shared = None if meeting is None else meeting.segment.bytes
-    return OnnxRuntimeDecoder(graph, map_weights(weights, files), path, spec.rank_model, flags, threads, group=shared)
+    mapped = map_weights(weights, files, spec.ranks)
+    return OnnxRuntimeDecoder(graph, mapped, path, spec.rank_model, flags, threads, group=shared)
 
 
 def open_tower(path: Path, spec: FolderSpec, part: VisionPart, files: dict[str, Path], threads: int | None) -> "Tower":
@@ -299,7 +300,7 @@ def cpu_decoder_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight
 
         lowered = lower_for_cpu(path, spec)
         found = lowered.graph, lowered.weights, lowered.session
-    check_decoder(found[0], found[1], spec.model, spec.cache_bits, path / spec.graph)
+    check_decoder(found[0], found[1], spec.rank_model, spec.cache_bits, path / spec.graph)
     return found
 
 

@@ -40,8 +40,13 @@ FEATURES, PIXELS = "image_features", "pixels"
 CACHE = re.compile(r"(past|present)\.(\d{1,5})\.(key|value)")
 
 
-def check_weights(weights: Iterable[Weight], files: Mapping[str, Path]) -> None:
+def check_weights(weights: Iterable[Weight], files: Mapping[str, Path], ranks: int = 1) -> None:
     """Holds weights against the headers of their files.
+
+    Args:
+        weights: The weights.
+        files: The files by name.
+        ranks: Ranks that the model is split over; one's weight may be some of a tensor's rows, or of its experts.
 
     Raises:
         FolderError: One lies elsewhere than its file says, or is of another type or shape there.
@@ -52,10 +57,10 @@ def check_weights(weights: Iterable[Weight], files: Mapping[str, Path]) -> None:
             raise _wrong(weight, "is in a file that the folder does not list")
         if weight.file not in shards:
             shards[weight.file] = open_shard(files[weight.file])
-        _check_weight(weight, shards[weight.file].tensors)
+        _check_weight(weight, shards[weight.file].tensors, ranks)
 
 
-def _check_weight(weight: Weight, tensors: Mapping[str, Region]) -> None:
+def _check_weight(weight: Weight, tensors: Mapping[str, Region], ranks: int) -> None:
     region, start, shape = _find(weight, tensors)
     dtype, expected = CODES[weight.dtype], weight.shape
     if weight.is_made:
@@ -64,11 +69,20 @@ def _check_weight(weight: Weight, tensors: Mapping[str, Region]) -> None:
         expected = (*expected[:-1], expected[-1] // 2)
     if region.dtype != dtype:
         raise _wrong(weight, f"is {dtype}, its file has it as {region.dtype}")
+    if ranks > 1 and _is_slice(weight, region, shape, expected):
+        return
     if shape != expected and (start is None or math.prod(shape) != math.prod(expected)):
         raise _wrong(weight, f"has the shape {shortened(list(expected))}, in its file {shortened(list(shape))}")
     place = region.offset + (start or 0)
     if weight.offset != place:
         raise _wrong(weight, f"lies at {weight.offset}, in its file at {place}")
+
+
+def _is_slice(weight: Weight, region: Region, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a rank's weight is some of a tensor's rows, or one of its experts, in their place."""
+    rows = shape == expected or (shape[1:] == expected[1:] and expected[:1] and shape[0] % max(1, expected[0]) == 0)
+    begun = weight.offset - region.offset
+    return bool(rows) and weight.size > 0 and begun % weight.size == 0 and 0 <= begun <= region.size - weight.size
 
 
 def _find(weight: Weight, tensors: Mapping[str, Region]) -> tuple[Region, int | None, tuple[int, ...]]:

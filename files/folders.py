@@ -117,8 +117,8 @@ def rank_fingerprint(folder: Path) -> str:
     for name in (SPEC, spec.graph, "" if spec.vision is None else spec.vision.graph):
         if name:
             try:
-                digest.update((folder / name).read_bytes())
-            except OSError as error:
+                digest.update(reading.read_bytes(folder / name, remedy="write the group again", most=1 << 30))
+            except FileNotFoundError as error:
                 raise FolderError(f"{folder / name}: {error.strerror}: write the group again") from error
     return digest.hexdigest()
 
