@@ -33,7 +33,7 @@ from arriero.export import export_checkpoint
 from arriero.files.processors import processors, share_processors
 from arriero.runtime import Session
 
-TINY = Path(__file__).parent.parent / "examples" / "tiny-llama4"
+TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-llama4"
 LAYOUTS = {"tp 2": (2, 1), "ep 2": (1, 2), "tp 2, ep 2": (2, 2)}
 PARTS = ("tokens", "speed", "sizes")
 Row = dict[str, Any]

@@ -25,7 +25,7 @@ from ..plugins.gqa import op as gqa
 from ..plugins.launch import ALIGNMENT, round_up
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import write_body as write_moe_body
-from ..plugins.nodes import Nodes, number
+from ..plugins.nodes import Nodes, dims, number
 from ..plugins.tensorrt_plugin import NAMESPACE, VERSION
 from ..spec.built_engine import CacheInput
 from ..spec.folder import FolderSpec, VisionPart
@@ -257,7 +257,8 @@ class _TensorrtLowering:
             return
         names = moe.INPUTS + moe.WEIGHT_SCALES + moe.ACTIVATION_SCALES
         given = {key: value for key, value in zip(names, inputs, strict=False) if value is not None}
-        write_moe_body(nodes, given, outputs[0], attributes=attributes, dtype=dtype)
+        in_part = dims(inputs[2])[0] < self.spec.experts
+        write_moe_body(nodes, given, outputs[0], attributes=attributes, dtype=dtype, in_part=in_part)
 
     def _value(self, value: ir.Value) -> ir.Value:
         """The new graph's value for one of the old graph's; caches get their capacity."""

@@ -49,11 +49,11 @@ class WholeModel:
 def split_folder(
     source: Path,
     target: Path,
-    *,
     tp: int,
     ep: int | None,
     copy_weights: bool,
     weights: Path | None,
+    *,
     force: bool,
     progress: Progress,
     notice: Callable[[str], None],

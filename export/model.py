@@ -85,39 +85,40 @@ def export_checkpoint(
             raise ExportError(
                 f"{checkpoint} is exported already: export its checkpoint with --dtype or --tokenizer, and split that"
             )
-        return split_folder(
-            Path(checkpoint).absolute(),
-            Path(out).absolute(),
-            tp=tp,
-            ep=ep,
-            copy_weights=copy_weights,
-            weights=None if weights is None else Path(weights),
-            force=force,
-            progress=progress,
-            notice=notice,
-        )
-    source, target = find_checkpoint(checkpoint).absolute(), Path(out).absolute()
+        moved, folders = None if weights is None else Path(weights), (Path(checkpoint).absolute(), Path(out).absolute())
+        return split_folder(*folders, tp, ep, copy_weights, moved, force=force, progress=progress, notice=notice)
+    source = find_checkpoint(checkpoint).absolute()
     small = source if tokenizer is None else _tokenizer_folder(tokenizer)
-    check_apart(source, target)
-    check_free(target, force=force)
+    check_apart(source, Path(out).absolute())
+    check_free(Path(out).absolute(), force=force)
     opened = open_checkpoint(source)
-    if opened.quantised is not None:
-        _check_quantised(opened.spec, dtype)
-        _notice_quantised(opened.quantised, notice)
+    _check_quantised(opened, dtype, notice)
     _say_all(unheeded(source), notice)
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
     say_rewritten(opened, spec.dtype, notice)
     say_missing(small, opened.vision is not None, notice)
-    record = _folder_spec(source, opened, spec)
-    with new_folder(target, force=force) as folder:
-        if split.ranks == 1:
-            placement, model = _make_whole(opened, folder, spec, copy_weights, progress)
-            _write_model((source, small), folder, model, placement, record)
-        else:
-            copied = _write_group(opened, small, folder, split, copy_weights, record, progress)
-            notice_copied(copied, notice)
-    return target
+    with new_folder(Path(out).absolute(), force=force) as folder:
+        _write(opened, small, folder, split, copy_weights, _folder_spec(source, opened, spec), progress, notice)
+    return Path(out).absolute()
+
+
+def _write(
+    checkpoint: Checkpoint,
+    small: Path,
+    folder: Path,
+    split: Split,
+    copy_weights: bool,
+    record: FolderSpec,
+    progress: Progress,
+    notice: Callable[[str], None],
+) -> None:
+    """Writes the model folder, or the group's."""
+    if split.ranks == 1:
+        placement, model = _make_whole(checkpoint, folder, record.model, copy_weights, progress)
+        _write_model((checkpoint.folder, small), folder, model, placement, record)
+        return
+    notice_copied(_write_group(checkpoint, small, folder, split, copy_weights, record, progress), notice)
 
 
 def _say_all(lines: Iterable[str], notice: Callable[[str], None]) -> None:
@@ -157,14 +158,18 @@ def _folder_spec(source: Path, checkpoint: Checkpoint, spec: ModelSpec) -> Folde
     )
 
 
-def _check_quantised(spec: ModelSpec, dtype: DType | None) -> None:
-    """Refuses what is not done with an already quantised checkpoint.
+def _check_quantised(checkpoint: Checkpoint, dtype: DType | None, notice: Callable[[str], None]) -> None:
+    """Says how a checkpoint is quantised already, if it is, and refuses what is not done with one.
 
     Raises:
         ExportError: It would have to be converted.
     """
-    if dtype not in (None, spec.dtype):
-        raise ExportError(f"dtype is {dtype}, a quantised checkpoint is not converted: leave it at {spec.dtype}")
+    if checkpoint.quantised is None:
+        return
+    if dtype not in (None, checkpoint.spec.dtype):
+        own = checkpoint.spec.dtype
+        raise ExportError(f"dtype is {dtype}, a quantised checkpoint is not converted: leave it at {own}")
+    _notice_quantised(checkpoint.quantised, notice)
 
 
 def _notice_quantised(quantised: Prequantised, notice: Callable[[str], None]) -> None:

@@ -67,9 +67,7 @@ def measure_folder(
         ArrieroError: The folder cannot be loaded, or a setting is out of range.
     """
     path = Path(folder)
-    spec = read_spec(path)
-    if spec.kind == "group":
-        _, spec = rank_folder(path, spec, 0)  # all ranks have one target and its limits
+    spec = _own_spec(path)
     lengths, batches = _sizes(spec, prefill, batch, decode_tokens)
     if runs < 1:
         raise SessionError(f"runs is {runs}, expected a whole number from 1 up")
@@ -97,6 +95,12 @@ def measure_folder(
         "load_seconds": loading,
         **measured,
     }
+
+
+def _own_spec(path: Path) -> FolderSpec:
+    """A folder's spec, or that of a group's first rank: all ranks have one target and its limits."""
+    spec = read_spec(path)
+    return spec if spec.kind != "group" else rank_folder(path, spec, 0)[1]
 
 
 def check_output(out: Path, *, force: bool) -> None:

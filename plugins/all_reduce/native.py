@@ -44,17 +44,19 @@ def add_collectives(trt: Any, definition: Any, sums: Mapping[str, int]) -> None:
     layers = [definition.get_layer(index) for index in range(definition.num_layers)]
     totals: dict[str, Any] = {}
     for layer in layers:
-        if layer.name in sums:
+        name = layer.name
+        if name in sums:
             operation, reduction = trt.CollectiveOperation.ALL_REDUCE, trt.ReduceOperation.SUM
             made = definition.add_dist_collective(layer.get_input(0), operation, reduction, NO_ROOT, None)
             if made is None:
-                raise BuildError(f"TensorRT does not take the sum {layer.name!r} over ranks: build with --debug")
-            made.num_ranks, made.name = sums[layer.name], layer.name
+                raise BuildError(f"TensorRT does not take the sum {name!r} over ranks: build with --debug")
+            layer.name = f"{name}/part"  # names are unique
+            made.num_ranks, made.name = sums[name], name
             totals[layer.get_output(0).name] = made.get_output(0)
     if len(totals) != len(sums):
         raise BuildError(f"TensorRT's parser kept {len(totals)} of {len(sums)} sums over ranks: export the model again")
     for layer in layers:
         for index in range(layer.num_inputs):
             given = layer.get_input(index)
-            if given is not None and given.name in totals and layer.name not in sums:
+            if given is not None and given.name in totals:
                 layer.set_input(index, totals[given.name])

@@ -15,6 +15,7 @@ from arriero.calibration import calibrate_model, int4, int8
 from arriero.engine import build_bundle
 from arriero.errors import SessionError
 from arriero.export import export_checkpoint
+from arriero.files.folders import read_spec
 from arriero.measuring.bench import measure_folder
 from arriero.measuring.summary import summarise
 from arriero.runtime import Session
@@ -123,15 +124,16 @@ def test_images_are_seen_by_all_ranks(multimodal_model: Path, multimodal_group: 
     assert towers == [True, False]
 
 
-def test_run_bench_and_check_take_a_group(models: Callable[[str], Path], tmp_path: Path) -> None:
-    model = models("bf16")
-    group = build_bundle(export_checkpoint(model, tmp_path / "group", tp=2), tmp_path / "bundles")
-    verdict = check(group, model, data=np.random.default_rng(1).integers(3, 97, (2, 30)), threads=2)
+def test_bench_inspect_and_check_take_a_group(tiny_model: Path, tmp_path: Path) -> None:
+    group = build_bundle(export_checkpoint(tiny_model, tmp_path / "group", tp=2), tmp_path / "bundles")
+    verdict = check(group, tiny_model, data=np.random.default_rng(1).integers(3, 2000, (2, 30)), threads=2)
     assert verdict.metrics["kl"].value < 1e-6
     ranks = summarise(group)["ranks"]
-    assert [rank["experts"] for rank in ranks["each"]] == [[0, 1], [2, 3]]
+    model = read_spec(group).model
+    half = model.experts // 2
+    assert [rank["experts"] for rank in ranks["each"]] == [[0, half - 1], [half, model.experts - 1]]
     assert len({rank["kv_cache"]["bytes_per_token"] for rank in ranks["each"]}) == 1
-    assert ranks["sums"]["bytes_per_token"] == 8 * 64 * 4  # float32 on a CPU
+    assert ranks["sums"]["bytes_per_token"] == 2 * len(model.layers) * model.hidden_size * 4  # float32 on a CPU
     assert all(rank["memory"]["total"] > rank["weights_bytes"] for rank in ranks["each"])
     measured = measure_folder(group, prefill=[8], batch=[1], decode_tokens=2, runs=1, threads=2)
     assert (measured["ranks"], measured["stream"]) == (2, None)
