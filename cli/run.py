@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SessionError
@@ -77,15 +78,27 @@ def run(
             settings["max_new_tokens"] = MAX_NEW_TOKENS
         terminal.detail(f"[{folder} loaded in {loaded:.2f} s, for sequences of {session.max_seq} tokens]")
         if chat:
-            messages = [] if system is None else [{"role": "system", "content": system}]
-
-            def reply(said: list[dict[str, Any]], is_asked: Callable[[], bool]) -> str:
-                return answer(session, said, settings, as_json, {}, terminal, is_asked)
-
-            waiting = list(image or ())
-            Chat(answer=reply, terminal=terminal, as_json=as_json, messages=messages, waiting=waiting).run(prompt)
+            hold_chat(session, prompt, system, list(image or ()), settings, as_json, terminal)
         else:
             answer(session, prompt, {**settings, "images": image or ()}, as_json, {"load_seconds": loaded}, terminal)
+
+
+def hold_chat(
+    session: "Session",
+    prompt: str | None,
+    system: str | None,
+    images: list[Path],
+    settings: dict[str, Any],
+    as_json: bool,
+    terminal: Terminal,
+) -> None:
+    """Holds a conversation, which a prompt may begin."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+
+    def reply(said: list[dict[str, Any]], is_asked: Callable[[], bool]) -> str:
+        return answer(session, said, settings, as_json, {}, terminal, is_asked)
+
+    Chat(answer=reply, terminal=terminal, as_json=as_json, messages=messages, waiting=images).run(prompt)
 
 
 def texts_of(prompt: str | None, system: str | None, chat: bool) -> tuple[str | None, str | None]:
