@@ -5,16 +5,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
 
-.PHONY: help demo test check docs format lock wheels clean
+.PHONY: help demo test gpu gpu-scenes server check docs format fuzz fuzz-files fuzz-ops sanitize lock wheels clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 16
 
 demo: .venv/.demo .venv/.built  ## the tiny Llama 4, from its checkpoint to text
 	$(BIN)/python examples/demo.py
 
 test: .venv/.test .venv/.built  ## all tests
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
+gpu: .venv/.test .venv/.built  ## on a machine with a card: all its tests and speeds, one JSON, one table
+	$(BIN)/python benchmarks/card.py
+
+gpu-scenes: .venv/.test .venv/.built  ## without a card: every precision in every way, kernels interpreted
+	$(BIN)/python benchmarks/gpu_scenes.py
 
 check: .venv/.test .venv/.built  ## style and types
 	$(BIN)/ruff check .
@@ -25,9 +31,31 @@ docs: .venv/.test .venv/.built  ## the site in build/docs, from docs/ and the co
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
 
+fuzz-files: .venv/.test .venv/.built  ## 10,000 damaged files of every format that is read
+	PYTHONPATH=tests/support $(BIN)/python tests/fuzz/files.py
+
+server: .venv/.test .venv/.built  ## a server tried hard: schemathesis, clients of others, a soak of ten minutes
+	mkdir -p build/served
+	$(BIN)/arriero export examples/tiny-llama4 -o build/served/model --force
+	$(BIN)/arriero calibrate build/served/model --recipe int8 --data examples/tiny-llama4/unseen.txt -o build/served/int8 --force
+	$(BIN)/arriero build build/served/int8 --target cpu -o build/served/tiny --force
+	$(BIN)/python tests/fuzz/openapi.py build/served/tiny
+	$(BIN)/python tests/fuzz/clients.py build/served/tiny
+	$(BIN)/python benchmarks/server_soak.py build/served/tiny
+	$(BIN)/python benchmarks/server_speed.py build/served/tiny
+
 format: .venv/.test  ## style, mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: .venv/.test .venv/.built fuzz-files  ## damaged files, and hostile graphs: the whole table, and 2,000 random ones
+	$(BIN)/python tests/fuzz/ops.py --count 2000
+
+fuzz-ops: .venv/.test  ## the CPU's ops alone under libFuzzer, 20 minutes (Clang)
+	$(BIN)/python tests/fuzz/native.py coverage --seconds 1200
+
+sanitize: .venv/.test .venv/.built  ## the CPU's ops under the sanitizers of addresses, undefined behaviour and threads
+	$(BIN)/python tests/fuzz/native.py sanitize
 
 lock:  ## requirements.lock anew: the newest versions within pyproject.toml's ranges
 	$(PYTHON) -m venv .venv/lock

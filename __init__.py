@@ -11,7 +11,19 @@ __all__ = ["ArrieroError", "ArrieroWarning", "__version__", "load"]
 __version__ = "0.1.0"
 
 NAMES = {"ArrieroError": "errors", "ArrieroWarning": "errors", "load": "loading"}
-ROOMS = ("accuracy", "calibration", "engine", "export", "files", "measuring", "plugins", "runtime", "spec", "walk")
+ROOMS = (
+    "accuracy",
+    "calibration",
+    "engine",
+    "export",
+    "files",
+    "measuring",
+    "plugins",
+    "runtime",
+    "serving",
+    "spec",
+    "walk",
+)
 
 
 def __getattr__(name: str) -> Any:

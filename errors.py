@@ -32,6 +32,10 @@ class CalibrationError(ArrieroError):
     """A model could not be quantised with the text and the recipe given."""
 
 
+class StarvedError(CalibrationError):
+    """Experts saw too few tokens; all that was done is kept for a run with more data or other demands."""
+
+
 class FolderError(ArrieroError):
     """A model or bundle folder cannot be read or written as it stands."""
 
@@ -46,6 +50,10 @@ class AccuracyError(ArrieroError):
 
 class SessionError(ArrieroError):
     """A running session was asked for something it cannot do."""
+
+
+class MissingExtraError(ArrieroError, ModuleNotFoundError):
+    """A library is not installed that one of the package's extras brings."""
 
 
 def _quoting() -> Repr:
@@ -72,3 +80,31 @@ def shortened_text(text: str, most: int = 300) -> str:
     """Another's words for an error's line, in one line of `most` characters and an ellipsis at most."""
     line = " ".join(text[: 4 * most].split())
     return line if len(line) <= most else f"{line[:most]}…"
+
+
+def printable(text: str) -> str:
+    """A text that every UTF-8 file takes: what is no character, as in a path that is not UTF-8, as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+EXTRAS = {"matplotlib": "check", "lm_eval": "evaluation", "pyarrow": "parquet", "triton": "tensorrt"}
+"""Modules that an extra of their own brings, smaller than that of what needs them."""
+
+
+def extra_of(module: str | None, extra: str) -> str:
+    """The smallest extra that brings a missing module, where what needs it has a larger one."""
+    top = (module or "").partition(".")[0]
+    return extra if extra == "calibration" and top == "matplotlib" else EXTRAS.get(top, extra)
+
+
+def without_extra(error: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:
+    """The error for a library that is not installed, with the package's extra that brings it; others as they are.
+
+    Args:
+        error: The import's error.
+        extra: The extra that brings what a room imports.
+    """
+    if isinstance(error, MissingExtraError) or (error.name or "").startswith(f"{__name__.rpartition('.')[0]}."):
+        return error
+    extra = extra_of(error.name, extra)
+    return MissingExtraError(f"{error}, which is needed here: pip install 'arriero[{extra}]'", name=error.name)

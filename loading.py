@@ -3,13 +3,18 @@
 The rooms are imported when they are needed, so that importing `arriero` is instant.
 """
 
+import dataclasses
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ArrieroWarning, FolderError, SessionError
-from .files.folders import check_whole, find_files, read_spec
+from .files.agreement import check_decoder, check_tower
+from .files.folders import check_no_rank, find_files, rank_folder, read_spec
+from .files.reading import read_bytes
+from .files.trust import check_trusted
 from .files.unheeded import unheeded
 from .spec.built_engine import EngineSpec
 from .spec.folder import FolderSpec, VisionPart
@@ -18,7 +23,15 @@ from .spec.stored_weights import Weight
 if TYPE_CHECKING:
     from .runtime.backends.interface import DecoderBackend, TowerBackend
     from .runtime.images.tower import Tower
+    from .runtime.ranks.group_decoder import GroupDecoder
+    from .runtime.ranks.meeting import Meeting
     from .runtime.session import Session
+
+LARGEST_GRAPH = 1 << 30
+"""Bytes of a graph's file at most; protocol buffers end at twice this."""
+
+PATIENCE = 120.0
+"""Seconds that the ranks of a group wait for one that is alive and does not answer."""
 
 
 def load(
@@ -29,49 +42,187 @@ def load(
     threads: int | None = None,
     weights: str | Path | None = None,
     prefix_bytes: int = 0,
+    trust: bool = False,
+    patience: float = PATIENCE,
 ) -> "Session":
     """Loads a model or bundle folder. A model is lowered for the CPU in memory first, which needs onnx.
 
+    Of a group of ranks this process becomes the first, and starts one for each of the others.
+
     Args:
-        folder: A model or bundle, as `arriero export`, `calibrate` or `build` writes it.
+        folder: A model, a bundle or a group, as `arriero export`, `calibrate` or `build` writes it.
         max_seq: Positions that a sequence may hold; None takes the model's context, at most 16,384, or an engine's own
             limit.
         max_batch: Rows at once at most; None is no limit, or an engine's own.
-        threads: Threads of one operator on the CPU; None takes the processors that this process may use.
+        threads: Threads of one operator on the CPU, of all ranks of a group together; None takes the processors that
+            this process may use.
         weights: Folder of the weight files, where they have moved.
         prefix_bytes: Keys and values of earlier prompts that may be kept, so that a prompt that begins alike has only
             its rest computed; 0 keeps none.
+        trust: Whether an engine that this user has not built here is trusted, now and from now on: it is code.
+        patience: Seconds that the ranks of a group wait for one that is alive and does not answer.
 
     Raises:
-        ArrieroError: The folder is damaged or incomplete, its weights are missing, or a setting is out of range.
+        ArrieroError: The folder is damaged or incomplete, its weights are missing, its engine is not trusted, a setting
+            is out of range, or the session would take more memory than there is.
 
     Warns:
         ArrieroWarning: A file asks for something that is not done, as beams.
     """
-    from .runtime.checks import whole
     from .runtime.defaults import read_defaults
     from .runtime.session import Session
     from .runtime.state import Limits
     from .runtime.text import Text
 
-    prefix_bytes = whole("prefix_bytes", prefix_bytes)
-    max_seq, max_batch, threads = (
-        None if value is None else whole(name, value, "a whole number from 1 up", least=-sys.maxsize)  # bounded below
-        for name, value in (("max_seq", max_seq), ("max_batch", max_batch), ("threads", threads))
-    )
-    path = Path(folder)
+    path, moved = Path(folder), None if weights is None else Path(weights)
     spec = read_spec(path)
-    check_whole(path, spec)
-    if spec.engine is not None:
-        max_seq, max_batch = _engine_limits(spec.engine, max_seq, max_batch)
+    check_no_rank(path, spec)
+    max_seq, max_batch, threads = _check_counts(max_seq, max_batch, threads, prefix_bytes)
+    first, own = _check_ranks(path, spec, trust)
+    if own.engine is not None:
+        max_seq, max_batch = _engine_limits(own.engine, max_seq, max_batch)
     limits = Limits.of(spec.model, max_seq, max_batch)
     text, defaults = Text(path), read_defaults(path, spec.model.vocab_size)  # small: checked before weights are loaded
     for line in unheeded(path):
         warnings.warn(line, ArrieroWarning, stacklevel=2)
-    files = find_files(path, spec.weight_files, None if weights is None else Path(weights))
-    decoder = _open_decoder(path, spec, files, threads)
-    tower = None if spec.vision is None else open_tower(path, spec, spec.vision, files, threads)
+    files, longest = find_files(first, own.weight_files, moved), limits.max_seq
+    is_group, among = spec.kind == "group", (threads, moved, patience, longest)
+    decoder = _open_group(path, spec, own, *among) if is_group else _open_decoder(path, spec, files, threads, longest)
+    tower = None if own.vision is None else open_tower(first, own, own.vision, files, threads)
+    if text.tokenizer is not None and text.templates:
+        text.prepare_chat()
     return Session(decoder, text, defaults, limits, tower, prefix_bytes)
+
+
+def _check_counts(
+    max_seq: int | None, max_batch: int | None, threads: int | None, prefix_bytes: int
+) -> tuple[int | None, int | None, int | None]:
+    """Refuses numbers that are none, more threads than make sense, and more known beginnings than there is memory."""
+    from .runtime.checks import whole
+    from .runtime.room import check_fits, check_threads
+
+    prefix_bytes = whole("prefix_bytes", prefix_bytes)
+    counts = (("max_seq", max_seq), ("max_batch", max_batch), ("threads", threads))  # bounded below
+    expected = "a whole number from 1 up"
+    checked = [None if n is None else whole(name, n, expected, least=-sys.maxsize) for name, n in counts]
+    check_threads(checked[2])
+    check_fits(f"a prefix_bytes of {prefix_bytes}", prefix_bytes, "give less")
+    return checked[0], checked[1], checked[2]
+
+
+def _check_ranks(path: Path, spec: FolderSpec, trust: bool) -> tuple[Path, FolderSpec]:
+    """Refuses engines that are not trusted. Returns the folder that this process opens, and its spec."""
+    if spec.kind != "group":
+        check_trusted(path, spec, trust=trust)
+        return path, spec
+    ranks = [rank_folder(path, spec, rank) for rank in range(spec.ranks)]
+    for rank in ranks:
+        check_trusted(*rank, trust=trust)
+    return ranks[0]
+
+
+def _open_group(
+    path: Path,
+    spec: FolderSpec,
+    own: FolderSpec,
+    threads: int | None,
+    weights: str | Path | None,
+    patience: float,
+    max_seq: int,
+) -> "GroupDecoder":
+    """Opens a group's decoder: rank 0 here, the others in processes of their own."""
+    from .files.processors import processors, share_processors
+    from .runtime.ranks.followers import Followers
+    from .runtime.ranks.group_decoder import GroupDecoder
+    from .runtime.ranks.meeting import Meeting
+    from .runtime.ranks.nccl import Nccl
+    from .runtime.ranks.segment import SPINS, Segment
+
+    if threads is not None and threads < spec.ranks:
+        raise SessionError(f"threads is {threads} for a group of {spec.ranks} ranks: give {spec.ranks} or more")
+    total = max(threads or processors(), spec.ranks)
+    cores = share_processors(spec.ranks)
+    spins = SPINS if total <= processors() else 0  # who shares a processor gives it up
+    segment = Segment.create(spec.ranks, patience, spins=spins)
+    segment.join(0)
+    identifier = b"" if own.engine is None else Nccl().unique_id()
+    meeting = Meeting(segment=segment, rank=0, ranks=spec.ranks, identifier=identifier)
+    counts = [total * (rank + 1) // spec.ranks - total * rank // spec.ranks for rank in range(spec.ranks)]
+    settings = [
+        {
+            "group": str(path.absolute()),
+            "rank": rank,
+            "segment": segment.descriptor,
+            "identifier": identifier.hex(),
+            "threads": counts[rank],
+            "cores": None if cores is None else cores[rank],
+            "weights": None if weights is None else str(Path(weights).absolute()),
+            "max_seq": max_seq,
+        }
+        for rank in range(1, spec.ranks)
+    ]
+
+    return GroupDecoder(
+        path,
+        spec.model,
+        splits_caches=spec.parts > 1,
+        cores=None if cores is None else cores[0],
+        start=lambda: Followers(path, settings, [segment.descriptor], patience, meeting.lost, meeting.silent),
+        open_local=lambda: _open_rank(path, spec, meeting, weights, counts[0], max_seq),
+        meeting=meeting,
+    )
+
+
+def _open_rank(
+    group: Path, spec: FolderSpec, meeting: "Meeting", weights: str | Path | None, threads: int, max_seq: int
+) -> "DecoderBackend":
+    """Opens the decoder of one rank, once its folder is proven to be of the group."""
+    folder, own = rank_folder(group, spec, meeting.rank)
+    files = find_files(folder, own.weight_files, None if weights is None else Path(weights))
+    return _open_decoder(folder, own, files, threads, max_seq, meeting)
+
+
+def follow(
+    *,
+    group: str,
+    rank: int,
+    segment: int,
+    identifier: str,
+    threads: int,
+    cores: list[int] | None,
+    weights: str | None,
+    max_seq: int,
+    channel: int,
+    parent: int,
+) -> None:
+    """Follows the leader of a group as one of its ranks; the program of the processes that `load` starts.
+
+    Args:
+        group: The group's folder.
+        rank: This one.
+        segment: File descriptor of the memory that the ranks share.
+        identifier: Identifier of the GPUs' communicator, in hexadecimal; empty on the CPU.
+        threads: Threads of one operator.
+        cores: Processors that it is pinned to; None pins it nowhere.
+        weights: Folder of the weight files, where they have moved.
+        max_seq: Positions that a sequence may hold.
+        channel: File descriptor of the connection to the leader.
+        parent: The leader's process.
+    """
+    from multiprocessing.connection import Connection
+
+    from .runtime.ranks.follower import bind_to_leader, follow_leader
+    from .runtime.ranks.meeting import Meeting
+    from .runtime.ranks.segment import Segment
+
+    bind_to_leader(parent)
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+    path, shared = Path(group), Segment(segment)
+    shared.join(rank)
+    spec = read_spec(path)
+    meeting = Meeting(segment=shared, rank=rank, ranks=spec.ranks, identifier=bytes.fromhex(identifier))
+    follow_leader(Connection(channel), lambda: _open_rank(path, spec, meeting, weights, threads, max_seq), meeting)
 
 
 def _engine_limits(engine: EngineSpec, max_seq: int | None, max_batch: int | None) -> tuple[int, int]:
@@ -83,17 +234,31 @@ def _engine_limits(engine: EngineSpec, max_seq: int | None, max_batch: int | Non
     return max_seq or built["max_seq"], max_batch or built["max_batch"]
 
 
-def _open_decoder(path: Path, spec: FolderSpec, files: dict[str, Path], threads: int | None) -> "DecoderBackend":
+def _open_decoder(
+    path: Path,
+    spec: FolderSpec,
+    files: dict[str, Path],
+    threads: int | None,
+    max_seq: int,
+    meeting: "Meeting | None" = None,
+) -> "DecoderBackend":
     """Opens a folder's decoder on the back end that it was built for, its weights loaded."""
     if spec.engine is not None:
         from .runtime.backends.tensorrt_decoder import load_decoder
 
-        return load_decoder(path, spec, files)
+        return load_decoder(path, spec, files, None if meeting is None else meeting.join)
     from .runtime.backends.mapped_weights import map_weights
     from .runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
+    from .runtime.memory import session_memory
+    from .runtime.room import check_fits
 
     graph, weights, flags = cpu_decoder_graph(path, spec)
-    return OnnxRuntimeDecoder(graph, map_weights(weights, files), path, spec.model, flags, threads)
+    alone = dataclasses.replace(spec, weights=weights, vision=None)
+    memory = session_memory(alone, len(graph), 0, max_seq, 1)
+    what = f"{path} with one sequence of {max_seq} tokens"
+    check_fits(what, memory.total - memory.mapped - memory.process, "load it with a smaller max_seq (--max-seq)")
+    shared = None if meeting is None else meeting.segment.bytes
+    return OnnxRuntimeDecoder(graph, map_weights(weights, files), path, spec.rank_model, flags, threads, group=shared)
 
 
 def open_tower(path: Path, spec: FolderSpec, part: VisionPart, files: dict[str, Path], threads: int | None) -> "Tower":
@@ -128,25 +293,31 @@ def cpu_decoder_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight
         The serialized graph, the weights that it is given, and its session's flags.
     """
     if spec.kind == "bundle":
-        return _read_graph(path / spec.graph), spec.weights, spec.session
-    from .engine.cpu_lowering import lower_for_cpu
+        found = _read_graph(path / spec.graph), spec.weights, spec.session
+    else:
+        from .engine.cpu_lowering import lower_for_cpu
 
-    lowered = lower_for_cpu(path, spec)
-    return lowered.graph, lowered.weights, lowered.session
+        lowered = lower_for_cpu(path, spec)
+        found = lowered.graph, lowered.weights, lowered.session
+    check_decoder(found[0], found[1], spec.model, spec.cache_bits, path / spec.graph)
+    return found
 
 
 def cpu_tower_graph(path: Path, spec: FolderSpec, part: VisionPart) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
     """Reads the vision tower's graph for the CPU from a bundle, or lowers a model's; returns as `cpu_decoder_graph`."""
     if spec.kind == "bundle":
-        return _read_graph(path / part.graph), part.weights, part.session
-    from .engine.cpu_lowering import lower_tower_for_cpu
+        found = _read_graph(path / part.graph), part.weights, part.session
+    else:
+        from .engine.cpu_lowering import lower_tower_for_cpu
 
-    lowered = lower_tower_for_cpu(path, part)
-    return lowered.graph, lowered.weights, lowered.session
+        lowered = lower_tower_for_cpu(path, part)
+        found = lowered.graph, lowered.weights, lowered.session
+    check_tower(found[0], found[1], part.spec, spec.model, path / part.graph)
+    return found
 
 
 def _read_graph(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return read_bytes(path, remedy="build the bundle again", folder=path.parent, most=LARGEST_GRAPH)
+    except FileNotFoundError as error:
         raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "requirements.lock"
-PARTS = {"demo": ("cpu", "accuracy", "calibration", "tensorrt"), "test": ("test", "docs")}
+PARTS = {"demo": ("cpu", "accuracy", "calibration", "serve", "tensorrt"), "test": ("test", "docs")}
 """The extras of each part. A package stands in the first part that needs it: the parts are installed in this order."""
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")

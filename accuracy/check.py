@@ -5,6 +5,7 @@ what is kept of it is the same as a golden file holds.
 """
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,15 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import AccuracyError
+from ..files.circumstances import circumstances
+from ..files.contents_hash import described
 from ..spec.geometry import ModelSpec
+from ..spec.recipe_words import in_words
 from ..spec.types import Progress
 from ..walk.windows import Windows, read_windows
-from .gates import METRICS, Judgement, Outcome, judge, limits_for, overall
+from .gates import Judgement, Outcome, judge, overall
 from .golden import read_golden, record, window_of
+from .limits import effective, read_limits
 from .locate.location import Location
 from .metrics import Comparison, Estimate, compare, estimates
 from .recorded import Golden
@@ -39,6 +44,12 @@ SIZES = (
 )
 """Sizes that two forms of one model have in common, whatever is wrong with one of them."""
 
+SAMPLES = 24
+"""Windows of text at most, where nobody says otherwise."""
+
+SCHEMA = 1
+"""Version of `verdict.json`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
@@ -55,6 +66,12 @@ class Verdict:
         notes: Sentences that a person should read besides.
         location: Where the candidate goes wrong first, where that was asked for.
         comparison: Both sides at each token.
+        profile: The candidate's format, `none` where it is not quantised: the name of its profile of limits.
+        recipe: Its recipe in words.
+        circumstances: Date, command, machine and versions, see `files.circumstances`.
+        seconds: Duration of the check.
+        contents: Path, hash and weight files' identities of `candidate` and `reference`.
+        remedy: What would decide it, where there is not enough data to tell.
     """
 
     candidate: str
@@ -67,19 +84,38 @@ class Verdict:
     notes: tuple[str, ...]
     location: Location | None
     comparison: Comparison = field(repr=False)
+    profile: str = "none"
+    recipe: str = ""
+    circumstances: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    contents: Mapping[str, Any] = field(default_factory=dict)
+    remedy: str = ""
 
     def as_fields(self) -> dict[str, Any]:
         """The verdict in plain values, for JSON; infinite ends of intervals are None."""
         return {
+            "schema": SCHEMA,
             "version": __version__,
+            **self.circumstances,
+            "seconds": round(self.seconds, 3),
             "candidate": self.candidate,
             "reference": self.reference,
+            "profile": self.profile,
+            "recipe": self.recipe,
+            "contents": dict(self.contents),
             "outcome": self.outcome,
+            "remedy": self.remedy,
             "windows": self.windows,
             "tokens": self.tokens,
             "metrics": {name: _finite(found) for name, found in self.metrics.items()},
             "limits": [
-                {"metric": each.metric, "side": each.side, "limit": each.limit, "outcome": each.outcome}
+                {
+                    "metric": each.metric,
+                    "side": each.side,
+                    "limit": each.limit,
+                    "outcome": each.outcome,
+                    "origin": each.origin,
+                }
                 for each in self.judgements
             ],
             "notes": list(self.notes),
@@ -96,9 +132,10 @@ def check(
     reference: str | Path,
     *,
     data: Sequence[str | Path] | NDArray[np.int64] | None = None,
-    samples: int = 24,
+    samples: int | None = None,
     window: int | None = None,
     limits: Mapping[str, float | None] | None = None,
+    limits_file: str | Path | None = None,
     locate_fault: bool = False,
     weights: str | Path | None = None,
     reference_weights: str | Path | None = None,
@@ -111,9 +148,10 @@ def check(
         candidate: A checkpoint, a model, or a bundle.
         reference: A checkpoint, a model, a bundle, or a golden file.
         data: Text files, or token ids [W, S]; nothing for a golden file, which has its own.
-        samples: Windows of text at most.
-        window: Tokens of a window; None is two chunks and a quarter of the model's attention.
-        limits: By metric, see `gates.METRICS`; what is left out is as `gates.DEFAULTS` says.
+        samples: Windows of text at most; None is 24. A golden file fixes it.
+        window: Tokens of a window; None is two chunks and a quarter of the model's attention. A golden file fixes it.
+        limits: By metric, see `gates.METRICS`; what is left out is as the file says, or `gates.DEFAULTS`.
+        limits_file: TOML file of limits by profile, see `limits`.
         locate_fault: Whether the layers are walked for the first one that is out of line.
         weights: Folder of the candidate's weight files, where they have moved.
         reference_weights: The same for the reference.
@@ -124,36 +162,70 @@ def check(
         AccuracyError: The two cannot be compared, or logits are not finite.
         DataError: The text cannot be read, or is too little.
     """
-    if unknown := (limits or {}).keys() - METRICS.keys():
-        raise AccuracyError(f"limit {min(unknown)!r} is unknown: choose from {', '.join(METRICS)}")
+    started = time.perf_counter()
+    profiles = {} if limits_file is None else read_limits(limits_file)
+    effective("none", limits or {})  # what is out of range is named before anything is read
     side = open_side(candidate, None if weights is None else Path(weights), threads)
-    limits_given = limits_for("none" if side.recipe is None else side.recipe.format, limits or {})
+    profile = "none" if side.recipe is None else side.recipe.format
+    limits_held, origins = effective(profile, limits or {}, profiles)
     if (against := Path(reference)).is_file():
-        golden, other = _recorded(side, against, data is not None, locate_fault), None
+        fixed = {"--data": data, "--samples": samples, "--window": window}
+        golden, other = _recorded(side, against, fixed, locate_fault), None
     else:
         moved = None if reference_weights is None else Path(reference_weights)
         other = open_side(against, moved, threads, option="--against-weights")
         _check_alike(side, other.spec, tokenizer_of(against), against)
-        golden = record(other, _windows(other, data, samples, window), progress)
+        golden = record(other, _windows(other, data, SAMPLES if samples is None else samples, window), progress)
     _check_towers(side, golden, against)
     seen = compare(golden, side, progress)
-    found = estimates(seen)
-    judgements = judge(found, limits_given)
+    judgements = judge(found := estimates(seen), limits_held, origins)
+    location = _located(side, other, golden.windows, progress) if locate_fault and other is not None else None
+    most = None if other is None else SAMPLES if samples is None else samples
+    made = _verdict(side, against, seen, found, judgements, location, most)
+    return dataclasses.replace(made, seconds=time.perf_counter() - started)
+
+
+def _verdict(
+    side: Side,
+    against: Path,
+    seen: Comparison,
+    found: Mapping[str, Estimate],
+    judgements: tuple[Judgement, ...],
+    location: Location | None,
+    samples: int | None,
+) -> Verdict:
+    """Puts together what a check rests on, but for its duration.
+
+    Args:
+        side: The candidate.
+        against: Path of the reference.
+        seen: Both sides at each token.
+        found: Estimates by metric.
+        judgements: Outcome of each limit.
+        location: Where the candidate goes wrong first.
+        samples: Windows of text at most; None where a golden file fixes them.
+    """
+    golden = seen.golden
     return Verdict(
-        candidate=str(candidate),
-        reference=str(reference),
+        candidate=str(side.path),
+        reference=str(against),
         outcome=overall(judgements),
         judgements=judgements,
         metrics=found,
         windows=golden.ids_WS.shape[0],
         tokens=golden.ids_WS.size,
         notes=tuple(_notes(side, golden, seen)),
-        location=_located(side, other, golden.windows, progress) if locate_fault and other is not None else None,
+        location=location,
         comparison=seen,
+        profile="none" if side.recipe is None else side.recipe.format,
+        recipe=in_words(side.recipe),
+        circumstances=circumstances(),
+        contents={"candidate": described(side.path), "reference": described(against)},
+        remedy=_remedy(judgements, golden, samples),
     )
 
 
-def _recorded(side: Side, path: Path, has_data: bool, locate_fault: bool) -> Golden:
+def _recorded(side: Side, path: Path, fixed: Mapping[str, Any], locate_fault: bool) -> Golden:
     """A golden file's reference.
 
     Raises:
@@ -161,8 +233,10 @@ def _recorded(side: Side, path: Path, has_data: bool, locate_fault: bool) -> Gol
     """
     golden = read_golden(path)
     _check_alike(side, golden.spec, golden.tokenizer, path)
-    if has_data:
-        raise AccuracyError(f"{path} has its own text: leave --data out")
+    if given := next((option for option, value in fixed.items() if value is not None), None):
+        windows, length = golden.ids_WS.shape
+        own = f"its own text, {windows} windows of {length} tokens"
+        raise AccuracyError(f"{path} has {own}: leave {given} out")
     if locate_fault:
         raise AccuracyError(f"{path} holds no layers to walk: for --locate give the model it was recorded from")
     return golden
@@ -181,7 +255,30 @@ def _windows(
         raise AccuracyError("there is no text: give text files with --data")
     if isinstance(data, np.ndarray):
         return Windows(ids_WS=data)
-    return read_windows(side.path, data, side.spec, samples, window or window_of(side.spec), side.vision)
+    return read_windows(
+        side.path, data, side.spec, samples, window_of(side.spec) if window is None else window, side.vision
+    )
+
+
+def _remedy(judgements: Sequence[Judgement], golden: Golden, samples: int | None) -> str:
+    """The way to decide a verdict; empty where it is decided.
+
+    Args:
+        judgements: Outcome of each limit.
+        golden: The reference.
+        samples: Windows at most; None where a golden file fixes them.
+    """
+    if overall(judgements) != "undecided":
+        return ""
+    if unseen := [each.metric for each in judgements if each.found is None]:
+        names = ", ".join(unseen)
+        return f"{names} cannot be estimated here: leave the limit out, or give sides where it can be seen"
+    windows = golden.ids_WS.shape[0]
+    if samples is None:
+        return f"record the golden file over more than its {windows} windows, with more --data or --samples"
+    if windows >= samples:
+        return f"give more --samples than {samples}"
+    return f"give more --data: all of it is {windows} windows"
 
 
 def _located(side: Side, other: Side, windows: Windows, progress: Progress) -> Location:

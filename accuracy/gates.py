@@ -41,6 +41,7 @@ class Judgement:
         side: `max` or `min`.
         found: The estimate; None where the metric cannot be estimated.
         outcome: Kept, broken, or not enough data to tell.
+        origin: Where the limit comes from: `default`, `file` or `given`.
     """
 
     metric: str
@@ -48,15 +49,13 @@ class Judgement:
     side: str
     found: Estimate | None
     outcome: Outcome
+    origin: str = "default"
 
 
-def limits_for(format: str, given: Mapping[str, float | None]) -> dict[str, float]:
-    """The defaults of a format, with those given in their place."""
-    return DEFAULTS[format] | {name: limit for name, limit in given.items() if limit is not None}
-
-
-def judge(found: Mapping[str, Estimate], limits: Mapping[str, float]) -> tuple[Judgement, ...]:
-    """Holds estimates against limits."""
+def judge(
+    found: Mapping[str, Estimate], limits: Mapping[str, float], origins: Mapping[str, str] | None = None
+) -> tuple[Judgement, ...]:
+    """Holds estimates against limits, of which `origins` says where each comes from."""
     judgements = []
     for metric, limit in limits.items():
         side, estimate = METRICS[metric][0], found.get(metric)
@@ -65,7 +64,10 @@ def judge(found: Mapping[str, Estimate], limits: Mapping[str, float]) -> tuple[J
             worst, best = (estimate.high, estimate.low) if side == "max" else (-estimate.low, -estimate.high)
             bound = limit if side == "max" else -limit
             outcome = "pass" if worst <= bound else "regressed" if best > bound else "undecided"
-        judgements.append(Judgement(metric=metric, limit=limit, side=side, found=estimate, outcome=outcome))
+        origin = (origins or {}).get(metric, "default")
+        judgements.append(
+            Judgement(metric=metric, limit=limit, side=side, found=estimate, outcome=outcome, origin=origin)
+        )
     return tuple(judgements)
 
 

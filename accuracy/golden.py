@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..errors import AccuracyError, CheckpointError
-from ..files.output import reason
+from ..errors import AccuracyError, CheckpointError, printable
+from ..files.output import reason, remove_leftovers
 from ..files.safetensors import encode_header, open_shard
 from ..spec.fields import decode
 from ..spec.geometry import ModelSpec, VisionSpec
+from ..spec.json_text import parse_json
 from ..spec.types import Progress
 from ..walk.windows import SHORTEST_WINDOW, Windows, read_windows
 from .golden_checks import check_golden
@@ -32,8 +33,13 @@ from .sides import open_side, tokenizer_of
 from .sides.side import Block, Experts, Side
 
 VERSION = "1"
+LARGEST = 1 << 33
+"""Bytes of a golden file at most."""
 TOP = 64
 """Tokens whose probabilities are kept one by one."""
+
+MARK = b'{"__metadata__": {"golden": '
+"""Beginning of a file's header, behind the header's length."""
 
 DTYPES = {"int32": "I32", "int16": "I16", "float32": "F32", "float16": "F16", "bool": "BOOL"}
 OPTIONAL = ("experts_LWSK", "continued_PC", "is_image_WS", "tiles_W", "pixels_N3PP")
@@ -80,7 +86,9 @@ def record_golden(
     target = Path(out).absolute()
     check_replaceable(target, force)
     side = open_side(reference, None if weights is None else Path(weights), threads)
-    windows = read_windows(side.path, data, side.spec, samples, window or window_of(side.spec), side.vision)
+    windows = read_windows(
+        side.path, data, side.spec, samples, window_of(side.spec) if window is None else window, side.vision
+    )
     write_golden(record(side, windows, progress), target)
     return target
 
@@ -116,7 +124,7 @@ def record(side: Side, data: Windows, progress: Progress) -> Golden:
     ]
     side.close()
     return Golden(
-        source=str(side.path),
+        source=printable(str(side.path)),
         spec=spec,
         tokenizer=tokenizer_of(side.path),
         format="none" if side.recipe is None else side.recipe.format,
@@ -153,14 +161,20 @@ def check_replaceable(path: Path, force: bool) -> None:
     """
     if not os.path.lexists(path):
         return
-    try:
-        is_golden = "golden" in open_shard(path).metadata  # of any version, or damaged: the new one takes its place
-    except CheckpointError:
-        is_golden = False
-    if not is_golden:
+    if not _begins_as_golden(path):
         raise AccuracyError(f"{path} exists and is no golden file: it is not replaced, choose another output")
     if not force:
         raise AccuracyError(f"{path} exists: choose another output, or --force to replace it")
+
+
+def _begins_as_golden(path: Path) -> bool:
+    """Whether a file was a golden one, of any version: it may be damaged or cut short since."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8 + len(MARK))
+    except OSError:
+        return False
+    return start[8:] == MARK
 
 
 def write_golden(golden: Golden, path: Path) -> None:
@@ -187,7 +201,9 @@ def write_golden(golden: Golden, path: Path) -> None:
     header = encode_header({name: (DTYPES[str(a.dtype)], a.shape) for name, a in arrays.items()}, about)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        remove_leftovers(path)
+        mark = f".{path.name}.{os.getpid()}."
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=mark, suffix=".partial") as folder:
             temporary = Path(folder) / path.name
             with temporary.open("wb") as file:
                 file.write(header)
@@ -217,14 +233,16 @@ def read_golden(path: Path) -> Golden:
         found = f"version {about['golden']}" if "golden" in about else "no golden file"
         raise AccuracyError(f"{path} is {found}, this Arriero reads version {VERSION}: record it with `arriero golden`")
     arrays: dict[str, Any] = dict.fromkeys(OPTIONAL)
+    if shard.size > LARGEST:
+        raise AccuracyError(f"{path} has {shard.size} bytes, a golden file at most {LARGEST}: record it again")
     kinds = {name: np.dtype(kind) for kind, name in DTYPES.items()}
     try:
         for name, region in shard.tensors.items():
             kind = kinds[region.dtype]
             values = np.fromfile(path, kind, region.size // kind.itemsize, offset=region.offset)
             arrays[name] = values.reshape(region.shape)
-        spec = ModelSpec.from_fields(json.loads(about["model"]))
-        vision = decode(VisionSpec, json.loads(about["vision"])) if "vision" in about else None
+        spec = ModelSpec.from_fields(parse_json(about["model"]))
+        vision = decode(VisionSpec, parse_json(about["vision"])) if "vision" in about else None
         source, tokenizer, form = (about[name] for name in ("source", "tokenizer", "format"))
         golden = Golden(source=source, spec=spec, vision=vision, tokenizer=tokenizer, format=form, **arrays)
         check_golden(golden)

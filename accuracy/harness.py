@@ -6,9 +6,11 @@ the model `arriero`; `python -m arriero.accuracy.harness` is the harness's own c
     python -m arriero.accuracy.harness run --model arriero --model_args pretrained=scout-int8 --tasks hellaswag
 
 Invariant: texts become the same tokens, cut and continued the same way, as in the harness's own Hugging Face back end,
-so that its numbers are comparable. What the harness computes in common is inherited from it.
+so that its numbers are comparable; but control tokens that stand in a conversation's messages are ordinary text, as
+everywhere here. What the harness computes in common is inherited from it.
 """
 
+import dataclasses
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +30,8 @@ from ..errors import ArrieroError, SessionError
 from ..files.folders import read_spec
 from ..loading import load
 from ..runtime.chat.messages import Message
+from ..runtime.chat.settings import ChatSettings
+from ..runtime.draws import Sampling
 from ..runtime.session import Session
 from ..runtime.state import State
 
@@ -40,7 +44,7 @@ Answer = tuple[float, bool]
 AUTO_BATCH = 8
 """Rows at once where the batch size is `auto` and the session has no limit of its own."""
 
-SETTINGS = ("top_k", "top_p", "min_p", "repetition_penalty")
+SETTINGS = tuple(sorted({field.name for field in dataclasses.fields(Sampling)} - {"temperature"}))
 """Generation settings of a task that a session takes under the same name."""
 
 
@@ -86,6 +90,7 @@ class FolderModel(TemplateLM):  # type: ignore[misc]
         self.session: Session = load(self.folder, max_seq=max_length, threads=threads, weights=weights)
         self.text = self.session.text
         self.add_bos_token = add_bos_token
+        self.rendered: dict[str, list[int]] = {}  # conversations whose messages hold what a control token is written as
         eos = self.text.special_id("eos_token")
         if eos is None:
             raise SessionError(f"{self.folder}: tokenizer_config.json names no eos_token: add it")
@@ -126,23 +131,34 @@ class FolderModel(TemplateLM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """A conversation as a prompt, up to where the assistant begins, or within its last message."""
-        opens = not add_generation_prompt
         try:
-            return self.text.render_chat(chat_history, continue_final_message=opens)
+            return self._render(chat_history, add_generation_prompt)
         except SessionError:
             without_system = [message for message in chat_history if message["role"] != "system"]
             if len(without_system) == len(chat_history):
                 raise
-            return self.text.render_chat(without_system, continue_final_message=opens)
+            return self._render(without_system, add_generation_prompt)
+
+    def _render(self, messages: Sequence[Message], asks: bool) -> str:
+        """A conversation as text; where its tokens are not those of that text, they are kept for `tok_encode`."""
+        settings: ChatSettings = {"add_generation_prompt": asks, "continue_final_message": not asks}
+        text = self.text.render_chat(messages, **settings)
+        ids = self.text.encode_chat(messages, **settings)
+        if ids != self.text.encode(text, special_tokens=False):
+            self.rendered[text] = ids
+        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; a text that has BOS written at its start gets no second one."""
-        if add_special_tokens is None:
-            tokenizer = self.text.tokenizer
-            assert tokenizer is not None
-            written = string.startswith(tokenizer.decode([self._prefix], skip_special_tokens=False))
-            add_special_tokens = not written and self.add_bos_token is not False
-        return self.text.encode(string, special_tokens=add_special_tokens)
+        is_prompt = add_special_tokens is None and self.add_bos_token is not False
+        for length in sorted({len(text) for text in self.rendered}, reverse=True):
+            if (ids := self.rendered.get(string[:length])) is not None:
+                start = self.text.encode("")[:1] if is_prompt or add_special_tokens else []
+                rest = self.text.encode(string[length:], special_tokens=False) if string[length:] else []
+                return [*(start if ids[:1] != start else []), *ids, *rest]
+        if is_prompt:
+            return self.text.encode_prompt(string)
+        return self.text.encode(string, special_tokens=bool(add_special_tokens))
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, in windows of `max_length` tokens where they are longer."""
@@ -222,11 +238,11 @@ class FolderModel(TemplateLM):  # type: ignore[misc]
         result = self.session.generate(
             self.tok_encode(context)[-room:],
             count,
-            temperature=temperature if sampled else 0.0,
-            seed=int(np.random.randint(2**31)),  # the harness seeds numpy's generator
+            do_sample=sampled,
+            temperature=temperature if sampled else None,
             eos_token_id=sorted({*self.session.defaults.eos_token_ids, *ends}),
             stop_strings=stops,
-            **settings,
+            **{"seed": int(np.random.randint(2**31)), **settings},  # the harness seeds numpy's generator
         )
         return postprocess_generated_text(self.text.decode(result.ids), stops, think_end_token=None)
 

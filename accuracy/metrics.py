@@ -201,3 +201,19 @@ def routing_matrix(seen: Comparison) -> NDArray[np.int64] | None:
         other_T = np.where(kept_T, expert_T, ours[:, place])
         np.add.at(matrix, (expert_T, other_T), 1)
     return matrix
+
+
+def moved_by_layer(seen: Comparison) -> NDArray[np.float64] | None:
+    """The share of each expert's tokens that went elsewhere: [L, E], NaN where the reference sent an expert none."""
+    if seen.flipped_LWS is None or seen.experts_LWSK is None or seen.golden.experts_LWSK is None:
+        return None
+    theirs_LTK, ours_LTK = (
+        each.reshape(len(each), -1, each.shape[-1]) for each in (seen.golden.experts_LWSK, seen.experts_LWSK)
+    )
+    sent_LE, moved_LE = (np.zeros((len(theirs_LTK), seen.golden.spec.experts)) for _ in range(2))
+    for layer, (theirs_TK, ours_TK) in enumerate(zip(theirs_LTK, ours_LTK, strict=True)):
+        kept_TK = (theirs_TK[:, :, None] == ours_TK[:, None, :]).any(-1)
+        np.add.at(sent_LE[layer], theirs_TK.ravel(), 1)
+        np.add.at(moved_LE[layer], theirs_TK[~kept_TK], 1)
+    with np.errstate(invalid="ignore"):
+        return np.where(sent_LE > 0, moved_LE / np.maximum(sent_LE, 1), np.nan)

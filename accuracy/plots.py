@@ -1,23 +1,19 @@
-"""The report's pictures, as base64 PNGs."""
+"""The report's pictures: errors by layer, divergence over tokens and positions, and experts chosen otherwise."""
 
-import base64
-import io
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.artist import Artist
+from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ..pages.pictures import HEIGHT, WIDTH, Mark, Panel, colour, picture, picture_in_two, series
+from ..pages.scales import plot_shares
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
 from .locate.location import STEM, Location, ModelPart, Reading
-from .metrics import Comparison
-
-matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+from .metrics import Comparison, Estimate
 
 KINDS = {
     "attention q, k, v": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -36,16 +32,15 @@ KINDS = {
 }
 """Units by what they are, each a line; the vision tower's stem is at -1, adapter and projector behind its layers."""
 
-COLOURS = dict(zip(KINDS, ("#4477aa", "#66ccee", "#888888", "#228833", "#ccbb44", "#aa3377", "#222255"), strict=True))
-"""Paul Tol's bright scheme, which colour-blind people can tell apart, and a dark blue."""
-
 WORDS = {"vision": "vision tower", "decoder": "decoder"}
-RED = "#cc3311"
-MOST_LABELLED = 16
-"""Experts up to which the matrix has its numbers written in."""
+FAINTEST = 1e-4
+"""The smallest error that is shown as it is, of the largest: what is exact lies at the lower edge."""
+
+MOVED = ((1.0, "up to 1 %"), (2.0, "1–2 %"), (5.0, "2–5 %"), (10.0, "5–10 %"), (100.0, "over 10 %"))
+"""Levels of tokens that went to another expert: below 1 % is what rounding does to near ties."""
 
 
-def plot_profile(location: Location) -> str:
+def plot_profile(location: Location) -> Markup:
     """The error of each kind of unit by layer, over what rounding explains; what is out of line is marked.
 
     Where the vision tower was walked, it stands beside the decoder.
@@ -53,40 +48,57 @@ def plot_profile(location: Location) -> str:
     parts: list[ModelPart] = ["decoder"]
     if any(reading.part == "vision" for reading in location.readings):
         parts.insert(0, "vision")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    named: dict[str, Artist] = {}
-    for part, axes in zip(parts, figure.subplots(1, len(parts), sharey=True, squeeze=False)[0], strict=True):
-        _plot_part(axes, [reading for reading in location.readings if reading.part == part], location)
-        axes.set(yscale="log", xlabel="layer" if len(parts) == 1 else f"layer of the {WORDS[part]}")
-        axes.grid(axis="y", alpha=0.3)
-        named |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.axes[0].set_ylabel("relative error on the reference's input")
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, frameon=False)
-    return _png(figure)
+
+    errors = [each for reading in location.readings for each in (reading.error, reading.expected) if each > 0]
+    ends = (max(min(errors) / 2, max(errors) * FAINTEST), max(errors) * 3) if errors else (1e-6, 1.0)
+
+    def panel(part: ModelPart) -> Panel:
+        def draw(axes: Axes) -> None:
+            _plot_part(axes, [reading for reading in location.readings if reading.part == part], location)
+            axes.set(yscale="log", ylim=ends)
+
+        where = "" if len(parts) == 1 else f" in the {WORDS[part]}"
+        width, height = (7.5, 3.2) if len(parts) == 1 else (WIDTH, HEIGHT)
+        title = f"relative error on the reference's input{where}"
+        return Panel(title=title, below="layer", draw=draw, width=width, height=height)
+
+    found = {kind for kind, units in KINDS.items() for reading in location.readings if reading.unit in units}
+    legend = [Mark(colour=f"c{at % 7 + 1}", words=kind) for at, kind in enumerate(KINDS) if kind in found]
+    legend.append(Mark(colour="ink", words="most that rounding explains", sign="dots"))
+    legend += [Mark(colour="bad", words="out of line", sign="area")] if location.blame is not None else []
+    label = "Error by layer"
+    if len(parts) > 1:
+        return picture([panel(part) for part in parts], label=label, legend=legend)
+    wide = panel("decoder")
+    return picture_in_two(dataclasses.replace(wide, width=WIDTH, height=2.6), wide, label=label, legend=legend)
 
 
 def _plot_part(axes: Axes, readings: Sequence[Reading], location: Location) -> None:
-    for kind, units in KINDS.items():
+    for at, units in enumerate(KINDS.values()):
         worst: dict[int, float] = defaultdict(float)
         for reading in readings:
             if reading.unit in units:
                 worst[reading.layer] = max(worst[reading.layer], reading.error)
         if worst:
             layers = sorted(worst)
-            axes.plot(layers, [worst[at] for at in layers], "o-", color=COLOURS[kind], markersize=4, label=kind)
+            lowest = FAINTEST * max(reading.error for reading in readings) * 1.2
+            axes.plot(layers, [max(worst[each], lowest) for each in layers], "o-", color=series(at), markersize=3)
     blamed = location.part, location.layer, location.unit
     for reading in readings:
         if (reading.part, reading.layer, reading.unit) == blamed:
-            axes.plot(reading.layer, reading.error, "o", color=RED, markersize=13, fillstyle="none", markeredgewidth=2)
+            axes.plot(reading.layer, reading.error, "o", color=colour("bad"), markersize=11, fillstyle="none")
+            half = (max(each.layer for each in readings) + min(each.layer for each in readings)) / 2
+            side, shift = ("left", 8) if reading.layer <= half else ("right", -8)
             axes.annotate(
                 f"{reading.place}, {reading.unit}",
                 (reading.layer, reading.error),
                 textcoords="offset points",
-                xytext=(10, 4),
-                color=RED,
+                xytext=(shift, 8),
+                ha=side,
+                color=colour("bad"),
             )
     expected = _typical(readings)
-    axes.plot(list(expected), list(expected.values()), ":", color="#222222", label="largest that rounding explains")
+    axes.plot(list(expected), list(expected.values()), ":", color=colour("ink"))
 
 
 def _typical(readings: Sequence[Reading]) -> dict[int, float]:
@@ -97,55 +109,57 @@ def _typical(readings: Sequence[Reading]) -> dict[int, float]:
     return dict(sorted(largest.items()))
 
 
-def plot_divergence(seen: Comparison) -> str:
-    """How divergence is spread over tokens, and how it goes along the position."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    values = np.maximum(seen.divergence_WN.ravel(), 1e-9)
-    bins = np.geomspace(max(values.min(), 1e-9), max(values.max(), 2e-9), 60)
-    left.hist(values, bins, color="#4477aa")
-    left.axvline(values.mean(), color="#222222", linestyle=":", label=f"mean {values.mean():.2g}")
-    left.set(xscale="log", xlabel="KL divergence of a token, nats", ylabel="tokens")
-    left.legend(frameon=False)
-    by_position = seen.divergence_WN.mean(0)
-    width = max(1, len(by_position) // 64)
-    groups = by_position[: len(by_position) // width * width].reshape(-1, width).mean(1)
-    right.plot(np.arange(len(groups)) * width + width / 2, groups, color="#4477aa")
+def plot_divergence(seen: Comparison, kl: Estimate) -> Markup:
+    """How divergence is spread over the tokens that are judged, and how it goes along the position.
+
+    Args:
+        seen: Both sides.
+        kl: The mean divergence, as the table has it.
+    """
+    judged_WN = seen.golden.judged_WN
+    values = np.maximum(seen.divergence_WN[judged_WN], 1e-9)
+
+    def spread(axes: Axes) -> None:
+        low, high = (float(np.quantile(values, at)) for at in (0.002, 1.0))
+        axes.hist(np.maximum(values, low), np.geomspace(low, max(high, 2 * low), 48).tolist(), color=colour("c1"))
+        axes.axvline(max(kl.value, 1e-9), color=colour("ink"), linestyle=":", linewidth=1.5)
+        axes.set(xscale="log")
+
+    chunk, length = seen.golden.spec.chunk, judged_WN.shape[1]
+    legend = [Mark(colour="ink", words=f"mean {kl.value:.4g} nats", sign="dots")]
+    legend += (
+        [Mark(colour="faint", words=f"a chunk of {chunk} positions begins", sign="dots")] if 0 < chunk < length else []
+    )
+    panels = [
+        Panel(title="tokens", below="KL divergence of a token, nats", draw=spread),
+        Panel(
+            title="mean KL divergence, nats", below="position", draw=lambda axes: _plot_positions(axes, seen, judged_WN)
+        ),
+    ]
+    return picture(panels, label="KL divergence over tokens and positions", legend=legend)
+
+
+def _plot_positions(axes: Axes, seen: Comparison, judged_WN: NDArray[np.bool_]) -> None:
+    counts_N = judged_WN.sum(0)
+    sums_N = (seen.divergence_WN * judged_WN).sum(0)
+    width = max(1, len(sums_N) // 64)
+    kept = len(sums_N) // width * width
+    counts, sums = (each[:kept].reshape(-1, width).sum(1) for each in (counts_N, sums_N))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        axes.plot(np.arange(len(sums)) * width + width / 2, sums / counts, color=colour("c1"))
     chunk = seen.golden.spec.chunk
-    if chunk:
-        for boundary in range(chunk, len(by_position), chunk):
-            right.axvline(boundary, color="#bbbbbb", linewidth=1)
-    title = f"lines: every {chunk} positions a chunk begins" if chunk else ""
-    right.set(xlabel="position", ylabel="mean KL divergence, nats", ylim=(0, None))
-    right.set_title(title, fontsize=9, color="#666666")
-    return _png(figure)
+    for boundary in range(chunk, len(sums_N), chunk) if chunk else ():
+        axes.axvline(boundary, color=colour("faint"), linewidth=0.7, linestyle=":")
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
 
 
-def plot_routing(matrix_EE: NDArray[np.int64]) -> str:
-    """Where the tokens of each of the reference's experts went, in percent."""
-    share_EE = 100 * matrix_EE / np.maximum(1, matrix_EE.sum(1, keepdims=True))
-    experts = len(share_EE)
-    size = min(9.0, 3.2 + 0.3 * experts)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
-    axes = figure.subplots()
-    off = np.where(np.eye(experts, dtype=bool), np.nan, share_EE)
-    largest = max(float(np.nanmax(off)) if experts > 1 else 0.0, 0.1)
-    image = axes.imshow(off, cmap="Reds", vmin=0, vmax=largest)
-    axes.set(xlabel="the candidate's expert", ylabel="the reference's expert")
-    step = 1 if experts <= 32 else 8
-    axes.set_xticks(range(0, experts, step))
-    axes.set_yticks(range(0, experts, step))
-    if experts <= MOST_LABELLED:
-        for row, column in np.ndindex(share_EE.shape):
-            value = share_EE[row, column]
-            colour = "#228833" if row == column else "white" if value > 0.6 * largest else "black"
-            text = f"{value:.0f}" if row == column else f"{value:.1f}"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, label="% of the reference's tokens that went elsewhere", shrink=0.8)
-    return _png(figure)
+def plot_routing(moved_LE: NDArray[np.float64], layers: Sequence[int]) -> Markup:
+    """The share of each expert's tokens that went elsewhere, by layer.
 
-
-def _png(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode()
+    Args:
+        moved_LE: Shares; NaN where the reference sent an expert nothing.
+        layers: The layers' numbers.
+    """
+    return plot_shares(
+        100 * moved_LE, layers, MOVED, label="Tokens of each expert that went elsewhere, by layer", empty="no token"
+    )

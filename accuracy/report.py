@@ -1,30 +1,39 @@
 """A verdict written down: `verdict.json` for programs, `junit.xml` for CI, `report.html` for people.
 
-Enters: a verdict, and the tokenizer's folder. Leaves: a folder of the three, complete or not there. The page is one
-self-contained file.
+Enters: a verdict, the tokenizer's folder, and the history where there is one. Leaves: a folder of the three, complete
+or not there. The page is one self-contained file.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
-from jinja2 import Environment
 
-from .. import __version__
+from ..errors import printable
 from ..files.output import new_folder
+from ..pages.history import Run
+from ..pages.page import Cell, Column, Section, box, render, table
+from ..pages.trend import trend_sections
 from ..runtime.text import Text
 from .check import Verdict
 from .gates import METRICS, Judgement
-from .metrics import Estimate, routing_matrix
+from .junit import junit
+from .metrics import Estimate, moved_by_layer
 from .plots import plot_divergence, plot_profile, plot_routing
+from .recorded import CONTINUED
 
 VERDICT = "verdict.json"
 WORST, CONTEXT = 12, 12
 """Tokens that are shown, and how many before each."""
 
 WORDS = {"pass": "passes", "regressed": "has regressed", "undecided": "cannot be judged: not enough data to tell"}
+ORIGINS = {"default": "by default", "file": "from the file", "given": "as given"}
+NAMES = {name: words for name, (_, words) in METRICS.items()} | {
+    "reference_perplexity": "perplexity of the reference",
+    "perplexity": "perplexity of the candidate",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +49,14 @@ class WorstToken:
     candidate: str
 
 
-def write_report(verdict: Verdict, out: str | Path, *, force: bool = False) -> Path:
+def write_report(verdict: Verdict, out: str | Path, *, force: bool = False, history: Sequence[Run] = ()) -> Path:
     """Writes the three files.
+
+    Args:
+        verdict: The verdict.
+        out: The folder.
+        force: Whether an existing report is replaced.
+        history: Runs, this one the last, whose trend the page shows.
 
     Raises:
         FolderError: `out` exists, or cannot be written.
@@ -50,53 +65,26 @@ def write_report(verdict: Verdict, out: str | Path, *, force: bool = False) -> P
     with new_folder(out, force=force, mark=VERDICT) as folder:
         (folder / VERDICT).write_text(json.dumps(verdict.as_fields(), indent=1) + "\n", "utf-8")
         (folder / "junit.xml").write_bytes(junit(verdict))
-        (folder / "report.html").write_text(page(verdict), "utf-8")
+        (folder / "report.html").write_text(printable(page(verdict, history)), "utf-8")
     return out
 
 
-def junit(verdict: Verdict) -> bytes:
-    """A test suite with a case for each limit; what cannot be decided is an error, so that CI does not pass it."""
-    outcomes = [judgement.outcome for judgement in verdict.judgements]
-    counts = {
-        "tests": str(len(outcomes)),
-        "failures": str(outcomes.count("regressed")),
-        "errors": str(outcomes.count("undecided")),
-    }
-    suite = ElementTree.Element("testsuite", {"name": f"arriero check {verdict.candidate}", **counts})
-    for judgement in verdict.judgements:
-        case = ElementTree.SubElement(suite, "testcase", classname="arriero.check", name=judgement.metric)
-        text = sentence(judgement)
-        if judgement.outcome == "regressed":
-            ElementTree.SubElement(case, "failure", message=text)
-        elif judgement.outcome == "undecided":
-            ElementTree.SubElement(case, "error", message=f"{text}: not enough data to tell")
-    if verdict.location is not None and verdict.location.blame is not None:
-        blame = verdict.location.blame
-        ElementTree.SubElement(suite, "system-out").text = f"{verdict.location.place}: {blame.name}: {blame.why}"
-    return bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
-
-
-def sentence(judgement: Judgement) -> str:
-    """A limit and what was found, as in `kl is 0.1 (0.09 to 0.11), at most 0.03 is allowed`."""
-    bound = "at most" if judgement.side == "max" else "at least"
-    return f"{judgement.metric} is {shown(judgement.found)}, {bound} {judgement.limit:g} is allowed"
-
-
-def shown(found: Estimate | None) -> str:
-    """An estimate with its interval."""
+def shown(name: str, found: Estimate | None) -> tuple[str, str]:
+    """A metric's value and its interval, as `14.6 of 32`."""
     if found is None:
-        return "unknown"
-    if not np.isfinite(found.low):
-        return f"{found.value:.4g}"
-    return f"{found.value:.4g} ({found.low:.4g} to {found.high:.4g})"
+        return "unknown", ""
+    value = f"{found.value:.3g} of {CONTINUED}" if name == "greedy" else f"{found.value:.4g}"
+    return value, f"{found.low:.4g} to {found.high:.4g}" if np.isfinite(found.low) else ""
 
 
 def worst_tokens(verdict: Verdict) -> list[WorstToken]:
     """The tokens with the largest divergence, at most one of each window's neighbourhood."""
     seen, text = verdict.comparison, Text(Path(verdict.candidate))
     found: list[WorstToken] = []
-    for flat in np.argsort(-seen.divergence_WN, axis=None):
+    for flat in np.argsort(-np.where(seen.golden.judged_WN, seen.divergence_WN, -np.inf), axis=None):
         window, at = (int(each) for each in np.unravel_index(flat, seen.divergence_WN.shape))
+        if not seen.golden.judged_WN[window, at]:
+            break
         if any(window == other.window and abs(at - other.position) < CONTEXT for other in found):
             continue
         ids = seen.golden.ids_WS[window]
@@ -120,71 +108,102 @@ def worst_tokens(verdict: Verdict) -> list[WorstToken]:
     return found
 
 
-def page(verdict: Verdict) -> str:
+def page(verdict: Verdict, history: Sequence[Run] = ()) -> str:
     """The report as one page."""
-    matrix_EE = routing_matrix(verdict.comparison)
-    named = {name: words for name, (_, words) in METRICS.items()}
-    named |= {"reference_perplexity": "perplexity of the reference", "perplexity": "perplexity of the candidate"}
-    template = Environment(autoescape=True).from_string(TEMPLATE)
-    return template.render(
-        verdict=verdict,
-        words=WORDS,
-        named=named,
-        inf=np.inf,
-        judged={judgement.metric: judgement for judgement in verdict.judgements},
-        worst=worst_tokens(verdict),
-        divergence=plot_divergence(verdict.comparison),
-        profile=None if verdict.location is None else plot_profile(verdict.location),
-        routing=None if matrix_EE is None else plot_routing(matrix_EE),
-        version=__version__,
+    name = Path(verdict.candidate).name or verdict.candidate
+    return render(
+        title=f"{name} {WORDS[verdict.outcome]}",
+        outcome=verdict.outcome,
+        lead=(
+            f"{verdict.candidate} against {verdict.reference}, over {verdict.tokens:,} tokens in {verdict.windows} "
+            f"windows. {verdict.recipe[:1].upper()}{verdict.recipe[1:]}."
+        ),
+        sections=[
+            *_location(verdict),
+            _metrics(verdict),
+            *trend_sections(history),
+            *_layers(verdict),
+            _divergence(verdict),
+            *_experts(verdict),
+            _worst(verdict),
+        ],
+        circumstances=verdict.circumstances,
     )
 
 
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ verdict.candidate }} {{ verdict.outcome }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1, h2 { font-weight: 600; line-height: 1.2; overflow-wrap: anywhere } h2 { margin-top: 2.5rem }
-.wide { overflow-x: auto } img { max-width: 62rem; width: 100%; min-width: 36rem } .small { width: auto }
-table { border-collapse: collapse; font-size: 14px }
-td, th { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.pass { color: #228833 } .regressed { color: #cc3311 } .undecided { color: #997700 }
-.box { border-left: 4px solid #cc3311; padding: .2rem 1rem; background: #fbf3f1; overflow-wrap: anywhere }
-code { font: 13px ui-monospace, monospace; background: #f3f3f3; padding: 0 .2rem; white-space: pre-wrap }
-</style></head><body>
-<h1>{{ verdict.candidate }} <span class="{{ verdict.outcome }}">{{ words[verdict.outcome] }}</span></h1>
-<p>Held against {{ verdict.reference }} over {{ "{:,}".format(verdict.tokens) }} tokens in {{ verdict.windows }}
-windows. Intervals hold 95 %, by drawing windows anew. Arriero {{ version }}.</p>
-{% for note in verdict.notes %}<p>{{ note }}</p>{% endfor %}
-{% set l = verdict.location %}{% if l %}{% if l.blame %}
-<div class="box"><p><b>First out of line: {{ l.place }}, {{ l.blame.name }}
-{%- if l.blame.attribute %}, attribute {{ l.blame.attribute }}{% endif %}</b> ({{ l.blame.op }}): {{ l.blame.why }}.</p>
-<p>It shows at {{ l.unit }}: an error of {{ "%.2g"|format(l.error) }} on the reference's input, where at most
-{{ "%.2g"|format(l.explained) }} is explained by rounding and by the other layers.</p></div>
-{% else %}<p class="pass">No layer is out of line: every unit's error on the reference's input is what rounding
-explains.</p>{% endif %}{% endif %}
-<h2>What was found</h2><div class="wide">
-<table><tr><th>metric</th><th class="n">found</th><th class="n">limit</th><th></th></tr>
-{% for name, found in verdict.metrics.items() %}{% set j = judged.get(name) %}
-<tr><td>{{ named[name] }}</td><td class="n">{{ "%.4g"|format(found.value) }}
-{%- if found.low > -inf %}<br><small>{{ "%.4g to %.4g"|format(found.low, found.high) }}</small>{% endif %}</td>
-<td class="n">{% if j %}{{ "≤" if j.side == "max" else "≥" }} {{ "%g"|format(j.limit) }}{% endif %}</td>
-<td>{% if j %}<span class="{{ j.outcome }}">{{ j.outcome }}</span>{% endif %}</td></tr>{% endfor %}</table></div>
-{% if profile %}<h2>Layers</h2><p>Each layer run on the reference's input: how far each unit's output is off.</p>
-<div class="wide">
-<img alt="Error by layer" src="data:image/png;base64,{{ profile }}"></div>{% endif %}
-<h2>Divergence</h2><p>How far the candidate's expectation of the next token is from the reference's.</p>
-<div class="wide"><img alt="KL divergence" src="data:image/png;base64,{{ divergence }}"></div>
-{% if routing %}<h2>Experts</h2><p>Where the tokens went that the reference sent to an expert (row), in percent, over
-all layers. A token at another expert is a flip, not a rounding.</p>
-<div class="wide"><img class="small" alt="Agreement of experts" src="data:image/png;base64,{{ routing }}"></div>
-{% endif %}
-<h2>The worst tokens</h2><div class="wide"><table>
-<tr><th class="n">KL, nats</th><th>text before</th><th>comes</th><th>reference</th><th>candidate</th></tr>
-{% for w in worst %}<tr><td class="n">{{ "%.2f"|format(w.divergence) }}</td><td><code>{{ w.before }}</code></td>
-<td><code>{{ w.next }}</code></td><td><code>{{ w.reference }}</code></td><td><code>{{ w.candidate }}</code></td></tr>
-{% endfor %}</table></div>
-</body></html>
-"""
+def _location(verdict: Verdict) -> list[Section]:
+    location = verdict.location
+    if location is None:
+        return []
+    blame = location.blame
+    if blame is None:
+        text = "No layer is out of line: every unit's error on the reference's input is what rounding explains."
+        return [Section(text=text)]
+    attribute = f", attribute {blame.attribute}" if blame.attribute else ""
+    title = f"First out of line: {location.place}, {blame.name}{attribute} ({blame.op})"
+    text = (
+        f"{blame.why[:1].upper()}{blame.why[1:]}. It shows at {location.unit}: an error of {location.error:.2g} on the "
+        f"reference's input, where at most {location.explained:.2g} is explained by rounding and by the other layers."
+    )
+    return [Section(body=box(title, text))]
+
+
+def _metrics(verdict: Verdict) -> Section:
+    judged = {judgement.metric: judgement for judgement in verdict.judgements}
+    rows = []
+    for name in [*verdict.metrics, *(name for name in judged if name not in verdict.metrics)]:
+        value, interval = shown(name, verdict.metrics.get(name))
+        rows.append([NAMES[name], Cell(text=value, small=interval), *_limit(judged.get(name))])
+    notes = " ".join(verdict.notes)
+    text = f"Intervals hold 95 %, by drawing whole windows anew. {notes}".strip()
+    columns = [Column(name="metric", breaks=True), Column(name="found", numeric=True)]
+    columns.append(Column(name="limit", numeric=True))
+    return Section(title="What was found", text=text, body=table(columns, rows))
+
+
+def _limit(judgement: Judgement | None) -> list[str | Cell]:
+    if judgement is None:
+        return [""]
+    bound = f"{'≤' if judgement.side == 'max' else '≥'} {judgement.limit:g}"
+    return [
+        Cell(text=f"{judgement.outcome}, {bound}", small=ORIGINS[judgement.origin], outcome=judgement.outcome),
+    ]
+
+
+def _layers(verdict: Verdict) -> list[Section]:
+    if verdict.location is None:
+        return []
+    text = "Each layer run on the reference's input: how far each unit's output is off."
+    return [Section(title="Layers", text=text, body=plot_profile(verdict.location))]
+
+
+def _divergence(verdict: Verdict) -> Section:
+    text = "How far the candidate's expectation of the next token is from the reference's."
+    return Section(title="Divergence", text=text, body=plot_divergence(verdict.comparison, verdict.metrics["kl"]))
+
+
+def _experts(verdict: Verdict) -> list[Section]:
+    seen = verdict.comparison
+    moved_LE, flips = moved_by_layer(seen), verdict.metrics.get("router_flips")
+    if moved_LE is None or flips is None:
+        return []
+    layers = [index for index, layer in enumerate(seen.golden.spec.layers) if layer.experts]
+    text = (
+        f"{100 * (1 - flips.value):.4g} % of all choices agree. Of the tokens that the reference sent to an expert, "
+        "the share that went elsewhere: up to 1 % is what rounding does to near ties."
+    )
+    return [Section(title="Experts", text=text, body=plot_routing(moved_LE, layers[: len(moved_LE)]))]
+
+
+def _worst(verdict: Verdict) -> Section:
+    columns = [Column(name="KL, nats", numeric=True), Column(name="text before", breaks=True)]
+    columns += [Column(name=name) for name in ("comes", "reference", "candidate")]
+    rows: list[list[str | Cell]] = [
+        [f"{each.divergence:.3g}", *(Cell(text=text, code=True) for text in _words(each))]
+        for each in worst_tokens(verdict)
+    ]
+    return Section(title="The worst tokens", body=table(columns, rows))
+
+
+def _words(token: WorstToken) -> tuple[str, ...]:
+    return token.before, token.next, token.reference, token.candidate

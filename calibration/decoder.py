@@ -11,35 +11,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
 from ..plugins.quantisation import LARGEST
 from ..spec.geometry import ModelSpec
 from ..spec.recipe import Recipe
 from ..walk.decoder import Hidden, LayerWalk
 from ..walk.numbers import Weights
-from .linears import Linears, divided_rows, laid_out, observer
-from .product import ProductInput, quantise_product
+from .coverage import Coverage, starved
+from .experts import ExpertQuantiser
+from .linears import Linears, divided_rows, observer
+from .product import ProductInput
 from .smoothing import Reader
 
 SEARCHED_EXPERTS = 4
 """The busiest experts, whose errors count in the search of the strength that all experts share."""
-
-
-FLOOR = 32
-"""Tokens that an expert must have seen, where nobody says otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Coverage:
-    """Calibration's demands on the routing.
-
-    Attributes:
-        floor: Tokens that every expert must have seen.
-        all_experts: Whether every expert is measured over every token.
-    """
-
-    floor: int = FLOOR
-    all_experts: bool = False
 
 
 @dataclass(slots=True)
@@ -49,6 +33,7 @@ class LayerQuantiser:
     Attributes:
         linears: The quantised layer's tensors, and what became of each weight.
         expert_tokens: Tokens that chose each expert; empty in a dense layer.
+        unmeasured: Experts that are rounded without statistics of their own.
     """
 
     spec: ModelSpec
@@ -58,6 +43,7 @@ class LayerQuantiser:
     coverage: Coverage
     linears: Linears = field(init=False)
     expert_tokens: list[int] = field(init=False, default_factory=list)
+    unmeasured: tuple[int, ...] = field(init=False, default=())
     walk: LayerWalk = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,15 +59,16 @@ class LayerQuantiser:
             progress: Called with the share of the layer that is done.
 
         Raises:
-            CalibrationError: An activation is not finite, or an expert saw too few tokens.
+            CalibrationError: An activation is not finite.
         """
         self.walk = LayerWalk(self.spec, self.index, self.weights, attended, out)
         self._quantise_attention(x)
         progress(0.3)
-        feed_input = self._quantise_feed()
+        feed_input, down_input = self._quantise_feed()
         progress(0.5)
         if self.spec.layers[self.index].experts:
-            self._quantise_experts(feed_input, lambda share: progress(0.5 + share / 2))
+            experts = ExpertQuantiser(self.linears, self.walk, self.coverage.all_experts, set(self.unmeasured))
+            experts.quantise(feed_input, down_input, lambda share: progress(0.5 + share / 2))
 
     # Attention and feed-forward
 
@@ -109,8 +96,8 @@ class LayerQuantiser:
                 scale_KD = absmax_N.view(spec.kv_heads, spec.head_dim) / LARGEST[self.recipe.kv_cache]
                 linears.emit(f"{name}{part}_scale", torch.where(scale_KD > 0, scale_KD, 1.0))
 
-    def _quantise_feed(self) -> ProductInput:
-        """The dense feed-forward or the shared expert, and the router. Returns the input that experts have too."""
+    def _quantise_feed(self) -> tuple[ProductInput, ProductInput]:
+        """The dense feed-forward or the shared expert, and the router. Returns the inputs of its products."""
         spec, linears = self.spec, self.linears
         has_experts = spec.layers[self.index].experts
         name = "feed_forward.shared_expert." if has_experts else "feed_forward."
@@ -133,21 +120,16 @@ class LayerQuantiser:
         for unit, weight in weights.items():
             linears.emit_linear(unit, weight, source)
         linears.emit_linear(down_name, down, activated)
-        return source
+        return source, activated
 
     # Experts
 
     def _count_tokens(self) -> None:
         counts_E = torch.bincount(self.walk.chosen().flatten(), minlength=self.spec.experts)
         self.expert_tokens = counts_E.tolist()
-        starved = [expert for expert, tokens in enumerate(self.expert_tokens) if tokens < self.coverage.floor]
-        if starved and not self.coverage.all_experts and self.linears.choice("feed_forward.experts").format != "none":
-            saw = self.expert_tokens[starved[0]]
-            raise CalibrationError(
-                f"layer {self.index}: expert {starved[0]} saw {saw} tokens, fewer than {self.coverage.floor}"
-                f" ({len(starved)} of {self.spec.experts} experts did): give more --data or --samples, "
-                "a lower --floor, or --all-experts, which measures every expert over every token"
-            )
+        is_quantised = self.linears.choice("feed_forward.experts").format != "none"
+        if self.coverage.falls_back and not self.coverage.all_experts and is_quantised:
+            self.unmeasured = starved(self.expert_tokens, self.coverage.floor)
 
     def _expert_readers(self) -> list[Reader]:
         """Some experts' first products over some of their tokens."""
@@ -164,43 +146,6 @@ class LayerQuantiser:
                 weight_HN = self.walk.weight("feed_forward.experts.gate_up_proj", expert)
                 readers.append(source.reader(weight_HN.T, choice))
         return readers
-
-    def _quantise_experts(self, feed_input: ProductInput, progress: Callable[[float], None]) -> None:
-        spec, linears, unit = self.spec, self.linears, "feed_forward.experts"
-        choice, dtype = linears.choice(unit), self.weights.stored(f"layers.{self.index}.input_layernorm.weight").dtype
-        kept: dict[str, list[Tensor]] = {}
-        scales: dict[str, list[float]] = {"hidden_scale": [], "activated_scale": []}
-        for expert in range(spec.experts):
-            gate_up, down = (self.walk.weight(f"{unit}.{part}_proj", expert) for part in ("gate_up", "down"))
-            source = linears.input("expert_input", spec.hidden_size, [unit])
-            activated = linears.input("expert_activated", spec.expert_size, [unit])
-            observe = observer(source, activated) if choice.format != "none" else lambda name, x: None
-            self.walk.feed_expert(expert, gate_up, down, observe, all_tokens=self.coverage.all_experts)
-            source.exponents_K, source.strength = feed_input.exponents_K, feed_input.strength
-            parts = {"gate_up": (gate_up.T, source), "down": (down.T, activated)}
-            if choice.format != "none":
-                linears.smooth(activated, [activated.reader(down.T, choice)])
-                rows_N = torch.cat([torch.zeros(spec.expert_size, dtype=torch.int32), activated.exponents_K])
-                parts["gate_up"] = divided_rows(gate_up.T, rows_N), source
-            for part, (weight_NK, read) in parts.items():
-                name = f"{unit}.{part}_proj"
-                if choice.format == "none":
-                    moved_KN = (weight_NK * torch.exp2(read.exponents_K.float())).T
-                    kept.setdefault(name, []).append(moved_KN.to(dtype).contiguous())
-                    continue
-                product, record = quantise_product(f"{linears.prefix}{name}[{expert}]", weight_NK, read, choice, dtype)
-                linears.records.append(record)
-                kept.setdefault(name, []).append(laid_out(product, choice, transposed=True))
-                kept.setdefault(f"{name}_scale", []).append(product.weight.scale_NG.T.contiguous())
-                if product.input_scale is not None:
-                    scales["hidden_scale" if part == "gate_up" else "activated_scale"].append(product.input_scale)
-            progress((expert + 1) / spec.experts)
-        for name, parts_E in kept.items():
-            linears.emit(name, torch.stack(parts_E))
-            parts_E.clear()
-        for name, values in scales.items():
-            if values:
-                linears.emit(f"{unit}.{name}", torch.tensor(values))
 
     def _share_over_group(self, magnitude_K: Tensor) -> Tensor:
         """Query heads of one kv head read the same values, so their channels are divided alike."""

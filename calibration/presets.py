@@ -75,6 +75,46 @@ def parse_recipe(name: str, changes: Mapping[str, object], overrides: Sequence[s
     return PRESETS[name](**changes, overrides=tuple(parsed))
 
 
+APPLIES: dict[str, tuple[str, Callable[[Recipe, Sequence[Format]], bool]]] = {
+    "group_size": ("groups are int4's alone", lambda recipe, formats: "int4" in formats),
+    "percentile": (
+        "it is the clip's of that name: add --clip percentile",
+        lambda recipe, formats: "percentile" in (recipe.clip, *(each.clip for each in recipe.overrides)),
+    ),
+    "strength": ("nothing is smoothed: add --smoothing", lambda recipe, formats: recipe.smoothing != "none"),
+    "activations": (
+        "int4 leaves activations as they are",
+        lambda recipe, formats: "int8" in formats or "fp8" in formats,
+    ),
+    "clip": (
+        "there is no static activation to clip: add --activations static, with int8 or fp8",
+        lambda recipe, formats: _is_static(recipe) and ("int8" in formats or "fp8" in formats),
+    ),
+}
+"""Changes that a recipe may have no use for: why, and whether it has."""
+
+
+def check_applies(recipe: Recipe, changes: Mapping[str, object]) -> None:
+    """Refuses changes that would change nothing.
+
+    Args:
+        recipe: The recipe with the changes.
+        changes: The changes as they were given; None is none.
+
+    Raises:
+        CalibrationError: One of them does not apply to the recipe.
+    """
+    formats: list[Format] = [recipe.format, *(each.format for each in recipe.overrides if each.format)]
+    for name, (why, applies) in APPLIES.items():
+        if changes.get(name) is not None and not applies(recipe, formats):
+            option = f"--{name.replace('_', '-')}"
+            raise CalibrationError(f"{option} does not apply to this {recipe.format} recipe, {why}; or leave it out")
+
+
+def _is_static(recipe: Recipe) -> bool:
+    return "static" in (recipe.activations, *(each.activations for each in recipe.overrides))
+
+
 def check_recipe(recipe: Recipe, spec: ModelSpec, vision: VisionSpec | None = None) -> None:
     """Refuses a recipe that does not fit a model, before anything is read.
 

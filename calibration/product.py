@@ -34,7 +34,9 @@ class Record:
         clip: The largest that is represented; of dynamic scales the largest too.
         strength: Strength of the smoothing of its input; None where there is none.
         weight_sqnr: Signal to quantisation noise of the weight, dB.
-        output_sqnr: Signal to quantisation noise of the product over sample rows, its input quantised too, dB.
+        output_sqnr: Signal to quantisation noise of the product over sample rows, its input quantised too, dB; None
+            where no row was seen.
+        measured: Whether it was rounded with statistics of its own.
     """
 
     name: str
@@ -45,7 +47,8 @@ class Record:
     clip: float
     strength: float | None
     weight_sqnr: float
-    output_sqnr: float
+    output_sqnr: float | None
+    measured: bool = True
 
 
 @dataclass(slots=True)
@@ -70,12 +73,14 @@ class ProductInput:
         recipe: Recipe that names the methods.
         exponents_K: Octaves that each channel is divided by.
         strength: Strength that they were made with.
+        borrowed: The static scale where it is another's; None where it is chosen from the statistics.
     """
 
     statistics: Statistics
     recipe: Recipe
     exponents_K: Tensor = field(init=False)
     strength: float | None = field(init=False, default=None)
+    borrowed: float | None = field(init=False, default=None)
     _scales: dict[tuple[bytes, str, str], float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,6 +90,8 @@ class ProductInput:
         """The static scale under some exponents, or None where the choice has none."""
         if not choice.quantises_activations or choice.activations == "dynamic":
             return None
+        if self.borrowed is not None:
+            return float(torch.tensor(self.borrowed or 1.0))
         key = exponents_K.int().numpy().tobytes(), choice.clip, choice.format
         if key not in self._scales:
             clip = self.statistics.absmax(exponents_K)
@@ -146,7 +153,7 @@ def quantise_product(
         clip=largest if scale is None else scale * LARGEST[choice.format],
         strength=source.strength,
         weight_sqnr=sqnr(moved_NK, wide_NK),
-        output_sqnr=sqnr(rows_RK @ moved_NK.T, found_RN),
+        output_sqnr=sqnr(rows_RK @ moved_NK.T, found_RN) if len(rows_RK) else None,
     )
     return Product(rounded, scale), record
 

@@ -2,7 +2,8 @@
 
 Peak memory is one expert, one layer's quantised weights, the images' tiles, and what the system keeps of the hidden
 states, which lie in mapped files; it does not grow with depth. A run that was killed goes on at the layer it had
-reached. Without images in the data nothing is known of a vision tower's activations, and it is left as it is.
+reached; one that ended because experts saw too few tokens goes on from all of its layers. Without images in the data
+nothing is known of a vision tower's activations, and it is left as it is.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -18,12 +20,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..engine.canonical_graph import read_graph
-from ..errors import CalibrationError, FolderError
+from ..errors import CalibrationError, FolderError, StarvedError
 from ..export.quantised_graph import quantise_graph
-from ..files.folders import SPEC, carry_files, find_files, read_spec
+from ..files.folders import SPEC, carry_files, check_no_rank, find_files, read_spec
 from ..files.output import check_apart, check_free, resumed_folder
+from ..files.reading import read_bytes
 from ..files.safetensors import identity, open_shard
+from ..plugins.canonical_graph import LARGEST, read_graph
 from ..spec.choice import choose, units
 from ..spec.folder import FolderSpec
 from ..spec.geometry import VISION
@@ -32,10 +35,12 @@ from ..spec.stored_weights import WeightFile
 from ..spec.types import Progress
 from ..walk.numbers import Weights
 from ..walk.windows import Windows, read_windows
-from .decoder import FLOOR, Coverage
+from .coverage import FLOOR, Coverage
 from .presets import check_recipe, parse_recipe
-from .report import Report, write_report
+from .report import Report, Written, write_report
 from .work import Work
+
+FLOOR_ACTIONS = ("fail", "fallback")
 
 
 def calibrate_model(
@@ -47,6 +52,7 @@ def calibrate_model(
     samples: int = 128,
     window: int | None = None,
     floor: int = FLOOR,
+    floor_action: Literal["fail", "fallback"] = "fail",
     all_experts: bool = False,
     weights: str | Path | None = None,
     force: bool = False,
@@ -59,11 +65,12 @@ def calibrate_model(
         model: A model folder that is not quantised; only read.
         out: The model folder to write.
         recipe: A recipe, or the name of a preset: `int8`, `fp8` or `int4`.
-        data: Files of text (UTF-8) and of conversations with images (JSONL, see `walk.conversations`), token ids
-            [W, S], or windows of them with their images.
+        data: Files of text and of rows (JSONL, Parquet: see `walk.rows`), token ids [W, S], or windows of them.
         samples: Windows at most.
         window: Tokens of a window; None is a chunk and a quarter of the model's attention.
         floor: Tokens that every expert must have seen.
+        floor_action: What becomes of experts that saw fewer: `fail` names them all behind the last layer and keeps
+            what was done; `fallback` rounds them without statistics of their own.
         all_experts: Whether every expert is measured over every token.
         weights: Folder of the weight files, where they have moved.
         force: Whether an existing model folder at `out` is replaced.
@@ -74,30 +81,49 @@ def calibrate_model(
         The model folder.
 
     Raises:
-        CalibrationError: The recipe does not fit, an expert starves, or an activation is not finite.
+        CalibrationError: The recipe does not fit, or an activation is not finite.
+        StarvedError: Experts saw too few tokens; a later call for the same output goes on from what is kept.
         DataError: The data cannot be read, or is too little.
         FolderError: `model` is no model folder, or `out` exists or cannot be written.
     """
     source, target = Path(model).absolute(), Path(out).absolute()
+    _check_floor(floor, floor_action)
     spec = _read_unquantised(source)
-    if isinstance(recipe, str):
-        recipe = parse_recipe(recipe, {}, ())
+    recipe = parse_recipe(recipe, {}, ()) if isinstance(recipe, str) else recipe
     vision = None if spec.vision is None else spec.vision.spec
     check_recipe(recipe, spec.model, vision)
-    check_apart(source, target)
-    check_free(target, force=force)
+    _check_places(source, target, force)
     files = find_files(source, spec.weight_files, None if weights is None else Path(weights))
-    if isinstance(data, np.ndarray):
-        data = Windows(ids_WS=data)
-    windows = data if isinstance(data, Windows) else read_windows(source, data, spec.model, samples, window, vision)
+    windows = _windows(source, spec, data, samples, window)
     if vision is not None and windows.vision is None:
         recipe = _without_tower(spec, recipe, notice)
-    coverage = Coverage(floor=floor, all_experts=all_experts)
-    with resumed_folder(target, _job(spec, recipe, coverage, windows), force=force) as (folder, scratch):
-        stored = Weights(files, _places(source, spec))
-        work = Work(spec.model, vision, recipe, coverage, stored, windows, folder, scratch)
-        _finish(source, spec, recipe, folder, work.run(progress, notice))
+    coverage = Coverage(floor=floor, all_experts=all_experts, falls_back=floor_action == "fallback")
+    with resumed_folder(target, _job(spec, recipe), force=force, kept=StarvedError) as (folder, scratch):
+        stored, data_read = Weights(files, _places(source, spec)), _fingerprint(windows)
+        work = Work(spec.model, vision, recipe, coverage, stored, windows, folder, scratch, data_read)
+        _finish(source, spec, recipe, folder, work.run(progress, notice), target.name)
     return target
+
+
+def _check_places(source: Path, target: Path, force: bool) -> None:
+    check_apart(source, target)
+    check_free(target, force=force)
+
+
+def _windows(
+    source: Path,
+    spec: FolderSpec,
+    data: Sequence[str | Path] | NDArray[np.int64] | Windows,
+    samples: int,
+    window: int | None,
+) -> Windows:
+    """The data as windows."""
+    if isinstance(data, Windows):
+        return data
+    if isinstance(data, np.ndarray):
+        return Windows(ids_WS=data)
+    vision = None if spec.vision is None else spec.vision.spec
+    return read_windows(source, data, spec.model, samples, window, vision)
 
 
 def _read_unquantised(source: Path) -> FolderSpec:
@@ -108,6 +134,7 @@ def _read_unquantised(source: Path) -> FolderSpec:
         FolderError: It is no model folder.
     """
     spec = read_spec(source)
+    check_no_rank(source, spec)
     if spec.kind != "model":
         raise FolderError(f"{source} is a {spec.kind}: give the model folder it was built from")
     if spec.recipe is not None:
@@ -139,37 +166,63 @@ def _without_tower(spec: FolderSpec, recipe: Recipe, notice: Callable[[str], Non
     return dataclasses.replace(recipe, overrides=(*recipe.overrides, *left))
 
 
-def _job(spec: FolderSpec, recipe: Recipe, coverage: Coverage, windows: Windows) -> str:
-    """A fingerprint of everything that the result depends on."""
+def _check_floor(floor: int, floor_action: str) -> None:
+    """Refuses demands on experts that there are none of.
+
+    Raises:
+        CalibrationError: One is out of range.
+    """
+    if floor < 0:
+        raise CalibrationError(f"floor is {floor}, expected a number of tokens from 0 up")
+    if floor_action not in FLOOR_ACTIONS:
+        raise CalibrationError(f"floor-action is {floor_action!r}, expected one of {', '.join(FLOOR_ACTIONS)}")
+
+
+def _job(spec: FolderSpec, recipe: Recipe) -> str:
+    """A fingerprint of the model and the recipe, on which every kept layer depends."""
     files = [(file.name, file.identity) for file in spec.weight_files]
+    settings = dataclasses.asdict(recipe), files, __version__
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def _fingerprint(windows: Windows) -> str:
+    """A fingerprint of the data."""
     shapes = windows.ids_WS.shape, windows.tiles_W.tolist()
-    settings = dataclasses.asdict(recipe), dataclasses.asdict(coverage), files, __version__, shapes
-    digest = hashlib.sha256(json.dumps(settings).encode() + windows.ids_WS.tobytes())
+    digest = hashlib.sha256(json.dumps(shapes).encode() + windows.ids_WS.tobytes())
     digest.update(np.ascontiguousarray(windows.pixels_N3PP).data)
     return digest.hexdigest()
 
 
-def _finish(source: Path, spec: FolderSpec, recipe: Recipe, folder: Path, report: Report) -> None:
+def _finish(source: Path, spec: FolderSpec, recipe: Recipe, folder: Path, report: Report, name: str) -> None:
     """Writes the graphs, the report, the tokenizer and, last, the spec."""
     shards = [open_shard(path) for path in sorted(folder.glob("*.safetensors"))]
     places = {name: (shard.path.name, region) for shard in shards for name, region in shard.tensors.items()}
     graphs = [spec.graph, *([spec.vision.graph] if spec.vision else [])]
-    for name in graphs:
-        graph = ir.from_proto(onnx.load(source / name, load_external_data=False))
+    for each in graphs:
+        graph = ir.from_proto(onnx.load(source / each, load_external_data=False))
         quantise_graph(graph, spec.model, recipe, places, folder)
-        ir.save(graph, folder / name)
+        ir.save(graph, folder / each)
     carry_files(source, folder)
-    write_report(folder, report)
+    written = Written(
+        name=name,
+        source=str(source),
+        bytes_before=sum(file.size for file in spec.weight_files),
+        bytes_after=sum(shard.size for shard in shards),
+    )
+    write_report(folder, report, written)
     record = dataclasses.replace(
         spec,
         version=__version__,
         source=str(source),
-        source_hashes={name: hashlib.sha256((source / name).read_bytes()).hexdigest() for name in graphs},
+        source_hashes={
+            each: hashlib.sha256(read_bytes(source / each, folder=source, most=LARGEST)).hexdigest() for each in graphs
+        },
         weight_files=tuple(
             WeightFile(name=shard.path.name, path="", size=shard.size, identity=identity(shard.path))
             for shard in shards
         ),
         recipe=recipe,
+        unmeasured=report.unmeasured,
         tools={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir")},
     )
     (folder / SPEC).write_text(record.to_json(), "utf-8")

@@ -18,15 +18,9 @@ CODES = {getattr(torch, each.torch): each.safetensors for each in TYPES.values()
 
 
 def pack_int4(values: Tensor) -> Tensor:
-    """Values of -8 to 7 in int8, [..., N] with N even → [..., N / 2] uint8."""
+    """Values of -8 to 7 in int8, [..., N] with N even → [..., N / 2] uint8, which `unpack_int4` reads."""
     nibbles = values.view(torch.uint8) & 0xF
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """The inverse of `pack_int4`."""
-    nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2).view(torch.int8)
-    return torch.where(nibbles > 7, nibbles - 16, nibbles)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -6,11 +6,12 @@ new folder, and a `Report`. The vision tower comes first, then the decoder, whic
 Layer by layer: the hidden states go through the unquantised layer, the quantised layer is written, both are released.
 The scratch folder holds the hidden states in front of the layer that is next, those behind it, those between its
 attention and its feed-forward, and `progress.json`, which is replaced when a layer's shard is on the disk.
+
+Experts that saw too few tokens end the run, but only behind the last layer, and all that was done is kept. The next run
+takes what fits its demands as it is, and measures the layers again that do not: over its own data, which may be more.
 """
 
-import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,27 +28,22 @@ from ..spec.choice import choose, units
 from ..spec.geometry import VISION, ModelSpec, VisionSpec
 from ..spec.recipe import Recipe
 from ..spec.types import Progress
-from ..walk.decoder import TOKENS, Hidden, embed
+from ..walk.decoder import TOKENS, Hidden, LayerWalk, embed
 from ..walk.numbers import Weights
-from ..walk.tower import embed_tiles
+from ..walk.tower import embed_tiles, encode_tiles
 from ..walk.windows import Windows
-from .decoder import Coverage, LayerQuantiser
+from .coverage import Coverage, check_coverage, to_measure_again
+from .decoder import LayerQuantiser
 from .linears import Linears
 from .product import ProductInput, Record
+from .reached import Reached, described, read_progress, restarted, write_progress
 from .report import LayerReport, Report
 from .shard import write_shard
 from .statistics import Statistics
 from .tower import quantise_tower_ends, quantise_tower_layer
 
-PROGRESS = "progress.json"
-
-
-@dataclass(slots=True)
-class Reached:
-    """The reports of the layers done: the tower's, with one more of its linears around them, and the decoder's."""
-
-    tower: list[LayerReport] = field(default_factory=list)
-    layers: list[LayerReport] = field(default_factory=list)
+TILES = 8
+"""Tiles whose features are computed at once where layers are measured again."""
 
 
 @dataclass(slots=True)
@@ -63,6 +59,7 @@ class Work:
         windows: Tokens and tiles.
         folder: Where the shards go.
         scratch: Where everything else goes.
+        data: Fingerprint of the windows.
     """
 
     spec: ModelSpec
@@ -73,6 +70,7 @@ class Work:
     windows: Windows
     folder: Path
     scratch: Path
+    data: str
     reached: Reached = field(init=False)
 
     def run(self, progress: Progress, notice: Callable[[str], None]) -> Report:
@@ -81,29 +79,37 @@ class Work:
         Args:
             progress: Called with the tokens done, each once a layer; the tower's are patches.
             notice: Called with each line that a person should know.
+
+        Raises:
+            StarvedError: Experts saw too few tokens.
         """
-        self.reached = self._read_progress()
+        self.reached = read_progress(self.scratch)
+        if self.reached.data not in ("", self.data) and self.reached.head is None:
+            notice("The data is not that of the run before, which had not walked all layers: beginning anew.")
+            self.reached = restarted(self.folder, self.scratch)
+        was_other, self.reached.data = self.reached.data not in ("", self.data), self.data
         count, tokens, tower = len(self.spec.layers), self.windows.ids_WS.size, 0
         if self.windows.vision is not None:
             tower = len(self.windows.pixels_N3PP) * self.windows.vision.positions * self.windows.vision.layers
         total = tower + count * tokens
-        self._say_where(notice)
+        if where := described(self.reached, self.spec, self.vision):
+            notice(f"Going on: {where}")
         if self.windows.vision is not None:
             self._quantise_tower(self.windows.vision, lambda phase, share: progress(phase, int(share * tower), total))
         if not self.reached.layers:
             self._embed()
         for index in range(len(self.reached.layers), count):
-            quantiser = LayerQuantiser(self.spec, index, self.weights, self.recipe, self.coverage)
-            hidden = self._hidden(index), self._hidden("attended"), self._hidden(index + 1)
 
             def report(share: float, at: int = index) -> None:
                 progress(f"layer {at}", tower + int((at + share) * tokens), total)
 
-            quantiser.quantise(*hidden, report)
-            self._write_step(
-                f"layer-{index:05}", quantiser.linears, hidden[-1], self.reached.layers, quantiser.expert_tokens
-            )
-        head = self._write_rest()
+            self._quantise_layer(index, report)
+        if self.reached.head is None:
+            self.reached.head = self._write_rest()
+            write_progress(self.scratch, self.reached)
+        if again := to_measure_again(self.reached.layers, self.recipe, self.coverage, self.data):
+            self._measure_again(again, progress, notice)
+        check_coverage(self.reached.layers, self.recipe, self.coverage, notice)
         measured = units(self.spec, self.windows.vision)
         kept = [name for name, _ in measured if choose(self.recipe, name).format == "none"]
         if self.vision is not None and self.windows.vision is None:
@@ -113,11 +119,47 @@ class Work:
             windows=len(self.windows.ids_WS),
             tokens=tokens,
             layers=tuple(self.reached.layers),
-            head=tuple(head),
+            head=tuple(self.reached.head),
             kept=dict.fromkeys(["embed_tokens", "norms", *kept], self.spec.dtype),
             tiles=len(self.windows.pixels_N3PP),
             tower=tuple(self.reached.tower),
+            other_data=was_other or any(layer.data != self.data for layer in self.reached.layers),
         )
+
+    def _quantise_layer(self, index: int, report: Callable[[float], None]) -> None:
+        """Measures and quantises a layer, for the first time or again."""
+        quantiser = LayerQuantiser(self.spec, index, self.weights, self.recipe, self.coverage)
+        hidden = self._hidden(index), self._hidden("attended"), self._hidden(index + 1)
+        quantiser.quantise(*hidden, report)
+        self._write_step(
+            f"layer-{index:05}", quantiser.linears, hidden[-1], self.reached.layers, quantiser, place=index
+        )
+
+    def _measure_again(self, again: Sequence[int], progress: Progress, notice: Callable[[str], None]) -> None:
+        """Walks once more, and quantises some layers anew; the others are kept as they are."""
+        count, tokens = again[-1] + 1, self.windows.ids_WS.size
+        names = ", ".join(map(str, again))
+        kept = len(self.spec.layers) - len(again)
+        notice(f"Measuring layer{'s' if len(again) > 1 else ''} {names} again; the other {kept} are kept.")
+        if self.windows.vision is not None:
+            features_MH, pixels = self._features(self.windows.vision), self.windows.pixels_N3PP
+            for start in range(0, len(pixels), TILES):
+                some = slice(start * self.windows.vision.features, (start + TILES) * self.windows.vision.features)
+                part = pixels[start : start + TILES].astype(np.float32)
+                features_MH[some] = encode_tiles(self.windows.vision, self.weights, part)
+        self._embed()
+        for index in range(count):
+
+            def report(share: float, at: int = index) -> None:
+                progress(f"layer {at} again", int((at + share) * tokens), count * tokens)
+
+            if index in again:
+                self._quantise_layer(index, report)
+            else:
+                walk = LayerWalk(self.spec, index, self.weights, self._hidden("attended"), self._hidden(index + 1))
+                walk.run(self._hidden(index))
+                self.weights.release()
+                report(1.0)
 
     def _quantise_tower(self, vision: VisionSpec, report: Callable[[str, float], None]) -> None:
         """The tower's layers, then what lies around them and the image features."""
@@ -159,7 +201,8 @@ class Work:
         linears: Linears,
         output: NDArray[np.float32],
         reports: list[LayerReport],
-        expert_tokens: list[int] | None = None,
+        quantiser: LayerQuantiser | None = None,
+        place: int | None = None,
     ) -> None:
         """Puts a step's shard and output on the disk, and then what is reached."""
         self._check_finite(linears)
@@ -170,10 +213,18 @@ class Work:
         write_shard(self.folder / f"{name}.safetensors", linears.tensors)
         assert isinstance(output, np.memmap)
         output.flush()
-        reports.append(LayerReport(records=tuple(linears.records), expert_tokens=tuple(expert_tokens or ())))
-        temporary = self.scratch / f"{PROGRESS}.new"
-        temporary.write_text(json.dumps(dataclasses.asdict(self.reached)))
-        temporary.replace(self.scratch / PROGRESS)
+        report = LayerReport(
+            records=tuple(linears.records),
+            expert_tokens=tuple(quantiser.expert_tokens) if quantiser else (),
+            unmeasured=quantiser.unmeasured if quantiser else (),
+            all_experts=self.coverage.all_experts,
+            data=self.data,
+        )
+        if place is not None and place < len(reports):
+            reports[place] = report
+        else:
+            reports.append(report)
+        write_progress(self.scratch, self.reached)
         self.weights.release()
 
     def _check_finite(self, linears: Linears) -> None:
@@ -187,21 +238,6 @@ class Work:
                 raise CalibrationError(
                     f"{name!r} becomes NaN or infinite: it does not fit {self.spec.dtype}, export with another --dtype"
                 )
-
-    def _read_progress(self) -> Reached:
-        path = self.scratch / PROGRESS
-        if not path.exists():
-            return Reached()
-        lists = json.loads(path.read_text())
-        return Reached(**{name: [LayerReport.from_fields(each) for each in some] for name, some in lists.items()})
-
-    def _say_where(self, notice: Callable[[str], None]) -> None:
-        tower, layers = len(self.reached.tower), len(self.reached.layers)
-        where = f"{layers} of {len(self.spec.layers)}"
-        if self.vision is not None and 0 < tower < self.vision.layers:
-            where = f"{tower} of {self.vision.layers} of the vision tower"
-        if tower or layers:
-            notice(f"Going on at layer {where}, where the last run had come to.")
 
     def _hidden(self, name: int | str) -> Any:
         """The decoder's hidden states [W, S, H]; a layer's input and output take turns in two files."""

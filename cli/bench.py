@@ -32,7 +32,7 @@ def bench(
     debug: options.Debug = False,
 ) -> None:
     """Time a model: first token, prefill, decode, bandwidth; or, with --url, a server with several clients at once."""
-    terminal = Terminal(extra="accuracy", quiet=quiet, verbose=verbose, debug=debug)  # whose matplotlib --output needs
+    terminal = Terminal(extra="check", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     asked: dict[str, Any] = {"decode_tokens": decode_tokens, "runs": runs}
     with terminal.errors_shown(), terminal.progress_shown("Timing") as progress:
         from ..measuring.bench import check_output, measure_folder, parse_sizes, write_measured
@@ -54,7 +54,7 @@ def bench(
         if as_json:
             show_json(found)
         else:
-            from .tables import show_load, show_measured
+            from .tables_of_speed import show_load, show_measured
 
             (show_measured if url is None else show_load)(found, output)
 

@@ -11,7 +11,7 @@ from .terminal import Terminal
 
 
 def build(
-    model: Annotated[Path, typer.Argument(help="Model folder that `arriero export` wrote.")],
+    model: Annotated[Path, typer.Argument(help="Model folder, or group of ranks, that `arriero export` wrote.")],
     output: options.Output,
     target: options.Target = "cpu",
     max_batch: options.MaxBatch = None,
@@ -33,7 +33,7 @@ def build(
 ) -> None:
     """Build a model for one target: the bundle folder. Options but --kv-cache and --force shape a TensorRT engine."""
     extra = "tensorrt" if target.startswith("tensorrt") else "export"
-    terminal = Terminal(extra=extra, quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra=extra, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown(), terminal.progress_shown("Building") as progress:
         from ..engine import Options, build_bundle
 

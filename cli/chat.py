@@ -13,8 +13,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..errors import SessionError
-from .streams import check_stdin, is_read, show_json
-from .terminal import Terminal, one_line
+from .streams import check_stdin, is_read
+from .terminal import Terminal
 
 COMMANDS = {
     "/help": "what can be typed",
@@ -38,14 +38,12 @@ class Chat:
     Attributes:
         answer: Streams an answer.
         terminal: Messages go there.
-        as_json: Whether a refused turn is a line of JSON on stdout as well, as every answer is.
         messages: The conversation, a system message first where there is one.
         waiting: Images of the next turn.
     """
 
     answer: Answer
     terminal: Terminal
-    as_json: bool = False
     messages: list[dict[str, Any]] = field(default_factory=list)
     waiting: list[Path] = field(default_factory=list)
 
@@ -113,8 +111,6 @@ class Chat:
     def refuse(self, error: Exception) -> None:
         """Reports a turn that cannot be answered."""
         self.terminal.show_error(error)
-        if self.as_json:
-            show_json({"error": one_line(error, "")})
 
 
 @contextmanager

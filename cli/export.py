@@ -1,4 +1,4 @@
-"""`arriero export`: a checkpoint to a model folder."""
+"""`arriero export`: a checkpoint to a model folder, or a model to a group of ranks."""
 
 import time
 from pathlib import Path
@@ -11,20 +11,27 @@ from .terminal import Terminal
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a Hugging Face Llama 4 checkpoint; only read.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="Hugging Face Llama 4 checkpoint, its name in the hub's local cache, or a model folder to be split."
+        ),
+    ],
     output: options.Output,
     dtype: options.ConvertedType = None,
     copy_weights: options.CopyWeights = False,
     tp: options.TensorParallel = 1,
     ep: options.ExpertParallel = None,
+    weights: options.MovedSplit = None,
+    tokenizer: options.Tokenizer = None,
     force: options.Force = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Export a checkpoint to ONNX: the model folder. The weights stay where they are."""
-    terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
+    """Export a checkpoint to ONNX, or split a model over ranks. The weights stay where they are."""
+    terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown(), terminal.progress_shown("Exporting") as progress:
         from ..export import export_checkpoint
 
@@ -36,6 +43,8 @@ def export(
             copy_weights=copy_weights,
             tp=tp,
             ep=ep,
+            weights=weights,
+            tokenizer=tokenizer,
             force=force,
             progress=progress,
             notice=terminal.say,

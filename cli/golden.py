@@ -25,7 +25,7 @@ def golden(
     debug: options.Debug = False,
 ) -> None:
     """Record a reference once, so that checks against it need not run it again."""
-    terminal = Terminal(extra="accuracy", quiet=quiet, verbose=verbose, debug=debug)
+    terminal = Terminal(extra="accuracy", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown(), terminal.progress_shown("Recording", "tokens") as progress:
         from ..accuracy import record_golden
 

@@ -12,10 +12,17 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder of Arriero's.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 ModelFolder = Annotated[Path, typer.Argument(help="Model folder that `arriero export` wrote; only read.")]
-Folder = Annotated[Path, typer.Argument(help="Model or bundle folder.")]
+Folder = Annotated[Path, typer.Argument(help="Model or bundle folder, or a group of ranks.")]
 Moved = Annotated[Path | None, typer.Option(help="Folder of the weight files, where they have moved.")]
-Threads = Annotated[int | None, typer.Option(help="Threads.", show_default="the processors allowed")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Trust the engine in the bundle from now on: it is code, and was not built here."),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads, of all ranks of a group together.", show_default="the processors allowed")
+]
 Samples = Annotated[int, typer.Option(help="Windows of text at most.")]
+CheckedSamples = Annotated[int | None, typer.Option(help="Windows of text at most.", show_default="24")]
 CheckedWindow = Annotated[
     int | None, typer.Option(help="Tokens of a window.", show_default="two chunks and a quarter, at least 512")
 ]
@@ -28,16 +35,26 @@ CopyWeights = Annotated[bool, typer.Option("--copy-weights", help="Copy the weig
 ConvertedType = Annotated[
     str | None, typer.Option(help="Convert the weights to float32, float16 or bfloat16.", show_default="as stored")
 ]
-TensorParallel = Annotated[int, typer.Option(help="Ranks to split the model over, a folder each.")]
+TensorParallel = Annotated[
+    int, typer.Option(help="Ranks to split the model over, a folder each; 1 leaves all but the experts whole.")
+]
 ExpertParallel = Annotated[
     int | None, typer.Option(help="Groups of ranks over which the experts are distributed.", show_default="as --tp")
+]
+MovedSplit = Annotated[
+    Path | None, typer.Option(help="Folder of a model's weight files, where they have moved; with --tp or --ep.")
+]
+
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(help="Folder to take tokenizer, chat template and preprocessor from.", show_default="CHECKPOINT"),
 ]
 
 # calibrate
 CalibrationData = Annotated[
     list[Path],
     typer.Option(
-        help="File to calibrate on: text, or conversations (.jsonl): a line each, as "
+        help="File to calibrate on: text, or rows (.jsonl, .parquet), as "
         '{"messages": [{"role": "user", "content": "What is this?"}, …], "images": ["photo.jpg"]}, '
         "paths relative to the file; may be repeated."
     ),
@@ -64,6 +81,10 @@ EachWeight = Annotated[
     bool, typer.Option("--verbose", help="Show more details, on stderr: each weight's errors, each phase's time.")
 ]
 Floor = Annotated[int, typer.Option(help="Tokens that every expert must have seen.")]
+FloorAction = Annotated[
+    str,
+    typer.Option(help="Where experts saw fewer: fail, keeping all layers; fallback: round them without statistics."),
+]
 AllExperts = Annotated[bool, typer.Option("--all-experts", help="Measure every expert over every token.")]
 
 # build
@@ -96,6 +117,9 @@ MovedModelWeights = Annotated[
 ]
 
 # inspect
+Inspected = Annotated[
+    Path, typer.Argument(help="Checkpoint, model, bundle, golden file, or a folder that check or bench wrote.")
+]
 Layers = Annotated[bool, typer.Option("--layers", help="List each fused layer of an engine with its sizes.")]
 MemorySeq = Annotated[
     int | None,
@@ -105,6 +129,14 @@ MemoryBatch = Annotated[int, typer.Option(help="Rows at once to estimate memory 
 
 # run
 Prompt = Annotated[str | None, typer.Option(help="Text to continue; - reads it from stdin.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help='JSONL of prompts, {"prompt": TEXT} or {"messages": […]} a line, answered many at once.'),
+]
+Answers = Annotated[
+    Path | None, typer.Option("--output", "-o", help="File for the answers to --prompts; a killed run goes on.")
+]
+ForceAnswers = Annotated[bool, typer.Option("--force", help="Replace an existing file of answers.")]
 Image = Annotated[
     list[Path] | None,
     typer.Option(help="Image that the prompt is about, or that stands at its <|image|>; may be repeated."),
@@ -150,6 +182,54 @@ Grammar = Annotated[Path | None, typer.Option(help="File of a grammar in Lark th
 Regex = Annotated[str | None, typer.Option(help="Regular expression that the whole text matches.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Let no token end it.")]
 
+# serve
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
+UnixSocket = Annotated[Path | None, typer.Option(help="Socket file to listen on instead.")]
+ModelName = Annotated[str | None, typer.Option(help="The model's name.", show_default="the folder's")]
+Slots = Annotated[
+    int | None, typer.Option(help="Sequences at once; more wait.", show_default="16, or an engine's limit")
+]
+PrefillBudget = Annotated[
+    int | None, typer.Option(help="Tokens of prompts that a step reads while others decode.", show_default="32")
+]
+PrefixBytes = Annotated[str, typer.Option(help="Keys and values of known beginnings to keep, as 256M; 0 keeps none.")]
+SharePrefixes = Annotated[
+    bool, typer.Option("--share-prefixes", help="Share known beginnings between callers of different keys.")
+]
+CacheBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="Keys and values of running sequences at most, as 8G: each takes what its length needs, and waits where "
+        "there is none.",
+        show_default="that of all slots, at most half of the free memory",
+    ),
+]
+Queue = Annotated[int, typer.Option(help="Sequences that wait at most; beyond, clients get 429 with Retry-After.")]
+ApiKeyFile = Annotated[Path | None, typer.Option(help="File of API keys, one a line.")]
+TlsCertificate = Annotated[Path | None, typer.Option(help="Certificate's file, in PEM, to speak TLS.")]
+TlsKey = Annotated[Path | None, typer.Option(help="Its key's file.")]
+CorsOrigin = Annotated[
+    list[str] | None, typer.Option(help="Origin whose pages may ask, as https://example.org; may be repeated.")
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(help="Name that a server on this machine's own address may be called by; may be repeated."),
+]
+AllowImageHost = Annotated[
+    list[str] | None, typer.Option(help="Host that images may be fetched from; may be repeated.")
+]
+MaxBodyBytes = Annotated[str, typer.Option(help="Bytes of a request at most.")]
+MaxPromptTokens = Annotated[int | None, typer.Option(help="Tokens of a prompt at most.", show_default="--max-seq")]
+MostNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", help="New tokens of an answer at most.", show_default="--max-seq")
+]
+MaxImages = Annotated[int, typer.Option(help="Images of a request at most.")]
+FirstTokenSeconds = Annotated[float, typer.Option(help="Seconds until the first token at most; 0 is no limit.")]
+TotalSeconds = Annotated[float, typer.Option(help="Seconds of an answer at most; 0 is no limit.")]
+DrainSeconds = Annotated[float, typer.Option(help="Seconds that running answers have to end after SIGTERM.")]
+LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Log requests with what they say.")]
+
 # bench
 MeasuredFolder = Annotated[Path | None, typer.Argument(help="Model or bundle folder.", show_default=False)]
 Url = Annotated[str | None, typer.Option(help="OpenAI server to measure under load, instead of a folder.")]
@@ -172,12 +252,22 @@ DecodeTokens = Annotated[int, typer.Option(help="Tokens decoded after each promp
 Runs = Annotated[int, typer.Option(help="Timed runs of each; medians are given.")]
 ForceOutput = Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")]
 
+# trend and compare
+PAGE_START = b"<!doctype html>"
+Page = Annotated[Path, typer.Option("--output", "-o", help="Page to write, an .html file.")]
+ForcePage = Annotated[bool, typer.Option("--force", help="Replace an existing page.")]
+
 # check and golden
 Candidate = Annotated[Path, typer.Argument(help="Checkpoint, model or bundle to be judged.")]
 Against = Annotated[Path, typer.Option(help="The reference: one of these too, or a golden file.")]
 CheckedData = Annotated[
     list[Path] | None, typer.Option(help="Text file; may be repeated. A golden file has its own text.")
 ]
+LimitsFile = Annotated[
+    Path | None,
+    typer.Option("--limits", help="TOML file of limits: a table for each recipe, as [int8], and [every]."),
+]
+History = Annotated[Path | None, typer.Option(help="File to append a line of this run to; the report draws the trend.")]
 CheckOutput = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder for verdict.json, junit.xml and report.html.")
 ]

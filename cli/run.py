@@ -3,11 +3,13 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SessionError
 from . import options
+from .batch import Answers, answer_all, check_prompts, job_of, read_prompts
 from .chat import Chat
 from .streams import as_utf8, check_stdin, is_read, read_option, read_stdin, show_json
 from .terminal import Terminal
@@ -18,13 +20,50 @@ if TYPE_CHECKING:
 CHAT_BYTES = 1 << 30
 """Keys and values of a conversation's earlier turns that are kept at most."""
 
+SETTINGS_OF_ALL = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "seed",
+    "stop_strings",
+    "eos_token_id",
+)
+"""Settings that a file of prompts is answered with."""
+
 MAX_NEW_TOKENS = 512
 """New tokens at most where neither the user nor the generation config says."""
+
+
+SETTINGS = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "seed",
+    "regex",
+    "top_logprobs",
+)
+"""Options of `run` that are settings of these names."""
 
 
 def run(
     folder: options.Folder,
     prompt: options.Prompt = None,
+    prompts: options.Prompts = None,
+    output: options.Answers = None,
     image: options.Image = None,
     chat: options.Chat = False,
     system: options.System = None,
@@ -50,55 +89,98 @@ def run(
     max_seq: options.MaxSeq = None,
     threads: options.Threads = None,
     weights: options.Moved = None,
+    trust: options.Trust = False,
+    force: options.ForceAnswers = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """Run a model: stream the continuation of a prompt, say what is in an image, or chat."""
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-    settings |= {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
+    given = locals()
+    settings: dict[str, Any] = {name: given[name] for name in SETTINGS}
     settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string}
-    settings |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
-    settings |= {"no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens}
-    settings |= {"logprobs": top_logprobs is not None, "top_logprobs": top_logprobs}
-    settings |= {"eos_token_id": [] if ignore_eos else eos_token_id}
-    terminal = Terminal(extra="export", quiet=quiet, verbose=verbose, debug=debug)
+    settings |= {"logprobs": top_logprobs is not None, "eos_token_id": [] if ignore_eos else eos_token_id}
+    terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
-        settings |= {"json_schema": read_option(json_schema, "--json-schema"), "regex": regex}
+        settings |= {"json_schema": read_option(json_schema, "--json-schema")}
         settings |= {"grammar": read_option(grammar, "--grammar")}
+        of_one = {"--prompt": prompt, "--image": image, "--chat": chat, "--system": system}
+        check_prompts(prompts, output, of_one, prompt_lookup, top_logprobs)
+        loading = {"max_seq": max_seq, "threads": threads, "weights": weights, "trust": trust}
+        if prompts is not None and output is not None:
+            run_prompts(folder, prompts, output, settings, loading, terminal, force=force, as_json=as_json)
+            return
         prompt, system = texts_of(prompt, system, chat)
-        from ..loading import load
-
-        started = time.perf_counter()
-        kept = CHAT_BYTES if chat else 0
-        session = load(folder, max_seq=max_seq, threads=threads, weights=weights, prefix_bytes=kept)
-        loaded = time.perf_counter() - started
-        if max_new_tokens is None and not session.defaults.limits_length:
-            settings["max_new_tokens"] = MAX_NEW_TOKENS
-        terminal.detail(f"[{folder} loaded in {loaded:.2f} s, for sequences of {session.max_seq} tokens]")
+        session, loaded = opened(folder, settings, terminal, prefix_bytes=CHAT_BYTES if chat else 0, **loading)
         if chat:
-            hold_chat(session, prompt, system, list(image or ()), settings, as_json, terminal)
+            reply = partial(reply_to, session, settings, as_json, terminal)
+            Chat(answer=reply, terminal=terminal, messages=begun(system), waiting=list(image or ())).run(prompt)
         else:
             answer(session, prompt, {**settings, "images": image or ()}, as_json, {"load_seconds": loaded}, terminal)
 
 
-def hold_chat(
+def reply_to(
     session: "Session",
-    prompt: str | None,
-    system: str | None,
-    images: list[Path],
     settings: dict[str, Any],
     as_json: bool,
     terminal: Terminal,
+    said: list[dict[str, Any]],
+    is_asked: Callable[[], bool],
+) -> str:
+    """Answers a conversation's last turn; returns the text."""
+    return answer(session, said, settings, as_json, {}, terminal, is_asked)
+
+
+def begun(system: str | None) -> list[dict[str, Any]]:
+    """A conversation that has its system message alone."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def opened(folder: Path, settings: dict[str, Any], terminal: Terminal, **loading: Any) -> tuple["Session", float]:
+    """The session, and the seconds that it took to load; `settings` get a limit where nothing sets one."""
+    from ..loading import load
+
+    started = time.perf_counter()
+    session = load(folder, **loading)
+    loaded = time.perf_counter() - started
+    if settings["max_new_tokens"] is None and not session.defaults.limits_length:
+        settings["max_new_tokens"] = MAX_NEW_TOKENS
+    terminal.detail(f"[{folder} loaded in {loaded:.2f} s, for sequences of {session.max_seq} tokens]")
+    return session, loaded
+
+
+def run_prompts(
+    folder: Path,
+    prompts: Path,
+    output: Path,
+    settings: dict[str, Any],
+    loading: dict[str, Any],
+    terminal: Terminal,
+    *,
+    force: bool,
+    as_json: bool,
 ) -> None:
-    """Holds a conversation, which a prompt may begin."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
+    """Answers a file of prompts; exits with 2 where one of them could not be answered."""
+    from ..loading import load
 
-    def reply(said: list[dict[str, Any]], is_asked: Callable[[], bool]) -> str:
-        return answer(session, said, settings, as_json, {}, terminal, is_asked)
-
-    Chat(answer=reply, terminal=terminal, as_json=as_json, messages=messages, waiting=images).run(prompt)
+    started = time.perf_counter()
+    asked = read_prompts(prompts)
+    chosen = {name: value for name, value in settings.items() if name in SETTINGS_OF_ALL and value is not None}
+    answers = Answers(output, job_of(folder, prompts, {**chosen, "max_seq": loading["max_seq"]}), force=force)
+    if answers.done:
+        terminal.say(f"Going on: {len(answers.done)} of {len(asked)} prompts are answered.")
+    session = load(folder, **loading)
+    if "max_new_tokens" not in chosen and not session.defaults.limits_length:
+        chosen["max_new_tokens"] = MAX_NEW_TOKENS
+    with terminal.progress_shown("Answering") as progress:
+        failed = answer_all(session, asked, answers, chosen, progress)
+    seconds = time.perf_counter() - started
+    if as_json:
+        show_json({"file": str(output), "prompts": len(asked), "failed": failed, "seconds": round(seconds, 3)})
+    terminal.say(f"Wrote {output}: {len(asked) - failed} of {len(asked)} prompts answered in {seconds:.1f} s")
+    if failed:
+        raise SystemExit(2)
 
 
 def texts_of(prompt: str | None, system: str | None, chat: bool) -> tuple[str | None, str | None]:

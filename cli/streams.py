@@ -140,8 +140,13 @@ def is_read() -> bool:
     return getattr(sys.stdout, "fault", None) is None
 
 
-def show_json(value: Any) -> None:
-    """Prints a value on stdout in one line of JSON, in ASCII where stdout is not UTF-8."""
+SCHEMA = 1
+"""Version of what `--json` prints; a key that changes its meaning or goes raises it, one more does not."""
+
+
+def show_json(value: dict[str, Any]) -> None:
+    """Prints a value on stdout in one line of JSON with a `schema`, in ASCII where stdout is not UTF-8."""
+    value = {"schema": SCHEMA, **value}
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(json.dumps(value, ensure_ascii=not codecs.lookup(encoding).name.startswith("utf")), flush=True)
 

@@ -10,42 +10,48 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .ranks_table import describe_ranks, ranks_table
+from .words import files_text, layers_text, parameters_text, quantised_text, size, sizes_text
+
 
 def show_summary(found: dict[str, Any]) -> None:
     """Prints what `summary.summarise` found."""
     console = Console()
     model = found["model"]
     built_for = f" for {found['target']}" if found["target"] else ""
-    console.print(f"[bold]{found['kind'].capitalize()}{built_for}[/], from {found['source']}", highlight=False)
+    console.print(
+        f"[bold]{found['kind'].capitalize()}{built_for}[/], from {found['source']}, by Arriero {found['version']}",
+        highlight=False,
+    )
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    experts = f"{model['expert_layers']} with {model['experts']} experts (top {model['experts_per_token']})"
-    chunked = f"{model['chunked_layers']} chunked at {model['chunk']} positions"
-    if not model["expert_layers"]:
-        experts = "none with experts"
-    if not model["chunked_layers"]:
-        chunked = "none chunked"
-    facts.add_row("layers", f"{model['layers']}, of them {experts}, {chunked}")
-    facts.add_row(
-        "sizes",
-        f"hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} kv heads of "
-        f"{model['head_dim']}, vocabulary {model['vocab_size']}, context {model['max_positions']}, {model['dtype']}",
-    )
-    cache = found["kv_cache"]
-    facts.add_row(
-        "KV cache",
-        f"{size(cache['bytes_per_token'])} a token; {size(cache['chunked_bytes_per_token'])} of it in chunked layers, "
-        "which hold one chunk at most",
-    )
-    files = found["weight_files"]
+    facts.add_row("layers", layers_text(model))
+    facts.add_row("sizes", sizes_text(model))
+    if "parameters" in found:
+        facts.add_row("parameters", parameters_text(found["parameters"]))
+    if (quantised := found.get("quantised")) is not None:
+        facts.add_row("quantised", quantised_text(quantised))
+    if (cache := found.get("kv_cache")) is not None:
+        facts.add_row(
+            "KV cache",
+            f"{size(cache['bytes_per_token'])} a token; {size(cache['chunked_bytes_per_token'])} of it in chunked "
+            "layers, which hold one chunk at most",
+        )
+    files = found.get("weight_files", {"count": 0})
     if files["count"]:
-        facts.add_row("weight files", f"{files['count']}, {size(files['bytes'])}, read in place")
+        listed = found.get("files")
+        text = files_text(listed) if listed else f"{files['count']}, {size(files['bytes'])}, read in place"
+        facts.add_row("weight files", text)
     if (vision := found.get("vision")) is not None:
         facts.add_row("vision tower", describe_vision(vision))
     if (memory := found.get("memory")) is not None:
         facts.add_row("memory", describe_memory(memory))
     if (engine := found.get("engine")) is not None:
         facts.add_row("engine", describe_engine(engine))
+    if (ranks := found.get("ranks")) is not None:
+        facts.add_row("ranks", describe_ranks(ranks))
     console.print(facts, highlight=False)
+    if ranks is not None:
+        console.print(ranks_table(ranks))
     if engine is not None:
         console.print(profiles_table(engine))
         console.print(layers_table(found["layers"]))
@@ -75,85 +81,6 @@ def describe_memory(memory: dict[str, int]) -> str:
     )
 
 
-def show_measured(found: dict[str, Any], folder: Path | None) -> None:
-    """Prints what `bench.measure_folder` found."""
-    from ..measuring.bench import PLOT
-
-    console, stream = Console(), found["stream"]
-    headers = ["prompt", "batch", "TTFT, ms", "prefill, tokens/s", "ITL, ms", "decode, tokens/s"]
-    table = Table(*headers, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    if stream:
-        table.add_column("a step reads")
-        table.add_column("GB/s")
-        table.add_column("of the stream")
-    for column in table.columns:
-        column.justify = "right"
-    for case in found["cases"]:
-        row = [
-            f"{case['prefill']}",
-            f"{case['batch']}",
-            f"{case['ttft_seconds'] * 1e3:,.1f}",
-            f"{case['prefill_tokens_per_second']:,.0f}",
-            f"{case['itl_seconds'] * 1e3:,.2f}",
-            f"{case['decode_tokens_per_second']:,.1f}",
-        ]
-        if stream:
-            row += [
-                size(round(case["step_bytes"]["total"])),
-                f"{case['decode_bytes_per_second'] / 1e9:.1f}",
-                f"{case['share_of_stream']:.0%}",
-            ]
-        table.add_row(*row)
-    console.print(table)
-    machine = found["machine"]
-    lines = [
-        f"{found['target']} on {machine['processor']}, {found['threads']} threads; loaded in "
-        f"{found['load_seconds']:.1f} s, peak RSS {size(found['peak_rss_bytes'])}; medians of {found['runs']} runs, "
-        f"{found['decode_tokens']} tokens decoded."
-    ]
-    if stream:
-        lines.append(
-            f"The stream is {stream['bytes_per_second'] / 1e9:.1f} GB/s: as many threads reading "
-            f"{size(stream['buffer_bytes'])} from end to end, between the runs."
-        )
-    if folder is not None:
-        lines.append(f"Plot: {folder / PLOT}")
-    console.print("\n".join(lines), highlight=False)
-
-
-def show_load(found: dict[str, Any], folder: Path | None) -> None:
-    """Prints what `load.measure_url` found."""
-    from ..measuring.bench import PLOT
-
-    console = Console()
-    fails = any(case["failed"] for case in found["cases"])
-    headers = ["prompt", "clients", "tokens/s", "TTFT, ms\np50 / p95 / p99", "ITL, ms\np50 / p95 / p99"]
-    table = Table(*headers, *(["failed"] if fails else []), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in table.columns:
-        column.justify, column.no_wrap = "right", True
-    for case in found["cases"]:
-        times = [[case[name][rank] for rank in ("p50", "p95", "p99")] for name in ("ttft_seconds", "itl_seconds")]
-        table.add_row(
-            f"{case['prompt_tokens'] or case['prefill']:.0f}",
-            f"{case['batch']}",
-            f"{case['tokens_per_second']:,.1f}",
-            *(" / ".join(milliseconds(value) for value in each) for each in times),
-            *([f"{case['failed']}"] if fails else []),
-        )
-    console.print(table)
-    requests = sum(case["requests"] for case in found["cases"])
-    lines = [f"{found['model']} at {found['url']}: {requests} requests, {found['decode_tokens']} new tokens at most."]
-    lines += [f"First failure: {case['first_error']}" for case in found["cases"] if case["first_error"]][:1]
-    if folder is not None:
-        lines.append(f"Plot: {folder / PLOT}")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def milliseconds(seconds: float | None) -> str:
-    """Seconds as milliseconds in three digits; a dash where there are none."""
-    return "–" if seconds is None else f"{seconds * 1e3:.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f}"
-
-
 def describe_vision(vision: dict[str, Any]) -> str:
     """The vision tower in a sentence, and its engine in another."""
     found = (
@@ -173,9 +100,10 @@ def describe_vision(vision: dict[str, Any]) -> str:
 def describe_engine(engine: dict[str, Any]) -> str:
     """One line on an engine."""
     gpus = ", ".join(f"sm{capability}" for capability in engine["capabilities"])
+    experts = f"experts by {engine['experts']}" if engine["experts"] else "no experts"
     return (
         f"{engine['flavour']} {engine['version']} for {gpus}; attention by {engine['attention'] or 'nothing'}, "
-        f"experts by {engine['experts'] or 'nothing'}; weights {size(engine['weights_inside_bytes'])} inside, "
+        f"{experts}; weights {size(engine['weights_inside_bytes'])} inside, "
         f"{size(engine['weights_outside_bytes'])} outside; {engine['kernels']} compiled kernels"
     )
 
@@ -262,10 +190,28 @@ def show_quantised(records: list[dict[str, Any]], kept: dict[str, str], report: 
     if every_weight:
         console.print(every_weight_table(records, kept))
     console.print(kinds_table(records, kept))
-    if records:
-        worst = min(records, key=lambda record: record["output_sqnr"])
+    known = [record for record in records if record["output_sqnr"] is not None]
+    if known:
+        worst = min(known, key=lambda record: record["output_sqnr"])
         console.print(f"Worst output: {worst['name']}, {worst['output_sqnr']:.1f} dB", highlight=False, soft_wrap=True)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+
+
+def show_sizes(found: dict[str, Any]) -> None:
+    """Prints on stderr what became of a model's size, and how evenly its experts were used."""
+    console = Console(stderr=True)
+    before, after = found["bytes_before"], found["bytes_after"]
+    share = f" ({after / before:.0%})" if before else ""
+    console.print(f"Weights: {size(before)} before, {size(after)} after{share}", highlight=False, soft_wrap=True)
+    if (even := found["experts_balance"]) is not None:
+        console.print(
+            f"Experts: the least busy saw {even['fewest_tokens']:,} tokens, {even['least']:.2g} of an even share; the "
+            f"busiest {even['most']:.2g} times one",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if few := found["unmeasured"]:
+        console.print(f"Without statistics of their own: {len(few)} experts, see the report", highlight=False)
 
 
 def kinds_table(records: list[dict[str, Any]], kept: dict[str, str]) -> Table:
@@ -283,8 +229,8 @@ def kinds_table(records: list[dict[str, Any]], kept: dict[str, str]) -> Table:
         found = groups.get((kind, dtype), [])
         errors: list[str] = []
         for name in ("weight_sqnr", "output_sqnr") if found else ():
-            values = [record[name] for record in found]
-            errors += [f"{min(values):.1f}", f"{median(values):.1f}"]
+            values = [record[name] for record in found if record[name] is not None]
+            errors += [f"{min(values):.1f}", f"{median(values):.1f}"] if values else ["unseen", ""]
         table.add_row(kind, f"{len(found) + counts[kind, dtype]:,}", dtype, *(errors or ["exact"]))
     return table
 
@@ -297,7 +243,8 @@ def every_weight_table(records: list[dict[str, Any]], kept: dict[str, str]) -> T
     for header in ("weight", "output"):
         table.add_column(header, justify="right")
     for record in records:
-        errors = (f"{record[name]:.1f}" for name in ("weight_sqnr", "output_sqnr"))
+        known = (record[name] for name in ("weight_sqnr", "output_sqnr"))
+        errors = ("unseen" if value is None else f"{value:.1f}" for value in known)
         table.add_row(record["name"], record["format"], *errors)
     for name, dtype in kept.items():
         table.add_row(name, dtype, "exact", "")
@@ -315,7 +262,8 @@ def show_verdict(found: dict[str, Any], report: Path | None) -> None:
         interval = "" if estimate["low"] is None else f"{estimate['low']:.4g} to {estimate['high']:.4g}"
         bound = f"{'≤' if limit['side'] == 'max' else '≥'} {limit['limit']:g}" if limit else ""
         outcome = f"[{colour[limit['outcome']]}]{limit['outcome']}[/]" if limit else ""
-        table.add_row(name.replace("_", " "), f"{estimate['value']:.4g}", interval, bound, outcome)
+        value = f"{estimate['value']:.3g} of 32" if name == "greedy" else f"{estimate['value']:.4g}"
+        table.add_row(name.replace("_", " "), value, interval, bound, outcome)
     console.print(table)
     for note in found["notes"]:
         console.print(note, highlight=False)
@@ -324,7 +272,7 @@ def show_verdict(found: dict[str, Any], report: Path | None) -> None:
     words = {
         "pass": "passes",
         "regressed": "has regressed",
-        "undecided": "cannot be judged: give more --data or --samples",
+        "undecided": f"cannot be judged: {found.get('remedy') or 'give more --data'}",
     }
     outcome = found["outcome"]
     console.print(
@@ -347,13 +295,3 @@ def location_text(location: dict[str, Any]) -> str:
         f"{blame['why']}. At {location['unit']} the error is {location['error']:.2g}, where at most "
         f"{location['explained']:.2g} is explained."
     )
-
-
-def size(count: int) -> str:
-    """Bytes for a person, in powers of 1000."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

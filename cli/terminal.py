@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from ..errors import ArrieroError, ArrieroWarning
+from ..errors import ArrieroError, ArrieroWarning, extra_of
 from ..files.disks import full_disk
 from ..spec.types import Progress
 from .streams import show_json
@@ -30,6 +30,7 @@ class Terminal:
         quiet: Whether nothing but errors is shown.
         verbose: Whether details are shown, among them each phase and its seconds.
         debug: Whether an error's traceback is shown.
+        as_json: Whether an error is a line of JSON on stdout as well.
 
     Raises:
         typer.BadParameter: Both more and nothing is asked for.
@@ -39,6 +40,7 @@ class Terminal:
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
+    as_json: bool = False
 
     def __post_init__(self) -> None:
         if self.quiet and self.verbose:
@@ -89,7 +91,10 @@ class Terminal:
         """Shows an error in one line, --quiet or not; where asked for, its traceback before that."""
         if self.debug:
             traceback.print_exception(error)
-        print(f"arriero: {one_line(error, self.extra)}", file=sys.stderr)
+        line = one_line(error, self.extra)
+        print(f"arriero: {line}", file=sys.stderr)
+        if self.as_json:
+            show_json({"error": line, "kind": type(error).__name__, "exit_code": 2})
 
     @contextmanager
     def progress_shown(self, title: str, unit: str = "") -> Iterator[Progress]:
@@ -107,13 +112,16 @@ class Terminal:
         console = Console(stderr=True)
         with Bar(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal) as bar:
             task = bar.add_task(title, total=None)
-            speed = Speed(unit)
+            speed, lines = Speed(unit), Lines(title, self.say)
             phases = Phases(title, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
 
             def report(phase: str, done: int, total: int) -> None:
                 if self.verbose:
                     phases.enter(phase)
-                bar.update(task, description=f"{title} {phase}{speed.of(done)}", completed=done, total=total)
+                said = f"{phase}{speed.of(done)}"
+                bar.update(task, description=f"{title} {said}", completed=done, total=total)
+                if not console.is_terminal:
+                    lines.report(said, done, total)
 
             yield report
             phases.enter("")
@@ -123,7 +131,7 @@ class Terminal:
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         sizes = {file: file.stat().st_size for file in files}
         if self.verbose:
-            from .tables import size
+            from .words import size
 
             for file, count in sizes.items():
                 self.detail(f"{file} ({size(count)})")
@@ -151,6 +159,42 @@ class Speed:
         self.first = self.first or (now, done)
         seconds, counted = now - self.first[0], done - self.first[1]  # what an earlier run did is not this one's speed
         return f", {counted / seconds:,.0f} {self.unit}/s" if self.unit and seconds > 0 else ""
+
+
+class Lines:
+    """Progress in a line now and then, where there is no terminal for a bar.
+
+    Args:
+        title: Name of the work.
+        show: Called with a line.
+    """
+
+    def __init__(self, title: str, show: Callable[[str], None]) -> None:
+        self.title, self.show = title, show
+        self.started = self.last = time.monotonic()
+        self.first: int | None = None
+
+    def report(self, said: str, done: int, total: int) -> None:
+        """Shows a line where the last one is `EVERY` seconds old: how far it is, and how long it may take."""
+        now = time.monotonic()
+        self.first = done if self.first is None else self.first
+        if now - self.last < EVERY or not total:
+            return
+        self.last = now
+        gained, spent = done - self.first, now - self.started
+        left = f", about {duration((total - done) * spent / gained)} left" if gained > 0 else ""
+        self.show(f"{self.title} {said}: {done / total:.0%}{left}")
+
+
+EVERY = 30.0
+"""Seconds between two lines of progress."""
+
+
+def duration(seconds: float) -> str:
+    """A time for a person."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Phases:
@@ -191,6 +235,7 @@ def one_line(error: BaseException, extra: str) -> str:
     if isinstance(error, ArrieroError):
         return text
     if isinstance(error, ModuleNotFoundError):
+        extra = extra_of(error.name, extra)
         package = f"arriero[{extra}]" if extra else "arriero"
         return f"{text}: this verb needs it, pip install '{package}'"
     if isinstance(error, UnicodeDecodeError | UnicodeEncodeError):

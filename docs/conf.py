@@ -20,7 +20,7 @@ html_copy_source = False
 html_show_copyright = False
 
 NAVIGATION = {
-    "Use": ("install", "export", "calibrate", "check", "build", "run", "bench", "polygraphy", "examples"),
+    "Use": ("install", "export", "calibrate", "check", "build", "run", "ranks", "bench", "polygraphy", "examples"),
     "Look up": ("command-line", "python-api", "formats", "spec-json", "measured", "debugging", "security"),
     "Change": ("architecture", "ops", "tree"),
 }

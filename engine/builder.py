@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
+from ..plugins.all_reduce.native import add_collectives
 from ..spec.types import Progress
 from .profiles import Shapes
 from .target import Target
 from .tensorrt_library import make_log
 from .tensorrt_lowering import Network
+
+COPIES = re.compile(r"alias.*cop(y|ie)|cop(y|ie).*alias", re.IGNORECASE)
+"""Warnings that a tensor which is updated in place would be copied: the kernels would write the copy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,11 +28,13 @@ class Built:
 
     Attributes:
         layers: The build log's description of each fused layer, in order, one text a layer.
+        warnings: The build log's warnings, each once.
         activations: Bytes of activations and scratch memory that each profile needs.
         weights: Bytes of the weights inside.
     """
 
     layers: tuple[str, ...]
+    warnings: tuple[str, ...]
     activations: tuple[int, ...]
     weights: int
 
@@ -83,17 +89,25 @@ def build_engine(
         raise monitor.interruption
     if writer.failure is not None:
         raise BuildError(f"{out}: {writer.failure.strerror}: free some space") from writer.failure
-    _check_build(log, creators, workspace)
-    if not done:
-        raise BuildError("TensorRT built nothing and did not say why: build with --debug")
+    _check_build(log, creators, workspace, is_done=bool(done))
     if timings is not None and timing_cache is not None:
         timing_cache.write_bytes(timings.serialize())
+    return _read_log(log)
+
+
+def _read_log(log: Any) -> Built:
+    """The record of a build, from its log."""
     sizes = _sizes(log.lines)
-    return Built(layers=_layers(log.lines), activations=sizes["Activation"], weights=sum(sizes["Weights"]))
+    return Built(
+        layers=_layers(log.lines),
+        warnings=tuple(dict.fromkeys(log.warnings)),
+        activations=sizes["Activation"],
+        weights=sum(sizes["Weights"]),
+    )
 
 
-def _check_build(log: Any, creators: Iterable[Any], workspace: int | None) -> None:
-    """Raises the first failure of a plugin, or of what the log holds."""
+def _check_build(log: Any, creators: Iterable[Any], workspace: int | None, *, is_done: bool) -> None:
+    """Raises the first failure of a plugin, or of what the log holds, or that there is no engine."""
     for creator in creators:
         if creator.failure is not None:
             raise creator.failure
@@ -101,6 +115,10 @@ def _check_build(log: Any, creators: Iterable[Any], workspace: int | None) -> No
         given = f"{workspace / 2**20:.1f} MB"
         raise BuildError(f"a layer needs more scratch memory than the {given} given: give a larger --workspace")
     log.check("to build the engine")
+    if copies := [warning for warning in log.warnings if COPIES.search(warning)]:
+        raise BuildError(f"TensorRT would copy caches that are updated in place: {copies[0]}")
+    if not is_done:
+        raise BuildError("TensorRT built nothing and did not say why: build with --debug")
 
 
 def define(trt: Any, builder: Any, network: Network, weights: Path, log: Any) -> tuple[Any, Any]:
@@ -124,6 +142,8 @@ def define(trt: Any, builder: Any, network: Network, weights: Path, log: Any) ->
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         named = [f"{error.node_name()}: {' '.join(error.desc().split())}" for error in errors]
         raise BuildError(f"TensorRT does not take the graph: {named[0] if named else 'no reason given'}")
+    if network.sums:
+        add_collectives(trt, definition, network.sums)
     return definition, parser
 
 
@@ -153,6 +173,8 @@ def configure(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     if weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    elif target.flavour == "tensorrt-rtx":  # a step can be captured into a graph; TensorRT needs no such flag
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     return config
 
 

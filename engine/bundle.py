@@ -1,4 +1,4 @@
-"""A model folder built for one target, as a bundle folder.
+"""A model folder built for one target, as a bundle folder; a group of ranks as a group of bundles.
 
 For `cpu` that is the lowered graph, the list of weight regions it is given, and the tokenizer: the runtime needs no
 onnx to load it. For `tensorrt-rtx` and `tensorrt` it is the engines with the plugins' kernels. Weights that are not
@@ -13,8 +13,11 @@ from typing import Literal
 
 from .. import __version__
 from ..errors import BuildError, FolderError
-from ..files.folders import SPEC, carry_files, check_whole, find_files, read_spec
+from ..files.folders import SPEC, carry_files, check_no_rank, find_files, rank_fingerprint, rank_folder, read_spec
 from ..files.output import check_apart, check_free, copy_sparse, new_folder
+from ..files.reading import read_bytes
+from ..files.trust import remember
+from ..plugins.canonical_graph import LARGEST
 from ..spec.folder import FolderSpec
 from ..spec.stored_weights import WeightFile
 from ..spec.types import BITS, Progress
@@ -37,7 +40,7 @@ def build_bundle(
     """Builds a bundle.
 
     Args:
-        model: The model folder.
+        model: The model folder, or a group of them.
         out: The bundle folder to write.
         target: The target: `cpu`, `tensorrt-rtx:smNN[,smNN…]`, or `tensorrt` for the GPU at hand.
         options: Sizes and choices of the engine; for `cpu`, whose graph takes any shape, `weights_from` alone.
@@ -47,7 +50,7 @@ def build_bundle(
         progress: Called with the phase, the steps done and the steps in all.
 
     Returns:
-        The bundle folder.
+        The bundle folder, or the group of bundles.
 
     Raises:
         BuildError: The target is unknown or cannot run the model, or the graph cannot be lowered.
@@ -61,28 +64,72 @@ def build_bundle(
         raise BuildError(f"kv_cache is {kv_cache!r}, expected int8 or int4")
     if kv_cache and parsed.flavour != "cpu":
         raise BuildError("kv_cache is for the cpu target: calibrate with --kv-cache int8 or fp8 for an engine's caches")
-    spec = dataclasses.replace(read_spec(source), cache_bits=0 if kv_cache is None else BITS[kv_cache])
-    check_whole(source, spec)
-    if spec.kind != "model":
-        raise FolderError(f"{source} is a {spec.kind}: give the model folder it was built from")
+    bits = 0 if kv_cache is None else BITS[kv_cache]
+    spec = read_spec(source)
+    check_no_rank(source, spec)
+    if spec.kind == "bundle" or spec.target:
+        raise FolderError(f"{source} is built already: give the {spec.kind.replace('bundle', 'model')} it was built of")
     check_apart(source, bundle)
     check_free(bundle, force=force)
     with new_folder(bundle, force=force) as folder:
-        built = _build(source, spec, parsed, options, folder, progress)
         carry_files(source, folder)
-        tower = () if built.vision is None else built.vision.weights
-        used = {weight.file for weight in (*built.weights, *tower)}
-        files = [file for file in built.weight_files if file.name in used]
-        record = dataclasses.replace(
-            built,
-            kind="bundle",
-            version=__version__,
-            source=str(source.absolute()),
-            source_hashes={spec.graph: hashlib.sha256((source / spec.graph).read_bytes()).hexdigest()},
-            weight_files=tuple(_place(file, source, folder, options.weights_from) for file in files),
-        )
-        (folder / SPEC).write_text(record.to_json(), "utf-8")
+        if spec.kind == "model":
+            own = dataclasses.replace(spec, cache_bits=bits)
+            built = [_write_bundle(source, own, parsed, options, folder, progress)]
+        else:
+            built = _write_group(source, spec, bits, parsed, options, folder, progress)
+    for record in built:
+        remember(bundle, record)
     return bundle
+
+
+def _write_group(
+    source: Path, spec: FolderSpec, bits: int, target: Target, options: Options, folder: Path, progress: Progress
+) -> list[FolderSpec]:
+    """Writes a bundle a rank, and the spec of them all. Returns the ranks' specs."""
+    fingerprints, built = [], list[FolderSpec]()
+    for rank in range(spec.ranks):
+        model, own = rank_folder(source, spec, rank)
+        out = folder / model.name
+        out.mkdir()
+        built.append(_write_bundle(model, dataclasses.replace(own, cache_bits=bits), target, options, out, progress))
+        fingerprints.append(rank_fingerprint(out))
+    group = dataclasses.replace(
+        spec,
+        version=__version__,
+        source=str(source.absolute()),
+        target=built[-1].target,
+        cache_bits=bits,
+        rank_hashes=tuple(fingerprints),
+    )
+    (folder / SPEC).write_text(group.to_json(), "utf-8")
+    return built
+
+
+def _write_bundle(
+    source: Path, spec: FolderSpec, target: Target, options: Options, folder: Path, progress: Progress
+) -> FolderSpec:
+    """Writes one bundle, but for the tokenizer. Returns its spec."""
+    built = _build(source, spec, target, options, folder, progress)
+    record = dataclasses.replace(
+        built,
+        kind="bundle",
+        version=__version__,
+        source=str(source.absolute()),
+        source_hashes={
+            spec.graph: hashlib.sha256(read_bytes(source / spec.graph, folder=source, most=LARGEST)).hexdigest()
+        },
+        weight_files=tuple(_place(file, source, folder, options.weights_from) for file in _used_files(built)),
+    )
+    (folder / SPEC).write_text(record.to_json(), "utf-8")
+    return record
+
+
+def _used_files(spec: FolderSpec) -> list[WeightFile]:
+    """The weight files that the graphs read."""
+    tower = () if spec.vision is None else spec.vision.weights
+    used = {weight.file for weight in (*spec.weights, *tower)}
+    return [file for file in spec.weight_files if file.name in used]
 
 
 def _build(
@@ -93,7 +140,7 @@ def _build(
         lowered = lower_for_cpu(source, spec)
         (folder / spec.graph).write_bytes(lowered.graph)
         vision = spec.vision
-        if vision is not None:
+        if vision is not None and vision.graph:
             tower = lower_tower_for_cpu(source, vision)
             (folder / vision.graph).write_bytes(tower.graph)
             vision = dataclasses.replace(vision, weights=tower.weights, session=tower.session)

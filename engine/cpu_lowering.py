@@ -14,7 +14,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ..errors import BuildError
+from ..errors import ArrieroError, BuildError, shortened_text
+from ..plugins.all_reduce import cpu_nodes as all_reduce_cpu
+from ..plugins.all_reduce import op as all_reduce
+from ..plugins.canonical_graph import read_graph
 from ..plugins.cpu import kernel_nodes as kernels
 from ..plugins.cpu.float_products import MICROSOFT, Matrix, multiply_rounded, round_fp8
 from ..plugins.cpu.kernel_nodes import Panels
@@ -28,7 +31,6 @@ from ..plugins.nodes import Nodes, dims
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.stored_weights import Weight, slot_bytes
 from ..spec.types import BITS, Stored
-from .canonical_graph import read_graph
 from .cpu_rules import INTEGERS, Rule, panel_type, rule_of_experts, rule_of_float, rule_of_quantised
 from .supply import DTYPES, FLOAT, Supply
 
@@ -57,20 +59,27 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
     Raises:
         BuildError: The graph is damaged or holds an op that has no lowering.
     """
-    return _lower(folder / spec.graph, spec.model.experts, spec.cache_bits)
+    return _lower(folder / spec.graph, spec.model.experts, spec.cache_bits, spec.rank)
 
 
 def lower_tower_for_cpu(folder: Path, vision: VisionPart) -> Lowered:
     """Lowers a model folder's vision tower; raises what `lower_for_cpu` does."""
-    return _lower(folder / vision.graph, 0, 0)
+    return _lower(folder / vision.graph, 0, 0, 0)
 
 
-def _lower(path: Path, router_experts: int, cache_bits: int) -> Lowered:
+def _lower(path: Path, router_experts: int, cache_bits: int, rank: int) -> Lowered:
     model = read_graph(path)
-    lowering = _CpuLowering(model.graph, router_experts, cache_bits)
-    lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
+    try:
+        lowering = _CpuLowering(model.graph, router_experts, cache_bits, rank)
+        lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
+        graph = ir.to_proto(lowered).SerializeToString()
+    except ArrieroError:
+        raise
+    except Exception as error:  # a graph that is another than export writes breaks whatever is assumed of it
+        said = shortened_text(f"{type(error).__name__}: {error}", 150)
+        raise BuildError(f"{path}: not a graph as Arriero writes it ({said}): export the model again") from error
     return Lowered(
-        graph=ir.to_proto(lowered).SerializeToString(),
+        graph=graph,
         weights=tuple(lowering.supply.weights.values()),
         session=SESSION,
     )
@@ -79,8 +88,9 @@ def _lower(path: Path, router_experts: int, cache_bits: int) -> Lowered:
 class _CpuLowering:
     """The new graph under construction; values keep their names, floats become float32."""
 
-    def __init__(self, source: ir.Graph, router_experts: int, cache_bits: int) -> None:
+    def __init__(self, source: ir.Graph, router_experts: int, cache_bits: int, rank: int) -> None:
         self.source, self.router_experts, self.cache_bits = source, router_experts, cache_bits
+        self.rank, self.group = rank, all_reduce_cpu.group_input()
         self.supply = Supply()
         self.mapped: dict[ir.Value, ir.Value] = {}
         self.linears = {node: linear for node in source if (linear := read_linear(node)) is not None}
@@ -100,6 +110,8 @@ class _CpuLowering:
     def lower(self) -> ir.Graph:
         """Lowers node by node, in order."""
         inputs = [self._value(value) for value in self.source.inputs]
+        if any(node.op_type == all_reduce.NAME for node in self.source):
+            inputs.append(self.group)
         written: list[ir.Node] = []
         for node in self.source:
             nodes = Nodes(f"{node.name}/")
@@ -141,6 +153,9 @@ class _CpuLowering:
                 gqa_cpu.lower(nodes, given, outputs, gqa.Attributes(**attributes), self.cache_bits)
             case moe.DOMAIN, moe.NAME:
                 self._lower_experts(nodes, sources, outputs[0], moe.Attributes(**attributes))
+            case all_reduce.DOMAIN, all_reduce.NAME:
+                part, ranks = self._input(sources[0]), attributes["ranks"]
+                all_reduce_cpu.lower(nodes, part, self.group, outputs[0], ranks=ranks, rank=self.rank)
             case domain, op_type:
                 raise BuildError(f"{node.name}: {domain}.{op_type} has no lowering for the CPU: export the model again")
 

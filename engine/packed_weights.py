@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files.agreement import check_weights
+from ..files.mapping import map_file
 from ..files.safetensors import encode_header, identity
 from ..plugins.cpu.panels import lay_out
 from ..spec.stored_weights import Weight, WeightFile
@@ -34,6 +36,7 @@ def write_packed(
     Returns:
         The weights by name, in their new places, and the file.
     """
+    check_weights(weights, files)
     ordered = sorted(weights, key=_order)
     header = encode_header({weight.name: (_type(weight), _shape(weight)) for weight in ordered})
     placed, offset = {}, len(header)
@@ -72,8 +75,7 @@ def _written(weights: Iterable[Weight], files: Mapping[str, Path]) -> Iterator[n
     maps: dict[str, mmap.mmap] = {}
     for weight in weights:
         if weight.file not in maps:
-            with files[weight.file].open("rb") as file:
-                maps[weight.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            maps[weight.file] = map_file(files[weight.file])
         data = np.frombuffer(maps[weight.file], np.uint8, weight.size, weight.offset)
         if weight.layout == "rows":
             yield data

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from ..errors import BuildError
 from ..files.folders import check_whole, read_spec
+from ..plugins.canonical_graph import read_graph
 from .builder import configure, define
-from .canonical_graph import read_graph
 from .target import parse_target
 from .tensorrt_bundle import Options, Prepared, prepare
 

@@ -6,13 +6,14 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from ..plugins.nodes import onnx_type
+from ..spec.folder import SPEC_NAME
 from ..spec.stored_weights import Weight
 from ..spec.types import FLOATS, MODEL_TYPES, DType, Stored
 
 FLOAT = ir.DataType.FLOAT
 DTYPES: dict[ir.DataType | None, DType] = {onnx_type(name): name for name in FLOATS}
 STORED: dict[ir.DataType | None, Stored] = {onnx_type(name): name for name in MODEL_TYPES}
-PLACEHOLDER = "spec.json"
+PLACEHOLDER = SPEC_NAME
 """External location of what the runtime supplies by name: ONNX Runtime wants the file to exist, and never reads it."""
 
 

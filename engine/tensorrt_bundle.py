@@ -1,8 +1,8 @@
 """A model built into a TensorRT bundle: its engines, the plugins' kernels, and their description for a session.
 
-Enters: a model folder and a temporary folder to fill. Leaves there: `decoder.engine`, `kernels/*.cubin`, `layers.json`,
-and of a multimodal model `vision.engine` and `vision_layers.json`. Invariant: engines, kernels and their description
-come from one build.
+Enters: a model folder and a temporary folder to fill. Leaves there: `decoder.engine`, `kernels/*.cubin`, `layers.json`
+and TensorRT's warnings in `layers.log`, and of a multimodal model the same of `vision.engine`. Invariant: engines,
+kernels and their description come from one build.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from ..errors import BuildError, SessionError
 from ..files.folders import KERNELS, LAYERS, TOWER_LAYERS, find_files
 from ..plugins.gqa.plugin import PLUGIN as GQA
 from ..plugins.moe.plugin import PLUGIN as MOE
+from ..plugins.shortlist import plan as shortlist
 from ..plugins.tensorrt_plugin import register
 from ..spec.built_engine import Binary, EngineSpec, Profile, TowerEngine
 from ..spec.folder import FolderSpec, VisionPart
@@ -28,7 +29,7 @@ from .builder import Built, build_engine
 from .fused_layers import read_layers
 from .profiles import Shapes, decoder_profiles, decoder_shapes, tower_shapes
 from .target import Target, check_dtypes
-from .tensorrt_library import open_library
+from .tensorrt_library import cuda_version, open_library
 from .tensorrt_lowering import Choices, Network, Placement, lower_for_tensorrt, lower_tower_for_tensorrt
 
 ENGINE, TOWER_ENGINE = "decoder.engine", "vision.engine"
@@ -138,7 +139,7 @@ def prepare(source: Path, spec: FolderSpec, target: Target, options: Options) ->
     placement: Placement = options.weights or "experts"
     network = lower_for_tensorrt(source, spec, Choices(gqa=options.gqa, placement=placement, max_seq=max_seq))
     tower = None
-    if spec.vision is not None:
+    if spec.vision is not None and spec.vision.graph:
         tower = lower_tower_for_tensorrt(source, spec, spec.vision, placement)
     check_dtypes(target, network.dtypes | (tower.dtypes if tower else frozenset()))
     creators = register(trt, OPS)
@@ -181,6 +182,7 @@ def build_tensorrt(
         file=ENGINE,
         flavour=target.flavour,  # type: ignore[arg-type]
         version=prepared.trt.__version__,
+        cuda=cuda_version(target.flavour),
         capabilities=target.capabilities,
         sha256=_sha256(folder / ENGINE),
         max_seq=prepared.max_seq,
@@ -195,9 +197,11 @@ def build_tensorrt(
         placement=prepared.placement,
         weight_streaming=options.weight_streaming,
         weights=built.weights,
-        kernels=tuple(_compile(prepared.creators, folder / KERNELS, progress)),
+        kernels=tuple(_compile(prepared, folder / KERNELS, progress)),
     )
-    vision = None if spec.vision is None else _build_tower(prepared, spec.vision, options, folder, progress)
+    vision = spec.vision
+    if vision is not None and vision.graph:
+        vision = _build_tower(prepared, vision, options, folder, progress)
     return dataclasses.replace(
         spec, target=str(target), graph="", weights=network.weights, engine=engine, vision=vision
     )
@@ -249,6 +253,7 @@ def _build(
         )
     described = [dataclasses.asdict(layer) for layer in read_layers(built.layers)]
     layers.write_text(json.dumps(described) + "\n", "utf-8")
+    layers.with_suffix(".log").write_text("".join(f"{warning}\n" for warning in built.warnings), "utf-8")
     return built
 
 
@@ -287,17 +292,23 @@ def _way(network: Network, op: str) -> str:
     return next((way for name, way in network.ways.items() if name.endswith(op)), "")
 
 
-def _compile(creators: dict[str, Any], folder: Path, progress: Progress) -> Iterable[Binary]:
-    """Compiles the kernels that the engine's plugins asked for. Yields the record of each."""
-    wanted = [(op, *item) for op in OPS for item in sorted(creators[op.name].needed.items(), key=lambda item: item[0])]
-    if not wanted:
-        return
+def _compile(prepared: Prepared, folder: Path, progress: Progress) -> Iterable[Binary]:
+    """Compiles the kernels that the engine's plugins asked for, and those that shorten logits. Yields their records."""
+    wanted = [
+        (op.kernels, capability, kernel)
+        for op in OPS
+        for (_, capability), kernel in sorted(prepared.creators[op.name].needed.items(), key=lambda item: item[0])
+    ]
+    shorten = shortlist.Plan(prepared.spec.model.vocab_size).kernels
+    wanted += [
+        (shortlist.MODULE, capability, kernel) for capability in prepared.target.capabilities for kernel in shorten
+    ]
     from ..plugins.triton_compiler import compile_kernel
 
     folder.mkdir()
-    for index, (op, (_, capability), kernel) in enumerate(wanted):
+    for index, (module, capability, kernel) in enumerate(wanted):
         progress("kernels", index, len(wanted))
-        compiled = compile_kernel(importlib.import_module(op.kernels), kernel, capability)
+        compiled = compile_kernel(importlib.import_module(module), kernel, capability)
         (folder / compiled.binary.file).write_bytes(compiled.cubin)
         yield compiled.binary
     progress("kernels", len(wanted), len(wanted))

@@ -6,7 +6,9 @@ also where the call that logged it returns normally.
 
 import ctypes
 import importlib
+import importlib.metadata
 import platform
+import re
 import struct
 import tempfile
 from pathlib import Path
@@ -33,6 +35,14 @@ def open_library(flavour: str) -> Any:
     if flavour == "tensorrt-rtx":
         _provide_soname()
     return module
+
+
+def cuda_version(flavour: str) -> int:
+    """The major version of CUDA that an installed TensorRT needs, from the name of its package; 0 where none says."""
+    start = f"{MODULES[flavour]}_cu"
+    names = (str(each.name).replace("-", "_").lower() for each in importlib.metadata.distributions())
+    found = {int(match[1]) for name in names if (match := re.match(rf"{start}(\d+)(_|$)", name))}
+    return max(found, default=0)
 
 
 def _provide_soname() -> None:
@@ -74,7 +84,7 @@ def _empty_library(name: str, needed: str, machine: int) -> bytes:
 
 
 def make_log(trt: Any) -> Any:
-    """A logger that keeps what matters: `errors`, and `lines` about layers and memory.
+    """A logger that keeps what matters: `errors`, `warnings`, and `lines` about layers and memory.
 
     TensorRT prints a line for each tactic it weighs; these go by.
     """
@@ -83,11 +93,14 @@ def make_log(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.warnings: list[str] = []
             self.lines: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(" ".join(message.split()))
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(" ".join(message.split()))
             elif message.startswith(("Layers:", "Name: ", "Total Activation", "Total Weights")):
                 self.lines.append(message)
 

@@ -8,6 +8,7 @@ Invariant: each custom op's node records which way it was lowered: to a `plugin`
 `function`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +17,21 @@ from typing import Literal
 import onnx_ir as ir
 
 from ..errors import BuildError
+from ..plugins.all_reduce import native as all_reduce_native
+from ..plugins.all_reduce import op as all_reduce
+from ..plugins.canonical_graph import read_graph
 from ..plugins.gqa import native as gqa_native
 from ..plugins.gqa import op as gqa
+from ..plugins.launch import ALIGNMENT, round_up
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import write_body as write_moe_body
-from ..plugins.nodes import Nodes, number
+from ..plugins.nodes import Nodes, dims, number
 from ..plugins.tensorrt_plugin import NAMESPACE, VERSION
 from ..spec.built_engine import CacheInput
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.stored_weights import Weight
-from .canonical_graph import read_graph
+from ..spec.types import BITS
 from .supply import STORED
 
 Way = Literal["plugin", "native", "function"]
@@ -61,6 +66,7 @@ class Network:
         ways: The way that each custom op's node was lowered, by node name.
         caches: The cache inputs, in order.
         dtypes: Types of the tensors in the graph.
+        sums: Names of the layers that stand for sums over ranks, and how many ranks take part.
     """
 
     graph: bytes
@@ -68,6 +74,7 @@ class Network:
     ways: Mapping[str, Way]
     caches: tuple[CacheInput, ...]
     dtypes: frozenset[str]
+    sums: Mapping[str, int] = field(default_factory=dict)
 
 
 def lower_for_tensorrt(folder: Path, spec: FolderSpec, choices: Choices) -> Network:
@@ -76,7 +83,7 @@ def lower_for_tensorrt(folder: Path, spec: FolderSpec, choices: Choices) -> Netw
     Raises:
         BuildError: The graph is damaged, or a choice does not fit it.
     """
-    return _lower(folder / spec.graph, spec.model, choices)
+    return _lower(folder / spec.graph, spec.rank_model, choices)
 
 
 def lower_tower_for_tensorrt(folder: Path, spec: FolderSpec, vision: VisionPart, placement: Placement) -> Network:
@@ -95,6 +102,7 @@ def _lower(path: Path, spec: ModelSpec, choices: Choices) -> Network:
         ways=lowering.ways,
         caches=tuple(lowering.caches),
         dtypes=frozenset(STORED[dtype] for dtype in lowering.dtypes if dtype in STORED),
+        sums=lowering.sums,
     )
 
 
@@ -112,6 +120,7 @@ class _TensorrtLowering:
     ways: dict[str, Way] = field(default_factory=dict)
     caches: list[CacheInput] = field(default_factory=list)
     dtypes: set[ir.DataType] = field(default_factory=set)
+    sums: dict[str, int] = field(default_factory=dict)
 
     def lower(self) -> ir.Graph:
         """Lowers node by node, in order."""
@@ -175,6 +184,9 @@ class _TensorrtLowering:
                 self._lower_attention(nodes, f"{node.name}", inputs, outputs, gqa.Attributes(**attributes))
             case moe.DOMAIN, moe.NAME:
                 self._lower_experts(nodes, f"{node.name}", inputs, outputs, moe.Attributes(**attributes))
+            case all_reduce.DOMAIN, all_reduce.NAME:
+                self.sums[f"{node.name}"] = attributes["ranks"]
+                all_reduce_native.mark(nodes, f"{node.name}", _present(inputs, 0), outputs[0])
             case domain, op_type:
                 raise BuildError(
                     f"{node.name}: {domain}.{op_type} has no lowering for TensorRT: export the model again"
@@ -245,7 +257,8 @@ class _TensorrtLowering:
             return
         names = moe.INPUTS + moe.WEIGHT_SCALES + moe.ACTIVATION_SCALES
         given = {key: value for key, value in zip(names, inputs, strict=False) if value is not None}
-        write_moe_body(nodes, given, outputs[0], attributes=attributes, dtype=dtype)
+        in_part = dims(inputs[2])[0] < self.spec.experts
+        write_moe_body(nodes, given, outputs[0], attributes=attributes, dtype=dtype, in_part=in_part)
 
     def _value(self, value: ir.Value) -> ir.Value:
         """The new graph's value for one of the old graph's; caches get their capacity."""
@@ -261,6 +274,9 @@ class _TensorrtLowering:
     def _cache_shape(self, value: ir.Value, layer: int) -> ir.Shape:
         model = self.spec
         slots = min(model.layers[layer].chunk or self.choices.max_seq, self.choices.max_seq)
+        # TensorRT wants addresses that are multiples of ALIGNMENT, those of any row of a batch among them.
+        slot_size = max(1, model.kv_heads * model.head_dim * BITS[STORED[_dtype(value)]] // 8)
+        slots = round_up(slots, ALIGNMENT // math.gcd(ALIGNMENT, slot_size))
         shape = (model.kv_heads, slots, model.head_dim)
         if f"{value.name}".startswith("past."):
             name = f"{value.name}".removeprefix("past.")

@@ -4,6 +4,7 @@ Leaves its folders in `demo/`, and the image that it describes, `demo/scene.png`
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -117,6 +118,33 @@ def verdicts() -> Table:
     return table
 
 
+def serve(console: Console) -> float:
+    """Starts the server, asks it as any client would, and stops it. Returns the seconds that it took."""
+    console.print("\n[dim]The bundle behind OpenAI's interface, asked by curl.[/dim]", highlight=False)
+    started = time.perf_counter()
+    console.print("[bold]$ arriero serve demo/cpu[/bold]", highlight=False)
+    command = [ARRIERO, "serve", "demo/cpu", "--port", "0", "--json", "--quiet"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        if not (line := server.stdout.readline()):
+            sys.exit(server.wait())
+        url = json.loads(line)["address"] + "/v1/chat/completions"
+        asked = {"messages": [{"role": "user", "content": "Explain list.append."}], "max_tokens": 60}
+        body = json.dumps(asked)
+        console.print(f"[bold]$ curl {url} -H 'content-type: application/json' -d '{body}'[/bold]", highlight=False)
+        curl = ["curl", "--silent", "--show-error", "--fail", url, "-H", "content-type: application/json", "-d", body]
+        if code := subprocess.run(curl).returncode:
+            sys.exit(code)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        code = server.wait(60)
+    if code:
+        sys.exit(code)
+    console.print(f"\n[dim]Stopped by SIGTERM: exit code {code}.[/dim]", highlight=False)
+    return time.perf_counter() - started
+
+
 def megabytes(folder: Path) -> str:
     """The size of a folder's weights."""
     return f"{sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 1e6:.1f}"
@@ -135,6 +163,7 @@ def main() -> None:
         if code and not step.name.startswith("check"):  # whose code is the verdict
             sys.exit(code)
         table.add_row(step.name, f"{time.perf_counter() - started:.1f}")
+    table.add_row("serve", f"{serve(console):.1f}")
     console.print()
     console.print(table)
     console.print(verdicts())

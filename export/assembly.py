@@ -16,7 +16,7 @@ from ..spec.types import FLOATS_BY_CODE
 IR_VERSION = 11
 
 PlaceOf = Callable[[str], tuple[str, Region]]
-"""The file's name and the region of a tensor or of the rank's portion of it, by its checkpoint name."""
+"""The file's name and the region of a tensor, by its checkpoint name."""
 
 
 class Initializers:
@@ -60,7 +60,6 @@ def clone(
     dimensions: Sequence[str],
     *,
     overload: str = "",
-    more: Sequence[ir.Attr] = (),
 ) -> ir.Node:
     """A copy of a traced node.
 
@@ -70,7 +69,6 @@ def clone(
         prefix: Put before the names of the node and of its values.
         dimensions: Names of the first dimensions of a value of three; those of others are left open.
         overload: Overload of the function that a custom op's node calls.
-        more: Attributes beside the traced ones.
     """
     for old in node.outputs:
         if old not in mapped:
@@ -79,7 +77,7 @@ def clone(
         node.domain,
         node.op_type,
         [mapped[value] if value is not None else None for value in node.inputs],
-        attributes=[*node.attributes.values(), *more],
+        attributes=list(node.attributes.values()),
         overload=overload,
         outputs=[mapped[old] for old in node.outputs],
         name=f"{prefix}/{name_of(node)}",
@@ -87,10 +85,7 @@ def clone(
 
 
 def name_of(node: ir.Node) -> str:
-    """A product or a norm is named by its weight, a sum by what it sums, attention or a custom op by its type."""
-    summed = node.inputs[0].producer() if node.op_type == "AllReduce" and node.inputs[0] is not None else None
-    if summed is not None:
-        return f"{name_of(summed)}/{node.op_type}"
+    """A product or a norm is named by its weight, attention or a custom op by its type."""
     weight = node.inputs[1] if node.op_type in ("MatMul", "RMSNormalization", "LayerNormalization") else None
     source = weight.producer() if weight is not None else None
     weight = source.inputs[0] if source is not None else weight

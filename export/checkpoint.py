@@ -103,11 +103,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return dataclasses.replace(opened, quantised=quantised)
 
 
-def _stored_dtype(found: dict[str, CheckpointTensor]) -> DType:
-    """The type that `transformers` takes where a configuration names none: that of the first float, by name."""
+def _stored_dtype(found: dict[str, CheckpointTensor]) -> DType | None:
+    """The type that `transformers` takes where a configuration names none: that of the first float; None without."""
     ordered = sorted(found.items(), key=lambda item: (item[1].shard.path.name, item[0]))
     floats = (FLOATS_BY_CODE[t.region.dtype] for _, t in ordered if t.region.dtype in FLOATS_BY_CODE)
-    return next(floats, "bfloat16")
+    return next(floats, None)
 
 
 def expected_tensors(spec: ModelSpec, prefix: str = "") -> dict[str, tuple[int, ...]]:

@@ -71,7 +71,7 @@ def model_spec(config: dict[str, Any], stored_dtype: DType | None = None) -> Mod
 
     Args:
         config: The parsed `config.json`.
-        stored_dtype: Type of the weights, for a configuration that names none; None where they are of several.
+        stored_dtype: Type of the weights, for a configuration that names none; None where it is not known.
 
     Raises:
         CheckpointError: Another architecture, a missing field, or a field out of range.

@@ -7,7 +7,6 @@ place from safetensors. Nothing in it is particular to a target.
 import numpy as np
 import onnx_ir as ir
 
-from ..plugins.all_reduce import op as all_reduce
 from ..plugins.gqa import op as gqa
 from ..plugins.gqa.body import body as gqa_body
 from ..plugins.moe import op as moe
@@ -16,13 +15,8 @@ from ..plugins.nodes import OPSET, Nodes, ints, number, onnx_type
 from ..spec.geometry import LayerSpec, ModelSpec, VisionSpec
 from ..spec.types import Progress
 from .assembly import IR_VERSION, Initializers, PlaceOf, clone
-from .llama4 import inverse_frequencies
-from .rank_layer import rank_attributes
-from .split import WHOLE, Split
+from .llama4 import attention_attributes, inverse_frequencies
 from .trace import trace_layer
-
-Traced = dict[tuple[LayerSpec, Split], ir.Graph]
-"""Layers traced so far, by their kind and layout."""
 
 
 def stitch_decoder(
@@ -31,41 +25,26 @@ def stitch_decoder(
     place_of: PlaceOf,
     progress: Progress,
     *,
-    split: Split = WHOLE,
-    rank: int = 0,
-    traced: Traced | None = None,
     vision: VisionSpec | None = None,
 ) -> ir.Model:
-    """Builds the decoder graph, or one rank's.
+    """Builds the decoder graph.
 
     Args:
-        spec: Geometry of the whole model; its dtype is the graph's.
+        spec: Geometry; its dtype is the graph's.
         prefix: Beginning of the checkpoint's tensor names.
-        place_of: Finds a tensor, or the rank's portion of it, in the weight files.
+        place_of: Finds a tensor in the weight files.
         progress: Called for each layer.
-        split: Layout over ranks.
-        rank: Whose graph.
-        traced: Layers traced for another rank, extended here.
         vision: Geometry of the vision tower whose features enter; None for text alone.
     """
-    return Stitcher(spec, prefix, place_of, split, rank, {} if traced is None else traced, vision).stitch(progress)
+    return Stitcher(spec, prefix, place_of, vision).stitch(progress)
 
 
 class Stitcher:
     """The graph under construction."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        prefix: str,
-        place_of: PlaceOf,
-        split: Split,
-        rank: int,
-        traced: Traced,
-        vision: VisionSpec | None,
-    ) -> None:
+    def __init__(self, spec: ModelSpec, prefix: str, place_of: PlaceOf, vision: VisionSpec | None) -> None:
         self.spec, self.prefix, self.vision = spec, prefix, vision
-        self.split, self.rank, self.traced = split, rank, traced
+        self.traced: dict[LayerSpec, ir.Graph] = {}
         self.dtype = onnx_type(spec.dtype)
         self.initializers = Initializers(place_of)
         self.inv_freq = self.initializers.constant("rope.inv_freq", inverse_frequencies(spec).numpy())
@@ -74,8 +53,7 @@ class Stitcher:
     @property
     def experts(self) -> moe.Attributes:
         """Attributes of the experts' op, in a model that has experts."""
-        spec = self.spec
-        return moe.Attributes(top_k=spec.experts_per_token, first_expert=self.split.first_expert(spec, self.rank))
+        return moe.Attributes(top_k=self.spec.experts_per_token)
 
     def stitch(self, progress: Progress) -> ir.Model:
         """Joins the pieces in order."""
@@ -128,8 +106,7 @@ class Stitcher:
 
     def _caches(self, index: int, layer: LayerSpec, when: str) -> list[ir.Value]:
         slots = "chunk_slots" if layer.chunk else "slots"
-        kv_heads = self.spec.kv_heads // self.split.ranks
-        shape: list[int | str | None] = ["batch", kv_heads, slots, self.spec.head_dim]
+        shape: list[int | str | None] = ["batch", self.spec.kv_heads, slots, self.spec.head_dim]
         return [ir.val(f"{when}.{index}.{kind}", self.dtype, shape) for kind in ("key", "value")]
 
     def _add_layer(
@@ -142,10 +119,9 @@ class Stitcher:
         present: list[ir.Value],
     ) -> tuple[ir.Value, list[ir.Node]]:
         """Clones the traced layer of this kind onto the given values. Returns its output and its nodes."""
-        kind = layer, self.split
-        if kind not in self.traced:
-            self.traced[kind] = trace_layer(self.spec, layer, self.split)
-        traced = self.traced[kind]
+        if layer not in self.traced:
+            self.traced[layer] = trace_layer(self.spec, layer)
+        traced = self.traced[layer]
         mapped: dict[ir.Value, ir.Value] = dict(zip(traced.inputs, [x, past_lengths, *past], strict=True))
         for name, value in traced.initializers.items():
             parameter = name.removeprefix("layer.")
@@ -156,28 +132,18 @@ class Stitcher:
         return mapped[traced.outputs[0]], nodes
 
     def _clone(self, node: ir.Node, index: int, layer: LayerSpec, mapped: dict[ir.Value, ir.Value]) -> ir.Node:
-        offset = self.experts.first_expert if node.op_type == moe.NAME else 0
-        return clone(
-            node,
-            mapped,
-            f"layers.{index}",
-            ("batch", "sequence"),
-            overload=self._function(node, layer) if node.domain == gqa.DOMAIN else "",
-            more=[ir.AttrInt64("first_expert", offset)] if offset else (),
-        )
+        overload = self._function(node, layer) if node.domain == gqa.DOMAIN else ""
+        return clone(node, mapped, f"layers.{index}", ("batch", "sequence"), overload=overload)
 
     def _function(self, node: ir.Node, layer: LayerSpec) -> str:
         """Adds the function body of a custom op's node, once a kind. Returns the overload that the node calls."""
-        if node.op_type == all_reduce.NAME:
-            return ""  # it has no body
         if node.op_type == moe.NAME:
             if moe.NAME not in self.functions:
-                in_part = self.split.expert_groups > 1
-                self.functions[moe.NAME] = moe_body(self.experts, self.dtype, in_part=in_part)
+                self.functions[moe.NAME] = moe_body(self.experts, self.dtype)
             return ""
         overload = f"{'rope' if layer.rope else 'nope'}_{'chunked' if layer.chunk else 'full'}"
         if overload not in self.functions:
-            attributes = rank_attributes(self.spec, layer, self.split)
+            attributes = attention_attributes(self.spec, layer)
             self.functions[overload] = gqa_body(attributes, self.spec.head_dim, layer.rope, self.dtype, overload)
         return overload
 
@@ -186,19 +152,8 @@ class Stitcher:
         nodes = Nodes("lm_head/")
         chosen = nodes.GatherND(x, nodes.Unsqueeze(logit_positions, ints(2)), batch_dims=1)
         normed = nodes.RMSNormalization(chosen, self.weight("model.norm.weight"), epsilon=self.spec.norm_eps)
-        shares_embedding = self.spec.tied_embeddings and self.split.ranks == 1
-        weight = embedding if shares_embedding else self.weight("lm_head.weight")
+        weight = embedding if self.spec.tied_embeddings else self.weight("lm_head.weight")
         logits = nodes.MatMul(normed, nodes.Transpose(weight, perm=[1, 0]))
-        if self.split.ranks > 1:
-            logits = self._gather_logits(nodes, logits)
         output = ir.val("logits", ir.DataType.FLOAT, ["batch", "logit_positions", self.spec.vocab_size])
         nodes.node("Cast", [logits], outputs=[output], attributes={"to": ir.DataType.FLOAT})
         return output, nodes.list
-
-    def _gather_logits(self, nodes: Nodes, part: ir.Value) -> ir.Value:
-        """All columns of the logits from this rank's: each column is one rank's, and the others add zeros to it."""
-        size = self.spec.vocab_size
-        (((start, stop),),) = self.split.portion("lm_head.weight", (size,), self.rank).spans
-        padded = nodes.Pad(part, ints(0, 0, start, 0, 0, size - stop))
-        total: ir.Value = nodes.AllReduce(padded, domain=all_reduce.DOMAIN, ranks=self.split.ranks)
-        return total

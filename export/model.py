@@ -1,35 +1,38 @@
 """A checkpoint as a model folder: the canonical graph, its spec and the tokenizer, with the weights left in place.
 
 The checkpoint is only read. Weights move when asked to (`copy_weights`) or when they must change type (`dtype`); then
-they are safetensors files of the same names beside the graph. Split over ranks (`tp`), the folder holds a model folder
-a rank, `rank-0` and so on; `split` says which part of the model a rank has.
+they are safetensors files of the same names beside the graph. Split over ranks (`tp`, `ep`), of a checkpoint or of a
+model folder, it is a group's folder; `split` says which part of the model a rank has.
 """
 
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx_ir as ir
 
 from .. import __version__
-from ..errors import ExportError
-from ..files.folders import SPEC, carry_files
+from ..errors import CheckpointError, ExportError
+from ..files.folders import OF_TOKENIZER, SPEC, carry_files
+from ..files.hub_cache import find_checkpoint
 from ..files.output import check_apart, check_free, new_folder
-from ..files.safetensors import Region
+from ..files.reading import read_bytes
+from ..files.safetensors import Region, identity
 from ..files.unheeded import generation_fields, unheeded
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.types import CODES, FLOATS, DType, Progress
 from .checkpoint import Checkpoint, expected_tensors, open_checkpoint
-from .decoder_graph import Traced, stitch_decoder
-from .placement import PlacedWeights, place_quantised, place_ranks, place_whole
+from .decoder_graph import stitch_decoder
+from .group import WholeModel, notice_copied, split_folder, write_ranks
+from .placement import PlacedWeights, place_quantised, place_whole
 from .prequantised.inventory import Prequantised
 from .prequantised.scheme import MODELOPT
 from .quantised_graph import quantise_graph
-from .rewriting import say_rewritten, with_stacks_written
+from .rewriting import say_missing, say_rewritten, scratch_folder, with_stacks
 from .shards import read_json
 from .split import Split, split_model
 from .tower_graph import stitch_tower
@@ -45,6 +48,8 @@ def export_checkpoint(
     copy_weights: bool = False,
     tp: int = 1,
     ep: int | None = None,
+    weights: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda phase, done, total: None,
     notice: Callable[[str], None] = lambda line: None,
@@ -52,18 +57,21 @@ def export_checkpoint(
     """Exports a Llama 4 checkpoint: the text decoder, and the vision tower where there is one.
 
     Args:
-        checkpoint: Folder in Hugging Face layout; only read.
+        checkpoint: Folder in Hugging Face layout, a hub cache's folder of one, or its name where it is in the local
+            cache; or a model folder that is to be split. Only read.
         out: The model folder to write.
         dtype: Type of the graph and its weights; None keeps the checkpoint's. Another type writes converted weights.
         copy_weights: Whether the weights are copied into the folder, so that it stands alone.
-        tp: Ranks over which the model is split; 1 leaves it whole.
-        ep: Groups of ranks over which the experts are distributed; None is one a rank, which leaves them in place.
+        tp: Ranks over which the model is split; 1 leaves all but the experts whole.
+        ep: Groups of ranks over which the experts are distributed; None is `tp`, which leaves them in place.
+        weights: Folder of a model folder's weight files, where they have moved.
+        tokenizer: Folder that tokenizer, chat template and preprocessor are taken from; None is the checkpoint.
         force: Whether an existing model folder at `out` is replaced.
         progress: Called with the phase, the steps done and the steps in all.
         notice: Called with each line that a person should know.
 
     Returns:
-        The model folder.
+        The model folder, or the group's.
 
     Raises:
         CheckpointError: The checkpoint is damaged or no Llama 4.
@@ -71,33 +79,72 @@ def export_checkpoint(
             file changed meanwhile.
         FolderError: `out` exists, or cannot be written.
     """
-    source, target = Path(checkpoint).absolute(), Path(out).absolute()
-    if dtype is not None and dtype not in FLOATS:
-        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
-    check_apart(source, target)
-    check_free(target, force=force)
+    _check_dtype(dtype)
+    if (Path(checkpoint) / SPEC).exists():
+        if dtype is not None or tokenizer is not None:
+            raise ExportError(
+                f"{checkpoint} is exported already: export its checkpoint with --dtype or --tokenizer, and split that"
+            )
+        moved, folders = None if weights is None else Path(weights), (Path(checkpoint).absolute(), Path(out).absolute())
+        return split_folder(*folders, tp, ep, copy_weights, moved, force=force, progress=progress, notice=notice)
+    source = find_checkpoint(checkpoint).absolute()
+    small = source if tokenizer is None else _tokenizer_folder(tokenizer)
+    check_apart(source, Path(out).absolute())
+    check_free(Path(out).absolute(), force=force)
     opened = open_checkpoint(source)
-    if opened.quantised is not None:
-        _check_quantised(opened.spec, dtype, tp)
-        _notice_quantised(opened.quantised, notice)
-    for line in unheeded(source):
-        notice(line)
+    _check_quantised(opened, dtype, notice)
+    _say_all(unheeded(source), notice)
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
     say_rewritten(opened, spec.dtype, notice)
-    record = _folder_spec(source, opened, spec, split)
-    with new_folder(target, force=force) as folder:
-        if split.ranks == 1:
-            placement, model = _make_whole(opened, folder, spec, copy_weights, progress)
-            _write_model(source, folder, model, placement, record)
-        else:
-            copied = _write_ranks(opened, folder, split, copy_weights, record, progress)
-            notice(f"{copied / 1e9:.1f} GB of weights are in the ranks' folders; the rest stays where it is.")
-    return target
+    say_missing(small, opened.vision is not None, notice)
+    with new_folder(Path(out).absolute(), force=force) as folder:
+        _write(opened, small, folder, split, copy_weights, _folder_spec(source, opened, spec), progress, notice)
+    return Path(out).absolute()
 
 
-def _folder_spec(source: Path, checkpoint: Checkpoint, spec: ModelSpec, split: Split) -> FolderSpec:
-    """The folder's spec, but for its weight files and for the number of a rank."""
+def _write(
+    checkpoint: Checkpoint,
+    small: Path,
+    folder: Path,
+    split: Split,
+    copy_weights: bool,
+    record: FolderSpec,
+    progress: Progress,
+    notice: Callable[[str], None],
+) -> None:
+    """Writes the model folder, or the group's."""
+    if split.ranks == 1:
+        placement, model = _make_whole(checkpoint, folder, record.model, copy_weights, progress)
+        _write_model((checkpoint.folder, small), folder, model, placement, record)
+        return
+    notice_copied(_write_group(checkpoint, small, folder, split, copy_weights, record, progress), notice)
+
+
+def _say_all(lines: Iterable[str], notice: Callable[[str], None]) -> None:
+    for line in lines:
+        notice(line)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        raise ExportError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
+
+
+def _tokenizer_folder(given: str | Path) -> Path:
+    """The folder that a tokenizer is taken from.
+
+    Raises:
+        ExportError: It holds none.
+    """
+    folder = find_checkpoint(given).absolute()
+    if not (folder / "tokenizer.json").is_file():
+        raise ExportError(f"{folder} has no tokenizer.json: give with --tokenizer a folder that has one")
+    return folder
+
+
+def _folder_spec(source: Path, checkpoint: Checkpoint, spec: ModelSpec) -> FolderSpec:
+    """The folder's spec, but for its weight files."""
     return FolderSpec(
         kind="model",
         version=__version__,
@@ -108,21 +155,21 @@ def _folder_spec(source: Path, checkpoint: Checkpoint, spec: ModelSpec, split: S
         recipe=None if checkpoint.quantised is None else checkpoint.quantised.recipe,
         tools={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")},
         vision=None if checkpoint.vision is None else VisionPart(spec=checkpoint.vision),
-        ranks=split.ranks,
-        expert_groups=split.expert_groups,
     )
 
 
-def _check_quantised(spec: ModelSpec, dtype: DType | None, tp: int) -> None:
-    """Refuses what is not done with an already quantised checkpoint.
+def _check_quantised(checkpoint: Checkpoint, dtype: DType | None, notice: Callable[[str], None]) -> None:
+    """Says how a checkpoint is quantised already, if it is, and refuses what is not done with one.
 
     Raises:
-        ExportError: It would have to be converted or split.
+        ExportError: It would have to be converted.
     """
-    if dtype not in (None, spec.dtype):
-        raise ExportError(f"dtype is {dtype}, a quantised checkpoint is not converted: leave it at {spec.dtype}")
-    if tp > 1:
-        raise ExportError(f"tp is {tp}, a quantised checkpoint is not split: split the one it was made from")
+    if checkpoint.quantised is None:
+        return
+    if dtype not in (None, checkpoint.spec.dtype):
+        own = checkpoint.spec.dtype
+        raise ExportError(f"dtype is {dtype}, a quantised checkpoint is not converted: leave it at {own}")
+    _notice_quantised(checkpoint.quantised, notice)
 
 
 def _notice_quantised(quantised: Prequantised, notice: Callable[[str], None]) -> None:
@@ -152,52 +199,73 @@ def _make_whole(
     return placement, model
 
 
-def _write_ranks(
+def _write_group(
     checkpoint: Checkpoint,
+    small: Path,
     folder: Path,
     split: Split,
     copy_weights: bool,
     record: FolderSpec,
     progress: Progress,
 ) -> int:
-    """Writes a model folder a rank, and the spec of them all. Returns the bytes of weights in them."""
-    folders = [folder / f"rank-{rank}" for rank in range(split.ranks)]
-    for each in folders:
-        each.mkdir()
-    traced: Traced = {}
-    copied = 0
-    dtype = record.model.dtype
-    with with_stacks_written(checkpoint, folder, dtype, progress) as stacked:
-        placements = place_ranks(stacked, folders, split, dtype, copy_weights or bool(checkpoint.stacks), progress)
-    for rank, placement in enumerate(placements):
-        model = stitch_decoder(
-            record.model,
-            checkpoint.prefix,
-            placement.regions.__getitem__,
-            progress,
-            split=split,
-            rank=rank,
-            traced=traced,
-            vision=checkpoint.vision,
-        )
-        _write_model(checkpoint.folder, folders[rank], model, placement, dataclasses.replace(record, rank=rank))
-        copied += sum(file.size for file in placement.files if not file.path)
-    group = dataclasses.replace(record, kind="group", graph="")
-    (folder / SPEC).write_text(group.to_json(), "utf-8")
+    """Builds the whole graphs, writes the ranks' folders, and what goes with them. Returns the bytes of weights."""
+    with scratch_folder(folder) as scratch:
+        with_files = _make_whole if checkpoint.quantised is not None else _make_whole_in_place
+        placement, model = with_files(checkpoint, scratch, record.model, False, progress)
+        tower = None
+        if record.vision is not None:
+            text = record.model
+            tower = stitch_tower(record.vision.spec, text.hidden_size, text.dtype, placement.regions.__getitem__)
+        files = {file.name: (Path(file.path or scratch / file.name), bool(file.path)) for file in placement.files}
+        whole = WholeModel(decoder=model, tower=tower, files=files, record=record)
+        copied = write_ranks(whole, folder, split, copy_weights, progress)
+    _carry(checkpoint.folder, small, folder)
+    _write_generation_config(checkpoint.folder, folder)
     return copied
 
 
-def _write_model(source: Path, folder: Path, model: ir.Model, placement: PlacedWeights, record: FolderSpec) -> None:
-    """Writes the decoder's graph, the vision tower's, and all that goes with them."""
+def _make_whole_in_place(
+    checkpoint: Checkpoint, folder: Path, spec: ModelSpec, copy_weights: bool, progress: Progress
+) -> tuple[PlacedWeights, ir.Model]:
+    """Builds the graph over weights as they are stored: what is converted is so when the ranks' parts are written."""
+    stacked = with_stacks(checkpoint, folder, spec.dtype, progress)
+    placement = PlacedWeights()
+    for shard in stacked.shards:
+        if regions := stacked.regions(shard):
+            placement.add(shard, regions, identity(shard.path), inside=shard.path.parent == folder)
+    place_of = placement.regions.__getitem__
+    return placement, stitch_decoder(spec, checkpoint.prefix, place_of, progress, vision=checkpoint.vision)
+
+
+def _write_model(
+    sources: tuple[Path, Path], folder: Path, model: ir.Model, placement: PlacedWeights, record: FolderSpec
+) -> None:
+    """Writes the decoder's graph, the vision tower's, and all that goes with them.
+
+    Args:
+        sources: The checkpoint, and the folder of its tokenizer.
+        folder: Where to.
+        model: The decoder's graph.
+        placement: The weights' places.
+        record: The folder's spec, but for the weight files.
+    """
+    source, small = sources
     ir.save(model, folder / GRAPH)
     if record.vision is not None:
         text = record.model
         tower = stitch_tower(record.vision.spec, text.hidden_size, text.dtype, placement.regions.__getitem__)
         ir.save(tower, folder / record.vision.graph)
-    carry_files(source, folder)
+    _carry(source, small, folder)
     _write_generation_config(source, folder)
     record = dataclasses.replace(record, weight_files=tuple(placement.files))
     (folder / SPEC).write_text(record.to_json(), "utf-8")
+
+
+def _carry(source: Path, small: Path, folder: Path) -> None:
+    """Copies the small files, those of the tokenizer from a folder of their own where there is one."""
+    carry_files(source, folder)
+    if small != source:
+        carry_files(small, folder, OF_TOKENIZER)
 
 
 def _write_generation_config(source: Path, folder: Path) -> None:
@@ -210,6 +278,9 @@ def _write_generation_config(source: Path, folder: Path) -> None:
 def _hashes(source: Path) -> dict[str, str]:
     """SHA-256 of the checkpoint's small files that decide what is exported."""
     names = ("config.json", MODELOPT, "tokenizer.json", "model.safetensors.index.json")
-    return {
-        name: hashlib.sha256((source / name).read_bytes()).hexdigest() for name in names if (source / name).is_file()
+    contents = {
+        name: read_bytes(source / name, CheckpointError, "restore the file", folder=source)
+        for name in names
+        if (source / name).exists()
     }
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}

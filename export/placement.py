@@ -5,7 +5,6 @@ checkpoint is only read.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from ..files.safetensors import Region, Shard, identity, open_shard
 from ..spec.stored_weights import WeightFile
 from ..spec.types import FLOATS_BY_CODE, DType, Progress
 from .checkpoint import Checkpoint
-from .portions import convert_shard, write_portions
+from .portions import convert_shard
 from .prequantised.inventory import Prequantised
 from .prequantised.restacked import GraphTensors, MadeTensor, write_made
 from .single_experts import write_stacks
-from .split import Portion, Split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,68 +135,3 @@ def place_quantised(
         if shard.path in in_place:
             placement.add(shard, in_place[shard.path], fingerprints[shard.path], inside=False)
     return placement
-
-
-def place_ranks(
-    checkpoint: Checkpoint,
-    folders: Sequence[Path],
-    split: Split,
-    dtype: DType,
-    copy_weights: bool,
-    progress: Progress,
-) -> list[PlacedWeights]:
-    """Finds each rank's portion of every tensor: in place where it is one run of bytes, else in a file of the rank's.
-
-    Args:
-        checkpoint: Where the weights are.
-        folders: The ranks' model folders.
-        split: The layout.
-        dtype: Type of the graphs' weights.
-        copy_weights: Whether every portion is to lie in its rank's folder.
-        progress: Called for each shard.
-
-    Raises:
-        ExportError: A value does not fit the type, or a shard changed meanwhile.
-    """
-    placements = [PlacedWeights() for _ in folders]
-    for index, shard in enumerate(checkpoint.shards):
-        progress("weights", index, len(checkpoint.shards))
-        regions = checkpoint.regions(shard)
-        rewrites = copy_weights or any(FLOATS_BY_CODE[region.dtype] != dtype for region in regions.values())
-        fingerprint = identity(shard.path)
-        paths = [folder / f"rank-{rank}.{shard.path.name}" for rank, folder in enumerate(folders)]
-        written: dict[Path, dict[str, Portion]] = {}
-        for rank, (path, placement) in enumerate(zip(paths, placements, strict=True)):
-            in_place: dict[str, Region] = {}
-            scattered: dict[str, Portion] = {}
-            for name, stored in regions.items():
-                portion = split.portion(name, stored.shape, rank)
-                region = None if rewrites else portion.region(stored)
-                if region is None:
-                    scattered[name] = portion
-                else:
-                    in_place[name] = region
-            if in_place:
-                placement.add(shard, in_place, fingerprint, inside=False)
-            if scattered:
-                written[path] = scattered
-        if written:
-            write_portions(shard, written, dtype)
-            if identity(shard.path) != fingerprint:
-                raise ExportError(f"{shard.path}: changed while it was read: export again")
-        for path, placement in zip(paths, placements, strict=True):
-            if path in written:
-                part = open_shard(path)
-                placement.add(part, part.tensors, identity(path), inside=True)
-    if checkpoint.spec.tied_embeddings:
-        for rank, placement in enumerate(placements):
-            _place_tied_head(checkpoint.prefix, placement, split, rank)
-    return placements
-
-
-def _place_tied_head(prefix: str, placement: PlacedWeights, split: Split, rank: int) -> None:
-    """A tied LM head's rows are some of the embedding's, which every rank has whole."""
-    file, embedding = placement.regions[f"{prefix}model.embed_tokens.weight"]
-    head = split.portion("lm_head.weight", embedding.shape, rank).region(embedding)
-    assert head is not None
-    placement.regions[f"{prefix}lm_head.weight"] = file, head

@@ -41,16 +41,16 @@ def convert_shard(source: Shard, target: Path, names: Collection[str], dtype: DT
     """
     chosen = {name: region for name, region in source.tensors.items() if name in names}
     whole = {name: WHOLE.portion(name, region.shape, 0) for name, region in chosen.items()}
-    write_portions(source, {target: whole}, dtype)
+    write_portions(source, {target: whole}, dict.fromkeys(chosen, CODES[dtype]))
 
 
-def write_portions(source: Shard, targets: Mapping[Path, Mapping[str, Portion]], dtype: DType | None = None) -> None:
+def write_portions(source: Shard, targets: Mapping[Path, Mapping[str, Portion]], codes: Mapping[str, str]) -> None:
     """Writes portions of a shard's tensors.
 
     Args:
         source: The shard to read.
         targets: For each file to write, the portions by tensor name.
-        dtype: The type to write, rounded to nearest even; None keeps each tensor's own.
+        codes: Safetensors' names of the types to write; floats are rounded to nearest even, others kept.
 
     Raises:
         ExportError: A value does not fit the type, or the shard changed while it was read.
@@ -60,19 +60,19 @@ def write_portions(source: Shard, targets: Mapping[Path, Mapping[str, Portion]],
         reader = stack.enter_context(source.path.open("rb", buffering=0))
         writers = [(stack.enter_context(path.open("xb")), portions) for path, portions in targets.items()]
         for writer, portions in writers:
-            writer.write(_header(source, portions, dtype))
+            writer.write(_header(source, portions, codes))
         for name, region in ordered:
             takers = [(writer, portions[name]) for writer, portions in writers if name in portions]
-            written = _written_dtype(region, dtype)
+            written = held(codes.get(name, region.dtype))
             for row, count, piece in _pieces(source, reader, region) if takers else ():
                 for writer, portion in takers:
                     if piece is None:
                         rows = int(rows_taken(portion, row, count).sum())
-                        writer.seek(rows * portion.shape[-1] * written.itemsize, os.SEEK_CUR)
+                        width = portion.shape[-1] if portion.shape else 1
+                        writer.seek(rows * width * written.itemsize, os.SEEK_CUR)
                         continue
                     values = take(portion, row, piece)
-                    code = _written_name(region, dtype)
-                    writer.write(converted(name, values, region.dtype, code).view(np.uint8).data)
+                    writer.write(converted(name, values, region.dtype, codes[name]).view(np.uint8).data)
         for writer, _ in writers:
             writer.truncate(writer.tell())  # a hole at the end is part of the file
 
@@ -87,6 +87,8 @@ def take(portion: Portion, first_row: int, rows_RC: Array) -> Array:
     """
     chosen_R = rows_taken(portion, first_row, len(rows_RC))
     taken_RC = rows_RC if chosen_R.all() else rows_RC[chosen_R]
+    if not portion.spans:
+        return taken_RC  # a scalar
     return np.concatenate([taken_RC[:, start:stop] for start, stop in portion.spans[-1]], axis=1)
 
 
@@ -100,25 +102,20 @@ def rows_taken(portion: Portion, first_row: int, count: int) -> NDArray[np.bool_
     return chosen_R
 
 
-def _header(source: Shard, portions: Mapping[str, Portion], dtype: DType | None) -> bytes:
+def _header(source: Shard, portions: Mapping[str, Portion], codes: Mapping[str, str]) -> bytes:
     """The head of a safetensors file that holds the portions in their tensors' order."""
     in_order = sorted(source.tensors.items(), key=lambda item: item[1].offset)
-    return encode_header(
-        {name: (_written_name(region, dtype), portions[name].shape) for name, region in in_order if name in portions}
-    )
+    return encode_header({name: (codes[name], portions[name].shape) for name, _ in in_order if name in portions})
 
 
-def _written_name(region: Region, dtype: DType | None) -> str:
-    return region.dtype if dtype is None else CODES[dtype]
-
-
-def _written_dtype(region: Region, dtype: DType | None) -> np.dtype[Any]:
-    return FLOAT_DTYPES[_written_name(region, dtype)]
+def held(code: str) -> np.dtype[Any]:
+    """Numpy's type of a float, by its safetensors code; bytes of what is quantised."""
+    return FLOAT_DTYPES.get(code, np.dtype(np.uint8))
 
 
 def _pieces(source: Shard, reader: IO[bytes], region: Region) -> Iterator[tuple[int, int, Array | None]]:
     """A tensor's rows, some at a time: the number of the first, how many, the rows, or None where all are zero."""
-    stored, columns = FLOAT_DTYPES[region.dtype], region.shape[-1]
+    stored, columns = held(region.dtype), region.shape[-1] if region.shape else 1
     row_size = columns * stored.itemsize
     rows, step = region.size // row_size, max(1, PIECE // columns)
     for row in range(0, rows, step):
@@ -147,6 +144,8 @@ def converted(name: str, values: Array, stored: str, written: str) -> Array:
     Raises:
         ExportError: One is NaN or infinite, or does not fit the type.
     """
+    if stored not in FLOAT_DTYPES:
+        return values
     if not all_finite(values, stored):
         raise ExportError(f"tensor {name!r} holds NaN or infinity: its file is damaged, download it again")
     dtype = FLOAT_DTYPES[written]

@@ -1,7 +1,7 @@
 """The part of a checkpoint's weights that an export writes anew: said before it is written.
 
 Enters: a checked checkpoint and the type of the graph's weights. Leaves: a line for each reason why bytes are written,
-and for a model that is split the experts' stacks as shards of their own, for as long as they are read.
+and for a model that is split the experts' stacks as shards of their own.
 """
 
 import contextlib
@@ -51,30 +51,49 @@ def say_rewritten(checkpoint: Checkpoint, dtype: DType, notice: Callable[[str], 
         notice(f"The graph is in {dtype}, {kinds} of the tensors are not: {_size(bits // 8)} are written converted.")
 
 
+def say_missing(folder: Path, sees: bool, notice: Callable[[str], None]) -> None:
+    """Says which of the small files that a model is used with are missing.
+
+    Args:
+        folder: The folder that they are taken from.
+        sees: Whether the model takes images.
+        notice: Called with each line.
+    """
+    give = "give with --tokenizer DIR a folder that has it, the model's base for one"
+    if not (folder / "tokenizer.json").is_file():
+        notice(f"{folder} has no tokenizer.json, so the model will take token ids and no text: {give}.")
+    elif sees and not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        notice(f"{folder} has no preprocessor_config.json, so the model's vision tower gets no images: {give}.")
+
+
 @contextlib.contextmanager
-def with_stacks_written(checkpoint: Checkpoint, folder: Path, dtype: DType, progress: Progress) -> Iterator[Checkpoint]:
-    """Yields the checkpoint with its experts stacked in files that go when the block ends.
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder for files that go when the block ends."""
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def with_stacks(checkpoint: Checkpoint, folder: Path, dtype: DType, progress: Progress) -> Checkpoint:
+    """The checkpoint with its experts stacked in files of a folder, where they are stored one by one.
 
     Args:
         checkpoint: The checkpoint.
-        folder: Folder that the files are written under.
+        folder: Folder that the files are written into.
         dtype: Type to write.
         progress: Called for each file.
     """
     if not checkpoint.stacks:
-        yield checkpoint
-        return
-    scratch = folder / "experts"
-    scratch.mkdir()
-    try:
-        single = {name for stack in checkpoint.stacks.values() for name in stack.names}
-        tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in single}
-        for path in write_stacks(checkpoint.stacks, scratch, dtype, progress):
-            shard = open_shard(path)
-            tensors |= {name: CheckpointTensor(shard=shard, region=region) for name, region in shard.tensors.items()}
-        yield dataclasses.replace(checkpoint, tensors=tensors, stacks={})
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        return checkpoint
+    single = {name for stack in checkpoint.stacks.values() for name in stack.names}
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in single}
+    for path in write_stacks(checkpoint.stacks, folder, dtype, progress):
+        shard = open_shard(path)
+        tensors |= {name: CheckpointTensor(shard=shard, region=region) for name, region in shard.tensors.items()}
+    return dataclasses.replace(checkpoint, tensors=tensors, stacks={})
 
 
 def _bits(code: str) -> int:

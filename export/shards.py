@@ -4,11 +4,11 @@ Enters: a checkpoint's folder. Leaves: its tensors by name. Where two shards hol
 decides; the other copy counts for nothing.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shortened
+from ..files import reading
 from ..files.safetensors import check_downloaded, open_shard
 from .foreign import refuse_foreign_files
 from .prequantised.stored import CheckpointTensor
@@ -23,17 +23,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: It is missing, a pointer of git's, or not a JSON object.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
+        content = reading.read_bytes(path, CheckpointError, "restore the file", folder=path.parent)
+        check_downloaded(path, content[:100])
+        return reading.read_json(path, CheckpointError, "restore the file", folder=path.parent)
+    except FileNotFoundError as error:
         raise CheckpointError(f"{path}: {error.strerror}: a checkpoint needs this file") from error
-    check_downloaded(path, content[:100])
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}): restore the file") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object: restore the file")
-    return value
 
 
 def find_tensors(folder: Path) -> dict[str, CheckpointTensor]:
@@ -77,7 +71,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path}: weight_map is no object of file names: restore the file")
     if escaping := sorted(file for file in weight_map.values() if Path(file).name != file or "\0" in file):
-        raise CheckpointError(f"{path}: names the shard {escaping[0][:200]!r}, expected a plain file name")
+        raise CheckpointError(f"{path}: names the shard {shortened(escaping[0])}, expected a plain file name")
     if long := next((name for name in (*weight_map, *weight_map.values()) if len(name) > 250), None):
         raise CheckpointError(f"{path}: holds a name of {len(long)} characters: restore the file")
     return weight_map

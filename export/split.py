@@ -7,7 +7,7 @@ split, everywhere where it is not.
 N ranks run one graph in step, each over its part of every layer's width (tensor parallelism: Shoeybi et al. 2019,
 arXiv:1909.08053):
 
-- attention: N-th parts of the query heads and of the kv heads that these share, and so of the cache
+- attention: N-th parts of the query heads and of the kv heads that these share, and so of the cache and its scales
 - dense MLPs and shared experts: N-th parts of the width
 - routed experts: the ranks stand in M groups of neighbours (expert parallelism: Lepikhin et al. 2020,
   arXiv:2006.16668). A group has E/M experts, and each of its N/M ranks an equal part of their width
@@ -18,9 +18,16 @@ So a layer has two sums over ranks, of [B, S, H]: after attention's output proje
 shared and routed experts are summed at once. The logits are a third: each rank brings its own columns, zeros elsewhere.
 The embedding is whole since only the rows in use are read: it costs each rank V·H items of memory (2.07 GB in Scout)
 and saves a sum. The LM head is split since all of it is read for each token.
+
+Where the experts alone are split, a rank has all else whole and each layer of experts one sum, of [T, H]: a token with
+one expert has its result from one rank, and zeros from the others.
+
+A quantised weight's scales go with it: those of its outputs, and those of the groups of its inputs. A group of inputs
+that a split cuts becomes several of the same scale.
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -74,10 +81,17 @@ class Split:
     Attributes:
         ranks: Devices (N), each with its own graph.
         expert_groups: Groups of ranks (M) over which the experts are distributed; it divides `ranks`.
+        experts_only: Whether each rank has all but the routed experts whole; `expert_groups` is `ranks` then.
     """
 
     ranks: int = 1
     expert_groups: int = 1
+    experts_only: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Ranks that have attention, dense MLPs, shared experts and LM head between them."""
+        return 1 if self.experts_only else self.ranks
 
     @property
     def sharers(self) -> int:
@@ -89,27 +103,48 @@ class Split:
         return rank // self.sharers * (spec.experts // self.expert_groups)
 
     def portion(self, name: str, whole: tuple[int, ...], rank: int) -> Portion:
-        """A rank's portion of the tensor of this name and shape."""
+        """A rank's portion of the tensor of this name and shape, a weight's or its scales'."""
         axes: list[tuple[Span, ...]] = [((0, size),) for size in whole]
+        group, place = divmod(rank, self.sharers)
         if name.startswith(VISION):
-            pass  # each rank has the whole tower
-        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
-            axes[0] = (share(whole[0], self.ranks, rank),)
-        elif name.endswith(("o_proj.weight", "down_proj.weight")):
-            axes[1] = (share(whole[1], self.ranks, rank),)
-        elif name.endswith("lm_head.weight"):
-            axes[0] = (share(whole[0], self.ranks, rank),)
+            pass  # the whole tower
         elif ".experts." in name:
-            group, place = divmod(rank, self.sharers)
             axes[0] = (share(whole[0], self.expert_groups, group),)
-            if name.endswith("down_proj"):
-                axes[1] = (share(whole[1], self.sharers, place),)
-            else:  # gate_up_proj: columns of the gate, and as many of the up projection behind all of the gate's
+            if (axis := self.row_axis(name, whole)) is not None:
+                axes[axis] = (share(whole[axis], self.sharers, place),)
+            elif "gate_up_proj" in name:  # columns of the gate, and as many of the up projection behind the gate's
                 size = whole[2] // 2
                 start, stop = share(size, self.sharers, place)
                 axes[2] = ((start, stop), (size + start, size + stop))
+        elif COLUMNS.search(name):
+            axes[0] = (share(whole[0], self.parts, rank % self.parts),)
+        elif (axis := self.row_axis(name, whole)) is not None:
+            axes[axis] = (share(whole[axis], self.parts, rank % self.parts),)
         return Portion(whole=whole, spans=tuple(axes))
 
+    def row_axis(self, name: str, whole: tuple[int, ...]) -> int | None:
+        """The axis of a tensor's inputs or groups of them, where these are split; None where they are not.
+
+        A scale of all inputs of an output goes to each rank that has some of them.
+        """
+        if not ROWS.search(name) or (name.endswith("_scale") and (len(whole) == 1 or whole[1] == 1)):
+            return None
+        return 1
+
+    def cuts(self, name: str) -> int:
+        """The ranks among which the inputs of the weight of this name are divided."""
+        if not ROWS.search(name):
+            return 1
+        return self.sharers if ".experts." in name else self.parts
+
+
+COLUMNS = re.compile(
+    r"\.([qkv]_proj|gate_proj|up_proj)\.weight(_scale)?$|lm_head\.weight(_scale)?$|\.(key|value)_scale$"
+)
+"""Names of what is split by outputs: the matrices that read the hidden states, and the scales of keys and values."""
+
+ROWS = re.compile(r"\.(o_proj|down_proj)\.weight(_scale)?$|\.experts\.down_proj(_scale)?$")
+"""Names of what is split by inputs: the matrices whose results are summed."""
 
 WHOLE = Split()
 """One rank that has everything."""
@@ -125,8 +160,8 @@ def split_model(spec: ModelSpec, tp: int, ep: int | None) -> Split:
 
     Args:
         spec: Geometry of the whole model.
-        tp: Ranks.
-        ep: Groups of ranks over which the experts are distributed; None is as many as ranks: experts stay whole.
+        tp: Ranks that attention, MLPs and LM head are split over; 1 leaves these whole, and splits the experts alone.
+        ep: Groups of ranks over which the experts are distributed; None is as many as `tp`: experts stay whole.
 
     Raises:
         ExportError: A number that does not divide what it must, with those that would.
@@ -135,6 +170,8 @@ def split_model(spec: ModelSpec, tp: int, ep: int | None) -> Split:
         if value < 1:
             raise ExportError(f"{name} is {value}, expected a whole number from 1 up")
     dense, routed = (any(layer.experts == experts for layer in spec.layers) for experts in (False, True))
+    if tp == 1:
+        return _split_experts(spec.experts if routed else 0, 1 if ep is None else ep)
     widths = {"kv heads": spec.kv_heads}
     if dense:
         widths["columns of a dense MLP"] = spec.dense_size
@@ -152,6 +189,18 @@ def split_model(spec: ModelSpec, tp: int, ep: int | None) -> Split:
     if experts % groups:
         raise ExportError(f"{named}, which does not divide the {experts} experts: choose one of {fitting} for ep")
     return Split(ranks=tp, expert_groups=groups)
+
+
+def _split_experts(experts: int, groups: int) -> Split:
+    """The split of the experts alone, a rank a group."""
+    if groups == 1:
+        return WHOLE
+    if not experts:
+        raise ExportError(f"ep is {groups}, and the model has no experts: give --tp {groups} in its place")
+    if experts % groups:
+        fitting = divisors(experts)
+        raise ExportError(f"ep is {groups}, which does not divide the {experts} experts: choose one of {fitting}")
+    return Split(ranks=groups, expert_groups=groups, experts_only=True)
 
 
 def divisors(number: int) -> str:

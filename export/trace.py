@@ -22,8 +22,6 @@ from ..spec.geometry import LayerSpec, ModelSpec, VisionSpec
 from ..spec.types import DType
 from .llama4 import Cache, DecoderLayer
 from .llama4_tower import TowerLayer
-from .rank_layer import layer_of
-from .split import WHOLE, Split
 
 INPUTS = ("x", "past_lengths", "key_cache", "value_cache")
 OUTPUTS = ("y", "present_key", "present_value")
@@ -47,10 +45,8 @@ class CachedLayer(nn.Module):
         return y, cache.key, cache.value
 
 
-def trace_layer(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> ir.Graph:
+def trace_layer(spec: ModelSpec, layer: LayerSpec) -> ir.Graph:
     """Traces one kind of layer.
-
-    The ranks of a split have the same graph, but for the number of the first expert, which is not in it.
 
     Returns:
         A graph of inputs `INPUTS` and outputs `OUTPUTS` whose initializers are named `layer.<parameter>` and hold no
@@ -58,9 +54,9 @@ def trace_layer(spec: ModelSpec, layer: LayerSpec, split: Split = WHOLE) -> ir.G
     """
     schemas.register()
     dtype = getattr(torch, spec.dtype)
-    module = on_meta(spec.dtype, lambda: layer_of(spec, layer, split))
+    module = on_meta(spec.dtype, lambda: DecoderLayer(spec, layer))
     with torch.device("meta"):
-        cache = torch.empty(2, spec.kv_heads // split.ranks, 4, spec.head_dim, dtype=dtype)
+        cache = torch.empty(2, spec.kv_heads, 4, spec.head_dim, dtype=dtype)
         arguments = (
             torch.empty(2, 3, spec.hidden_size, dtype=dtype),
             torch.empty(2, dtype=torch.int32),
@@ -152,9 +148,6 @@ def translations() -> dict[Any, Any]:
     def moe_dispatch(hidden, router_logits, gate_up, down, top_k, activation):  # type: ignore[no-untyped-def]
         return arriero.MoeDispatch(hidden, router_logits, gate_up, down, top_k=top_k, activation=activation)
 
-    def all_reduce(part, ranks):  # type: ignore[no-untyped-def]
-        return arriero.AllReduce(part, ranks=ranks)
-
     def rms_norm(x, weight, eps):  # type: ignore[no-untyped-def]
         return onnx_ops.RMSNormalization(x, weight, epsilon=eps)
 
@@ -175,7 +168,6 @@ def translations() -> dict[Any, Any]:
     return {
         ops.arriero.grouped_query_attention.default: grouped_query_attention,
         ops.arriero.moe_dispatch.default: moe_dispatch,
-        ops.arriero.all_reduce.default: all_reduce,
         ops.arriero.rms_norm.default: rms_norm,
         ops.arriero.rotate_patches.default: rotate_patches,
         ops.arriero.attend_patches.default: attend_patches,

@@ -1,16 +1,18 @@
 """Folders as a stage reads them: the spec, the small files that travel on, and the weight files, found and checked."""
 
-import json
-import shutil
+import hashlib
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, FolderError
 from ..spec import FolderSpec, WeightFile
+from ..spec.folder import SPEC_NAME
+from . import reading
 from .safetensors import POINTER, check_downloaded, identity
 
-SPEC = "spec.json"
+SPEC = SPEC_NAME
 LAYERS, TOWER_LAYERS, KERNELS = "layers.json", "vision_layers.json", "kernels"
 """Files of an engine's bundle: the fused layers of the decoder's and of the vision tower's, and the folder of the
 plugins' compiled kernels."""
@@ -28,8 +30,14 @@ CARRIED = (
 )
 """Small files that every stage hands on unchanged."""
 
+OF_TOKENIZER = tuple(name for name in CARRIED if name != "generation_config.json")
+"""The ones among them that belong to the tokenizer and the preprocessor."""
+
 NAMED_TEMPLATES = "additional_chat_templates"
 """Folder of chat templates that have names of their own, which travels with the small files."""
+
+MOST_TEMPLATES = 100
+"""Templates of that folder at most."""
 
 
 def read_spec(folder: Path) -> FolderSpec:
@@ -40,14 +48,12 @@ def read_spec(folder: Path) -> FolderSpec:
     """
     path = folder / SPEC
     try:
-        text = path.read_text("utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+        text = reading.read_text(path, remedy="write the folder again", folder=folder)
+    except FileNotFoundError:
         if (folder / "config.json").exists():
             raise FolderError(f"{folder} is a checkpoint: make a model of it with `arriero export` first") from None
         found = "holds no spec.json" if folder.is_dir() else "is no folder"
         raise FolderError(f"{folder} {found}: give a folder that `arriero export` wrote") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FolderError(f"{path}: cannot be read ({error}): write the folder again") from error
     try:
         return FolderSpec.from_json(text)
     except FolderError as error:
@@ -55,20 +61,28 @@ def read_spec(folder: Path) -> FolderSpec:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the file is missing.
+    """The JSON object in a file of a folder, empty where the file is missing.
 
     Raises:
         FolderError: The file is damaged.
     """
     try:
-        value = json.loads(path.read_text("utf-8"))
+        return reading.read_json(path, folder=path.parent)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise FolderError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
-    if not isinstance(value, dict):
-        raise FolderError(f"{path}: not a JSON object: export again from an intact checkpoint")
-    return value
+
+
+def check_no_rank(folder: Path, spec: FolderSpec) -> None:
+    """Refuses one rank of several, which computes a part of each sum.
+
+    Raises:
+        FolderError: The folder is one rank's.
+    """
+    if spec.kind != "group" and spec.ranks > 1:
+        raise FolderError(
+            f"{folder} is rank {spec.rank} of {spec.ranks}, which does not run alone: give the group's folder, "
+            f"{folder.absolute().parent}"
+        )
 
 
 def check_whole(folder: Path, spec: FolderSpec) -> None:
@@ -77,26 +91,69 @@ def check_whole(folder: Path, spec: FolderSpec) -> None:
     Raises:
         FolderError: The folder is one rank's, or holds the ranks' folders.
     """
-    if spec.kind == "group" or spec.ranks > 1:
-        what = f"a group of {spec.ranks} ranks" if spec.kind == "group" else f"rank {spec.rank} of {spec.ranks}"
-        raise FolderError(f"{folder}: this model is {what}, which no runtime here joins yet: export without --tp")
+    check_no_rank(folder, spec)
+    if spec.kind == "group":
+        raise FolderError(f"{folder} is a group of {spec.ranks} ranks: give the model that it was split from")
 
 
-def carry_files(source: Path, target: Path) -> None:
+def rank_folder(group: Path, spec: FolderSpec, rank: int) -> tuple[Path, FolderSpec]:
+    """A rank's folder in a group's and its spec, proven to be the one that was written with the group.
+
+    Raises:
+        FolderError: It is missing, damaged, or another.
+    """
+    folder = group / f"rank-{rank}"
+    own = read_spec(folder)
+    if (own.rank, own.ranks) != (rank, spec.ranks) or len(spec.rank_hashes) != spec.ranks:
+        raise FolderError(f"{folder} is not rank {rank} of this group: write the group again")
+    if rank_fingerprint(folder) != spec.rank_hashes[rank]:
+        raise FolderError(f"rank {rank}: {folder} has other weights or another graph than its group: write it again")
+    return folder, own
+
+
+def rank_fingerprint(folder: Path) -> str:
+    """SHA-256 of a rank's spec, which has the identities of its weights, and of its graphs."""
+    spec, digest = read_spec(folder), hashlib.sha256()
+    for name in (SPEC, spec.graph, "" if spec.vision is None else spec.vision.graph):
+        if name:
+            try:
+                digest.update((folder / name).read_bytes())
+            except OSError as error:
+                raise FolderError(f"{folder / name}: {error.strerror}: write the group again") from error
+    return digest.hexdigest()
+
+
+def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED) -> None:
     """Copies the small files that travel with a model: tokenizer, chat template, generation config.
 
     Raises:
-        CheckpointError: Git left a pointer in place of one.
+        CheckpointError: Git left a pointer in place of one, or one is no regular file of a sane size, or a link to
+            somewhere else.
     """
-    for name in CARRIED:
-        if (source / name).is_file():
-            with (source / name).open("rb") as file:
-                check_downloaded(source / name, file.read(len(POINTER)))
-            shutil.copyfile(source / name, target / name)
-    for template in sorted((source / NAMED_TEMPLATES).glob("*.jinja")):
-        if template.is_file():
-            (target / NAMED_TEMPLATES).mkdir(exist_ok=True)
-            shutil.copyfile(template, target / NAMED_TEMPLATES / template.name)
+    for name in (*names, *template_names(source)):
+        try:
+            content = reading.read_bytes(source / name, CheckpointError, "restore the file", folder=source)
+        except FileNotFoundError:
+            continue
+        check_downloaded(source / name, content[: len(POINTER)])
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_bytes(content)
+
+
+def template_names(folder: Path) -> list[str]:
+    """The files of a folder's chat templates that have names of their own.
+
+    Raises:
+        FolderError: There are more than `MOST_TEMPLATES`, or their folder is a link out of this one.
+    """
+    place = folder / NAMED_TEMPLATES
+    if not place.is_dir():
+        return []
+    reading.check_inside(place, folder)
+    found = sorted(path.name for path in itertools.islice(place.glob("*.jinja"), MOST_TEMPLATES + 1))
+    if len(found) > MOST_TEMPLATES:
+        raise FolderError(f"{place} holds more than {MOST_TEMPLATES} templates: remove those that are not used")
+    return [f"{NAMED_TEMPLATES}/{name}" for name in found]
 
 
 def find_files(
@@ -129,7 +186,19 @@ def find_files(
         except CheckpointError:
             same = False
         if not same:
-            again = "export again" if file.path else f"write {folder} again, with --force"
+            again = _again(folder, file)
             raise FolderError(f"{path} is not the file that was exported (size or content differs): {again}")
         found[file.name] = path
     return found
+
+
+def _again(folder: Path, file: WeightFile) -> str:
+    """The way to a weight file that fits again: by the stage that wrote it."""
+    if not file.path:
+        return f"write {folder} again, with --force"
+    source = Path(file.path).parent
+    try:
+        is_quantised = read_spec(source).recipe is not None
+    except FolderError:
+        return "export again"
+    return f"calibrate {source} again, then build" if is_quantised else "export again"

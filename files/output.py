@@ -54,7 +54,9 @@ def new_folder(out: Path, *, force: bool = False, mark: str = SPEC) -> Iterator[
 
 
 @contextlib.contextmanager
-def resumed_folder(out: Path, job: str, *, force: bool = False) -> Iterator[tuple[Path, Path]]:
+def resumed_folder(
+    out: Path, job: str, *, force: bool = False, kept: type[ArrieroError] | tuple[()] = ()
+) -> Iterator[tuple[Path, Path]]:
     """Yields a folder that becomes `out`, and a scratch folder beside it; both outlive a kill.
 
     The next writer of the same output and the same job finds them as they were left. One with another job, or one
@@ -64,13 +66,14 @@ def resumed_folder(out: Path, job: str, *, force: bool = False) -> Iterator[tupl
         out: Final path.
         job: Fingerprint that tells this work from other work.
         force: Whether an existing folder of Arriero's at `out` is replaced.
+        kept: An error of Arriero's own that they outlive too.
 
     Raises:
         FolderError: `out` exists and may not be replaced, cannot be written, or is being written by another process.
     """
     out = out.absolute()
     check_free(out, force=force)
-    work = out.with_name(f".{out.name}.resumable")
+    work = resumable(out)
     model, scratch = work / "folder", work / "scratch"
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -97,10 +100,16 @@ def resumed_folder(out: Path, job: str, *, force: bool = False) -> Iterator[tupl
             where = f" at {error.filename}" if error.filename else ""
             why = reason(error, out.parent)
             raise FolderError(f"{out}: writing failed ({why}){where}; run it again to go on from there") from error
-        except ArrieroError:
-            shutil.rmtree(work, ignore_errors=True)
+        except ArrieroError as error:
+            if not isinstance(error, kept):
+                shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
+
+
+def resumable(out: Path) -> Path:
+    """The folder beside an output that outlives a kill."""
+    return out.absolute().with_name(f".{out.name}.resumable")
 
 
 def reason(error: OSError, *places: Path) -> str:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shortened_text
+from ..spec.json_text import parse_json
+from .reading import open_regular
 
 ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
@@ -22,8 +24,8 @@ ITEM_BITS = {
 }  # fmt: skip
 """Bits of one element, by the format's type names."""
 
-LONGEST_HEADER = 100_000_000
-"""Bytes; the same limit as the safetensors library's."""
+LONGEST_HEADER = 1 << 25
+"""Bytes: ten times those of a model with its experts one by one in a single file."""
 
 LONGEST_NAME = 250
 """Characters of a tensor's name; a longer one is damage, and no error repeats it."""
@@ -80,7 +82,7 @@ def open_shard(path: Path) -> Shard:
         CheckpointError: The file is missing, truncated, or its header is damaged or lies about the data.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = 8 + _header_length(path, file.read(8), size)
             text = file.read(start - 8)
@@ -102,7 +104,7 @@ def identity(path: Path) -> str:
         CheckpointError: The file cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             digest = hashlib.sha256(str(size).encode() + start)
@@ -142,18 +144,13 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged header ({error}): download it again") from error
+        header = parse_json(text.decode("utf-8"), unique=True)
+    except ValueError as error:
+        said = shortened_text(str(error), 100)
+        raise CheckpointError(f"{path}: damaged header ({said}): download it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: damaged header (not an object): download it again")
     return header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(named := dict(pairs)) != len(pairs):
-        raise ValueError("a name appears twice")
-    return named
 
 
 def _region(path: Path, name: str, entry: Any, start: int) -> Region:

@@ -6,22 +6,23 @@ does falls on all alike; medians are given.
 """
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import SessionError
-from ..files.folders import read_spec
+from ..files.circumstances import circumstances, machine_text
+from ..files.contents_hash import described
+from ..files.drawing import check_drawable
+from ..files.folders import rank_folder, read_spec
 from ..files.output import check_free, new_folder
 from ..loading import load
 from ..spec.folder import FolderSpec
+from ..spec.recipe_words import in_words
 from ..spec.types import Progress
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from .timing import Case, Reading
 
 RESULT, PLOT = "bench.json", "bench.png"
+SCHEMA = 1
+"""Version of `bench.json`."""
+
 LENGTHS, BATCHES = (128, 512, 2048), (1, 4, 8)
 
 
@@ -46,7 +50,7 @@ def measure_folder(
     """Times a folder.
 
     Args:
-        folder: A model or bundle folder.
+        folder: A model or bundle folder, or a group of them.
         prefill: Tokens of a prompt; None takes those of 128, 512 and 2048 that the context has room for.
         batch: Rows at once; None takes those of 1, 4 and 8 that an engine was built for.
         decode_tokens: Tokens decoded after each prompt.
@@ -63,7 +67,7 @@ def measure_folder(
         ArrieroError: The folder cannot be loaded, or a setting is out of range.
     """
     path = Path(folder)
-    spec = read_spec(path)
+    spec = _own_spec(path)
     lengths, batches = _sizes(spec, prefill, batch, decode_tokens)
     if runs < 1:
         raise SessionError(f"runs is {runs}, expected a whole number from 1 up")
@@ -77,16 +81,26 @@ def measure_folder(
     threads = threads or processors()
     measured = _time_cases(spec, session, cases, decode_tokens, runs, threads, progress)
     return {
+        "schema": SCHEMA,
         "folder": str(path),
         "version": __version__,
+        **circumstances(),
         "target": spec.target or "cpu",
-        "machine": {"processor": _processor(), "processors": os.cpu_count()},
+        "recipe": in_words(spec.recipe),
+        "contents": described(path),
         "threads": threads,
+        "ranks": spec.ranks,
         "decode_tokens": decode_tokens,
         "runs": runs,
         "load_seconds": loading,
         **measured,
     }
+
+
+def _own_spec(path: Path) -> FolderSpec:
+    """A folder's spec, or that of a group's first rank: all ranks have one target and its limits."""
+    spec = read_spec(path)
+    return spec if spec.kind != "group" else rank_folder(path, spec, 0)[1]
 
 
 def check_output(out: Path, *, force: bool) -> None:
@@ -96,8 +110,7 @@ def check_output(out: Path, *, force: bool) -> None:
         FolderError: `out` exists and may not be replaced.
         ModuleNotFoundError: matplotlib is not installed; it is imported later, since its memory is not the model's.
     """
-    if find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("No module named 'matplotlib'")
+    check_drawable()
     check_free(out, force=force, mark=RESULT)
 
 
@@ -120,7 +133,7 @@ def draw_folder(found: dict[str, Any], file: Path) -> None:
         ("decode_tokens_per_second", "decode, tokens/s", 1.0),
         *([("decode_bytes_per_second", "decode, GB/s read", 1e9)] if stream else []),
     ]
-    figure = Figure(figsize=(4 * len(panels), 3.8), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 4.4), layout="constrained")
     all_axes = figure.subplots(1, len(panels))
     lengths = sorted({case["prefill"] for case in found["cases"]})
     for axes, (name, label, unit) in zip(all_axes, panels, strict=True):
@@ -136,9 +149,20 @@ def draw_folder(found: dict[str, Any], file: Path) -> None:
         speed = stream["bytes_per_second"] / 1e9
         all_axes[-1].axhline(speed, color="#222222", linestyle=":", label="the memory's own speed")
     for axes in all_axes:
-        axes.set_ylim(bottom=0)  # last, since it keeps the top where it is then
+        axes.set_ylim(0, 1.06 * axes.get_ylim()[1])  # last, since it keeps the top where it is then
+    figure.suptitle(_heading(found), x=0.01, ha="left", fontsize=10)
     figure.legend(*all_axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, dpi=110)
+
+
+def _heading(found: dict[str, Any]) -> str:
+    """The picture's heading: which model, how quantised, on which machine, with how many threads, when."""
+    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    recipe = found["recipe"].partition(";")[0].partition(", a scale")[0]
+    return (
+        f"{Path(found['folder']).name or found['folder']} ({recipe}), {found['target']}, {threads}\n"
+        f"{machine_text(found['machine'])}; {found['date'][:10]}, Arriero {found['version']}"
+    )
 
 
 def parse_sizes(text: str | None, option: str) -> list[int] | None:
@@ -194,7 +218,7 @@ def _time_cases(
     for done, case in enumerate(cases):
         progress("warm-up", done, total)
         time_case(session, case, decode_tokens)
-    peak = peak_memory()  # before the stream's buffer
+    peak = peak_memory(getattr(session.decoder, "processes", ()))  # before the stream's buffer
     stream = Stream(threads) if sizes else None
     readings: dict[Case, list[tuple[Reading, float | None]]] = {case: [] for case in cases}
     for run in range(runs):
@@ -215,7 +239,7 @@ def _time_cases(
 
 
 def _weight_sizes(session: "Session") -> dict[str, int]:
-    """Bytes of each weight as ONNX Runtime has it; none of an engine, whose memory is the GPU's."""
+    """Bytes of each weight as ONNX Runtime has it; none of an engine, whose memory is the GPU's, or of a group."""
     from ..runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
 
     if not isinstance(session.decoder, OnnxRuntimeDecoder):
@@ -245,13 +269,3 @@ def _record(
             for reading, speed in taken
         ],
     }
-
-
-def _processor() -> str:
-    """The processor's name as the kernel gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine() or "unknown")

@@ -3,18 +3,25 @@
 Enters: a model or bundle folder; only its `spec.json` and the lists of fused layers are read. Nothing is loaded.
 """
 
-import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import FolderError
+from ..engine.fused_layers import Layer
+from ..errors import FolderError, shortened, shortened_text
 from ..files.folders import LAYERS, TOWER_LAYERS, read_spec
+from ..files.reading import read_text
 from ..spec.built_engine import EngineSpec
+from ..spec.fields import decode
 from ..spec.folder import FolderSpec, VisionPart
-from ..spec.geometry import ModelSpec
+from ..spec.geometry import ModelSpec, VisionSpec
+from ..spec.json_text import parse_json
+from ..spec.parameters import count_parameters
+from ..spec.recipe_words import bits, in_words
 from ..spec.types import BITS, Stored
+from .group_summary import summarise_group
 
 QUIET = ("shape_call", "signal", "wait", "copy", "NoOp", "Constant", "ShapeHostToDevice")
 """Kinds of layers that move or order things and compute nothing."""
@@ -26,7 +33,7 @@ def summarise(
     """Describes a folder.
 
     Args:
-        folder: A model or bundle folder.
+        folder: A model or bundle folder, or a group of them.
         every_layer: Whether an engine's fused layers are listed one by one, beside how many there are of each kind.
         max_seq: Tokens of a sequence that a CPU bundle's memory is estimated for; None takes what a session takes.
         batch: Rows at once that it is estimated for.
@@ -34,6 +41,7 @@ def summarise(
     Returns:
         JSON-ready: the folder's kind and source, the model's geometry, its KV cache, its vision tower, of a CPU bundle
         the memory that a session takes, and of an engine its profiles with the memory each needs and its fused layers.
+        Of a group the same of each rank, with the bytes of its weights, and the sums that a step computes over ranks.
 
     Raises:
         FolderError: The folder is not one of Arriero's, or damaged.
@@ -41,18 +49,31 @@ def summarise(
     """
     path = Path(folder)
     spec = read_spec(path)
+    own = spec if spec.kind == "group" else replace(spec, model=spec.rank_model)
+    found = _describe(path, own, every_layer=every_layer, max_seq=max_seq, batch=batch)
+    if spec.kind == "group":
+        describe = partial(_describe, every_layer=every_layer, max_seq=max_seq, batch=batch)
+        found["ranks"] = summarise_group(path, spec, describe)
+        for name in ("kv_cache", "weight_files"):
+            del found[name]  # those are the ranks'
+    return found
+
+
+def _describe(path: Path, spec: FolderSpec, *, every_layer: bool, max_seq: int | None, batch: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "kind": spec.kind,
         "version": spec.version,
         "target": spec.target,
         "source": spec.source,
-        "model": _geometry(spec.model),
+        "model": geometry(spec.model),
+        "quantised": _quantised(spec),
+        "parameters": dict(zip(("total", "active"), count_parameters(*_geometries(spec)), strict=True)),
         "weight_files": {"count": len(spec.weight_files), "bytes": sum(file.size for file in spec.weight_files)},
         "kv_cache": _cache(spec),
     }
     if spec.vision is not None:
         found["vision"] = _vision(path, spec.model, spec.vision, every_layer=every_layer)
-    if spec.target == "cpu":
+    if spec.target == "cpu" and spec.kind == "bundle":
         found["memory"] = _memory(path, spec, max_seq, batch)
     if spec.engine is not None:
         found["engine"] = _with_totals(_engine(path, spec, spec.engine))
@@ -63,7 +84,28 @@ def summarise(
     return found
 
 
-def _geometry(model: ModelSpec) -> dict[str, Any]:
+def _geometries(spec: FolderSpec) -> tuple[ModelSpec, VisionSpec | None]:
+    return spec.model, None if spec.vision is None else spec.vision.spec
+
+
+def _quantised(spec: FolderSpec) -> dict[str, Any] | None:
+    """How a folder is quantised, its caches too; None where neither is."""
+    recipe = spec.recipe
+    if recipe is None and not spec.cache_bits:
+        return None
+    caches = f"int{spec.cache_bits}" if spec.cache_bits else "none" if recipe is None else recipe.kv_cache
+    return {
+        "words": in_words(recipe),
+        "format": "none" if recipe is None else recipe.format,
+        "weight_bits": bits(recipe, BITS[spec.model.dtype]),
+        "kv_cache": caches,
+        "unmeasured_experts": len(spec.unmeasured),
+        "recipe": None if recipe is None else asdict(recipe),
+    }
+
+
+def geometry(model: ModelSpec) -> dict[str, Any]:
+    """A decoder's geometry."""
     return {
         "layers": len(model.layers),
         "chunked_layers": sum(layer.chunk > 0 for layer in model.layers),
@@ -106,7 +148,7 @@ def _memory(folder: Path, spec: FolderSpec, max_seq: int | None, batch: int) -> 
 
     limits = Limits.of(spec.model, max_seq, batch)
     graph_size = _size(folder / spec.graph)
-    tower_size = 0 if spec.vision is None else _size(folder / spec.vision.graph)
+    tower_size = 0 if spec.vision is None or not spec.vision.graph else _size(folder / spec.vision.graph)
     memory = session_memory(spec, graph_size, tower_size, limits.max_seq, batch)
     return {"max_seq": limits.max_seq, "batch": batch, **asdict(memory), "total": memory.total}
 
@@ -190,10 +232,16 @@ def _with_totals(engine: dict[str, Any]) -> dict[str, Any]:
 
 def _read_layers(path: Path) -> list[dict[str, Any]]:
     """An engine's fused layers, those that compute nothing left out."""
+    remedy = "build the bundle again"
     try:
-        return [layer for layer in json.loads(path.read_text("utf-8")) if layer["kind"] not in QUIET]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FolderError(f"{path}: cannot be read ({error}): build the bundle again") from error
+        layers: Any = parse_json(read_text(path, remedy=remedy, folder=path.parent))
+        if not isinstance(layers, list):
+            raise ValueError(f"{shortened(layers)} is no list")
+        for layer in layers:
+            decode(Layer, layer)
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise FolderError(f"{path}: cannot be read ({shortened_text(str(error), 150)}): {remedy}") from error
+    return [layer for layer in layers if layer["kind"] not in QUIET]
 
 
 def _counted(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,14 +6,14 @@ too: a continuation that repeats itself would ask the same experts again and aga
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..runtime.backends.pages import free_memory
+from ..files.machine_memory import find_room
 from ..runtime.session import Session
 
 STREAM_SIZE = 1 << 30
@@ -50,7 +50,7 @@ class Stream:
     """
 
     def __init__(self, threads: int, size: int = STREAM_SIZE) -> None:
-        count = min(size, free_memory() // 4) // 4
+        count = min(size, find_room().free // 4) // 4
         self.parts = np.array_split(np.ones(count, dtype=np.float32), threads)
         self.size = count * 4
         self.pool = ThreadPoolExecutor(threads)
@@ -82,8 +82,12 @@ def time_case(session: Session, case: Case, decode_tokens: int) -> Reading:
     return Reading(first=first, step=(time.perf_counter() - started) / decode_tokens)
 
 
-def peak_memory() -> int:
-    """The largest resident set that this process has had, in bytes; 0 where the system does not say."""
+def peak_memory(others: Iterable[int] = ()) -> int:
+    """The largest resident set that this process has had, in bytes; 0 where the system does not say.
+
+    Args:
+        others: Processes whose sets are counted too: those of a group's other ranks.
+    """
     if not Path("/proc/self/status").exists():
         try:
             import resource
@@ -91,7 +95,8 @@ def peak_memory() -> int:
             return 0
         size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return size if sys.platform == "darwin" else size * 1024
-    return _kilobytes(Path("/proc/self/status"), "VmHWM") * 1024
+    files = [Path("/proc/self/status"), *(Path(f"/proc/{process}/status") for process in others)]
+    return sum(_kilobytes(file, "VmHWM") for file in files) * 1024
 
 
 def _kilobytes(file: Path, name: str) -> int:

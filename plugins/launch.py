@@ -6,17 +6,24 @@ interpreter. Invariant: nothing here waits for the GPU or allocates while launch
 """
 
 import ctypes
+import hashlib
 import math
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import SessionError
+from ..files.reading import read_bytes
 from ..spec.built_engine import Binary
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "i8": 1, "u8": 1, "fp8e4nv": 1, "i32": 4, "i64": 8}
 """Sizes of the types that signatures name, in Triton's words."""
+
+
+ALIGNMENT = 256
+"""Addresses that TensorRT takes are multiples of this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,25 +68,29 @@ class Buffer:
     @property
     def size(self) -> int:
         """Bytes, rounded up so that the next buffer is aligned too."""
-        return ceil_divide(math.prod(self.shape) * BYTES[self.dtype], 256) * 256
+        return round_up(math.prod(self.shape) * BYTES[self.dtype], ALIGNMENT)
 
 
 SHARED_WITHOUT_ASKING = 48 * 1024
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-CTYPES: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+FORMATS = {"i32": "<i4x", "i64": "<q", "fp32": "<f4x"}
+"""Layouts of the numbers among a launch's arguments, eight bytes each."""
 
 
 class Driver:
     """CUDA's driver library, with errors raised.
 
+    Args:
+        library: The library; None loads the machine's.
+
     Raises:
         SessionError: There is no driver on this machine, or a call fails.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, library: Any = None) -> None:
         try:
-            self.library = ctypes.CDLL("libcuda.so.1")
+            self.library = library or ctypes.CDLL("libcuda.so.1")
         except OSError as error:
             raise SessionError("no NVIDIA driver here (libcuda.so.1 is missing): run this bundle on a GPU") from error
         self.call("cuInit", 0)
@@ -92,12 +103,24 @@ class Driver:
             self.library.cuGetErrorString(code, ctypes.byref(text))
             raise SessionError(f"{function} failed: {(text.value or b'unknown error').decode()} ({code})")
 
-    def capability(self) -> int:
-        """The compute capability of the first GPU, as in 89."""
+    def devices(self) -> int:
+        """The number of GPUs."""
+        count = ctypes.c_int()
+        self.call("cuDeviceGetCount", ctypes.byref(count))
+        return count.value
+
+    def capability(self, number: int = 0) -> int:
+        """The compute capability of a GPU, as in 89."""
         major, minor = ctypes.c_int(), ctypes.c_int()
-        self.call("cuDeviceGetAttribute", ctypes.byref(major), CAPABILITY_MAJOR, 0)
-        self.call("cuDeviceGetAttribute", ctypes.byref(minor), CAPABILITY_MINOR, 0)
+        self.call("cuDeviceGetAttribute", ctypes.byref(major), CAPABILITY_MAJOR, number)
+        self.call("cuDeviceGetAttribute", ctypes.byref(minor), CAPABILITY_MINOR, number)
         return major.value * 10 + minor.value
+
+    def version(self) -> tuple[int, int]:
+        """The newest CUDA that the driver serves, as in 13.0."""
+        found = ctypes.c_int()
+        self.call("cuDriverGetVersion", ctypes.byref(found))
+        return found.value // 1000, found.value % 1000 // 10
 
 
 class Kernels:
@@ -120,9 +143,11 @@ class Kernels:
 
     def _load(self, path: Path, binary: Binary) -> ctypes.c_void_p:
         try:
-            image = path.read_bytes()
-        except OSError as error:
+            image = read_bytes(path, SessionError, "build the bundle again", folder=path.parent)
+        except FileNotFoundError as error:
             raise SessionError(f"{path}: {error.strerror}: build the bundle again") from error
+        if hashlib.sha256(image).hexdigest() != binary.sha256:
+            raise SessionError(f"{path} is not what was built (truncated or changed): build the bundle again")
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self.driver.call("cuModuleLoadData", ctypes.byref(module), image)
         self.driver.call("cuModuleGetFunction", ctypes.byref(function), module, binary.entry.encode())
@@ -132,29 +157,62 @@ class Kernels:
 
     def launch(self, launch: Launch, stream: int) -> None:
         """Puts one launch into a stream. Its pointers are device addresses."""
-        binary = self.binaries[launch.kernel]
+        Packed(self, [launch]).enqueue({}, stream)
+
+
+class Packed:
+    """Launches whose arguments are packed once; what changes from call to call are addresses, given by name.
+
+    Args:
+        kernels: Loaded.
+        launches: Pointers that are texts name addresses that `enqueue` is given; others stay as they are.
+
+    Raises:
+        SessionError: A kernel is not among those loaded.
+    """
+
+    def __init__(self, kernels: Kernels, launches: Sequence[Launch]) -> None:
+        self.driver = kernels.driver
+        self.places: list[tuple[Any, int, str]] = []
+        self.slots: list[Any] = []  # kept: the driver is given their addresses
+        self.calls = [self._pack(kernels, launch) for launch in launches]
+
+    def _pack(self, kernels: Kernels, launch: Launch) -> tuple[Any, ...]:
+        """The arguments of `cuLaunchKernel`, but for the stream: before it, and after."""
+        binary = kernels.binaries.get(launch.kernel)
+        if binary is None:
+            raise SessionError(f"the bundle has no kernel {launch.kernel} for this GPU: build it again")
         assert len(launch.arguments) == len(binary.parameters)
-        values = [
-            ctypes.c_uint64(argument) if kind.startswith("*") else CTYPES[kind](argument)
-            for kind, argument in zip(binary.parameters, launch.arguments, strict=True)
-        ]
-        values += [ctypes.c_uint64(0), ctypes.c_uint64(0)]  # Triton's scratch pointers, unused
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        self.driver.call(
-            "cuLaunchKernel",
-            self.functions[launch.kernel],
-            *launch.grid,
-            *(binary.threads, 1, 1),
-            binary.shared,
-            ctypes.c_void_p(stream),
-            pointers,
-            None,
-        )
+        slots = (ctypes.c_uint64 * (len(launch.arguments) + 2))()  # behind them Triton's scratch pointers, unused
+        self.slots.append(slots)
+        for index, (kind, argument) in enumerate(zip(binary.parameters, launch.arguments, strict=True)):
+            if isinstance(argument, str):
+                self.places.append((slots, index, argument))
+            else:
+                number = struct.pack(FORMATS.get(kind, "<Q"), argument)
+                slots[index] = int.from_bytes(number, "little")
+        first = ctypes.addressof(slots)
+        pointers = (ctypes.c_void_p * len(slots))(*(first + 8 * index for index in range(len(slots))))
+        head = (kernels.functions[launch.kernel], *launch.grid, *(binary.threads, 1, 1), binary.shared)
+        return head, pointers
+
+    def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
+        """Puts the launches into a stream, in order; the driver has read their arguments when it returns."""
+        for slots, index, name in self.places:
+            slots[index] = addresses[name]
+        place, call = ctypes.c_void_p(stream), self.driver.call
+        for head, pointers in self.calls:
+            call("cuLaunchKernel", *head, place, pointers, None)
 
 
 def ceil_divide(count: int, size: int) -> int:
     """Blocks of a size that hold a count."""
     return -(-count // size)
+
+
+def round_up(count: int, size: int) -> int:
+    """The least multiple of a size that is not below."""
+    return ceil_divide(count, size) * size
 
 
 def power_of_two(count: int) -> int:

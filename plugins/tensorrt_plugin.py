@@ -4,8 +4,8 @@ What an op has to say is small: which inputs its outputs look like, which of the
 kernels. This module turns that into shape rules, type rules, serialisation and launches. `trt` is the module
 `tensorrt` or `tensorrt_rtx`; nothing here imports either.
 
-Invariant: what `enqueue` launches depends on shapes only, so that a CUDA graph captures it once and Python is off the
-path from then on.
+Invariant: what `enqueue` launches depends on shapes only: it is planned once for all layers alike, and a session that
+captures a step into a CUDA graph has Python off the path from then on.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import SessionError
-from .launch import Buffer, Kernel, Kernels, Launch, placed, total_size
+from .launch import Buffer, Kernel, Kernels, Launch, Packed, placed, total_size
 
 NAMESPACE = "arriero"
 VERSION = "1"
@@ -82,6 +82,38 @@ class PluginOp:
     kernels: str
 
 
+class ReadyCall:
+    """A call over tensors of fixed types and shapes, planned and packed. Layers that are alike share it.
+
+    Args:
+        op: The op.
+        settings: The node's.
+        tensors: The inputs.
+        kernels: Loaded.
+    """
+
+    def __init__(self, op: PluginOp, settings: Any, tensors: Sequence[Tensor], kernels: Kernels) -> None:
+        call = op.call(settings, tensors, kernels.capability)
+        self.op, self.names = op, (*call.names, *op.outputs)
+        self.scratch = placed(call.workspace(tensors), 0)
+        names = {name: name for name in (*self.names, *self.scratch)}
+        self.packed = Packed(kernels, call.launches(names, tensors))
+
+    def enqueue(self, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int) -> None:
+        """Puts the call into a stream. Addresses are those of inputs, outputs and scratch memory."""
+        for output, source in zip(outputs, self.op.in_place, strict=True):
+            if source >= 0 and output != inputs[source]:
+                raise SessionError(f"TensorRT moved a tensor that {self.op.name} updates in place: build --gqa native")
+        addresses = dict(zip(self.names, (*inputs, *outputs), strict=True))
+        for name, offset in self.scratch.items():
+            addresses[name] = workspace + offset
+        self.packed.enqueue(addresses, stream)
+
+
+MOST_READY = 512
+"""Calls that a creator keeps ready; a session knows a few lengths and batches, so there are far fewer."""
+
+
 def type_names(trt: Any) -> dict[Any, str]:
     """TensorRT's types in Triton's words."""
     return {
@@ -129,6 +161,7 @@ def _creator_class(trt: Any, op: PluginOp) -> Any:
             self.capabilities: tuple[int, ...] = ()
             self.needed: dict[tuple[str, int], Kernel] = {}
             self.kernels: Kernels | None = None
+            self.ready: dict[Any, ReadyCall] = {}
             self.failure: Exception | None = None
 
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
@@ -141,6 +174,14 @@ def _creator_class(trt: Any, op: PluginOp) -> Any:
 
         def make(self, settings: Any) -> Any:
             return plugin_class(settings, self)
+
+        def prepare(self, settings: Any, tensors: Sequence[Tensor], kernels: Kernels) -> ReadyCall:
+            key = (kernels, settings, *tensors)
+            if key not in self.ready:
+                if len(self.ready) >= MOST_READY:
+                    self.ready.clear()
+                self.ready[key] = ReadyCall(op, settings, tensors, kernels)
+            return self.ready[key]
 
     return Creator
 
@@ -179,6 +220,7 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
             self.num_outputs = len(op.outputs)
             self.timing_cache_id = ""
             self.settings, self.creator, self.kernels = settings, creator, creator.kernels
+            self.call: ReadyCall | None = None
             # TensorRT's bindings free a plugin twice when TensorRT drops it last, so Python keeps each one for good.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
@@ -244,17 +286,16 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
         # When it runs.
 
         def attach_to_context(self, context: Any) -> Any:
-            return self.clone()
+            attached = self.clone()
+            attached.call = None
+            return attached
 
         def set_tactic(self, tactic: int) -> None:
             pass
 
         def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            if self.kernels is None:
-                return  # TensorRT asks and times at build too, where there is nothing to choose
-            self.tensors = tensors_of(inputs)
-            self.call = op.call(self.settings, self.tensors, self.kernels.capability)
-            self.buffers = self.call.workspace(self.tensors)
+            if self.kernels is not None:  # TensorRT asks and times at build too, where there is nothing to choose
+                self.call = self.creator.prepare(self.settings, tensors_of(inputs), self.kernels)
 
         def enqueue(
             self,
@@ -267,13 +308,9 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
         ) -> None:
             if self.kernels is None:
                 return
-            for output, source in zip(outputs, op.in_place, strict=True):
-                if source >= 0 and output != inputs[source]:
-                    raise SessionError(f"TensorRT moved a tensor that {op.name} updates in place: build --gqa native")
-            pointers = dict(zip(self.call.names, inputs, strict=True))
-            pointers.update(zip(op.outputs, outputs, strict=True))
-            pointers.update(placed(self.buffers, workspace))
-            for launch in self.call.launches(pointers, self.tensors):
-                self.kernels.launch(launch, stream)
+            if self.call is None:
+                self.on_shape_change(input_desc, output_desc)
+            assert self.call is not None
+            self.call.enqueue(inputs, outputs, workspace, stream)
 
     return Plugin

@@ -17,11 +17,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..errors import BuildError
 from ..spec.built_engine import Binary
 from .launch import Kernel
 
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
-"""Compute capabilities that tests and tables compile for; 90, 100 and 120 with architecture-specific instructions."""
+CAPABILITIES = (80, 86, 89, 90, 100, 103, 120, 121)
+"""Compute capabilities that kernels are compiled for; those from 90 on with architecture-specific instructions."""
+
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+"""KiB of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications)."""
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -50,7 +54,10 @@ def compile_kernel(module: ModuleType, kernel: Kernel, capability: int) -> Compi
     Args:
         module: Where the Triton function is.
         kernel: The specialisation.
-        capability: As in 89.
+        capability: One of `CAPABILITIES`.
+
+    Raises:
+        BuildError: The kernel does not fit that GPU's shared memory.
     """
     function = getattr(module, kernel.function)
     order = list(inspect.signature(function.fn).parameters)
@@ -67,6 +74,11 @@ def compile_kernel(module: ModuleType, kernel: Kernel, capability: int) -> Compi
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "sanitize_overflow": False}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert built.metadata.global_scratch_size == 0
+    if built.metadata.shared > SHARED[capability] * 1024:
+        raise BuildError(
+            f"{kernel.name} wants {built.metadata.shared} bytes of shared memory, sm{capability} has "
+            f"{SHARED[capability] * 1024}: build for another GPU, or attention with --gqa native"
+        )
     cubin = built.asm["cubin"]
     binary = Binary(
         kernel=kernel.name,

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import SessionError, shortened
 
@@ -98,6 +99,21 @@ def biases(name: str, value: Any, vocabulary: int | None = None) -> dict[int, fl
     if vocabulary is not None and taken and max(taken) >= vocabulary:
         raise SessionError(f"{name}: token id {shortened(max(taken))} is outside the vocabulary of {vocabulary}")
     return taken
+
+
+def array(values: Any) -> NDArray[Any]:
+    """Values as an array; those that make none, as rows of unlike lengths, as one without dimensions."""
+    try:
+        return np.asarray(values)
+    except Exception:  # of whatever kind: another library's object may raise anything
+        return np.array(None)
+
+
+def is_whole(values: NDArray[Any]) -> bool:
+    """Whether all values are whole numbers, of any size."""
+    if values.dtype.kind == "O":
+        return all(isinstance(each, int) for each in values.flat)
+    return values.dtype.kind in "iu"
 
 
 def _scalar(value: Any) -> Any:

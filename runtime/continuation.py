@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .chat.settings import ChatSettings
+from .draws import Sampling
 from .grammars.compiler import Grammar
 from .logprobs import TokenLogprobs, read_logprobs
 from .prompt import Tokens
-from .sampling import Sampler, Sampling
+from .sampling import Sampler
+from .shortlist import Row, whole
 from .stopping import StopText, special_texts
 from .text import Text
 
@@ -125,6 +124,7 @@ class Request:
         stop_strings: Texts that end it.
         text: The tokenizer that writes the new tokens' text; None gives token ids and no text.
         top_logprobs: Likeliest tokens whose log-probabilities are returned beside the chosen one's; None returns none.
+        scope: Requests of one scope share the beginnings that a session keeps, those of others do not.
         grammar: The grammar that the text follows; None is free.
     """
 
@@ -135,6 +135,7 @@ class Request:
     stop_strings: str | Sequence[str]
     text: Text | None = None
     top_logprobs: int | None = None
+    scope: bytes = b""
     grammar: Grammar | None = None
 
     @property
@@ -174,14 +175,14 @@ class Continuation:
         """The first tokens of a draft, as far as the grammar takes them; all where there is none."""
         return draft if self.guide is None else self.guide.fitting(draft)
 
-    def take(self, logits_V: NDArray[np.float32]) -> Generated:
+    def take(self, logits_V: Row) -> Generated:
         """Chooses the next token from the logits after the last one. Returns it with the text that it completes.
 
         Raises:
             SessionError: The logits are not finite, the settings forbid every token, or a grammar has grown too large.
         """
         token, top = self.sampler(logits_V, self.ids), self.request.top_logprobs
-        logprobs = () if top is None else (read_logprobs(logits_V, token, top),)
+        logprobs = () if top is None else (read_logprobs(whole(logits_V), token, top),)
         self.ids.append(token)
         if self.guide is not None:
             self.guide.advance(token)

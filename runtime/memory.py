@@ -14,6 +14,7 @@ from ..spec.stored_weights import EXPERT, Weight, slot_bytes
 from ..spec.types import BITS
 from .backends.onnxruntime_decoder import LONGEST_PIECE
 from .backends.onnxruntime_tower import TILES
+from .room import cache_bytes
 
 PROCESS = 72_000_000
 """Bytes of Python, numpy, ONNX Runtime and a tokenizer."""
@@ -104,7 +105,7 @@ def session_memory(spec: FolderSpec, graph_size: int, tower_size: int, max_seq: 
     tower = () if spec.vision is None else _held(spec.vision.weights)
     tokens = max(batch, min(LONGEST_PIECE, batch * min(model.chunk or max_seq, max_seq)))
     width = max(model.expert_size if layer.experts else model.dense_size for layer in model.layers)
-    kv_cache = sum(slots * batch for slots in _slots(model, max_seq)) * slot_size(spec)
+    kv_cache = cache_bytes(model, batch, max_seq, slot_size(spec))
     activations = tokens * 4 * (PER_HIDDEN * model.hidden_size + PER_WIDTH * width)
     return Memory(
         process=PROCESS,
@@ -157,11 +158,6 @@ def _cache_type(spec: FolderSpec) -> str:
         return spec.recipe.kv_cache
     is_narrow = spec.model.dtype != "float32" and any(weight.layout == "panels" for weight in spec.weights)
     return "float16" if is_narrow else "float32"
-
-
-def _slots(model: ModelSpec, max_seq: int) -> list[int]:
-    """Positions that each layer's buffers hold."""
-    return [min(layer.chunk or max_seq, max_seq) for layer in model.layers]
 
 
 def _held(weights: Sequence[Weight]) -> tuple[int, int]:

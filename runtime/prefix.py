@@ -70,17 +70,28 @@ class Trail:
         prefixes: The session's.
         image_token: Id of the token that stands for an image feature; None where the model takes no images.
         features_MH: The features of the sequence's images; None where it has none.
+        scope: Sequences of one scope share beginnings, those of others do not.
 
     Attributes:
         reused: Tokens that were put into its row, not computed.
     """
 
     def __init__(
-        self, prefixes: Prefixes, image_token: int | None = None, features_MH: NDArray[np.float32] | None = None
+        self,
+        prefixes: Prefixes,
+        image_token: int | None = None,
+        features_MH: NDArray[np.float32] | None = None,
+        scope: bytes = b"",
     ) -> None:
-        self.prefixes, self.image_token, self.features_MH = prefixes, image_token, features_MH
+        self.prefixes, self.image_token, self.features_MH, self.scope = prefixes, image_token, features_MH, scope
         self.keys: list[bytes] = []
         self.used = self.reused = 0
+
+    def fork(self) -> "Trail":
+        """The trail of another sequence that has begun alike."""
+        other = Trail(self.prefixes, self.image_token, self.features_MH, self.scope)
+        other.keys, other.used = list(self.keys), self.used
+        return other
 
     def restore(self, state: State, row: int, ids: Sequence[int]) -> int:
         """Puts the known beginning of a sequence into an empty row, all but its last token at most.
@@ -140,7 +151,7 @@ class Trail:
         while len(self.keys) < count // size:
             start = len(self.keys) * size
             tokens = np.asarray(ids[start : start + size], dtype=np.int64)
-            key = hashlib.sha256(self.keys[-1] if self.keys else b"")
+            key = hashlib.sha256(self.keys[-1] if self.keys else self.scope)
             key.update(tokens.tobytes())
             seen = 0 if self.image_token is None else int(np.count_nonzero(tokens == self.image_token))
             if seen and self.features_MH is not None:

@@ -37,20 +37,51 @@ class LogitBias:
         logits_V[self.tokens] += self.values
 
 
+class Occurrences:
+    """The tokens of a sequence, each once, in the order of their coming: a step costs what its new tokens cost.
+
+    Args:
+        counted: Tokens at the beginning that do not count.
+    """
+
+    def __init__(self, counted: int = 0) -> None:
+        self.counted = counted
+        self.places: dict[int, int] = {}
+        self._tokens, self._counts = np.empty(64, np.int64), np.empty(64, np.int64)
+
+    def follow(self, seen: Sequence[int]) -> None:
+        """Counts the tokens that are new since the last call."""
+        for token in seen[self.counted :]:
+            place = self.places.get(token)
+            if place is None:
+                place = self.places[token] = len(self.places)
+                if place == len(self._tokens):
+                    self._tokens, self._counts = np.resize(self._tokens, 2 * place), np.resize(self._counts, 2 * place)
+                self._tokens[place], self._counts[place] = token, 0
+            self._counts[place] += 1
+        self.counted = max(self.counted, len(seen))
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """The tokens."""
+        return self._tokens[: len(self.places)]
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """The number of times that each occurred."""
+        return self._counts[: len(self.places)]
+
+
 class RepetitionPenalty:
     """Divides the positive logits of tokens that occurred, multiplies the negative ones (Keskar et al. 2019)."""
 
     def __init__(self, penalty: float) -> None:
-        self.penalty, self.counted = np.float32(penalty), 0
-        self.occurred_V: NDArray[np.bool_] | None = None
+        self.penalty, self.occurred = np.float32(penalty), Occurrences()
 
     def __call__(self, logits_V: Logits, seen: Sequence[int]) -> None:
         """Changes the logits in place."""
-        if self.occurred_V is None:
-            self.occurred_V = np.zeros(len(logits_V), dtype=np.bool_)
-        self.occurred_V[np.asarray(seen[self.counted :], dtype=np.int64)] = True
-        self.counted = len(seen)
-        tokens = np.flatnonzero(self.occurred_V)
+        self.occurred.follow(seen)
+        tokens = self.occurred.tokens
         scores = logits_V[tokens]
         logits_V[tokens] = np.where(scores < 0, scores * self.penalty, scores / self.penalty)
 
@@ -65,17 +96,13 @@ class OccurrencePenalties:
     """
 
     def __init__(self, frequency: float, presence: float, prompt: int) -> None:
-        self.frequency, self.presence, self.counted = frequency, presence, prompt
-        self.counts: dict[int, int] = {}
+        self.frequency, self.presence, self.occurred = frequency, presence, Occurrences(prompt)
 
     def __call__(self, logits_V: Logits, seen: Sequence[int]) -> None:
         """Changes the logits in place."""
-        for token in seen[self.counted :]:
-            self.counts[token] = self.counts.get(token, 0) + 1
-        self.counted = max(self.counted, len(seen))
-        if self.counts:
-            tokens, counts = np.array(list(self.counts), np.int64), np.array(list(self.counts.values()))
-            logits_V[tokens] -= (counts * self.frequency + self.presence).astype(np.float32)
+        self.occurred.follow(seen)
+        counts = self.occurred.counts
+        logits_V[self.occurred.tokens] -= (counts * self.frequency + self.presence).astype(np.float32)
 
 
 class NoRepeatedNgrams:

@@ -4,9 +4,10 @@ Enters: a text, a conversation or token ids, and images. Leaves: token ids, with
 and the images' tiles. Invariant: whatever is given, it is taken or refused by a `SessionError`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Unpack
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..errors import FolderError, SessionError, shortened
 from ..spec.geometry import VisionSpec
 from .chat.messages import Message, is_message, read_messages, with_images_beside
 from .chat.settings import ChatSettings
+from .checks import array
 from .images.placeholders import IMAGE, ImagePrompts
 from .images.sources import ImageSource
 from .text import Text
@@ -137,20 +139,31 @@ def image_list(images: Any) -> list[ImageSource]:
     )
 
 
+def prompt_list(prompts: Any) -> list[Prompt]:
+    """Several prompts as a list.
+
+    Raises:
+        SessionError: They are one prompt.
+    """
+    is_one = isinstance(prompts, str | bytes | bytearray | Mapping) or is_message(prompts)
+    if not is_one and isinstance(prompts, Iterable):
+        several = list(prompts)
+        if not several or not isinstance(several[0], Integral):
+            return several
+    raise SessionError(f"the prompts are {shortened(prompts)}, expected a list of prompts: [prompt] is a list of one")
+
+
 def _is_object(value: Any) -> bool:
     return isinstance(value, Mapping) or is_message(value)
 
 
 def _ids(prompt: Any) -> list[int]:
     """Token ids as they were given."""
-    try:
-        array = np.asarray(prompt)
-    except Exception as error:  # a list of unlike things, or another library's object
-        raise SessionError(f"the prompt is {shortened(prompt)}, expected {EXPECTED}") from error
-    if array.ndim == 1 and (not array.size or np.issubdtype(array.dtype, np.integer)):
-        ids: list[int] = array.tolist()
+    ids_S = array(prompt)
+    if ids_S.ndim == 1 and (not ids_S.size or ids_S.dtype.kind in "iu"):
+        ids: list[int] = ids_S.tolist()
         return ids
-    found = f"{array.dtype} {list(array.shape)}" if array.dtype.kind in "iufb" and array.ndim else shortened(prompt)
+    found = f"{ids_S.dtype} {list(ids_S.shape)}" if ids_S.dtype.kind in "iufb" and ids_S.ndim else shortened(prompt)
     raise SessionError(f"the prompt is {found}, expected {EXPECTED}")
 
 

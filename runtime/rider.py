@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import SessionError
 from .continuation import Continuation, Generated, Request
 from .images.features import Features
 from .lookup import Lookup
 from .prefix import Trail
+from .shortlist import Row
 from .state import State
 from .token_session import TokenSession
 
@@ -26,7 +28,7 @@ class Rider:
     continuation: Continuation
     trail: Trail
 
-    def take(self, state: State, row: int, logits_V: NDArray[np.float32]) -> Generated:
+    def take(self, state: State, row: int, logits_V: Row) -> Generated:
         """Chooses the next token from the logits after the last one in its row. Returns its piece."""
         piece = self.continuation.take(logits_V)
         self._keep(state, row, piece)
@@ -45,7 +47,12 @@ class Rider:
         """
         pieces: list[Generated] = []
         for guess, logits_V in zip([*draft, None], logits_SV, strict=True):
-            pieces.append(self.continuation.take(logits_V))
+            try:
+                pieces.append(self.continuation.take(logits_V))
+            except SessionError:
+                if not pieces:
+                    raise
+                break  # the tokens before stand; the step from the last of them raises it again
             if pieces[-1].finish is not None or pieces[-1].ids != [guess]:
                 break
         accepted = sum(piece.ids == [guess] for piece, guess in zip(pieces, draft, strict=False))
@@ -99,7 +106,7 @@ class Boarding:
         ids = self.request.prompt.ids
         if self.trail is None:
             features_MH = np.concatenate(self.features) if self.features else None
-            self.trail = Trail(self.session.prefixes, self.session.image_token, features_MH)
+            self.trail = Trail(self.session.prefixes, self.session.image_token, features_MH, self.request.scope)
             self.trail.restore(self.state, 0, ids)
         done, chunk = int(self.state.past_B[0]), self.session.spec.chunk or len(ids)
         stop = min(done - done % chunk + chunk, done + max(1, budget), len(ids))
@@ -108,10 +115,12 @@ class Boarding:
             self.trail.keep(self.state, 0, ids)
         return stop - done, logits_1V[0] if stop == len(ids) else None
 
-    def rider(self) -> Rider:
-        """The request under way, its prompt read."""
+    def riders(self, requests: Sequence[Request]) -> list[Rider]:
+        """Requests of this prompt under way, the first in this row, the others each in a copy of it."""
         assert self.trail is not None
-        return Rider(Continuation(self.request, self.trail.reused), self.trail)
+        reused = self.trail.reused
+        trails = [self.trail, *(self.trail.fork() for _ in requests[1:])]
+        return [Rider(Continuation(each, reused), trail) for each, trail in zip(requests, trails, strict=True)]
 
     def _features(self, start: int, stop: int) -> Features:
         """The image features of some of the prompt's tokens, as a session's `prefill` takes them."""
@@ -132,7 +141,7 @@ def board_together(
         The requests under way, and the logits [B, V] after their prompts.
     """
     state.rewind([0] * len(requests))
-    riders = [Rider(Continuation(each), Trail(session.prefixes)) for each in requests]
+    riders = [Rider(Continuation(each), Trail(session.prefixes, scope=each.scope)) for each in requests]
     return riders, session.prefill(state, [each.prompt.ids for each in requests])
 
 
@@ -144,7 +153,7 @@ def ride_alone(session: TokenSession, request: Request, lookup: Lookup) -> Itera
     boarding, logits_V = Boarding(session, state, request), None
     while logits_V is None:
         _, logits_V = boarding.read(session.decoder.longest)
-    rider = boarding.rider()
+    (rider,) = boarding.riders([request])
     pieces = [rider.take(state, 0, logits_V)]
     yield from pieces
     ids = rider.continuation.ids
@@ -158,7 +167,7 @@ def ride_alone(session: TokenSession, request: Request, lookup: Lookup) -> Itera
             pieces = rider.verify(state, draft, logits_SV)
             lookup.judge(len(draft), pieces[0].accepted)
         else:
-            pieces = [rider.take(state, 0, session.decode(state, ids[-1:])[0])]
+            pieces = [rider.take(state, 0, session.decode_rows(state, ids[-1:])[0])]
         yield from pieces
 
 

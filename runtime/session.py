@@ -6,6 +6,7 @@ prompt or of many side by side. Invariant: the model is run by `TokenSession` al
 
 import functools
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from typing import Any, Unpack
 
 from ..errors import SessionError, shortened
@@ -18,7 +19,7 @@ from .flight import stream_requests
 from .grammars.compiler import KINDS, GrammarCompiler
 from .images.tower import Tower
 from .lookup import Lookup
-from .prompt import Images, Prompt, PromptReader, Tokens
+from .prompt import Images, Prompt, PromptReader, Tokens, prompt_list
 from .rider import ride_alone
 from .state import Limits
 from .text import Text
@@ -48,6 +49,7 @@ class Session(TokenSession):
     ) -> None:
         super().__init__(decoder, limits, tower, prefix_bytes)
         self.text, self.defaults = text, defaults
+        text.expect(limits.max_seq)
         self.prompt_reader = PromptReader(text, None if tower is None else tower.spec)
 
     def generate(
@@ -104,6 +106,7 @@ class Session(TokenSession):
             The new tokens and their text, in the order of the prompts. A prompt that an error ended has the `finish`
             "error", the error, and its tokens until then; the others go on.
         """
+        prompts = prompt_list(prompts)
         pieces: list[list[Generated]] = [[] for _ in prompts]
         budget = prefill_budget
         for number, piece in self.stream_many(prompts, max_new_tokens, slots=slots, prefill_budget=budget, **settings):
@@ -136,7 +139,7 @@ class Session(TokenSession):
         Raises:
             SessionError: As `stream` does, before anything is computed.
         """
-        requests = [self.request(prompt, max_new_tokens, **settings) for prompt in prompts]
+        requests = [self.request(prompt, max_new_tokens, **settings) for prompt in prompt_list(prompts)]
         return stream_requests(self, requests, slots, prefill_budget)
 
     def request(
@@ -148,9 +151,8 @@ class Session(TokenSession):
     ) -> Request:
         """Checks a prompt and its settings, for a `Flight` to take; the arguments are those of `stream`."""
         if unknown := sorted(map(str, settings.keys() - Settings.__annotations__.keys())):
-            raise SessionError(
-                f"unknown setting {shortened(unknown[0])}: choose from {', '.join(Settings.__annotations__)}"
-            )
+            raise SessionError(f"unknown setting {shortened(unknown[0])}{_choice(unknown[0])}")
+        self.decoder.check_files()
         chat: Any = {name: value for name, value in settings.items() if name in ChatSettings.__annotations__}
         tokens = self.read(prompt, images, **chat)
         room = self.max_seq - len(tokens.ids)
@@ -202,3 +204,20 @@ class Session(TokenSession):
                 f"with a larger max_seq (the model's context is {self.spec.max_positions})"
             )
         return tokens
+
+
+def _choice(name: str) -> str:
+    """The settings that a caller may have meant, and all there are."""
+    known = list(Settings.__annotations__)
+    meant = get_close_matches(ALIASES.get(name, name), known, n=1)
+    hint = f"; did you mean {meant[0]}?" if meant else ""
+    return f": choose from {', '.join(known)}{hint}"
+
+
+ALIASES = {
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "stop": "stop_strings",
+    "eos": "eos_token_id",
+}
+"""Other libraries' names of settings."""

@@ -21,8 +21,8 @@ class State:
     A part of the rows (`rows`) is a state as well; `first` is the number of its first row in the caches.
     """
 
-    def __init__(self, decoder: DecoderBackend, batch: int, positions: int) -> None:
-        self.caches: Caches = decoder.caches(batch, positions)
+    def __init__(self, decoder: DecoderBackend, batch: int, positions: int, *, sparse: bool = False) -> None:
+        self.caches: Caches = decoder.caches(batch, positions, sparse=sparse)
         self.past_B = np.zeros(batch, dtype=np.int32)
         self.decoder = decoder
         self.first = 0

@@ -5,15 +5,19 @@ file is refused when it is read; a missing one only when it is needed.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from tokenizers.pre_tokenizers import ByteLevel
 
-from ..errors import FolderError, SessionError, shortened
+from ..errors import FolderError, SessionError, shortened, shortened_text
 from ..files.folders import read_json
+from ..files.reading import read_bytes
 from .chat.messages import Message, read_messages
 from .chat.settings import ChatSettings, read_chat
 from .chat.special_tokens import complete_tokenizer
@@ -22,6 +26,10 @@ from .chat.templates import DEFAULT, ChatTemplate, choose_template, read_templat
 if TYPE_CHECKING:
     from .chat.control_tokens import ControlTokens
     from .chat.rendering import Writer
+
+
+MOST_CHARACTERS = 1 << 26
+"""Characters of a text at most, whatever the session holds; tokenising takes 150 bytes of memory for each."""
 
 
 class Text:
@@ -36,17 +44,16 @@ class Text:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.expected, self.most_characters = 0, MOST_CHARACTERS
         path = folder / "tokenizer.json"
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else None
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise FolderError(f"{path}: damaged ({error}): export again from an intact checkpoint") from error
+        self.tokenizer = _read_tokenizer(path) if os.path.lexists(path) else None
         self.config = read_json(folder / "tokenizer_config.json")
         self.special_tokens: dict[str, str] = {}
         if self.tokenizer is not None:
-            self.special_tokens = complete_tokenizer(self.tokenizer, folder, self.config)
-            self.tokenizer.no_truncation()  # a saved training setting would cut prompts without a word
-            self.tokenizer.no_padding()
+            with _panics_refused(folder):
+                self.special_tokens = complete_tokenizer(self.tokenizer, folder, self.config)
+                self.tokenizer.no_truncation()  # a saved training setting would cut prompts without a word
+                self.tokenizer.no_padding()
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer puts one.
@@ -55,12 +62,15 @@ class Text:
             text: Any text; special tokens written in it become those tokens.
             special_tokens: Whether the tokenizer adds its own (BOS).
         """
-        ids: list[int] = self._tokenizer().encode(_checked(text), add_special_tokens=special_tokens).ids
+        tokenizer, text = self._tokenizer(), self._checked(text)
+        with _panics_refused(self.folder):
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        text: str = self._tokenizer().decode(list(ids), skip_special_tokens=True)
+        with _panics_refused(self.folder):
+            text: str = self._tokenizer().decode(list(ids), skip_special_tokens=True)
         return text
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -82,17 +92,30 @@ class Text:
             SessionError: There is no template, or it does not take these messages.
             FolderError: The template does not compile.
         """
-        writer = self._writer(messages, settings)
-        text = _checked(writer.text)
-        sanitizes = writer.chat.sanitizes
-        ids = self._control_tokens.encode(writer) if sanitizes else self.encode(text, special_tokens=False)
+        from .chat.sandbox import one_budget
+
+        with one_budget():
+            writer = self._writer(messages, settings)
+            text = self._checked(writer.text)
+            with _panics_refused(self.folder):
+                sanitizes = writer.chat.sanitizes
+                ids = self._control_tokens.encode(writer) if sanitizes else self.encode(text, special_tokens=False)
         if self._has_processor and ids[:1] != (start := self.encode("")[:1]):  # as `transformers`' processors do
             ids = start + ids if start == [self.special_id("bos_token")] else ids
         return ids
 
     def render_chat(self, messages: Sequence[Message] | Message, **settings: Unpack[ChatSettings]) -> str:
         """A conversation as the chat template writes it; the arguments and errors are those of `encode_chat`."""
-        return self._writer(messages, settings).text
+        from .chat.sandbox import one_budget
+
+        with one_budget():
+            return self._writer(messages, settings).text
+
+    def prepare_chat(self) -> None:
+        """Starts what conversations need and other prompts do not, so that the first one need not wait for it."""
+        from .chat.sandbox import prepare
+
+        prepare()
 
     def special_id(self, name: str) -> int | None:
         """The id of a special token by its name in `tokenizer_config.json`, as in `bos_token`; None if it has none."""
@@ -107,7 +130,13 @@ class Text:
         tokenizer, decoder = self.tokenizer, DecodeStream(skip_special_tokens=True)
         if tokenizer is None:
             return lambda token: ""
-        return lambda token: decoder.step(tokenizer, token) or ""
+        folder = self.folder
+
+        def step(token: int) -> str:
+            with _panics_refused(folder):
+                return decoder.step(tokenizer, token) or ""
+
+        return step
 
     @functools.cached_property
     def templates(self) -> dict[str, ChatTemplate]:
@@ -144,20 +173,77 @@ class Text:
     def _has_processor(self) -> bool:
         return any((self.folder / f"{name}_config.json").is_file() for name in ("processor", "preprocessor"))
 
+    def expect(self, tokens: int) -> None:
+        """Refuses from now on, before they are tokenised, texts that must have more tokens than this.
+
+        Of a tokenizer of bytes a text has at least as many tokens as its characters over those of the longest one.
+        Where several sessions share the tokenizer, the most that one of them holds counts.
+        """
+        if self.tokenizer is not None and (longest := longest_of_bytes(self.tokenizer)) is not None:
+            self.expected = max(self.expected, tokens)
+            self.most_characters = min(MOST_CHARACTERS, self.expected * longest)
+
+    def _checked(self, text: str) -> str:
+        """A text that is valid Unicode, and not longer than one whose tokens could be taken.
+
+        Raises:
+            SessionError: It has halves of characters, or too many characters.
+        """
+        if len(text) > self.most_characters:
+            where = "the session can hold" if self.expected else "are read at once"
+            most = f"{where} {self.most_characters}" if self.expected else f"{self.most_characters} {where}"
+            raise SessionError(f"the text has {len(text)} characters, {most} at most: shorten it")
+        try:
+            text.encode()
+        except UnicodeError as error:
+            raise SessionError("the text is not valid Unicode: give UTF-8") from error
+        return text
+
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise SessionError(f"{self.folder} has no tokenizer.json: give token ids instead of text")
         return self.tokenizer
 
 
-def _checked(text: str) -> str:
-    """A text that is valid Unicode.
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """Reads a tokenizer.
 
     Raises:
-        SessionError: It has halves of characters.
+        FolderError: The file is damaged.
     """
+    content = read_bytes(path, folder=path.parent)
+    with _panics_refused(path.parent):
+        try:
+            tokenizer = Tokenizer.from_buffer(content)
+        except Exception as error:  # the tokenizers library raises plain Exception
+            said = shortened_text(str(error), 150)
+            raise FolderError(f"{path}: damaged ({said}): export again from an intact checkpoint") from error
+    return tokenizer
+
+
+def longest_of_bytes(tokenizer: Tokenizer) -> int | None:
+    """Characters of a tokenizer's longest token, where each token stands for the bytes that it is written with.
+
+    Returns:
+        None of a tokenizer whose token may stand for a text of any length: one that normalises or knows no bytes, or a
+        special token that takes the spaces beside it.
+    """
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder().values()
+    takes_spaces = any(token.lstrip or token.rstrip for token in added)
+    if tokenizer.normalizer is not None or takes_spaces or not vocabulary.keys() >= set(ByteLevel.alphabet()):
+        return None
+    return max(map(len, vocabulary))
+
+
+@contextmanager
+def _panics_refused(folder: Path) -> Iterator[None]:
+    """Refuses a tokenizer that breaks the library's own assumptions, which is no `Exception` of Python's."""
     try:
-        text.encode()
-    except UnicodeError as error:
-        raise SessionError("the text is not valid Unicode: give UTF-8") from error
-    return text
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        said = shortened_text(str(error), 150)
+        raise FolderError(
+            f"{folder / 'tokenizer.json'}: damaged ({said}): export again from an intact checkpoint"
+        ) from error

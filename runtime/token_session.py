@@ -12,13 +12,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import SessionError
+from ..errors import SessionError, shortened
 from ..spec.geometry import ModelSpec
 from .backends.interface import DecoderBackend
+from .checks import array, is_whole, whole
 from .images.features import Features, RowFeatures
 from .images.tower import Tower
 from .pieces import cut
 from .prefix import Prefixes
+from .room import check_fits
+from .shortlist import Row
 from .state import Limits, State
 
 
@@ -50,18 +53,21 @@ class TokenSession:
         """Id of the token that stands for an image feature; None where the model takes no images."""
         return None if self.tower is None else self.tower.spec.image_token
 
-    def start(self, batch: int = 1, positions: int | None = None) -> State:
+    def start(self, batch: int = 1, positions: int | None = None, *, sparse: bool = False) -> State:
         """Starts sequences of no tokens.
 
         Args:
             batch: Number of rows.
             positions: Tokens that each row can hold; None takes `max_seq`.
+            sparse: Whether a row takes memory for the tokens that it holds, where the back end can do so, and not for
+                all that it could.
 
         Raises:
             SessionError: The session does not hold that many rows or tokens.
         """
-        if batch < 1 or (positions is not None and positions < 1):
-            raise SessionError(f"batch is {batch} and positions {positions}, expected whole numbers from 1 up")
+        expected = "a whole number from 1 up"
+        batch = whole("batch", batch, expected, least=1)
+        positions = None if positions is None else whole("positions", positions, expected, least=1)
         if self.max_batch is not None and batch > self.max_batch:
             raise SessionError(f"{batch} rows are more than max_batch {self.max_batch}: load with a larger one")
         positions = self.max_seq if positions is None else positions
@@ -69,7 +75,7 @@ class TokenSession:
             limit = f"the model's context is {self.spec.max_positions}"
             raise SessionError(f"{positions} tokens are more than max_seq {self.max_seq}: load with more ({limit})")
         with self.lock:
-            return State(self.decoder, batch, positions)
+            return State(self.decoder, batch, positions, sparse=sparse)
 
     def prefill(self, state: State, rows: Sequence[Sequence[int]], features: Features = ()) -> NDArray[np.float32]:
         """Adds tokens to each row, at least one; the arguments are those of `extend`.
@@ -77,7 +83,7 @@ class TokenSession:
         Returns:
             The logits [B, V] after each row's last token.
         """
-        if not all(len(row) for row in rows):
+        if not all(_counts(rows)):
             raise SessionError(f"expected tokens for each of {len(rows)} rows")
         logits_BV = np.empty((len(rows), self.spec.vocab_size), dtype=np.float32)
         for row, _, logits_SV in self._run(state, rows, features, last_only=True):
@@ -103,16 +109,28 @@ class TokenSession:
 
     def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
         """Adds one token to every row. Returns the logits [B, V] after it."""
-        if len(tokens_B) != state.batch:
-            raise SessionError(f"{len(tokens_B)} tokens for {state.batch} rows: give each row one")
-        if int(state.past_B.max()) >= state.caches.positions:
-            raise SessionError(f"a sequence is full at {state.caches.positions} tokens: start it with more positions")
-        self.check_ids(tokens_B)
-        ids_B1 = np.asarray(tokens_B, dtype=np.int64)[:, None]
+        ids_B1 = self._next_ids(state, tokens_B)
         with self.lock:
             logits = state.binding(slice(0, len(ids_B1))).step(ids_B1, state.past_B, np.zeros_like(ids_B1))
             state.past_B += 1
         return logits[:, 0]
+
+    def decode_rows(self, state: State, tokens_B: Sequence[int]) -> Sequence[Row]:
+        """Adds one token to every row. Returns each row's logits after it, of a GPU those that a draw looks at."""
+        ids_B1 = self._next_ids(state, tokens_B)
+        with self.lock:
+            rows = state.binding(slice(0, len(ids_B1))).decode(ids_B1, state.past_B)
+            state.past_B += 1
+        return rows
+
+    def _next_ids(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.int64]:
+        """Checks a token for each row. Returns them as a piece [B, 1]."""
+        if (found := array(tokens_B)).shape != (state.batch,):
+            raise SessionError(f"{found.size} tokens for {state.batch} rows: give each row one")
+        if int(state.past_B.max()) >= state.caches.positions:
+            raise SessionError(f"a sequence is full at {state.caches.positions} tokens: start it with more positions")
+        self.check_ids(tokens_B)
+        return np.asarray(tokens_B, dtype=np.int64)[:, None]
 
     def logits(self, ids_BS: ArrayLike, lengths_B: ArrayLike | None = None) -> NDArray[np.float32]:
         """Teacher-forced logits of whole sequences.
@@ -127,15 +145,18 @@ class TokenSession:
         Raises:
             SessionError: Wrong shapes, ids outside the vocabulary, or more tokens than the session holds.
         """
-        ids = np.asarray(ids_BS)
+        ids = array(ids_BS)
         if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-            raise SessionError(f"ids are {ids.dtype} {list(ids.shape)}, expected whole numbers [B, S]")
+            found = f"{ids.dtype} {list(ids.shape)}" if ids.ndim else shortened(ids_BS)
+            raise SessionError(f"ids are {found}, expected whole numbers [B, S]")
         batch, length = ids.shape
-        lengths = np.full(batch, length) if lengths_B is None else np.asarray(lengths_B)
-        whole = lengths.shape == (batch,) and np.issubdtype(lengths.dtype, np.integer)
-        if not whole or lengths.min() < 1 or lengths.max() > length:
+        lengths = np.full(batch, length) if lengths_B is None else array(lengths_B)
+        are_whole = lengths.shape == (batch,) and np.issubdtype(lengths.dtype, np.integer)
+        if not are_whole or lengths.min() < 1 or lengths.max() > length:
             raise SessionError(f"lengths are {lengths.tolist()}, expected {batch} numbers from 1 to {length}")
         state = self.start(batch, length)
+        needed = 4 * batch * length * self.spec.vocab_size
+        check_fits(f"logits of {batch} rows of {length} tokens", needed, "take them piece by piece (score)")
         logits_BSV = np.zeros((batch, length, self.spec.vocab_size), dtype=np.float32)
         rows = [row[:count].tolist() for row, count in zip(ids, lengths, strict=True)]
         for row, start, logits_SV in self._run(state, rows, (), last_only=False):
@@ -156,7 +177,8 @@ class TokenSession:
         Yields:
             The number of a piece's first token, and logits [S, V] after each of its tokens.
         """
-        if not 0 <= decoded < len(ids):
+        decoded = whole("decoded", decoded)
+        if not decoded < len(ids):
             raise SessionError(f"{decoded} of {len(ids)} tokens are to be decoded: one at least is prefilled")
         state, prefilled = self.start(1, len(ids)), len(ids) - decoded
         features = () if features_MH is None else [features_MH]
@@ -208,8 +230,8 @@ class TokenSession:
 
     def _check_rows(self, state: State, rows: Sequence[Sequence[int]]) -> None:
         """Refuses new tokens that are not in the vocabulary, that a row has no place for, or that are none at all."""
-        held = zip(rows, state.past_B, strict=False)
-        if len(rows) != state.batch or not all(len(row) or past for row, past in held):
+        held = zip(_counts(rows), state.past_B, strict=False)
+        if len(rows) != state.batch or not all(count or past for count, past in held):
             raise SessionError(f"expected tokens for each of {state.batch} rows")
         for row, tokens in enumerate(rows):
             if len(tokens):
@@ -220,5 +242,17 @@ class TokenSession:
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises a `SessionError` where a token is not in the vocabulary; `ids` are one or more."""
-        if outside := [token for token in (min(ids), max(ids)) if not 0 <= token < self.spec.vocab_size]:
-            raise SessionError(f"token id {outside[0]} is outside the vocabulary of {self.spec.vocab_size}")
+        ids_S = array(ids)
+        if ids_S.ndim != 1 or not is_whole(ids_S):
+            raise SessionError(f"token ids are {shortened(ids)}, expected a list of whole numbers")
+        if outside := [token for token in (ids_S.min(), ids_S.max()) if not 0 <= token < self.spec.vocab_size]:
+            said = shortened(int(outside[0]))
+            raise SessionError(f"token id {said} is outside the vocabulary of {self.spec.vocab_size}")
+
+
+def _counts(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The number of tokens of each row."""
+    try:
+        return [len(row) for row in rows]
+    except TypeError as error:
+        raise SessionError(f"rows are {shortened(rows)}, expected a list of token ids for each") from error

@@ -1,9 +1,12 @@
 """Built TensorRT engines: their profiles, caches, kernels and files."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import shortened
+from .sizes import check_hash, check_name, check_shape, check_sizes
 from .types import BITS, Stored
 
 
@@ -28,6 +31,10 @@ class Profile:
     usual_length: int
     max_logits: int
     activations: int = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("max_batch", "usual_batch", "max_length", "usual_length", "max_logits"))
+        check_sizes(self, ("activations",), 0, 2**53)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +61,12 @@ class Binary:
     shared: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        check_name("the file of a kernel", self.file)
+        check_hash("the SHA-256 of a kernel", self.sha256)
+        check_sizes(self, ("threads",), 1, 1024)
+        check_sizes(self, ("shared",), 0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheInput:
@@ -69,6 +82,11 @@ class CacheInput:
     shape: tuple[int, ...]
     dtype: Stored
 
+    def __post_init__(self) -> None:
+        check_shape(f"cache {shortened(self.name)}", self.shape)
+        if len(self.shape) != 3 or not re.fullmatch(r"\d{1,5}\.(key|value)", self.name):
+            raise ValueError(f"cache {shortened(self.name)} has the shape {list(self.shape)}, expected [K, C, D]")
+
     @property
     def row_size(self) -> int:
         """Bytes of one row of a batch."""
@@ -83,6 +101,7 @@ class EngineSpec:
         file: Its file name.
         flavour: `tensorrt-rtx` or `tensorrt`.
         version: Version of that library; an engine runs on the version that built it.
+        cuda: Major version of CUDA that that library needs of the driver; 0 is not known.
         capabilities: Compute capabilities that it was built for.
         sha256: SHA-256 of the file.
         max_seq: Positions that a sequence may hold.
@@ -110,6 +129,15 @@ class EngineSpec:
     weight_streaming: bool
     weights: int
     kernels: tuple[Binary, ...] = ()
+    cuda: int = 0
+
+    def __post_init__(self) -> None:
+        check_name("the file of the engine", self.file)
+        check_hash("the SHA-256 of the engine", self.sha256)
+        check_sizes(self, ("max_seq",))
+        check_sizes(self, ("weights",), 0, 2**53)
+        if not self.profiles or not self.caches:
+            raise ValueError("the engine has no profiles, or no caches")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,3 +157,9 @@ class TowerEngine:
     max_tiles: int
     activations: int
     weights: int
+
+    def __post_init__(self) -> None:
+        check_name("the file of the vision tower's engine", self.file)
+        check_hash("the SHA-256 of the vision tower's engine", self.sha256)
+        check_sizes(self, ("max_tiles",))
+        check_sizes(self, ("activations", "weights"), 0, 2**53)

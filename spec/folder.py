@@ -3,18 +3,27 @@
 import dataclasses
 import json
 import typing
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
-from ..errors import FolderError
+from ..errors import FolderError, shortened, shortened_text
 from .built_engine import EngineSpec, TowerEngine
 from .fields import decode
-from .geometry import ModelSpec, VisionSpec
+from .geometry import ModelSpec, VisionSpec, share_of
+from .json_text import parse_json
 from .recipe import Recipe
+from .sizes import check_name
 from .stored_weights import Weight, WeightFile
 
 SCHEMA = 1
 """Version of `spec.json`. A folder with a newer one is refused."""
+
+SPEC_NAME = "spec.json"
+"""The name of the file, and in a lowered graph the place of what the runtime supplies by name."""
+
+SESSION_ENTRIES: Mapping[str, Collection[str]] = {"session.disable_prepacking": ("0", "1")}
+"""Entries of ONNX Runtime's session configuration that graphs need, and their values; all others are refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +32,7 @@ class VisionPart:
 
     Attributes:
         spec: The tower's geometry.
-        graph: File name of its graph; empty where it is an engine.
+        graph: File name of its graph; empty where it is an engine, and on a rank that has none since rank 0 has it.
         weights: Tensors that the runtime hands to a bundle's graph; empty in a model.
         session: Flags that the graph needs from its session.
         engine: A TensorRT bundle's engine of the tower.
@@ -35,21 +44,28 @@ class VisionPart:
     session: dict[str, str] = field(default_factory=dict)
     engine: TowerEngine | None = None
 
+    def __post_init__(self) -> None:
+        _check_graph(self.graph, "the vision tower's graph", is_engine=self.engine is not None)
+        check_session(self.session)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderSpec:
     """`spec.json`: what a folder is, made from what, by which version.
 
     Attributes:
-        kind: `model` (canonical graph), `bundle` (one target's artifact), or `group` (a model folder a rank).
+        kind: `model` (canonical graph), `bundle` (one target's artifact), or `group` (a model or bundle folder a rank,
+            named `rank-0` and so on).
         version: Arriero's version that wrote it.
         model: The decoder's geometry; the whole model's where the graph is one rank's.
-        target: Target that a bundle was built for; empty in a model.
+        target: Target that a bundle, or a group's bundles, were built for; empty in a model.
         graph: File name of the decoder's graph.
         source: The checkpoint or model it was made from.
         source_hashes: SHA-256 of the small files it was made from, by name.
         weight_files: The safetensors files that the graph reads in place.
         recipe: How the model is quantised; None where it is not.
+        unmeasured: Experts that saw too few tokens, as `layers.5.feed_forward.experts[3]`: rounded to nearest without
+            statistics of their own, static scales being the largest of the layer's others.
         weights: Tensors that the runtime hands to a bundle's graph; empty in a model, whose graph names them itself.
         tools: Versions of the libraries that wrote it.
         session: Flags that the graph needs from its session.
@@ -60,6 +76,8 @@ class FolderSpec:
         cache_bits: Bits of keys and values in the caches of a bundle for the CPU, 8 or 4, each group of a token's by a
             scale of its own; 0 where the graph's caches are as they are.
         expert_groups: Over how many groups of ranks the experts are distributed.
+        experts_only: Whether the routed experts alone are split, and each rank has all else whole.
+        rank_hashes: A group's fingerprints of its ranks' folders: SHA-256 of their specs and graphs.
         schema: Version of this description; a folder with another one is refused.
     """
 
@@ -72,6 +90,7 @@ class FolderSpec:
     source_hashes: dict[str, str] = field(default_factory=dict)
     weight_files: tuple[WeightFile, ...] = ()
     recipe: Recipe | None = None
+    unmeasured: tuple[str, ...] = ()
     weights: tuple[Weight, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
     session: dict[str, str] = field(default_factory=dict)
@@ -80,12 +99,38 @@ class FolderSpec:
     rank: int = 0
     ranks: int = 1
     expert_groups: int = 1
+    experts_only: bool = False
+    rank_hashes: tuple[str, ...] = ()
     cache_bits: int = 0
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.ranks or self.expert_groups < 1 or self.ranks % self.expert_groups:
             raise ValueError(f"rank {self.rank} of {self.ranks} in {self.expert_groups} expert groups")
+        _check_graph(self.graph, "the graph", is_engine=self.engine is not None or self.kind == "group")
+        check_session(self.session)
+        if self.cache_bits not in (0, 4, 8):
+            raise ValueError(f"cache_bits is {self.cache_bits}, expected 0, 4 or 8")
+        vision = self.vision
+        if vision is not None and (vision.engine is None) != (self.engine is None):
+            raise ValueError("the decoder is an engine and the vision tower none, or the other way round")
+        if vision is not None and vision.spec.image_token >= self.model.vocab_size:
+            raise ValueError(f"image_token is {vision.spec.image_token} of {self.model.vocab_size} tokens")
+        names = [file.name for file in self.weight_files]
+        if len(set(names)) < len(names):
+            raise ValueError("two weight files have one name")
+        if self.experts_only and self.expert_groups != self.ranks:
+            raise ValueError(f"experts alone in {self.expert_groups} groups of {self.ranks} ranks")
+
+    @property
+    def parts(self) -> int:
+        """Ranks that have attention, dense MLPs, shared experts and LM head between them; 1 where each has them."""
+        return 1 if self.experts_only else self.ranks
+
+    @property
+    def rank_model(self) -> ModelSpec:
+        """The geometry of the graph in this folder: a rank's part of the decoder's."""
+        return share_of(self.model, self.parts, self.ranks // self.expert_groups)
 
     def to_json(self) -> str:
         """The text of `spec.json`."""
@@ -99,13 +144,51 @@ class FolderSpec:
             FolderError: The text is not a folder's spec, or one of a newer schema.
         """
         try:
-            fields = json.loads(text)
+            fields = parse_json(text, unique=True)
             schema = fields["schema"]
         except (ValueError, KeyError, TypeError) as error:
-            raise FolderError(f"spec.json is damaged ({error!r}): write the folder again") from error
+            said = shortened_text(repr(error), 150)
+            raise FolderError(f"spec.json is damaged ({said}): write the folder again") from error
         if schema != SCHEMA:
-            raise FolderError(f"spec.json has schema {schema!r}, this Arriero reads {SCHEMA}: use matching versions")
+            found = shortened(schema)
+            raise FolderError(f"spec.json has schema {found}, this Arriero reads {SCHEMA}: use matching versions")
         try:
-            return typing.cast(Self, decode(cls, fields))
-        except (TypeError, ValueError, AttributeError) as error:
-            raise FolderError(f"spec.json is damaged ({error}): write the folder again") from error
+            spec = typing.cast(Self, decode(cls, fields))
+            spec.check_weights()
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            said = shortened_text(str(error), 200)
+            raise FolderError(f"spec.json is damaged ({said}): write the folder again") from error
+        return spec
+
+    def check_weights(self) -> None:
+        """Refuses weights that are in no weight file of the list, and two of one name.
+
+        Raises:
+            ValueError: There are such.
+        """
+        files = {file.name for file in self.weight_files}
+        for weights in (self.weights, () if self.vision is None else self.vision.weights):
+            names: set[str] = set()
+            for weight in weights:
+                if weight.file not in files:
+                    raise ValueError(f"weight {shortened(weight.name)} is in {shortened(weight.file)}, no weight file")
+                if weight.name in names:
+                    raise ValueError(f"weight {shortened(weight.name)} is there twice")
+                names.add(weight.name)
+
+
+def check_session(session: Mapping[str, str]) -> None:
+    """Refuses entries of a session's configuration that no graph of Arriero's needs: some write files, or read them.
+
+    Raises:
+        ValueError: There is such an entry; it is named.
+    """
+    for name, value in session.items():
+        if value not in SESSION_ENTRIES.get(name, ()):
+            raise ValueError(f"session has the entry {shortened(name)} = {shortened(value)}, which no graph needs")
+
+
+def _check_graph(name: str, what: str, *, is_engine: bool) -> None:
+    """Refuses a graph's name that is none; an engine takes the graph's place."""
+    if name or not is_engine:
+        check_name(f"the name of {what}", name)

@@ -1,10 +1,13 @@
 """A model's geometry: that of its text decoder and of its vision tower. Standard library only."""
 
+import dataclasses
 import typing
 from dataclasses import dataclass
 from typing import Any, Self
 
+from ..errors import shortened
 from .fields import decode
+from .sizes import MOST, check_sizes
 from .types import DType
 
 VISION = ("vision_model.", "multi_modal_projector.")
@@ -12,6 +15,10 @@ VISION = ("vision_model.", "multi_modal_projector.")
 
 VISION_LAYERS = "vision_model.model.layers."
 """Beginning of the names of the tower's layers."""
+
+
+MOST_LAYERS = 4096
+"""Layers of a decoder or a vision tower at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,9 +101,13 @@ class ModelSpec:
     dtype: DType
 
     def __post_init__(self) -> None:
-        counts = (self.vocab_size, self.hidden_size, self.heads, self.kv_heads, self.head_dim, self.max_positions)
-        if min(counts) < 1 or self.heads % self.kv_heads or self.head_dim % 2 or not self.layers:
+        check_sizes(self, ("vocab_size", "hidden_size", "heads", "kv_heads", "head_dim", "max_positions"))
+        check_sizes(self, ("experts", "experts_per_token", "expert_size", "dense_size"), 0)
+        if self.heads % self.kv_heads or self.head_dim % 2 or not 0 < len(self.layers) <= MOST_LAYERS:
             raise ValueError("the model's sizes do not fit together")
+        chunks = {layer.chunk for layer in self.layers} - {0}
+        if len(chunks) > 1 or not all(0 < chunk <= MOST for chunk in chunks):
+            raise ValueError(f"the layers' chunks are {shortened(sorted(chunks))}, expected one size of them")
         least = 1 if any(layer.experts for layer in self.layers) else 0
         if not least <= self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token is {self.experts_per_token} of {self.experts} experts")
@@ -145,7 +156,16 @@ class VisionSpec:
     image_token: int
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.heads or self.head_dim % 4 or self.grid % self.shuffle or self.layers < 1:
+        check_sizes(self, ("hidden_size", "layers", "heads", "mlp_size", "adapter_size"))
+        check_sizes(self, ("image_size", "patch_size", "shuffle"), 1, 2**16)
+        check_sizes(self, ("image_token",), 0)
+        if (
+            not self.grid
+            or self.hidden_size % self.heads
+            or self.head_dim % 4
+            or self.grid % self.shuffle
+            or self.layers > MOST_LAYERS
+        ):
             raise ValueError("the vision tower's sizes do not fit together")
 
     @property
@@ -172,3 +192,22 @@ class VisionSpec:
     def patch_values(self) -> int:
         """Values of a patch: its pixels in three colours."""
         return 3 * self.patch_size**2
+
+
+def share_of(model: ModelSpec, parts: int, sharers: int) -> ModelSpec:
+    """The geometry of a rank's part of a decoder.
+
+    Args:
+        model: The whole decoder.
+        parts: Ranks that have heads and dense MLPs between them.
+        sharers: Ranks that have an expert's width between them.
+    """
+    if parts == sharers == 1:
+        return model
+    return dataclasses.replace(
+        model,
+        heads=model.heads // parts,
+        kv_heads=model.kv_heads // parts,
+        dense_size=model.dense_size // parts,
+        expert_size=model.expert_size // sharers,
+    )

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import shortened
+from .sizes import check_name, check_shape, check_sizes, is_absolute
 from .types import BITS, Stored
 
 EXPERT = re.compile(r"\.experts\.")
@@ -32,6 +34,12 @@ class WeightFile:
     path: str
     size: int
     identity: str
+
+    def __post_init__(self) -> None:
+        check_name("the name of a weight file", self.name)
+        check_sizes(self, ("size",), 0, 2**53)
+        if self.path and not is_absolute(self.path):
+            raise ValueError(f"weight file {shortened(self.name)} lies at {shortened(self.path)}, no absolute path")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +71,14 @@ class Weight:
     stacked: bool = False
     interleaved: bool = False
     is_made: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(f"the file of weight {shortened(self.name)}", self.file)
+        check_shape(f"weight {shortened(self.name)}", self.shape)
+        check_sizes(self, ("offset",), 0, 2**53)
+        least = {"rows": 0, "panels": 2, "scales": 1}[self.layout]
+        if len(self.shape) < least or (self.stacked and len(self.shape) != 3):
+            raise ValueError(f"weight {shortened(self.name)} has the shape {list(self.shape)}, no {self.layout}")
 
     @property
     def size(self) -> int:

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from arriero.spec.recipe import Recipe
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="arriero-state-")  # engines that tests build are trusted there
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # a processor each: the threads of several would wait for another's
     processors = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})

@@ -1,17 +1,17 @@
-"""Conversations for calibration and accuracy checks, as a session would read them.
+"""Conversations and texts in rows, for calibration and accuracy checks, as a session would read them.
 
-Enters: JSONL files, a conversation a line, and the folder's tokenizer, chat template and preprocessor. Leaves: token
-ids, with an image token for each image feature, and the images to be cut into tiles when they are needed.
+Enters: JSONL and Parquet files, a conversation or a text a row (see `rows`), and the folder's tokenizer, chat template
+and preprocessor. Leaves: token ids, with an image token for each image feature, and the images to be cut into tiles
+when they are needed.
 
-A line is an object of `messages`, each with a `role` and a `content`: a text, or a list of parts, as in
-`{"type": "text", "text": …}` and `{"type": "image", "path": …}`. `images` beside it are those of parts that have none,
-or where there are no such parts, come before the first user's text. Paths are relative to the file. `tools`,
-`documents` and `chat_template_kwargs` beside it are settings of these names (`ChatSettings`). As in a session, control
-tokens are the chat template's alone.
+Messages have a `role` and a `content`: a text, or a list of parts, as in `{"type": "text", "text": …}`,
+`{"type": "image", "path": …}` and `{"type": "image_url", "image_url": {"url": …}}`, a data URL or a path. `images`
+beside them are those of parts that have none, or where there are no such parts, come before the first user's text.
+Paths are relative to the file. `tools`, `documents` and `chat_template_kwargs` beside them are settings of these names
+(`ChatSettings`). As in a session, control tokens are the chat template's alone.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from ..runtime.images.placeholders import ImagePrompts
 from ..runtime.images.sources import ImageSource, read_image
 from ..runtime.images.tiles import choose_grid, cut_tiles
 from ..runtime.text import Text
+from .rows import read_rows, said_in
 
-SUFFIX = ".jsonl"
 BESIDE = ("tools", "documents", "chat_template_kwargs")
 """Keys of a line that are settings of its conversation."""
 
@@ -46,7 +46,7 @@ class Conversation:
 
 
 def read_conversations(path: Path, text: Text, prompts: ImagePrompts | None) -> list[Conversation]:
-    """Reads a JSONL file.
+    """Reads a file of rows; a text begins as the tokenizer begins one.
 
     Args:
         path: The file.
@@ -57,11 +57,14 @@ def read_conversations(path: Path, text: Text, prompts: ImagePrompts | None) -> 
         DataError: The file or a line cannot be read, or a conversation is none that the model takes.
     """
     found = []
-    for number, line in _lines(path):
-        where = f"{path}, line {number}"
-        settings: Any = {name: line[name] for name in BESIDE if name in line}
+    for where, row in read_rows(path):
+        said = said_in(row, where)
+        if isinstance(said, str):
+            found.append(Conversation(np.array(text.encode(said), np.int64), ()))
+            continue
+        settings: Any = {name: row[name] for name in BESIDE if name in row}
         try:
-            messages, images = _read(line, where, path.parent)
+            messages, images = _read(said, row, where, path.parent)
             if images and prompts is None:
                 raise DataError(f"{where} has an image, the model takes text only: leave it out")
             ids = text.encode_chat(messages, **settings)
@@ -87,40 +90,11 @@ def cut_images(images: Sequence[ImageSource], prompts: ImagePrompts) -> NDArray[
     return np.concatenate(tiles)
 
 
-def read_utf8(path: Path) -> str:
-    """A file's text.
-
-    Raises:
-        DataError: It cannot be read, or is none.
-    """
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: convert it first") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}: give text files with --data") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}): correct it") from error
-        if not isinstance(value, dict):
-            raise DataError(f"{path}, line {number}: no JSON object: give one with messages")
-        yield number, value
-
-
-def _read(line: dict[str, Any], where: str, folder: Path) -> tuple[list[Message], tuple[ImageSource, ...]]:
-    """The messages of a line, and their images, each path an absolute one."""
-    messages, beside = line.get("messages"), line.get("images") or []
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: messages is no list of objects with role and content: correct it")
-    if not isinstance(beside, list) or not all(isinstance(image, str) for image in beside):
-        raise DataError(f"{where}: images is no list of paths: correct it")
+def _read(
+    messages: list[Any], row: Mapping[str, Any], where: str, folder: Path
+) -> tuple[list[Message], tuple[ImageSource, ...]]:
+    """The messages of a row, and their images, each path an absolute one."""
+    beside = _images_beside(row, where)
     turns, images = read_messages(messages)
     if beside and None not in images:
         first = next((turn for turn in turns if turn["role"] == "user"), None)
@@ -132,6 +106,18 @@ def _read(line: dict[str, Any], where: str, folder: Path) -> tuple[list[Message]
         before = sum(_images(turn) for turn in turns[: turns.index(first)])
         images[before:before] = [None] * len(beside)
     return turns, tuple(_located(image, folder) for image in with_images_beside(images, beside))
+
+
+def _images_beside(row: Mapping[str, Any], where: str) -> list[str | bytes]:
+    """A row's images: paths and data URLs, and files' bytes as Parquet files have them."""
+    given = row.get("images") or row.get("image") or []
+    listed = given if isinstance(given, list) else [given] if "images" not in row else None
+    if listed is not None:
+        places = ((each.get("bytes") or each.get("path")) if isinstance(each, Mapping) else each for each in listed)
+        found: list[Any] = list(places)
+        if all(isinstance(image, str | bytes) for image in found):
+            return found
+    raise DataError(f"{where}: images is no list of paths: correct it")
 
 
 def _images(turn: Message) -> int:

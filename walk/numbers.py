@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files.agreement import check_weights
+from ..files.mapping import map_file
 from ..files.processors import processors
 from ..files.safetensors import Region, open_shard
 from ..plugins.cpu.panels import stored_values
@@ -105,8 +107,7 @@ class Weights:
         if region.dtype not in TORCH_DTYPES:
             raise CheckpointError(f"tensor {name!r} is {region.dtype}, expected {', '.join(sorted(TORCH_DTYPES))}")
         if path not in self.maps:
-            with path.open("rb") as file:
-                self.maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self.maps[path] = map_file(path, mmap.ACCESS_COPY)
         dtype, shape = TORCH_DTYPES[region.dtype], region.shape
         size, offset = region.size, region.offset
         if index is not None:
@@ -136,6 +137,7 @@ class FolderWeights(Weights):
 
     def __init__(self, weights: Sequence[Weight], files: Mapping[str, Path]) -> None:
         super().__init__({})
+        check_weights(weights, files)
         self.made: dict[str, tuple[Path, Weight]] = {}
         for weight in weights:
             full, _, form = weight.name.partition(":")  # behind it stands how the graph wants it

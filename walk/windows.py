@@ -5,6 +5,7 @@ text begins as the tokenizer begins a text; one of conversations begins with a c
 follow. Windows are longer than the model's attention chunk where there is enough, so that chunk boundaries are crossed.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from ..runtime.images.placeholders import ImagePrompts
 from ..runtime.images.sources import ImageSource
 from ..runtime.text import Text
 from ..spec.geometry import ModelSpec, VisionSpec
-from .conversations import SUFFIX, Conversation, cut_images, read_conversations, read_utf8
+from .conversations import Conversation, cut_images, read_conversations
+from .rows import is_rows, read_utf8
 
 SHORTEST_WINDOW = 512
 FEWEST_TOKENS = 256
@@ -99,7 +101,7 @@ def window_length(spec: ModelSpec) -> int:
 
 def read_windows(
     folder: Path,
-    files: Sequence[str | Path],
+    files: str | Path | Sequence[str | Path],
     spec: ModelSpec,
     samples: int,
     window: int | None = None,
@@ -109,7 +111,7 @@ def read_windows(
 
     Args:
         folder: The model folder or checkpoint, for its tokenizer.
-        files: UTF-8 text, or JSONL of conversations (`conversations`), distinguished by their names' endings.
+        files: One or several: UTF-8 text, or JSONL and Parquet of rows (`rows`), distinguished by their names' endings.
         spec: Geometry.
         samples: Windows at most, evenly spaced over the data.
         window: Tokens of a window; None takes `window_length`.
@@ -121,8 +123,8 @@ def read_windows(
     if samples < 1 or (window is not None and not 2 <= window <= spec.max_positions):
         raise DataError(f"{samples} samples of {window} tokens: expected 1 up, and 2 to {spec.max_positions}")
     text = _text_of(folder)
-    paths = [Path(file) for file in files]
-    chats = [path for path in paths if path.suffix == SUFFIX]
+    paths = [Path(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
+    chats = [path for path in paths if is_rows(path)]
     ids: list[int] = []
     for path in paths:
         if path not in chats:
@@ -198,7 +200,7 @@ def _text_of(folder: Path) -> Text:
     except FolderError as error:
         raise DataError(str(error)) from error
     if text.tokenizer is None:
-        raise DataError(f"{folder} has no tokenizer.json: export again from a checkpoint that has one")
+        raise DataError(f"{folder} has no tokenizer.json: export again with --tokenizer DIR, a folder that has one")
     return text
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ...errors import AccuracyError
 from ...files.folders import SPEC
+from ...files.hub_cache import find_checkpoint
+from ...files.reading import read_json
 from .side import Side
 
 
@@ -27,7 +29,7 @@ def open_side(
         AccuracyError: It is none of these.
         ArrieroError: It is damaged.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
     if (path / "config.json").is_file() and not (path / SPEC).exists():
         from .checkpoint_side import CheckpointSide
 
@@ -45,14 +47,10 @@ def tokenizer_of(path: Path) -> str:
     Raises:
         AccuracyError: There is none, or it is damaged.
     """
+    remedy = "copy the checkpoint's into it"
     try:
-        content = json.loads((path / "tokenizer.json").read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise AccuracyError(
-            f"{path} has no tokenizer.json that can be read ({reason}): copy the checkpoint's into it"
-        ) from error
+        content = read_json(path / "tokenizer.json", AccuracyError, remedy, folder=path)
+    except FileNotFoundError as error:
+        raise AccuracyError(f"{path} has no tokenizer.json that can be read ({error.strerror}): {remedy}") from error
     fields = {name: content.get(name) for name in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A model or bundle as a side, run as a session: its last tokens one by one, as in generation.
+"""A model, a bundle or a group of ranks as a side, run as a session: its last tokens one by one, as in generation.
 
 Enters: a folder. Leaves: logits block by block, and where the graph is open the experts that its routers choose. No
 PyTorch; onnx where a graph is looked into.
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import AccuracyError
-from ...files.folders import check_whole, find_files, read_spec
+from ...files.folders import check_no_rank, find_files, rank_folder, read_spec
+from ...files.trust import check_trusted
 from ...loading import cpu_decoder_graph, cpu_tower_graph, load, open_tower
 from ...plugins.finite import first_damaged
 from ...runtime.backends.mapped_weights import map_weights
@@ -49,12 +50,17 @@ class FolderSide:
     def __init__(self, path: Path, weights: Path | None, threads: int | None, option: str = "--weights") -> None:
         self.path, self.weights, self.threads, self.option = path, weights, threads, option
         self.folder = read_spec(path)
-        check_whole(path, self.folder)
+        check_no_rank(path, self.folder)
+        check_trusted(path, self.folder)
+        self.is_group = self.folder.kind == "group"
+        self.own_path, self.own = rank_folder(path, self.folder, 0) if self.is_group else (path, self.folder)
         self.spec, self.recipe = self.folder.model, self.folder.recipe
         self.vision = None if self.folder.vision is None else self.folder.vision.spec
         self.blind: str | None = None
-        if self.folder.engine is not None:
+        if self.own.engine is not None:
             self.blind = "inside an engine"
+        elif self.is_group:
+            self.blind = "in a group of ranks"
         elif find_spec("onnx") is None:
             self.blind = "without onnx"
         self.session: Session | None = None
@@ -87,10 +93,10 @@ class FolderSide:
 
     def encode(self, windows: Windows, progress: Progress) -> NDArray[np.float32] | None:
         """The image features [M, H] of all tiles; None where there are none."""
-        part = self.folder.vision
+        part = self.own.vision
         if part is None or not len(windows.pixels_N3PP):
             return None
-        tower = open_tower(self.path, self.folder, part, self.files, self.threads)
+        tower = open_tower(self.own_path, self.own, part, self.files, self.threads)
         return tower.encode(windows.pixels_N3PP.astype(np.float32))
 
     def _features(
@@ -112,7 +118,12 @@ class FolderSide:
         if self.session is None or self.session.max_seq < positions:
             self.session = None  # before another is made
             positions = max(positions, min(self.spec.max_positions, 4096))
-            self.session = self._on_cpu(positions) if self.folder.engine is None else self._on_engine()
+            if self.own.engine is not None:
+                self.session = load(self.path, weights=self.weights)
+            elif self.is_group:
+                self.session = load(self.path, max_seq=positions, threads=self.threads, weights=self.weights)
+            else:
+                self.session = self._on_cpu(positions)
         return self.session
 
     @cached_property
@@ -143,10 +154,14 @@ class FolderSide:
     @cached_property
     def files(self) -> dict[str, Path]:
         """The weight files, found and checked."""
-        return find_files(self.path, self.folder.weight_files, self.weights, option=self.option)
+        return find_files(self.own_path, self.own.weight_files, self.weights, option=self.option)
 
     def _check_open(self) -> None:
-        if self.folder.engine is not None:
+        if self.is_group:
+            raise AccuracyError(
+                f"{self.path} is a group of ranks, which compute parts: give --locate the model it was split from"
+            )
+        if self.own.engine is not None:
             raise AccuracyError(
                 f"{self.path} is an engine, whose layers are fused: give --locate the model it was built of"
             )
@@ -157,14 +172,16 @@ class FolderSide:
         Raises:
             AccuracyError: A weight is NaN or infinite.
         """
-        if self.folder.engine is not None or np.isfinite(logits_NV).all():
+        if self.own.engine is not None or np.isfinite(logits_NV).all():
             return
-        _, weights, _ = cpu_decoder_graph(self.path, self.folder)
-        if (name := first_damaged(weights, self.files)) is not None:
-            raise AccuracyError(f"{self.path}: tensor {name!r} holds NaN or infinity: its file is damaged, restore it")
-
-    def _on_engine(self) -> Session:
-        return load(self.path, weights=self.weights)
+        folders = [(self.path, self.folder)]
+        if self.is_group:
+            folders = [rank_folder(self.path, self.folder, rank) for rank in range(self.folder.ranks)]
+        for path, spec in folders:
+            _, weights, _ = cpu_decoder_graph(path, spec)
+            files = find_files(path, spec.weight_files, self.weights, option=self.option)
+            if (name := first_damaged(weights, files)) is not None:
+                raise AccuracyError(f"{path}: tensor {name!r} holds NaN or infinity: its file is damaged, restore it")
 
     def _on_cpu(self, positions: int) -> Session:
         names: list[str] = []

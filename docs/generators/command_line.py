@@ -19,14 +19,16 @@ HEAD = """# Command line
 
 `arriero --help` lists the verbs, and `arriero VERB --help` a verb's options; `python -m arriero` is the same command.
 Results go to stdout, progress and messages to stderr. The verbs by what they are for:
-[export](export.md), [calibrate](calibrate.md), [build](build.md), [run](run.md), [check and golden](check.md),
-[bench and inspect](bench.md).
+[export](export.md), [calibrate](calibrate.md), [build](build.md), [run](run.md), [serve](serve.md),
+[check and golden](check.md), [bench, compare and inspect](bench.md), [trend](nightly.md). With `--json` results and
+errors are [JSON](json.md); `NO_COLOR` is heeded.
 
 | exit code | |
 |---|---|
 | 0 | done |
 | 1 | regressed (`check` only) |
-| 2 | could not: one line on stderr says what was found and what to do; of `check` also: not enough data to tell |
+| 2 | could not: one line on stderr says what was found and what to do |
+| 3 | not enough data to tell (`check` only) |
 | 130 | interrupted |
 
 `arriero --install-completion` makes the shell complete verbs and options.

@@ -18,6 +18,7 @@ ROOMS = (
     "calibration",
     "accuracy",
     "measuring",
+    "pages",
     "cli",
 )
 """From the ground up; a room that is missing here comes behind them."""

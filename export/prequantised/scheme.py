@@ -164,8 +164,7 @@ class _Section:
 
     def refuse(self, name: str, remedy: str) -> NoReturn:
         """Raises the error for a value that cannot be taken."""
-        found = repr(self.values.get(name))
-        found = found if len(found) <= 100 else f"{found[:100]}…"
+        found = shortened(self.values.get(name), 100)
         raise CheckpointError(f"{self.where}.{name} is {found}: {remedy}")
 
 

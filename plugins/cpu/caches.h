@@ -102,8 +102,8 @@ inline void write_groups(const Attention& call, uint8_t* slot, const float* valu
         float scale = rounded_to_bfloat16(span, true), poison = 0;
         for (const float value : own) poison += value * 0;  // NaN, if there is an infinity or a NaN
         uint8_t rounded[GROUP] = {};
-        if (scale > 0 && poison == 0) {
-            const float inverse = 1 / scale;
+        const float inverse = 1 / scale;  // infinite of the very smallest, whose groups become their least value
+        if (scale > 0 && std::isfinite(scale) && std::isfinite(inverse) && poison == 0) {
             for (int i = 0; i < GROUP; i++)
                 rounded[i] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint((own[i] - base) * inverse)));
         }
@@ -134,7 +134,8 @@ inline void write_cached(const Attention& call, uint8_t* slot, const float* valu
         case Cached::int8:
             for (int64_t d = 0; d < size; d++) {
                 const float scaled = values[d] / scales[d];
-                const float rounded = std::nearbyint(scaled < -128 ? -128 : scaled > 127 ? 127 : scaled);
+                const float held = scaled < -128 ? -128 : scaled > 127 ? 127 : scaled == scaled ? scaled : 0;
+                const float rounded = std::nearbyint(held);
                 slot[d] = static_cast<uint8_t>(static_cast<int8_t>(rounded));
             }
             return;

@@ -3,43 +3,77 @@
 #pragma once
 
 #include <atomic>
+#include <cmath>
 #include <memory>
-#include <vector>
+#include <new>
 
-#include "onnxruntime.h"
+#include "checks.h"
 
 // A failure of ONNX Runtime's on its way through the code that asked.
 struct Failure {
     ort::Status* status;
 };
 
-// ONNX Runtime's interface, with refusals thrown.
+// ONNX Runtime's interface, with failures thrown.
 struct Runtime {
     const ort::Interface& interface;
 
     void check(ort::Status* status) const {
         if (status) throw Failure{status};
     }
-    [[noreturn]] void fail(const char* message) const { throw Failure{interface.failure(message)}; }
-    template <typename Value = int64_t>
-    Value attribute(const ort::Info* info, const char* name) const {
-        Value value = 0;
-        check(interface.attribute(info, name, &value));
-        return value;
-    }
 };
 
-// A tensor's shape, type and data; `data` is null for an input that is not given.
-struct Tensor {
-    const void* data = nullptr;
-    std::vector<int64_t> shape;
-    ort::Type type = ort::Type::any;
+// A node's attributes, each of the values that it may have.
+struct Settings {
+    Runtime runtime;
+    const ort::Info* info;
 
-    const float* floats() const { return static_cast<const float*>(data); }
-    int64_t size() const {
-        int64_t count = data ? 1 : 0;
-        for (const int64_t dimension : shape) count *= dimension;
-        return count;
+    int64_t integer(const char* name, int64_t least, int64_t most = MOST) const {
+        const auto value = attribute<int64_t>(name, "integer");
+        if (value < least || value > most)
+            refuse(name, std::to_string(value), "from " + std::to_string(least) + " to " + std::to_string(most));
+        return value;
+    }
+    int64_t one_of(const char* name, std::initializer_list<int64_t> possible) const {
+        const auto value = attribute<int64_t>(name, "integer");
+        std::string all;
+        for (const int64_t each : possible) {
+            if (value == each) return value;
+            all += (all.empty() ? "" : " or ") + std::to_string(each);
+        }
+        refuse(name, std::to_string(value), all);
+    }
+    // Inputs that share a scale; 0 is all of them.
+    int64_t group(const char* name) const {
+        const int64_t value = integer(name, 0);
+        if (value % 8) refuse(name, std::to_string(value), "a multiple of 8");
+        return value;
+    }
+    float number(const char* name, float least = -INFINITY) const {
+        const auto value = attribute<float>(name, "float");
+        if (!std::isfinite(value) || value < least)
+            refuse(name, written(value), least == 0 ? "finite and not negative" : "finite");
+        return value;
+    }
+    float positive(const char* name) const {
+        const float value = number(name);
+        if (value <= 0) refuse(name, written(value), "positive");
+        return value;
+    }
+
+    [[noreturn]] static void refuse(const char* name, const std::string& found, const std::string& needed) {
+        throw Refusal("attribute " + (name + (" is " + found)) + ", and must be " + needed);
+    }
+
+   private:
+    template <typename Value>
+    Value attribute(const char* name, const char* kind) const {
+        Value value = 0;
+        if (ort::Status* status = runtime.interface.attribute(info, name, &value)) {
+            runtime.interface.release(status);
+            throw Refusal("attribute " + (name + (" is missing, or no " + std::string(kind))));
+        }
+        return value;
     }
 };
 
@@ -47,22 +81,30 @@ struct Tensor {
 struct Call {
     Runtime runtime;
     ort::Context* context;
+    const char* const* names;  // of the inputs
+    size_t needed;             // as many of the inputs, the first ones, must be given
 
     Tensor input(size_t index) const {
+        Tensor tensor;
+        tensor.name = names[index];
         size_t count = 0;
         runtime.check(runtime.interface.input_count(context, &count));
         const ort::Value* value = nullptr;
         if (index < count) runtime.check(runtime.interface.input(context, index, &value));
-        Tensor tensor;
+        if (!value && index < needed) tensor.refuse("is not given");
         if (!value) return tensor;
+        tensor.is_given = true;
         ort::TensorInfo* made = nullptr;
         runtime.check(runtime.interface.tensor_info(value, &made));
         const auto released = [this](ort::TensorInfo* info) { runtime.interface.release(info); };
         const std::unique_ptr<ort::TensorInfo, decltype(released)> info(made, released);
-        size_t rank = 0;
+        size_t& rank = tensor.shape.rank;
         runtime.check(runtime.interface.rank(info.get(), &rank));
-        tensor.shape.resize(rank);
-        runtime.check(runtime.interface.dimensions(info.get(), tensor.shape.data(), rank));
+        if (rank > Shape::MOST_DIMS) tensor.refuse("has " + std::to_string(rank) + " dimensions, and may have 8");
+        runtime.check(runtime.interface.dimensions(info.get(), tensor.shape.dims, rank));
+        for (size_t i = 0; i < rank; i++)
+            if (tensor.shape[i] < 0 || tensor.shape[i] > MOST)
+                tensor.refuse("has a dimension of " + std::to_string(tensor.shape[i]));
         runtime.check(runtime.interface.element_type(info.get(), &tensor.type));
         void* data = nullptr;
         runtime.check(runtime.interface.data(const_cast<ort::Value*>(value), &data));
@@ -71,11 +113,15 @@ struct Call {
     }
 
     template <typename Value = float>
-    Value* output(const std::vector<int64_t>& shape, size_t index = 0) const {
+    Value* output(const Shape& shape, size_t index = 0) const {
         ort::Value* value = nullptr;
-        runtime.check(runtime.interface.output(context, index, shape.data(), shape.size(), &value));
+        runtime.check(runtime.interface.output(context, index, shape.dims, shape.rank, &value));
+        if (!value) throw Refusal("output " + std::to_string(index) + " is left out, and must have a name");
         void* data = nullptr;
         runtime.check(runtime.interface.data(value, &data));
+        if (reinterpret_cast<uintptr_t>(data) % alignof(Value))
+            throw Refusal("output " + std::to_string(index) + " lies at an address that is no multiple of " +
+                          std::to_string(alignof(Value)));
         return static_cast<Value*>(data);
     }
 
@@ -96,6 +142,6 @@ struct Call {
             }
         };
         runtime.check(runtime.interface.run_in_parallel(context, one, count, &job));
-        if (job.has_failed) runtime.fail("arriero.cpu: there is not enough memory");
+        if (job.has_failed) throw std::bad_alloc();
     }
 };

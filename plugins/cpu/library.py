@@ -7,6 +7,8 @@ from ...errors import SessionError
 
 DOMAIN = "arriero.cpu"
 """The ops' domain; a graph imports it where it has any."""
+GROUP_INPUT = "group"
+"""Name of a rank's graph's input that is the memory which the ranks of a group share."""
 REMEDY = (
     "install a C++ compiler (GCC 12 or later, or Clang), and then Arriero again: "
     "pip install --force-reinstall --no-deps arriero"
@@ -22,5 +24,5 @@ def library() -> Path:
     folder = Path(__file__).parent
     found = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"kernels{suffix}").exists()), None)
     if found is None:
-        raise SessionError(f"the kernels that quantised models run on were not compiled: {REMEDY}")
+        raise SessionError(f"the kernels that quantised models and groups of ranks run on were not compiled: {REMEDY}")
     return found

@@ -1,28 +1,28 @@
-"""A TensorRT engine made ready to execute: its library, its file, its weights on the GPU, its contexts.
+"""A TensorRT engine made ready to execute: its weights on the GPU, the memory of its activations, its contexts.
 
-Enters: a bundle's record of its engines. Leaves: the execution contexts of the decoder and of the vision tower.
-Invariant: a file that is not the one that was built, or another TensorRT than built it, is refused before the GPU is
-touched.
+Enters: a deserialised engine. Leaves: the execution contexts of the decoder and of the vision tower. Invariant: what an
+engine needs is allocated here, once; while it runs TensorRT allocates nothing, so that a step can be captured.
 """
 
-import hashlib
-import importlib
-import mmap
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ...errors import FolderError, SessionError
-from ...plugins.tensorrt_plugin import MODULES, REMEDIES
-from ...spec.built_engine import EngineSpec
+from ...files.agreement import check_weights
+from ...files.mapping import map_file
 from ...spec.stored_weights import Weight
-from .device import Device, DeviceMemory
+from .compiled_cache import CompiledCache
+from .device import Device, DeviceMemory, Uploads
 
-PIECE = 64 << 20
-"""Bytes of a weight that are sent to the GPU at a time."""
+Specialisation = Literal["EAGER", "LAZY", "NONE"]
+"""When TensorRT-RTX compiles kernels for the shapes that come: before they run, in the background, or never."""
+
+MARGIN = 256 << 20
+"""Bytes of the GPU's memory that streamed weights leave free: for the driver, and for kernels that are loaded late."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,7 @@ class Execution:
         device: The GPU.
         engine: The deserialised engine.
         weights: Device memory of the weights that are inputs, by name.
+        file: The engine's file and its SHA-256, by which TensorRT-RTX's compiled kernels are kept; None keeps none.
     """
 
     trt: Any
@@ -42,30 +43,64 @@ class Execution:
     device: Device
     engine: Any
     weights: Mapping[str, DeviceMemory]
+    file: tuple[Path, str] | None = None
 
-    def contexts(self, profiles: int, *, repeats: Container[int] = ()) -> "Contexts":
+    def activations(self, profiles: int, *, streams_weights: bool = False) -> DeviceMemory:
+        """Allocates the memory of the first profiles' activations, which never run at once."""
+        if streams_weights:
+            self.engine.weight_streaming_budget_v2 = 0  # the scratch memory is largest then
+        sizes = [self.engine.get_device_memory_size_for_profile_v2(index) for index in range(profiles)]
+        return DeviceMemory(self.device, max(sizes))
+
+    def stream_weights(self) -> None:
+        """Gives the engine's own weights what is free of the GPU's memory; called when all else is allocated.
+
+        Raises:
+            SessionError: TensorRT refuses.
+        """
+        free = self.device.free_memory() - MARGIN
+        budget = max(0, min(free, self.engine.streamable_weights_size))
+        self.engine.weight_streaming_budget_v2 = budget
+        if self.engine.weight_streaming_budget_v2 != budget:
+            raise SessionError(
+                f"TensorRT streams no weights within {budget >> 20} MiB of the GPU's memory: build with a smaller "
+                "--max-batch or --max-seq"
+            )
+
+    def contexts(self, specialisations: Sequence[Specialisation], activations: DeviceMemory) -> "Contexts":
         """Makes a context for each of the first profiles, its weights bound.
 
         Args:
-            profiles: Number of profiles.
-            repeats: Profiles whose shapes repeat, so that TensorRT-RTX does well to capture a graph itself.
+            specialisations: For each profile, how TensorRT-RTX specialises kernels to shapes.
+            activations: The memory that they share.
 
         Raises:
             SessionError: TensorRT makes none, or refuses a weight.
         """
-        sizes = [self.engine.get_device_memory_size_for_profile_v2(index) for index in range(profiles)]
-        activations = DeviceMemory(self.device, max(sizes))
-        made = [self._context(index, activations, repeats=index in repeats) for index in range(profiles)]
-        return Contexts(activations=activations, made=made)
+        compiled = None
+        if self.flavour == "tensorrt-rtx" and self.file is not None:
+            compiled = CompiledCache(self.engine.create_runtime_config(), *self.file)
+        made = [
+            self._context(index, activations, specialisation, compiled)
+            for index, specialisation in enumerate(specialisations)
+        ]
+        return Contexts(activations=activations, made=made, compiled=compiled)
 
-    def _context(self, profile: int, activations: DeviceMemory, *, repeats: bool) -> Any:
+    def _context(
+        self, profile: int, activations: DeviceMemory, specialisation: Specialisation, compiled: CompiledCache | None
+    ) -> Any:
         trt, engine = self.trt, self.engine
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.flavour == "tensorrt-rtx":
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
-            if repeats:
-                config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            # TensorRT-RTX would capture between plugins alone; a session captures the whole step.
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+            config.dynamic_shapes_kernel_specialization_strategy = getattr(
+                trt.DynamicShapesKernelSpecializationStrategy, specialisation
+            )
+            if compiled is not None:
+                config.set_runtime_cache(compiled.cache)
             context = engine.create_execution_context(config)
         else:
             context = engine.create_execution_context(strategy)
@@ -73,6 +108,7 @@ class Execution:
             raise SessionError(
                 "the engine does not fit this GPU's memory: build with a smaller --max-batch, --max-seq or --max-tiles"
             )
+        context.nvtx_verbosity = trt.ProfilingVerbosity.NONE  # the engine's own is detailed, and costs time in each run
         context.set_device_memory(activations.address, activations.size)
         accept(context.set_optimization_profile_async(profile, self.device.stream), f"profile {profile}")
         for name, memory in self.weights.items():
@@ -82,70 +118,39 @@ class Execution:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contexts:
-    """Execution contexts that never run at once: they share the memory of their activations."""
+    """Execution contexts that never run at once: they share the memory of their activations.
+
+    Attributes:
+        activations: That memory.
+        made: The contexts, in the order of their profiles.
+        compiled: TensorRT-RTX's compiled kernels; None where they are not kept.
+    """
 
     activations: DeviceMemory
     made: Sequence[Any]
+    compiled: CompiledCache | None = None
 
-
-def open_version(about: EngineSpec) -> Any:
-    """Imports the TensorRT that built an engine.
-
-    Raises:
-        SessionError: It is not installed, or of another version.
-    """
-    try:
-        trt = importlib.import_module(MODULES[about.flavour])
-    except (ImportError, OSError) as error:
-        needed = f"this bundle needs {about.flavour} {about.version}, which does not load ({error})"
-        raise SessionError(f"{needed}: {REMEDIES[about.flavour]}") from error
-    if trt.__version__ != about.version:
-        raise SessionError(
-            f"this bundle was built by {about.flavour} {about.version}, here is {trt.__version__}: "
-            f"install that version, or build again"
-        )
-    return trt
-
-
-def read_built(path: Path, sha256: str) -> bytes:
-    """Reads a file of a bundle.
-
-    Raises:
-        FolderError: It is missing, or not the one that was built.
-    """
-    try:
-        found = path.read_bytes()
-    except OSError as error:
-        raise FolderError(f"{path}: {error.strerror}: build the bundle again") from error
-    if hashlib.sha256(found).hexdigest() != sha256:
-        raise FolderError(f"{path} is not what was built (truncated or changed): build the bundle again")
-    return found
-
-
-def deserialise(trt: Any, data: bytes, path: Path) -> Any:
-    """Makes TensorRT's engine object of a serialized engine.
-
-    Args:
-        trt: The module `tensorrt_rtx` or `tensorrt`.
-        data: The serialized engine.
-        path: The file that it was read from.
-
-    Raises:
-        SessionError: TensorRT does not take it.
-    """
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(data)
-    if engine is None:
-        raise SessionError(f"TensorRT does not take {path}: build it again on this machine")
-    return engine
+    def save_compiled(self) -> None:
+        """Keeps what has been compiled for the next session."""
+        if self.compiled is not None:
+            self.compiled.save()
 
 
 def upload_weights(device: Device, weights: Iterable[Weight], files: Mapping[str, Path]) -> dict[str, DeviceMemory]:
     """Sends the weights that an engine has as inputs to the GPU. Returns their memory by name.
 
     Raises:
-        FolderError: A region lies outside its file.
+        FolderError: A weight is not in its file as it is said to be.
     """
-    return {weight.name: _upload(device, weight, files[weight.file]) for weight in weights}
+    weights = list(weights)
+    check_weights(weights, files)
+    found: dict[str, DeviceMemory] = {}
+    uploads = None
+    for weight in weights:
+        uploads = uploads or Uploads(device)
+        found[weight.name] = _upload(device, uploads, weight, files[weight.file])
+    device.synchronise()
+    return found
 
 
 def accept(answer: bool, what: str) -> None:
@@ -154,16 +159,13 @@ def accept(answer: bool, what: str) -> None:
         raise SessionError(f"the engine refuses {what}: see TensorRT's message above")
 
 
-def _upload(device: Device, weight: Weight, path: Path) -> DeviceMemory:
-    """Sends a weight to the GPU, a piece of the mapped file at a time."""
-    size = weight.size
-    memory = DeviceMemory(device, size)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        if weight.offset + size > len(mapped):
+def _upload(device: Device, uploads: Uploads, weight: Weight, path: Path) -> DeviceMemory:
+    """Sends a weight to the GPU from its mapped file."""
+    memory = DeviceMemory(device, weight.size)
+    with map_file(path) as mapped:
+        if weight.offset + weight.size > len(mapped):
             raise FolderError(f"spec.json puts {weight.name!r} outside {path}: build the bundle again")
-        for start in range(0, size, PIECE):
-            piece = np.frombuffer(mapped, np.uint8, min(PIECE, size - start), weight.offset + start)
-            device.upload(memory.address + start, piece)
-            device.synchronise()
-            del piece
+        region = np.frombuffer(mapped, np.uint8, weight.size, weight.offset)
+        uploads.send(memory.address, region)
+        del region
     return memory

@@ -3,12 +3,14 @@
 A session knows these alone; ONNX Runtime on the CPU and TensorRT on a GPU stand behind them.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...spec.geometry import ModelSpec
+from ..shortlist import Row
 
 Slots = dict[str, NDArray[Any]]
 """The contents of some positions of a row in each cache, by the cache's name."""
@@ -53,6 +55,14 @@ class Caches(Protocol):
         """Puts back what `read` gave from `start` on; slots to which no token after `past` attends may be left out."""
         ...
 
+    def row_bytes(self, tokens: int) -> int:
+        """Bytes that a row takes at most while it holds this number of tokens."""
+        ...
+
+    def release(self, row: int) -> None:
+        """Gives back the memory of a row that nobody has, where it was made sparse."""
+        ...
+
 
 class Binding(Protocol):
     """A decoder bound to some rows of its caches."""
@@ -77,6 +87,10 @@ class Binding(Protocol):
         """
         ...
 
+    def decode(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> Sequence[Row]:
+        """Runs a token of each row and writes its keys and values to the caches. Returns each row's logits after it."""
+        ...
+
 
 class DecoderBackend(Protocol):
     """A decoder with its weights, loaded and ready to run."""
@@ -98,8 +112,15 @@ class DecoderBackend(Protocol):
         """Tokens of a piece of several rows at most; None is no limit."""
         ...
 
-    def caches(self, batch: int, positions: int) -> Any:
-        """Makes `Caches` of this back end, zeros at first."""
+    def check_files(self) -> None:
+        """Looks whether the files that are read in place are as they were; raises a `SessionError` where not."""
+        ...
+
+    def caches(self, batch: int, positions: int, *, sparse: bool = False) -> Any:
+        """Makes `Caches` of this back end, zeros at first; sparse ones take memory only for tokens that rows hold.
+
+        A back end that cannot do so makes the others, whose `row_bytes` is that of a whole row.
+        """
         ...
 
     def bind(self, caches: Any, rows: slice) -> Binding:

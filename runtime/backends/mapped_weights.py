@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import FolderError
+from ...files.agreement import check_weights
+from ...files.mapping import Watched, map_file
 from ...files.processors import processors
 from ...plugins.cpu.panels import lay_out
 from ...plugins.narrow_types import NUMPY_DTYPES
@@ -24,11 +26,13 @@ ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "uint8": 2}
 
 
 class MappedWeights(dict[str, ort.OrtValue]):
-    """Weights by initializer name, and the regions of those that a bundle holds in its kernels' layout."""
+    """Weights by initializer name, the regions of those that a bundle holds in its kernels' layout, and their files."""
 
-    def __init__(self, values: Mapping[str, ort.OrtValue], regions: Sequence[Region]) -> None:
+    def __init__(
+        self, values: Mapping[str, ort.OrtValue], regions: Sequence[Region], watched: Watched | None = None
+    ) -> None:
         super().__init__(values)
-        self.regions = regions
+        self.regions, self.watched = regions, watched or Watched()
 
     def settle(self) -> None:
         """Begins to move those regions from the file's pages to huge ones, if that has not begun."""
@@ -41,13 +45,15 @@ def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> MappedWeig
     """Maps the weights as ONNX Runtime values by initializer name. The files stay mapped as long as the values live.
 
     Raises:
-        FolderError: A region lies outside its file.
+        FolderError: A weight is not in its file as it is said to be, or a file has changed meanwhile.
     """
     weights = list(weights)
-    maps = {name: _map(path) for name, path in files.items()}
+    watched = Watched.of(files.values())
+    check_weights(weights, files)
+    maps = {name: map_file(path) for name, path in files.items()}
     for weight in weights:
-        if weight.file not in maps or not 0 <= weight.offset <= len(maps[weight.file]) - weight.size:
-            raise FolderError(f"spec.json puts {weight.name!r} outside {weight.file!r}: build the bundle again")
+        if not 0 <= weight.offset <= len(maps[weight.file]) - weight.size:
+            raise FolderError(f"{files[weight.file]} has changed since it was opened: restore it")
     with ThreadPoolExecutor(processors()) as pool:
         values = pool.map(lambda weight: _value(weight, maps[weight.file]), weights)
         named = {weight.name: value for weight, value in zip(weights, values, strict=True)}
@@ -55,12 +61,7 @@ def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> MappedWeig
     for weight in weights:
         if weight.is_made:  # weights in the kernels' layout are one piece, at the file's beginning
             ends[weight.file] = max(ends.get(weight.file, 0), weight.offset + weight.size)
-    return MappedWeights(named, [_region(maps[name], end) for name, end in ends.items()])
-
-
-def _map(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return MappedWeights(named, [_region(maps[name], end) for name, end in ends.items()], watched)
 
 
 def _region(file: mmap.mmap, size: int) -> Region:

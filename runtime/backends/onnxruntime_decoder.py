@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...plugins.cpu.library import GROUP_INPUT
 from ...spec.geometry import ModelSpec
 from ...spec.types import TYPES
+from ..room import cache_bytes, check_fits, layer_slots
 from .interface import Slots, cache_chunk, is_standing, slots_of, standing
 from .mapped_weights import MappedWeights
 from .onnxruntime_graph import open_graph
 from .onnxruntime_package import ort
+from .sparse_memory import PAGE, SparseMemory
 
 LONGEST_PIECE = 512
 """Tokens that prefill computes at once, of all rows; bounds the memory of attention and of the experts."""
@@ -46,17 +49,40 @@ class HostCaches:
         positions: Positions that a row can hold; a chunked layer's buffers hold one chunk at most.
         kind: ONNX Runtime's name of their type.
         size: Elements of a slot, D but in caches of groups.
+        sparse: Whether a row takes the memory of the tokens that it holds, and not of all that it could.
     """
 
-    def __init__(self, spec: ModelSpec, batch: int, positions: int, kind: str, size: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, batch: int, positions: int, kind: str, size: int, *, sparse: bool = False
+    ) -> None:
         self.spec, self.batch, self.positions = spec, batch, positions
         dtype, self.onnx_type = CACHE_DTYPES[kind]
         self.buffers: dict[str, NDArray[Any]] = {}
-        for index, layer in enumerate(spec.layers):
-            slots = min(layer.chunk or positions, positions)
+        self.memories: dict[str, SparseMemory] = {}
+        for index, slots in enumerate(layer_slots(spec, positions)):
             for kind in ("key", "value"):
-                shape = (batch, spec.kv_heads, slots, size)
-                self.buffers[f"{index}.{kind}"] = np.zeros(shape, dtype=dtype)
+                shape, name = (batch, spec.kv_heads, slots, size), f"{index}.{kind}"
+                if sparse:
+                    self.memories[name] = SparseMemory(int(np.prod(shape)) * dtype.itemsize)
+                    self.buffers[name] = self.memories[name].array(shape, dtype)
+                else:
+                    self.buffers[name] = np.zeros(shape, dtype=dtype)
+
+    def row_bytes(self, tokens: int) -> int:
+        """Bytes that a row takes at most while it holds this number of tokens."""
+        total = 0
+        for name, buffer in self.buffers.items():
+            _, heads, slots, size = buffer.shape
+            used = min(tokens, slots) if name in self.memories else slots
+            length = used * size * buffer.itemsize
+            total += heads * (-(-length // PAGE) * PAGE + PAGE if used < slots else length)
+        return total
+
+    def release(self, row: int) -> None:
+        """Gives back the memory of a row that nobody has."""
+        for name, memory in self.memories.items():
+            stride = self.buffers[name].strides[0]
+            memory.give_back(row * stride, (row + 1) * stride)
 
     def copy(self, source: int, target: int, past: int) -> None:
         """Copies the slots of a row that later tokens attend to over another row, where it holds `past` tokens."""
@@ -91,6 +117,7 @@ class OnnxRuntimeDecoder:
         threads: Threads of one operator; None takes the processors that this process may use.
         watched: Names of the graph's other outputs to be looked at.
         watch: Takes their values after each step.
+        group: The memory that a rank shares with the others of its group; None of a whole model.
 
     Raises:
         SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
@@ -109,16 +136,31 @@ class OnnxRuntimeDecoder:
         threads: int | None = None,
         watched: Sequence[str] = (),
         watch: Watch = lambda values: None,
+        group: NDArray[np.uint8] | None = None,
     ) -> None:
-        self.spec, self.watched, self.watch = spec, watched, watch
+        self.spec, self.watched, self.watch, self.group = spec, watched, watch, group
         self.weights = weights  # kept: the session reads the memory that these own
-        self.session = open_graph(graph, weights, folder, session, threads, has_arena=False)
+        self.session = open_graph(graph, weights, folder, session, threads, has_arena=False, is_rank=group is not None)
         self.takes_images = any(value.name == "image_features" for value in self.session.get_inputs())
 
-    def caches(self, batch: int, positions: int) -> HostCaches:
+    def check_files(self) -> None:
+        """Looks whether the weight files are as they were when they were mapped.
+
+        Raises:
+            SessionError: One is gone or has changed.
+        """
+        self.weights.watched.check()
+
+    def caches(self, batch: int, positions: int, *, sparse: bool = False) -> HostCaches:
         """Makes KV buffers for a batch, zeros at first, whose rows hold `positions` tokens each."""
         cache = next(value for value in self.session.get_inputs() if value.name == "past.0.key")
-        return HostCaches(self.spec, batch, positions, cache.type, cache.shape[3])
+        self.check_files()
+        slot = 2 * self.spec.kv_heads * cache.shape[3] * CACHE_DTYPES[cache.type][0].itemsize
+        needed = 4 * batch * self.spec.vocab_size
+        if not sparse:
+            needed += cache_bytes(self.spec, batch, positions, slot)
+        check_fits(f"a batch of {batch} rows of {positions} tokens", needed, "start fewer rows, or of fewer tokens")
+        return HostCaches(self.spec, batch, positions, cache.type, cache.shape[3], sparse=sparse)
 
     def bind(self, caches: HostCaches, rows: slice) -> "OnnxRuntimeBinding":
         """Binds some rows of the caches, for any number of steps."""
@@ -135,6 +177,10 @@ class OnnxRuntimeBinding:
         self.no_features = np.zeros((1, decoder.spec.hidden_size), np.float32) if decoder.takes_images else None
         self.io = self.session.io_binding()
         self.kept = []
+        if decoder.group is not None:
+            shared = ort.OrtValue.ortvalue_from_numpy(decoder.group)  # the same memory
+            self.kept.append((decoder.group, shared))
+            self.io.bind_ortvalue_input(GROUP_INPUT, shared)
         for name, buffer in caches.buffers.items():
             value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer[rows], caches.onnx_type)
             self.kept.append((buffer, value))
@@ -167,3 +213,8 @@ class OnnxRuntimeBinding:
             watched = (value.numpy() for value in self.io.get_outputs()[-len(self.watched) :])
             self.watch(dict(zip(self.watched, watched, strict=True)))
         return logits_BRV
+
+    def decode(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> Sequence[NDArray[np.float32]]:
+        """Runs a token of each row. Returns each row's logits after it."""
+        logits_BV: NDArray[np.float32] = self.step(ids_B1, past_B, np.zeros_like(ids_B1))[:, 0]
+        return list(logits_BV)

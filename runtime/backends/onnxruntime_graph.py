@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ...errors import SessionError
+from ...errors import SessionError, shortened_text
 from ...files.folders import SPEC
-from ...files.processors import processors
 from ...plugins.cpu.library import DOMAIN, library
+from ..room import check_threads
 from .onnxruntime_package import ort
 
 PROVIDER = "CPUExecutionProvider"
@@ -39,6 +39,7 @@ def open_graph(
     threads: int | None = None,
     *,
     has_arena: bool = True,
+    is_rank: bool = False,
 ) -> ort.InferenceSession:
     """Opens a lowered graph.
 
@@ -50,17 +51,18 @@ def open_graph(
         threads: Threads of one operator; None takes the processors that this process may use.
         has_arena: Whether ONNX Runtime keeps the memory of activations. It keeps a block of each shape that has come
             twice, which adds up where lengths and batches change; without it malloc takes back each step's memory.
+        is_rank: Whether it is one of a group's, whose steps may fail for another rank's sake: the leader says so once,
+            and ONNX Runtime not at all.
 
     Raises:
         SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
             needs were not compiled.
     """
-    if threads is not None and threads < 1:
-        raise SessionError(f"threads is {threads}, expected a whole number from 1 up")
+    count = check_threads(threads)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or processors()
+    options.intra_op_num_threads = count
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4 if is_rank else 3
     options.enable_cpu_mem_arena = has_arena
     for name, value in session.items():
         options.add_session_config_entry(name, value)
@@ -74,4 +76,5 @@ def open_graph(
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
             return ort.InferenceSession(graph, options, providers=[PROVIDER])
     except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
-        raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({error}): export the model again") from error
+        said = shortened_text(str(error))
+        raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({said}): export the model again") from error

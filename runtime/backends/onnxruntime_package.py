@@ -2,8 +2,13 @@
 
 Several packages bring the module `onnxruntime`, each a build of its own. One that is installed over another replaces a
 part of its files, and removing one of two leaves an empty module, so all of it is checked here, once a process.
+
+Since 1.29 its builds for Linux and macOS send telemetry, and keep an identifier and a database in the home folder,
+unless `ORT_DISABLE_TELEMETRY` is set before the import (onnxruntime pull request 27379). It is set here: nothing leaves
+the machine, unless the variable was given another value.
 """
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 from ...errors import SessionError
@@ -53,6 +58,7 @@ def check_installed() -> None:
 
 
 check_installed()
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 try:
     import onnxruntime as ort
 except ModuleNotFoundError as error:

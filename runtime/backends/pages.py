@@ -10,8 +10,9 @@ import mmap
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from threading import Thread
+
+from ...files.machine_memory import find_room
 
 HUGE = 2 << 20
 """Bytes of a huge page."""
@@ -47,7 +48,7 @@ class Region:
 def exchange_pages(regions: Sequence[Region]) -> None:
     """Exchanges regions' pages in the background, where they take no more than half of the free memory."""
     size = sum(region.size for region in regions)
-    if sys.platform == "linux" and mmap.PAGESIZE == 4096 and 0 < size <= free_memory() // 2:
+    if sys.platform == "linux" and mmap.PAGESIZE == 4096 and 0 < size <= find_room().free // 2:
         Thread(target=_exchange_all, args=(regions,), daemon=True).start()
 
 
@@ -78,23 +79,3 @@ def _exchange(libc: ctypes.CDLL, address: int, size: int) -> bool:
     if not moved:
         libc.munmap(word(pages), word(size))
     return moved
-
-
-def free_memory() -> int:
-    """Bytes that this process can have without swapping; `sys.maxsize` where the system is not Linux."""
-    if not Path("/proc/meminfo").exists():
-        return sys.maxsize
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
-    return min(int(line.split()[1]) * 1024, _left_to_group())
-
-
-def _left_to_group() -> int:
-    """Bytes that the limit of this process's control group leaves; `sys.maxsize` where there is none."""
-    try:
-        path = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
-        group = Path("/sys/fs/cgroup" + path)
-        limit = int((group / "memory.max").read_text())
-        used = next(line for line in (group / "memory.stat").read_text().splitlines() if line.startswith("anon "))
-    except (OSError, ValueError, StopIteration):  # another kind of group, or "max"
-        return sys.maxsize
-    return max(0, limit - int(used.split()[1]))

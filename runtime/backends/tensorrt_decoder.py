@@ -1,37 +1,49 @@
 """The decoder as a TensorRT engine: its weights on the GPU, its KV caches, and the step that runs one piece of tokens.
 
-Enters: pieces of tokens. Leaves: their logits in float32, as `OnnxRuntimeDecoder` gives them. Invariant: an engine's
-caches are updated in place; past and present are one address.
+Enters: pieces of tokens. Leaves: their logits in float32, as `OnnxRuntimeDecoder` gives them. Invariants: an engine's
+caches are updated in place, past and present are one address; a step over single tokens whose caches and number of rows
+have been before is one launch of a captured graph, and allocates nothing.
 """
 
-import itertools
-from collections.abc import Mapping
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import SessionError
+from ...errors import ArrieroWarning, SessionError
 from ...files.folders import KERNELS
 from ...plugins.gqa.plugin import PLUGIN as GQA
-from ...plugins.launch import Kernels
+from ...plugins.launch import Kernels, round_up
 from ...plugins.moe.plugin import PLUGIN as MOE
-from ...plugins.narrow_types import narrow
+from ...plugins.narrow_types import NUMPY_DTYPES, narrow
 from ...plugins.tensorrt_plugin import register
-from ...spec.built_engine import CacheInput, EngineSpec
+from ...spec.built_engine import EngineSpec
 from ...spec.folder import FolderSpec
-from ...spec.geometry import ModelSpec
+from ..shortlist import Row, Shortlist
 from .device import Device, DeviceGraph, DeviceMemory
-from .execution import Execution, accept, deserialise, open_version, read_built, upload_weights
-from .interface import Slots, cache_chunk, is_standing, slots_of
+from .device_caches import CachePool, DeviceCaches
+from .engine_file import check_machine, deserialise, open_version, read_built
+from .exchange import Exchange
+from .execution import Execution, accept, upload_weights
+from .shortener import Shortener
+
+DECODE, PIECES = 0, -1
+"""The profiles of single tokens and of pieces."""
+
+MOST_GRAPHS = 128
+"""Captured steps that are kept; the one used longest ago goes first."""
 
 
 class TensorRTDecoder:
     """A decoder's engine with its weights, ready to run.
 
-    One context serves each profile. They never run at once, so they share the buffers of the step's inputs and logits,
-    which grow to what steps need.
+    One context serves each profile. They never run at once, and share the memory of their activations.
 
     Args:
         trt: The module `tensorrt_rtx` or `tensorrt`.
@@ -39,20 +51,52 @@ class TensorRTDecoder:
         engine: The deserialised engine.
         weights: Device memory of the weights that are inputs, by name.
         folder: The bundle's spec.
+        path: The bundle; None where nothing compiled is kept.
+        kernels: The bundle's kernels; without them logits are fetched whole.
+        communicator: The ranks' communicator, as TensorRT takes it; None of a whole model.
     """
 
     def __init__(
-        self, trt: Any, device: Device, engine: Any, weights: Mapping[str, DeviceMemory], folder: FolderSpec
+        self,
+        trt: Any,
+        device: Device,
+        engine: Any,
+        weights: Mapping[str, DeviceMemory],
+        folder: FolderSpec,
+        path: Path | None = None,
+        kernels: Kernels | None = None,
+        communicator: Any = None,
     ) -> None:
         assert folder.engine is not None
         self.device, self.about, self.spec = device, folder.engine, folder.model
-        self.execution = Execution(trt=trt, flavour=self.about.flavour, device=device, engine=engine, weights=weights)
-        self.contexts = self.execution.contexts(len(self.about.profiles), repeats=[0])  # single tokens
-        no_features = np.zeros((1, self.spec.hidden_size), np.float32)
-        self.no_features = None if folder.vision is None else no_features
-        self.buffers: dict[str, DeviceMemory] = {}
-        self.bindings = itertools.count()
-        self.bound: dict[int, object] = {}
+        about, most = self.about, folder.engine.profiles[DECODE].max_batch
+        file = None if path is None else (path / about.file, about.sha256)
+        self.execution = Execution(
+            trt=trt, flavour=about.flavour, device=device, engine=engine, weights=weights, file=file
+        )
+        self.graphs: OrderedDict[tuple[int, ...], DeviceGraph] = OrderedDict()
+        self.pool = CachePool(device, about.caches, most, clears=about.attention == "native", dropped=self.graphs.clear)
+        feature_row = 0 if folder.vision is None else self.spec.hidden_size * NUMPY_DTYPES[self.spec.dtype].itemsize
+        self.exchanges = [
+            Exchange(device, about.profiles[index], self.spec.vocab_size, feature_row) for index in (DECODE, PIECES)
+        ]
+        self.lock = threading.RLock()
+        self.shortener = (
+            None if kernels is None else Shortener(device, kernels, self.exchanges[DECODE], most, self.lock)
+        )
+        activations = self.execution.activations(len(about.profiles), streams_weights=about.weight_streaming)
+        if about.weight_streaming:
+            self.pool.give(self.pool.take(most))  # the weights get what is left
+            self.execution.stream_weights()
+        pieces = len(about.profiles) - 1
+        self.contexts = self.execution.contexts(["EAGER", *["NONE"] * pieces], activations)  # type: ignore[list-item]
+        if communicator is not None:
+            for number, context in enumerate(self.contexts.made):  # each waits for all ranks
+                accept(context.set_communicator(communicator), f"the communicator of profile {number}")
+        self.bound: dict[int, tuple[int, ...]] = {}
+        self.shapes: dict[int, dict[str, tuple[int, ...]]] = {DECODE: {}, PIECES: {}}
+        self.captures = not about.weight_streaming
+        self.outstanding: list[weakref.ref[Shortlist]] = []
 
     @property
     def longest(self) -> int:
@@ -69,71 +113,25 @@ class TensorRTDecoder:
         """None: pieces of several rows have no limit but the profiles' own."""
         return None
 
-    def caches(self, batch: int, positions: int) -> "DeviceCaches":
-        """Makes KV buffers for a batch, zeros at first; their size is the engine's, whatever `positions` are used."""
-        self.device.enter()
-        return DeviceCaches(self.device, self.spec, self.about, batch, positions)
+    def check_files(self) -> None:
+        """Nothing: the weights are the GPU's own copy."""
 
-    def bind(self, caches: "DeviceCaches", rows: slice) -> "TensorRTBinding":
+    def caches(self, batch: int, positions: int, *, sparse: bool = False) -> DeviceCaches:
+        """Makes KV buffers for a batch; their size is the engine's, whatever `positions` are used."""
+        self.device.enter()
+        return DeviceCaches(self.pool, self.spec, self.about.caches, batch, positions)
+
+    def bind(self, caches: DeviceCaches, rows: slice) -> "TensorRTBinding":
         """Binds some rows of the caches, for any number of steps."""
         return TensorRTBinding(self, caches, rows)
 
-    def reserve(self, sizes: Mapping[str, int]) -> None:
-        """Makes the step's buffers at least as large as `sizes`; where one moves, nothing is bound any more."""
-        for name, size in sizes.items():
-            if name not in self.buffers or self.buffers[name].size < size:
-                self.bound.clear()
-                self.buffers[name] = DeviceMemory(self.device, size)
-
-
-class DeviceCaches:
-    """KV buffers of a batch of sequences on the GPU, zeros at first."""
-
-    def __init__(self, device: Device, spec: ModelSpec, about: EngineSpec, batch: int, positions: int) -> None:
-        self.device, self.spec, self.about = device, spec, about.caches
-        self.batch, self.positions = batch, positions
-        self.row_bytes = {each.name: each.row_size for each in about.caches}
-        self.buffers = {name: DeviceMemory(device, batch * size) for name, size in self.row_bytes.items()}
-        for memory in self.buffers.values():
-            memory.zero()
-
-    def copy(self, source: int, target: int, past: int) -> None:
-        """Copies a whole row over another, whatever it holds: the GPU is quick at that."""
+    def begin(self) -> None:
+        """Enters the GPU's context, and fetches what shortlists in use may still ask for of the step before."""
         self.device.enter()
-        for name, memory in self.buffers.items():
-            size = self.row_bytes[name]
-            self.device.copy(memory.address + source * size, memory.address + target * size, size)
-
-    def read(self, row: int, start: int, stop: int) -> Slots:
-        """Copies some positions of one chunk in a row to the host's memory: bytes, a line a head."""
-        self.device.enter()
-        found = {}
-        for each in self.about:
-            lines = np.empty((each.shape[0], (stop - start) * self._slot_size(each)), dtype=np.uint8)
-            for address, line in zip(self._addresses(each, row, start), lines, strict=True):
-                self.device.fetch(address, line)
-            found[each.name] = lines
-        self.device.synchronise()
-        return found
-
-    def write(self, row: int, start: int, slots: Slots, past: int) -> None:
-        """Puts back what `read` gave from `start` on, where tokens after the first `past` attend to it."""
-        self.device.enter()
-        for each in self.about:
-            if is_standing(cache_chunk(self.spec, each.name), start, past):
-                for address, line in zip(self._addresses(each, row, start), slots[each.name], strict=True):
-                    self.device.upload(address, line)
-
-    def _addresses(self, cache: CacheInput, row: int, start: int) -> list[int]:
-        """The address of a position in a row, for each head."""
-        slot = slots_of(cache_chunk(self.spec, cache.name), start, start).start
-        heads, capacity, _ = cache.shape
-        first = self.buffers[cache.name].address + row * cache.row_size
-        return [first + (head * capacity + slot) * self._slot_size(cache) for head in range(heads)]
-
-    @staticmethod
-    def _slot_size(cache: CacheInput) -> int:
-        return cache.row_size // (cache.shape[0] * cache.shape[1])
+        for reference in self.outstanding:
+            if (shortlist := reference()) is not None:
+                shortlist.whole()
+        self.outstanding.clear()
 
 
 class TensorRTBinding:
@@ -141,9 +139,16 @@ class TensorRTBinding:
 
     def __init__(self, decoder: TensorRTDecoder, caches: DeviceCaches, rows: slice) -> None:
         self.decoder, self.caches, self.rows = decoder, caches, rows
-        self.number = next(decoder.bindings)
-        self.captures = decoder.about.flavour == "tensorrt" and not decoder.about.weight_streaming
-        self.graph: DeviceGraph | None = None
+        self.batch = rows.stop - rows.start
+        self.key = (caches.address, rows.start, self.batch)
+        chunks = {layer.chunk for layer in decoder.spec.layers}
+        self.capacities = {
+            chunk: min(each.shape[1] for each in decoder.about.caches if self._chunk(each.name) == chunk)
+            for chunk in chunks
+        }
+
+    def _chunk(self, name: str) -> int:
+        return self.decoder.spec.layers[int(name.partition(".")[0])].chunk
 
     def step(
         self,
@@ -153,68 +158,148 @@ class TensorRTBinding:
         features_MH: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Runs one piece: inputs to the GPU, the step, and the logits back into a new array."""
-        device, decoder = self.decoder.device, self.decoder
-        device.enter()
-        logits = np.empty((*positions_BR.shape, decoder.spec.vocab_size), dtype=np.float32)
-        inputs: dict[str, NDArray[Any]] = {"input_ids": ids_BS, "past_lengths": past_B, "logit_positions": positions_BR}
-        if decoder.no_features is not None:
-            given_MH = decoder.no_features if features_MH is None else features_MH
-            inputs["image_features"] = narrow(given_MH, decoder.spec.dtype)
-        decoder.reserve({name: array.nbytes for name, array in (*inputs.items(), ("logits", logits))})
-        for name, array in inputs.items():
-            device.upload(decoder.buffers[name].address, array)
-        single = ids_BS.shape[1] == 1 and positions_BR.shape[1] == 1 and features_MH is None
-        self._run(
-            {name: array.shape for name, array in inputs.items()}, 0 if single else len(decoder.contexts.made) - 1
-        )
-        device.download(decoder.buffers["logits"].address, logits)
-        return logits
+        with self.decoder.lock:
+            return self._step(ids_BS, past_B, positions_BR, features_MH)
 
-    def _run(self, shapes: dict[str, tuple[int, ...]], profile: int) -> None:
-        """Runs a profile's context; single tokens as a graph, once they have run without one."""
-        context, was_bound = self.decoder.contexts.made[profile], self._bind(shapes, profile)
-        if profile == 0 and was_bound and self.captures:
-            if self.graph is None:
-                try:
-                    self.graph = self.decoder.device.capture(lambda: self._enqueue(context))
-                except SessionError:
-                    self.captures = False  # a graph is faster, not necessary
-            if self.graph is not None:
-                self.graph.launch()
+    def _step(
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        positions_BR: NDArray[np.int64],
+        features_MH: NDArray[np.float32] | None,
+    ) -> NDArray[np.float32]:
+        decoder = self.decoder
+        shape = (*positions_BR.shape, decoder.spec.vocab_size)
+        if ids_BS.shape[1] == 1 and positions_BR.shape[1] == 1 and features_MH is None:
+            self._run_tokens(ids_BS, past_B)
+            return decoder.exchanges[DECODE].fetch(shape)
+        decoder.begin()
+        exchange, context = decoder.exchanges[PIECES], decoder.contexts.made[PIECES]
+        length = self._bucket(ids_BS.shape[1], past_B)
+        padded_BS = np.zeros((self.batch, length), np.int64)
+        padded_BS[:, : ids_BS.shape[1]] = ids_BS
+        exchange.send(padded_BS, past_B, positions_BR)
+        shapes = {
+            "input_ids": padded_BS.shape, "past_lengths": past_B.shape, "logit_positions": positions_BR.shape
+        }  # fmt: skip
+        if exchange.features is not None:
+            given_MH = np.zeros((1, decoder.spec.hidden_size), np.float32) if features_MH is None else features_MH
+            exchange.send_features(narrow(given_MH, decoder.spec.dtype))
+            shapes["image_features"] = given_MH.shape
+        exchange.reserve_logits(positions_BR.size)
+        self._bind(PIECES, shapes)
+        accept(context.execute_async_v3(decoder.device.stream), "the step")
+        return exchange.fetch(shape)
+
+    def decode(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> Sequence[Row]:
+        """Runs a token of each row. Returns each row's logits after it, shortened where there are kernels for it."""
+        decoder = self.decoder
+        with decoder.lock:
+            self._run_tokens(ids_B1, past_B)
+            if decoder.shortener is None:
+                return list(decoder.exchanges[DECODE].fetch((self.batch, decoder.spec.vocab_size)))
+            rows = decoder.shortener.read(self.caches.sharpness[self.rows])
+            decoder.outstanding = [weakref.ref(row) for row in rows]
+            return rows
+
+    def _run_tokens(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> None:
+        """Runs a token of each row: a captured graph where this was done before."""
+        decoder = self.decoder
+        decoder.begin()
+        exchange = decoder.exchanges[DECODE]
+        exchange.views["sharpness"][: self.batch] = self.caches.sharpness[self.rows]
+        exchange.send(ids_B1, past_B, NO_POSITIONS)
+        graph = decoder.graphs.get(self.key)
+        if graph is not None:
+            decoder.graphs.move_to_end(self.key)
+            graph.launch()
+            return
+        shapes = {
+            "input_ids": (self.batch, 1), "past_lengths": (self.batch,), "logit_positions": (self.batch, 1)
+        }  # fmt: skip
+        if exchange.features is not None:
+            shapes["image_features"] = (1, decoder.spec.hidden_size)
+        self._bind(DECODE, shapes)
+        self._enqueue_tokens()
+        self._capture()
+
+    def _enqueue_tokens(self) -> None:
+        decoder = self.decoder
+        accept(decoder.contexts.made[DECODE].execute_async_v3(decoder.device.stream), "the step")
+        if decoder.shortener is not None:
+            decoder.shortener.enqueue(self.batch)
+
+    def _capture(self) -> None:
+        """Captures the step that has just run, for the next one; TensorRT wants to have run these shapes before."""
+        decoder, context = self.decoder, self.decoder.contexts.made[DECODE]
+        if not decoder.captures:
+            return
+        decoder.contexts.save_compiled()
+        reason: object = "TensorRT says that the engine cannot be"
+        try:
+            if decoder.about.flavour == "tensorrt" or context.is_stream_capturable(decoder.device.stream):
+                decoder.graphs[self.key] = decoder.device.capture(self._enqueue_tokens)
+                if len(decoder.graphs) > MOST_GRAPHS:
+                    decoder.graphs.popitem(last=False)
                 return
-        self._enqueue(context)
+        except SessionError as error:
+            reason = error
+        decoder.captures = False  # a graph is faster, not necessary
+        warnings.warn(f"steps are not captured into a CUDA graph, so they take longer: {reason}", ArrieroWarning, 2)
 
-    def _bind(self, shapes: dict[str, tuple[int, ...]], profile: int) -> bool:
-        """Gives the context this binding's shapes and addresses. Returns whether it had them already."""
+    def _bind(self, profile: int, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Gives a context these rows of the caches and these shapes, where it has others."""
         decoder, context = self.decoder, self.decoder.contexts.made[profile]
-        if decoder.bound.get(profile) == (self.number, shapes):
-            return True
-        decoder.bound.pop(profile, None)
-        self.graph = None
+        exchange, known = decoder.exchanges[profile], decoder.shapes[profile]
+        addresses = (*exchange.addresses.values(), exchange.logits.address)
+        if decoder.bound.get(profile) != (*self.key, *addresses):
+            decoder.bound.pop(profile, None)  # what is bound in part is not taken for bound
+            known.clear()
+            for name in (*INPUTS, *(["image_features"] if exchange.features is not None else [])):
+                accept(context.set_tensor_address(name, exchange.addresses[name]), name)
+            accept(context.set_tensor_address("logits", exchange.logits.address), "logits")
+            for each in decoder.about.caches:
+                first = self.caches.addresses[each.name] + self.rows.start * each.row_size
+                past, present = f"past.{each.name}", f"present.{each.name}"
+                accept(context.set_input_shape(past, (self.batch, *each.shape)), past)
+                accept(context.set_tensor_address(past, first), past)
+                accept(context.set_tensor_address(present, first), present)
+            decoder.bound[profile] = (*self.key, *addresses)
         for name, shape in shapes.items():
-            accept(context.set_input_shape(name, shape), name)
-        for name, memory in decoder.buffers.items():
-            accept(context.set_tensor_address(name, memory.address), name)
-        for each in decoder.about.caches:
-            first = self.caches.buffers[each.name].address + self.rows.start * self.caches.row_bytes[each.name]
-            past, present = f"past.{each.name}", f"present.{each.name}"
-            accept(context.set_input_shape(past, (self.rows.stop - self.rows.start, *each.shape)), past)
-            accept(context.set_tensor_address(past, first), past)
-            accept(context.set_tensor_address(present, first), present)
-        decoder.bound[profile] = (self.number, shapes)
-        return False
+            if known.get(name) != shape:
+                known.pop(name, None)
+                accept(context.set_input_shape(name, shape), name)
+                known[name] = shape
 
-    def _enqueue(self, context: Any) -> None:
-        accept(context.execute_async_v3(self.decoder.device.stream), "the step")
+    def _bucket(self, length: int, past_B: NDArray[np.int32]) -> int:
+        """A piece's length with its pads: few lengths are planned for, where the caches have room for the pads."""
+        step = 1 if length <= SHORT else SHORT if length <= LONG else LONG
+        room = [self.decoder.longest]
+        for chunk, capacity in self.capacities.items():
+            first = int((past_B % chunk).max() if chunk else past_B.max())
+            room.append(capacity - first)
+        return max(length, min(round_up(length, step), *room))
 
 
-def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> TensorRTDecoder:
-    """Loads a bundle's engine onto the GPU.
+INPUTS = ("input_ids", "past_lengths", "logit_positions")
+NO_POSITIONS = np.zeros(0, np.int64)
+SHORT, LONG = 16, 64
+"""Pieces of up to SHORT tokens keep their length; up to LONG they are padded to multiples of SHORT, above of LONG."""
+
+
+def load_decoder(
+    folder: Path,
+    spec: FolderSpec,
+    files: Mapping[str, Path],
+    join: Callable[[], Any] | None = None,
+) -> TensorRTDecoder:
+    """Loads a bundle's engine onto the GPU, a rank's onto the GPU of its number.
 
     Args:
         folder: The bundle.
         spec: Its spec.
         files: The paths of its weight files, by name.
+        join: Makes the communicator of the ranks, as TensorRT takes it; None of a whole model.
 
     Raises:
         SessionError: The GPU, the driver or TensorRT's version is not the one that the engine was built for.
@@ -222,22 +307,18 @@ def load_decoder(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> T
     """
     about = spec.engine
     assert about is not None
+    device = Device.open(spec.rank)
+    capability = check_machine(folder, about, device.driver, device.number)
     data = read_engine(folder, about)
     trt = open_version(about)
-    device = Device.open()
-    capability = device.driver.capability()
-    if capability not in about.capabilities:
-        built_for = ", ".join(f"sm{each}" for each in about.capabilities)
-        raise SessionError(f"{folder} was built for {built_for}, this GPU is sm{capability}: build for sm{capability}")
-    if about.kernels:
-        binaries = [each for each in about.kernels if each.capability == capability]
-        kernels = Kernels(device.driver, folder / KERNELS, binaries)
-        for creator in register(trt, (GQA, MOE)).values():
-            creator.kernels, creator.capabilities = kernels, (capability,)
+    binaries = [each for each in about.kernels if each.capability == capability]
+    kernels = Kernels(device.driver, folder / KERNELS, binaries) if binaries else None
+    for creator in register(trt, (GQA, MOE)).values():
+        creator.kernels, creator.capabilities = kernels, (capability,)
     engine = deserialise(trt, data, folder / about.file)
-    if about.weight_streaming:
-        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-    return TensorRTDecoder(trt, device, engine, upload_weights(device, spec.weights, files), spec)
+    weights = upload_weights(device, spec.weights, files)
+    communicator = None if join is None else join()
+    return TensorRTDecoder(trt, device, engine, weights, spec, folder, kernels, communicator)
 
 
 def read_engine(folder: Path, about: EngineSpec) -> bytes:

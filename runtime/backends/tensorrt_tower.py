@@ -15,7 +15,8 @@ from ...spec.built_engine import TowerEngine
 from ...spec.folder import FolderSpec
 from ...spec.geometry import VisionSpec
 from .device import Device, DeviceMemory
-from .execution import Execution, accept, deserialise, open_version, read_built, upload_weights
+from .engine_file import check_machine, deserialise, open_version, read_built
+from .execution import Execution, accept, upload_weights
 
 
 class TensorRTTower:
@@ -31,7 +32,7 @@ class TensorRTTower:
 
     def __init__(self, execution: Execution, about: TowerEngine, vision: VisionSpec, size: int, dtype: str) -> None:
         self.execution, self.about, self.vision, self.size, self.dtype = execution, about, vision, size, dtype
-        self.contexts = execution.contexts(1)
+        self.contexts = execution.contexts(["LAZY"], execution.activations(1))
         pixels = about.max_tiles * 3 * vision.image_size**2 * np.dtype(np.float32).itemsize
         features = about.max_tiles * vision.features * size * NUMPY_DTYPES[dtype].itemsize
         self.pixels, self.features = (DeviceMemory(execution.device, each) for each in (pixels, features))
@@ -72,13 +73,16 @@ def load_tower(folder: Path, spec: FolderSpec, files: Mapping[str, Path]) -> Ten
     assert spec.vision is not None
     about = spec.vision.engine
     assert about is not None
+    device = Device.open()
+    check_machine(folder, spec.engine, device.driver)
     data = read_built(folder / about.file, about.sha256)
-    trt, device = open_version(spec.engine), Device.open()
+    trt = open_version(spec.engine)
     execution = Execution(
         trt=trt,
         flavour=spec.engine.flavour,
         device=device,
         engine=deserialise(trt, data, folder / about.file),
         weights=upload_weights(device, spec.vision.weights, files),
+        file=(folder / about.file, about.sha256),
     )
     return TensorRTTower(execution, about, spec.vision.spec, spec.model.hidden_size, spec.model.dtype)

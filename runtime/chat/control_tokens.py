@@ -17,8 +17,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from ...errors import SessionError, shortened
-from .environment import written_in
+from .environment import BrokenTemplateError, CostlyTemplateError, FailedTemplateError
 from .rendering import Writer
+from .sandbox import written_in
 from .special_tokens import encode_ordinary
 
 Span = tuple[int, int]
@@ -57,7 +58,7 @@ class ControlTokens:
         """
         source, text = writer.template.source, writer.text
         others = [token.content for token in self.added.values() if not token.special and not token.content.isspace()]
-        listed = set(written_in(source, others) if self.listed is None else self.listed)
+        listed = set(_written_in(writer, source, others) if self.listed is None else self.listed)
         control = {id for id, token in self.added.items() if token.special or token.content in listed}
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         found = list(zip(encoding.ids, encoding.offsets, strict=True))
@@ -100,7 +101,7 @@ class ControlTokens:
     def _of_template(self, writer: Writer, source: str, hidden: str) -> set[Span] | None:
         """The places of the control tokens that stand in the template; None where it does other things then."""
         special = (token.content for token in self.added.values())
-        texts = sorted({*written_in(source, special), *(each for each in writer.named.values() if each)})
+        texts = sorted({*_written_in(writer, source, special), *(each for each in writer.named.values() if each)})
         swaps = {text: chr(ord(SIGN) + number) for number, text in enumerate(texts, 1)}
         named = {name: swaps.get(text, text) for name, text in writer.named.items()}
         marked = writer.again(_hide, source, named, swaps)
@@ -125,6 +126,16 @@ class ControlTokens:
             ids += encode_ordinary(self.tokenizer, text[start:end])
             at = end
         return ids + list(self.tokenizer.encode(text[at:], add_special_tokens=False).ids)
+
+
+def _written_in(writer: Writer, source: str, texts: Iterable[str]) -> list[str]:
+    """The texts, of some, that stand in what a template may write."""
+    try:
+        return written_in(source, texts)
+    except (BrokenTemplateError, FailedTemplateError) as error:
+        raise writer.template.fault(str(error)) from error
+    except CostlyTemplateError as error:
+        raise writer.template.too_costly(str(error)) from error
 
 
 def _may_be_of(token: str, letters: set[str]) -> bool:

@@ -9,7 +9,7 @@ Jinja is loaded with this module: whoever needs no template imports it not.
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -26,6 +26,9 @@ StandIns = Mapping[str, str]
 
 Pairs = tuple[tuple[str, str], ...]
 
+MESSAGE = 1000
+"""Characters of an error's message at most."""
+
 
 class BrokenTemplateError(Exception):
     """A template does not compile: it is no program."""
@@ -35,7 +38,39 @@ class FailedTemplateError(Exception):
     """A template does not take its variables: it raised an exception."""
 
 
-def render(source: str, variables: Mapping[str, Any], now: datetime, stand_ins: StandIns | None = None) -> str:
+class CostlyTemplateError(Exception):
+    """A template takes more time, memory or characters than it has."""
+
+
+OUT_OF_MEMORY = "it takes more memory than it has"
+
+
+def answer(request: tuple[Any, ...]) -> tuple[bytes, str]:
+    """Answers a request of `sandbox`'s: a kind of `template_process`'s, and a text. Nothing is raised."""
+    try:
+        if request[0] == "literals":
+            return b"d", literals(request[1])
+        _, source, variables, now, stand_ins, most = request
+        return b"d", render(source, variables, datetime.fromisoformat(now), stand_ins, most)
+    except BrokenTemplateError as error:
+        return b"b", str(error)[:MESSAGE]
+    except CostlyTemplateError as error:
+        return b"c", str(error)
+    except FailedTemplateError as error:
+        return b"f", str(error)[:MESSAGE]
+    except MemoryError:
+        return b"c", OUT_OF_MEMORY
+    except Exception as error:
+        return b"f", type(error).__name__
+
+
+def render(
+    source: str,
+    variables: Mapping[str, Any],
+    now: datetime,
+    stand_ins: StandIns | None = None,
+    most: int = 1 << 28,
+) -> str:
     """Renders a chat template.
 
     Args:
@@ -44,35 +79,40 @@ def render(source: str, variables: Mapping[str, Any], now: datetime, stand_ins: 
         now: The time that its `strftime_now` tells.
         stand_ins: Texts to write instead of others where the template itself writes these; where it compares or looks
             up, its texts stay.
+        most: Characters that it may write.
 
     Raises:
         BrokenTemplateError: The template does not compile.
         FailedTemplateError: It does not take the variables.
+        CostlyTemplateError: It writes or takes too much.
     """
     template = _compiled(source, tuple(sorted((stand_ins or {}).items())))
 
     def strftime_now(form: str) -> str:
         return now.strftime(form)
 
+    pieces, written = [], 0
     try:
-        return template.render({"strftime_now": strftime_now, **variables})
+        for piece in template.generate({"strftime_now": strftime_now, **variables}):
+            pieces.append(piece)
+            written += len(piece)
+            if written > most:
+                raise CostlyTemplateError(f"it writes more than {most} characters")
+        return "".join(pieces)
+    except CostlyTemplateError:
+        raise
+    except MemoryError as error:
+        raise CostlyTemplateError(OUT_OF_MEMORY) from error
     except Exception as error:  # a template is a program, and fails in its own ways
         raise FailedTemplateError(str(error) or type(error).__name__) from error
 
 
-def written_in(source: str, texts: Iterable[str]) -> list[str]:
-    """The texts, of some, that stand in what a template may write: its own text and its strings.
+def literals(source: str) -> str:
+    """A template's own text and strings, with a character between them that none of them has.
 
     Raises:
         BrokenTemplateError: The template does not compile.
     """
-    literals = _literals(source)
-    return [text for text in texts if text in literals]
-
-
-@functools.lru_cache(maxsize=16)
-def _literals(source: str) -> str:
-    """A template's own text and strings, with a character between them that none of them has."""
     _compiled(source, ())
     tree = _environment().parse(source)
     strings = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]

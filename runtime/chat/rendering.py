@@ -12,8 +12,9 @@ from datetime import datetime
 from typing import Any
 
 from ...errors import SessionError, shortened_text
-from .environment import BrokenTemplateError, FailedTemplateError, StandIns, render
+from .environment import BrokenTemplateError, CostlyTemplateError, FailedTemplateError, StandIns
 from .messages import Message
+from .sandbox import render
 from .settings import Chat
 from .templates import ChatTemplate
 
@@ -53,6 +54,8 @@ class Writer:
         except FailedTemplateError as error:
             said = shortened_text(str(error))
             raise SessionError(f"the chat template does not take these messages: {said}") from error
+        except CostlyTemplateError as error:
+            raise template.too_costly(str(error)) from error
 
     def again(self, marking: Marking, source: str, named: Mapping[str, str], stand_ins: StandIns) -> str | None:
         """Writes the conversation once more with other texts; None where the template does not take these."""
@@ -64,6 +67,8 @@ class Writer:
             return self._write(marked, source, named, stand_ins)
         except (FailedTemplateError, SessionError):
             return None
+        except CostlyTemplateError as error:
+            raise self.template.too_costly(str(error)) from error
 
     def given(self) -> list[Any]:
         """Everything in the prompt that is the caller's."""

@@ -4,13 +4,15 @@ Enters: a folder. Leaves: its templates by their names. Invariant: where several
 `transformers` takes.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import ArrieroError, FolderError, SessionError, shortened, shortened_text
-from ...files.folders import NAMED_TEMPLATES, read_json
+from ...files.folders import read_json, template_names
+from ...files.reading import read_text
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 """Names of the templates that are taken without and with tools where none is asked for."""
@@ -33,6 +35,11 @@ class ChatTemplate:
         if self.path is None:
             return SessionError(f"the chat_template given does not compile ({shortened_text(reason)}): correct it")
         return FolderError(f"{self.path}: the chat template does not compile ({shortened_text(reason)}): correct it")
+
+    def too_costly(self, reason: str) -> SessionError:
+        """The error of a template that takes more than it has."""
+        name = "the chat_template given" if self.path is None else f"{self.path}: the chat template"
+        return SessionError(f"{name} was stopped, {reason}: correct it, or give fewer messages")
 
 
 def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, ChatTemplate]:
@@ -87,17 +94,11 @@ def choose_template(
 
 def _files(folder: Path) -> dict[str, ChatTemplate]:
     """The templates in files of their own."""
-    paths = {path.stem: path for path in sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))}
+    paths = {Path(name).stem: folder / name for name in template_names(folder)}
     default = folder / "chat_template.jinja"
-    if default.is_file():
+    if os.path.lexists(default):
         paths.setdefault(DEFAULT, default)
-    found = {}
-    for name, path in paths.items():
-        try:
-            found[name] = ChatTemplate(path.read_text("utf-8"), path)
-        except (OSError, UnicodeError) as error:
-            raise FolderError(f"{path}: cannot be read ({error}): export again from an intact checkpoint") from error
-    return found
+    return {name: ChatTemplate(read_text(path, folder=folder), path) for name, path in paths.items()}
 
 
 def _named(value: Any, path: Path) -> dict[str, ChatTemplate]:

@@ -29,7 +29,7 @@ class ImagePrompts:
         text: The folder's tokenizer.
 
     Raises:
-        SessionError: The folder's model takes no images.
+        SessionError: The folder's preprocessor or its tokenizer's image tokens are missing.
         FolderError: A file is damaged, or is not a Llama 4's.
     """
 
@@ -40,7 +40,10 @@ class ImagePrompts:
         for token in (IMAGE, PATCH, START, END, NEXT_COLUMN, NEXT_ROW):
             found = text.encode(token, special_tokens=False)
             if len(found) != 1:
-                raise SessionError(f"{text.folder}: the tokenizer has no {token}: its model takes no images")
+                raise SessionError(
+                    f"{text.folder}: the tokenizer has no {token}, so images cannot be put into prompts: export again "
+                    "with --tokenizer DIR, a folder whose tokenizer has it, or give text only"
+                )
             self.ids[token] = found[0]
         path = text.folder / "processor_config.json"
         config = {name: value for name, value in read_json(path).items() if value is not None}

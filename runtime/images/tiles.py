@@ -8,6 +8,7 @@ Shapes: N tiles, P pixels a tile's side.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...errors import FolderError, SessionError
+from ...errors import FolderError, SessionError, shortened
 from ...files.folders import read_json
 from ...plugins.narrow_types import narrow, widen
 from .resampling import resample
@@ -106,19 +107,22 @@ def read_tile_settings(folder: Path) -> TileSettings:
     them.
 
     Raises:
-        SessionError: The folder has neither: its model takes no images.
+        SessionError: The folder has neither.
         FolderError: A file is damaged, or is not a Llama 4's.
     """
     path = folder / "processor_config.json"
     config = read_json(path).get("image_processor")
     if config is None:
         path = folder / "preprocessor_config.json"
-        if not path.is_file():
-            raise SessionError(f"{folder} has no preprocessor_config.json: its model takes no images, give text only")
+        if not os.path.lexists(path):
+            raise SessionError(
+                f"{folder} has no processor_config.json or preprocessor_config.json, by which images are cut: export "
+                "again with --tokenizer DIR, a folder that has it, or give text only"
+            )
         config = read_json(path)
     try:
         if not isinstance(config, dict):
-            raise FolderError(f"image_processor is {config!r}, expected an object")
+            raise FolderError(f"image_processor is {shortened(config)}, expected an object")
         return TileSettings.of(config)
     except FolderError as error:
         raise FolderError(f"{path}: {error}: correct it") from error

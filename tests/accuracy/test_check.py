@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from json_keys import documented
 from planted_faults import changed_tensors
 from transformers import Llama4ForCausalLM
 from typer.testing import CliRunner
@@ -133,7 +134,16 @@ def test_reports_are_written_whole(tiny_model: Path, golden: Path, tmp_path: Pat
     suite = ElementTree.parse(folder / "junit.xml").getroot()
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("3", "0", "0")
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("<figure") == 2
+    assert found["schema"] == 1
+    assert set(found) == documented("check")
+    for side in ("candidate", "reference"):
+        assert len(found["contents"][side]["hash"]) == 64
+        assert found["contents"][side]["weights"]
+    case = suite.findall("testcase")[0]
+    assert float(case.get("time", "")) > 0
+    values = {each.get("name"): each.get("value") for each in case.iter("property")}
+    assert {"value", "low", "high", "limit", "limit_origin"} <= set(values)
     assert "http" not in page
     with pytest.raises(FolderError, match="--force to replace it"):
         write_report(verdict, folder)
@@ -151,9 +161,19 @@ def test_exit_codes_tell_the_verdict(tiny: Path, tiny_model: Path, golden: Path,
 
     assert run(tiny_model, "--against", golden, "-o", tmp_path / "report")[0] == 0
     assert (tmp_path / "report" / "report.html").is_file()
-    code, output = run(tiny_model, "--against", golden, "--min-greedy", "33", "--json")
+    code, output = run(tiny_model, "--against", golden, "--max-perplexity-ratio", "0.5", "--json")
     assert code == 1
     assert json.loads(output.splitlines()[-1])["outcome"] == "regressed"
+    for option, value in (("--samples", 3), ("--window", 64)):
+        code, output = run(tiny_model, "--against", golden, option, value)
+        assert code == 2
+        assert f"has its own text, 10 windows of 512 tokens: leave {option} out" in output
+    limits = tmp_path / "limits.toml"
+    limits.write_text("[none]\ntop1 = 1.0\n[int8]\nkl = 0.0\n")
+    code, output = run(tiny_model, "--against", golden, "--limits", limits, "--json")
+    held = {each["metric"]: (each["limit"], each["origin"]) for each in json.loads(output.splitlines()[-1])["limits"]}
+    assert held["top1"] == (1.0, "file")
+    assert held["kl"] == (0.002, "default")
     code, output = run(tiny_model, "--against", golden, "--locate")
     assert code == 2
     assert "holds no layers to walk" in output

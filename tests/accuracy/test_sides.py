@@ -36,6 +36,14 @@ def test_a_bundle_is_checked_where_neither_torch_nor_onnx_is(
     assert alone["metrics"] == here["metrics"]
     assert alone["notes"] == ["The choice of experts cannot be seen without onnx: router flips are not told."]
     assert not here["notes"]
+    command = "import sys\nfrom arriero.cli.app import main\nsys.argv = ['arriero', 'check', *sys.argv[1:]]\nmain()"
+    code = f"import sys\nsys.modules.update(dict.fromkeys({HEAVY}))\n{command}"
+    options = ["--against", golden, "--history", tmp_path / "h.jsonl", "-o", tmp_path / "report", "--quiet"]
+    run = subprocess.run([sys.executable, "-c", code, bundle, *options], capture_output=True, text=True)
+    assert run.returncode == 3, run.stderr  # two windows are not enough data to tell
+    assert "record the golden file over more than its 2 windows" in run.stdout
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"verdict.json", "junit.xml", "report.html"}
+    assert len((tmp_path / "h.jsonl").read_text().splitlines()) == 1
 
 
 def test_routers_choose_the_largest_logits_and_of_equal_ones_the_first() -> None:

@@ -1,11 +1,14 @@
 """The application: its version, its help and its completion."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from json_keys import documented
 from typer.testing import CliRunner
 
 import arriero
@@ -30,6 +33,45 @@ def test_the_help_names_every_verb_in_order() -> None:
     shown = CliRunner().invoke(app, ["--help"]).stdout
     names = [verb.__name__ for verb in VERBS]
     assert re.findall(rf"^│ ({'|'.join(names)}) ", shown, re.MULTILINE) == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "said"),
+    [
+        (["inspect", "nowhere"], "FolderError", "nowhere is no folder"),
+        (["inspect"], "UsageError", "Missing argument"),
+        (["inspect", "x", "--lairs"], "UsageError", "No such option"),
+        (["inspect", "x", "--quiet", "--verbose"], "UsageError", "contradict each other"),
+        (["check", "x", "--against", "y", "--max-kl", "-5"], "AccuracyError", "the limit of kl is -5.0, expected nats"),
+    ],
+)
+def test_errors_are_json_too_where_it_is_asked_for(arguments: list[str], kind: str, said: str) -> None:
+    run = subprocess.run([*MODULE, *arguments, "--json"], capture_output=True, text=True)
+    assert run.returncode == 2
+    found = json.loads(run.stdout)
+    assert set(found) == documented("error")
+    assert (found["schema"], found["kind"], found["exit_code"]) == (1, kind, 2)
+    assert said in found["error"]
+    assert said.split()[0] in run.stderr
+
+
+def test_help_and_version_come_through_with_json() -> None:
+    for option, said in (("--help", "Usage: arriero inspect"), ("--version", "")):
+        arguments = ["inspect", option, "--json"] if said else ["--version", "--json"]
+        run = subprocess.run([*MODULE, *arguments], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert said in run.stdout
+
+
+def test_no_color_is_heeded(tiny_model: Path) -> None:
+    coloured = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    coloured.pop("NO_COLOR", None)
+    found = []
+    for more in ({}, {"NO_COLOR": "1"}):
+        run = subprocess.run([*MODULE, "inspect", tiny_model], env={**coloured, **more}, capture_output=True, text=True)
+        found.append(re.findall(r"\x1b\[[\d;]*3\d", run.stdout + run.stderr))
+        assert "Model" in run.stdout
+    assert not found[1]
 
 
 @pytest.mark.parametrize("verb", [verb.__name__ for verb in VERBS])

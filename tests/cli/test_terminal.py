@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from json_keys import documented
 from typer.testing import CliRunner
 
 import arriero
@@ -22,7 +23,7 @@ from arriero.errors import FolderError
         (("calibrate", "x", "-o", "y", "--recipe", "int8", "--data", "z"), "arriero[calibration]"),
         (("build", "x", "-o", "y"), "arriero[export]"),
         (("build", "x", "-o", "y", "--target", "tensorrt-rtx:sm89"), "arriero[tensorrt]"),
-        (("bench", "x", "-o", "y"), "arriero[accuracy]"),
+        (("bench", "x", "-o", "y"), "arriero[check]"),
         (("check", "x", "--against", "y"), "arriero[accuracy]"),
         (("golden", "x", "-o", "y", "--data", "z"), "arriero[accuracy]"),
         (("run", "x", "--prompt", "y"), "arriero[export]"),
@@ -48,7 +49,7 @@ def test_the_extras_exist() -> None:
     text = (Path(arriero.__file__).parent / "pyproject.toml").read_text("utf-8")
     extras = text.partition("[project.optional-dependencies]")[2].partition("[project.scripts]")[0]
     assert all(f"\n{extra} = [" in extras for extra in ("export", "calibration", "tensorrt", "accuracy"))
-    assert "matplotlib" in extras.partition("\naccuracy = [")[2].partition("]\n")[0]  # which `bench -o` needs
+    assert "matplotlib" in extras.partition("\ncheck = [")[2].partition("]\n")[0]  # which `bench -o` needs
 
 
 def test_errors_are_one_line_with_a_remedy() -> None:
@@ -70,6 +71,39 @@ def test_quiet_leaves_errors_and_verbose_adds_details(capsys: pytest.CaptureFixt
     lines = [line.partition(": ")[0] for line in capsys.readouterr().err.splitlines()]
     quiet, usual = ["arriero"], ["said", "arriero"]
     assert lines == [*quiet, *usual, "said", "detailed", "Working cutting", "Working sewing", "arriero"]
+
+
+def test_off_a_terminal_there_is_a_line_every_30_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("arriero.cli.terminal.time.monotonic", lambda: clock[0])
+    for quiet in (False, True):
+        with Terminal(quiet=quiet).progress_shown("Calibrating") as progress:
+            for second in range(0, 100, 10):
+                clock[0] += 10
+                progress("layer 3", second, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "Calibrating layer 3: 20%, about 120 s left".replace("120 s", "2 min"),
+        "Calibrating layer 3: 50%, about 60 s left",
+        "Calibrating layer 3: 80%, about 22 s left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "verb", "extra"),
+    [
+        ("matplotlib", "accuracy", "check"),
+        ("matplotlib", "calibration", "calibration"),
+        ("torch", "accuracy", "accuracy"),
+        ("onnx.checker", "export", "export"),
+        ("pyarrow", "calibration", "parquet"),
+        ("lm_eval", "accuracy", "evaluation"),
+    ],
+)
+def test_the_smallest_extra_that_brings_a_module_is_named(module: str, verb: str, extra: str) -> None:
+    assert f"pip install 'arriero[{extra}]'" in one_line(ModuleNotFoundError("x", name=module), verb)
 
 
 def test_warnings_are_messages(recwarn: pytest.WarningsRecorder) -> None:
@@ -101,13 +135,15 @@ def test_quiet_says_nothing_where_all_is_well_and_results_stay(tiny_model: Path)
     assert quiet.stdout == usual.stdout == verbose.stdout != ""
     assert "tokens/s" in usual.stderr
     assert "loaded in" in verbose.stderr
+    found = json.loads(CliRunner().invoke(app, [*prompt, "--json"]).stdout)
+    assert set(found) | {"logprobs"} == documented("run")
 
 
 def test_a_written_folder_is_listed_where_asked_for(tiny_model: Path, tmp_path: Path) -> None:
     build = ["build", str(tiny_model), "-o"]
     quiet = CliRunner().invoke(app, [*build, str(tmp_path / "quiet"), "--quiet", "--json"])
     assert quiet.stderr == ""
-    assert set(json.loads(quiet.stdout)) == {"folder", "bytes", "seconds"}
+    assert set(json.loads(quiet.stdout)) == documented("written")
     verbose = CliRunner().invoke(app, [*build, str(tmp_path / "verbose"), "--verbose"]).stderr
     assert str(tmp_path / "verbose" / "spec.json") in verbose
     assert verbose.splitlines()[-1].startswith("Wrote ")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from json_keys import documented
 
 COMMAND = [str(Path(sys.executable).with_name("arriero"))]
 
@@ -35,6 +36,7 @@ def test_export_build_and_run_agree(tiny: Path, tmp_path: Path) -> None:
     exported = arriero("export", tiny, "-o", tmp_path / "model", "--json")
     assert exported.returncode == 0, exported.stderr
     assert json.loads(exported.stdout)["folder"] == str(tmp_path / "model")
+    assert set(json.loads(exported.stdout)) == documented("written")
     assert arriero("build", tmp_path / "model", "-o", tmp_path / "bundle").returncode == 0
     prompt = ("--prompt", "The for statement", "--max-new-tokens", 12, "--temperature", 0)
     texts = [arriero("run", tmp_path / name, *prompt).stdout for name in ("model", "bundle")]
@@ -50,6 +52,7 @@ def test_calibrate_lists_each_weight_and_its_model_runs(tiny_model: Path, tmp_pa
     run = arriero("calibrate", tiny_model, "-o", tmp_path / "int8", *arguments)
     assert run.returncode == 0, run.stderr
     weights = json.loads(run.stdout)["weights"]
+    assert set(json.loads(run.stdout)) == documented("calibrate")
     assert len(weights) == 8 * 7 + 4 * 8 * 2
     assert min(weight["output_sqnr"] for weight in weights) > 20
     assert len(arriero("run", tmp_path / "int8", "--prompt", "The for statement", "--max-new-tokens", 12).stdout) > 12
@@ -61,6 +64,8 @@ def test_calibrate_sums_up_what_it_did(tiny: Path, tiny_model: Path, tmp_path: P
     assert run.stdout == ""
     assert re.search(r"^ attention +32 +int8 +(\d+\.\d +){3}\d+\.\d *$", run.stderr, re.MULTILINE)
     assert f"Report: {tmp_path / 'int8' / 'report.html'}\n" in run.stderr
+    assert re.search(r"^Weights: 10\.8 MB before, \d\.\d MB after \(\d\d%\)$", run.stderr, re.MULTILINE)
+    assert re.search(r"^Experts: the least busy saw \d+ tokens, .* of an even share; the busiest", run.stderr, re.M)
     assert (tmp_path / "int8" / "report.html").exists()
     assert "layers.7.self_attn.q_proj" not in run.stderr
     listed = arriero("calibrate", tiny_model, "-o", tmp_path / "int8", *arguments, "--force", "--verbose")

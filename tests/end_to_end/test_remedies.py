@@ -163,10 +163,10 @@ FOLDERS = (
         follow=lambda place: runs(export_checkpoint(place.small, damaged_spec(place), force=True)),
     ),
     Remedy(
-        name="ranks are not joined",
-        provoke=lambda place: arriero.load(exported(place, tp=2)),
-        says="export without --tp",
-        follow=lambda place: runs(exported(place)),
+        name="a rank alone",
+        provoke=lambda place: arriero.load(exported(place, tp=2) / "rank-1"),
+        says="give the group's folder, .*",
+        follow=lambda place: runs(exported(place, tp=2)),
     ),
 )
 

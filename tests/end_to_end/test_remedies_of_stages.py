@@ -105,20 +105,26 @@ EXPORTS = (
     Remedy(
         name="a starved expert, more samples",
         provoke=lambda place: calibrated(place, place.model, samples=1, floor=32),
-        says="give more --data or --samples",
+        says="with more --data or --samples",
         follow=lambda place: calibrated(place, place.model, samples=12, floor=32),
     ),
     Remedy(
         name="a starved expert, a lower floor",
         provoke=lambda place: calibrated(place, floor=10**6),
-        says="a lower --floor",
+        says="with a lower --floor",
         follow=lambda place: calibrated(place, floor=1),
     ),
     Remedy(
         name="a starved expert, all experts",
         provoke=lambda place: calibrated(place, floor=10**6),
-        says="or --all-experts",
+        says="with --all-experts",
         follow=lambda place: calibrated(place, floor=10**6, all_experts=True),
+    ),
+    Remedy(
+        name="a starved expert, fallback",
+        provoke=lambda place: calibrated(place, floor=10**6),
+        says="with --floor-action fallback",
+        follow=lambda place: calibrated(place, floor=10**6, floor_action="fallback"),
     ),
     Remedy(
         name="too little data",
@@ -173,12 +179,18 @@ EXPORTS = (
         ],
     ),
     Remedy(
-        name="a GPU without bfloat16",
-        provoke=lambda place: check_dtypes(parse_target("tensorrt-rtx:sm75"), ["bfloat16"]),
-        says="export with --dtype float16 or target sm80",
+        name="a GPU before sm80",
+        provoke=lambda place: parse_target("tensorrt-rtx:sm75"),
+        says="tensorrt-rtx builds for sm80, sm86, sm89, sm120, sm121, not for 'sm75': choose among these",
+        follow=lambda place: parse_target("tensorrt-rtx:sm80,sm86,sm89,sm120,sm121"),
+    ),
+    Remedy(
+        name="a GPU without FP8",
+        provoke=lambda place: check_dtypes(parse_target("tensorrt-rtx:sm86"), ["fp8"]),
+        says="calibrate with --recipe int8 or target sm89",
         follow=lambda place: (
-            check_dtypes(parse_target("tensorrt-rtx:sm75"), ["float16"]) is None
-            and check_dtypes(parse_target("tensorrt-rtx:sm80"), ["bfloat16"]) is None
+            check_dtypes(parse_target("tensorrt-rtx:sm86"), ["int8"]) is None
+            and check_dtypes(parse_target("tensorrt-rtx:sm89"), ["fp8"]) is None
         ),
     ),
     Remedy(

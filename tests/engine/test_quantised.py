@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import arriero
 from arriero.calibration import calibrate_model, fp8, int4, int8
-from arriero.calibration.shard import unpack_int4
 from arriero.engine import build_bundle
 from arriero.engine.cpu_lowering import lower_for_cpu
 from arriero.export import export_checkpoint
@@ -24,6 +23,7 @@ from arriero.plugins.gqa.meaning import grouped_query_attention
 from arriero.plugins.gqa.op import Attributes as AttentionAttributes
 from arriero.plugins.moe.meaning import moe_dispatch, silu
 from arriero.plugins.moe.op import Attributes
+from arriero.plugins.narrow_types import unpack_int4
 from arriero.plugins.quantisation import fake_quantise
 from arriero.spec.recipe import Recipe
 from arriero.spec.stored_weights import Weight
@@ -101,7 +101,8 @@ class Emulation:
     def tensor(self, name: str) -> Array:
         tensor = self.tensors[name]
         if tensor.dtype.itemsize == 1 and not tensor.dtype.is_floating_point and not tensor.dtype.is_signed:
-            tensor = unpack_int4(tensor)
+            packed = tensor.numpy()
+            tensor = torch.from_numpy(unpack_int4(packed).reshape(*packed.shape[:-1], -1))
         array: Array = tensor.double().numpy()
         return array
 

@@ -22,6 +22,7 @@ from arriero.export.portions import take
 from arriero.export.split import Split, split_model
 from arriero.files.folders import read_spec
 from arriero.files.output import check_free
+from arriero.measuring.summary import summarise
 
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_local_experts": 8}
 IDS = [[5, 3, 90, 41, 7, 7, 12, 60, 33, 2, 1, 8, 96, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23]]
@@ -111,6 +112,36 @@ def tied(make_llama4: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     return folder / "checkpoint", export_checkpoint(folder / "checkpoint", folder / "whole")
 
 
+def test_a_split_of_the_experts_alone_is_the_whole_to_the_bit(
+    exported: Callable[..., Path], maverick: Path, tmp_path: Path
+) -> None:
+    whole = exported("maverick", 1, 1)  # with two experts a token, which may lie on two ranks
+    for source in (maverick, whole):
+        group = export_checkpoint(source, tmp_path / f"group-of-{source.name}", tp=1, ep=4)
+        merged = arriero.load(merge_ranks(group, tmp_path / f"merged-{source.name}"))
+        assert max(differences(arriero.load(whole), merged)) == 0
+        sums = [node.name for node in onnx.load(group / "rank-3/decoder.onnx", load_external_data=False).graph.node
+                if node.op_type == "AllReduce"]  # fmt: skip
+        assert sums == [f"layers.{index}/MoeDispatch/AllReduce" for index in (1, 3)]
+        assert summarise(group)["ranks"]["sums"] == {"a_step": 2, "bytes_per_token": 2 * 32 * 4, "bytes_per_logits": 0}
+
+
+def test_a_model_folder_is_split_as_its_checkpoint_is(exported: Callable[..., Path], tmp_path: Path) -> None:
+    for kind, tp, ep in (("scout", 2, 2), ("maverick", 4, 1)):
+        found = export_checkpoint(exported(kind, 1, 1), tmp_path / kind, tp=tp, ep=ep)
+        for rank in range(tp):
+            paths = [group / f"rank-{rank}" / "decoder.onnx" for group in (exported(kind, tp, ep), found)]
+            assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_model_is_not_exported_again_or_converted(exported: Callable[..., Path], tmp_path: Path) -> None:
+    whole = exported("scout", 1, 1)
+    with pytest.raises(ExportError, match="is exported already: give --tp or --ep"):
+        export_checkpoint(whole, tmp_path / "out")
+    with pytest.raises(ExportError, match="not converted: export its checkpoint with --dtype"):
+        export_checkpoint(whole, tmp_path / "out", tp=2, dtype="float16")
+
+
 @pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"copy_weights": True}], ids=str)
 def test_weights_that_are_converted_or_copied_are_split_alike(
     tied: tuple[Path, Path], tmp_path: Path, options: dict[str, Any]
@@ -177,18 +208,19 @@ def test_a_rank_has_a_part_of_the_cache_and_its_own_experts(exported: Callable[.
         dispatch = next(node for node in graph.node if node.op_type == "MoeDispatch")
         first = {attribute.name: attribute.i for attribute in dispatch.attribute}.get("first_expert", 0)
         assert first == (0, 0, 4, 4)[rank]
-        assert sum(node.op_type == "AllReduce" for node in graph.node) == 2 * 4 + 1
+        sums = sum(node.op_type == "AllReduce" for node in graph.node)
+        assert sums == summarise(group)["ranks"]["sums"]["a_step"] == 2 * 4 + 1
         assert len({node.name for node in graph.node}) == len(graph.node)
     assert (read_spec(group).kind, read_spec(group).ranks, read_spec(group).expert_groups) == ("group", 4, 2)
 
 
 def test_a_rank_is_not_run_alone(exported: Callable[..., Path], tmp_path: Path) -> None:
     group = exported("scout", 2, 2)
-    for folder, what in ((group, "a group of 2 ranks"), (group / "rank-1", "rank 1 of 2")):
-        with pytest.raises(FolderError, match=f"this model is {what}, which no runtime here joins yet"):
-            arriero.load(folder)
-        with pytest.raises(FolderError, match=f"this model is {what}"):
-            build_bundle(folder, tmp_path / "bundle")
+    for do in (arriero.load, lambda folder: build_bundle(folder, tmp_path / "bundle")):
+        with pytest.raises(FolderError, match=f"is rank 1 of 2, which does not run alone: give .* folder, {group}"):
+            do(group / "rank-1")
+    with pytest.raises(FolderError, match="is a group: give a model folder that is whole"):
+        export_checkpoint(group, tmp_path / "again", tp=2)
     check_free(group, force=True)  # it is a folder of Arriero's, so that it may be replaced
 
 
@@ -202,7 +234,7 @@ def test_a_rank_is_not_run_alone(exported: Callable[..., Path], tmp_path: Path) 
         ({"expert_size": 6}, 4, None, "tp is 4, which does not divide the 6 columns of an expert: choose one of 1, 2"),
         ({"dense_size": 6}, 4, None, "tp is 4, which does not divide the 6 columns of a dense MLP: choose one of 1, 2"),
         ({}, 2, 4, "ep is 4, which does not divide tp (2): choose one of 1, 2 for ep"),
-        ({}, 1, 2, "ep is 2, which does not divide tp (1): choose one of 1 for ep"),
+        ({}, 1, 3, "ep is 3, which does not divide the 8 experts: choose one of 1, 2, 4, 8"),
         ({"experts": 6}, 4, None, "ep is 4, as tp, which does not divide the 6 experts: choose one of 1, 2 for ep"),
         ({"experts": 6}, 4, 4, "ep is 4, which does not divide the 6 experts: choose one of 1, 2 for ep"),
     ],

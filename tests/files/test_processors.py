@@ -1,17 +1,19 @@
 """Processors within the quotas of control groups, of both versions and of nested ones."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from arriero.files import control_groups
 from arriero.files import processors as module
 
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The mount of a made-up system's control groups, on a machine of 64 processors."""
-    monkeypatch.setattr(module, "GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(module, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(control_groups, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(control_groups, "OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(64)))
     return tmp_path
 
@@ -102,3 +104,30 @@ def test_nothing_else_counts_processors() -> None:
     for path in (path for room in rooms for path in room.rglob("*.py")):
         if path != Path(module.__file__):
             assert "sched_getaffinity" not in path.read_text("utf-8"), path
+
+
+@pytest.mark.parametrize(
+    ("allowed", "nodes", "parts", "expected"),
+    [
+        (range(8), {"node0": "0-3", "node1": "4-7"}, 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (range(8), {"node0": "0,2,4,6", "node1": "1,3,5,7"}, 4, [[0, 2], [4, 6], [1, 3], [5, 7]]),
+        ((1, 2, 6), {"node0": "0-3", "node1": "4-7"}, 2, [[1, 2], [6]]),  # of what is allowed
+        (range(6), {"node0": "0-5"}, 2, [[0, 1, 2], [3, 4, 5]]),
+        (range(6), {"node0": "0-2", "node1": "3-5"}, 3, [[0, 1], [2, 3], [4, 5]]),  # no three of two nodes
+        (range(3), {}, 2, [[0], [1, 2]]),  # a system that does not tell
+        (range(1), {"node0": "0"}, 2, None),
+    ],
+)
+def test_ranks_share_processors_by_memory_nodes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: Iterable[int],
+    nodes: dict[str, str],
+    parts: int,
+    expected: list[list[int]] | None,
+) -> None:
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(allowed))
+    for name, processors in nodes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cpulist").write_text(f"{processors}\n")
+    assert module.share_processors(parts, tmp_path) == expected

@@ -3,10 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from json_keys import documented
 from typer.testing import CliRunner
 
 from arriero.cli.app import app
-from arriero.cli.tables import show_measured
+from arriero.cli.tables_of_speed import show_measured
 from arriero.engine import build_bundle
 from arriero.errors import FolderError, SessionError
 from arriero.measuring import timing
@@ -54,6 +55,7 @@ def test_results_are_written_whole_and_not_over_others(found: dict[str, Any], tm
     out = tmp_path / "measured"
     write_measured(found, out)
     assert json.loads((out / RESULT).read_text()) == found
+    assert set(found) == documented("bench")
     assert (out / "bench.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(FolderError, match="--force to replace it"):
         write_measured(found, out)

@@ -28,9 +28,6 @@ from arriero.plugins.moe.plan import Plan
 
 Array = np.ndarray[Any, Any]
 
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""Shared memory that one program may have, of NVIDIA's programming guide."""
-
 
 def distance(found: Array, expected: Array) -> float:
     error, size = np.linalg.norm(found - expected), np.linalg.norm(expected)
@@ -123,7 +120,6 @@ def compiled_parts(moe: Plan, capability: int, *parts: str) -> dict[str, kernels
         compiled = kernels.compile_kernel(kernel, next(each for each in moe.kernels if each.name == name), capability)
         used[part] = kernels.usage(compiled)
         assert used[part].spilled == 0, name
-        assert compiled.binary.shared <= SHARED_KB[capability] * 1024, name
     return used
 
 

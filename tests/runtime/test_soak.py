@@ -26,14 +26,17 @@ def script() -> ModuleType:
 def run(script: ModuleType, model: Path, sequences: int) -> Any:
     plain = arriero.load(model, max_seq=512)
     keeping = Session(plain.decoder, plain.text, plain.defaults, plain.limits, prefix_bytes=script.PREFIX_BYTES)
-    return script.soak(keeping, plain, sequences, seconds=0, slots=4, size=12)
+    return script.soak(keeping, plain, sequences, seconds=0, slots=4, size=12, failing=0.01)
 
 
 def test_sequences_join_and_leave_at_random_and_all_is_right(script: ModuleType, tiny_model: Path) -> None:
     found = run(script, tiny_model, 70)
     assert found.wrong == []
     assert found.ties <= 1
-    assert found.sequences == 70
+    assert found.sequences >= 70
+    assert found.lost == 0
+    assert found.failed > 0
+    assert found.refused > 0
     assert found.called_off > 0
     assert found.reused > 0
     assert found.growth < 20e6

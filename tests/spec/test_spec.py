@@ -61,7 +61,7 @@ def test_any_change_is_read_or_refused(data: st.DataObject) -> None:
 def test_what_is_wrong_is_said() -> None:
     fields = json.loads(FOLDER.to_json())
     fields["model"]["kv_heads"] = 0
-    with pytest.raises(FolderError, match="sizes do not fit together"):
+    with pytest.raises(FolderError, match="kv_heads is 0, expected 1 to"):
         FolderSpec.from_json(json.dumps(fields))
     fields["model"]["kv_heads"] = "two"
     with pytest.raises(FolderError, match="'two' is no int"):

@@ -1,85 +1,43 @@
-"""A GPU and a TensorRT that are not there: host memory for the driver's, ONNX Runtime for the engine.
+"""A TensorRT that is not there, over the driver of `executing_cuda`: ONNX Runtime does the engines' work.
 
 What a session does around its engines (addresses, shapes, profiles, copies) runs for real; the engines' work is done by
 the CPU's lowering of the same model, in float32, over the memory that the session bound.
 """
 
+import copy
 import ctypes
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from executing_cuda import ExecutingCuda
 
 from arriero.engine.cpu_lowering import lower_for_cpu, lower_tower_for_cpu
 from arriero.files.folders import find_files, read_spec
+from arriero.plugins.launch import Driver
 from arriero.plugins.narrow_types import NUMPY_DTYPES, narrow, widen
 from arriero.runtime.backends.mapped_weights import map_weights
 from arriero.runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
 from arriero.runtime.backends.onnxruntime_tower import OnnxRuntimeTower
 
 TRT = SimpleNamespace(
-    CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
+    CudaGraphStrategy=SimpleNamespace(DISABLED="disabled"),
+    DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager", LAZY="lazy", NONE="none"),
     ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
+    ProfilingVerbosity=SimpleNamespace(NONE="none"),
 )
 """What a session takes of TensorRT's module."""
 
 TYPES = {"input_ids": np.int64, "past_lengths": np.int32, "logit_positions": np.int64}
 
 
-class FakeDriver:
-    """CUDA's driver calls over host memory; counts what is allocated and what graphs replay."""
+class FakeDriver(Driver):
+    """CUDA's driver over host memory, `cuda`."""
 
-    def __init__(self, capability: int = 89) -> None:
-        self.memory: dict[int, Any] = {}
-        self.version, self.replays, self.captured = capability, 0, None
-
-    def capability(self) -> int:
-        return self.version
-
-    def call(self, name: str, *arguments: Any) -> None:
-        getattr(self, name)(*arguments)
-
-    def cuMemAlloc_v2(self, pointer: Any, size: Any) -> None:
-        buffer = ctypes.create_string_buffer(b"\xff" * size.value, size.value)  # not zeros: nobody may rely on them
-        address = ctypes.addressof(buffer)
-        self.memory[address] = buffer
-        ctypes.cast(pointer, ctypes.POINTER(ctypes.c_uint64))[0] = address
-
-    def cuMemFree_v2(self, address: Any) -> None:
-        del self.memory[address.value]
-
-    def cuMemcpyHtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> None:
-        self.check(target.value, size.value)
-        ctypes.memmove(target.value, source, size.value)
-
-    def cuMemcpyDtoHAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> None:
-        self.check(source.value, size.value)
-        ctypes.memmove(target, source.value, size.value)
-
-    def cuMemcpyDtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> None:
-        self.check(source.value, size.value)
-        self.check(target.value, size.value)
-        ctypes.memmove(target.value, source.value, size.value)
-
-    def cuMemsetD8Async(self, address: Any, value: int, size: Any, stream: Any) -> None:
-        self.check(address.value, size.value)
-        ctypes.memset(address.value, value, size.value)
-
-    def check(self, address: int, size: int) -> None:
-        assert any(start <= address and address + size <= start + len(buffer) for start, buffer in self.memory.items())
-
-    def cuStreamSynchronize(self, stream: Any) -> None:
-        pass
-
-    def cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
-        pass
-
-    def cuCtxSetCurrent(self, context: Any) -> None:
-        pass
-
-    def cuStreamCreate(self, stream: Any, flags: int) -> None:
-        pass
+    def __init__(self, capability: int = 89, **about: Any) -> None:
+        self.cuda = ExecutingCuda(capability, **about)
+        super().__init__(self.cuda)
 
 
 class FakeEngine:
@@ -93,14 +51,17 @@ class FakeEngine:
     def __init__(self, driver: FakeDriver, dtype: str = "float32") -> None:
         self.driver, self.dtype = driver, dtype
         self.contexts: list[FakeContext] = []
+        self.streamable_weights_size, self.weight_streaming_budget_v2 = 1 << 40, -1
 
     def create_execution_context(self, config: Any = None) -> "FakeContext":
         self.contexts.append(FakeContext(self, config))
         return self.contexts[-1]
 
     def create_runtime_config(self) -> Any:
-        methods = {"set_execution_context_allocation_strategy": lambda self, strategy: None}
-        return type("Config", (), {"cuda_graph_strategy": None, **methods})()
+        config = SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
+        config.create_runtime_cache = FakeCache
+        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
+        return config
 
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return 1 << (16 + profile)
@@ -109,12 +70,14 @@ class FakeEngine:
 class FakeDecoder(FakeEngine):
     """A decoder's engine, for `arriero.runtime.backends.tensorrt_decoder`."""
 
-    def __init__(self, model: Path, driver: FakeDriver, dtype: str = "float32") -> None:
+    def __init__(self, model: Path, driver: FakeDriver, dtype: str = "float32", group: Any = None) -> None:
         super().__init__(driver, dtype)
         spec = read_spec(model)
         lowered = lower_for_cpu(model, spec)
         weights = map_weights(lowered.weights, find_files(model, spec.weight_files))
-        self.decoder = OnnxRuntimeDecoder(lowered.graph, weights, model, spec.model, lowered.session, 1)
+        self.decoder = OnnxRuntimeDecoder(
+            lowered.graph, weights, model, spec.rank_model, lowered.session, 1, group=group
+        )
 
     def run(self, context: "FakeContext") -> None:
         ids, past, positions = (context.array(name, kind) for name, kind in TYPES.items())
@@ -157,13 +120,22 @@ class FakeContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.profile: int | None = None
         self.runs: list[tuple[int, ...]] = []
+        self.communicator: Any = None
+
+    def set_communicator(self, communicator: Any) -> bool:
+        self.communicator = communicator
+        return True
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
         return True
 
     def set_device_memory(self, address: int, size: int) -> None:
-        self.engine.driver.check(address, size)
+        assert address % 256 == 0
+        self.engine.driver.cuda.device.check(address, size)
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
@@ -171,25 +143,41 @@ class FakeContext:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
-        return True
+        return address % 256 == 0
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self.profile is not None
-        self.engine.run(self)
+        bound = copy.copy(self)
+        bound.addresses, bound.shapes = self.addresses.copy(), self.shapes.copy()
+        self.engine.driver.cuda.put(stream, lambda: self.engine.run(bound))
         return True
 
     def array(self, name: str, dtype: Any) -> np.ndarray[Any, Any]:
         """An input as it lies in the device's memory."""
         shape = self.shapes[name]
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self.engine.driver.check(self.addresses[name], size)
+        self.engine.driver.cuda.device.check(self.addresses[name], size)
         raw = (ctypes.c_char * size).from_address(self.addresses[name])
         return np.frombuffer(raw, dtype).reshape(shape)
 
     def write(self, name: str, array: np.ndarray[Any, Any]) -> None:
         """Puts an output where the session wants it."""
-        self.engine.driver.check(self.addresses[name], array.nbytes)
+        self.engine.driver.cuda.device.check(self.addresses[name], array.nbytes)
         ctypes.memmove(self.addresses[name], array.ctypes.data, array.nbytes)
+
+
+class FakeCache:
+    """What TensorRT-RTX has compiled."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def serialize(self) -> bytes:
+        return b"compiled"
+
+    def deserialize(self, data: bytes) -> bool:
+        self.data = data
+        return data == b"compiled"
 
 
 class FakeCaches:

@@ -43,7 +43,7 @@ def merge_ranks(group: Path, out: Path) -> Path:
         merged.functions.extend(model.functions)
     out.mkdir()
     onnx.save(merged, out / "decoder.onnx")
-    carry_files(folders[0], out)
+    carry_files(group, out)
     files = {}
     for folder in folders:
         for file in read_spec(folder).weight_files:
@@ -51,11 +51,11 @@ def merge_ranks(group: Path, out: Path) -> Path:
     geometry = dataclasses.replace(
         spec.model,
         layers=spec.model.layers * spec.ranks,
-        heads=spec.model.heads // spec.ranks,
-        kv_heads=spec.model.kv_heads // spec.ranks,
+        heads=spec.model.heads // spec.parts,
+        kv_heads=spec.model.kv_heads // spec.parts,
     )
     record = dataclasses.replace(
-        spec, kind="model", model=geometry, graph="decoder.onnx", ranks=1, expert_groups=1,
+        spec, kind="model", model=geometry, graph="decoder.onnx", ranks=1, expert_groups=1, experts_only=False,
         weight_files=tuple(files.values()),
     )  # fmt: skip
     (out / SPEC).write_text(record.to_json())

@@ -13,6 +13,7 @@ import prequantised as write
 import pytest
 import torch
 from canonical import canonical_logits
+from merged_ranks import merge_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -204,13 +205,24 @@ def test_the_canonical_graph_is_that_of_a_calibrated_model(fp8_model: Path) -> N
     assert len([node for node in graph if node.op_type == "QuantizeLinear"]) == 2 * 4  # one for all that read an input
 
 
-def test_it_is_neither_converted_nor_split(fp8: Path, tmp_path: Path) -> None:
-    for options, expected in (
-        ({"dtype": "bfloat16"}, "dtype is bfloat16, a quantised checkpoint is not converted: leave it at float32"),
-        ({"tp": 2}, "tp is 2, a quantised checkpoint is not split"),
-    ):
-        with pytest.raises(ExportError, match=expected):
-            export_checkpoint(fp8, tmp_path / "model", **options)  # type: ignore[arg-type]
+def test_it_is_not_converted(fp8: Path, tmp_path: Path) -> None:
+    expected = "dtype is bfloat16, a quantised checkpoint is not converted: leave it at float32"
+    with pytest.raises(ExportError, match=expected):
+        export_checkpoint(fp8, tmp_path / "model", dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("kind", "tp", "ep"), [("int4", 2, 1), ("fp8", 2, 2)])
+def test_it_is_split_over_ranks_with_its_scales(
+    kind: str, tp: int, ep: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    checkpoint = request.getfixturevalue(kind)
+    whole = logits(export_checkpoint(checkpoint, tmp_path / "whole"))
+    group = export_checkpoint(checkpoint, tmp_path / "group", tp=tp, ep=ep)
+    assert not any((group / "scratch").glob("*"))
+    merged = logits(merge_ranks(group, tmp_path / "merged"))
+    # An int4 model's activations are rounded in blocks of its ranks' own inputs.
+    assert np.abs(merged - whole).max() < (0.05 if kind == "int4" else 1e-4) * np.abs(whole).max()
+    assert (merged.argmax(-1) == whole.argmax(-1)).mean() > 0.9
 
 
 DAMAGES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [

@@ -1,6 +1,7 @@
 """The packages that bring the module `onnxruntime`: none, one, two, and half of one."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -105,3 +106,15 @@ def test_engines_need_no_onnx_runtime() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) is False
+
+
+def test_nothing_is_kept_for_telemetry(tmp_path: Path) -> None:
+    code = "import sys\nfrom arriero.runtime.backends.onnxruntime_package import ort\nort.get_available_providers()"
+    kept = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "CI")
+    } | kept
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []
+    subprocess.run([sys.executable, "-c", code], env=environment | {"ORT_DISABLE_TELEMETRY": "0"}, check=True)
+    assert list(tmp_path.rglob("*onnxruntime*")), "this build of ONNX Runtime keeps nothing, so the test proves nothing"

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from arriero.files.machine_memory import Room
 from arriero.runtime.backends import pages
-from arriero.runtime.backends.pages import HUGE, Region, exchange_pages, free_memory
+from arriero.runtime.backends.pages import HUGE, Region, exchange_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or mmap.PAGESIZE != 4096, reason="huge pages are Linux's")
 BYTES = np.random.default_rng(0).integers(0, 256, 5 * HUGE + 12345, dtype=np.uint8)
@@ -55,14 +56,8 @@ def test_what_fills_no_huge_page_stays(file: mmap.mmap) -> None:
 
 
 def test_where_memory_is_short_everything_stays(file: mmap.mmap, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "free_memory", lambda: 8 * HUGE)
+    monkeypatch.setattr(pages, "find_room", lambda: Room(8 * HUGE, 16 * HUGE, "this machine"))
     region = region_of(file)
     exchange_pages([region])
     time.sleep(0.1)
     assert is_of_a_file(region.first)
-
-
-def test_a_groups_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = free_memory()
-    monkeypatch.setattr(pages, "_left_to_group", lambda: 1000)
-    assert free_memory() == 1000 < everything

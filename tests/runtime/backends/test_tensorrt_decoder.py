@@ -1,26 +1,30 @@
 """A session on a TensorRT engine: its control flow on a GPU that is not there, and on a real one where there is one."""
 
+import ctypes
 import dataclasses
-from collections.abc import Callable
+import gc
+import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from executing_cuda import ExecutingCuda
 from fake_gpu import TRT, FakeDecoder, FakeDriver
 
 import arriero
 from arriero.engine import Options, build_bundle
 from arriero.engine.target import CAPABILITIES
-from arriero.errors import FolderError, SessionError
+from arriero.engine.tensorrt_library import open_library
+from arriero.errors import BuildError, FolderError, SessionError
 from arriero.export import export_checkpoint
 from arriero.files.folders import read_spec
 from arriero.plugins.launch import Driver
 from arriero.runtime import Flight
 from arriero.runtime.backends import tensorrt_decoder as runtime_engine
-from arriero.runtime.backends.device import Device
-from arriero.runtime.backends.execution import open_version
+from arriero.runtime.backends.device import Device, DeviceGraph, DeviceMemory
+from arriero.runtime.backends.engine_file import open_version
+from arriero.runtime.backends.execution import MARGIN
 from arriero.runtime.backends.tensorrt_decoder import TensorRTDecoder, load_decoder, read_engine
 from arriero.runtime.continuation import joined
 from arriero.runtime.prefix import Prefixes
@@ -41,13 +45,20 @@ def wide_bundle(wide_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return build_bundle(wide_model, tmp_path_factory.mktemp("bundle") / "bundle", target=TARGET, options=options)
 
 
+def session_of(model: Path, bundle: Path, path: Path | None = None, **about: Any) -> tuple[Session, ExecutingCuda]:
+    """A session whose engine's record says other things; `size` is the GPU's memory."""
+    spec, plain = read_spec(bundle), arriero.load(model, max_seq=500)
+    assert spec.engine is not None
+    driver = FakeDriver(**{name: about.pop(name) for name in ("size",) if name in about})
+    spec = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, **about))
+    decoder = TensorRTDecoder(TRT, Device(driver), FakeDecoder(model, driver), {}, spec, path)
+    return Session(decoder, plain.text, plain.defaults, Limits(500, 3)), driver.cuda
+
+
 @pytest.fixture
 def on_fake_gpu(wide_model: Path, wide_bundle: Path) -> tuple[Session, FakeDecoder]:
-    spec, plain = read_spec(wide_bundle), arriero.load(wide_model, max_seq=500)
-    driver = FakeDriver()
-    engine = FakeDecoder(wide_model, driver)
-    decoder = TensorRTDecoder(TRT, Device(driver), engine, {}, spec)  # type: ignore[arg-type]
-    return Session(decoder, plain.text, plain.defaults, Limits(500, 3)), engine
+    session, _ = session_of(wide_model, wide_bundle)
+    return session, session.decoder.execution.engine  # type: ignore[attr-defined]
 
 
 def test_an_engines_session_gives_the_cpus_tokens(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
@@ -59,8 +70,10 @@ def test_an_engines_session_gives_the_cpus_tokens(wide_model: Path, on_fake_gpu:
     assert (decode.profile, prefill.profile) == (0, 1)
     assert set(decode.runs) == {(1, 1)}
     assert max(prefill.runs) <= (1, 48)
-    assert decode.config.cuda_graph_strategy == "whole"
-    assert prefill.config.cuda_graph_strategy is None
+    for context, specialisation in ((decode, "eager"), (prefill, "none")):
+        assert context.config.cuda_graph_strategy == "disabled"  # the session captures whole steps
+        assert context.config.dynamic_shapes_kernel_specialization_strategy == specialisation
+        assert context.nvtx_verbosity == "none"
 
 
 def test_ragged_rows_get_the_cpus_logits(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
@@ -141,59 +154,130 @@ def test_rows_are_copied_and_put_back(on_fake_gpu: tuple[Session, FakeDecoder]) 
     check_rows_are_copied_and_put_back(on_fake_gpu[0])
 
 
-def test_what_a_session_allocates_goes_with_it(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
+def test_a_state_takes_over_the_memory_of_the_one_before(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
     session, engine = on_fake_gpu
-    session.generate([10, 11], max_new_tokens=2, eos_token_id=[])  # the step's own buffers stay
-    before = set(engine.driver.memory)
-    state = session.start(2)
-    session.prefill(state, [[10], [12]])
-    caches = {memory.address for memory in state.caches.buffers.values()}
-    assert caches <= set(engine.driver.memory) - before
-    del state
-    assert not caches & set(engine.driver.memory)
+    memory = engine.driver.cuda.device
+    for batch, others in ((2, 2), (1, 1), (3, 3), (2, 1)):
+        state = session.start(batch)
+        session.prefill(state, [[10]] * batch)
+        used, held = state.caches.address, memory.held
+        del state
+        assert memory.held == held  # kept for the next
+        again = session.start(others)
+        assert (again.caches.address == used) == (batch == others)
+        del again
+    allocated = memory.allocations
+    for batch in (3, 1, 2):
+        session.prefill(session.start(batch), [[10]] * batch)
+    assert memory.allocations == allocated
 
 
-def test_a_graph_is_captured_once_and_replayed(wide_bundle: Path, wide_model: Path) -> None:
-    spec = read_spec(wide_bundle)
-    assert spec.engine is not None
-    full = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, flavour="tensorrt"))
-    driver = FakeDriver()
-    engine = FakeDecoder(wide_model, driver)
-    captures, launches = [], []
+def test_memory_of_earlier_states_makes_room_for_another(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
+    session, engine = on_fake_gpu
+    session.generate([10, 11], max_new_tokens=3, eos_token_id=[])
+    assert session.decoder.graphs  # type: ignore[attr-defined]
+    cuda = engine.driver.cuda
+    cuda.size = cuda.device.held + session.decoder.pool.row_size  # type: ignore[attr-defined]
+    session.start(2)
+    assert not session.decoder.graphs  # type: ignore[attr-defined]  # of addresses that mean nothing any more
+    cuda.size = 0
+    with pytest.raises(SessionError, match="cuMemAlloc_v2 failed: out of memory"):
+        session.start(3)
 
-    class CapturingDevice(Device):
-        def capture(self, work: Callable[[], None]) -> Any:
-            captures.append(work)
 
-            def launch() -> None:
-                launches.append(work)
-                work()
-
-            return SimpleNamespace(launch=launch)
-
+@pytest.mark.parametrize("flavour", ["tensorrt-rtx", "tensorrt"])
+def test_steps_are_captured_once_and_replayed(flavour: str, wide_bundle: Path, wide_model: Path) -> None:
+    session, cuda = session_of(wide_model, wide_bundle, flavour=flavour)
     plain = arriero.load(wide_model, max_seq=500)
-    decoder = TensorRTDecoder(TRT, CapturingDevice(driver), engine, {}, full)  # type: ignore[arg-type]
-    session = Session(decoder, plain.text, plain.defaults, Limits(500, 3))
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "eos_token_id": []}
-    assert session.generate("The list type", **settings) == plain.generate("The list type", **settings)
-    assert len(captures) == 1
-    assert len(launches) == 10  # 12 tokens: one from the prompt, one that runs before there is a graph
+    for _ in range(2):
+        assert session.generate("The list type", **settings) == plain.generate("The list type", **settings)
+    assert cuda.calls["cuStreamBeginCapture_v2"] == 1  # the second state has the first one's memory
+    assert (
+        cuda.calls["cuGraphLaunch"] == 10 + 11
+    )  # 12 tokens: one from the prompt, one that runs before there is a graph
 
 
 def test_where_capture_fails_steps_run_without_a_graph(wide_bundle: Path, wide_model: Path) -> None:
-    spec, plain = read_spec(wide_bundle), arriero.load(wide_model, max_seq=500)
-    assert spec.engine is not None
-    full = dataclasses.replace(spec, engine=dataclasses.replace(spec.engine, flavour="tensorrt"))
-    driver = FakeDriver()
-
-    class FailingDevice(Device):
-        def capture(self, work: Callable[[], None]) -> Any:
-            raise SessionError("cuStreamBeginCapture_v2 failed")
-
-    decoder = TensorRTDecoder(TRT, FailingDevice(driver), FakeDecoder(wide_model, driver), {}, full)  # type: ignore[arg-type]
-    session = Session(decoder, plain.text, plain.defaults, Limits(500, 3))
+    session, cuda = session_of(wide_model, wide_bundle)
+    cuda.refusals["cuStreamBeginCapture_v2"] = 900
     settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0, "eos_token_id": []}
-    assert session.generate("The list type", **settings) == plain.generate("The list type", **settings)
+    expected = arriero.load(wide_model, max_seq=500).generate("The list type", **settings)
+    with pytest.warns(arriero.errors.ArrieroWarning, match="not captured into a CUDA graph, .* not permitted when"):
+        assert session.generate("The list type", **settings) == expected
+    assert session.generate("The list type", **settings) == expected
+    assert cuda.calls["cuStreamBeginCapture_v2"] == 1
+
+
+def test_nothing_is_freed_while_a_step_is_captured(wide_bundle: Path, wide_model: Path) -> None:
+    session, cuda = session_of(wide_model, wide_bundle)
+    device = session.decoder.device  # type: ignore[attr-defined]
+    cycle: list[Any] = [DeviceMemory(device, 100)]
+    cycle.append(cycle)  # only the garbage collector frees it
+    held, before, freed = cuda.device.held, cuda.calls["cuMemFree_v2"], []
+
+    def work() -> None:
+        nonlocal cycle
+        other = DeviceGraph.__new__(DeviceGraph)
+        device.own(other, "cuMemFree_v2", ctypes.c_uint64(cycle[0].address + 1))  # refused, when its time has come
+        del other
+        cycle = [[index] for index in range(5000)]  # makes a collection due
+        freed.append(cuda.calls["cuMemFree_v2"])
+
+    with pytest.raises(ZeroDivisionError):
+        device.capture(lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+    device.capture(work)
+    assert freed == [before]
+    gc.collect()
+    assert cuda.calls["cuMemFree_v2"] == before + 2
+    assert cuda.device.held < held
+    with pytest.raises(
+        SessionError, match="cuStreamSynchronize failed: operation not permitted when stream is capturing"
+    ):
+        device.capture(device.synchronise)
+    device.synchronise()
+
+
+def test_weights_are_streamed_within_what_is_left(wide_bundle: Path, wide_model: Path) -> None:
+    session, cuda = session_of(wide_model, wide_bundle, weight_streaming=True, size=MARGIN + (200 << 20))
+    engine = session.decoder.execution.engine  # type: ignore[attr-defined]
+    assert engine.weight_streaming_budget_v2 == cuda.size - cuda.device.held - MARGIN
+    held = cuda.device.held
+    state = session.start(3)
+    session.prefill(state, [[10], [12], [13]])
+    assert cuda.device.held == held  # caches for all rows were there before the weights got the rest
+    assert not session.decoder.captures  # type: ignore[attr-defined]
+
+
+def test_compiled_kernels_are_kept_for_the_next_session(
+    wide_bundle: Path, wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for place in (folder, tmp_path / "gone"):  # a folder that cannot be written: the user's own
+        session, _ = session_of(wide_model, wide_bundle, path=place)
+        monkeypatch.setattr("pathlib.Path.mkdir", _no_folder) if place != folder else None
+        session.generate([10, 11], max_new_tokens=3, eos_token_id=[])
+        monkeypatch.undo() if place != folder else None
+    assert (folder / "decoder.engine.compiled").read_bytes() == b"compiled"
+    again, _ = session_of(wide_model, wide_bundle, path=folder)
+    assert again.decoder.contexts.made[0].config.cache.data == b"compiled"  # type: ignore[attr-defined]
+
+
+def _no_folder(path: Path, *arguments: Any, **named: Any) -> None:
+    if not str(path).endswith("arriero"):
+        raise PermissionError(path)
+    os.makedirs(path, exist_ok=True)
+
+
+def test_an_old_driver_is_named_before_anything_else(wide_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(FakeDriver(capability=120, version=(12, 4)))
+    monkeypatch.setattr(runtime_engine.Device, "open", lambda: device)
+    with pytest.raises(
+        SessionError, match=r"driver serves CUDA 12\.4, tensorrt-rtx .* needs CUDA 13: install a newer driver"
+    ):
+        load_decoder(wide_bundle, read_spec(wide_bundle), {})
 
 
 def test_a_refusal_of_tensorrt_is_an_error(on_fake_gpu: tuple[Session, FakeDecoder], monkeypatch: Any) -> None:
@@ -240,7 +324,7 @@ def test_another_version_of_tensorrt_is_named(wide_bundle: Path) -> None:
 
 
 def test_another_gpu_is_named(wide_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Device(FakeDriver(capability=120))  # type: ignore[arg-type]
+    device = Device(FakeDriver(capability=120))
     monkeypatch.setattr(runtime_engine.Device, "open", lambda: device)
     with pytest.raises(SessionError, match="was built for sm89, this GPU is sm120: build for sm120"):
         load_decoder(wide_bundle, read_spec(wide_bundle), {})
@@ -256,10 +340,20 @@ def _no_library(*_: Any, **__: Any) -> None:
     raise OSError("libcuda.so.1: cannot open shared object file")
 
 
+def target_here() -> str:
+    """The target for the GPU at hand; the test is skipped where no TensorRT builds for it."""
+    capability = Driver().capability()
+    flavour = "tensorrt-rtx" if capability in CAPABILITIES["tensorrt-rtx"] else "tensorrt"
+    try:
+        open_library(flavour)
+    except BuildError as error:
+        pytest.skip(f"sm{capability} needs {flavour}: {error}")
+    return f"tensorrt-rtx:sm{capability}" if flavour == "tensorrt-rtx" else flavour
+
+
 @pytest.mark.gpu
 def test_a_real_gpu_copies_rows_and_puts_them_back(tiny_model: Path, tmp_path: Path) -> None:
-    capability = Driver().capability()
-    target = f"tensorrt-rtx:sm{capability}" if capability in CAPABILITIES["tensorrt-rtx"] else "tensorrt"
+    target = target_here()
     options = Options(max_batch=3, max_seq=600, max_prefill=96)
     check_rows_are_copied_and_put_back(
         arriero.load(build_bundle(tiny_model, tmp_path / "bundle", target=target, options=options))
@@ -269,8 +363,7 @@ def test_a_real_gpu_copies_rows_and_puts_them_back(tiny_model: Path, tmp_path: P
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"gqa": "native"}, {"weights": "inside"}, {"weights": "outside"}], ids=str)
 def test_a_real_engine_gives_the_cpus_text(options: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
-    capability = Driver().capability()
-    target = f"tensorrt-rtx:sm{capability}" if capability in CAPABILITIES["tensorrt-rtx"] else "tensorrt"
+    target = target_here()
     built = Options(max_batch=3, max_seq=600, max_prefill=96, **options)
     bundle = build_bundle(tiny_model, tmp_path / "bundle", target=target, options=built)
     session, plain = arriero.load(bundle), arriero.load(tiny_model, max_seq=600)

@@ -48,7 +48,7 @@ def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load_tower_on(driver: FakeDriver, model: Path, spec: FolderSpec, dtype: DType = "float32") -> TensorRTTower:
     assert spec.vision is not None
     assert spec.vision.engine is not None
-    engine, device = FakeTower(model, driver, dtype), Device(driver)  # type: ignore[arg-type]
+    engine, device = FakeTower(model, driver, dtype), Device(driver)
     execution = Execution(trt=TRT, flavour="tensorrt-rtx", device=device, engine=engine, weights={})
     return TensorRTTower(execution, spec.vision.engine, spec.vision.spec, spec.model.hidden_size, dtype)
 
@@ -58,7 +58,7 @@ def load_on(driver: FakeDriver, model: Path, spec: FolderSpec) -> Session:
     assert spec.vision is not None
     plain, dtype = arriero.load(model), spec.model.dtype
     engine = FakeDecoder(model, driver, dtype)
-    decoder = TensorRTDecoder(TRT, Device(driver), engine, {}, spec)  # type: ignore[arg-type]
+    decoder = TensorRTDecoder(TRT, Device(driver), engine, {}, spec)
     tower = Tower(spec.vision.spec, lambda: load_tower_on(driver, model, spec, dtype))
     return Session(decoder, plain.text, plain.defaults, Limits(96, 2), tower)
 
@@ -162,6 +162,6 @@ def test_a_damaged_tower_is_named(bundle: Path, tmp_path: Path, monkeypatch: pyt
     trt = type("Trt", (), {"Logger": type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})})
     trt.Runtime = lambda log: type("Runtime", (), {"deserialize_cuda_engine": lambda self, data: None})()  # type: ignore[attr-defined]
     monkeypatch.setattr(runtime_tower, "open_version", lambda about: trt)
-    monkeypatch.setattr(runtime_tower.Device, "open", lambda: Device(FakeDriver()))  # type: ignore[arg-type]
+    monkeypatch.setattr(runtime_tower.Device, "open", lambda: Device(FakeDriver()))
     with pytest.raises(SessionError, match=r"TensorRT does not take .*vision\.engine: build it again"):
         load_tower(bundle, spec, {})

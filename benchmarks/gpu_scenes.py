@@ -1,0 +1,50 @@
+"""Every precision in every way over a GPU that is not there: the scenes of which the tests play a sample.
+
+python benchmarks/gpu_scenes.py [--only bf16 …]
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+
+from conftest import llama4
+from gpu_models import BOUNDS, VOCABULARY, make_model
+from gpu_process import Gpu
+
+WAYS = ("alone", "flight", "guesses", "prefixes")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Tokens over the executing driver beside the CPU's.")
+    parser.add_argument("--only", nargs="*", default=list(BOUNDS), choices=list(BOUNDS))
+    names = parser.parse_args().only
+    shown, wrong, gpu = Table("precision", "way", "graphs", "tokens", "clear", "equal of these"), 0, Gpu()
+    ids = np.random.default_rng(0).integers(3, VOCABULARY - 3, (3, 30)).tolist()
+    prompts = [[*ids[0][:7] * 3], ids[1], ids[2][:9], [*ids[0][:7] * 3]]
+    with TemporaryDirectory() as folder:
+        for name in names:
+            model = str(make_model(name, Path(folder) / name, llama4))
+            for way, graphs in itertools.product(WAYS, (True, False)):
+                given = {"model": model, "graphs": graphs}
+                found, _, _ = gpu.run("texts", prompts=prompts, new=10, way=way, **given)
+                rows = gpu.run("judged", prompts=prompts, found=found, bound=BOUNDS[name], **given)
+                clear = [cpu == token for apart, cpu, token in rows if apart]
+                wrong += len(clear) - sum(clear)
+                counts = (str(len(rows)), f"{len(clear) / len(rows):.1%}", f"{np.mean(clear):.1%}")
+                shown.add_row(name, way, "on" if graphs else "off", *counts)
+    gpu.close()
+    Console().print(shown)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What a server adds to its flight: tokens a second, time to the first token, processor time.
+
+The same bundle, the same prompts, in one run: streams through `arriero serve` by raw HTTP, and the same requests in a
+flight of this process. Processor time a token is that of
+the thread that speaks with the clients; the other steps the flight. While a long prompt is being read,
+the gaps between the tokens of other streams are compared with those undisturbed. Rounds of both alternate, so that a
+busy machine weighs on both.
+
+    python benchmarks/server_speed.py BUNDLE [--streams 8] [--tokens 128] [--threads 2] [--rounds 3]
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from support.server import ServerProcess
+
+import arriero
+from arriero.runtime import Flight, Session
+
+PROMPT = "The list type is a mutable sequence. It"
+
+
+@dataclass
+class Load:
+    """Times of one round of streams.
+
+    Attributes:
+        seconds: From the first request to the last token.
+        cpu: Processor time of the thread that speaks with the clients.
+        firsts: Seconds to each stream's first token.
+        gaps: Seconds between tokens.
+    """
+
+    seconds: float
+    cpu: float
+    firsts: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+
+async def stream(host: str, port: int, body: dict[str, Any]) -> list[float]:
+    """Asks for a stream. Returns the moments of its pieces, the request's first."""
+    reader, writer = await asyncio.open_connection(host, port)
+    data = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    moments = [time.perf_counter()]
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    while line := await reader.readline():
+        if line.startswith(b"data: {"):
+            moments.append(time.perf_counter())
+    writer.close()
+    return moments
+
+
+def body_of(count: int, number: int, prompt: Any = None) -> dict[str, Any]:
+    """A request for a number of tokens, no more and no fewer."""
+    words = f"{PROMPT} {number}" if prompt is None else prompt
+    return {
+        "prompt": words,
+        "max_tokens": count,
+        "temperature": 0,
+        "logit_bias": {"1": -100},
+        "stream": True,
+    }
+
+
+async def load(server: ServerProcess, streams: int, count: int, prompt: Any = None) -> Load:
+    """A round of streams through the server."""
+    host, port = server.url.removeprefix("http://").rsplit(":", 1)
+    cpu, started = server.cpu_seconds(), time.perf_counter()
+    asked = [stream(host, int(port), body_of(count, number)) for number in range(streams)]
+    if prompt is not None:
+        asked.append(_later(stream(host, int(port), body_of(1, 0, prompt))))
+    moments = (await asyncio.gather(*asked))[:streams]
+    found = Load(time.perf_counter() - started, server.cpu_seconds() - cpu)
+    for each in moments:
+        found.firsts.append(each[1] - each[0])
+        found.gaps += [after - before for before, after in itertools.pairwise(each[1:])]
+    return found
+
+
+async def _later(asked: Any) -> Any:
+    await asyncio.sleep(0.3)
+    return await asked
+
+
+def fly(session: Session, streams: int, count: int) -> Load:
+    """The same round in a flight of this process."""
+    flight = Flight(session, streams, cache_bytes=1 << 40)
+    settings: dict[str, Any] = {"do_sample": False, "logit_bias": {1: -100}}
+    started = time.perf_counter()
+    for number in range(streams):
+        flight.join(session.request(f"{PROMPT} {number}", count, **settings))
+    first: dict[int, float] = {}
+    while flight.waiting or flight.riding:
+        for number, _ in flight.step():
+            first.setdefault(number, time.perf_counter() - started)
+    return Load(time.perf_counter() - started, 0.0, list(first.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a server adds to its flight.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=3500)
+    asked = parser.parse_args()
+    session = arriero.load(asked.folder, threads=asked.threads)
+    total = asked.streams * asked.tokens
+    pairs: list[tuple[Load, Load]] = []
+    singles: list[tuple[Load, Load]] = []
+    options = ("--threads", str(asked.threads), "--slots", str(asked.streams + 1), "--prefix-bytes", "0", "--quiet")
+    with ServerProcess(asked.folder, *options) as server:
+        asyncio.run(load(server, 1, 8))
+        fly(session, 1, 8)
+        for _ in range(asked.rounds):
+            pairs.append(
+                (asyncio.run(load(server, asked.streams, asked.tokens)), fly(session, asked.streams, asked.tokens))
+            )
+            singles += [(asyncio.run(load(server, 1, 2)), fly(session, 1, 2)) for _ in range(5)]
+        long = [5 + each % 1000 for each in range(min(asked.prompt_tokens, session.max_seq - 8))]
+        calm = sorted(asyncio.run(load(server, asked.streams, asked.tokens)).gaps)
+        disturbed = sorted(asyncio.run(load(server, asked.streams, asked.tokens, long)).gaps)
+        assert server.end() == 0
+    served, flown = (statistics.median(total / each[side].seconds for each in pairs) for side in (0, 1))
+    ratio = statistics.median(flight.seconds / server.seconds for server, flight in pairs)
+    added = statistics.median(server.firsts[0] - flight.firsts[0] for server, flight in singles)
+    cost = sum(server.cpu for server, _ in pairs) / (total * len(pairs))
+    table = Table("", "", title=f"{asked.folder.name}, {asked.streams} streams of {asked.tokens} tokens")
+    table.add_row("tokens a second, served", f"{served:.0f}")
+    table.add_row("tokens a second, the same flight from Python", f"{flown:.0f}")
+    table.add_row("their ratio, the median of rounds", f"{ratio:.1%}")
+    table.add_row("added to the first token, ms", f"{added * 1e3:.2f}")
+    table.add_row("processor time beside the step, µs a token", f"{cost * 1e6:.0f}")
+    for name, gaps in (("undisturbed", calm), (f"beside a prompt of {len(long)}", disturbed)):
+        table.add_row(f"p99 between tokens, {name}, ms", f"{gaps[int(0.99 * len(gaps))] * 1e3:.1f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""A layer's routed experts quantised, one by one: each is read, run, quantised and released.
+
+Enters: a layer behind its router, and what its shared expert takes in. Leaves: stacked weights with their scales, and a
+`Record` for each product. An expert that is not to be measured is rounded without statistics of its own: to nearest,
+its smoothing that of the layer's input alone, and where scales of activations are static, by the largest that the
+layer's other experts saw (the shared expert's where there is none).
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..plugins.quantisation import LARGEST
+from ..spec.choice import Choice
+from ..walk.decoder import LayerWalk
+from .linears import Linears, divided_rows, laid_out, observer
+from .product import ProductInput, quantise_product
+from .statistics import Statistics
+
+UNIT = "feed_forward.experts"
+SCALES = {"gate_up": "hidden_scale", "down": "activated_scale"}
+"""The products of an expert, and the names of their inputs' static scales."""
+
+
+@dataclass(slots=True)
+class ExpertQuantiser:
+    """The work on one layer's experts; `quantise` does all of it.
+
+    Attributes:
+        linears: Where tensors and records go.
+        walk: The layer, its router's logits known.
+        all_experts: Whether every expert is measured over every token.
+        unmeasured: Experts that are rounded without statistics of their own.
+    """
+
+    linears: Linears
+    walk: LayerWalk
+    all_experts: bool
+    unmeasured: Collection[int]
+    largest: dict[str, float] = field(init=False, default_factory=dict)
+    parts: dict[str, dict[int, Tensor]] = field(init=False, default_factory=dict)
+    scales: dict[str, dict[int, float]] = field(init=False, default_factory=dict)
+
+    def quantise(self, feed_input: ProductInput, down_input: ProductInput, progress: Callable[[float], None]) -> None:
+        """Quantises all of them.
+
+        Args:
+            feed_input: The input that the shared expert has too, its smoothing chosen.
+            down_input: The input of the shared expert's second product.
+            progress: Called with the share that is done.
+        """
+        experts = self.walk.spec.experts
+        ordered = sorted(range(experts), key=lambda expert: expert in self.unmeasured)  # those without come last
+        for done, expert in enumerate(ordered, start=1):
+            self._quantise(expert, feed_input, down_input)
+            progress(done / experts)
+        for name, tensors in self.parts.items():
+            self.linears.emit(name, torch.stack([tensors.pop(expert) for expert in range(experts)]))
+        for name, values in self.scales.items():
+            self.linears.emit(f"{UNIT}.{name}", torch.tensor([values[expert] for expert in range(experts)]))
+
+    def _quantise(self, expert: int, feed_input: ProductInput, down_input: ProductInput) -> None:
+        linears, choice = self.linears, self.linears.choice(UNIT)
+        dtype = linears.weights.stored(f"{linears.prefix}input_layernorm.weight").dtype
+        gate_up, down = (self.walk.weight(f"{UNIT}.{part}_proj", expert) for part in ("gate_up", "down"))
+        source, activated = self._inputs(expert)
+        observe = observer(source, activated) if choice.format != "none" else lambda name, x: None
+        self.walk.feed_expert(expert, gate_up, down, observe, all_tokens=self.all_experts)
+        source.exponents_K, source.strength = feed_input.exponents_K, feed_input.strength
+        parts = {"gate_up": (gate_up.T, source), "down": (down.T, activated)}
+        if choice.format == "none":
+            for part, (weight_NK, read) in parts.items():
+                moved_KN = (weight_NK * torch.exp2(read.exponents_K.float())).T
+                self._keep(f"{UNIT}.{part}_proj", expert, moved_KN.to(dtype).contiguous())
+            return
+        if expert in self.unmeasured:
+            self._borrow(choice, source, activated, feed_input, down_input)
+        else:
+            linears.smooth(activated, [activated.reader(down.T, choice)])
+            rows_N = torch.cat([torch.zeros(len(activated.exponents_K), dtype=torch.int32), activated.exponents_K])
+            parts["gate_up"] = divided_rows(gate_up.T, rows_N), source
+            self._note_largest(source, activated)
+        for part, (weight_NK, read) in parts.items():
+            name = f"{UNIT}.{part}_proj"
+            product, record = quantise_product(f"{linears.prefix}{name}[{expert}]", weight_NK, read, choice, dtype)
+            linears.records.append(dataclasses.replace(record, measured=expert not in self.unmeasured))
+            self._keep(name, expert, laid_out(product, choice, transposed=True))
+            self._keep(f"{name}_scale", expert, product.weight.scale_NG.T.contiguous())
+            if product.input_scale is not None:
+                self.scales.setdefault(SCALES[part], {})[expert] = product.input_scale
+
+    def _inputs(self, expert: int) -> Iterator[ProductInput]:
+        """The inputs of an expert's two products; of one that is not measured, samples for the report alone."""
+        spec, linears = self.walk.spec, self.linears
+        for name, channels in (("expert_input", spec.hidden_size), ("expert_activated", spec.expert_size)):
+            if expert in self.unmeasured:
+                statistics = Statistics(f"{linears.title}: {name}", channels, wants_histogram=False)
+                yield ProductInput(statistics, linears.recipe)
+            else:
+                yield linears.input(name, channels, [UNIT])
+
+    def _note_largest(self, *inputs: ProductInput) -> None:
+        for part, read in zip(SCALES, inputs, strict=True):
+            exponents_K = read.exponents_K if part == "gate_up" else torch.zeros_like(read.exponents_K)
+            self.largest[part] = max(self.largest.get(part, 0.0), read.statistics.absmax(exponents_K))
+
+    def _borrow(self, choice: Choice, *inputs: ProductInput) -> None:
+        """Gives the inputs of an expert that is not measured the scales of others."""
+        source, activated, feed_input, down_input = inputs
+        for part, read, other in (("gate_up", source, feed_input), ("down", activated, down_input)):
+            exponents_K = other.exponents_K if part == "gate_up" else torch.zeros_like(other.exponents_K)
+            largest = self.largest.get(part) or other.statistics.absmax(exponents_K)
+            read.borrowed = largest / LARGEST[choice.format] if choice.quantises_activations else None
+
+    def _keep(self, name: str, expert: int, tensor: Tensor) -> None:
+        self.parts.setdefault(name, {})[expert] = tensor

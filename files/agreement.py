@@ -1,0 +1,196 @@
+"""Whether what `spec.json` says of weights and graphs is so: nothing is loaded that its own files contradict.
+
+Enters: the weights that a graph is given, the weight files' headers, and a graph's bytes. Leaves: nothing, or a
+refusal. Names, types, shapes and places of all three must be the same.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ..errors import FolderError, shortened
+from ..spec.folder import SPEC_NAME
+from ..spec.geometry import ModelSpec, VisionSpec
+from ..spec.stored_weights import Weight, slot_bytes
+from ..spec.types import CODES, TYPES
+from .onnx_outline import Outline, Tensor, read_outline
+from .safetensors import Region, Shard, open_shard
+
+PART = re.compile(r"(.+)\[(\d{1,6})\]")
+"""The name of one expert's part of a stack."""
+
+OPS: Mapping[str, frozenset[str]] = {
+    "": frozenset(
+        {
+            *("Abs", "Add", "Attention", "Cast", "Concat", "Constant", "Cos", "CumSum", "DequantizeLinear", "Div"),
+            *("Equal", "Expand", "Floor", "Gather", "GatherND", "Gelu", "Greater", "Identity", "If"),
+            *("LayerNormalization", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "NonZero", "OneHot"),
+            *("Pad", "QuantizeLinear", "Range", "ReduceMax", "ReduceSum", "Reshape", "RMSNormalization"),
+            *("RotaryEmbedding", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Split"),
+            *("Squeeze", "Sub", "TensorScatter", "TopK", "Transpose", "Unsqueeze", "Where"),
+        }
+    ),
+    "com.microsoft": frozenset({"FusedMatMul"}),
+    "arriero.cpu": frozenset({"AllReduce", "GroupedQueryAttention", "Linear", "MoeDispatch"}),
+}
+"""Operators by domain that a lowered graph may have: none loops, and none reads or writes a file."""
+
+FEATURES, PIXELS = "image_features", "pixels"
+CACHE = re.compile(r"(past|present)\.(\d{1,5})\.(key|value)")
+
+
+def check_weights(weights: Iterable[Weight], files: Mapping[str, Path]) -> None:
+    """Holds weights against the headers of their files.
+
+    Raises:
+        FolderError: One lies elsewhere than its file says, or is of another type or shape there.
+    """
+    shards: dict[str, Shard] = {}
+    for weight in weights:
+        if weight.file not in files:
+            raise _wrong(weight, "is in a file that the folder does not list")
+        if weight.file not in shards:
+            shards[weight.file] = open_shard(files[weight.file])
+        _check_weight(weight, shards[weight.file].tensors)
+
+
+def _check_weight(weight: Weight, tensors: Mapping[str, Region]) -> None:
+    region, start, shape = _find(weight, tensors)
+    dtype, expected = CODES[weight.dtype], weight.shape
+    if weight.is_made:
+        dtype, expected = CODES["uint8" if weight.layout == "panels" else weight.convert], weight.given_shape
+    elif weight.dtype in ("int4", "uint4") and expected:
+        expected = (*expected[:-1], expected[-1] // 2)
+    if region.dtype != dtype:
+        raise _wrong(weight, f"is {dtype}, its file has it as {region.dtype}")
+    if shape != expected and (start is None or math.prod(shape) != math.prod(expected)):
+        raise _wrong(weight, f"has the shape {shortened(list(expected))}, in its file {shortened(list(shape))}")
+    place = region.offset + (start or 0)
+    if weight.offset != place:
+        raise _wrong(weight, f"lies at {weight.offset}, in its file at {place}")
+
+
+def _find(weight: Weight, tensors: Mapping[str, Region]) -> tuple[Region, int | None, tuple[int, ...]]:
+    """A weight's tensor in its file; of a part of a stack where it begins; and the shape there."""
+    stem = weight.name.partition(":")[0]
+    for name in (weight.name, stem):
+        if name in tensors:
+            return tensors[name], None, tensors[name].shape
+    if (match := PART.fullmatch(stem)) and (region := tensors.get(match[1])) and region.shape:
+        count, index = region.shape[0], int(match[2])
+        if index < count:
+            return region, region.size // count * index, region.shape[1:]
+    raise _wrong(weight, "is not in its file")
+
+
+def _wrong(weight: Weight, what: str) -> FolderError:
+    return FolderError(
+        f"weight {shortened(weight.name)} of {shortened(weight.file)} {what}: spec.json, the graph and the weights do "
+        "not belong together, write the folder again"
+    )
+
+
+def check_decoder(graph: bytes, weights: Sequence[Weight], model: ModelSpec, cache_bits: int, path: Path) -> None:
+    """Holds a lowered decoder's graph against its weights and the model's geometry.
+
+    Raises:
+        FolderError: The graph is damaged, or another model's.
+    """
+    outline = _checked_outline(graph, weights, path)
+    try:
+        _check_caches(outline, model, cache_bits)
+        _check_attention(outline, model)
+        logits = outline.outputs.get("logits", Tensor(0, None))
+        if logits.dims is None or len(logits.dims) != 3 or logits.dims[-1] != model.vocab_size:
+            raise ValueError(f"logits of {shortened(logits.dims)}, the vocabulary has {model.vocab_size}")
+        for weight in weights:
+            if weight.name.partition(":")[0].endswith("embed_tokens.weight"):
+                expected = (model.vocab_size, model.hidden_size)
+                if weight.shape != expected:
+                    raise ValueError(f"an embedding of {shortened(list(weight.shape))}, expected {list(expected)}")
+    except ValueError as error:
+        raise _foreign(path, error) from error
+
+
+def check_tower(graph: bytes, weights: Sequence[Weight], vision: VisionSpec, model: ModelSpec, path: Path) -> None:
+    """Holds a lowered vision tower's graph against its weights and geometry.
+
+    Raises:
+        FolderError: The graph is damaged, or another tower's.
+    """
+    outline = _checked_outline(graph, weights, path)
+    sides = {
+        "pixels": (outline.inputs.get(PIXELS, Tensor(0, None)), (3, vision.image_size, vision.image_size)),
+        "image features": (outline.outputs.get(FEATURES, Tensor(0, None)), (model.hidden_size,)),
+    }
+    for name, (found, expected) in sides.items():
+        if found.dims is None or found.dims[1:] != expected:
+            raise _foreign(path, ValueError(f"{name} of {shortened(found.dims)}, expected {list(expected)} each"))
+
+
+def _foreign(path: Path, error: Exception) -> FolderError:
+    return FolderError(f"{path}: not the graph that spec.json describes ({error}): write the folder again")
+
+
+def _checked_outline(graph: bytes, weights: Sequence[Weight], path: Path) -> Outline:
+    """The graph's outline, its operators known and its initializers those that are supplied."""
+    try:
+        outline = read_outline(graph)
+        for node in outline.nodes:
+            if node.op not in OPS.get("" if node.domain == "ai.onnx" else node.domain, ()):
+                raise ValueError(f"the operator {shortened(f'{node.domain}.{node.op}')}, which no graph of ours has")
+        given = {weight.name: weight for weight in weights}
+        outside = {name: tensor for name, tensor in outline.weights.items() if tensor.location}
+        for name, tensor in outside.items():
+            if tensor.location != SPEC_NAME or name not in given:
+                raise ValueError(f"the weight {shortened(name)} is not among those of spec.json")
+            _check_given(given[name], tensor)
+        if missing := sorted(given.keys() - outside.keys()):
+            raise ValueError(f"the weight {shortened(missing[0])} of spec.json is not in the graph")
+    except (ValueError, RecursionError) as error:
+        raise _foreign(path, error) from error
+    return outline
+
+
+def _check_given(weight: Weight, tensor: Tensor) -> None:
+    dtype = TYPES["uint8" if weight.layout == "panels" else weight.convert].onnx
+    if tensor.dtype != dtype or tensor.dims != weight.given_shape:
+        raise ValueError(
+            f"the weight {shortened(weight.name)} is type {tensor.dtype} {shortened(list(tensor.dims or ()))}, of "
+            f"spec.json type {dtype} {shortened(list(weight.given_shape))}"
+        )
+
+
+def _check_caches(outline: Outline, model: ModelSpec, cache_bits: int) -> None:
+    """The caches are those of each layer, past and present alike."""
+    slot = slot_bytes(model.head_dim, cache_bits) if cache_bits else model.head_dim
+    for side, values in (("past", outline.inputs), ("present", outline.outputs)):
+        found = {name for name in values if (match := CACHE.fullmatch(name)) and match[1] == side}
+        expected = {f"{side}.{layer}.{kind}" for layer in range(len(model.layers)) for kind in ("key", "value")}
+        if found != expected:
+            raise ValueError(f"{len(found) // 2} layers of caches, spec.json has {len(model.layers)}")
+        for name in sorted(found):
+            dims = values[name].dims
+            if dims is None or len(dims) != 4 or (dims[1], dims[3]) != (model.kv_heads, slot):
+                raise ValueError(f"{name} of {shortened(dims)}, expected {model.kv_heads} heads of {slot}")
+            if values[name].dtype != outline.inputs["past.0.key"].dtype:
+                raise ValueError(f"{name} of another type than the other caches")
+
+
+def _check_attention(outline: Outline, model: ModelSpec) -> None:
+    """Each layer's attention has the geometry's heads and chunk."""
+    nodes = [node for node in outline.nodes if node.op == "GroupedQueryAttention"]
+    if len(nodes) != len(model.layers):
+        raise ValueError(f"{len(nodes)} layers of attention, spec.json has {len(model.layers)}")
+    for number, (node, layer) in enumerate(zip(nodes, model.layers, strict=True)):
+        expected = {"heads": model.heads, "kv_heads": model.kv_heads, "chunk": layer.chunk}
+        for name, value in expected.items():
+            if node.numbers.get(name, 0) != value:
+                raise ValueError(f"layer {number} has {name} {node.numbers.get(name, 0)}, spec.json {value}")
+    for node in outline.nodes:
+        chosen = node.numbers.get("top_k", 0) if node.op == "MoeDispatch" else model.experts_per_token
+        if node.op == "TopK" and len(node.inputs) > 1:
+            chosen = outline.constants.get(node.inputs[1], 0)
+        if chosen != model.experts_per_token:
+            raise ValueError(f"{chosen} experts a token, spec.json {model.experts_per_token}")

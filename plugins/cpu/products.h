@@ -1,0 +1,119 @@
+// Products of rows with matrices, over ONNX Runtime's threads, and the memory that calls share.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "call.h"
+#include "instruction_sets.h"
+
+constexpr int64_t SLICE = 1 << 16;  // bytes of weights that are worth a thread's while
+constexpr int64_t SLICES = 64;  // slices of one product at most
+constexpr int64_t ROWS_BYTES = 192 * 1024;  // bytes of rows that a thread takes through its panels: they stay in L2
+constexpr float LEAST_SCALE = 1e-30f;  // below it a row counts as one of zeros
+
+struct RowBuffers {
+    Buffer values, scales, sums;
+
+    Rows take(int64_t count, const Matrix& matrix) {
+        return {values.take<int8_t>(count * matrix.padded()), scales.take<float>(count * matrix.blocks()),
+                sums.take<int32_t>(count * matrix.blocks()), nullptr};
+    }
+};
+
+struct Buffers {
+    RowBuffers inputs, activated;
+    Buffer activations, outputs, queries;
+    AttentionSpace attention;
+};
+
+Buffers& buffers() {
+    thread_local Buffers own;
+    return own;
+}
+
+// Does `work(row)` for all rows below `count`, a few in one thread's turn.
+template <typename Work>
+void for_rows(const Call& call, int64_t count, const Work& work) {
+    call.in_parallel(divided_up(count, 4), [&](int64_t some) {
+        for (int64_t row = 4 * some; row < std::min(count, 4 * some + 4); row++) work(row);
+    });
+}
+
+// A matrix, and the rows that it is multiplied with.
+struct Product {
+    Matrix matrix;
+    int64_t first, last;
+
+    int64_t cost() const { return matrix.panel_size() * (last - first + 3) / 4; }
+};
+
+// Multiplies all products at once, so that many small ones keep all threads busy.
+void multiply(const Call& call, const std::vector<Product>& products, const Rows& rows, const Target& target) {
+    if (products.empty()) return;
+    const int64_t panels = products[0].matrix.panels(), total = panels * static_cast<int64_t>(products.size());
+    int64_t cost = 0;
+    for (const Product& product : products) cost += product.cost() * panels;
+    const int64_t slices = std::clamp<int64_t>(cost / SLICE, 1, std::min(SLICES, total));
+    call.in_parallel(slices, [&](int64_t slice) {
+        const int64_t end = total * (slice + 1) / slices;
+        for (int64_t unit = total * slice / slices; unit < end;) {
+            const Product& product = products[unit / panels];
+            const int64_t from = unit % panels, to = std::min(panels, from + end - unit);
+            const int64_t row_size = product.matrix.inputs * (product.matrix.bits < 16 ? 1 : 4);
+            const int64_t rows_at_once = std::max<int64_t>(6, ROWS_BYTES / row_size / 6 * 6);
+            for (int64_t row = product.first; row < product.last; row += rows_at_once)
+                for (int64_t panel = from; panel < to; panel++)
+                    kernels().multiply(product.matrix, rows, row, std::min(product.last, row + rows_at_once), panel,
+                                       target);
+            unit += to - from;
+        }
+    });
+}
+
+// A matrix's weights and scales as the graph gives them, and the attributes that say how they lie.
+struct Stored {
+    const Tensor &weight, &scale;
+    int64_t bits, group;
+};
+
+// A matrix, or those of some experts (0 is one without a dimension of experts); what does not fit is refused.
+inline Matrix matrix_of(const Stored& stored, int64_t inputs, int64_t outputs, int64_t experts = 0) {
+    const auto& [weight, scale, bits, group] = stored;
+    Matrix made{};
+    made.inputs = inputs, made.outputs = outputs, made.bits = static_cast<int>(bits);
+    made.block = BLOCK;
+    if (group) {
+        if (inputs % group)
+            weight.refuse("has " + std::to_string(inputs) + " inputs, which groups of " + std::to_string(group) +
+                          " do not divide");
+        while (group % made.block) made.block /= 2;
+    }
+    made.groups = group ? inputs / group : 1;
+    const int64_t bytes = product({PANEL * bits / 8, made.padded()});
+    const auto expect = [experts](const Tensor& tensor, std::initializer_list<int64_t> one, auto... sizes) {
+        if (experts) return tensor.expect({experts, sizes...});
+        tensor.expect(one);
+    };
+    made.weights = weight.bytes();
+    expect(weight, {made.panels(), bytes}, made.panels(), bytes);
+    if (bits < 16) {
+        if (!scale.is_given) scale.refuse("is not given, and weights of " + std::to_string(bits) + " bits need it");
+        made.has_wide_scales = scale.type == ort::Type::float32;
+        if (!made.has_wide_scales && scale.type != ort::Type::bfloat16)
+            scale.refuse("is of " + name_of(scale.type) + ", and must be of float32 or bfloat16");
+        expect(scale, {made.panels(), made.groups, PANEL}, made.panels(), made.groups, PANEL);
+        made.scales = scale.data;
+    }
+    return made;
+}
+
+// Static scales, `count` of them, each one that a value may be divided by; null where none are given.
+inline const float* static_scales(const Tensor& tensor, int64_t count) {
+    const float* scales = tensor.floats();
+    for (int64_t i = 0; scales && i < count; i++)
+        if (!std::isfinite(scales[i]) || scales[i] < LEAST_SCALE)
+            tensor.refuse("holds " + written(scales[i]) + ", and a scale is at least " + written(LEAST_SCALE));
+    return scales;
+}

@@ -1,0 +1,247 @@
+"""The application: each path with what it does, over ASGI.
+
+Enters: HTTP. Leaves: HTTP. Invariant: whatever goes wrong is an answer in OpenAI's form, and no other request's.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from .chat import ChatWriter, whole_chat
+from .completions import CompletionWriter, whole_completion
+from .doors import Doors
+from .errors import RequestError
+from .logs import Log
+from .page import page
+from .pilot import Ride
+from .protocol.answers import DetokenizeAnswer, Health, Model, ModelList, TokenizeAnswer
+from .protocol.chat import ChatRequest
+from .protocol.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .protocol.openapi import document
+from .protocol.reading import plain, read
+from .protocol.responses import ResponseRequest
+from .responses import ResponseWriter, as_chat, whole_response
+from .service import Service
+from .streams import Writer, stream, watched
+
+T = TypeVar("T")
+BODY_SECONDS = 60
+"""Seconds that a request's body has to come."""
+
+
+class Endpoints:
+    """The paths' functions.
+
+    Args:
+        service: The model.
+        log: The log.
+        has_keys: Whether API keys are asked for.
+    """
+
+    def __init__(self, service: Service, log: Log, has_keys: bool) -> None:
+        self.service, self.log, self.has_keys = service, log, has_keys
+
+    async def chat(self, request: HttpRequest) -> Response:
+        """A conversation to be continued."""
+        asked = await self._read(request, ChatRequest)
+        ride = await self.service.chat(asked, request.state.caller)
+        return await self._answer(request, asked, ride, whole_chat, ChatWriter)
+
+    async def complete(self, request: HttpRequest) -> Response:
+        """Prompts to be continued."""
+        asked = await self._read(request, CompletionRequest)
+        ride = await self.service.complete(asked, request.state.caller)
+        return await self._answer(request, asked, ride, whole_completion, CompletionWriter)
+
+    async def respond(self, request: HttpRequest) -> Response:
+        """A conversation of items to be continued."""
+        asked = await self._read(request, ResponseRequest)
+        ride = await self.service.chat(as_chat(asked), request.state.caller)
+        return await self._answer(request, asked, ride, whole_response, ResponseWriter)
+
+    async def models(self, request: HttpRequest) -> Response:
+        """The one model."""
+        return JSONResponse(plain(ModelList(object="list", data=[self._model()])))
+
+    async def model(self, request: HttpRequest) -> Response:
+        """The model of a name."""
+        self.service.check_model(request.path_params["name"])
+        return JSONResponse(plain(self._model()))
+
+    async def tokenize(self, request: HttpRequest) -> Response:
+        """A text or a conversation as tokens."""
+        asked = await self._read(request, TokenizeRequest)
+        self.service.check_model(asked.model)
+        session = self.service.session
+        ids = await self.service.work(self._tokens, asked)
+        return JSONResponse(plain(TokenizeAnswer(count=len(ids), max_model_len=session.max_seq, tokens=ids)))
+
+    async def detokenize(self, request: HttpRequest) -> Response:
+        """Tokens as a text."""
+        asked = await self._read(request, DetokenizeRequest)
+        self.service.check_model(asked.model)
+        session = self.service.session
+
+        def write() -> str:
+            if asked.tokens:
+                session.check_ids(asked.tokens)
+            return self.service.texts.whole(asked.tokens, special=True)
+
+        return JSONResponse(plain(DetokenizeAnswer(prompt=await self.service.work(write))))
+
+    async def health(self, request: HttpRequest) -> Response:
+        """Whether the process is alive."""
+        return JSONResponse(plain(Health(status="ok")))
+
+    async def ready(self, request: HttpRequest) -> Response:
+        """Whether requests are taken."""
+        state = self.service.state
+        return JSONResponse(plain(Health(status=state)), 200 if state == "ready" else 503)
+
+    async def metrics(self, request: HttpRequest) -> Response:
+        """Counts, in Prometheus's text."""
+        return Response(self.service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def openapi(self, request: HttpRequest) -> Response:
+        """The description of all this."""
+        return JSONResponse(document(self.service.name, self.has_keys))
+
+    async def page(self, request: HttpRequest) -> Response:
+        """The chat page."""
+        return HTMLResponse(page())
+
+    def _model(self) -> Model:
+        service = self.service
+        return Model(
+            id=service.name,
+            object="model",
+            created=service.created,
+            owned_by="arriero",
+            max_model_len=service.session.max_seq,
+        )
+
+    def _tokens(self, asked: TokenizeRequest) -> list[int]:
+        session = self.service.session
+        if asked.messages is None:
+            return session.text.encode(asked.prompt or "", special_tokens=asked.add_special_tokens is not False)
+        turns, tools = self.service.conversation(asked.messages, asked.tools or ())
+        return session.read(turns, tools=tools, add_generation_prompt=asked.add_generation_prompt).ids
+
+    async def _answer(
+        self,
+        request: HttpRequest,
+        asked: Any,
+        ride: Ride,
+        whole: Callable[[Service, Any, Ride], Awaitable[dict[str, Any]]],
+        writer: Callable[[Service, Any, Ride], Writer],
+    ) -> Response:
+        """Answers with a whole, or with a stream."""
+        about = request.state.about
+        about["prompt_tokens"] = sum(len(party[0].prompt.ids) for party in ride.parties)
+        about["user"] = asked.asker or None
+        about["completion_tokens"] = lambda: sum(each.tokens for each in ride.timelines)
+        about["first_token_seconds"] = ride.first_token_seconds
+        if asked.stream:
+            return await stream(self.service, ride, writer(self.service, asked, ride))
+        return JSONResponse(await watched(self.service, request, ride, whole(self.service, asked, ride)))
+
+    async def _read(self, request: HttpRequest, cls: type[T]) -> T:
+        """Reads a request's body.
+
+        Raises:
+            RequestError: It is too large, no JSON, or not as it must be.
+        """
+        limit = self.service.limits.body_bytes
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise RequestError(f"the body is {kind[:60] or 'of no type'}: send application/json", status=415)
+        body = bytearray()
+        if (length := request.headers.get("content-length", "0")).isdigit() and int(length[:20]) > limit:
+            raise _too_large(limit)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > limit:
+                        raise _too_large(limit)
+        except TimeoutError as error:
+            raise RequestError(f"the body did not come within {BODY_SECONDS} s: send it again", status=408) from error
+        try:
+            data = json.loads(bytes(body), parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the body is no JSON ({str(error)[:100]}): send a JSON object") from error
+        if self.log.has_prompts:
+            request.state.about["request"] = data
+        return read(cls, data)
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(f"the body is larger than {limit} bytes: send less", status=413, code="body_too_large")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def routes(endpoints: Endpoints) -> list[Route]:
+    """Each path, its method, and its function."""
+    return [
+        Route("/", endpoints.page, methods=["GET"]),
+        Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+        Route("/v1/completions", endpoints.complete, methods=["POST"]),
+        Route("/v1/responses", endpoints.respond, methods=["POST"]),
+        Route("/v1/models", endpoints.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", endpoints.model, methods=["GET"]),
+        Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+        Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        Route("/health", endpoints.health, methods=["GET"]),
+        Route("/ready", endpoints.ready, methods=["GET"]),
+        Route("/metrics", endpoints.metrics, methods=["GET"]),
+        Route("/openapi.json", endpoints.openapi, methods=["GET"]),
+    ]
+
+
+def make_app(
+    service: Service, log: Log, *, keys: Sequence[bytes] = (), hosts: Sequence[str] = (), origins: Sequence[str] = ()
+) -> Starlette:
+    """Makes the application.
+
+    Args:
+        service: The model.
+        log: The log.
+        keys: Digests of API keys; empty asks for none.
+        hosts: Names that the server is called by; empty takes any.
+        origins: Origins whose pages may ask.
+    """
+
+    async def refuse(request: HttpRequest, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            line = f"{request.method} {request.url.path[:100]}: {error.detail}"
+            error = RequestError(line, status=error.status_code, headers=error.headers)
+        elif isinstance(error, ClientDisconnect):
+            error = RequestError("the client has gone", status=499)
+        assert isinstance(error, RequestError)
+        request.state.about["error"] = error.message[:300]
+        return JSONResponse(error.body, error.status, error.headers)
+
+    middleware = [Middleware(Doors, keys=keys, hosts=hosts, log=log)]
+    if origins:
+        cors: dict[str, Any] = {
+            "allow_methods": ["GET", "POST"],
+            "allow_headers": ["*"],
+            "expose_headers": ["x-request-id"],
+        }
+        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(origins), **cors))
+    handlers: dict[Any, Any] = dict.fromkeys((HTTPException, RequestError, ClientDisconnect), refuse)
+    endpoints = Endpoints(service, log, bool(keys))
+    return Starlette(routes=routes(endpoints), middleware=middleware, exception_handlers=handlers)

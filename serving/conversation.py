@@ -1,0 +1,134 @@
+"""A request's messages as a session takes them.
+
+Enters: messages of the protocol. Leaves: dictionaries for the chat template, images in them as bytes, and tools.
+Invariants: nothing of the server's own files is ever read for a message; a template that knows no tools is given them
+in words, so that each model can be asked with tools.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import SessionError, shortened
+from ..runtime.images.data_urls import read_data_url
+from .errors import RequestError
+from .protocol.chat import AssistantMessage, ImagePart, Instruction, Message, TextPart, Tool, ToolMessage
+
+Fetch = Callable[[str], bytes]
+"""Reads the image at an address that is no data URL, or refuses to."""
+
+
+def template_messages(
+    messages: Sequence[Message], tools: Sequence[Tool], template: str, most_images: int, fetch: Fetch
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Writes messages and tools for a chat template.
+
+    Args:
+        messages: The turns.
+        tools: Functions that the model is shown.
+        template: The template's source, which is looked at for what it knows.
+        most_images: Images at most.
+        fetch: Reads images that are not in the request.
+
+    Returns:
+        The turns, and the tools where the template takes them.
+
+    Raises:
+        RequestError: An image cannot be read, or there are too many.
+    """
+    count = sum(isinstance(part, ImagePart) for each in messages for part in _parts(each))
+    if count > most_images:
+        raise RequestError(f"messages has {count} images, this server takes at most {most_images}", "messages")
+    turns = [_turn(message, index, template, fetch) for index, message in enumerate(messages)]
+    described = [_described(tool) for tool in tools]
+    if not described or "tools" in template:
+        return turns, described or None
+    words = TOOLS_IN_WORDS + "\n".join(json.dumps(each["function"], ensure_ascii=False) for each in described)
+    if turns[0]["role"] == "system":
+        first = turns[0]["content"]
+        text = first if isinstance(first, str) else "\n".join(part["text"] for part in first)
+        return [{"role": "system", "content": f"{text}\n\n{words}"}, *turns[1:]], None
+    return [{"role": "system", "content": words}, *turns], None
+
+
+TOOLS_IN_WORDS = (
+    "You can call the functions below. To call some, answer with nothing but a list of calls in the form "
+    '[name(argument="value"), name(argument=1)]; their results come back to you. Functions, as JSON schemas:\n'
+)
+"""Introduction of tools in the words of a system message."""
+
+
+def _parts(message: Message) -> Sequence[Any]:
+    return message.content if isinstance(message.content, list) else ()
+
+
+def _turn(message: Message, index: int, template: str, fetch: Fetch) -> dict[str, Any]:
+    """One message for a template."""
+    where = f"messages[{index}].content"
+    if isinstance(message, AssistantMessage):
+        return _answer(message, template)
+    content: Any = message.content
+    if isinstance(content, list):
+        parts = [_part(part, f"{where}[{place}]", fetch) for place, part in enumerate(content)]
+        texts_only = all(part["type"] == "text" for part in parts)
+        content = "".join(part["text"] for part in parts) if texts_only else parts
+    if isinstance(message, ToolMessage):
+        role = "tool" if "tool_call" in template or "ipython" in template else "ipython"
+        return {"role": role, "content": content, **({"tool_call_id": message.tool_call_id} if role == "tool" else {})}
+    role = "system" if isinstance(message, Instruction) else message.role
+    return {"role": role, "content": content, **({} if message.name is None else {"name": message.name})}
+
+
+def _answer(message: AssistantMessage, template: str) -> dict[str, Any]:
+    """An earlier answer, its calls in the template's form or as the model writes them."""
+    if isinstance(message.content, list):
+        text = "".join(part.text if isinstance(part, TextPart) else part.refusal for part in message.content)
+    else:
+        text = message.content or message.refusal or ""
+    if not message.tool_calls:
+        return {"role": "assistant", "content": text}
+    calls = []
+    for call in message.tool_calls:
+        try:
+            arguments = json.loads(call.function.arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            shown = shortened(call.function.arguments)
+            raise RequestError(f"the arguments {shown} of {call.function.name} are no JSON", "messages") from error
+        if not isinstance(arguments, dict):
+            raise RequestError(f"the arguments of {call.function.name} are no JSON object", "messages")
+        calls.append(
+            {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+        )
+    if "tool_calls" in template:
+        return {"role": "assistant", "content": text, "tool_calls": calls}
+    return {"role": "assistant", "content": text + written_calls(call["function"] for call in calls)}
+
+
+def written_calls(calls: Any) -> str:
+    """Calls as Llama 4 writes them: a list in Python's syntax."""
+    shown = []
+    for call in calls:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in call["arguments"].items())
+        shown.append(f"{call['name']}({arguments})")
+    return f"[{', '.join(shown)}]"
+
+
+def _part(part: Any, where: str, fetch: Fetch) -> dict[str, Any]:
+    """One part for a template; an image as its file's bytes."""
+    if not isinstance(part, ImagePart):
+        return {"type": "text", "text": part.text}
+    url = part.image_url.url
+    try:
+        data = read_data_url(url, where) if url[:5].lower() == "data:" else fetch(url)
+    except SessionError as error:
+        raise RequestError(str(error), f"{where}.image_url") from error
+    return {"type": "image", "image": data}
+
+
+def _described(tool: Tool) -> dict[str, Any]:
+    """A tool as templates show it."""
+    function: dict[str, Any] = {"name": tool.function.name}
+    if tool.function.description is not None:
+        function["description"] = tool.function.description
+    function["parameters"] = tool.function.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}

@@ -1,0 +1,135 @@
+"""Doors that a request passes before it is looked at: its number, the host it names, its key, and the log behind it.
+
+Enters: ASGI's requests. Leaves: those that may pass, with their caller. Invariants: keys are compared in constant time,
+all of them each time; a server without keys on this machine's own address answers no page of another site that calls
+itself by this machine's address (DNS rebinding).
+"""
+
+import hashlib
+import hmac
+import re
+import time
+import uuid
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import SessionError
+from .errors import RequestError, of_session
+from .logs import Log
+from .service import Caller
+
+OPEN = ("/", "/health", "/ready")
+"""Paths that need no key: the page, which asks for one itself, and what tells balancers how the server is."""
+
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]", "")
+
+
+def read_keys(path: Path) -> list[bytes]:
+    """Reads a file of API keys, one a line; empty lines and those that begin with # are none.
+
+    Returns:
+        Their digests.
+
+    Raises:
+        SessionError: It cannot be read, or holds no keys.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise SessionError(f"{path}: cannot be read ({reason}): give a file with a key in each line") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise SessionError(f"{path}: holds no keys: write one in each line, or leave --api-key-file out")
+    return [hashlib.sha256(key.encode()).digest() for key in keys]
+
+
+class Doors:
+    """Lets requests pass to an application.
+
+    Args:
+        app: The application; it finds its `Caller` under `caller` in the request's state, and may put what the log
+            shows under `about`.
+        keys: Digests of API keys; empty asks for none.
+        hosts: Names that the server is called by; empty takes any.
+        log: The log.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[bytes], hosts: Collection[str], log: Log) -> None:
+        self.app, self.keys, self.hosts, self.log = app, keys, hosts, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a request pass, or refuses it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers, started = Headers(scope=scope), time.perf_counter()
+        about: dict[str, Any] = {}
+        given = headers.get("x-request-id", "")
+        number = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        status = 0
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = number
+            await send(message)
+
+        scope.setdefault("state", {})["about"] = about
+        try:
+            scope["state"]["caller"] = self._caller(scope, headers)
+        except RequestError as error:
+            answer = JSONResponse(error.body, error.status, error.headers)
+            await answer(scope, receive, send_on)
+        else:
+            try:
+                await self.app(scope, receive, send_on)
+            except Exception as error:  # of whatever kind: it ends this request alone
+                self.log.fault(error)
+                if not status:
+                    answer = JSONResponse(of_session(error).body, 500)
+                    await answer(scope, receive, send_on)
+        if scope["path"] not in ("/health", "/ready", "/metrics"):
+            seconds = round(time.perf_counter() - started, 4)
+            line = {"id": number, "method": scope["method"], "path": scope["path"][:200], "status": status}
+            shown = {name: value() if callable(value) else value for name, value in about.items()}
+            self.log.write("request", **line, seconds=seconds, **shown)
+
+    def _caller(self, scope: Scope, headers: Headers) -> Caller:
+        """Who asks.
+
+        Raises:
+            RequestError: The request names another host, or has no key that fits.
+        """
+        address = (scope.get("client") or ("",))[0]
+        host = headers.get("host", "").lower()
+        name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+        if self.hosts and name not in self.hosts:
+            raise RequestError(
+                "the request names another host than this server's: ask for it by its address, or start it with "
+                "--allow-host or with API keys",
+                status=403,
+                code="host_not_allowed",
+            )
+        if not self.keys or scope["path"] in OPEN or scope["method"] == "OPTIONS":
+            return Caller(address=address)
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
+        fits = 0
+        for each in self.keys:
+            fits |= hmac.compare_digest(each, digest)
+        if kind.lower() != "bearer" or not fits:
+            raise RequestError(
+                "the API key is missing or wrong: send Authorization: Bearer KEY",
+                status=401,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return Caller(tenant=digest[:16], address=address)

@@ -1,0 +1,326 @@
+"""A server's life: it listens, loads its model, serves, drains, and ends.
+
+Enters: a folder and settings. Leaves: what clients get. Invariants: the socket is there before the model, so that
+whoever asks learns that it is being loaded; a signal to end lets what flies land; a second ends at once.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import stat
+import sys
+import threading
+import warnings
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from ..errors import SessionError, shortened
+from ..files.machine_memory import find_room
+from ..loading import load
+from ..runtime import Session
+from .app import make_app
+from .doors import LOCAL, read_keys
+from .errors import RequestError
+from .logs import Handler, Log
+from .pilot import FlightSettings
+from .service import Limits, Service
+
+DEFAULT_SLOTS = 16
+"""Sequences at once where the user names no number; an engine's own limit if that is less."""
+
+BACKLOG = 2048
+POLL = 0.02
+"""Seconds between two looks at whether all has landed."""
+
+SWITCH = 0.0005
+"""Seconds that one thread may hold the interpreter while another, as the pilot after its step, waits for it."""
+
+LANDING = 5
+"""Seconds that answers have to be written after their sequences have ended."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSettings:
+    """A server's settings; those of the model are as `load` has them.
+
+    Attributes:
+        folder: Model or bundle folder.
+        name: The model's name; None takes the folder's.
+        host: Address to listen on.
+        port: Port; 0 takes a free one.
+        unix_socket: Socket file to listen on instead.
+        api_key_file: File of API keys, one a line.
+        tls_certificate: Certificate file; TLS is spoken where there is one.
+        tls_key: Its key's file.
+        origins: Origins whose pages may ask.
+        hosts: Names that the server is called by, beside this machine's own.
+        max_seq: Tokens that a sequence may hold.
+        threads: Threads of one operator.
+        weights: Folder of the weight files, where they have moved.
+        slots: Sequences at once.
+        prefill_budget: Tokens of prompts that a step reads beside decoding rows.
+        prefix_bytes: Keys and values of known beginnings at most.
+        cache_bytes: Keys and values of running sequences at most.
+        shares_prefixes: Whether callers of different keys share known beginnings.
+        queue: Sequences that wait at most.
+        drain_seconds: Seconds that running requests have to end after a signal.
+        limits: What a request may be at most.
+    """
+
+    folder: Path
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    unix_socket: Path | None = None
+    api_key_file: Path | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    max_seq: int | None = None
+    threads: int | None = None
+    weights: Path | None = None
+    slots: int | None = None
+    prefill_budget: int | None = None
+    prefix_bytes: int = 256 << 20
+    cache_bytes: int | None = None
+    shares_prefixes: bool = False
+    queue: int = 128
+    drain_seconds: float = 30.0
+    limits: Limits = field(default_factory=Limits)
+
+
+def serve(settings: ServerSettings, log: Log, on_ready: Callable[[dict[str, Any]], None] = lambda about: None) -> None:
+    """Serves a folder until a signal ends it.
+
+    Args:
+        settings: The server's.
+        log: The log.
+        on_ready: Called with the address and the model's name when requests are taken.
+
+    Raises:
+        ArrieroError: The folder cannot be loaded, the address is taken, or a file cannot be read.
+    """
+    warnings.showwarning = lambda message, *_: log.write("warning", "warning", message=" ".join(str(message).split()))
+    sys.setswitchinterval(SWITCH)
+    keys = [] if settings.api_key_file is None else read_keys(settings.api_key_file)
+    for path in (settings.tls_certificate, settings.tls_key):
+        if path is not None and not path.is_file():
+            raise SessionError(f"{path} is not a file: give the path of a certificate and of its key, in PEM")
+    if settings.tls_key is not None and settings.tls_certificate is None:
+        raise SessionError("--tls-key is given without --tls-certificate: give both")
+    is_local = settings.unix_socket is not None or settings.host in LOCAL
+    name = settings.name or settings.folder.resolve().name
+    service = Service(name, settings.limits, shares_prefixes=settings.shares_prefixes, report=log.fault)
+    hosts = (*LOCAL, *settings.hosts) if is_local and not keys and settings.unix_socket is None else ()
+    app = make_app(service, log, keys=keys, hosts=hosts, origins=settings.origins)
+    listener = _listen(settings)
+    try:
+        address = _address(settings, listener)
+        if not is_local and not keys:
+            message = "no API key is asked for: whoever reaches the address may use it; --api-key-file closes it"
+            log.write("open", "warning", address=address, message=message)
+        server = Server(settings, app, service, log)
+        app.router.lifespan_context = server.lifespan(address, on_ready)
+        server.run(sockets=[listener])
+    finally:
+        listener.close()
+        service.close()
+        if settings.unix_socket is not None:
+            settings.unix_socket.unlink(missing_ok=True)
+    if server.failure is not None:
+        raise server.failure
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which loads a model when it listens, and drains before it ends.
+
+    Args:
+        settings: The server's.
+        app: The application.
+        service: The model's service.
+        log: The log.
+    """
+
+    def __init__(self, settings: ServerSettings, app: Any, service: Service, log: Log) -> None:
+        for name in ("uvicorn.error", "asyncio"):
+            logger = logging.getLogger(name)
+            logger.handlers, logger.propagate = [Handler(log)], False
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                lifespan="on",
+                ssl_certfile=settings.tls_certificate,
+                ssl_keyfile=settings.tls_key,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=LANDING,
+            )
+        )
+        self.settings, self.service, self.log = settings, service, log
+        self.failure: BaseException | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drains at the first signal, and ends at once at the second."""
+        if self.service.state == "draining" or self.loop is None:
+            self.should_exit = self.force_exit = True
+            return
+        was_loading, self.service.state = self.service.state == "loading", "draining"
+        if was_loading:
+            self.should_exit = True
+        else:
+            self.loop.call_soon_threadsafe(self._begin, self._drain)
+
+    def lifespan(self, address: str, on_ready: Callable[[dict[str, Any]], None]) -> Callable[[Any], Any]:
+        """Begins to load the model with the application."""
+
+        @asynccontextmanager
+        async def live(app: Any) -> AsyncIterator[None]:
+            self.loop = asyncio.get_running_loop()
+            self._begin(lambda: self._load(address, on_ready))
+            yield
+
+        return live
+
+    def _begin(self, work: Callable[[], Any]) -> None:
+        task = asyncio.get_running_loop().create_task(work())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _load(self, address: str, on_ready: Callable[[dict[str, Any]], None]) -> None:
+        """Loads the model in a thread of its own, and begins to serve it."""
+        assert self.loop is not None
+        loop, loaded = self.loop, self.loop.create_future()
+
+        def work() -> None:
+            try:
+                found: Any = load_for(self.settings)
+            except BaseException as error:
+                found = error
+            with suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(_settle, loaded, found)
+
+        threading.Thread(target=work, name="loader", daemon=True).start()
+        found = await loaded
+        try:
+            if isinstance(found, BaseException):
+                raise found
+            session, flight = found
+            self.service.open(session, flight, loop)
+        except BaseException as error:  # said when the server has ended
+            self.failure, self.should_exit = error, True
+            return
+        about = {"address": address, "model": self.service.name, "slots": flight.slots, "max_seq": session.max_seq}
+        self.log.write("ready", **about)
+        on_ready(about)
+
+    async def _drain(self) -> None:
+        """Waits for what flies to land, and ends the server."""
+        self.log.write("draining", active=self.service.active)
+        end = asyncio.get_running_loop().time() + self.settings.drain_seconds
+        while self.service.active and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(POLL)
+        if self.service.active:
+            error = RequestError("the server has stopped: ask again", status=503, code="stopped")
+            for ride in list(self.service.pilot.rides):
+                self.service.pilot.cancel(ride, error)
+        self.should_exit = True
+
+
+def _settle(future: "asyncio.Future[Any]", value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def load_for(settings: ServerSettings) -> tuple[Session, FlightSettings]:
+    """Loads the model. Returns its session, and the settings of the flight that fit it.
+
+    Raises:
+        ArrieroError: It cannot be loaded, or a setting is out of range.
+    """
+    session = load(
+        settings.folder,
+        max_seq=settings.max_seq,
+        threads=settings.threads,
+        weights=settings.weights,
+        prefix_bytes=settings.prefix_bytes,
+    )
+    slots = settings.slots or min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS)
+    cache_bytes = settings.cache_bytes
+    if cache_bytes is None:
+        row = session.start(1, None, sparse=True).caches.row_bytes(session.max_seq)
+        cache_bytes = max(row, min(slots * row, find_room().free // 2))
+    queue = settings.queue
+    budget = settings.prefill_budget
+    return session, FlightSettings(slots=slots, prefill_budget=budget, cache_bytes=cache_bytes, queue=queue)
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    """Opens the socket.
+
+    Raises:
+        SessionError: The address is taken, or none of this machine's.
+    """
+    if settings.unix_socket is not None:
+        return _listen_on_file(settings.unix_socket)
+    listener = None
+    try:
+        kinds = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = kinds[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except (OSError, UnicodeError, OverflowError) as error:
+        if listener is not None:
+            listener.close()
+        reason = getattr(error, "strerror", None) or error
+        raise SessionError(
+            f"cannot listen on {shortened(settings.host)} port {settings.port} ({reason}): give another --host or "
+            "--port"
+        ) from error
+    return listener
+
+
+def _listen_on_file(path: Path) -> socket.socket:
+    """Opens a socket in a file; one that nobody listens on any more is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
+        before = os.umask(0o117)  # the owner and the group may ask
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or error
+        raise SessionError(f"cannot listen on {path} ({reason}): give another --unix-socket") from error
+    return listener
+
+
+def _address(settings: ServerSettings, listener: socket.socket) -> str:
+    """The address that clients ask."""
+    if settings.unix_socket is not None:
+        return f"unix:{settings.unix_socket}"
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if settings.tls_certificate is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

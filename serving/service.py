@@ -1,0 +1,295 @@
+"""One model behind the interfaces: requests checked, made ready and let on board.
+
+Enters: requests of the protocol, with the caller's tenant. Leaves: rides. Invariants: whatever takes long happens in a
+worker thread, so that streams go on; a request is checked whole before it is queued.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from .. import __version__
+from ..errors import ArrieroError, SessionError
+from ..runtime import Request, Session
+from .conversation import template_messages
+from .errors import RequestError, of_session
+from .metrics import Metrics
+from .pilot import FlightSettings, Pilot, Ride
+from .protocol.chat import ChatRequest, Message, NamedTool, Tool
+from .protocol.completions import DEFAULT_TOKENS, CompletionRequest
+from .remote_images import fetch_image
+from .texts import TokenTexts
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Bounds of a request.
+
+    Attributes:
+        body_bytes: Bytes of a request's body.
+        prompt_tokens: Tokens of a prompt; None is as the session holds.
+        new_tokens: New tokens of a sequence; None is as the session holds.
+        images: Images of a request.
+        first_token_seconds: From a request to its first token; 0 is no limit.
+        total_seconds: From a request to its end; 0 is no limit.
+        image_hosts: Hosts that images are fetched from.
+    """
+
+    body_bytes: int = 32 << 20
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    images: int = 16
+    first_token_seconds: float = 0.0
+    total_seconds: float = 0.0
+    image_hosts: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caller:
+    """Who asks.
+
+    Attributes:
+        tenant: A digest of the API key, or of nothing where there are no keys.
+        address: The client's address, for turns where nobody has a name.
+    """
+
+    tenant: bytes = b""
+    address: str = ""
+
+
+class Service:
+    """A model that is being loaded, serves, or drains.
+
+    Args:
+        name: The model's name.
+        limits: What it takes at most.
+        shares_prefixes: Whether callers of different keys share known beginnings.
+        report: Called with an error that is not a request's own.
+    """
+
+    def __init__(
+        self, name: str, limits: Limits, *, shares_prefixes: bool, report: Callable[[BaseException], None]
+    ) -> None:
+        self.name, self.limits, self.shares_prefixes, self.report = name, limits, shares_prefixes, report
+        self.state: Literal["loading", "ready", "draining"] = "loading"
+        self.metrics = Metrics(name)
+        self.created = int(time.time())
+        self.fingerprint = f"arriero-{__version__}"
+        self.workers = ThreadPoolExecutor(2, thread_name_prefix="reader")
+        self._session: Session | None = None
+        self._pilot: Pilot | None = None
+
+    def open(self, session: Session, settings: FlightSettings, loop: asyncio.AbstractEventLoop) -> None:
+        """Begins to serve a session."""
+        pilot = Pilot(session, settings, loop, self.metrics, self.report)
+        caches = pilot.flight.state.caches
+        row = caches.row_bytes(caches.positions)
+        whole = row * settings.slots if settings.cache_bytes is None else settings.cache_bytes
+        self.metrics.describe_cache(session.prefixes.block, whole, max(1, row // caches.positions))
+        self.texts = TokenTexts(session.text.tokenizer)
+        template = session.text.templates.get("default")
+        self.template = "" if template is None else template.source
+        self._session, self._pilot = session, pilot
+        pilot.start()
+        self.workers.submit(_ready_grammars, session)
+        if self.state == "loading":
+            self.state = "ready"
+
+    def close(self) -> None:
+        """Ends the pilot and the workers."""
+        if self._pilot is not None:
+            self._pilot.stop()
+        self.workers.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def session(self) -> Session:
+        """The session.
+
+        Raises:
+            RequestError: It is not ready, or takes no more requests.
+        """
+        if self.state != "ready" or self._session is None:
+            seconds = {"Retry-After": "5"}
+            raise RequestError(
+                f"the server is {self.state}: try again later", status=503, code=self.state, headers=seconds
+            )
+        return self._session
+
+    @property
+    def pilot(self) -> Pilot:
+        """The pilot, once there is one."""
+        assert self._pilot is not None
+        return self._pilot
+
+    @property
+    def active(self) -> int:
+        """Sequences that wait or have a row."""
+        return 0 if self._pilot is None else self._pilot.active
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses a request for another model."""
+        if name not in (None, "", self.name):
+            raise RequestError(
+                f"this server has the model {self.name} alone", "model", status=404, code="model_not_found"
+            )
+
+    async def work(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Calls a function in a worker thread; errors of sessions become refusals."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.workers, function, *arguments)
+        except (ArrieroError, RequestError) as error:
+            raise of_session(error) from error
+
+    async def chat(self, request: ChatRequest, caller: Caller) -> Ride:
+        """Lets a conversation on board."""
+        return await self._board(self._chat_parties, request, caller)
+
+    async def complete(self, request: CompletionRequest, caller: Caller) -> Ride:
+        """Lets prompts on board."""
+        return await self._board(self._completion_parties, request, caller)
+
+    def cancel(self, ride: Ride) -> None:
+        """Ends a ride that nobody waits for any more."""
+        self.pilot.cancel(ride)
+
+    def conversation(
+        self, messages: Sequence[Message], tools: Sequence[Tool]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """A request's messages and tools for the chat template, images read."""
+        hosts = self.limits.image_hosts
+        return template_messages(
+            messages, tools, self.template, self.limits.images, lambda url: fetch_image(url, hosts)
+        )
+
+    async def _board(self, prepare: Callable[..., list[list[Request]]], request: Any, caller: Caller) -> Ride:
+        self.check_model(request.model)
+        session, pilot = self.session, self.pilot
+        most, count = (
+            pilot.settings.slots + pilot.settings.queue,
+            (request.n or 1) * len(getattr(request, "prompts", " ")),
+        )
+        if count > most:
+            raise RequestError(f"{count} continuations are asked for, this server takes at most {most} at once", "n")
+        self._refuse_load(pilot.check_queue)
+        parties = await self.work(prepare, session, request, self._scope(caller))
+        self.session  # noqa: B018 # it may drain by now
+        ride = Ride(parties, f"{caller.tenant.hex() or caller.address}/{request.asker}")
+        self._refuse_load(pilot.submit, ride)
+        self._time(ride)
+        return ride
+
+    def _refuse_load(self, act: Callable[..., None], *arguments: Any) -> None:
+        try:
+            act(*arguments)
+        except RequestError:
+            self.metrics.refused += 1
+            raise
+
+    def _time(self, ride: Ride) -> None:
+        """Ends a ride when its time is over."""
+        loop, limits = asyncio.get_running_loop(), self.limits
+        if limits.first_token_seconds:
+            ride.timers.append(
+                loop.call_later(limits.first_token_seconds, self._expire, ride, True, limits.first_token_seconds)
+            )
+        if limits.total_seconds:
+            ride.timers.append(loop.call_later(limits.total_seconds, self._expire, ride, False, limits.total_seconds))
+
+    def _expire(self, ride: Ride, first: bool, seconds: float) -> None:
+        if first and any(each.first for each in ride.timelines):
+            return
+        what = "first token did not come" if first else "request did not end"
+        self.pilot.cancel(ride, RequestError(f"the {what} within {seconds:g} s", status=504, code="timeout"))
+
+    def _scope(self, caller: Caller) -> bytes:
+        """The scope of a caller's beginnings."""
+        return b"" if self.shares_prefixes else caller.tenant
+
+    def _chat_parties(self, session: Session, request: ChatRequest, scope: bytes) -> list[list[Request]]:
+        tools = request.tools if request.tools and request.tool_choice != "none" else []
+        turns, described = self.conversation(request.messages, tools)
+        settings = request.settings()
+        if request.logprobs:
+            settings |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
+        if request.json_schema is not None:
+            settings["json_schema"] = request.json_schema
+        if tools and (grammar := self._call_grammar(request, tools)) is not None:
+            settings["grammar"] = grammar
+        if described:
+            settings["tools"] = described
+        return [self._party(session, turns, request.limit, settings, request, request.n or 1, scope)]
+
+    def _call_grammar(self, request: ChatRequest, tools: Sequence[Tool]) -> str | None:
+        """The grammar of an answer that must be a call; None where it need not be one."""
+        if request.tool_choice in (None, "auto"):
+            return None
+        from .tools import tool_grammar
+
+        chosen = request.tool_choice
+        name = chosen.function.name if isinstance(chosen, NamedTool) else "required"
+        choice: Any = {"type": "function", "function": {"name": name}} if isinstance(chosen, NamedTool) else name
+        given = [{"type": "function", "function": dataclasses.asdict(tool.function)} for tool in tools]
+        return tool_grammar(given, choice, request.parallel_tool_calls is not False)
+
+    def _completion_parties(self, session: Session, request: CompletionRequest, scope: bytes) -> list[list[Request]]:
+        settings = request.settings()
+        if request.logprobs is not None:
+            settings |= {"logprobs": True, "top_logprobs": request.logprobs}
+        most = DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
+        return [
+            self._party(session, prompt, most, settings, request, request.n or 1, scope) for prompt in request.prompts
+        ]
+
+    def _party(
+        self,
+        session: Session,
+        prompt: Any,
+        most: int | None,
+        settings: dict[str, Any],
+        request: ChatRequest | CompletionRequest,
+        count: int,
+        scope: bytes,
+    ) -> list[Request]:
+        """The requests of one prompt, checked."""
+        limit, longest = self.limits.new_tokens, self.pilot.longest
+        if limit is not None and most is not None and most > limit:
+            raise RequestError(f"max_tokens is {most}, this server gives at most {limit}", "max_tokens")
+        try:
+            first = session.request(prompt, most, **(settings | request.seeded(0)))
+        except SessionError as error:
+            if request.grammar is None and str(error).startswith("grammar "):  # it was made of the tools
+                raise RequestError(f"tools: their {error}", "tools") from error
+            raise
+        tokens, prompts = len(first.prompt.ids), self.limits.prompt_tokens
+        if prompts is not None and tokens > prompts:
+            raise RequestError(
+                f"the prompt has {tokens} tokens, this server takes at most {prompts}: shorten it",
+                "messages" if isinstance(request, ChatRequest) else "prompt",
+                code="context_length_exceeded",
+            )
+        if tokens >= longest and first.count:
+            raise RequestError(
+                f"the prompt has {tokens} tokens, this server's memory holds {longest}: shorten it",
+                code="context_length_exceeded",
+            )
+        allowed = min(first.count, longest - tokens, longest if limit is None else limit)
+        first = dataclasses.replace(first, count=allowed, scope=hashlib.sha256(scope).digest() if scope else b"")
+        requests = [first]
+        for index in range(1, count):
+            seed = request.seeded(index).get("seed", first.sampling.seed)
+            requests.append(dataclasses.replace(first, sampling=dataclasses.replace(first.sampling, seed=seed)))
+        return requests
+
+
+def _ready_grammars(session: Session) -> None:
+    """Makes ready what the first grammar needs, seconds with a large vocabulary, where it can be."""
+    with suppress(SessionError):
+        session.grammars.tokens  # noqa: B018 # computed once

@@ -1,0 +1,143 @@
+// Calls of the library's ops, drawn from bytes: attributes and tensors that fit one another, before any is changed.
+
+#pragma once
+
+#include <cmath>
+#include <random>
+
+#include "runtime.h"
+
+struct Drawn {
+    const ort::CustomOp* op;
+    ort::Info info;
+    std::vector<std::pair<ort::Type, std::vector<int64_t>>> inputs;  // a type of `any` is an input that is not given
+};
+
+// Draws whole numbers: `Source::between(least, most)`.
+template <typename Source>
+struct Draw {
+    Source& source;
+
+    int64_t between(int64_t least, int64_t most) { return source.between(least, most); }
+    bool coin() { return between(0, 1); }
+
+    void matrix(Drawn& drawn, int64_t bits, int64_t group, int64_t experts, int64_t inputs, int64_t outputs) {
+        const int64_t panels = (outputs + 31) / 32, padded = (inputs + 31) / 32 * 32;
+        const std::vector<int64_t> none, held{experts};
+        std::vector<int64_t> weight = experts ? held : none, scale = weight;
+        for (const int64_t size : {panels, padded * 32 * bits / 8}) weight.push_back(size);
+        for (const int64_t size : {panels, group ? inputs / group : 1, int64_t{32}}) scale.push_back(size);
+        drawn.inputs.push_back({ort::Type::uint8, weight});
+        drawn.inputs.push_back({bits >= 16 ? ort::Type::any
+                                : coin()   ? ort::Type::bfloat16
+                                           : ort::Type::float32,
+                                scale});
+    }
+
+    Drawn linear(const ort::CustomOp* op) {
+        Drawn drawn{op, {}, {}};
+        const int64_t bits = int64_t{4} << between(0, 3), group = bits < 16 && coin() ? 8 * between(1, 9) : 0;
+        const int64_t inputs = group ? group * between(1, 4) : between(1, 90), outputs = between(1, 70);
+        drawn.info.integers = {{"bits", bits}, {"group", group}, {"outputs", outputs}};
+        drawn.inputs = {{ort::Type::float32, {between(0, 9), inputs}}};
+        if (coin()) drawn.inputs[0].second.insert(drawn.inputs[0].second.begin(), between(0, 3));
+        matrix(drawn, bits, group, 0, inputs, outputs);
+        drawn.inputs.push_back({bits < 16 && coin() ? ort::Type::float32 : ort::Type::any, {}});
+        return drawn;
+    }
+
+    Drawn experts(const ort::CustomOp* op) {
+        Drawn drawn{op, {}, {}};
+        const int64_t bits = coin() ? 4 : 8, group = coin() ? 8 * between(1, 5) : 0, down = coin() ? 8 : 0;
+        const int64_t size = group ? group * between(1, 3) : between(1, 70),
+                      width = down ? 8 * between(1, 6) : between(1, 50);
+        const int64_t routed = between(1, 9), held = between(1, routed), tokens = between(0, 12);
+        drawn.info.integers = {{"bits", bits},
+                               {"group", group},
+                               {"down_group", down},
+                               {"top_k", between(1, routed)},
+                               {"first_expert", between(0, routed - held)},
+                               {"experts", held},
+                               {"width", width}};
+        drawn.inputs = {{ort::Type::float32, {tokens, size}}, {ort::Type::float32, {tokens, routed}}};
+        matrix(drawn, bits, group, held, size, 2 * width);
+        matrix(drawn, bits, down, held, width, size);
+        for (int i = 0; i < 2; i++) drawn.inputs.push_back({coin() ? ort::Type::float32 : ort::Type::any, {held}});
+        return drawn;
+    }
+
+    Drawn attention(const ort::CustomOp* op) {
+        Drawn drawn{op, {}, {}};
+        const ort::Type cache = op->input_type(op, 3);
+        const bool has_scales = cache == ort::Type::int8 || cache == ort::Type::e4m3, has_rope = coin();
+        const int64_t kv_heads = between(1, 3), heads = kv_heads * between(1, 4), batch = between(0, 3);
+        const int64_t dim = has_rope ? 2 * between(1, 40) : between(1, 80), length = between(0, 8);
+        const int64_t bits = cache == ort::Type::uint8 ? (coin() ? 4 : 8) : 0, groups = (dim + 31) / 32;
+        const int64_t slot = bits == 4 ? groups * 20 : bits == 8 ? groups * 34 : dim;
+        const std::vector<int64_t> keys{batch, length, kv_heads * dim};
+        const std::vector<int64_t> caches{batch, kv_heads, length + between(0, 140), slot}, scales{kv_heads, dim};
+        drawn.info.integers = {
+            {"heads", heads}, {"kv_heads", kv_heads}, {"chunk", coin() ? between(1, 64) : 0}, {"cache_bits", bits}};
+        drawn.info.numbers = {{"scale", 1 / std::sqrt(static_cast<float>(dim))},
+                              {"qk_norm_eps", coin() ? 1e-5f : 0},
+                              {"temperature_scale", coin() ? 0.1f : 0},
+                              {"temperature_floor", 4}};
+        drawn.inputs = {{ort::Type::float32, {batch, length, heads * dim}},
+                        {ort::Type::float32, keys},
+                        {ort::Type::float32, keys},
+                        {cache, caches},
+                        {cache, caches},
+                        {ort::Type::int32, {batch}},
+                        {has_rope ? ort::Type::float32 : ort::Type::any, {dim / 2}},
+                        {has_scales ? ort::Type::float32 : ort::Type::any, scales},
+                        {has_scales ? ort::Type::float32 : ort::Type::any, scales}};
+        return drawn;
+    }
+
+    Drawn call() {
+        const auto& all = ort::ops();
+        const auto* op = all[between(0, static_cast<int64_t>(all.size()) - 1)];
+        const std::string name = op->name(op);
+        return name == "Linear" ? linear(op) : name == "MoeDispatch" ? experts(op) : attention(op);
+    }
+};
+
+// Numbers about zero, drawn once: a tensor takes its own from a place among them, which is quicker than to draw each.
+inline const std::vector<float>& numbers() {
+    static const std::vector<float> drawn = [] {
+        std::mt19937_64 random(1);
+        std::normal_distribution<float> normal;
+        std::vector<float> made(1 << 14);
+        for (float& each : made) each = normal(random);
+        return made;
+    }();
+    return drawn;
+}
+
+// A tensor of plausible values: floats about zero or all bits at random, scales small, lengths few.
+inline std::unique_ptr<ort::Value> filled(ort::Type type, const std::vector<int64_t>& dims, bool is_scale, bool is_wild,
+                                          std::mt19937_64& random) {
+    auto made = std::make_unique<ort::Value>(type, dims);
+    auto* bytes = static_cast<uint8_t*>(made->data);
+    for (size_t i = 0; i < made->size(); i += 8) {
+        const uint64_t word = random();
+        std::memcpy(bytes + i, &word, std::min<size_t>(8, made->size() - i));
+    }
+    if (is_wild) return made;
+    const bool has_floats = type == ort::Type::float32 || type == ort::Type::bfloat16;
+    const size_t first = random();
+    for (size_t i = 0; has_floats && i < made->count(); i++) {
+        const float drawn = numbers()[(first + i) % numbers().size()];
+        const float number = is_scale ? 0.01f + std::fabs(drawn) / 100 : drawn;
+        uint32_t bits;
+        std::memcpy(&bits, &number, 4);
+        const auto half = static_cast<uint16_t>(bits >> 16);
+        if (type == ort::Type::float32) std::memcpy(bytes + 4 * i, &number, 4);
+        if (type == ort::Type::bfloat16) std::memcpy(bytes + 2 * i, &half, 2);
+    }
+    for (size_t i = 0; i < made->count(); i++) {
+        if (type == ort::Type::float16) bytes[2 * i + 1] &= 0xBF;
+        if (type == ort::Type::e4m3) bytes[i] &= 0xBF;
+    }
+    return made;
+}

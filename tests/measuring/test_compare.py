@@ -1,0 +1,88 @@
+"""Bundles side by side: verdicts and measurements joined by the bundle's hash."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arriero.errors import FolderError
+from arriero.measuring.compare import compare_page, read_compared
+
+MACHINE = {"processor": "AMD EPYC", "processors": 2, "memory_bytes": 64e9, "system": "Linux x86_64"}
+
+
+def verdict(name: str, number: int, outcome: str = "pass", kl: float = 0.01) -> dict[str, Any]:
+    contents = {"path": f"/a/{name}", "hash": f"{number:064}", "bytes": number * 10**6, "weights": {}}
+    return {
+        "schema": 1,
+        "outcome": outcome,
+        "recipe": "INT8 weights",
+        "tokens": 1000,
+        "contents": {"candidate": contents, "reference": {"path": "r", "hash": "f" * 64}},
+        "metrics": {"kl": {"value": kl, "low": None, "high": None}, "perplexity": {"value": 9, "low": 8, "high": 10}},
+    }
+
+
+def bench(name: str, number: int, speed: float = 50.0) -> dict[str, Any]:
+    case = {"batch": 1, "prefill": 128, "decode_tokens_per_second": speed, "prefill_tokens_per_second": 10 * speed}
+    return {
+        "schema": 1,
+        "contents": {"path": f"/moved/{name}", "hash": f"{number:064}", "bytes": number * 10**6, "weights": {}},
+        "machine": MACHINE,
+        "threads": 1,
+        "recipe": "INT8 weights",
+        "peak_rss_bytes": 10**9,
+        "cases": [case, {**case, "batch": 4}],
+    }
+
+
+def written(folder: Path, **results: dict[str, Any]) -> list[Path]:
+    paths = []
+    for name, fields in results.items():
+        (folder / name).mkdir(parents=True)
+        path = folder / name / ("verdict.json" if "outcome" in fields else "bench.json")
+        path.write_text(json.dumps(fields))
+        paths.append(path.parent)
+    return paths
+
+
+def test_results_of_one_bundle_are_one_row_wherever_it_lay(tmp_path: Path) -> None:
+    results = {"v8": verdict("int8", 8), "b8": bench("int8", 8), "v4": verdict("int4", 4, "regressed", 0.3)}
+    paths = written(tmp_path, **results, b4=bench("int4", 4, 90.0), b3=bench("int3", 3))
+    found = {each.name: each for each in read_compared(paths)}
+    assert set(found) == {"int8", "int4", "int3"}
+    assert found["int8"].bench["cases"][0]["batch"] == found["int8"].case["batch"] == 1
+    page = compare_page(paths)
+    assert "<h1>3 bundles compared, 3.0 MB to 8.0 MB</h1>" in page
+    assert "The smallest that keeps its limits: int8; the fastest of those: int8." in page
+    assert "Without a verdict of the same contents: int3." in page
+    assert page.count("<svg") == 2
+    assert page.count("<h1") == 1
+
+
+def test_what_is_not_comparable_is_said(tmp_path: Path) -> None:
+    other = verdict("int4", 4)
+    other["tokens"] = 7
+    slow = bench("int4", 4)
+    slow["threads"] = 8
+    page = compare_page(written(tmp_path, a=verdict("int8", 8), b=other, c=bench("int8", 8), d=slow))
+    assert "perplexity and KL are not comparable" in page
+    assert "speeds are not comparable" in page
+
+
+def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
+    (paths,) = written(tmp_path, a=verdict("int8", 8))
+    unknown = verdict("int8", 9)
+    unknown["contents"]["candidate"]["hash"] = None
+    (nameless,) = written(tmp_path / "n", a=unknown)
+    (tmp_path / "x.json").write_text("{}")
+    for given, said in (
+        ([tmp_path / "x.json"], "no result that this Arriero wrote"),
+        ([tmp_path / "none"], "No such file"),
+        ([tmp_path], "holds neither verdict.json nor bench.json"),
+        ([paths, paths], "is a second verdict"),
+        ([nameless], "has no hash of its bundle"),
+    ):
+        with pytest.raises(FolderError, match=said):
+            read_compared(given)

@@ -1,0 +1,37 @@
+"""Images through the server: answered as the session does, and known when they come again."""
+
+import base64
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import arriero
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "extra_body": {"logit_bias": {"1": -100}}}
+
+
+def test_images_are_answered_as_the_session_does(multimodal_model: Path, serve: Callable[..., Any]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    text = {"type": "text", "text": "What is this?"}
+    asked: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, text]}]
+    written = [{"role": "user", "content": [{"type": "image", "image": file.getvalue()}, text]}]
+    session = arriero.load(multimodal_model, threads=1)
+    alone = session.generate(written, 8, do_sample=False, logit_bias={1: -100})
+    server = serve(folder=multimodal_model)
+    client = server.client()
+    found = [client.chat.completions.create(model=server.about["model"], messages=asked, **GREEDY) for _ in range(2)]
+    assert [each.choices[0].message.content for each in found] == [alone.text] * 2
+    items: Any = [
+        {"role": "user", "content": [{"type": "input_image", "image_url": url}, {**text, "type": "input_text"}]}
+    ]
+    response = client.responses.create(model=server.about["model"], input=items, temperature=0, max_output_tokens=8)
+    assert response.usage is not None
+    assert response.usage.input_tokens == found[0].usage.prompt_tokens
+    assert server.end() == 0

@@ -1,0 +1,113 @@
+"""A server's life: full, too slow, ended by a signal."""
+
+import importlib.util
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from typer.testing import CliRunner
+
+from arriero.cli.app import app
+
+LONG: dict[str, Any] = {"max_tokens": 400, "stream": True, "extra_body": {"logit_bias": {"1": -100}}}
+ASKED: list[Any] = [{"role": "user", "content": "The list type"}]
+
+
+def ask(server: Any, **settings: Any) -> Any:
+    client = server.client()
+    return client.chat.completions.create(**{"model": server.about["model"], "messages": ASKED, **settings})
+
+
+def test_a_full_queue_is_429_with_a_time_to_come_again(serve: Callable[..., Any]) -> None:
+    server = serve("--slots", "1", "--queue", "1", "--max-seq", "512", "--first-token-seconds", "1")
+    first = ask(server, **LONG)
+    next(iter(first))
+    failures: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            ask(server, **LONG)
+        except openai.APIStatusError as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.3)
+    with pytest.raises(openai.RateLimitError) as caught:
+        ask(server, max_tokens=1)
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    waiting.join()
+    assert [error.status_code for error in failures] == [504]  # type: ignore[attr-defined]
+    first.close()
+    assert ask(server, max_tokens=2, messages=ASKED).usage.completion_tokens <= 2
+    assert server.end() == 0
+
+
+def test_a_signal_lets_answers_end_and_takes_no_more(serve: Callable[..., Any]) -> None:
+    server = serve("--slots", "2", "--max-seq", "512", "--total-seconds", "60")
+    stream = ask(server, **{**LONG, "max_tokens": 150})
+    parts = iter(stream)
+    next(parts)
+    code: list[int] = []
+    ending = threading.Thread(target=lambda: code.append(server.end()))
+    ending.start()
+    with server.http() as http:
+        while http.get("/ready").json()["status"] != "draining":
+            time.sleep(0.01)
+        assert http.get("/ready").status_code == 503
+        refused = http.post("/v1/chat/completions", json={"messages": ASKED})
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+    rest = list(parts)
+    ending.join()
+    assert rest[-1].choices[0].finish_reason == "length"
+    assert code == [0]
+
+
+def test_what_has_not_ended_in_time_is_ended_with_an_error(serve: Callable[..., Any]) -> None:
+    server = serve("--slots", "2", "--max-seq", "4096", "--drain-seconds", "0.2")
+    parts = iter(ask(server, **{**LONG, "max_tokens": 4000}))
+    next(parts)
+    threading.Thread(target=server.end).start()
+    with pytest.raises(openai.APIError, match="stopped"):
+        list(parts)
+    assert server.end() == 0
+
+
+def test_what_cannot_be_served_is_said_in_one_line(bundle: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        keys = tmp_path / "keys"
+        keys.write_text("\n# none\n")
+        for options, said in (
+            (["--port", port], "give another --host or --port"),
+            (["--api-key-file", str(keys)], "holds no keys"),
+            (["--api-key-file", str(tmp_path / "absent")], "cannot be read"),
+            (["--prefix-bytes", "many"], "--prefix-bytes"),
+            (["--slots", "0"], "--slots"),
+            (["--max-seq", "9999999", "--port", "0"], "max_seq"),
+            (["--cache-bytes", "10", "--port", "0"], "cache_bytes"),
+            (["--tls-key", str(keys)], "--tls-certificate"),
+        ):
+            found = CliRunner().invoke(app, ["serve", str(bundle), "--quiet", *options])
+            assert found.exit_code == 2, options
+            assert said in found.stderr, found.stderr
+            assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_folder_without_what_lowers_it_is_refused_in_one_line(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else known(name))
+    found = CliRunner().invoke(app, ["serve", str(tiny_model), "--port", "0"])
+    assert found.exit_code == 2
+    assert "arriero[export]" in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1

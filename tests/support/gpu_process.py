@@ -1,0 +1,37 @@
+"""Sessions on a GPU that is not there, in a process of their own, whose Triton interprets.
+
+`Gpu.run` calls a function of `gpu_scenes` there, by its name; what enters and leaves is pickled.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from typing import Any
+
+
+class Gpu:
+    """The process. One serves a whole test session; see the fixture `gpu`."""
+
+    def __init__(self) -> None:
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start)
+
+    def run(self, scene: str, **given: Any) -> Any:
+        """Plays a scene. Returns what it returns."""
+        return self.pool.submit(play, scene, given).result()
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+def start() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import executed_kernels
+    import interpreted_floats
+
+    interpreted_floats.teach()
+    executed_kernels.watch_accesses()
+
+
+def play(scene: str, given: dict[str, Any]) -> Any:
+    return getattr(import_module("gpu_scenes"), scene)(**given)

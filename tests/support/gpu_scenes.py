@@ -1,0 +1,226 @@
+"""Scenes over a GPU that is not there: a model lowered for TensorRT, its engine walked, its kernels interpreted."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+from executing_cuda import ExecutingCuda
+from walked_engine import WalkedEngine, write_images
+
+import arriero
+from arriero.engine.profiles import decoder_profiles, decoder_shapes
+from arriero.engine.tensorrt_library import open_library
+from arriero.engine.tensorrt_lowering import Choices, lower_for_tensorrt
+from arriero.files.folders import find_files, read_spec
+from arriero.plugins.gqa.op import Attributes
+from arriero.plugins.gqa.plan import MODULE as GQA_MODULE
+from arriero.plugins.gqa.plan import Geometry, Plan, Schedule
+from arriero.plugins.launch import Driver, Kernels, placed, total_size
+from arriero.runtime import Flight
+from arriero.runtime.backends.device import Device, DeviceMemory
+from arriero.runtime.backends.execution import upload_weights
+from arriero.runtime.backends.tensorrt_decoder import TensorRTDecoder
+from arriero.runtime.continuation import joined
+from arriero.runtime.draws import Sampling
+from arriero.runtime.prefix import Prefixes
+from arriero.runtime.sampling import Sampler
+from arriero.runtime.session import Session
+from arriero.runtime.state import Limits
+from arriero.spec.built_engine import EngineSpec
+
+CAPABILITY = 89
+FREE: dict[str, Any] = {"temperature": 0, "eos_token_id": []}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A session on the engine, the CPU's beside it, and the driver."""
+
+    session: Session
+    plain: Session
+    cuda: ExecutingCuda
+    engine: WalkedEngine
+    decoder: TensorRTDecoder
+
+
+STAGES: dict[tuple[Any, ...], Stage] = {}
+
+
+def stage(model: str, max_seq: int = 64, max_batch: int = 4, max_prefill: int = 12, graphs: bool = True) -> Stage:
+    """Builds a model for the GPU that is not there and loads it, once."""
+    key = (model, max_seq, max_batch, max_prefill)
+    if key not in STAGES:
+        STAGES[key] = load(Path(model), max_seq, max_batch, max_prefill)
+    made = STAGES[key]
+    made.decoder.captures = graphs
+    if not graphs:
+        made.decoder.graphs.clear()
+    return made
+
+
+def load(model: Path, max_seq: int, max_batch: int, max_prefill: int) -> Stage:
+    spec, trt = read_spec(model), open_library("tensorrt-rtx")
+    network = lower_for_tensorrt(model, spec, Choices(gqa=None, placement="experts", max_seq=max_seq))
+    assert set(network.ways.values()) == {"plugin"}
+    profiles = decoder_profiles(network.caches, max_batch, max_prefill)
+    shapes = [decoder_shapes(spec, profile, network.caches) for profile in profiles]
+    cuda = ExecutingCuda(CAPABILITY)
+    files, folder = find_files(model, spec.weight_files), Path(mkdtemp())
+    engine = WalkedEngine(trt, cuda, network.graph, files, shapes, CAPABILITY)
+    binaries = engine.plan(CAPABILITY, folder / "kernels", spec.model.vocab_size)
+    about = EngineSpec(
+        file="decoder.engine", flavour="tensorrt-rtx", version=trt.__version__, capabilities=(CAPABILITY,), sha256="",
+        max_seq=max_seq, profiles=profiles, caches=network.caches, attention="plugin", experts="plugin",
+        placement="experts", weight_streaming=False, weights=0, kernels=binaries,
+    )  # fmt: skip
+    device = Device(Driver(cuda))
+    kernels = Kernels(device.driver, folder / "kernels", binaries)
+    for creator in engine.creators.values():
+        creator.kernels = kernels
+    record = dataclasses.replace(spec, engine=about, weights=network.weights)
+    decoder = TensorRTDecoder(
+        trt, device, engine, upload_weights(device, network.weights, files), record, None, kernels
+    )
+    plain = arriero.load(model, max_seq=max_seq)
+    session = Session(decoder, plain.text, plain.defaults, Limits(max_seq, max_batch), plain.tower)
+    return Stage(session, plain, cuda, engine, decoder)
+
+
+def logits(model: str, ids: Sequence[Sequence[int]], lengths: Sequence[int], decoded: int, **how: Any) -> Any:
+    """Teacher-forced logits of rows, prefilled, then decoded together. Returns the engine's and the CPU's."""
+    made = stage(model, **how)
+    found = []
+    for session in (made.session, made.plain):
+        state = session.start(len(ids), None)
+        rows = [list(row[: length - decoded]) for row, length in zip(ids, lengths, strict=True)]
+        pieces = [[] for _ in rows]
+        for row, _, logits_SV in session.extend(state, rows):
+            pieces[row].extend(logits_SV)
+        for step in range(decoded):
+            tokens = [row[length - decoded + step] for row, length in zip(ids, lengths, strict=True)]
+            for row, logits_V in enumerate(session.decode(state, tokens)):
+                pieces[row].append(logits_V)
+        found.append(np.concatenate([np.stack(each) for each in pieces]))
+    return found
+
+
+def texts(model: str, prompts: Sequence[Sequence[int]], new: int, way: str, settings: Any = None, **how: Any) -> Any:
+    """Continuations of prompts in a way: alone, in a flight, by guesses, or from beginnings that are known.
+
+    Returns the engine's tokens of each, and the counts of driver calls.
+    """
+    made, asked = stage(model, **how), {**FREE, **(settings or {})}
+    session, before = made.session, made.cuda.calls.copy()
+    session.prefixes = Prefixes(session.spec.chunk, 1 << 24 if way == "prefixes" else 0)
+    if way == "flight":
+        flight, pieces = Flight(session, slots=min(3, session.max_batch or 3), prefill_budget=8), {}
+        for prompt in prompts:
+            flight.join(session.request(list(prompt), new, **asked))
+        while flight.riding or flight.waiting:
+            for number, piece in flight.step():
+                pieces.setdefault(number, []).append(piece)
+        found = [joined(pieces[number]) for number in range(len(prompts))]
+    else:
+        guessed = {"prompt_lookup_num_tokens": 4} if way == "guesses" else {}
+        found = [session.generate(list(prompt), new, **guessed, **asked) for prompt in prompts]
+    return [each.ids for each in found], [each.reused for each in found], dict(made.cuda.calls - before)
+
+
+def judged(
+    model: str, prompts: Sequence[Sequence[int]], found: Sequence[Sequence[int]], bound: float, **how: Any
+) -> Any:
+    """Of each new token, whether the CPU's two likeliest are apart by twice the bound, the CPU's token, and itself."""
+    plain, rows = stage(model, **how).plain, []
+    for prompt, new in zip(prompts, found, strict=True):
+        ids = [*prompt, *new]
+        after = np.concatenate([each for _, each in plain.score(ids)])[len(prompt) - 1 : -1]
+        two = np.sort(after, axis=1)[:, -2:]
+        rows += list(zip((two[:, 1] - two[:, 0] > 2 * bound).tolist(), after.argmax(1).tolist(), new, strict=True))
+    return rows
+
+
+def step_cost(model: str, batch: int, steps: int, **how: Any) -> Any:
+    """Driver calls of a decode step with a graph, allocations of several, and seconds of Python without the kernels."""
+    made = stage(model, **how)
+    session, cuda = made.session, made.cuda
+    state = session.start(batch, 40)
+    session.prefill(state, [[3 + row] * (2 + row) for row in range(batch)])
+    for _ in range(2):
+        session.decode_rows(state, [5] * batch)
+    drain, cuda.drain = cuda.drain, lambda: [stream.waiting.clear() for stream in cuda.streams.values()]  # type: ignore[method-assign]
+    calls, allocated, started = cuda.calls.copy(), cuda.device.allocations + cuda.host.allocations, time.thread_time()
+    try:
+        for _ in range(steps):
+            session.decode_rows(state, [5] * batch)
+    finally:
+        cuda.drain = drain  # type: ignore[method-assign]
+    seconds = (time.thread_time() - started) / steps
+    spent = {name: count / steps for name, count in (cuda.calls - calls).items()}
+    return spent, cuda.device.allocations + cuda.host.allocations - allocated, seconds
+
+
+def drawn(model: str, ids: Sequence[int], seeds: int, **how: Any) -> Any:
+    """Tokens drawn from shortlists and from whole rows, over settings: both in the order of the settings."""
+    made = stage(model, **how)
+    session = made.session
+    shortened, whole = [], []
+    for temperature, others in (
+        (0.0, {}), (0.7, {}), (0.7, {"top_p": 0.8}), (1.0, {"top_k": 5}), (1.3, {"min_p": 0.1}),
+        (0.6, {"top_p": 0.9, "typical_p": 0.7}), (0.9, {"repetition_penalty": 1.3}), (5.0, {}), (50.0, {"top_k": 60}),
+    ):  # fmt: skip
+        state = session.start(1, 40)
+        session.prefill(state, [list(ids)])
+        for _ in range(2):  # the second time the temperature is known
+            (row,) = session.decode_rows(state, [5])
+            for seed in range(seeds):
+                sampling = Sampling(temperature=temperature, seed=seed, **others)
+                shortened.append(Sampler(sampling)(row, ids))
+                whole.append(Sampler(sampling)(row.whole(), ids))
+    return shortened, whole
+
+
+def far_slots() -> Any:
+    """The attention kernels over caches of 10 M positions, and over small ones: outputs and what was written."""
+    found = []
+    attributes = Attributes(heads=4, kv_heads=2, scale=0.1, qk_norm_eps=1e-5)
+    plan = Plan(Geometry(attributes=attributes, head_dim=128, rope=False, dtype="fp16", cache="int8"), CAPABILITY)
+    rng = np.random.default_rng(0)
+    batch, past = 3, np.array([3, 5, 7], np.int32)
+    query, key = (rng.standard_normal((batch, 1, heads * 128)).astype(np.float16) for heads in (4, 2))
+    for capacity in (64, 10_000_000):
+        cuda = ExecutingCuda(CAPABILITY)
+        device = Device(Driver(cuda))
+        folder = Path(mkdtemp())
+        kernels = Kernels(device.driver, folder, write_images(plan.kernels, GQA_MODULE, CAPABILITY, folder))
+        caches = [DeviceMemory(device, batch * 2 * capacity * 128) for _ in range(2)]
+        arrays: dict[str, Any] = {"query": query, "key": key, "value": key * 2, "past_lengths": past}
+        arrays |= dict.fromkeys(("key_scale", "value_scale"), np.full((2, 128), 0.02, np.float32))
+        arrays["output"] = np.zeros_like(query)
+        held = {name: DeviceMemory(device, each.nbytes) for name, each in arrays.items()}
+        for name, each in arrays.items():
+            device.upload(held[name].address, each)
+        early = np.arange(7 * 128, dtype=np.uint64).astype(np.int8).reshape(7, 128)
+        places = [(row * 2 + head) * capacity * 128 for row in range(batch) for head in range(2)]
+        for memory in caches:
+            for place in places:
+                device.upload(memory.address + place, early)
+        pointers = {name: memory.address for name, memory in held.items()}
+        pointers |= {"key_cache": caches[0].address, "value_cache": caches[1].address}
+        buffers = plan.workspace(batch, 1, capacity, Schedule(form="few", splits=2))
+        scratch = DeviceMemory(device, total_size(buffers))
+        pointers |= placed(buffers, scratch.address)
+        for launch in plan.launches(pointers, batch, 1, capacity, Schedule(form="few", splits=2)):
+            kernels.launch(launch, device.stream)
+        output, slot = np.zeros_like(query), np.zeros((len(places), 2, 128), np.int8)
+        device.download(held["output"].address, output)
+        for index, place in enumerate(places):
+            for number, memory in enumerate(caches):
+                device.download(memory.address + place + int(past[index // 2]) * 128, slot[index, number])
+        found.append(np.concatenate([output.astype(np.float64).ravel(), slot.astype(np.float64).ravel()]))
+    assert np.isfinite(found[0]).all()
+    assert found[0].any()
+    return found

@@ -1,0 +1,181 @@
+"""Rows of data files in the forms that people have: JSONL and Parquet, as one kind of dictionary.
+
+Enters: a file. Leaves: rows with their places, and what a row says: a text, or messages. A row is one of
+
+| keys | |
+|---|---|
+| `messages` | a conversation, with `images`, `tools`, `documents`, `chat_template_kwargs` beside it |
+| `conversations` | the same as ShareGPT has it: `from` and `value`, `<image>` where one of `images` goes |
+| `prompt` and `completion` | texts one after the other, or two lists of messages |
+| `text` | a text |
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, shortened, shortened_text, without_extra
+from ..files.reading import open_regular, read_bytes
+from ..files.safetensors import POINTER
+from ..spec.json_text import parse_json
+
+JSONL, PARQUET = ".jsonl", ".parquet"
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""ShareGPT's names of speakers, and the roles that they are."""
+
+IMAGE = "<image>"
+FORMS = "messages, conversations (ShareGPT), prompt and completion, or text"
+LARGEST = 1 << 28
+"""Bytes of a file of text or JSON lines at most."""
+BATCH = 256
+"""Rows of a Parquet file that are read at once."""
+
+
+def is_rows(path: Path) -> bool:
+    """Whether a file holds rows, by its name's ending."""
+    return path.suffix.lower() in (JSONL, PARQUET)
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A file's rows, each with its place for messages.
+
+    Raises:
+        DataError: The file or a row cannot be read.
+        MissingExtraError: It is Parquet, and pyarrow is not installed.
+    """
+    yield from _parquet(path) if path.suffix.lower() == PARQUET else _jsonl(path)
+
+
+def read_utf8(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        DataError: It cannot be read, or is none.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: give the files in it with --data, each by itself")
+    try:
+        content = read_bytes(path, DataError, "give text files with --data", most=LARGEST)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: {error.strerror}: give text files with --data") from error
+    if content.startswith(POINTER):
+        raise DataError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: convert it first") from error
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({shortened_text(str(error), 100)}): correct it") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: no JSON object: give one with {FORMS}")
+        yield where, value
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise without_extra(error, "parquet") from error
+    number = 0
+    try:
+        with open_regular(path) as start:
+            if start.read(len(POINTER)) == POINTER:
+                raise DataError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+        with path.open("rb") as whole, parquet.ParquetFile(whole) as file:  # pyarrow takes no path that is not UTF-8
+            for batch in file.iter_batches(batch_size=BATCH):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", _without_nulls(row)
+    except (OSError, pyarrow.ArrowException) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "no Parquet file, or damaged"
+        raise DataError(f"{path}: {why}: give another file with --data") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row without the empty fields that a common schema gives to every object."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def said_in(row: dict[str, Any], where: str) -> str | list[Any]:
+    """A row's text, or its messages in the form that a session reads.
+
+    Raises:
+        DataError: It is in none of the forms.
+    """
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise DataError(f"{where}: messages is no list of objects with role and content: correct it")
+        return messages
+    if "conversations" in row:
+        return _sharegpt(row, where)
+    if "prompt" in row and "completion" in row:
+        return _completed(row["prompt"], row["completion"], where)
+    if "text" in row:
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise DataError(f"{where}: text is {shortened(row['text'])}, expected a text: correct it")
+        return row["text"]
+    names = shortened_text(", ".join(map(str, row)) or "nothing", 100)
+    raise DataError(f"{where} has {names}: expected {FORMS}")
+
+
+def _completed(prompt: Any, completion: Any, where: str) -> str | list[Any]:
+    if isinstance(prompt, str) and isinstance(completion, str) and (prompt + completion).strip():
+        return prompt + completion
+    if isinstance(prompt, list) and isinstance(completion, list) and prompt and completion:
+        return [*prompt, *completion]
+    found = f"{shortened(prompt, 40)} and {shortened(completion, 40)}"
+    raise DataError(f"{where}: prompt and completion are {found}, expected two texts or two lists of messages")
+
+
+def _sharegpt(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """ShareGPT's turns as messages."""
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{where}: conversations is no list of objects with from and value: correct it")
+    has_images = bool(row.get("image") or row.get("images"))
+    messages: list[dict[str, Any]] = []
+    if isinstance(row.get("system"), str):
+        messages.append({"role": "system", "content": row["system"]})
+    for number, turn in enumerate(turns, start=1):
+        speaker, value = (turn.get(name) for name in ("from", "value")) if isinstance(turn, dict) else (None, None)
+        if not isinstance(value, str) or not isinstance(speaker, str) or speaker not in SPEAKERS:
+            raise DataError(
+                f"{where}: turn {number} is {shortened(turn)}, expected a value, and from as one of "
+                f"{', '.join(SPEAKERS)}"
+            )
+        messages.append({"role": SPEAKERS[speaker], "content": _parts(value) if has_images else value})
+    return messages
+
+
+def _parts(value: str) -> str | list[dict[str, str]]:
+    """A text with a part for each image's place in it."""
+    if IMAGE not in value:
+        return value
+    parts: list[dict[str, str]] = []
+    for at, piece in enumerate(value.split(IMAGE)):
+        parts += [{"type": "image"}] if at else []
+        parts += [{"type": "text", "text": text}] if (text := piece.strip("\n")) else []
+    return parts
