@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,12 +78,8 @@ def load(
     from .runtime.text import Text
 
     prefix_bytes = whole("prefix_bytes", prefix_bytes)
-    max_seq, max_batch, threads = (
-        None if value is None else whole(name, value, "a whole number from 1 up", least=-sys.maxsize)  # bounded below
-        for name, value in (("max_seq", max_seq), ("max_batch", max_batch), ("threads", threads))
-    )
-    path = Path(folder)
-    spec = read_spec(path)
+    max_seq, max_batch, threads = _whole_numbers(max_seq=max_seq, max_batch=max_batch, threads=threads)
+    path, spec = Path(folder), read_spec(Path(folder))
     check_no_rank(path, spec)
     check_threads(threads)
     check_fits(f"a prefix_bytes of {prefix_bytes}", prefix_bytes, "give less")
@@ -94,28 +91,38 @@ def load(
     for line in unheeded(path):
         warnings.warn(line, ArrieroWarning, stacklevel=2)
     moved = None if weights is None else Path(weights)
-    files = find_files(first, own.weight_files, moved)
-    decoder = _open_any(path, spec, own, files, threads, moved, patience, limits.max_seq)
-    tower = None if own.vision is None else open_tower(first, own, own.vision, files, threads)
+    decoder, tower = _open_parts(path, spec, (first, own), threads, moved, patience, limits.max_seq)
     if text.tokenizer is not None and text.templates:
         text.prepare_chat()
     return Session(decoder, text, defaults, limits, tower, prefix_bytes)
 
 
-def _open_any(
+def _whole_numbers(**given: int | None) -> Iterator[int | None]:
+    """The settings that are numbers, or None; what they may be is checked where they are used."""
+    from .runtime.checks import whole
+
+    for name, value in given.items():
+        yield None if value is None else whole(name, value, "a whole number from 1 up", least=-sys.maxsize)
+
+
+def _open_parts(
     path: Path,
     spec: FolderSpec,
-    own: FolderSpec,
-    files: dict[str, Path],
+    first: tuple[Path, FolderSpec],
     threads: int | None,
     weights: Path | None,
     patience: float,
     max_seq: int,
-) -> "DecoderBackend":
-    """Opens the decoder of a folder, or of a group."""
+) -> "tuple[DecoderBackend, Tower | None]":
+    """Opens the decoder of a folder, or of a group, and the vision tower, which is the first rank's."""
+    own_path, own = first
+    files = find_files(own_path, own.weight_files, weights)
+    decoder: DecoderBackend
     if spec.kind == "group":
-        return _open_group(path, spec, own, threads, weights, patience, max_seq)
-    return _open_decoder(path, spec, files, threads, max_seq)
+        decoder = _open_group(path, spec, own, threads, weights, patience, max_seq)
+    else:
+        decoder = _open_decoder(path, spec, files, threads, max_seq)
+    return decoder, None if own.vision is None else open_tower(own_path, own, own.vision, files, threads)
 
 
 def _first_rank(path: Path, spec: FolderSpec, *, trust: bool) -> tuple[Path, FolderSpec]:
@@ -261,7 +268,7 @@ def _open_decoder(
     from .runtime.room import check_fits
 
     graph, weights, flags = cpu_decoder_graph(path, spec)
-    alone = dataclasses.replace(spec, weights=weights, vision=None)
+    alone = dataclasses.replace(spec, model=spec.rank_model, weights=weights, vision=None)
     memory = session_memory(alone, len(graph), 0, max_seq, 1)
     what = f"{path} with one sequence of {max_seq} tokens"
     check_fits(what, memory.total - memory.mapped - memory.process, "load it with a smaller max_seq (--max-seq)")
@@ -307,7 +314,7 @@ def cpu_decoder_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight
 
         lowered = lower_for_cpu(path, spec)
         found = lowered.graph, lowered.weights, lowered.session
-    check_decoder(found[0], found[1], spec.model, spec.cache_bits, path / spec.graph)
+    check_decoder(found[0], found[1], spec.rank_model, spec.cache_bits, path / spec.graph)
     return found
 
 

@@ -64,11 +64,25 @@ def _check_weight(weight: Weight, tensors: Mapping[str, Region]) -> None:
         expected = (*expected[:-1], expected[-1] // 2)
     if region.dtype != dtype:
         raise _wrong(weight, f"is {dtype}, its file has it as {region.dtype}")
+    if start is None and _is_portion(weight, expected, region):
+        return
     if shape != expected and (start is None or math.prod(shape) != math.prod(expected)):
         raise _wrong(weight, f"has the shape {shortened(list(expected))}, in its file {shortened(list(shape))}")
     place = region.offset + (start or 0)
     if weight.offset != place:
         raise _wrong(weight, f"lies at {weight.offset}, in its file at {place}")
+
+
+def _is_portion(weight: Weight, shape: tuple[int, ...], whole: Region) -> bool:
+    """Whether a weight is some rows of a tensor, one behind another: what a rank reads of it in place."""
+    if len(shape) != len(whole.shape) or shape == whole.shape or not math.prod(shape):
+        return False
+    axis = next((index for index, size in enumerate(shape) if size != 1), len(shape) - 1)
+    while axis and shape[axis:] == whole.shape[axis:]:
+        axis -= 1
+    row = whole.size // math.prod(whole.shape) * math.prod(shape[axis + 1 :])
+    start, end = weight.offset - whole.offset, weight.offset - whole.offset + row * shape[axis]
+    return shape[axis + 1 :] == whole.shape[axis + 1 :] and 0 <= start <= end <= whole.size and start % row == 0
 
 
 def _find(weight: Weight, tensors: Mapping[str, Region]) -> tuple[Region, int | None, tuple[int, ...]]:
