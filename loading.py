@@ -273,7 +273,8 @@ def _open_decoder(
     what = f"{path} with one sequence of {max_seq} tokens"
     check_fits(what, memory.total - memory.mapped - memory.process, "load it with a smaller max_seq (--max-seq)")
     shared = None if meeting is None else meeting.segment.bytes
-    return OnnxRuntimeDecoder(graph, map_weights(weights, files), path, spec.rank_model, flags, threads, group=shared)
+    mapped = map_weights(weights, files, of_rank=spec.ranks > 1)
+    return OnnxRuntimeDecoder(graph, mapped, path, spec.rank_model, flags, threads, group=shared)
 
 
 def open_tower(path: Path, spec: FolderSpec, part: VisionPart, files: dict[str, Path], threads: int | None) -> "Tower":

@@ -40,8 +40,13 @@ FEATURES, PIXELS = "image_features", "pixels"
 CACHE = re.compile(r"(past|present)\.(\d{1,5})\.(key|value)")
 
 
-def check_weights(weights: Iterable[Weight], files: Mapping[str, Path]) -> None:
+def check_weights(weights: Iterable[Weight], files: Mapping[str, Path], *, of_rank: bool = False) -> None:
     """Holds weights against the headers of their files.
+
+    Args:
+        weights: The weights.
+        files: The files, by name.
+        of_rank: Whether they are one rank's, of whose tensors a file may hold more, before and behind them.
 
     Raises:
         FolderError: One lies elsewhere than its file says, or is of another type or shape there.
@@ -52,10 +57,10 @@ def check_weights(weights: Iterable[Weight], files: Mapping[str, Path]) -> None:
             raise _wrong(weight, "is in a file that the folder does not list")
         if weight.file not in shards:
             shards[weight.file] = open_shard(files[weight.file])
-        _check_weight(weight, shards[weight.file].tensors)
+        _check_weight(weight, shards[weight.file].tensors, of_rank=of_rank)
 
 
-def _check_weight(weight: Weight, tensors: Mapping[str, Region]) -> None:
+def _check_weight(weight: Weight, tensors: Mapping[str, Region], *, of_rank: bool) -> None:
     region, start, shape = _find(weight, tensors)
     dtype, expected = CODES[weight.dtype], weight.shape
     if weight.is_made:
@@ -64,7 +69,7 @@ def _check_weight(weight: Weight, tensors: Mapping[str, Region]) -> None:
         expected = (*expected[:-1], expected[-1] // 2)
     if region.dtype != dtype:
         raise _wrong(weight, f"is {dtype}, its file has it as {region.dtype}")
-    if start is None and _is_portion(weight, expected, region):
+    if of_rank and (_is_portion(weight, expected, region) if start is None else _is_expert(weight, expected, region)):
         return
     if shape != expected and (start is None or math.prod(shape) != math.prod(expected)):
         raise _wrong(weight, f"has the shape {shortened(list(expected))}, in its file {shortened(list(shape))}")
@@ -83,6 +88,12 @@ def _is_portion(weight: Weight, shape: tuple[int, ...], whole: Region) -> bool:
     row = whole.size // math.prod(whole.shape) * math.prod(shape[axis + 1 :])
     start, end = weight.offset - whole.offset, weight.offset - whole.offset + row * shape[axis]
     return shape[axis + 1 :] == whole.shape[axis + 1 :] and 0 <= start <= end <= whole.size and start % row == 0
+
+
+def _is_expert(weight: Weight, shape: tuple[int, ...], whole: Region) -> bool:
+    """Whether a weight is one of a stack's experts, whichever: a rank numbers its own."""
+    size, start = whole.size // whole.shape[0], weight.offset - whole.offset
+    return math.prod(shape) == math.prod(whole.shape[1:]) and 0 <= start < whole.size and start % size == 0
 
 
 def _find(weight: Weight, tensors: Mapping[str, Region]) -> tuple[Region, int | None, tuple[int, ...]]:

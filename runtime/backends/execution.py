@@ -136,14 +136,16 @@ class Contexts:
             self.compiled.save()
 
 
-def upload_weights(device: Device, weights: Iterable[Weight], files: Mapping[str, Path]) -> dict[str, DeviceMemory]:
+def upload_weights(
+    device: Device, weights: Iterable[Weight], files: Mapping[str, Path], *, of_rank: bool = False
+) -> dict[str, DeviceMemory]:
     """Sends the weights that an engine has as inputs to the GPU. Returns their memory by name.
 
     Raises:
         FolderError: A weight is not in its file as it is said to be.
     """
     weights = list(weights)
-    check_weights(weights, files)
+    check_weights(weights, files, of_rank=of_rank)
     found: dict[str, DeviceMemory] = {}
     uploads = None
     for weight in weights:
