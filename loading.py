@@ -7,7 +7,6 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,69 +69,55 @@ def load(
     Warns:
         ArrieroWarning: A file asks for something that is not done, as beams.
     """
-    from .runtime.checks import whole
     from .runtime.defaults import read_defaults
-    from .runtime.room import check_fits, check_threads
     from .runtime.session import Session
     from .runtime.state import Limits
     from .runtime.text import Text
 
-    prefix_bytes = whole("prefix_bytes", prefix_bytes)
-    max_seq, max_batch, threads = _whole_numbers(max_seq=max_seq, max_batch=max_batch, threads=threads)
-    path, spec = Path(folder), read_spec(Path(folder))
+    path, moved = Path(folder), None if weights is None else Path(weights)
+    spec = read_spec(path)
     check_no_rank(path, spec)
-    check_threads(threads)
-    check_fits(f"a prefix_bytes of {prefix_bytes}", prefix_bytes, "give less")
-    first, own = _first_rank(path, spec, trust=trust)
+    max_seq, max_batch, threads = _check_counts(max_seq, max_batch, threads, prefix_bytes)
+    first, own = _check_ranks(path, spec, trust)
     if own.engine is not None:
         max_seq, max_batch = _engine_limits(own.engine, max_seq, max_batch)
     limits = Limits.of(spec.model, max_seq, max_batch)
     text, defaults = Text(path), read_defaults(path, spec.model.vocab_size)  # small: checked before weights are loaded
     for line in unheeded(path):
         warnings.warn(line, ArrieroWarning, stacklevel=2)
-    moved = None if weights is None else Path(weights)
-    decoder, tower = _open_parts(path, spec, (first, own), threads, moved, patience, limits.max_seq)
+    files, longest = find_files(first, own.weight_files, moved), limits.max_seq
+    is_group, among = spec.kind == "group", (threads, moved, patience, longest)
+    decoder = _open_group(path, spec, own, *among) if is_group else _open_decoder(path, spec, files, threads, longest)
+    tower = None if own.vision is None else open_tower(first, own, own.vision, files, threads)
     if text.tokenizer is not None and text.templates:
         text.prepare_chat()
     return Session(decoder, text, defaults, limits, tower, prefix_bytes)
 
 
-def _whole_numbers(**given: int | None) -> Iterator[int | None]:
-    """The settings that are numbers, or None; what they may be is checked where they are used."""
+def _check_counts(
+    max_seq: int | None, max_batch: int | None, threads: int | None, prefix_bytes: int
+) -> tuple[int | None, int | None, int | None]:
+    """Refuses numbers that are none, more threads than make sense, and more known beginnings than there is memory."""
     from .runtime.checks import whole
+    from .runtime.room import check_fits, check_threads
 
-    for name, value in given.items():
-        yield None if value is None else whole(name, value, "a whole number from 1 up", least=-sys.maxsize)
-
-
-def _open_parts(
-    path: Path,
-    spec: FolderSpec,
-    first: tuple[Path, FolderSpec],
-    threads: int | None,
-    weights: Path | None,
-    patience: float,
-    max_seq: int,
-) -> "tuple[DecoderBackend, Tower | None]":
-    """Opens the decoder of a folder, or of a group, and the vision tower, which is the first rank's."""
-    own_path, own = first
-    files = find_files(own_path, own.weight_files, weights)
-    decoder: DecoderBackend
-    if spec.kind == "group":
-        decoder = _open_group(path, spec, own, threads, weights, patience, max_seq)
-    else:
-        decoder = _open_decoder(path, spec, files, threads, max_seq)
-    return decoder, None if own.vision is None else open_tower(own_path, own, own.vision, files, threads)
+    prefix_bytes = whole("prefix_bytes", prefix_bytes)
+    counts = (("max_seq", max_seq), ("max_batch", max_batch), ("threads", threads))  # bounded below
+    expected = "a whole number from 1 up"
+    checked = [None if n is None else whole(name, n, expected, least=-sys.maxsize) for name, n in counts]
+    check_threads(checked[2])
+    check_fits(f"a prefix_bytes of {prefix_bytes}", prefix_bytes, "give less")
+    return checked[0], checked[1], checked[2]
 
 
-def _first_rank(path: Path, spec: FolderSpec, *, trust: bool) -> tuple[Path, FolderSpec]:
-    """The folder itself, or a group's first rank's, once all that is code in it is trusted."""
-    check_trusted(path, spec, trust=trust)
+def _check_ranks(path: Path, spec: FolderSpec, trust: bool) -> tuple[Path, FolderSpec]:
+    """Refuses engines that are not trusted. Returns the folder that this process opens, and its spec."""
     if spec.kind != "group":
+        check_trusted(path, spec, trust=trust)
         return path, spec
     ranks = [rank_folder(path, spec, rank) for rank in range(spec.ranks)]
-    for each in ranks:
-        check_trusted(*each, trust=trust)
+    for rank in ranks:
+        check_trusted(*rank, trust=trust)
     return ranks[0]
 
 

@@ -31,7 +31,7 @@ from ..files.folders import read_spec
 from ..loading import load
 from ..runtime.chat.messages import Message
 from ..runtime.chat.settings import ChatSettings
-from ..runtime.sampling import Sampling
+from ..runtime.draws import Sampling
 from ..runtime.session import Session
 from ..runtime.state import State
 

@@ -43,6 +43,9 @@ ITEM = {
 SCHEMA = {"type": "array", "items": ITEM, "minItems": 200}
 """Longer than any run."""
 
+BEGIN = 0
+"""`<|begin_of_text|>`: a token that ends a sequence, and never comes."""
+
 
 class Tokens(Vocabulary):
     """A vocabulary of given tokens."""
@@ -101,7 +104,7 @@ def mask_times(tokens: Sequence[bytes], steps: int = 3000) -> dict[str, float]:
 def rate(session: Session, rows: int, tokens: int, clock: Callable[[], float], **settings: Any) -> float:
     """Tokens a second of several sequences in flight."""
     started = clock()
-    found = session.generate_many(["Items: "] * rows, tokens, slots=rows, eos_token_id=[], **settings)
+    found = session.generate_many(["Items: "] * rows, tokens, slots=rows, eos_token_id=BEGIN, **settings)
     return sum(len(each.ids) for each in found) / (clock() - started)
 
 

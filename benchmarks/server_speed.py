@@ -1,7 +1,8 @@
 """What a server adds to its flight: tokens a second, time to the first token, processor time.
 
 The same bundle, the same prompts, in one run: streams through `arriero serve` by raw HTTP, and the same requests in a
-flight of this process. Processor time a token is the server's own less the flight's. While a long prompt is being read,
+flight of this process. Processor time a token is that of
+the thread that speaks with the clients; the other steps the flight. While a long prompt is being read,
 the gaps between the tokens of other streams are compared with those undisturbed. Rounds of both alternate, so that a
 busy machine weighs on both.
 
@@ -34,7 +35,7 @@ class Load:
 
     Attributes:
         seconds: From the first request to the last token.
-        cpu: Processor time of the process that computes.
+        cpu: Processor time of the thread that speaks with the clients.
         firsts: Seconds to each stream's first token.
         gaps: Seconds between tokens.
     """
@@ -68,7 +69,6 @@ def body_of(count: int, number: int, prompt: Any = None) -> dict[str, Any]:
         "temperature": 0,
         "logit_bias": {"1": -100},
         "stream": True,
-        "logprobs": 0,
     }
 
 
@@ -96,14 +96,14 @@ def fly(session: Session, streams: int, count: int) -> Load:
     """The same round in a flight of this process."""
     flight = Flight(session, streams, cache_bytes=1 << 40)
     settings: dict[str, Any] = {"do_sample": False, "logit_bias": {1: -100}}
-    cpu, started = time.process_time(), time.perf_counter()
+    started = time.perf_counter()
     for number in range(streams):
         flight.join(session.request(f"{PROMPT} {number}", count, **settings))
     first: dict[int, float] = {}
     while flight.waiting or flight.riding:
         for number, _ in flight.step():
             first.setdefault(number, time.perf_counter() - started)
-    return Load(time.perf_counter() - started, time.process_time() - cpu, list(first.values()))
+    return Load(time.perf_counter() - started, 0.0, list(first.values()))
 
 
 def main() -> None:
@@ -135,13 +135,13 @@ def main() -> None:
     served, flown = (statistics.median(total / each[side].seconds for each in pairs) for side in (0, 1))
     ratio = statistics.median(flight.seconds / server.seconds for server, flight in pairs)
     added = statistics.median(server.firsts[0] - flight.firsts[0] for server, flight in singles)
-    cost = statistics.median((server.cpu - flight.cpu) / total for server, flight in pairs)
+    cost = sum(server.cpu for server, _ in pairs) / (total * len(pairs))
     table = Table("", "", title=f"{asked.folder.name}, {asked.streams} streams of {asked.tokens} tokens")
     table.add_row("tokens a second, served", f"{served:.0f}")
     table.add_row("tokens a second, the same flight from Python", f"{flown:.0f}")
     table.add_row("their ratio, the median of rounds", f"{ratio:.1%}")
     table.add_row("added to the first token, ms", f"{added * 1e3:.2f}")
-    table.add_row("processor time beside the flight's, µs a token", f"{cost * 1e6:.0f}")
+    table.add_row("processor time beside the step, µs a token", f"{cost * 1e6:.0f}")
     for name, gaps in (("undisturbed", calm), (f"beside a prompt of {len(long)}", disturbed)):
         table.add_row(f"p99 between tokens, {name}, ms", f"{gaps[int(0.99 * len(gaps))] * 1e3:.1f}")
     Console().print(table)

@@ -28,7 +28,8 @@ from support.dense import scout_like, write_random_checkpoint
 import arriero
 from arriero.export import export_checkpoint
 from arriero.runtime import Session
-from arriero.runtime.sampling import Sampler, Sampling
+from arriero.runtime.draws import Sampling
+from arriero.runtime.sampling import Sampler
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama4"
 FREE: dict[str, Any] = {"temperature": 0, "eos_token_id": []}

@@ -54,7 +54,7 @@ def bench(
         if as_json:
             show_json(found)
         else:
-            from .tables import show_load, show_measured
+            from .tables_of_speed import show_load, show_measured
 
             (show_measured if url is None else show_load)(found, output)
 

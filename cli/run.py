@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,24 @@ SETTINGS_OF_ALL = (
 
 MAX_NEW_TOKENS = 512
 """New tokens at most where neither the user nor the generation config says."""
+
+
+SETTINGS = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "seed",
+    "regex",
+    "top_logprobs",
+)
+"""Options of `run` that are settings of these names."""
 
 
 def run(
@@ -78,16 +97,13 @@ def run(
     debug: options.Debug = False,
 ) -> None:
     """Run a model: stream the continuation of a prompt, say what is in an image, or chat."""
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-    settings |= {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
-    ends = [] if ignore_eos else eos_token_id
-    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string, "eos_token_id": ends}
-    settings |= {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}
-    settings |= {"no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens}
-    settings |= {"logprobs": top_logprobs is not None, "top_logprobs": top_logprobs}
+    given = locals()
+    settings: dict[str, Any] = {name: given[name] for name in SETTINGS}
+    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string}
+    settings |= {"logprobs": top_logprobs is not None, "eos_token_id": [] if ignore_eos else eos_token_id}
     terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
-        settings |= {"json_schema": read_option(json_schema, "--json-schema"), "regex": regex}
+        settings |= {"json_schema": read_option(json_schema, "--json-schema")}
         settings |= {"grammar": read_option(grammar, "--grammar")}
         of_one = {"--prompt": prompt, "--image": image, "--chat": chat, "--system": system}
         check_prompts(prompts, output, of_one, prompt_lookup, top_logprobs)
@@ -98,13 +114,22 @@ def run(
         prompt, system = texts_of(prompt, system, chat)
         session, loaded = opened(folder, settings, terminal, prefix_bytes=CHAT_BYTES if chat else 0, **loading)
         if chat:
-
-            def reply(said: list[dict[str, Any]], is_asked: Callable[[], bool]) -> str:
-                return answer(session, said, settings, as_json, {}, terminal, is_asked)
-
+            reply = partial(reply_to, session, settings, as_json, terminal)
             Chat(answer=reply, terminal=terminal, messages=begun(system), waiting=list(image or ())).run(prompt)
         else:
             answer(session, prompt, {**settings, "images": image or ()}, as_json, {"load_seconds": loaded}, terminal)
+
+
+def reply_to(
+    session: "Session",
+    settings: dict[str, Any],
+    as_json: bool,
+    terminal: Terminal,
+    said: list[dict[str, Any]],
+    is_asked: Callable[[], bool],
+) -> str:
+    """Answers a conversation's last turn; returns the text."""
+    return answer(session, said, settings, as_json, {}, terminal, is_asked)
 
 
 def begun(system: str | None) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def show_contents(found: dict[str, Any]) -> None:
         show_verdict({"location": None, "notes": [], **found}, None)
         _show_circumstances(found)
     elif kind == "bench":
-        from .tables import show_measured
+        from .tables_of_speed import show_measured
 
         show_measured(found, None)
         _show_circumstances(found)

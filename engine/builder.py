@@ -89,11 +89,14 @@ def build_engine(
         raise monitor.interruption
     if writer.failure is not None:
         raise BuildError(f"{out}: {writer.failure.strerror}: free some space") from writer.failure
-    _check_build(log, creators, workspace)
-    if not done:
-        raise BuildError("TensorRT built nothing and did not say why: build with --debug")
+    _check_build(log, creators, workspace, is_done=bool(done))
     if timings is not None and timing_cache is not None:
         timing_cache.write_bytes(timings.serialize())
+    return _read_log(log)
+
+
+def _read_log(log: Any) -> Built:
+    """The record of a build, from its log."""
     sizes = _sizes(log.lines)
     return Built(
         layers=_layers(log.lines),
@@ -103,8 +106,8 @@ def build_engine(
     )
 
 
-def _check_build(log: Any, creators: Iterable[Any], workspace: int | None) -> None:
-    """Raises the first failure of a plugin, or of what the log holds."""
+def _check_build(log: Any, creators: Iterable[Any], workspace: int | None, *, is_done: bool) -> None:
+    """Raises the first failure of a plugin, or of what the log holds, or that there is no engine."""
     for creator in creators:
         if creator.failure is not None:
             raise creator.failure
@@ -114,6 +117,8 @@ def _check_build(log: Any, creators: Iterable[Any], workspace: int | None) -> No
     log.check("to build the engine")
     if copies := [warning for warning in log.warnings if COPIES.search(warning)]:
         raise BuildError(f"TensorRT would copy caches that are updated in place: {copies[0]}")
+    if not is_done:
+        raise BuildError("TensorRT built nothing and did not say why: build with --debug")
 
 
 def define(trt: Any, builder: Any, network: Network, weights: Path, log: Any) -> tuple[Any, Any]:

@@ -214,5 +214,8 @@ def _check_attention(outline: Outline, model: ModelSpec) -> None:
             if node.numbers.get(name, 0) != value:
                 raise ValueError(f"layer {number} has {name} {node.numbers.get(name, 0)}, spec.json {value}")
     for node in outline.nodes:
-        if node.op == "MoeDispatch" and node.numbers.get("top_k", 0) != model.experts_per_token:
-            raise ValueError(f"{node.numbers.get('top_k', 0)} experts a token, spec.json {model.experts_per_token}")
+        chosen = node.numbers.get("top_k", 0) if node.op == "MoeDispatch" else model.experts_per_token
+        if node.op == "TopK" and len(node.inputs) > 1:
+            chosen = outline.constants.get(node.inputs[1], 0)
+        if chosen != model.experts_per_token:
+            raise ValueError(f"{chosen} experts a token, spec.json {model.experts_per_token}")

@@ -16,6 +16,9 @@ Dim = int | str
 Field = tuple[int, int | memoryview]
 """A field's number and value."""
 
+INT64 = 7
+"""ONNX's number of the type."""
+
 DEEPEST = 4
 """Graphs within graphs at most."""
 
@@ -37,11 +40,12 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node: its domain, operator and whole-number attributes."""
+    """A node: its domain, operator, whole-number attributes and inputs."""
 
     domain: str
     op: str
     numbers: dict[str, int]
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -53,12 +57,14 @@ class Outline:
         outputs: Outputs by name.
         weights: Initializers by name.
         nodes: Nodes in order, those of inner graphs after the node that holds them.
+        constants: One whole number each, by name, of those that hold no more.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
+    constants: dict[str, int] = field(default_factory=dict)
 
 
 def read_outline(data: bytes) -> Outline:
@@ -107,24 +113,30 @@ def _add(found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
 
 def _read_node(data: memoryview, outline: Outline, depth: int) -> None:
     domain, op, numbers, inner = "", "", {}, []
+    inputs, outputs, constant = list[str](), list[str](), None
     for number, value in _fields(data):
-        if number == 4:
+        if number in (1, 2):
+            (inputs if number == 1 else outputs).append(_text(value))
+        elif number == 4:
             op = _text(value)
         elif number == 7:
             domain = _text(value)
         elif number == 5:
-            name, whole, graphs = _attribute(_part(value))
+            name, whole, graphs, held = _attribute(_part(value))
+            constant = held if name == "value" else constant
             inner += graphs
             if whole is not None:
                 numbers[name] = whole
-    outline.nodes.append(Node(domain, op, numbers))
+    outline.nodes.append(Node(domain, op, numbers, tuple(inputs)))
+    if op == "Constant" and outputs and constant is not None:
+        outline.constants[outputs[0]] = constant
     for graph in inner:
         _read_graph(graph, outline, depth + 1)
 
 
-def _attribute(data: memoryview) -> tuple[str, int | None, list[memoryview]]:
-    """An attribute's name, its whole number if it is one, and the graphs in it."""
-    name, whole, graphs = "", None, []
+def _attribute(data: memoryview) -> tuple[str, int | None, list[memoryview], int | None]:
+    """An attribute's name, its whole number if it is one, the graphs in it, and the one number of a tensor in it."""
+    name, whole, graphs, held = "", None, [], None
     for number, value in _fields(data):
         if number == 1:
             name = _text(value)
@@ -134,11 +146,24 @@ def _attribute(data: memoryview) -> tuple[str, int | None, list[memoryview]]:
             inner, tensor = _tensor(_part(value))
             if tensor.location:
                 raise ValueError(f"a constant {shortened(inner)} in another file")
+            held = _one_number(_part(value), tensor)
         elif number in (6, 11):
             graphs.append(_part(value))
         elif number in (22, 23):
             raise ValueError("a sparse constant")
-    return name, whole, graphs
+    return name, whole, graphs, held
+
+
+def _one_number(data: memoryview, tensor: Tensor) -> int | None:
+    """The number of a tensor of one 64-bit whole number, as bytes or as a field; None of any other."""
+    if tensor.dtype != INT64 or tensor.dims not in ((), (1,)):
+        return None
+    for number, value in _fields(data):
+        if number == 9 and not isinstance(value, int) and len(value) == 8:
+            return int.from_bytes(value, "little", signed=True)
+        if number == 7:
+            return value if isinstance(value, int) else next(_varints(value), None)
+    return None
 
 
 def _tensor(data: memoryview) -> tuple[str, Tensor]:

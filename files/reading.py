@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 from ..errors import ArrieroError, FolderError, shortened_text
 from ..spec.json_text import parse_json
 
-SMALL = 64 << 20
-"""Bytes of a small file at most: more than the largest tokenizer's."""
+SMALL = 32 << 20
+"""Bytes of a small file at most: more than Llama 4's tokenizer has."""
 
 BLOBS, SNAPSHOTS, REPOSITORY = "blobs", "snapshots", "models--"
 """A hub's cache: `models--OWNER--NAME/snapshots/REVISION/FILE` is a link to `models--OWNER--NAME/blobs/HASH`."""

@@ -24,8 +24,8 @@ ITEM_BITS = {
 }  # fmt: skip
 """Bits of one element, by the format's type names."""
 
-LONGEST_HEADER = 100_000_000
-"""Bytes; the same limit as the safetensors library's."""
+LONGEST_HEADER = 1 << 25
+"""Bytes: ten times those of a model with its experts one by one in a single file."""
 
 LONGEST_NAME = 250
 """Characters of a tensor's name; a longer one is damage, and no error repeats it."""

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .chat.settings import ChatSettings
+from .draws import Sampling
 from .grammars.compiler import Grammar
 from .logprobs import TokenLogprobs, read_logprobs
 from .prompt import Tokens
-from .sampling import Sampler, Sampling
+from .sampling import Sampler
 from .shortlist import Row, whole
 from .stopping import StopText, special_texts
 from .text import Text

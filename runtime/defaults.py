@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ArrieroWarning, FolderError, SessionError
 from ..files.folders import read_json
 from . import checks
-from .sampling import Sampling
+from .draws import Sampling
 
 DEFAULT_TOP_K = 50
 """Tokens that a draw keeps where neither the checkpoint nor the caller says, as in `transformers`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import largest
+from .draws import largest
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,11 @@ boundary that it might fall on either side is left to the row.
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from .sampling import Sampling
+from .draws import Sampling, chosen
 
 DOUBT = 1e-4
 """The weights' sum may be off by this share of it."""
@@ -36,7 +34,7 @@ class Shortlist:
         odd: Number of the row's logits that are no finite numbers.
         vocabulary: Number of the row's logits.
         fetch: Fetches the whole row.
-        expect: Told the sharpness that the row's next shortlist is wanted at.
+        expect: Called with the sharpness that the row's next shortlist is wanted at.
         lock: Held while the row is fetched; the steps hold it too.
         row: The row, once it is fetched.
     """
@@ -59,10 +57,8 @@ class Shortlist:
                 self.row = self.fetch()
             return self.row
 
-    def draw(self, sampling: "Sampling", draw: float) -> int | None:
+    def draw(self, sampling: Sampling, draw: float) -> int | None:
         """The token that a draw between 0 and 1 chooses by these settings; None where the whole row is needed."""
-        from .sampling import chosen
-
         below = self.logits - self.logits[0]
         count = len(below)
         if count < self.vocabulary:  # of those that equal the last one some may be missing
@@ -83,7 +79,7 @@ class Shortlist:
         found = {chosen(below[:count], sampling, draw, total) for total in totals}
         return int(self.tokens[found.pop()]) if len(found) == 1 else None
 
-    def _covers(self, below: NDArray[np.float32], sampling: "Sampling", draw: float) -> bool:
+    def _covers(self, below: NDArray[np.float32], sampling: Sampling, draw: float) -> bool:
         """Whether the filters and the draw end within these tokens, in doubt as well."""
         if len(below) == self.vocabulary:
             return True

@@ -1,11 +1,16 @@
 """JSON of files that others wrote, parsed within bounds: nesting, digits of a number. Standard library only."""
 
 import json
+import re
 from typing import Any
 
 DEEPEST = 64
 """Lists and objects within one another at most; no file of a checkpoint or a stage has more than ten."""
 
+MOST = 4_000_000
+"""Lists and objects at most: each takes 60 bytes of memory, however little it holds; a tokenizer has half a million."""
+
+LONG_NUMBER = re.compile(r"\d{41}")
 DIGITS = 40
 """Digits of a whole number at most; `model_max_length` is 31 digits long in many tokenizers' configs."""
 
@@ -18,11 +23,15 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
         unique: Whether an object that has a name twice is refused; otherwise the last counts.
 
     Raises:
-        ValueError: It is not JSON, nested deeper than `DEEPEST`, or has a number of more than `DIGITS` digits.
+        ValueError: It is not JSON, nested deeper than `DEEPEST`, of more parts than `MOST`, or has a number of more
+            than `DIGITS` digits.
     """
+    if text.count("[") + text.count("{") > MOST:
+        raise ValueError(f"more than {MOST} lists and objects")
     text = text.removeprefix("\ufeff")
     try:
-        value = json.loads(text, parse_int=_whole, object_pairs_hook=_unique if unique else None)
+        whole = _whole if LONG_NUMBER.search(text) else None  # a call for each number takes most of the time
+        value = json.loads(text, parse_int=whole, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     _check_depth(value)
@@ -43,15 +52,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_depth(value: Any) -> None:
     """Refuses what is nested too deeply, level by level, so that no depth is one of Python's calls."""
-    level = [value]
-    for _ in range(DEEPEST + 1):
-        inner: list[Any] = []
-        for each in level:
-            if isinstance(each, dict):
-                inner += each.values()
-            elif isinstance(each, list):
-                inner += each
-        level = [each for each in inner if isinstance(each, dict | list)]
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
         if not level:
             return
     raise ValueError(f"nested more than {DEEPEST} deep")

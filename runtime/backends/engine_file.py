@@ -27,7 +27,7 @@ REASONS = {
     "MALFORMED_ENGINE": "the file is damaged: build it again",
     "CUDA_ERROR": "CUDA's driver or runtime is not installed as it must be: install NVIDIA's driver again",
 }
-"""TensorRT-RTX's diagnostics of an engine, in the order in which they are told."""
+"""TensorRT-RTX's diagnostics of an engine, in the order in which they are reported."""
 
 
 def check_machine(folder: Path, about: EngineSpec, driver: Driver, number: int = 0) -> int:

@@ -7,6 +7,7 @@ asks for it earlier waits.
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Collection, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -80,8 +81,11 @@ class Guide:
             self.is_complete = True
             return
         self.ready.acquire()
-        self.worker.fill(self)
-        self._end_where_nothing_follows()
+        if self.ends:
+            self.worker.fill(self)
+        else:  # whether it goes on is to be known now, and another thread would only be waited for
+            self.fill()
+            self._end_where_nothing_follows()
 
     def fitting(self, draft: Sequence[int]) -> list[int]:
         """The first tokens of a draft, as far as the grammar takes them."""
@@ -99,7 +103,9 @@ class Guide:
             self.ready.release()
 
     def _wait(self) -> None:
-        """Waits until the mask is there."""
+        """Waits until the mask is there, or computes it where nobody has begun to."""
+        if self.ready.locked() and self.worker.take(self):
+            self.fill()
         self.ready.acquire()
         self.ready.release()
         if self.fault:
@@ -134,25 +140,49 @@ class Guide:
 
 
 class MaskWorker:
-    """A thread that computes masks while the model's step runs. It begins with the first, and ends with its owner."""
+    """A thread that computes masks while the model's step runs. It begins with the first, and ends with its owner.
+
+    Masks lie in a queue until the thread, or whoever needs one first, takes them: nobody waits for a mask that is not
+    being computed. The thread is woken for the first of a step alone, since waking it costs more than most masks.
+    """
 
     def __init__(self) -> None:
-        self.guides: SimpleQueue[Guide | None] = SimpleQueue()
+        self.pending: deque[Guide] = deque()
+        self.bell: SimpleQueue[bool] = SimpleQueue()  # rung with False at the end
         self.lock, self.is_running = threading.Lock(), False
 
     def fill(self, guide: Guide) -> None:
         """Has a guide's mask computed; its `ready` is held until it is."""
+        self.pending.append(guide)
+        if len(self.pending) == 1:
+            self._begin()
+            self.bell.put(True)
+
+    def take(self, guide: Guide) -> bool:
+        """Takes a guide out of the queue, for another to compute its mask. Returns whether it was still there."""
+        try:
+            self.pending.remove(guide)
+        except ValueError:
+            return False
+        return True
+
+    def _begin(self) -> None:
         if not self.is_running:
             with self.lock:
                 if not self.is_running:
-                    threading.Thread(target=_fill_masks, args=(self.guides,), name="masks", daemon=True).start()
-                    weakref.finalize(self, self.guides.put, None)
+                    arguments = (self.pending, self.bell)
+                    threading.Thread(target=_fill_masks, args=arguments, name="masks", daemon=True).start()
+                    weakref.finalize(self, self.bell.put, False)
                     self.is_running = True
-        self.guides.put(guide)
 
 
-def _fill_masks(guides: "SimpleQueue[Guide | None]") -> None:
-    """Computes the masks of guides as they come, until None comes."""
-    while (guide := guides.get()) is not None:
-        guide.fill()
-        del guide  # with the last of a session, its worker may go
+def _fill_masks(pending: "deque[Guide]", bell: "SimpleQueue[bool]") -> None:
+    """Computes masks as they come, until the bell rings for the end."""
+    while bell.get():
+        while True:
+            try:
+                guide = pending.popleft()
+            except IndexError:
+                break
+            guide.fill()
+            del guide  # with the last of a session, its worker may go

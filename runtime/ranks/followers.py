@@ -1,4 +1,4 @@
-"""The processes of the ranks behind the first, as the leader sees them: started, given their work, and ended.
+"""The processes of the ranks behind the first, as the leader sees them: started, commanded, and ended.
 
 A rank's end is noticed by a thread that waits for all of them; a rank that is alive and does not answer is given up
 after a while. Invariant: no follower outlives the leader. The kernel ends them with the thread that started them, which
@@ -173,7 +173,7 @@ class Followers:
         return found
 
     def last_words(self) -> tuple[int, str] | None:
-        """The failure that a follower has sent, and its rank, if one has."""
+        """The failure that a follower has reported, and its rank, if one has."""
         for index, channel in enumerate(self.channels):
             with contextlib.suppress(EOFError, OSError):
                 while channel.poll(0):

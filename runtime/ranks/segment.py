@@ -84,7 +84,7 @@ class Segment:
         return bool(struct.unpack_from("<I", self.map, HEAD + rank * LINE + READY_AT)[0])
 
     def end(self, why: int, rank: int) -> None:
-        """Ends the group, if nothing has ended it yet: who waits, or will wait, knows within a tenth of a second."""
+        """Ends the group, if nothing has ended it yet: whoever waits learns of it within a tenth of a second."""
         if self.fault is None:
             struct.pack_into("<I", self.map, FAULT_AT, why << 16 | rank)
 

@@ -20,7 +20,8 @@ logs = np.full((1, 3), np.log(0.25), np.float32)
 golden = Golden(
     source="s", spec=spec, tokenizer="t", format="none", ids_WS=np.ones((1, 4), np.int32), is_image_WS=None,
     tiles_W=None, pixels_N3PP=None, vision=None, top_ids_WNK=np.zeros((1, 3, 1), np.int32),
-    top_logs_WNK=logs[..., None], rest_logs_WN=logs, next_logs_WN=logs, experts_LWSK=None, continued_PC=None,
+    top_logs_WNK=logs[..., None], rest_logs_WN=np.full((1, 3), np.log(0.75), np.float32), next_logs_WN=logs,
+    experts_LWSK=None, continued_PC=None,
 )
 if sys.argv[3:]:
     setattr({"os": os, "Path": Path}[sys.argv[3]], sys.argv[4], kill)
@@ -32,8 +33,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from arriero.accuracy import report
-verdict = SimpleNamespace(as_fields=lambda: {"a": 1}, judgements=(), candidate="c", location=None)
-report.page = (lambda verdict: "page") if not sys.argv[2:] else kill
+verdict = SimpleNamespace(as_fields=lambda: {"a": 1})
+report.junit = lambda verdict: b"junit"
+report.page = (lambda *_: "page") if not sys.argv[2:] else kill
 report.write_report(verdict, Path(sys.argv[1]))
 """
 

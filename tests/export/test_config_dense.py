@@ -12,10 +12,12 @@ import pytest
 import torch
 from config_mutations import DENSE, SCOUT
 from multimodal import VOCABULARY, write_multimodal
+from planted_faults import changed_tensors
 from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
 
 import arriero
 from arriero.accuracy import check
+from arriero.accuracy.report import write_report
 from arriero.calibration import calibrate_model
 from arriero.cli.tables import show_summary
 from arriero.engine import build_bundle
@@ -82,7 +84,22 @@ def test_it_goes_through_every_verb(checkpoint: Path, texts: tuple[Path, Path], 
     built = build_bundle(quantised, tmp_path / "int8-bundle")
     windows = np.arange(256).reshape(2, 128) * 7 % VOCABULARY
     assert check(built, model, data=windows).metrics["kl"].value < 0.05
-    assert check(bundle, checkpoint, data=windows).metrics["kl"].value < 1e-6
+    verdict = check(bundle, checkpoint, data=windows, locate_fault=True)
+    assert verdict.metrics["kl"].value < 1e-6
+    assert verdict.location is not None
+    assert verdict.location.blame is None
+    assert (write_report(verdict, tmp_path / "report") / "report.html").read_text("utf-8")
+    name = "language_model." * ("text_config" in config) + "model.layers.2.feed_forward.up_proj.weight"
+    other = changed_tensors(checkpoint, tmp_path / "other", {name: lambda weight: weight * 1.5})
+    located = check(bundle, other, data=windows, locate_fault=True).location
+    assert located is not None
+    assert located.blame is not None
+    assert located.blame.name == name
+    if "text_config" in config:
+        picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        answers = [arriero.load(folder).generate("What is it?", 4, picture).ids for folder in (model, bundle)]
+        assert answers[0] == answers[1]
+        assert answers[0] != arriero.load(bundle).generate("What is it?", 4, 255 - picture).ids
 
 
 def test_its_summary_names_no_experts(

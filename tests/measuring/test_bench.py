@@ -7,7 +7,7 @@ from json_keys import documented
 from typer.testing import CliRunner
 
 from arriero.cli.app import app
-from arriero.cli.tables import show_measured
+from arriero.cli.tables_of_speed import show_measured
 from arriero.engine import build_bundle
 from arriero.errors import FolderError, SessionError
 from arriero.measuring import timing

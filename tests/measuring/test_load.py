@@ -55,7 +55,7 @@ def test_the_verb_measures_a_server(server: Answers, tmp_path: Path) -> None:
     assert server.asked[0]["model"] == "named"
     shown = CliRunner().invoke(app, ["bench", "--url", server.url, "--batch", "1", "--decode-tokens", "5"])
     assert "TTFT, ms" in shown.output
-    assert "p50, p95, p99" in shown.output
+    assert "p50 / p95 / p99" in shown.output
     assert "tiny-llama4 at" in shown.output
 
 

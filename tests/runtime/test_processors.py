@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from arriero.errors import SessionError
-from arriero.runtime.sampling import Sampler, Sampling, open_processors
+from arriero.runtime.draws import Sampling
+from arriero.runtime.sampling import Sampler, open_processors
 
 VOCABULARY, PROMPT, ENDS = 12, [3, 7, 3, 1, 7, 3], (1, 2)
 SETTINGS: list[dict[str, Any]] = [

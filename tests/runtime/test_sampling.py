@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from arriero.errors import SessionError
-from arriero.runtime.sampling import Sampler, Sampling
+from arriero.runtime.draws import Sampling
+from arriero.runtime.sampling import Sampler
 
 SEEN = [3, 3, 7]
 

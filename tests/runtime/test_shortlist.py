@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from arriero.errors import SessionError
-from arriero.runtime.sampling import Sampler, Sampling
+from arriero.runtime.draws import Sampling
+from arriero.runtime.sampling import Sampler
 from arriero.runtime.shortlist import Shortlist, whole
 
 

@@ -42,6 +42,9 @@ class Refusal(Exception):  # noqa: N818
         self.code = code
 
 
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE
+
+
 class Memory:
     """Regions of the host's memory, by where they begin."""
 
@@ -51,7 +54,7 @@ class Memory:
         self.largest = self.allocations = 0
 
     def allocate(self, size: int) -> int:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE  # what is not touched is not there
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE  # what is not touched is not there
         raw = mmap.mmap(-1, max(size, 1) + 512, flags=flags)
         first = ctypes.addressof((ctypes.c_char * 1).from_buffer(raw))
         address = -(-first // 256) * 256

@@ -25,8 +25,9 @@ from arriero.runtime.backends.device import Device, DeviceMemory
 from arriero.runtime.backends.execution import upload_weights
 from arriero.runtime.backends.tensorrt_decoder import TensorRTDecoder
 from arriero.runtime.continuation import joined
+from arriero.runtime.draws import Sampling
 from arriero.runtime.prefix import Prefixes
-from arriero.runtime.sampling import Sampler, Sampling
+from arriero.runtime.sampling import Sampler
 from arriero.runtime.session import Session
 from arriero.runtime.state import Limits
 from arriero.spec.built_engine import EngineSpec

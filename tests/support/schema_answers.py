@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from arriero.runtime.draws import Sampling
 from arriero.runtime.grammars.compiler import GrammarCompiler
-from arriero.runtime.sampling import Sampler, Sampling
+from arriero.runtime.sampling import Sampler
 
 END = 3
 """Token that ends an answer: the tiny Llama 4's `<|eot|>`."""

@@ -214,7 +214,7 @@ def test_nothing_is_freed_while_a_step_is_captured(wide_bundle: Path, wide_model
     device = session.decoder.device  # type: ignore[attr-defined]
     cycle: list[Any] = [DeviceMemory(device, 100)]
     cycle.append(cycle)  # only the garbage collector frees it
-    held = cuda.device.held
+    held, before, freed = cuda.device.held, cuda.calls["cuMemFree_v2"], []
 
     def work() -> None:
         nonlocal cycle
@@ -222,12 +222,14 @@ def test_nothing_is_freed_while_a_step_is_captured(wide_bundle: Path, wide_model
         device.own(other, "cuMemFree_v2", ctypes.c_uint64(cycle[0].address + 1))  # refused, when its time has come
         del other
         cycle = [[index] for index in range(5000)]  # makes a collection due
+        freed.append(cuda.calls["cuMemFree_v2"])
 
     with pytest.raises(ZeroDivisionError):
         device.capture(lambda: 1 / 0)  # type: ignore[arg-type,return-value]
     device.capture(work)
-    assert cuda.calls["cuMemFree_v2"] == 1
+    assert freed == [before]
     gc.collect()
+    assert cuda.calls["cuMemFree_v2"] == before + 2
     assert cuda.device.held < held
     with pytest.raises(
         SessionError, match="cuStreamSynchronize failed: operation not permitted when stream is capturing"
