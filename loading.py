@@ -253,12 +253,12 @@ def _open_decoder(
     from .runtime.room import check_fits
 
     graph, weights, flags = cpu_decoder_graph(path, spec)
-    alone = dataclasses.replace(spec, weights=weights, vision=None)
+    alone = dataclasses.replace(spec, model=spec.rank_model, weights=weights, vision=None)
     memory = session_memory(alone, len(graph), 0, max_seq, 1)
     what = f"{path} with one sequence of {max_seq} tokens"
     check_fits(what, memory.total - memory.mapped - memory.process, "load it with a smaller max_seq (--max-seq)")
     shared = None if meeting is None else meeting.segment.bytes
-    mapped = map_weights(weights, files, spec.ranks)
+    mapped = map_weights(weights, files, of_rank=spec.ranks > 1)
     return OnnxRuntimeDecoder(graph, mapped, path, spec.rank_model, flags, threads, group=shared)
 
 

@@ -40,13 +40,13 @@ FEATURES, PIXELS = "image_features", "pixels"
 CACHE = re.compile(r"(past|present)\.(\d{1,5})\.(key|value)")
 
 
-def check_weights(weights: Iterable[Weight], files: Mapping[str, Path], ranks: int = 1) -> None:
+def check_weights(weights: Iterable[Weight], files: Mapping[str, Path], *, of_rank: bool = False) -> None:
     """Holds weights against the headers of their files.
 
     Args:
         weights: The weights.
-        files: The files by name.
-        ranks: Ranks that the model is split over; one's weight may be some of a tensor's rows, or of its experts.
+        files: The files, by name.
+        of_rank: Whether they are one rank's, of whose tensors a file may hold more, before and behind them.
 
     Raises:
         FolderError: One lies elsewhere than its file says, or is of another type or shape there.
@@ -57,10 +57,10 @@ def check_weights(weights: Iterable[Weight], files: Mapping[str, Path], ranks: i
             raise _wrong(weight, "is in a file that the folder does not list")
         if weight.file not in shards:
             shards[weight.file] = open_shard(files[weight.file])
-        _check_weight(weight, shards[weight.file].tensors, ranks)
+        _check_weight(weight, shards[weight.file].tensors, of_rank=of_rank)
 
 
-def _check_weight(weight: Weight, tensors: Mapping[str, Region], ranks: int) -> None:
+def _check_weight(weight: Weight, tensors: Mapping[str, Region], *, of_rank: bool) -> None:
     region, start, shape = _find(weight, tensors)
     dtype, expected = CODES[weight.dtype], weight.shape
     if weight.is_made:
@@ -69,7 +69,7 @@ def _check_weight(weight: Weight, tensors: Mapping[str, Region], ranks: int) -> 
         expected = (*expected[:-1], expected[-1] // 2)
     if region.dtype != dtype:
         raise _wrong(weight, f"is {dtype}, its file has it as {region.dtype}")
-    if ranks > 1 and _is_slice(weight, region, shape, expected):
+    if of_rank and (_is_portion(weight, expected, region) if start is None else _is_expert(weight, expected, region)):
         return
     if shape != expected and (start is None or math.prod(shape) != math.prod(expected)):
         raise _wrong(weight, f"has the shape {shortened(list(expected))}, in its file {shortened(list(shape))}")
@@ -78,11 +78,22 @@ def _check_weight(weight: Weight, tensors: Mapping[str, Region], ranks: int) -> 
         raise _wrong(weight, f"lies at {weight.offset}, in its file at {place}")
 
 
-def _is_slice(weight: Weight, region: Region, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether a rank's weight is some of a tensor's rows, or one of its experts, in their place."""
-    rows = shape == expected or (shape[1:] == expected[1:] and expected[:1] and shape[0] % max(1, expected[0]) == 0)
-    begun = weight.offset - region.offset
-    return bool(rows) and weight.size > 0 and begun % weight.size == 0 and 0 <= begun <= region.size - weight.size
+def _is_portion(weight: Weight, shape: tuple[int, ...], whole: Region) -> bool:
+    """Whether a weight is some rows of a tensor, one behind another: what a rank reads of it in place."""
+    if len(shape) != len(whole.shape) or shape == whole.shape or not math.prod(shape):
+        return False
+    axis = next((index for index, size in enumerate(shape) if size != 1), len(shape) - 1)
+    while axis and shape[axis:] == whole.shape[axis:]:
+        axis -= 1
+    row = whole.size // math.prod(whole.shape) * math.prod(shape[axis + 1 :])
+    start, end = weight.offset - whole.offset, weight.offset - whole.offset + row * shape[axis]
+    return shape[axis + 1 :] == whole.shape[axis + 1 :] and 0 <= start <= end <= whole.size and start % row == 0
+
+
+def _is_expert(weight: Weight, shape: tuple[int, ...], whole: Region) -> bool:
+    """Whether a weight is one of a stack's experts, whichever: a rank numbers its own."""
+    size, start = whole.size // whole.shape[0], weight.offset - whole.offset
+    return math.prod(shape) == math.prod(whole.shape[1:]) and 0 <= start < whole.size and start % size == 0
 
 
 def _find(weight: Weight, tensors: Mapping[str, Region]) -> tuple[Region, int | None, tuple[int, ...]]:

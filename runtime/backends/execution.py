@@ -137,7 +137,7 @@ class Contexts:
 
 
 def upload_weights(
-    device: Device, weights: Iterable[Weight], files: Mapping[str, Path], ranks: int = 1
+    device: Device, weights: Iterable[Weight], files: Mapping[str, Path], *, of_rank: bool = False
 ) -> dict[str, DeviceMemory]:
     """Sends the weights that an engine has as inputs to the GPU. Returns their memory by name.
 
@@ -151,7 +151,7 @@ def upload_weights(
         FolderError: A weight is not in its file as it is said to be.
     """
     weights = list(weights)
-    check_weights(weights, files, ranks)
+    check_weights(weights, files, of_rank=of_rank)
     found: dict[str, DeviceMemory] = {}
     uploads = None
     for weight in weights:
