@@ -194,7 +194,7 @@ class FolderSide:
             content, weights, flags = cpu_decoder_graph(self.path, self.folder)
         decoder = OnnxRuntimeDecoder(
             content,
-            map_weights(weights, self.files, self.folder.ranks),
+            map_weights(weights, self.files),
             self.path,
             self.spec,
             flags,

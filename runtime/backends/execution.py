@@ -145,7 +145,7 @@ def upload_weights(
         device: The GPU.
         weights: The weights.
         files: The files by name.
-        ranks: Ranks that the model is split over.
+        of_rank: Whether they are one rank's, as in `check_weights`.
 
     Raises:
         FolderError: A weight is not in its file as it is said to be.
