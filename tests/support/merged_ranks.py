@@ -1,6 +1,6 @@
 """The graphs of a split model's ranks joined into one, so that one processor computes what several devices would.
 
-Each `AllReduce` becomes a `Sum` of what the ranks bring. The ranks' caches stand for more layers of a model with
+Each `AllReduce` becomes the sum of what the ranks bring. The ranks' caches stand for more layers of a model with
 fewer heads, so the merged folder loads as any model does.
 """
 
@@ -37,8 +37,13 @@ def merge_ranks(group: Path, out: Path) -> Path:
             sums += [nodes.pop(0)] if nodes else []
         assert len(sums) in (0, spec.ranks)
         for node in sums:
-            parts = [each.input[0] for each in sums]
-            graph.node.append(onnx.helper.make_node("Sum", parts, list(node.output), name=node.name))
+            total = sums[0].input[0]
+            for rank, each in enumerate(sums[1:], start=1):
+                name = node.output[0] if rank == spec.ranks - 1 else f"{node.name}/{rank}"
+                graph.node.append(
+                    onnx.helper.make_node("Add", [total, each.input[0]], [name], name=f"{node.name}/{rank}")
+                )
+                total = name
     for model in ranks[1:]:
         graph.input.extend(value for value in model.graph.input if value.name not in SHARED)
         graph.output.extend(list(model.graph.output)[1:])
