@@ -15,7 +15,7 @@ IDS = np.random.default_rng(0).integers(3, VOCABULARY - 3, (3, 22)).tolist()
 
 
 SHARES = {"bf16": 0.5, "fp16": 0.8, "int8": 0.0, "fp8": 0.0, "int4": 0.5}
-"""Of the tokens, those whose two likeliest are apart by more than twice the bound, at least: weights are random here."""
+"""Of the tokens, those whose two likeliest are more than twice the bound apart, at least: weights are random here."""
 
 
 @pytest.fixture(scope="module")
