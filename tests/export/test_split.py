@@ -136,7 +136,7 @@ def test_a_model_is_not_exported_again_or_converted(exported: Callable[..., Path
     whole = exported("scout", 1, 1)
     with pytest.raises(ExportError, match="is exported already: give --tp or --ep"):
         export_checkpoint(whole, tmp_path / "out")
-    with pytest.raises(ExportError, match="not converted: export its checkpoint with --dtype"):
+    with pytest.raises(ExportError, match="is exported already: export its checkpoint with --dtype"):
         export_checkpoint(whole, tmp_path / "out", tp=2, dtype="float16")
 
 
