@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import printable
 from ..files.output import new_folder
 from ..pages.history import Run
 from ..pages.page import Cell, Column, Section, box, render, table
@@ -65,7 +64,7 @@ def write_report(verdict: Verdict, out: str | Path, *, force: bool = False, hist
     with new_folder(out, force=force, mark=VERDICT) as folder:
         (folder / VERDICT).write_text(json.dumps(verdict.as_fields(), indent=1) + "\n", "utf-8")
         (folder / "junit.xml").write_bytes(junit(verdict))
-        (folder / "report.html").write_text(printable(page(verdict, history)), "utf-8")
+        (folder / "report.html").write_text(page(verdict, history), "utf-8")
     return out
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArrieroError, DataError, SessionError
+from ..errors import ArrieroError, DataError, SessionError, printable
 from ..files.output import reason
 from ..files.reading import read_bytes
 from ..spec.json_text import parse_json
@@ -139,7 +139,7 @@ class Answers:
 
 
 def _line(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    return printable(json.dumps(value, ensure_ascii=False)) + "\n"
 
 
 def job_of(folder: Path, prompts: Path, settings: dict[str, Any]) -> str:

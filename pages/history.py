@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import AccuracyError, shortened
+from ..errors import AccuracyError, printable, shortened
 from ..files.reading import read_text
 from ..spec.json_text import parse_json
 
@@ -78,7 +78,7 @@ def append_run(path: str | Path, verdict: Mapping[str, Any]) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            os.write(number, _missing_end(Path(path)) + line_of(verdict).encode("utf-8"))
+            os.write(number, _missing_end(Path(path)) + printable(line_of(verdict)).encode("utf-8"))
         finally:
             os.close(number)
     except OSError as error:

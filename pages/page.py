@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
+from ..errors import printable
 from ..files.circumstances import machine_text
 from .style import STYLE
 
@@ -90,7 +91,7 @@ def render(
         circumstances: As `files.circumstances.circumstances` gives them.
     """
     machine = circumstances.get("machine")
-    return _environment.from_string(PAGE).render(
+    text = _environment.from_string(PAGE).render(
         title=title,
         outcome=outcome,
         lead=lead,
@@ -101,6 +102,7 @@ def render(
         versions=", ".join(f"{name} {version}" for name, version in (circumstances.get("versions") or {}).items()),
         style=Markup(STYLE),
     )
+    return printable(text)
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str | Cell]]) -> Markup:
