@@ -131,7 +131,7 @@ MemoryBatch = Annotated[int, typer.Option(help="Rows at once to estimate memory 
 Prompt = Annotated[str | None, typer.Option(help="Text to continue; - reads it from stdin.")]
 Prompts = Annotated[
     Path | None,
-    typer.Option(help='JSONL of prompts, {"prompt": TEXT} or {"messages": […]} a line, answered many at once.'),
+    typer.Option(help='JSONL of prompts, {"prompt": TEXT} or {"messages": LIST} a line, answered many at once.'),
 ]
 Answers = Annotated[
     Path | None, typer.Option("--output", "-o", help="File for the answers to --prompts; a killed run goes on.")

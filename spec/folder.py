@@ -45,7 +45,8 @@ class VisionPart:
     engine: TowerEngine | None = None
 
     def __post_init__(self) -> None:
-        _check_graph(self.graph, "the vision tower's graph", is_engine=self.engine is not None)
+        if self.graph:  # a rank's may be rank 0's alone
+            _check_graph(self.graph, "the vision tower's graph", is_engine=self.engine is not None)
         check_session(self.session)
 
 
@@ -112,7 +113,9 @@ class FolderSpec:
         if self.cache_bits not in (0, 4, 8):
             raise ValueError(f"cache_bits is {self.cache_bits}, expected 0, 4 or 8")
         vision = self.vision
-        if vision is not None and (vision.engine is None) != (self.engine is None):
+        if vision is not None and not vision.graph and vision.engine is None and not self.rank:
+            raise ValueError("the vision tower has no graph")
+        if vision is not None and vision.graph and (vision.engine is None) != (self.engine is None):
             raise ValueError("the decoder is an engine and the vision tower none, or the other way round")
         if vision is not None and vision.spec.image_token >= self.model.vocab_size:
             raise ValueError(f"image_token is {vision.spec.image_token} of {self.model.vocab_size} tokens")

@@ -1,6 +1,7 @@
 """A server's life: full, too slow, ended by a signal."""
 
 import importlib.util
+import re
 import socket
 import threading
 import time
@@ -24,8 +25,8 @@ def ask(server: Any, **settings: Any) -> Any:
 
 
 def test_a_full_queue_is_429_with_a_time_to_come_again(serve: Callable[..., Any]) -> None:
-    server = serve("--slots", "1", "--queue", "1", "--max-seq", "512", "--first-token-seconds", "1")
-    first = ask(server, **LONG)
+    server = serve("--slots", "1", "--queue", "1", "--max-seq", "4096", "--first-token-seconds", "2")
+    first = ask(server, **{**LONG, "max_tokens": 4000})
     next(iter(first))
     failures: list[Exception] = []
 
@@ -37,7 +38,9 @@ def test_a_full_queue_is_429_with_a_time_to_come_again(serve: Callable[..., Any]
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    time.sleep(0.3)
+    with server.http() as http:
+        while not re.search(r"num_requests_waiting\S* 1", http.get("/metrics").text):
+            time.sleep(0.02)
     with pytest.raises(openai.RateLimitError) as caught:
         ask(server, max_tokens=1)
     assert int(caught.value.response.headers["retry-after"]) >= 1
@@ -49,8 +52,8 @@ def test_a_full_queue_is_429_with_a_time_to_come_again(serve: Callable[..., Any]
 
 
 def test_a_signal_lets_answers_end_and_takes_no_more(serve: Callable[..., Any]) -> None:
-    server = serve("--slots", "2", "--max-seq", "512", "--total-seconds", "60")
-    stream = ask(server, **{**LONG, "max_tokens": 150})
+    server = serve("--slots", "2", "--max-seq", "4096", "--total-seconds", "60")
+    stream = ask(server, **{**LONG, "max_tokens": 1500})
     parts = iter(stream)
     next(parts)
     code: list[int] = []
