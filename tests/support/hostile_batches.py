@@ -1,16 +1,18 @@
 """Cases of damaged files in processes, a batch each; one that dies or hangs is named, and the rest go on."""
 
+import os
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("hostile_files.py")
-SILENCE = 90.0
-"""Seconds without a word from a process until it is taken to hang; busy machines are slow, so a case's own time is
-measured in the processor's."""
+BUSY, SILENCE = 20.0, 900.0
+"""Seconds of a processor, and seconds by the clock, without a word from a process until it is taken to hang; a busy
+machine may give it none of its time for long."""
 
 
 def run_cases(base: Path, seed: int, first: int, last: int) -> tuple[Counter[tuple[str, str]], list[str]]:
@@ -30,9 +32,9 @@ def run_cases(base: Path, seed: int, first: int, last: int) -> tuple[Counter[tup
             assert process.stderr is not None
             reader = threading.Thread(target=_collect, args=(process.stderr, errors), daemon=True)
             reader.start()
-            timer = _restarted(None, process)
+            watch = Watch(process)
             for line in process.stdout:
-                timer = _restarted(timer, process)
+                watch.heard()
                 word, _, rest = line.rstrip("\n").partition(" ")
                 if word == "begin":
                     begun = int(rest)
@@ -43,7 +45,7 @@ def run_cases(base: Path, seed: int, first: int, last: int) -> tuple[Counter[tup
                 first = int(number) + 1
                 if found.startswith("trouble"):
                     troubles.append(f"seed {seed}, case {number}, {name}: {found}")
-            timer.cancel()
+            watch.ended.set()
             code = process.wait()
             reader.join()
         if first < last:
@@ -59,10 +61,29 @@ def _collect(stream: object, lines: list[str]) -> None:
         del lines[:-50]
 
 
-def _restarted(timer: threading.Timer | None, process: subprocess.Popen[str]) -> threading.Timer:
-    if timer is not None:
-        timer.cancel()
-    timer = threading.Timer(SILENCE, process.kill)
-    timer.daemon = True
-    timer.start()
-    return timer
+class Watch:
+    """Kills a process that says nothing for long, by its own processor's time or by the clock."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.ended = process, threading.Event()
+        self.heard()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def heard(self) -> None:
+        """Begins to wait anew."""
+        self.since = time.monotonic(), self._busy()
+
+    def _run(self) -> None:
+        while not self.ended.wait(1):
+            clock, busy = self.since
+            if self._busy() - busy > BUSY or time.monotonic() - clock > SILENCE:
+                self.process.kill()
+                return
+
+    def _busy(self) -> float:
+        """Seconds of a processor that the process has had; 0 where nobody knows."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
