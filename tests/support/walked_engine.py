@@ -6,6 +6,7 @@ the memory that the session gave for activations, and what a node does is put in
 """
 
 import ctypes
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -310,7 +311,8 @@ def write_images(kernels: Iterable[Kernel], module: str, capability: int, folder
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for kernel in kernels:
-        (folder / f"{kernel.name}.image").write_bytes(write_image(module, kernel))
+        image = write_image(module, kernel)
+        (folder / f"{kernel.name}.image").write_bytes(image)
         binary = Binary(
             kernel=kernel.name,
             capability=capability,
@@ -319,7 +321,7 @@ def write_images(kernels: Iterable[Kernel], module: str, capability: int, folder
             parameters=tuple(kernel.signature.values()),
             threads=kernel.warps * 32,
             shared=0,
-            sha256="0" * 64,
+            sha256=hashlib.sha256(image).hexdigest(),
         )
         found.append(binary)
     return found
