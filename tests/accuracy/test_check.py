@@ -154,14 +154,16 @@ def test_reports_are_written_whole(tiny_model: Path, golden: Path, tmp_path: Pat
         write_report(verdict, tmp_path / "other", force=True)
 
 
-def test_exit_codes_tell_the_verdict(tiny: Path, tiny_model: Path, golden: Path, tmp_path: Path) -> None:
+def test_exit_codes_tell_the_verdict(
+    tiny_model: Path, quantised_tiny: Callable[[Recipe], Path], golden: Path, tmp_path: Path
+) -> None:
     def run(*arguments: str | Path) -> tuple[int, str]:
         result = CliRunner().invoke(app, ["check", *map(str, arguments)])
         return result.exit_code, result.output
 
     assert run(tiny_model, "--against", golden, "-o", tmp_path / "report")[0] == 0
     assert (tmp_path / "report" / "report.html").is_file()
-    code, output = run(tiny_model, "--against", golden, "--max-kl", "0", "--json")
+    code, output = run(quantised_tiny(int4()), "--against", golden, "--max-kl", "0", "--json")
     assert code == 1
     assert json.loads(output.splitlines()[-1])["outcome"] == "regressed"
     for option, value in (("--samples", 3), ("--window", 64)):

@@ -163,5 +163,5 @@ def test_a_damaged_tower_is_named(bundle: Path, tmp_path: Path, monkeypatch: pyt
     trt = type("Trt", (), {"Logger": type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})})
     trt.Runtime = lambda log: type("Runtime", (), {"deserialize_cuda_engine": lambda self, data: None})()  # type: ignore[attr-defined]
     monkeypatch.setattr(runtime_tower, "open_version", lambda about: trt)
-    with pytest.raises(SessionError, match=r"TensorRT does not take .*vision\.engine: build it again"):
+    with pytest.raises(SessionError, match=r"TensorRT does not take .*vision\.engine .*build it again"):
         load_tower(bundle, spec, {})
