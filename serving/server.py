@@ -31,6 +31,7 @@ from .errors import RequestError
 from .logs import Handler, Log
 from .pilot import FlightSettings
 from .service import Limits, Service
+from .service_manager import ServiceManager
 
 DEFAULT_SLOTS = 16
 """Sequences at once where the user names no number; an engine's own limit if that is less."""
@@ -64,6 +65,7 @@ class ServerSettings:
         max_seq: Tokens that a sequence may hold.
         threads: Threads of one operator.
         weights: Folder of the weight files, where they have moved.
+        trust: Whether an engine that this user has not built here is trusted, now and from now on.
         slots: Sequences at once.
         prefill_budget: Tokens of prompts that a step reads beside decoding rows.
         prefix_bytes: Keys and values of known beginnings at most.
@@ -87,6 +89,7 @@ class ServerSettings:
     max_seq: int | None = None
     threads: int | None = None
     weights: Path | None = None
+    trust: bool = False
     slots: int | None = None
     prefill_budget: int | None = None
     prefix_bytes: int = 256 << 20
@@ -168,6 +171,7 @@ class Server(uvicorn.Server):
             )
         )
         self.settings, self.service, self.log = settings, service, log
+        self.manager = ServiceManager()
         self.failure: BaseException | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.tasks: set[asyncio.Task[None]] = set()
@@ -178,6 +182,7 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         was_loading, self.service.state = self.service.state == "loading", "draining"
+        self.manager.say("STOPPING=1")
         if was_loading:
             self.should_exit = True
         else:
@@ -225,6 +230,17 @@ class Server(uvicorn.Server):
         about = {"address": address, "model": self.service.name, "slots": flight.slots, "max_seq": session.max_seq}
         self.log.write("ready", **about)
         on_ready(about)
+        self.manager.say("READY=1")
+        if self.manager.seconds:
+            self._begin(self._watch)
+
+    async def _watch(self) -> None:
+        """Tells the manager's watchdog that all is well, as long as steps end within its time."""
+        seconds = self.manager.seconds
+        while True:
+            if self.service.steps_within(seconds):
+                self.manager.say("WATCHDOG=1")
+            await asyncio.sleep(seconds / 3)
 
     async def _drain(self) -> None:
         """Waits for what flies to land, and ends the server."""
@@ -256,6 +272,7 @@ def load_for(settings: ServerSettings) -> tuple[Session, FlightSettings]:
         threads=settings.threads,
         weights=settings.weights,
         prefix_bytes=settings.prefix_bytes,
+        trust=settings.trust,
     )
     slots = settings.slots or min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS)
     cache_bytes = settings.cache_bytes
