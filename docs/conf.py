@@ -20,8 +20,22 @@ html_copy_source = False
 html_show_copyright = False
 
 NAVIGATION = {
-    "Use": ("install", "export", "calibrate", "check", "build", "run", "ranks", "bench", "polygraphy", "examples"),
-    "Look up": ("command-line", "python-api", "formats", "spec-json", "measured", "debugging", "security"),
+    "Use": (
+        "install",
+        "export",
+        "calibrate",
+        "check",
+        "build",
+        "run",
+        "serve",
+        "deploy",
+        "ranks",
+        "bench",
+        "nightly",
+        "polygraphy",
+        "examples",
+    ),
+    "Look up": ("command-line", "python-api", "json", "formats", "spec-json", "measured", "debugging", "security"),
     "Change": ("architecture", "ops", "tree"),
 }
 """The pages by caption. A page that is missing here fails the build."""
