@@ -253,12 +253,13 @@ def _open_decoder(
     from .runtime.room import check_fits
 
     graph, weights, flags = cpu_decoder_graph(path, spec)
-    alone = dataclasses.replace(spec, weights=weights, vision=None)
+    alone = dataclasses.replace(spec, model=spec.rank_model, weights=weights, vision=None)
     memory = session_memory(alone, len(graph), 0, max_seq, 1)
     what = f"{path} with one sequence of {max_seq} tokens"
     check_fits(what, memory.total - memory.mapped - memory.process, "load it with a smaller max_seq (--max-seq)")
     shared = None if meeting is None else meeting.segment.bytes
-    return OnnxRuntimeDecoder(graph, map_weights(weights, files), path, spec.rank_model, flags, threads, group=shared)
+    mapped = map_weights(weights, files, of_rank=spec.ranks > 1)
+    return OnnxRuntimeDecoder(graph, mapped, path, spec.rank_model, flags, threads, group=shared)
 
 
 def open_tower(path: Path, spec: FolderSpec, part: VisionPart, files: dict[str, Path], threads: int | None) -> "Tower":
@@ -299,7 +300,7 @@ def cpu_decoder_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight
 
         lowered = lower_for_cpu(path, spec)
         found = lowered.graph, lowered.weights, lowered.session
-    check_decoder(found[0], found[1], spec.model, spec.cache_bits, path / spec.graph)
+    check_decoder(found[0], found[1], spec.rank_model, spec.cache_bits, path / spec.graph)
     return found
 
 

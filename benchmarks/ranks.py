@@ -95,7 +95,7 @@ def token_rows(pairs: dict[tuple[str, str], tuple[Path, Path]], text: Path, thre
     for (kind, layout), (whole_path, group_path) in pairs.items():
         whole = arriero.load(whole_path, max_seq=512, threads=1)
         group = arriero.load(group_path, max_seq=512, threads=threads)
-        ids = whole.text.encode(text.read_text("utf-8")[:20000])[: 4 * 300]
+        ids = whole.text.encode(text.read_text("utf-8")[:16000])[: 4 * 300]
         ids_WS = np.array(ids, dtype=np.int64).reshape(4, -1)
         alone = [group.generate(row[:40].tolist(), 40, temperature=0, eos_token_id=[]).ids for row in ids_WS]
         prompts = [row[:40].tolist() for row in ids_WS]

@@ -112,8 +112,10 @@ async def soak(
 
     await asyncio.gather(*(live(number) for number in range(clients)))
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
-        last = [asyncio.create_task(finish(client, server.model, each, found)) for each in pool[:8]]
-        await asyncio.sleep(0.5)
+        begun = asyncio.Semaphore(0)
+        last = [asyncio.create_task(finish(client, server.model, each, found, begun)) for each in pool[:8]]
+        for _ in last:
+            await begun.acquire()
         ending = threading.Thread(target=server.end, args=(120,))
         ending.start()
         await asyncio.gather(*last)
@@ -121,12 +123,13 @@ async def soak(
     return found, memory
 
 
-async def finish(client: AsyncOpenAI, model: str, asked: Any, found: Counter[str]) -> None:
+async def finish(client: AsyncOpenAI, model: str, asked: Any, found: Counter[str], begun: asyncio.Semaphore) -> None:
     """A stream that a signal finds on its way."""
     messages, count, text = asked
     stream = await client.chat.completions.create(
         model=model, messages=messages, max_tokens=count, temperature=0, stream=True
     )
+    begun.release()
     got = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
     found["landed" if got == text else "not landed"] += 1
 

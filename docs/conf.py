@@ -21,19 +21,8 @@ html_show_copyright = False
 
 NAVIGATION = {
     "Use": (
-        "install",
-        "export",
-        "calibrate",
-        "check",
-        "build",
-        "run",
-        "serve",
-        "deploy",
-        "ranks",
-        "bench",
-        "nightly",
-        "polygraphy",
-        "examples",
+        *("install", "export", "calibrate", "check", "nightly", "build", "run", "serve", "deploy", "ranks", "bench"),
+        *("polygraphy", "examples"),
     ),
     "Look up": ("command-line", "python-api", "json", "formats", "spec-json", "measured", "debugging", "security"),
     "Change": ("architecture", "ops", "tree"),

@@ -170,7 +170,7 @@ def _with_packed(source: Path, spec: FolderSpec, folder: Path, moved: Path | Non
     if not any(weight.layout != "rows" for weight in weights):
         return spec
     files = find_files(source, spec.weight_files, moved, option="--weights-from")
-    placed, file = write_packed(weights, files, folder)
+    placed, file = write_packed(weights, files, folder, of_rank=spec.ranks > 1)
     if vision is not None:
         vision = dataclasses.replace(vision, weights=tuple(placed[weight.name] for weight in vision.weights))
     return dataclasses.replace(

@@ -24,7 +24,7 @@ FILE = "weights.safetensors"
 
 
 def write_packed(
-    weights: Sequence[Weight], files: Mapping[str, Path], folder: Path
+    weights: Sequence[Weight], files: Mapping[str, Path], folder: Path, *, of_rank: bool = False
 ) -> tuple[dict[str, Weight], WeightFile]:
     """Writes a graph's weights.
 
@@ -32,11 +32,12 @@ def write_packed(
         weights: The weights.
         files: The model's weight files, by name.
         folder: Where the file is written.
+        of_rank: Whether they are one rank's, as in `check_weights`.
 
     Returns:
         The weights by name, in their new places, and the file.
     """
-    check_weights(weights, files)
+    check_weights(weights, files, of_rank=of_rank)
     ordered = sorted(weights, key=_order)
     header = encode_header({weight.name: (_type(weight), _shape(weight)) for weight in ordered})
     placed, offset = {}, len(header)

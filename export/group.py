@@ -22,8 +22,8 @@ from ..spec.folder import FolderSpec, VisionPart
 from ..spec.types import Progress
 from .placement import PlacedWeights
 from .quantised_graph import PLACED
-from .rank_graph import EMBEDDING, external, narrow_graph, point_into
-from .rank_weights import HEAD, Source, place_ranks
+from .rank_graph import external, narrow_graph, point_into
+from .rank_weights import EMBEDDING, HEAD, Source, place_ranks
 from .split import Split, split_model
 
 CODES_BY_TYPE = {dtype: code for code, dtype in PLACED.items()}

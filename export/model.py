@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -80,27 +80,26 @@ def export_checkpoint(
         FolderError: `out` exists, or cannot be written.
     """
     _check_dtype(dtype)
+    target = Path(out).absolute()
     if (Path(checkpoint) / SPEC).exists():
         if dtype is not None or tokenizer is not None:
             raise ExportError(
                 f"{checkpoint} is exported already: export its checkpoint with --dtype or --tokenizer, and split that"
             )
-        moved, folders = None if weights is None else Path(weights), (Path(checkpoint).absolute(), Path(out).absolute())
-        return split_folder(*folders, tp, ep, copy_weights, moved, force=force, progress=progress, notice=notice)
+        model, moved = Path(checkpoint).absolute(), None if weights is None else Path(weights)
+        return split_folder(model, target, tp, ep, copy_weights, moved, force=force, progress=progress, notice=notice)
     source = find_checkpoint(checkpoint).absolute()
     small = source if tokenizer is None else _tokenizer_folder(tokenizer)
-    check_apart(source, Path(out).absolute())
-    check_free(Path(out).absolute(), force=force)
+    check_apart(source, target)
+    check_free(target, force=force)
     opened = open_checkpoint(source)
     _check_quantised(opened, dtype, notice)
-    _say_all(unheeded(source), notice)
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
-    say_rewritten(opened, spec.dtype, notice)
-    say_missing(small, opened.vision is not None, notice)
-    with new_folder(Path(out).absolute(), force=force) as folder:
+    _say(opened, small, spec.dtype, notice)
+    with new_folder(target, force=force) as folder:
         _write(opened, small, folder, split, copy_weights, _folder_spec(source, opened, spec), progress, notice)
-    return Path(out).absolute()
+    return target
 
 
 def _write(
@@ -121,9 +120,12 @@ def _write(
     notice_copied(_write_group(checkpoint, small, folder, split, copy_weights, record, progress), notice)
 
 
-def _say_all(lines: Iterable[str], notice: Callable[[str], None]) -> None:
-    for line in lines:
+def _say(checkpoint: Checkpoint, small: Path, dtype: DType, notice: Callable[[str], None]) -> None:
+    """Says what is not heeded, what is written anew, and what is missing."""
+    for line in unheeded(checkpoint.folder):
         notice(line)
+    say_rewritten(checkpoint, dtype, notice)
+    say_missing(small, checkpoint.vision is not None, notice)
 
 
 def _check_dtype(dtype: str | None) -> None:

@@ -21,7 +21,7 @@ from ..plugins.moe.body import body as moe_body
 from ..plugins.nodes import Nodes, dims, ints, onnx_type
 from ..spec.geometry import ModelSpec
 from .quantised_graph import PLACED
-from .rank_weights import HEAD
+from .rank_weights import EMBEDDING, HEAD
 from .split import Split
 
 PlaceOf = Callable[[str], tuple[str, Region]]
@@ -223,7 +223,6 @@ class _Narrowing:
 
 WAY = ("DequantizeLinear", "Transpose", "MatMul")
 """The ops from a linear's weight to its product."""
-EMBEDDING = "model.embed_tokens.weight"
 NARROWED = tuple(f".{part}_proj.weight" for part in ("q", "k", "v", "gate", "up"))
 """Endings of the names of linears whose outputs are split."""
 

@@ -19,7 +19,7 @@ from .placement import PlacedWeights
 from .portions import Array, write_portions
 from .split import Portion, Split
 
-HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SMALLEST_GROUP = 8
 """Divisor of the number of inputs that share a scale."""
 
@@ -87,6 +87,7 @@ def place_ranks(
                     continue
                 portion = split.portion(name, stored.shape, rank)
                 is_moved = copy_weights or not source.stays or written_type(stored, dtype, name) != stored.dtype
+                is_moved |= _is_tied_head(name, source.tensors)  # a file has one name for a tensor
                 region = None if is_moved else portion.region(stored)
                 if region is None:
                     written.setdefault(path, {})[name] = portion
@@ -108,6 +109,12 @@ def place_ranks(
         if identity(source.path) != source.fingerprint:
             raise ExportError(f"{source.path}: changed while it was read: export again")
     return placements
+
+
+def _is_tied_head(name: str, tensors: Mapping[str, Region]) -> bool:
+    """Whether this is the LM head that is the embedding."""
+    embedding = tensors.get(name.removesuffix(HEAD) + EMBEDDING)
+    return name.endswith(HEAD) and embedding is not None and embedding.offset == tensors[name].offset
 
 
 def written_type(stored: Region, dtype: DType, name: str) -> str:

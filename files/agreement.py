@@ -25,10 +25,22 @@ OPS: Mapping[str, frozenset[str]] = {
         {
             *("Abs", "Add", "Attention", "Cast", "Concat", "Constant", "Cos", "CumSum", "DequantizeLinear", "Div"),
             *("Equal", "Expand", "Floor", "Gather", "GatherND", "Gelu", "Greater", "Identity", "If"),
-            *("LayerNormalization", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "NonZero", "OneHot"),
+            *(
+                "LayerNormalization",
+                "LessOrEqual",
+                "Log",
+                "MatMul",
+                "Max",
+                "Mean",
+                "Min",
+                "Mod",
+                "Mul",
+                "NonZero",
+                "OneHot",
+            ),
             *("Pad", "QuantizeLinear", "Range", "ReduceMax", "ReduceSum", "Reshape", "RMSNormalization"),
             *("RotaryEmbedding", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Split"),
-            *("Squeeze", "Sub", "TensorScatter", "TopK", "Transpose", "Unsqueeze", "Where"),
+            *("Squeeze", "Sub", "Sum", "TensorScatter", "TopK", "Transpose", "Unsqueeze", "Where"),
         }
     ),
     "com.microsoft": frozenset({"FusedMatMul"}),
@@ -40,8 +52,13 @@ FEATURES, PIXELS = "image_features", "pixels"
 CACHE = re.compile(r"(past|present)\.(\d{1,5})\.(key|value)")
 
 
-def check_weights(weights: Iterable[Weight], files: Mapping[str, Path]) -> None:
+def check_weights(weights: Iterable[Weight], files: Mapping[str, Path], *, of_rank: bool = False) -> None:
     """Holds weights against the headers of their files.
+
+    Args:
+        weights: The weights.
+        files: The files, by name.
+        of_rank: Whether they are one rank's, of whose tensors a file may hold more, before and behind them.
 
     Raises:
         FolderError: One lies elsewhere than its file says, or is of another type or shape there.
@@ -52,10 +69,10 @@ def check_weights(weights: Iterable[Weight], files: Mapping[str, Path]) -> None:
             raise _wrong(weight, "is in a file that the folder does not list")
         if weight.file not in shards:
             shards[weight.file] = open_shard(files[weight.file])
-        _check_weight(weight, shards[weight.file].tensors)
+        _check_weight(weight, shards[weight.file].tensors, of_rank=of_rank)
 
 
-def _check_weight(weight: Weight, tensors: Mapping[str, Region]) -> None:
+def _check_weight(weight: Weight, tensors: Mapping[str, Region], *, of_rank: bool) -> None:
     region, start, shape = _find(weight, tensors)
     dtype, expected = CODES[weight.dtype], weight.shape
     if weight.is_made:
@@ -64,11 +81,31 @@ def _check_weight(weight: Weight, tensors: Mapping[str, Region]) -> None:
         expected = (*expected[:-1], expected[-1] // 2)
     if region.dtype != dtype:
         raise _wrong(weight, f"is {dtype}, its file has it as {region.dtype}")
+    if of_rank and (_is_portion(weight, expected, region) if start is None else _is_expert(weight, expected, region)):
+        return
     if shape != expected and (start is None or math.prod(shape) != math.prod(expected)):
         raise _wrong(weight, f"has the shape {shortened(list(expected))}, in its file {shortened(list(shape))}")
     place = region.offset + (start or 0)
     if weight.offset != place:
         raise _wrong(weight, f"lies at {weight.offset}, in its file at {place}")
+
+
+def _is_portion(weight: Weight, shape: tuple[int, ...], whole: Region) -> bool:
+    """Whether a weight is some rows of a tensor, one behind another: what a rank reads of it in place."""
+    if len(shape) != len(whole.shape) or shape == whole.shape or not math.prod(shape):
+        return False
+    axis = next((index for index, size in enumerate(shape) if size != 1), len(shape) - 1)
+    while axis and shape[axis:] == whole.shape[axis:]:
+        axis -= 1
+    row = whole.size // math.prod(whole.shape) * math.prod(shape[axis + 1 :])
+    start, end = weight.offset - whole.offset, weight.offset - whole.offset + row * shape[axis]
+    return shape[axis + 1 :] == whole.shape[axis + 1 :] and 0 <= start <= end <= whole.size and start % row == 0
+
+
+def _is_expert(weight: Weight, shape: tuple[int, ...], whole: Region) -> bool:
+    """Whether a weight is one of a stack's experts, whichever: a rank numbers its own."""
+    size, start = whole.size // whole.shape[0], weight.offset - whole.offset
+    return math.prod(shape) == math.prod(whole.shape[1:]) and 0 <= start < whole.size and start % size == 0
 
 
 def _find(weight: Weight, tensors: Mapping[str, Region]) -> tuple[Region, int | None, tuple[int, ...]]:

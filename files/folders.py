@@ -137,8 +137,11 @@ def rank_fingerprint(folder: Path, text: bytes | None = None) -> str:
         if name:
             try:
                 is_given = name == SPEC and text is not None
-                digest.update(text or b"" if is_given else (folder / name).read_bytes())
-            except OSError as error:
+                remedy = "write the group again"
+                digest.update(
+                    text or b"" if is_given else reading.read_bytes(folder / name, remedy=remedy, most=1 << 30)
+                )
+            except FileNotFoundError as error:
                 raise FolderError(f"{folder / name}: {error.strerror}: write the group again") from error
     return digest.hexdigest()
 

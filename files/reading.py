@@ -76,7 +76,9 @@ def read_bytes(
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            content = file.read(most + 1) if size <= most else b""
+            content = (
+                file.read((min(most, size) if size else most) + 1) if size <= most else b""
+            )  # of /proc the size is 0
     except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_symlink():
             raise kind(f"{path}: a link to a file that is missing: {remedy}") from error

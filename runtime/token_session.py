@@ -150,13 +150,13 @@ class TokenSession:
             found = f"{ids.dtype} {list(ids.shape)}" if ids.ndim else shortened(ids_BS)
             raise SessionError(f"ids are {found}, expected whole numbers [B, S]")
         batch, length = ids.shape
+        state = self.start(batch, length)
+        needed = 4 * batch * length * self.spec.vocab_size
+        check_fits(f"logits of {batch} rows of {length} tokens", needed, "take them piece by piece (score)")
         lengths = np.full(batch, length) if lengths_B is None else array(lengths_B)
         are_whole = lengths.shape == (batch,) and np.issubdtype(lengths.dtype, np.integer)
         if not are_whole or lengths.min() < 1 or lengths.max() > length:
             raise SessionError(f"lengths are {lengths.tolist()}, expected {batch} numbers from 1 to {length}")
-        state = self.start(batch, length)
-        needed = 4 * batch * length * self.spec.vocab_size
-        check_fits(f"logits of {batch} rows of {length} tokens", needed, "take them piece by piece (score)")
         logits_BSV = np.zeros((batch, length, self.spec.vocab_size), dtype=np.float32)
         rows = [row[:count].tolist() for row, count in zip(ids, lengths, strict=True)]
         for row, start, logits_SV in self._run(state, rows, (), last_only=False):

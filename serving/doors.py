@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import SessionError
+from ..files.reading import read_text
 from .errors import RequestError, of_session
 from .logs import Log
 from .service import Caller
@@ -27,6 +28,7 @@ OPEN = ("/", "/health", "/ready")
 """Paths that need no key: the page, which asks for one itself, and what tells balancers how the server is."""
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+REMEDY = "give a file with a key in each line"
 LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]", "")
 
 
@@ -40,10 +42,9 @@ def read_keys(path: Path) -> list[bytes]:
         SessionError: It cannot be read, or holds no keys.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise SessionError(f"{path}: cannot be read ({reason}): give a file with a key in each line") from error
+        lines = read_text(path, SessionError, REMEDY).splitlines()
+    except FileNotFoundError as error:
+        raise SessionError(f"{path}: cannot be read ({error.strerror}): {REMEDY}") from error
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise SessionError(f"{path}: holds no keys: write one in each line, or leave --api-key-file out")

@@ -65,7 +65,7 @@ class ServerSettings:
         max_seq: Tokens that a sequence may hold.
         threads: Threads of one operator.
         weights: Folder of the weight files, where they have moved.
-        trust: Whether an engine that this user has not built here is trusted, now and from now on.
+        trust: Whether an engine that this user has not built here is trusted from now on.
         slots: Sequences at once.
         prefill_budget: Tokens of prompts that a step reads beside decoding rows.
         prefix_bytes: Keys and values of known beginnings at most.
@@ -271,8 +271,8 @@ def load_for(settings: ServerSettings) -> tuple[Session, FlightSettings]:
         max_seq=settings.max_seq,
         threads=settings.threads,
         weights=settings.weights,
-        prefix_bytes=settings.prefix_bytes,
         trust=settings.trust,
+        prefix_bytes=settings.prefix_bytes,
     )
     slots = settings.slots or min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS)
     cache_bytes = settings.cache_bytes

@@ -106,8 +106,8 @@ class ModelSpec:
         if self.heads % self.kv_heads or self.head_dim % 2 or not 0 < len(self.layers) <= MOST_LAYERS:
             raise ValueError("the model's sizes do not fit together")
         chunks = {layer.chunk for layer in self.layers} - {0}
-        if len(chunks) > 1 or not all(0 < chunk <= MOST for chunk in chunks):
-            raise ValueError(f"the layers' chunks are {shortened(sorted(chunks))}, expected one size of them")
+        if not all(0 < chunk <= MOST for chunk in chunks):
+            raise ValueError(f"the layers' chunks are {shortened(sorted(chunks))}, expected numbers from 1 to {MOST}")
         least = 1 if any(layer.experts for layer in self.layers) else 0
         if not least <= self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token is {self.experts_per_token} of {self.experts} experts")

@@ -136,14 +136,22 @@ class Contexts:
             self.compiled.save()
 
 
-def upload_weights(device: Device, weights: Iterable[Weight], files: Mapping[str, Path]) -> dict[str, DeviceMemory]:
+def upload_weights(
+    device: Device, weights: Iterable[Weight], files: Mapping[str, Path], *, of_rank: bool = False
+) -> dict[str, DeviceMemory]:
     """Sends the weights that an engine has as inputs to the GPU. Returns their memory by name.
+
+    Args:
+        device: The GPU.
+        weights: The weights.
+        files: The files by name.
+        of_rank: Whether they are one rank's, as in `check_weights`.
 
     Raises:
         FolderError: A weight is not in its file as it is said to be.
     """
     weights = list(weights)
-    check_weights(weights, files)
+    check_weights(weights, files, of_rank=of_rank)
     found: dict[str, DeviceMemory] = {}
     uploads = None
     for weight in weights:

@@ -41,15 +41,20 @@ class MappedWeights(dict[str, ort.OrtValue]):
             exchange_pages(regions)
 
 
-def map_weights(weights: Iterable[Weight], files: dict[str, Path]) -> MappedWeights:
+def map_weights(weights: Iterable[Weight], files: dict[str, Path], *, of_rank: bool = False) -> MappedWeights:
     """Maps the weights as ONNX Runtime values by initializer name. The files stay mapped as long as the values live.
+
+    Args:
+        weights: The weights.
+        files: The files, by name.
+        of_rank: Whether they are one rank's, as in `check_weights`.
 
     Raises:
         FolderError: A weight is not in its file as it is said to be, or a file has changed meanwhile.
     """
     weights = list(weights)
     watched = Watched.of(files.values())
-    check_weights(weights, files)
+    check_weights(weights, files, of_rank=of_rank)
     maps = {name: map_file(path) for name, path in files.items()}
     for weight in weights:
         if not 0 <= weight.offset <= len(maps[weight.file]) - weight.size:

@@ -316,7 +316,7 @@ def load_decoder(
     for creator in register(trt, (GQA, MOE)).values():
         creator.kernels, creator.capabilities = kernels, (capability,)
     engine = deserialise(trt, data, folder / about.file)
-    weights = upload_weights(device, spec.weights, files)
+    weights = upload_weights(device, spec.weights, files, of_rank=spec.ranks > 1)
     communicator = None if join is None else join()
     return TensorRTDecoder(trt, device, engine, weights, spec, folder, kernels, communicator)
 

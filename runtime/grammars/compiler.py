@@ -59,7 +59,7 @@ class Grammar:
     kind: str
     source: str
     _matcher: "LLMatcher" = field(repr=False)
-    _words: NDArray[np.int32] = field(repr=False)
+    _words: NDArray[np.uint32] = field(repr=False)
     _vocabulary: Vocabulary = field(repr=False)
     _worker: MaskWorker = field(repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -148,7 +148,7 @@ class GrammarCompiler:
             raise _refused(kind, str(error)) from error
         limits = LLParserLimits(verbose_errors=False)
         matcher = LLMatcher(self.tokens, written, log_level=0, limits=limits)
-        words = np.zeros((self.size + 32) // 32, np.int32)
+        words = np.zeros((self.size + 32) // 32, np.uint32)
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if matcher.is_error():

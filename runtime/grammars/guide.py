@@ -38,13 +38,14 @@ class Guide:
     def __init__(
         self,
         matcher: "LLMatcher",
-        words: NDArray[np.int32],
+        words: NDArray[np.uint32],
         size: int,
         ends: Collection[int],
         textless: Collection[int],
         worker: "MaskWorker",
     ) -> None:
         self.matcher, self.words, self.size = matcher, words.copy(), size
+        self.view, self.address = self.words.data, self.words.ctypes.data  # each is slow to ask for
         self.ends = [(token, token in textless) for token in sorted(ends) if token < size]
         self.worker, self.ready = worker, threading.Lock()
         self.is_complete, self.fault = False, ""
@@ -95,7 +96,7 @@ class Guide:
     def fill(self) -> None:
         """Computes the mask; whatever it raises is raised where the mask is asked for."""
         try:
-            self.matcher.unsafe_compute_mask_ptr(self.words.ctypes.data, self.words.nbytes)
+            self.matcher.unsafe_compute_mask_ptr(self.address, self.view.nbytes)
             self._admit_ends()
         except Exception as error:  # of whatever kind: it belongs to this sequence, not to the worker
             self.fault = self.fault or f"{type(error).__name__}: {error}"
@@ -122,8 +123,8 @@ class Guide:
             if self._has(token):  # the grammar has it as text: it may end the sequence where the text may end behind it
                 probe = self.matcher.deep_copy()
                 admitted = admitted or (probe.consume_token(token) and probe.is_accepting())
-            bit = np.uint32(1 << (token & 31)).view(np.int32)
-            self.words[token >> 5] = self.words[token >> 5] | bit if admitted else self.words[token >> 5] & ~bit
+            word, bit = self.view[token >> 5], 1 << (token & 31)
+            self.view[token >> 5] = word | bit if admitted else word & ~bit
 
     def _end_where_nothing_follows(self) -> None:
         """Without a token that could end it, a sequence is complete where no token may come."""
@@ -133,7 +134,7 @@ class Guide:
             self.is_complete = not bits.any() and self.matcher.is_accepting()
 
     def _has(self, token: int) -> bool:
-        return bool(int(self.words[token >> 5]) >> (token & 31) & 1)
+        return bool(self.view[token >> 5] >> (token & 31) & 1)
 
     def _error(self, reason: str) -> SessionError:
         return SessionError(f"the grammar cannot be followed further ({shortened_text(reason, 200)}): simplify it")

@@ -60,7 +60,7 @@ def _follow(channel: Connection, decoder: DecoderBackend, meeting: Meeting) -> N
                     bound[rows] = decoder.bind(caches[number], slice(*rows))
                 meeting.arrive()
                 getattr(bound[rows], name)(*inputs)
-            case "check":
+            case ("check",):
                 decoder.check_files()
             case "caches", number, batch, positions, sparse:
                 caches[number], bindings[number] = decoder.caches(batch, positions, sparse=sparse), {}

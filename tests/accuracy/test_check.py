@@ -161,7 +161,7 @@ def test_exit_codes_tell_the_verdict(tiny: Path, tiny_model: Path, golden: Path,
 
     assert run(tiny_model, "--against", golden, "-o", tmp_path / "report")[0] == 0
     assert (tmp_path / "report" / "report.html").is_file()
-    code, output = run(tiny_model, "--against", golden, "--max-perplexity-ratio", "0.5", "--json")
+    code, output = run(tiny_model, "--against", golden, "--max-kl", "0", "--json")
     assert code == 1
     assert json.loads(output.splitlines()[-1])["outcome"] == "regressed"
     for option, value in (("--samples", 3), ("--window", 64)):

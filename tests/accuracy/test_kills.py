@@ -20,7 +20,8 @@ logs = np.full((1, 3), np.log(0.25), np.float32)
 golden = Golden(
     source="s", spec=spec, tokenizer="t", format="none", ids_WS=np.ones((1, 4), np.int32), is_image_WS=None,
     tiles_W=None, pixels_N3PP=None, vision=None, top_ids_WNK=np.zeros((1, 3, 1), np.int32),
-    top_logs_WNK=logs[..., None], rest_logs_WN=np.full((1, 3), np.log(0.75), np.float32), next_logs_WN=logs,
+    top_logs_WNK=logs[..., None],
+    rest_logs_WN=np.full((1, 3), np.log(0.75), np.float32), next_logs_WN=logs,
     experts_LWSK=None, continued_PC=None,
 )
 if sys.argv[3:]:

@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
     whole = calibrate_model(model, tmp_path / "whole", recipe="int8", data=IDS, floor=0)
     for path in whole.iterdir():
-        if path.name != "spec.json":
+        if path.name not in ("spec.json", "report.html"):  # which have times in them
             assert path.read_bytes() == (resumed / path.name).read_bytes(), path.name
 
 

@@ -227,7 +227,7 @@ def test_a_run_stopped_in_the_tower_or_behind_it_goes_on_where_it_was(
     ]
     whole = calibrate_model(model, tmp_path / "whole", recipe="fp8", data=windows.first(3), floor=0)
     for path in whole.iterdir():
-        if path.name != "spec.json":
+        if path.name not in ("spec.json", "report.html"):  # which have times in them
             assert path.read_bytes() == (out / path.name).read_bytes(), path.name
 
 

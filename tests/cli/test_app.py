@@ -56,8 +56,7 @@ def test_errors_are_json_too_where_it_is_asked_for(arguments: list[str], kind: s
 
 
 def test_help_and_version_come_through_with_json() -> None:
-    for option, said in (("--help", "Usage: arriero inspect"), ("--version", "")):
-        arguments = ["inspect", option, "--json"] if said else ["--version", "--json"]
+    for arguments, said in ((["inspect", "--help", "--json"], "Usage: arriero inspect"), (["--version"], "")):
         run = subprocess.run([*MODULE, *arguments], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         assert said in run.stdout

@@ -14,6 +14,10 @@ from gpu_process import Gpu
 IDS = np.random.default_rng(0).integers(3, VOCABULARY - 3, (3, 22)).tolist()
 
 
+SHARES = {"bf16": 0.5, "fp16": 0.8, "int8": 0.0, "fp8": 0.0, "int4": 0.5}
+"""Of the tokens, those whose two likeliest are more than twice the bound apart, at least: weights are random here."""
+
+
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[Gpu]:
     process = Gpu()
@@ -54,9 +58,9 @@ def test_tokens_are_the_cpus_wherever_rounding_leaves_no_doubt(
     given: dict[str, Any] = {"model": models[name], "graphs": graphs}
     found, reused, calls = gpu.run("texts", prompts=prompts, new=4, way=way, **given)
     rows = gpu.run("judged", prompts=prompts, found=found, bound=BOUNDS[name], **given)
-    clear = [(cpu, token) for apart, cpu, token in rows if apart]
-    assert len(clear) >= 0.9 * len(rows)
-    assert np.mean([cpu == token for cpu, token in clear]) >= 0.9  # but for rows that have other experts
+    clear = [cpu == token for apart, cpu, token in rows if apart]
+    assert len(clear) >= len(rows) * SHARES[name]
+    assert all(clear)
     assert (calls.get("cuGraphLaunch", 0) > 0) == (graphs and way != "guesses")
     assert (max(reused) > 0) == (way == "prefixes")
 

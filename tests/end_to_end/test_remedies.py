@@ -91,7 +91,7 @@ FOLDERS = (
     Remedy(
         name="a bundle is not built",
         provoke=lambda place: built(place, built(place)),
-        says="is a bundle: give the model folder it was built from",
+        says="is built already: give the model it was built of",
         follow=lambda place: built(place, Path(read_spec(built(place)).source)),
     ),
     Remedy(
@@ -209,7 +209,7 @@ CHECKS = (
     Remedy(
         name="a golden file has its text",
         provoke=lambda place: checked(place, place.model, golden(place, place.new())),
-        says="has its own text: leave --data out",
+        says="has its own text, .*: leave --data out",
         follow=lambda place: checked(place, place.model, golden(place, place.new()), data=None),
     ),
     Remedy(

@@ -132,7 +132,7 @@ def test_a_damaged_set_of_shards_is_restored(harm: str, place: Place) -> None:
 
 
 TALK = {
-    "messages": [{"role": "user", "content": "The list type " * 60}, {"role": "assistant", "content": "is mutable"}]
+    "messages": [{"role": "user", "content": "The list type " * 120}, {"role": "assistant", "content": "is mutable"}]
 }
 
 
@@ -167,14 +167,14 @@ DATA = (
     Remedy(
         name="a line that is no object",
         provoke=lambda place: read(place, [TALK]),
-        says="line 1: no JSON object: give one with messages",
+        says="line 1: no JSON object: give one with messages, .*text",
         follow=lambda place: read(place, TALK),
     ),
     Remedy(
         name="a line without messages",
-        provoke=lambda place: read(place, {"prompt": "x"}),
-        says="messages is no list of objects with role and content: correct it",
-        follow=lambda place: read(place, TALK),
+        provoke=lambda place: read(place, {"question": "x"}),
+        says="line 1 has .*: expected messages, conversations .*, prompt and completion, or text",
+        follow=lambda place: read(place, TALK) and read(place, {"text": TALK["messages"][0]["content"]}),
     ),
     Remedy(
         name="a message without a role",

@@ -124,7 +124,7 @@ def test_an_op_without_a_lowering_is_named(checkpoint: Path, tmp_path: Path) -> 
 
 def test_a_damaged_bundle_is_named(checkpoint: Path, tmp_path: Path) -> None:
     bundle = build_bundle(export_checkpoint(checkpoint, tmp_path / "model"), tmp_path / "bundle")
-    with pytest.raises(FolderError, match="is a bundle: give the model folder"):
+    with pytest.raises(FolderError, match="is built already: give the model it was built of"):
         build_bundle(bundle, tmp_path / "again")
     (bundle / "decoder.onnx").write_bytes(b"no graph")
     with pytest.raises(SessionError, match="ONNX Runtime refuses the graph"):

@@ -68,7 +68,7 @@ def test_no_config(checkpoint: Path) -> None:
 
 def test_a_config_that_is_not_json(checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text("{")
-    refuses(checkpoint, "config.json: not JSON")
+    refuses(checkpoint, "config.json: damaged, not JSON")
 
 
 def test_no_weights(checkpoint: Path) -> None:

@@ -87,8 +87,6 @@ def test_the_ranks_graphs_mean_the_same_in_standard_operators(
 ) -> None:
     group = exported("scout", 2, 2)
     merged = merge_ranks(group, tmp_path / "merged")
-    for path in [*scout.glob("*.safetensors"), *group.glob("rank-*/*.safetensors")]:
-        (merged / path.name).hardlink_to(path)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     graph = ort.InferenceSession(str(merged / "decoder.onnx"), options, providers=["CPUExecutionProvider"])
@@ -138,7 +136,7 @@ def test_a_model_is_not_exported_again_or_converted(exported: Callable[..., Path
     whole = exported("scout", 1, 1)
     with pytest.raises(ExportError, match="is exported already: give --tp or --ep"):
         export_checkpoint(whole, tmp_path / "out")
-    with pytest.raises(ExportError, match="not converted: export its checkpoint with --dtype"):
+    with pytest.raises(ExportError, match="is exported already: export its checkpoint with --dtype"):
         export_checkpoint(whole, tmp_path / "out", tp=2, dtype="float16")
 
 

@@ -69,6 +69,7 @@ def test_experts_one_by_one_go_through_every_verb(single: Path, tmp_path: Path) 
     rewrite(single, unstack)
     said: list[str] = []
     model = export_checkpoint(single, tmp_path / "model", notice=said.append)
+    said = [line for line in said if "no tokenizer.json" not in line]
     assert said == ["The experts are stored one by one: 0.1 MB of them are written stacked, beside the graph."]
     assert sorted(path.name for path in model.glob("*.safetensors")) == [
         "experts-00000.safetensors",
@@ -226,6 +227,7 @@ def test_mixed_types_become_the_type_that_transformers_loads(
     model = export_checkpoint(single, tmp_path / "model", notice=said.append)
     spec = json.loads((model / "spec.json").read_text())
     assert spec["model"]["dtype"] == str(Llama4ForCausalLM.from_pretrained(single, dtype="auto").dtype)[6:]
+    said = [line for line in said if "no tokenizer.json" not in line]
     assert len(said) == 1
     assert "of the tensors are not" in said[0]
     if title != "whole shard":

@@ -9,8 +9,9 @@ import collections
 import json
 import random
 import re
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,9 @@ def definitions(schema: Any) -> dict[str, Any]:
     return {**found, **schema.get("$defs", {})} if isinstance(schema, dict) else found
 
 
-def main(count: int = 1000, seed: int = 0, folder: Path | None = None) -> int:
-    """Draws answers and validates them. Returns the exit code."""
-    tokenizer = Tokenizer.from_file(str(ROOT / "examples" / "tiny-llama4" / "tokenizer.json"))
-    compiler = GrammarCompiler(tokenizer, 2048)
-    counts: collections.Counter[str] = collections.Counter()
-    for name, schema in schemas(count, seed, folder):
+def judge(compiler: GrammarCompiler, given: Iterable[tuple[str, Any]], counts: collections.Counter[str]) -> None:
+    """Draws answers, and counts those that validate."""
+    for name, schema in given:
         try:
             answers = [draw_answer(compiler, schema, number) for number in range(ANSWERS)]
         except SessionError as error:
@@ -74,10 +72,21 @@ def main(count: int = 1000, seed: int = 0, folder: Path | None = None) -> int:
             except (ValueError, jsonschema.ValidationError) as error:
                 counts["INVALID"] += 1
                 print(f"{name}: {json.dumps(schema)[:600]}\n    {answer[:200]!r}: {str(error).splitlines()[0][:200]}")
-    print(dict(counts))
+
+
+def main(count: int = 1000, seed: int = 0, folder: Path | None = None) -> int:
+    """Draws answers and validates them. Returns the exit code."""
+    tokenizer = Tokenizer.from_file(str(ROOT / "examples" / "tiny-llama4" / "tokenizer.json"))
+    compiler = GrammarCompiler(tokenizer, 2048)
+    counts: collections.Counter[str] = collections.Counter()
+    try:
+        judge(compiler, schemas(count, seed, folder), counts)
+    finally:  # if only so far
+        print(dict(counts), flush=True)
     return 1 if counts["INVALID"] else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     numbers = [int(each) for each in sys.argv[1:3]]
     raise SystemExit(main(*numbers, *(Path(each) for each in sys.argv[3:4])))

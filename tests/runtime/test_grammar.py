@@ -74,9 +74,12 @@ def test_the_end_of_the_grammar_comes_before_that_of_the_length(session: Session
 
 def test_a_text_token_that_ends_the_sequence_ends_it_where_the_grammar_may(session: Session) -> None:
     (a,) = session.text.encode("a", special_tokens=False)
-    found = session.generate("Hello", regex="(a|b)bb?a?", eos_token_id=[a], **{**DRAWN, "logit_bias": {a: 100}})
-    assert re.fullmatch("bbb?a|bbb?", found.text)
-    assert found.finish in ("eos", "stop")
+    for seed in range(4):
+        wanted = {**DRAWN, "logit_bias": {a: 100}, "seed": seed}
+        found = session.generate("Hello", regex="(a|b)bb?a?", eos_token_id=[a], **wanted)
+        assert re.fullmatch("(a|b)bb?a?", found.text)
+        assert (found.ids[-1] == a) == (found.finish == "eos")
+        assert a not in found.ids[:-1]
 
 
 @pytest.mark.parametrize("drafts", [0, 3, 8])
@@ -151,8 +154,8 @@ def test_processors_and_filters_work_within_the_grammar(session: Session) -> Non
     few = {"regex": "[0-9]{12}", "temperature": 2.0, "seed": 4}
     for settings in ({"top_k": 1}, {"top_p": 0.1}, {"min_p": 0.9}, {"typical_p": 0.2}, {"repetition_penalty": 3.0}):
         assert re.fullmatch("[0-9]{12}", session.generate("Hello", top_logprobs=None, **few, **settings).text)
-    digits = session.generate("Hello", regex="([0-9]x){6}", no_repeat_ngram_size=2, **DRAWN).text
-    assert len({digits[at : at + 2] for at in range(0, 12, 2)}) == 6
+    ids = session.generate("Hello", no_repeat_ngram_size=3, **{**few, "regex": "[a-h]{12}"}).ids
+    assert len({tuple(ids[at : at + 3]) for at in range(len(ids) - 2)}) == len(ids) - 2
 
 
 def test_threads_follow_their_grammars_side_by_side(session: Session) -> None:

@@ -168,7 +168,7 @@ def test_a_step_that_does_not_fit_its_rows_is_named(session: Session) -> None:
         session.decode(state, [5])
     with pytest.raises(SessionError, match="expected tokens for each of 3 rows"):
         session.prefill(state, [[5], [6]])
-    with pytest.raises(SessionError, match="batch is 0 and positions None"):
+    with pytest.raises(SessionError, match="batch is 0, expected a whole number from 1 up"):
         session.start(0)
     with pytest.raises(SessionError, match="batch is 1 and positions -3"):
         session.start(1, -3)

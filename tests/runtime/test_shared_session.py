@@ -66,14 +66,14 @@ def test_a_row_that_cannot_be_decoded_ends_with_what_it_had(session: Session, mo
     victim = max(range(len(alone)), key=lambda index: len(set(alone[index].ids)))
     ids = alone[victim].ids
     fault = next(token for token in ids[4:] if sum(token in each.ids for each in alone) == 1)
-    whole = session.decode
+    whole = session.decode_rows
 
     def failing(state: State, tokens_B: Any) -> Any:
         if fault in tokens_B:
             raise RuntimeError("the step failed")
         return whole(state, tokens_B)
 
-    monkeypatch.setattr(session, "decode", failing)
+    monkeypatch.setattr(session, "decode_rows", failing)
     found = session.generate_many(PROMPTS, 30, slots=5, **GREEDY)
     assert str(found[victim].error) == "the step failed"
     assert found[victim].ids == ids[: ids.index(fault) + 1]
@@ -90,7 +90,7 @@ def test_a_flight_goes_on_after_every_kind_of_error(session: Session, monkeypatc
     request = session.request("The list type", 8, **GREEDY)
     with monkeypatch.context() as patched:
         poisoned(session, "prefill", patched)
-        poisoned(session, "decode", patched)
+        poisoned(session, "decode_rows", patched)
         flight = Flight(session, slots=3)
         for _ in range(2):
             flight.join(session.request([POISON, 9], 4, **GREEDY))

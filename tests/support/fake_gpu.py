@@ -74,7 +74,7 @@ class FakeDecoder(FakeEngine):
         super().__init__(driver, dtype)
         spec = read_spec(model)
         lowered = lower_for_cpu(model, spec)
-        weights = map_weights(lowered.weights, find_files(model, spec.weight_files))
+        weights = map_weights(lowered.weights, find_files(model, spec.weight_files), of_rank=group is not None)
         self.decoder = OnnxRuntimeDecoder(
             lowered.graph, weights, model, spec.rank_model, lowered.session, 1, group=group
         )

@@ -12,8 +12,9 @@ from arriero.export import export_checkpoint
 from arriero.spec.recipe import Recipe
 
 VOCABULARY = 97
-BOUNDS = {"bf16": 0.05, "fp16": 0.006, "int8": 0.08, "fp8": 0.12, "int4": 0.06}
-"""Differences of logits that rounding explains, by the precision: logits here have a deviation of 0.6."""
+BOUNDS = {"bf16": 0.04, "fp16": 0.005, "int8": 0.16, "fp8": 0.16, "int4": 0.04}
+"""Differences of logits that rounding explains, by the precision; logits here have a deviation of 0.6. In eight bits an
+activation that is rounded to 16 bits first can move by a whole step."""
 
 
 RECIPES = {
@@ -26,9 +27,6 @@ RECIPES = {
 def make_model(name: str, folder: Path, llama4: Callable[..., Any]) -> Path:
     """Exports a model of two layers, one chunked and one full, and quantises it; `llama4` is `conftest`'s."""
     made = llama4(num_hidden_layers=2, no_rope_layers=[1, 0], intermediate_size=32, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for layer in made.model.layers:
-            layer.feed_forward.router.weight *= 8  # so that experts are seldom as good as equal
     made.save_pretrained(folder / "checkpoint")
     model = export_checkpoint(
         folder / "checkpoint", folder / "model", dtype="float16" if name == "fp16" else "bfloat16"

@@ -27,7 +27,7 @@ def open_rank(model: Path, bundle: Path, meeting: Meeting, communicator: Any) ->
     _, own = rank_folder(bundle, read_spec(bundle), meeting.rank)
     driver = FakeDriver()
     engine = FakeDecoder(model / f"rank-{meeting.rank}", driver, group=meeting.segment.bytes)
-    return TensorRTDecoder(TRT, Device(driver), engine, {}, own, communicator)  # type: ignore[arg-type]
+    return TensorRTDecoder(TRT, Device(driver), engine, {}, own, communicator=communicator)  # type: ignore[arg-type]
 
 
 def follow(*, model: str, bundle: str, rank: int, segment: int, channel: int, parent: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from arriero.runtime.draws import Sampling
 from arriero.runtime.grammars.compiler import GrammarCompiler
+from arriero.runtime.grammars.guide import Guide
 from arriero.runtime.sampling import Sampler
 
 END = 3
@@ -32,6 +33,7 @@ def draw_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
 
 def draw_answer(compiler: GrammarCompiler, schema: Any, seed: int, longest: int = 400) -> str | None:
     """An answer drawn from a schema's grammar, None where it had no end; a `SessionError` where there is no grammar."""
+    compiler.worker.fill = Guide.fill  # type: ignore[method-assign, assignment]  # no step of a model runs beside it
     guide = compiler.compile("json_schema", schema).open([END])
     rng = np.random.default_rng(seed)
     sampler = Sampler(Sampling(temperature=1.0, seed=seed), [END], 0, guide)

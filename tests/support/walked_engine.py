@@ -319,7 +319,7 @@ def write_images(kernels: Iterable[Kernel], module: str, capability: int, folder
             parameters=tuple(kernel.signature.values()),
             threads=kernel.warps * 32,
             shared=0,
-            sha256="",
+            sha256="0" * 64,
         )
         found.append(binary)
     return found

@@ -12,7 +12,6 @@ from fake_gpu import FakeDriver
 from json_keys import documented
 from typer.testing import CliRunner
 
-from arriero.calibration import int8
 from arriero.cli.app import app
 from arriero.engine import build_bundle
 from arriero.errors import SessionError
@@ -27,17 +26,19 @@ from arriero.measuring.doctor.finding import Finding
 from arriero.plugins.cpu import library
 from arriero.plugins.launch import Driver
 from arriero.spec.built_engine import CacheInput, EngineSpec, Profile
-from arriero.spec.recipe import Recipe
 
 FREE = Plan(port=0, threads=1)
 
 
 @pytest.fixture(scope="module")
-def good(quantised_tiny: Callable[[Recipe], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, out = quantised_tiny(int8()), tmp_path_factory.mktemp("doctor") / "bundle"
-    return build_bundle(
-        model, out, copy_weights=True, finish=lambda folder: greedy.record_greedy(folder, model) and None
-    )
+def good(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that needs the kernels, for its rounded caches."""
+
+    def record(folder: Path) -> None:
+        greedy.record_greedy(folder, tiny_model)
+
+    out = tmp_path_factory.mktemp("doctor") / "bundle"
+    return build_bundle(tiny_model, out, kv_cache="int8", copy_weights=True, finish=record)
 
 
 @pytest.fixture
@@ -81,18 +82,22 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:  # type: ignore[
 
 SPOILS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a byte of the weights": (
-        lambda folder: flip(folder / "weights.safetensors", -1000),
+        lambda folder: flip(folder / "model-00001-of-00003.safetensors", -1000),
         "files",
-        r"weights\.safetensors has another content: copy or unpack",
+        r"model-00001-of-00003\.safetensors has another content: copy or unpack",
     ),
     "weights that end early": (
-        lambda folder: (folder / "weights.safetensors").write_bytes(
-            (folder / "weights.safetensors").read_bytes()[:-4096]
+        lambda folder: (folder / "model-00001-of-00003.safetensors").write_bytes(
+            (folder / "model-00001-of-00003.safetensors").read_bytes()[:-4096]
         ),
         "weights",
         "size or content differs",
     ),
-    "no weights": (lambda folder: (folder / "weights.safetensors").unlink(), "weights", "is not at .*--weights"),
+    "no weights": (
+        lambda folder: (folder / "model-00001-of-00003.safetensors").unlink(),
+        "weights",
+        "is not at .*--weights",
+    ),
     "a byte of the graph": (lambda folder: flip(folder / "decoder.onnx", 3000), "files", "decoder.onnx has another"),
     "no graph": (lambda folder: (folder / "decoder.onnx").unlink(), "graph", "decoder.onnx"),
     "half a spec": (

@@ -273,7 +273,7 @@ def _no_folder(path: Path, *arguments: Any, **named: Any) -> None:
 
 def test_an_old_driver_is_named_before_anything_else(wide_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(FakeDriver(capability=120, version=(12, 4)))
-    monkeypatch.setattr(runtime_engine.Device, "open", lambda: device)
+    monkeypatch.setattr(runtime_engine.Device, "open", lambda rank: device)
     with pytest.raises(
         SessionError, match=r"driver serves CUDA 12\.4, tensorrt-rtx .* needs CUDA 13: install a newer driver"
     ):
@@ -325,7 +325,7 @@ def test_another_version_of_tensorrt_is_named(wide_bundle: Path) -> None:
 
 def test_another_gpu_is_named(wide_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(FakeDriver(capability=120))
-    monkeypatch.setattr(runtime_engine.Device, "open", lambda: device)
+    monkeypatch.setattr(runtime_engine.Device, "open", lambda rank: device)
     with pytest.raises(SessionError, match="was built for sm89, this GPU is sm120: build for sm120"):
         load_decoder(wide_bundle, read_spec(wide_bundle), {})
 

@@ -157,11 +157,11 @@ def test_floats_are_narrowed_to_the_nearest() -> None:
 def test_a_damaged_tower_is_named(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = read_spec(bundle)
     (tmp_path / "vision.engine").write_bytes((bundle / "vision.engine").read_bytes()[:-100])
+    monkeypatch.setattr(runtime_tower.Device, "open", lambda: Device(FakeDriver()))
     with pytest.raises(FolderError, match=r"vision\.engine is not what was built \(truncated or changed\)"):
         load_tower(tmp_path, spec, {})
     trt = type("Trt", (), {"Logger": type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})})
     trt.Runtime = lambda log: type("Runtime", (), {"deserialize_cuda_engine": lambda self, data: None})()  # type: ignore[attr-defined]
     monkeypatch.setattr(runtime_tower, "open_version", lambda about: trt)
-    monkeypatch.setattr(runtime_tower.Device, "open", lambda: Device(FakeDriver()))
     with pytest.raises(SessionError, match=r"TensorRT does not take .*vision\.engine: build it again"):
         load_tower(bundle, spec, {})
