@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FolderError, shortened
+from ..errors import FolderError, shortened, shortened_text
 from ..spec.fields import decode
 from ..spec.sizes import check_hash, check_name, check_sizes
 from ..spec.types import Progress
@@ -164,12 +164,12 @@ def differences(folder: Path, progress: Progress = lambda phase, done, total: No
     """
     entries = read_manifest(folder)
     present = set(own_files(folder))
-    found = [f"{shortened(name, 100)} is missing" for name in sorted(entries.keys() - present)]
-    found += [f"{shortened(name, 100)} is not in the manifest" for name in sorted(present - entries.keys())]
+    found = [f"{shortened_text(name, 100)} is missing" for name in sorted(entries.keys() - present)]
+    found += [f"{shortened_text(name, 100)} is not in the manifest" for name in sorted(present - entries.keys())]
     for number, name in enumerate(sorted(present & entries.keys())):
         progress("hashing", number, len(present))
         if os.stat(folder / name).st_size != entries[name].bytes:
-            found.append(f"{shortened(name, 100)} has another size")
+            found.append(f"{shortened_text(name, 100)} has another size")
         elif entry_of(folder / name) != entries[name]:
-            found.append(f"{shortened(name, 100)} has another content")
+            found.append(f"{shortened_text(name, 100)} has another content")
     return found

@@ -199,7 +199,7 @@ def unpack_bundle(
             expected = read_manifest(temporary)
             for name in sorted(expected.keys() | found.entries.keys()):
                 if expected.get(name) != found.entries.get(name):
-                    raise ValueError(f"{shortened(name, 100)} is not what {MANIFEST} says")
+                    raise ValueError(f"{shortened_text(name, 100)} is not what {MANIFEST} says")
             _check_alone(temporary)
         except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
             said = shortened_text(str(error), 200)
@@ -233,11 +233,15 @@ def _read(opened: BinaryIO, size: int, folder: Path, progress: Progress) -> _Unp
             name = member.name
             check_path(name)
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-                raise ValueError(f"{shortened(name, 100)} is no regular file")
+                raise ValueError(f"{shortened_text(name, 100)} is no regular file")
             if name.casefold() in seen or len(seen) >= MOST_FILES:
-                raise ValueError(f"{shortened(name, 100)} is there twice, or there are more than {MOST_FILES} files")
+                raise ValueError(
+                    f"{shortened_text(name, 100)} is there twice, or there are more than {MOST_FILES} files"
+                )
             if not 0 <= member.size <= size - member.offset_data:
-                raise ValueError(f"{shortened(name, 100)} has {member.size} bytes, which the archive does not hold")
+                raise ValueError(
+                    f"{shortened_text(name, 100)} has {member.size} bytes, which the archive does not hold"
+                )
             seen.add(name.casefold())
             if name == MANIFEST:
                 found.manifest = _content(archive, member)
@@ -266,7 +270,7 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> E
         while left:
             block = source.read(min(BLOCK, left))
             if not block:
-                raise ValueError(f"{shortened(member.name, 100)} ends early")
+                raise ValueError(f"{shortened_text(member.name, 100)} ends early")
             digest.update(block)
             out.write(block)
             left -= len(block)

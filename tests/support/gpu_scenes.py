@@ -73,7 +73,8 @@ def load(model: Path, max_seq: int, max_batch: int, max_prefill: int) -> Stage:
     engine = WalkedEngine(trt, cuda, network.graph, files, shapes, CAPABILITY)
     binaries = engine.plan(CAPABILITY, folder / "kernels", spec.model.vocab_size)
     about = EngineSpec(
-        file="decoder.engine", flavour="tensorrt-rtx", version=trt.__version__, capabilities=(CAPABILITY,), sha256="0" * 64,
+        file="decoder.engine", flavour="tensorrt-rtx", version=trt.__version__, capabilities=(CAPABILITY,),
+        sha256="0" * 64,
         max_seq=max_seq, profiles=profiles, caches=network.caches, attention="plugin", experts="plugin",
         placement="experts", weight_streaming=False, weights=0, kernels=binaries,
     )  # fmt: skip
