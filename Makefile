@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
 
-.PHONY: help demo test gpu gpu-scenes server check docs format fuzz fuzz-files fuzz-ops sanitize lock wheels clean
+.PHONY: help demo test gpu gpu-scenes server check docs deploy format fuzz fuzz-files fuzz-ops sanitize lock wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 16
@@ -30,6 +30,9 @@ check: .venv/.test .venv/.built  ## style and types
 docs: .venv/.test .venv/.built  ## the site in build/docs, from docs/ and the code; a dead link fails it
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
+
+deploy:  ## what lies in deploy/, checked by tools of others in an environment of its own
+	$(PYTHON) deploy/check.py
 
 fuzz-files: .venv/.test .venv/.built  ## 10,000 damaged files of every format that is read
 	PYTHONPATH=tests/support $(BIN)/python tests/fuzz/files.py

@@ -15,15 +15,17 @@ from .build import build
 from .calibrate import calibrate
 from .check import check
 from .compare import compare
+from .doctor import doctor
 from .export import export
 from .golden import golden
 from .inspect import inspect
+from .pack import pack
 from .run import run
 from .serve import serve
 from .streams import end_of_output, open_streams, show_json
 from .trend import trend
 
-VERBS = (export, calibrate, build, inspect, run, serve, bench, check, golden, trend, compare)
+VERBS = (export, calibrate, build, pack, doctor, inspect, run, serve, bench, check, golden, trend, compare)
 """In the order of the help page."""
 
 app = typer.Typer(

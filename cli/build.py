@@ -23,6 +23,8 @@ def build(
     kv_cache: options.RoundedCache = None,
     workspace: options.Workspace = None,
     weight_streaming: options.WeightStreaming = False,
+    copy_weights: options.CopyBundleWeights = False,
+    record_token: options.RecordToken = None,
     timing_cache: options.TimingCache = None,
     weights_from: options.MovedModelWeights = None,
     force: options.Force = False,
@@ -31,7 +33,7 @@ def build(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Build a model for one target: the bundle folder. Options but --kv-cache and --force shape a TensorRT engine."""
+    """Build a model for one target: the bundle folder. Sizes shape a TensorRT engine alone."""
     extra = "tensorrt" if target.startswith("tensorrt") else "export"
     terminal = Terminal(extra=extra, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown(), terminal.progress_shown("Building") as progress:
@@ -56,8 +58,28 @@ def build(
             target=target,
             options=shape,
             kv_cache=kv_cache,  # type: ignore[arg-type]
+            copy_weights=copy_weights,
+            finish=lambda folder: _record(folder, model, weights_from, record_token, terminal),
             force=force,
             progress=progress,
         )
     with terminal.errors_shown():
         terminal.report_written(bundle, time.perf_counter() - started, as_json)
+
+
+def _record(bundle: Path, model: Path, weights: Path | None, asked: bool | None, terminal: Terminal) -> None:
+    """Records a greedy token where it is asked for, or costs little."""
+    from ..errors import ArrieroError
+    from ..files.folders import read_spec
+    from ..measuring.greedy import record_greedy
+
+    if asked is False or (asked is None and read_spec(bundle).target != "cpu"):
+        return
+    try:
+        found = record_greedy(bundle, model, weights)
+    except ArrieroError as error:
+        if asked:
+            raise
+        terminal.detail(f"No greedy token is recorded: {error}")
+    else:
+        terminal.detail(f"Recorded greedy token {found.token}, by {found.margin:.3g} nats")

@@ -116,6 +116,34 @@ MovedModelWeights = Annotated[
     Path | None, typer.Option(help="Folder of the model's weight files, where they have moved.")
 ]
 
+CopyBundleWeights = Annotated[
+    bool,
+    typer.Option(
+        "--copy-weights", help="Copy the weights, so that the bundle stands alone, with a hash of each of its files."
+    ),
+]
+RecordToken = Annotated[
+    bool | None,
+    typer.Option(
+        "--record-token/--no-record-token",
+        help="Record a greedy token for `doctor`: the bundle's own, for an engine the model's on the CPU.",
+        show_default="for cpu, where memory allows",
+    ),
+]
+
+# pack and doctor
+PackedOutput = Annotated[Path, typer.Option("--output", "-o", help="File to write; with --unpack the folder.")]
+Unpack = Annotated[bool, typer.Option("--unpack", help="Unpack a packed bundle, and prove each file by its hash.")]
+ForcePacked = Annotated[
+    bool, typer.Option("--force", help="Replace an existing packed bundle, or folder of Arriero's.")
+]
+Examined = Annotated[
+    Path | None, typer.Argument(help="Bundle folder, or group of bundles.", show_default="this machine alone")
+]
+ExaminedSlots = Annotated[
+    int | None, typer.Option(help="Sequences at once that memory is to last for.", show_default="16")
+]
+
 # inspect
 Inspected = Annotated[
     Path, typer.Argument(help="Checkpoint, model, bundle, golden file, or a folder that check or bench wrote.")

@@ -8,12 +8,14 @@ in an engine stay where the model has them.
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from .. import __version__
 from ..errors import BuildError, FolderError
 from ..files.folders import SPEC, carry_files, check_no_rank, find_files, rank_fingerprint, rank_folder, read_spec
+from ..files.manifest import write_manifest
 from ..files.output import check_apart, check_free, copy_sparse, new_folder
 from ..files.reading import read_bytes
 from ..files.trust import remember
@@ -34,6 +36,8 @@ def build_bundle(
     target: str = "cpu",
     options: Options | None = None,
     kv_cache: Literal["int8", "int4"] | None = None,
+    copy_weights: bool = False,
+    finish: Callable[[Path], None] = lambda folder: None,
     force: bool = False,
     progress: Progress = lambda phase, done, total: None,
 ) -> Path:
@@ -46,6 +50,9 @@ def build_bundle(
         options: Sizes and choices of the engine; for `cpu`, whose graph takes any shape, `weights_from` alone.
         kv_cache: Type of keys and values on the CPU, each 32 of a token's rounded by a scale of their own, so that
             nothing needs to be calibrated; None keeps them as the model has them. For `cpu` only.
+        copy_weights: Whether the weights are copied into the bundle, with a manifest of the hashes of all its files, so
+            that it needs nothing else.
+        finish: Called with the folder before it takes its name, to add to it.
         force: Whether an existing bundle at `out` is replaced.
         progress: Called with the phase, the steps done and the steps in all.
 
@@ -73,18 +80,26 @@ def build_bundle(
     check_free(bundle, force=force)
     with new_folder(bundle, force=force) as folder:
         carry_files(source, folder)
+        choices = (parsed, options, copy_weights)
         if spec.kind == "model":
             own = dataclasses.replace(spec, cache_bits=bits)
-            built = [_write_bundle(source, own, parsed, options, folder, progress)]
+            built = [_write_bundle(source, own, choices, folder, progress)]
         else:
-            built = _write_group(source, spec, bits, parsed, options, folder, progress)
+            built = _write_group(source, spec, bits, choices, folder, progress)
+        finish(folder)
+        if copy_weights:
+            write_manifest(folder, progress)
     for record in built:
         remember(bundle, record)
     return bundle
 
 
+Choices = tuple[Target, Options, bool]
+"""A build's target and options, and whether weights are copied."""
+
+
 def _write_group(
-    source: Path, spec: FolderSpec, bits: int, target: Target, options: Options, folder: Path, progress: Progress
+    source: Path, spec: FolderSpec, bits: int, choices: Choices, folder: Path, progress: Progress
 ) -> list[FolderSpec]:
     """Writes a bundle a rank, and the spec of them all. Returns the ranks' specs."""
     fingerprints, built = [], list[FolderSpec]()
@@ -92,7 +107,7 @@ def _write_group(
         model, own = rank_folder(source, spec, rank)
         out = folder / model.name
         out.mkdir()
-        built.append(_write_bundle(model, dataclasses.replace(own, cache_bits=bits), target, options, out, progress))
+        built.append(_write_bundle(model, dataclasses.replace(own, cache_bits=bits), choices, out, progress))
         fingerprints.append(rank_fingerprint(out))
     group = dataclasses.replace(
         spec,
@@ -106,10 +121,9 @@ def _write_group(
     return built
 
 
-def _write_bundle(
-    source: Path, spec: FolderSpec, target: Target, options: Options, folder: Path, progress: Progress
-) -> FolderSpec:
+def _write_bundle(source: Path, spec: FolderSpec, choices: Choices, folder: Path, progress: Progress) -> FolderSpec:
     """Writes one bundle, but for the tokenizer. Returns its spec."""
+    target, options, copies = choices
     built = _build(source, spec, target, options, folder, progress)
     record = dataclasses.replace(
         built,
@@ -119,7 +133,7 @@ def _write_bundle(
         source_hashes={
             spec.graph: hashlib.sha256(read_bytes(source / spec.graph, folder=source, most=LARGEST)).hexdigest()
         },
-        weight_files=tuple(_place(file, source, folder, options.weights_from) for file in _used_files(built)),
+        weight_files=tuple(_place(file, source, folder, options.weights_from, copies) for file in _used_files(built)),
     )
     (folder / SPEC).write_text(record.to_json(), "utf-8")
     return record
@@ -164,11 +178,17 @@ def _with_packed(source: Path, spec: FolderSpec, folder: Path, moved: Path | Non
     )
 
 
-def _place(file: WeightFile, source: Path, folder: Path, moved: Path | None) -> WeightFile:
-    """Weights of a self-contained model go into the bundle, as hard links where the file system has them."""
-    if file.path or (folder / file.name).exists():
+def _place(file: WeightFile, source: Path, folder: Path, moved: Path | None, copies: bool) -> WeightFile:
+    """Weights of a self-contained model go into the bundle, as hard links where the file system has them.
+
+    Copies share nothing with the model: who writes into its files changes no bundle that is to stand alone.
+    """
+    if (folder / file.name).exists() or (file.path and not copies):
         return file
     path = find_files(source, [file], moved, option="--weights-from")[file.name]
+    if copies:
+        copy_sparse(path, folder / file.name)
+        return dataclasses.replace(file, path="")
     try:
         os.link(path.resolve(), folder / file.name)  # not a link into a hub's cache, but its file
     except OSError:

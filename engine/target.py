@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import BuildError
+from ..spec.built_engine import FP8_FROM
 
 Flavour = Literal["cpu", "tensorrt-rtx", "tensorrt"]
 
@@ -17,9 +18,6 @@ CAPABILITIES: dict[str, tuple[int, ...]] = {
     "tensorrt": (80, 86, 89, 90, 100, 103, 120, 121),
 }
 """Compute capabilities that each flavour builds for. Before 80 our kernels spill, and want more shared memory."""
-
-FP8_FROM = 89
-"""The first compute capability whose GPUs compute in FP8; the other types work everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,6 +52,10 @@ def read_spec(folder: Path) -> FolderSpec:
     except FileNotFoundError:
         if (folder / "config.json").exists():
             raise FolderError(f"{folder} is a checkpoint: make a model of it with `arriero export` first") from None
+        if is_packed(folder):
+            raise FolderError(
+                f"{folder} is a packed bundle: unpack it with `arriero pack {folder} --unpack -o FOLDER`, give FOLDER"
+            ) from None
         found = "holds no spec.json" if folder.is_dir() else "is no folder"
         raise FolderError(f"{folder} {found}: give a folder that `arriero export` wrote") from None
     try:
@@ -70,6 +74,16 @@ def read_json(path: Path) -> dict[str, Any]:
         return reading.read_json(path, folder=path.parent)
     except FileNotFoundError:
         return {}
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a path is a file that begins as a packed bundle does, with the name of its first file."""
+    start = SPEC.encode() + b"\0"
+    try:
+        with reading.open_regular(path) as file:
+            return file.read(len(start)) == start
+    except OSError:
+        return False
 
 
 def check_no_rank(folder: Path, spec: FolderSpec) -> None:
@@ -111,13 +125,22 @@ def rank_folder(group: Path, spec: FolderSpec, rank: int) -> tuple[Path, FolderS
     return folder, own
 
 
-def rank_fingerprint(folder: Path) -> str:
-    """SHA-256 of a rank's spec, which has the identities of its weights, and of its graphs."""
+def rank_fingerprint(folder: Path, text: bytes | None = None) -> str:
+    """SHA-256 of a rank's spec, which has the identities of its weights, and of its graphs.
+
+    Args:
+        folder: The rank's folder.
+        text: The text that `spec.json` will have in a copy; None takes the folder's own.
+    """
     spec, digest = read_spec(folder), hashlib.sha256()
     for name in (SPEC, spec.graph, "" if spec.vision is None else spec.vision.graph):
         if name:
             try:
-                digest.update(reading.read_bytes(folder / name, remedy="write the group again", most=1 << 30))
+                is_given = name == SPEC and text is not None
+                remedy = "write the group again"
+                digest.update(
+                    text or b"" if is_given else reading.read_bytes(folder / name, remedy=remedy, most=1 << 30)
+                )
             except FileNotFoundError as error:
                 raise FolderError(f"{folder / name}: {error.strerror}: write the group again") from error
     return digest.hexdigest()

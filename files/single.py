@@ -1,7 +1,9 @@
 """A single file that a verb writes: complete, or not there, and not over another's."""
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import FolderError
@@ -41,12 +43,23 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         FolderError: It cannot be written.
     """
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields the path of a file to write, which becomes `path` when the block ends without an error.
+
+    Raises:
+        FolderError: It cannot be written.
+    """
     path = path.absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:100]}.") as folder:
             temporary = Path(folder) / path.name
-            temporary.write_bytes(content)
+            yield temporary
             temporary.replace(path)
     except OSError as error:
         raise FolderError(f"{path}: writing failed ({reason(error, path.parent)}): choose another output") from error

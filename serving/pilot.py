@@ -161,6 +161,7 @@ class Pilot:
         self.numbers: dict[int, tuple[Ride, int]] = {}
         self.waiting = self.active = 0  # sequences, as the event loop counts them
         self.seconds = 1.0  # a sequence's, from its row to its end: a mean that forgets
+        self.stepped = 0.0  # when the step that runs now began; 0 between steps
         self.thread = threading.Thread(target=self._run, name="pilot", daemon=True)
 
     def start(self) -> None:
@@ -172,6 +173,11 @@ class Pilot:
         self.inbox.put(("stop", None))
         if self.thread.is_alive():
             self.thread.join()
+
+    def steps_within(self, seconds: float) -> bool:
+        """Whether the thread lives, and has been in one step for less than so long."""
+        began = self.stepped
+        return self.thread.is_alive() and (not began or time.perf_counter() - began < seconds)
 
     def check_queue(self) -> None:
         """Raises the refusal with 429 where as many sequences wait as may, and no row is free."""
@@ -223,7 +229,9 @@ class Pilot:
             try:
                 command, value = self.inbox.get(block=is_idle)
             except queue.Empty:
+                self.stepped = time.perf_counter()
                 self._step()
+                self.stepped = 0.0
                 continue
             if command == "stop":
                 return

@@ -31,6 +31,7 @@ from .errors import RequestError
 from .logs import Handler, Log
 from .pilot import FlightSettings
 from .service import Limits, Service
+from .service_manager import ServiceManager
 
 DEFAULT_SLOTS = 16
 """Sequences at once where the user names no number; an engine's own limit if that is less."""
@@ -170,6 +171,7 @@ class Server(uvicorn.Server):
             )
         )
         self.settings, self.service, self.log = settings, service, log
+        self.manager = ServiceManager()
         self.failure: BaseException | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.tasks: set[asyncio.Task[None]] = set()
@@ -180,6 +182,7 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         was_loading, self.service.state = self.service.state == "loading", "draining"
+        self.manager.say("STOPPING=1")
         if was_loading:
             self.should_exit = True
         else:
@@ -227,6 +230,17 @@ class Server(uvicorn.Server):
         about = {"address": address, "model": self.service.name, "slots": flight.slots, "max_seq": session.max_seq}
         self.log.write("ready", **about)
         on_ready(about)
+        self.manager.say("READY=1")
+        if self.manager.seconds:
+            self._begin(self._watch)
+
+    async def _watch(self) -> None:
+        """Tells the manager's watchdog that all is well, as long as steps end within its time."""
+        seconds = self.manager.seconds
+        while True:
+            if self.service.steps_within(seconds):
+                self.manager.say("WATCHDOG=1")
+            await asyncio.sleep(seconds / 3)
 
     async def _drain(self) -> None:
         """Waits for what flies to land, and ends the server."""

@@ -129,6 +129,10 @@ class Service:
         assert self._pilot is not None
         return self._pilot
 
+    def steps_within(self, seconds: float) -> bool:
+        """Whether the flight's thread lives, and has been in one step for less than so long."""
+        return self._pilot is not None and self._pilot.steps_within(seconds)
+
     @property
     def active(self) -> int:
         """Sequences that wait or have a row."""

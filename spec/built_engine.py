@@ -9,6 +9,9 @@ from ..errors import shortened
 from .sizes import check_hash, check_name, check_shape, check_sizes
 from .types import BITS, Stored
 
+FP8_FROM = 89
+"""The first compute capability whose GPUs compute in FP8; the other types work everywhere."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...errors import BuildError
+from ...spec.built_engine import FP8_FROM
 from ..launch import Buffer, Kernel, Launch, ceil_divide, power_of_two
 from .op import Attributes
 
@@ -31,9 +32,6 @@ BLOCK_SPLITS = 32
 
 MOST_DIMS = 128
 """Most dims of a head: the tiles of `attend` are sized for them."""
-
-FP8_FROM = 89
-"""Compute capability that E4M3 conversions begin with."""
 
 STEPS = 4
 """Steps that a program of `prepare` serves."""

@@ -124,6 +124,9 @@ class ExecutingCuda:
     def _cuDriverGetVersion(self, pointer: Any) -> None:
         give(pointer, self.version[0] * 1000 + self.version[1] * 10)
 
+    def _cuDeviceGetCount(self, pointer: Any) -> None:
+        give(pointer, 1)
+
     def _cuDeviceGetAttribute(self, pointer: Any, attribute: int, device: int) -> None:
         give(pointer, {75: self.capability // 10, 76: self.capability % 10}[attribute])
 
