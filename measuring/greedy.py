@@ -89,7 +89,7 @@ def read_greedy(bundle: Path) -> Greedy | None:
     """
     path = bundle / FILE
     try:
-        return decode(Greedy, read_json(path, remedy="build the bundle again", folder=bundle))  # type: ignore[no-any-return]
+        return decode(Greedy, read_json(path, remedy="build the bundle again", folder=bundle))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
