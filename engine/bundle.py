@@ -71,7 +71,6 @@ def build_bundle(
         raise BuildError(f"kv_cache is {kv_cache!r}, expected int8 or int4")
     if kv_cache and parsed.flavour != "cpu":
         raise BuildError("kv_cache is for the cpu target: calibrate with --kv-cache int8 or fp8 for an engine's caches")
-    bits = 0 if kv_cache is None else BITS[kv_cache]
     spec = read_spec(source)
     check_no_rank(source, spec)
     if spec.kind == "bundle" or spec.target:
@@ -80,17 +79,15 @@ def build_bundle(
     check_free(bundle, force=force)
     with new_folder(bundle, force=force) as folder:
         carry_files(source, folder)
-        choices = (parsed, options, copy_weights)
+        choices, bits = (parsed, options, copy_weights), 0 if kv_cache is None else BITS[kv_cache]
         if spec.kind == "model":
-            own = dataclasses.replace(spec, cache_bits=bits)
-            built = [_write_bundle(source, own, choices, folder, progress)]
+            built = [_write_bundle(source, dataclasses.replace(spec, cache_bits=bits), choices, folder, progress)]
         else:
             built = _write_group(source, spec, bits, choices, folder, progress)
         finish(folder)
         if copy_weights:
             write_manifest(folder, progress)
-    for record in built:
-        remember(bundle, record)
+    remember(bundle, *built)
     return bundle
 
 

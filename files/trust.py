@@ -39,21 +39,22 @@ def check_trusted(folder: Path, spec: FolderSpec, *, trust: bool = False) -> Non
         )
 
 
-def remember(folder: Path, spec: FolderSpec) -> None:
-    """Remembers that a bundle's engine is trusted; where the folder for it cannot be written, that is said.
+def remember(folder: Path, *specs: FolderSpec) -> None:
+    """Remembers that bundles' engines are trusted; where the folder for it cannot be written, that is said.
 
     Warns:
         ArrieroWarning: It could not be written down.
     """
-    if spec.engine is None:
-        return
-    record = _record(spec)
-    try:
-        record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        record.write_text(f"{folder.absolute()}\n", "utf-8", errors="replace")
-    except OSError as error:
-        said = error.strerror or error
-        warnings.warn(f"{record}: not remembered as trusted ({said})", ArrieroWarning, stacklevel=3)
+    for spec in specs:
+        if spec.engine is None:
+            continue
+        record = _record(spec)
+        try:
+            record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            record.write_text(f"{folder.absolute()}\n", "utf-8", errors="replace")
+        except OSError as error:
+            said = error.strerror or error
+            warnings.warn(f"{record}: not remembered as trusted ({said})", ArrieroWarning, stacklevel=3)
 
 
 def _record(spec: FolderSpec) -> Path:

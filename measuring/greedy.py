@@ -119,7 +119,7 @@ def prompt_of(spec: FolderSpec) -> tuple[int, ...]:
 
 
 def compare_greedy(expected: Greedy, found: Greedy) -> str | None:
-    """What differs between a record and what was computed here; None where nothing does but for rounding."""
+    """The difference between a record and what was computed here; None where nothing does but for rounding."""
     if found.token == expected.token:
         return None
     if found.token == expected.second and expected.margin < TIE:

@@ -10,6 +10,9 @@ DEEPEST = 64
 MOST = 4_000_000
 """Lists and objects at most: each takes 60 bytes of memory, however little it holds; a tokenizer has half a million."""
 
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""The beginning of an escape for half of a character beyond the first 65,536, which needs its other half."""
+
 LONG_NUMBER = re.compile(r"\d{41}")
 DIGITS = 40
 """Digits of a whole number at most; `model_max_length` is 31 digits long in many tokenizers' configs."""
@@ -23,8 +26,8 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
         unique: Whether an object that has a name twice is refused; otherwise the last counts.
 
     Raises:
-        ValueError: It is not JSON, nested deeper than `DEEPEST`, of more parts than `MOST`, or has a number of more
-            than `DIGITS` digits.
+        ValueError: It is not JSON, nested deeper than `DEEPEST`, of more parts than `MOST`, has a number of more
+            than `DIGITS` digits, or a text that is no valid Unicode.
     """
     if text.count("[") + text.count("{") > MOST:
         raise ValueError(f"more than {MOST} lists and objects")
@@ -35,6 +38,11 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     _check_depth(value)
+    if HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("a text with half a character") from None
     return value
 
 

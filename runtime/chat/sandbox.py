@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
@@ -219,7 +219,12 @@ class TemplateProcess:
 def _answer_in_thread(request: tuple[Any, ...], seconds: float) -> tuple[bytes, str]:
     """Answers in a thread of this process, which is given up where it takes too long."""
     answers: queue.SimpleQueue[tuple[bytes, str]] = queue.SimpleQueue()
-    thread = threading.Thread(target=lambda: answers.put(answer(request)), daemon=True)
+
+    def run() -> None:
+        with suppress(SystemExit):  # it was given up
+            answers.put(answer(request))
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         return answers.get(timeout=seconds)

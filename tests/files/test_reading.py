@@ -83,6 +83,7 @@ def test_a_weight_file_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
         (b'{"a":' * (DEEPEST + 1) + b"1" + b"}" * (DEEPEST + 1), f"nested more than {DEEPEST} deep"),
         (b'{"a": %s}' % (b"9" * 5000), "damaged, not JSON .a number of 5000 digits"),
         (b"[1]", "not a JSON object"),
+        (b'{"a": "\\ud800"}', "damaged, not JSON .a text with half a character"),
     ],
 )
 def test_text_that_is_none_or_nested_without_end_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
