@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,16 @@ class FailingBinding:
         self.owner, self.binding = owner, binding
 
     def step(self, *arguments: Any) -> Any:
+        return self._run(self.binding.step, arguments)
+
+    def decode(self, *arguments: Any) -> Any:
+        return self._run(self.binding.decode, arguments)
+
+    def _run(self, act: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         drawn = self.owner.rng.random()
         if drawn < self.owner.share / 2:
             raise MemoryError("before a step")
-        logits = self.binding.step(*arguments)
+        logits = act(*arguments)
         if drawn < self.owner.share:
             raise MemoryError("after a step")
         return logits
