@@ -26,7 +26,8 @@ RECIPES = {
 
 def make_model(name: str, folder: Path, llama4: Callable[..., Any]) -> Path:
     """Exports a model of two layers, one chunked and one full, and quantises it; `llama4` is `conftest`'s."""
-    made = llama4(num_hidden_layers=2, no_rope_layers=[1, 0], intermediate_size=32, dtype=torch.bfloat16)
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 2}  # a tie between experts cannot change a row
+    made = llama4(num_hidden_layers=2, no_rope_layers=[1, 0], intermediate_size=32, dtype=torch.bfloat16, **experts)
     made.save_pretrained(folder / "checkpoint")
     model = export_checkpoint(
         folder / "checkpoint", folder / "model", dtype="float16" if name == "fp16" else "bfloat16"
