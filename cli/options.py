@@ -89,7 +89,8 @@ AllExperts = Annotated[bool, typer.Option("--all-experts", help="Measure every e
 
 # build
 Target = Annotated[
-    str, typer.Option(help="cpu; tensorrt-rtx:sm89,sm120 (any GPUs, needs none); tensorrt (the GPU here).")
+    str,
+    typer.Option(help="cpu; tensorrt-rtx:sm89 (any GPU, several with commas; needs none); tensorrt (the GPU here)."),
 ]
 MaxBatch = Annotated[int | None, typer.Option(help="Rows at once.", show_default="8")]
 MaxPrefill = Annotated[int | None, typer.Option(help="Tokens of a prefill piece.", show_default="2048")]

@@ -40,7 +40,7 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
     _check_depth(value)
     if HALF.search(text):
         try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")  # of paths that are not UTF-8
         except UnicodeEncodeError:
             raise ValueError("a text with half a character") from None
     return value

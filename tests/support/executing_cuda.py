@@ -40,7 +40,7 @@ UNSAFE = frozenset({
 })  # fmt: skip
 """Calls that end a capture of the same thread."""
 WITHOUT_CONTEXT = frozenset({
-    "cuInit", "cuDriverGetVersion", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
+    "cuInit", "cuDriverGetVersion", "cuDeviceGetCount", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
     "cuGetErrorString",
 })  # fmt: skip
 CONTEXT = 0xC0DE
