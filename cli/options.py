@@ -90,7 +90,7 @@ AllExperts = Annotated[bool, typer.Option("--all-experts", help="Measure every e
 # build
 Target = Annotated[
     str,
-    typer.Option(help="cpu; tensorrt-rtx:sm89 (any GPU, several with commas; needs none); tensorrt (the GPU here)."),
+    typer.Option(help="cpu; tensorrt-rtx:sm89 (any GPU, or several; needs none); tensorrt (the GPU here)."),
 ]
 MaxBatch = Annotated[int | None, typer.Option(help="Rows at once.", show_default="8")]
 MaxPrefill = Annotated[int | None, typer.Option(help="Tokens of a prefill piece.", show_default="2048")]

@@ -1,6 +1,8 @@
 """Folders where people have them: in a hub's cache of symlinks, and under a path that is not UTF-8; every verb."""
 
+import contextlib
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -8,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import arriero
 from arriero.accuracy.golden import read_golden
@@ -50,10 +51,13 @@ def lay(request: pytest.FixtureRequest, tmp_path: Path) -> Lay:
 
 
 def verb(*arguments: Any, codes: tuple[int, ...] = (0,)) -> str:
-    done = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert done.exit_code in codes, done.stderr
-    assert "arriero:" not in done.stderr
-    return done.stdout
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace") for _ in range(2))  # as streams.py's
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        app([str(each) for each in arguments], prog_name="arriero")
+    written, said = (stream.buffer.getvalue().decode() for stream in (out, err) if stream.flush() is None)
+    assert (end.value.code or 0) in codes, said
+    assert "arriero:" not in said
+    return written
 
 
 def test_every_verb_takes_every_folder_wherever_it_lies(

@@ -40,8 +40,8 @@ UNSAFE = frozenset({
 })  # fmt: skip
 """Calls that end a capture of the same thread."""
 WITHOUT_CONTEXT = frozenset({
-    "cuInit", "cuDriverGetVersion", "cuDeviceGetCount", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
-    "cuGetErrorString",
+    "cuInit", "cuDriverGetVersion", "cuDeviceGetCount", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain",
+    "cuCtxSetCurrent", "cuGetErrorString",
 })  # fmt: skip
 CONTEXT = 0xC0DE
 
