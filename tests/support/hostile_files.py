@@ -10,7 +10,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from mutations import mutated, mutated_header, put_no_file
+from op_batches import peak_memory
 from PIL import Image
 
 import arriero
@@ -257,7 +257,7 @@ def main() -> None:
         damage(base, scratch / "case", kind, rng)
         started = time.process_time()
         found = outcome(kind, scratch / "case", expected.get(name))
-        seconds, peak = time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds, peak = time.process_time() - started, peak_memory()
         if seconds > 5 and not found.startswith("trouble"):
             found = f"trouble: {seconds:.1f} s"
         if peak > 2 << 30:

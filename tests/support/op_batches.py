@@ -205,6 +205,12 @@ def batch(kind: str, first: int, last: int) -> dict[int, str]:
     return halves
 
 
+def peak_memory() -> int:
+    """Bytes of memory that this program held at most; `getrusage` counts those of the process that started it too."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+
+
 def main() -> int:
     """One batch in this process."""
     kind, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -214,7 +220,7 @@ def main() -> int:
         signal.setitimer(signal.ITIMER_PROF, SECONDS * (10 if is_sanitized else 1))  # ends the process
         with np.errstate(all="ignore"):
             outcome = run(call)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = peak_memory()
         if memory > MOST_MEMORY and not is_sanitized:
             outcome = f"took {memory} bytes"
         print(
