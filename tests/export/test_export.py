@@ -223,8 +223,8 @@ def test_a_kill_leaves_nothing_under_the_final_name(checkpoint: Path, tmp_path: 
     before = digest(checkpoint)
     command = [
         sys.executable,
-        "-c",
-        "from arriero.cli import main; main()",
+        "-m",
+        "arriero",
         "export",
         str(checkpoint),
         "-o",
@@ -233,8 +233,10 @@ def test_a_kill_leaves_nothing_under_the_final_name(checkpoint: Path, tmp_path: 
     for sent in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        while not list((tmp_path / "out").glob(".*")) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        while not list((tmp_path / "out").glob(".*")):
+            assert process.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
         process.send_signal(sent)
         process.wait()
         assert not (tmp_path / "out" / "model").exists()
