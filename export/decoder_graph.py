@@ -44,7 +44,6 @@ class Stitcher:
 
     def __init__(self, spec: ModelSpec, prefix: str, place_of: PlaceOf, vision: VisionSpec | None) -> None:
         self.spec, self.prefix, self.vision = spec, prefix, vision
-        self.traced: dict[LayerSpec, ir.Graph] = {}
         self.dtype = onnx_type(spec.dtype)
         self.initializers = Initializers(place_of)
         self.inv_freq = self.initializers.constant("rope.inv_freq", inverse_frequencies(spec).numpy())
@@ -119,9 +118,7 @@ class Stitcher:
         present: list[ir.Value],
     ) -> tuple[ir.Value, list[ir.Node]]:
         """Clones the traced layer of this kind onto the given values. Returns its output and its nodes."""
-        if layer not in self.traced:
-            self.traced[layer] = trace_layer(self.spec, layer)
-        traced = self.traced[layer]
+        traced = trace_layer(self.spec, layer)
         mapped: dict[ir.Value, ir.Value] = dict(zip(traced.inputs, [x, past_lengths, *past], strict=True))
         for name, value in traced.initializers.items():
             parameter = name.removeprefix("layer.")

@@ -7,6 +7,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import onnx_ir as ir
@@ -46,12 +48,19 @@ class CachedLayer(nn.Module):
 
 
 def trace_layer(spec: ModelSpec, layer: LayerSpec) -> ir.Graph:
-    """Traces one kind of layer.
+    """Traces one kind of layer, or gives what was traced of such a layer before; it is to be cloned, not changed.
 
     Returns:
         A graph of inputs `INPUTS` and outputs `OUTPUTS` whose initializers are named `layer.<parameter>` and hold no
         data.
     """
+    return _trace_layer(replace(spec, vocab_size=1, layers=(layer,)))
+
+
+@lru_cache(maxsize=16)
+def _trace_layer(spec: ModelSpec) -> ir.Graph:
+    """Traces the only layer of a model."""
+    (layer,) = spec.layers
     schemas.register()
     dtype = getattr(torch, spec.dtype)
     module = on_meta(spec.dtype, lambda: DecoderLayer(spec, layer))
@@ -72,6 +81,7 @@ def trace_layer(spec: ModelSpec, layer: LayerSpec) -> ir.Graph:
     return graph
 
 
+@lru_cache(maxsize=4)
 def trace_tower_layer(vision: VisionSpec, dtype: DType) -> ir.Graph:
     """Traces a layer of the vision tower.
 

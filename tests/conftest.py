@@ -1,5 +1,6 @@
 """Checkpoints for the tests: random ones of any geometry from `transformers`, and the trained tiny Llama 4."""
 
+import hashlib
 import os
 import random
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from multimodal import VOCABULARY, write_multimodal
+from shared_folders import MakeOnce, make_once
 from transformers import (
     Llama4Config,
     Llama4ForCausalLM,
@@ -188,18 +190,23 @@ def make_multimodal() -> Callable[..., Llama4ForConditionalGeneration]:
 
 
 @pytest.fixture(scope="session")
-def multimodal_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random multimodal checkpoint with all its files; not to be written to."""
-    folder = tmp_path_factory.mktemp("multimodal") / "checkpoint"
-    return write_multimodal(multimodal(vocab_size=VOCABULARY, hidden_size=64), folder)
+def once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    return make_once(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def multimodal_model(multimodal_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def multimodal_checkpoint(once: MakeOnce) -> Path:
+    """A random multimodal checkpoint with all its files; not to be written to."""
+    reference = multimodal(vocab_size=VOCABULARY, hidden_size=64)
+    return once("multimodal-checkpoint", lambda folder: write_multimodal(reference, folder))
+
+
+@pytest.fixture(scope="session")
+def multimodal_model(multimodal_checkpoint: Path, once: MakeOnce) -> Path:
     """The same, exported once."""
     from arriero.export import export_checkpoint
 
-    return export_checkpoint(multimodal_checkpoint, tmp_path_factory.mktemp("multimodal") / "model")
+    return once("multimodal-model", lambda out: export_checkpoint(multimodal_checkpoint, out))
 
 
 @pytest.fixture(scope="session")
@@ -223,43 +230,43 @@ def tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model(once: MakeOnce) -> Path:
     """The tiny Llama 4, exported once."""
     from arriero.export import export_checkpoint
 
-    return export_checkpoint(TINY, tmp_path_factory.mktemp("models") / "tiny")
+    return once("tiny", lambda out: export_checkpoint(TINY, out))
 
 
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def texts(once: MakeOnce) -> tuple[Path, Path]:
     """The held-out text of the tiny Llama 4, and a part of the text that it was trained on, for calibration."""
-    folder = tmp_path_factory.mktemp("texts")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from corpus import documents, held_out_text\n"
-        "open(sys.argv[2], 'w').write(held_out_text())\n"
-        "chosen = [each.text for each in documents() if not each.is_held_out][::12]\n"
-        "open(sys.argv[3], 'w').write('\\n\\n\\n'.join(chosen))\n"
+        "from corpus import documents\n"
+        "read = documents()\n"
+        "held_out = [each.text for each in read if each.is_held_out]\n"
+        "training = [each.text for each in read if not each.is_held_out][::12]\n"
+        "for path, chosen in zip(sys.argv[2:], (held_out, training)):\n"
+        "    open(path, 'w').write('\\n\\n\\n'.join(chosen))\n"
     )
-    held_out, training = folder / "held_out.txt", folder / "training.txt"
-    subprocess.run([sys.executable, "-c", code, str(TINY), str(held_out), str(training)], check=True)
-    return held_out, training
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        paths = [str(folder / f"{name}.txt") for name in ("held_out", "training")]
+        subprocess.run([sys.executable, "-c", code, str(TINY), *paths], check=True)
+
+    folder = once("texts", write)
+    return folder / "held_out.txt", folder / "training.txt"
 
 
 @pytest.fixture(scope="session")
-def quantised_tiny(
-    tiny_model: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Recipe], Path]:
+def quantised_tiny(tiny_model: Path, texts: tuple[Path, Path], once: MakeOnce) -> Callable[[Recipe], Path]:
     """The tiny Llama 4 quantised on twelve windows of its training text, once a recipe."""
     from arriero.calibration import calibrate_model
 
-    made: dict[str, Path] = {}
-
     def make(recipe: Recipe) -> Path:
-        if repr(recipe) not in made:
-            out = tmp_path_factory.mktemp("quantised") / recipe.format
-            made[repr(recipe)] = calibrate_model(tiny_model, out, recipe=recipe, data=[texts[1]], samples=12)
-        return made[repr(recipe)]
+        name = f"{recipe.format}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}"
+        return once(name, lambda out: calibrate_model(tiny_model, out, recipe=recipe, data=[texts[1]], samples=12))
 
     return make
 

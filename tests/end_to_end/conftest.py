@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from remedies import Place
+from shared_folders import MakeOnce
 from transformers import Llama4ForCausalLM
 
 from arriero.calibration import calibrate_model
@@ -22,10 +23,12 @@ def small(make_llama4: Callable[..., Llama4ForCausalLM], tiny: Path, tmp_path_fa
 
 
 @pytest.fixture(scope="session")
-def small_int8(tiny_model: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_int8(tiny_model: Path, texts: tuple[Path, Path], once: MakeOnce) -> Path:
     """The tiny Llama 4 in int8, calibrated on little; not to be written to."""
-    out = tmp_path_factory.mktemp("remedies") / "int8"
-    return calibrate_model(tiny_model, out, recipe="int8", data=[texts[1]], samples=2, floor=0)
+    return once(
+        "small-int8",
+        lambda out: calibrate_model(tiny_model, out, recipe="int8", data=[texts[1]], samples=2, floor=0),
+    )
 
 
 @pytest.fixture

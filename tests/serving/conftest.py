@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from openai import OpenAI
+from shared_folders import MakeOnce
 
 import arriero
 from arriero.runtime import Session
@@ -60,12 +61,12 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def bundle(quantised_tiny: Callable[[Recipe], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(quantised_tiny: Callable[[Recipe], Path], once: MakeOnce) -> Path:
     """The tiny Llama 4 in int8, whose texts do not depend on what runs beside them."""
     from arriero.calibration import int8
     from arriero.engine import build_bundle
 
-    return build_bundle(quantised_tiny(int8()), tmp_path_factory.mktemp("served") / "tiny", target="cpu")
+    return once("served", lambda out: build_bundle(quantised_tiny(int8()), out, target="cpu"))
 
 
 @pytest.fixture(scope="session")
