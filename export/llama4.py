@@ -224,16 +224,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] → [..., H]."""
-        return rms_norm(x, self.weight, self.eps)
+        return traced_rms_norm(x, self.weight, self.eps)
 
 
-@torch.library.custom_op("arriero::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last axis in float32, cast back, *then* times the weight: ONNX's `RMSNormalization`."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
 
-@rms_norm.register_fake
+traced_rms_norm = torch.library.custom_op("arriero::rms_norm", rms_norm, mutates_args=())
+"""The norm as one node of a traced graph."""
+
+
+@traced_rms_norm.register_fake
 def _(x, weight, eps):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
