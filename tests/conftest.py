@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,9 @@ torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
 settings.register_profile("arriero", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("arriero")
 
+LONGEST = 240
+"""Seconds that a test may run."""
+
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama4"
 
 SCOUT_LIKE = {
@@ -59,6 +63,22 @@ MAVERICK_LIKE = {
     "use_qk_norm": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test that hangs fails, where it stands, and the others run."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"{item.nodeid} has run for {LONGEST} s")
+
+    previous = signal.signal(signal.SIGALRM, end)
+    signal.alarm(LONGEST)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

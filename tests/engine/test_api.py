@@ -39,11 +39,14 @@ CLASSES = {
 """The classes of the variables that hold TensorRT's objects."""
 
 RTX_ONLY = {
+    "BuilderFlag.REQUIRE_USER_ALLOCATION",
     "ComputeCapability",
     "CudaGraphStrategy",
-    "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
+    "CudaGraphStrategy.DISABLED",
+    "DynamicShapesKernelSpecializationStrategy",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
+    "IExecutionContext.is_stream_capturable",
 }
 """Used for `tensorrt-rtx` alone."""
 

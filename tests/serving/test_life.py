@@ -15,7 +15,11 @@ from typer.testing import CliRunner
 
 from arriero.cli.app import app
 
-LONG: dict[str, Any] = {"max_tokens": 400, "stream": True, "extra_body": {"logit_bias": {"1": -100}}}
+LONG: dict[str, Any] = {
+    "max_tokens": 400,
+    "stream": True,
+    "extra_body": {"logit_bias": {"1": -100, "2": -100, "3": -100}},
+}
 ASKED: list[Any] = [{"role": "user", "content": "The list type"}]
 
 
