@@ -37,8 +37,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # a processor each: the thr
     os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
 
-# A busy machine is slow, which says nothing about the code.
-settings.register_profile("arriero", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A busy machine is slow, which says nothing about the code; the same examples are tried in every run.
+settings.register_profile("arriero", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("arriero")
 
 LONGEST = 240

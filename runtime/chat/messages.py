@@ -120,7 +120,8 @@ def _message(given: Any, number: int, images: list[ImageSource | None]) -> Messa
     role, content = fields.get("role"), fields.get("content")
     if not isinstance(role, str):
         raise SessionError(f"the role of {where} is {shortened(role)}, expected a text such as 'user'")
-    if fields.get("images"):
+    beside = fields.get("images")
+    if beside is not None and not (isinstance(beside, list | tuple) and len(beside) == 0):
         raise SessionError(f'{where} has images beside its content: put {{"type": "image", …}} into the content')
     rest = {name: value for name, value in fields.items() if name != "content" and value is not None}
     message: Message = plain(rest, where)
