@@ -177,7 +177,11 @@ def test_whatever_is_given_is_taken_or_refused(reader: PromptReader, prompt: Any
     assert len(said) < 700
 
 
-@pytest.mark.parametrize("beside", [drawn(40, 40), np.zeros((40, 40, 3), np.uint8), [b"image"], {}, "", 0], ids=repr)
+@pytest.mark.parametrize(
+    "beside",
+    [drawn(40, 40), np.zeros((40, 40, 3), np.uint8), [b"image"], {}, "", 0],
+    ids=["picture", "array", "list", "dict", "text", "number"],
+)
 def test_images_beside_a_message_s_content_are_refused(reader: PromptReader, beside: Any) -> None:
     with pytest.raises(SessionError, match="message 1 has images beside its content"):
         reader.read([{"role": "user", "content": "x", "images": beside}])
