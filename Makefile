@@ -15,7 +15,7 @@ demo: .venv/.demo .venv/.built  ## the tiny Llama 4, from its checkpoint to text
 	$(BIN)/python examples/demo.py
 
 test: .venv/.test .venv/.built  ## all tests
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 gpu: .venv/.test .venv/.built  ## on a machine with a card: all its tests and speeds, one JSON, one table
 	$(BIN)/python benchmarks/card.py
