@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
-unexport PYTHONDONTWRITEBYTECODE # modules are compiled once, not in every process: .venv is installed without
+unexport PYTHONDONTWRITEBYTECODE # .venv comes without bytecode: the first process to import a module keeps it
 
 .PHONY: help demo test gpu gpu-scenes server check docs deploy format fuzz fuzz-files fuzz-ops sanitize lock wheels clean
 

@@ -53,7 +53,7 @@ STEPS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What came of a step: its tests' results by name, or the figures of a benchmark; the error where there is one."""
+    """Result of a step: its tests' results by name, or a benchmark's figures; the error where there is one."""
 
     step: str
     seconds: float
@@ -62,7 +62,7 @@ class Outcome:
 
     @property
     def failed(self) -> list[str]:
-        """What failed, with the step itself where it came to no end."""
+        """Names of the tests that failed, and the step's own where it came to no end."""
         tests = [name for name, result in self.results.items() if result == "failed"]
         return tests + ([f"{self.step}: {self.error}"] if self.error else [])
 

@@ -1,10 +1,9 @@
-"""What a server adds to its flight: tokens a second, time to the first token, processor time.
+"""Cost of a server beside its flight: tokens a second, time to the first token, processor time.
 
-The same bundle, the same prompts, in one run: streams through `arriero serve` by raw HTTP, and the same requests in a
-flight of this process. Processor time a token is that of
-the thread that speaks with the clients; the other steps the flight. While a long prompt is being read,
-the gaps between the tokens of other streams are compared with those undisturbed. Rounds of both alternate, so that a
-busy machine weighs on both.
+Streams through `arriero serve` by raw HTTP, and the same requests in a flight of this process, of one bundle in one
+run. Processor time a token is that of the thread that speaks with the clients; the other steps the flight. While a long
+prompt is being read, the gaps between the tokens of other streams are compared with those undisturbed. Rounds of both
+alternate, so that a busy machine weighs on both.
 
     python benchmarks/server_speed.py BUNDLE [--streams 8] [--tokens 128] [--threads 2] [--rounds 3]
 """
@@ -17,7 +16,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +24,9 @@ from support.server import ServerProcess
 
 import arriero
 from arriero.runtime import Flight, Session
+
+Bias: TypeAlias = dict[int, float]
+"""Numbers that are added to the logits of tokens."""
 
 PROMPT = "The list type is a mutable sequence. It"
 
@@ -60,25 +62,25 @@ async def stream(host: str, port: int, body: dict[str, Any]) -> list[float]:
     return moments
 
 
-def body_of(count: int, number: int, prompt: Any = None) -> dict[str, Any]:
+def body_of(bias: Bias, count: int, number: int, prompt: Any = None) -> dict[str, Any]:
     """A request for a number of tokens, no more and no fewer."""
     words = f"{PROMPT} {number}" if prompt is None else prompt
     return {
         "prompt": words,
         "max_tokens": count,
         "temperature": 0,
-        "logit_bias": {"1": -100},
+        "logit_bias": {str(token): each for token, each in bias.items()},
         "stream": True,
     }
 
 
-async def load(server: ServerProcess, streams: int, count: int, prompt: Any = None) -> Load:
+async def load(server: ServerProcess, bias: Bias, streams: int, count: int, prompt: Any = None) -> Load:
     """A round of streams through the server."""
     host, port = server.url.removeprefix("http://").rsplit(":", 1)
     cpu, started = server.cpu_seconds(), time.perf_counter()
-    asked = [stream(host, int(port), body_of(count, number)) for number in range(streams)]
+    asked = [stream(host, int(port), body_of(bias, count, number)) for number in range(streams)]
     if prompt is not None:
-        asked.append(_later(stream(host, int(port), body_of(1, 0, prompt))))
+        asked.append(_later(stream(host, int(port), body_of(bias, 1, 0, prompt))))
     moments = (await asyncio.gather(*asked))[:streams]
     found = Load(time.perf_counter() - started, server.cpu_seconds() - cpu)
     for each in moments:
@@ -92,10 +94,10 @@ async def _later(asked: Any) -> Any:
     return await asked
 
 
-def fly(session: Session, streams: int, count: int) -> Load:
-    """The same round in a flight of this process."""
+def fly(session: Session, bias: Bias, streams: int, count: int) -> Load:
+    """A round of the same requests in a flight of this process."""
     flight = Flight(session, streams, cache_bytes=1 << 40)
-    settings: dict[str, Any] = {"do_sample": False, "logit_bias": {1: -100}}
+    settings: dict[str, Any] = {"do_sample": False, "logit_bias": bias}
     started = time.perf_counter()
     for number in range(streams):
         flight.join(session.request(f"{PROMPT} {number}", count, **settings))
@@ -116,21 +118,21 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=3500)
     asked = parser.parse_args()
     session = arriero.load(asked.folder, threads=asked.threads)
+    bias = dict.fromkeys(session.defaults.eos_token_ids, -100.0)  # an answer's length alone ends it
+    size = asked.streams, asked.tokens
     total = asked.streams * asked.tokens
     pairs: list[tuple[Load, Load]] = []
     singles: list[tuple[Load, Load]] = []
     options = ("--threads", str(asked.threads), "--slots", str(asked.streams + 1), "--prefix-bytes", "0", "--quiet")
     with ServerProcess(asked.folder, *options) as server:
-        asyncio.run(load(server, 1, 8))
-        fly(session, 1, 8)
+        asyncio.run(load(server, bias, 1, 8))
+        fly(session, bias, 1, 8)
         for _ in range(asked.rounds):
-            pairs.append(
-                (asyncio.run(load(server, asked.streams, asked.tokens)), fly(session, asked.streams, asked.tokens))
-            )
-            singles += [(asyncio.run(load(server, 1, 2)), fly(session, 1, 2)) for _ in range(5)]
+            pairs.append((asyncio.run(load(server, bias, *size)), fly(session, bias, *size)))
+            singles += [(asyncio.run(load(server, bias, 1, 2)), fly(session, bias, 1, 2)) for _ in range(5)]
         long = [5 + each % 1000 for each in range(min(asked.prompt_tokens, session.max_seq - 8))]
-        calm = sorted(asyncio.run(load(server, asked.streams, asked.tokens)).gaps)
-        disturbed = sorted(asyncio.run(load(server, asked.streams, asked.tokens, long)).gaps)
+        calm = sorted(asyncio.run(load(server, bias, *size)).gaps)
+        disturbed = sorted(asyncio.run(load(server, bias, *size, long)).gaps)
         assert server.end() == 0
     served, flown = (statistics.median(total / each[side].seconds for each in pairs) for side in (0, 1))
     ratio = statistics.median(flight.seconds / server.seconds for server, flight in pairs)

@@ -153,12 +153,11 @@ class TowerAttention(nn.Module):
 
     def forward(self, x_NSC: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
         """[N, S, C] → [N, S, C]."""
-        query = rotate_patches(self.q_proj(x_NSC), cos_SP, sin_SP, self.heads)
-        key = rotate_patches(self.k_proj(x_NSC), cos_SP, sin_SP, self.heads)
-        return self.o_proj(attend_patches(query, key, self.v_proj(x_NSC), self.heads))
+        query = traced_rotate_patches(self.q_proj(x_NSC), cos_SP, sin_SP, self.heads)
+        key = traced_rotate_patches(self.k_proj(x_NSC), cos_SP, sin_SP, self.heads)
+        return self.o_proj(traced_attend_patches(query, key, self.v_proj(x_NSC), self.heads))
 
 
-@torch.library.custom_op("arriero::rotate_patches", mutates_args=())
 def rotate_patches(x_NSC: Tensor, cos_SP: Tensor, sin_SP: Tensor, heads: int) -> Tensor:
     """Rotates interleaved pairs of each head in float32 and casts back; cos and sin are [S, D/2]."""
     turn_S1P = torch.complex(cos_SP, sin_SP)[:, None]
@@ -166,19 +165,26 @@ def rotate_patches(x_NSC: Tensor, cos_SP: Tensor, sin_SP: Tensor, heads: int) ->
     return torch.view_as_real(pairs * turn_S1P).flatten(2).type_as(x_NSC)
 
 
-@rotate_patches.register_fake
+traced_rotate_patches = torch.library.custom_op("arriero::rotate_patches", rotate_patches, mutates_args=())
+"""The rotation as one node of a traced graph."""
+
+
+@traced_rotate_patches.register_fake
 def _(x_NSC, cos_SP, sin_SP, heads):  # type: ignore[no-untyped-def]
     return torch.empty_like(x_NSC)
 
 
-@torch.library.custom_op("arriero::attend_patches", mutates_args=())
 def attend_patches(query_NSC: Tensor, key_NSC: Tensor, value_NSC: Tensor, heads: int) -> Tensor:
     """Attention of every patch to every other, [N, S, C] each."""
     split = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query_NSC, key_NSC, value_NSC))
     return scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
 
 
-@attend_patches.register_fake
+traced_attend_patches = torch.library.custom_op("arriero::attend_patches", attend_patches, mutates_args=())
+"""The attention as one node of a traced graph."""
+
+
+@traced_attend_patches.register_fake
 def _(query_NSC, key_NSC, value_NSC, heads):  # type: ignore[no-untyped-def]
     return torch.empty_like(query_NSC)
 

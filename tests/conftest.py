@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ settings.register_profile("arriero", deadline=None, derandomize=True, suppress_h
 settings.load_profile("arriero")
 
 LONGEST = 240
-"""Seconds that a test may run."""
+"""Seconds that a test may run, and its fixtures."""
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama4"
 
@@ -65,9 +66,9 @@ MAVERICK_LIKE = {
 }
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A test that hangs fails, where it stands, and the others run."""
+@contextmanager
+def bounded(item: pytest.Item) -> Iterator[None]:
+    """A test or its fixtures that hang fail, where they stand, and the others run."""
 
     def end(*_: object) -> None:
         raise TimeoutError(f"{item.nodeid} has run for {LONGEST} s")
@@ -79,6 +80,18 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    with bounded(item):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with bounded(item):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ reference's, or of a mistake which comes out as the candidate computes it. Facto
 are no fault: what a norm is divided by, and powers of two between two linears.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,7 +28,7 @@ Mistake = tuple[str, str, Callable[[], Tensor]]
 """The attribute, what is wrong with it, and the outputs of a model that makes that mistake."""
 
 
-class Evidence:
+class Evidence(ABC):
     """The tensors of one layer on both sides, under suspicion.
 
     Args:
@@ -97,9 +98,9 @@ class Evidence:
             return self.attribute_blame(self.attention_op, "self_attn", "rope layout", f"of {unit} and its like: {why}")
         return self.tensor_blame("MatMul", name, why)
 
+    @abstractmethod
     def norm_blame(self, norm: str, why: str) -> Blame | None:
         """A norm's weight, which makes a right weight a wrong one that differs as `why` says."""
-        raise NotImplementedError
 
     def exchanged_with(self, unit: str, weight_NK: Tensor) -> str | None:
         """Another unit whose weight it is."""

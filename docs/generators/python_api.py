@@ -19,7 +19,7 @@ MORE = {
     "engine": [("engine/polygraphy.py", "Scripts")],
     "runtime": [("runtime/continuation.py", "Settings"), ("runtime/chat/settings.py", "ChatSettings")],
 }
-"""What is reached by its module's name, or says what a setting is."""
+"""Classes on a room's page that its package does not export: reached by their module's name, or explaining settings."""
 
 ERRORS = "errors.py"
 HEAD = """# Python interface

@@ -16,7 +16,7 @@ LENGTHS = (50, 13, 27)
 """Tokens of the three rows; the chunk is 16, so the first crosses three boundaries."""
 
 
-@pytest.fixture(scope="module", params=[(kind, seed) for kind in ("scout", "maverick") for seed in range(2)], ids=str)
+@pytest.fixture(scope="module", params=[(kind, seed) for kind in ("scout", "maverick") for seed in range(3)], ids=str)
 def pair(
     request: pytest.FixtureRequest,
     make_llama4: Callable[..., Any],

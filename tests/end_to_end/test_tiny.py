@@ -1,8 +1,6 @@
 """The trained tiny Llama 4, from its checkpoint to text."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +36,9 @@ def test_greedy_text_equals_that_of_transformers_past_chunk_boundaries(tiny: Pat
     assert found.ids == expected.tolist()
 
 
-def test_held_out_perplexity_is_the_one_recorded(tiny: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_held_out_perplexity_is_the_one_recorded(tiny: Path, tiny_model: Path, texts: tuple[Path, Path]) -> None:
     recorded = json.loads((tiny / "training.json").read_text())
-    text_file = tmp_path / "held_out.txt"
-    subprocess.run([sys.executable, tiny / "corpus.py", text_file], check=True)
-    text = text_file.read_text()
+    text = texts[0].read_text()
     if len(text) != recorded["held_out_characters"]:
         pytest.skip(f"recorded with Python {recorded['python']}, whose documentation is another")
     session = arriero.load(tiny_model)

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from endless import ENDLESS
 from openai import OpenAI
 
 from arriero.runtime import Session
@@ -194,10 +195,7 @@ def test_a_field_that_is_not_heeded_is_refused_by_name(client: OpenAI, settings:
 
 
 def test_a_client_that_leaves_frees_its_row(served: Any, client: OpenAI, http: httpx.Client) -> None:
-    streams = [
-        chat(client, stream=True, max_tokens=900, extra_body={"logit_bias": dict.fromkeys("123", -100)})
-        for _ in range(8)
-    ]
+    streams = [chat(client, stream=True, max_tokens=900, extra_body=ENDLESS) for _ in range(8)]
     for stream in streams:
         next(iter(stream))
         stream.close()

@@ -11,15 +11,12 @@ from typing import Any
 
 import openai
 import pytest
+from endless import ENDLESS
 from typer.testing import CliRunner
 
 from arriero.cli.app import app
 
-LONG: dict[str, Any] = {
-    "max_tokens": 400,
-    "stream": True,
-    "extra_body": {"logit_bias": {"1": -100, "2": -100, "3": -100}},
-}
+LONG: dict[str, Any] = {"max_tokens": 400, "stream": True, "extra_body": ENDLESS}
 ASKED: list[Any] = [{"role": "user", "content": "The list type"}]
 
 

@@ -210,7 +210,7 @@ def test_rounding_raises_no_alarm(quantised_tiny: Callable[[Recipe], Path], tiny
     assert location.blame is None, location.blame
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(10))
 def test_clean_pairs_raise_no_alarm(
     make_llama4: Callable[..., Llama4ForCausalLM],
     draw_overrides: Callable[[int], dict[str, Any]],

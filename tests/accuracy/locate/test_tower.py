@@ -258,7 +258,7 @@ def test_a_wrong_scale_is_named_in_a_bundle_too(
     assert float(why.removeprefix("it is ").partition(" times")[0]) == pytest.approx(4, rel=0.02)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 def test_clean_pairs_raise_no_alarm(
     make_multimodal: Callable[..., Any], draw_vision: Callable[[int], dict[str, Any]], tmp_path: Path, seed: int
 ) -> None:
