@@ -140,6 +140,7 @@ def vision_spec(config: dict[str, Any]) -> VisionSpec:
     for name, fixed in VISION_FIXED.items():
         if fields.get(name, fixed) != fixed:
             fields.refuse(name, f"{fixed!r}, as in every Llama 4")
+    _named_dtype(fields)  # refuses what is none: the tower has the decoder's type, whatever is named here
     return VisionSpec(
         hidden_size=hidden_size,
         layers=fields.count("num_hidden_layers", 34),

@@ -127,3 +127,16 @@ def test_generation_values_of_a_config_are_those_that_transformers_takes(config:
     found = generation_fields(config)
     names = GENERATION_HEEDED | GENERATION_NEUTRAL.keys() | {"bos_token_id", "pad_token_id"}
     assert {name: getattr(expected, name, None) for name in names} == {name: found.get(name) for name in names}
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", [float("inf"), [], {}, 16, "float8_e4m3fn", "nothing"], ids=repr)
+def test_a_towers_type_that_is_none_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"vision_config\.{name} is "):
+        vision_spec(whole(vision_config={**VISION, name: value}))
+
+
+def test_a_towers_type_changes_nothing() -> None:
+    plain = vision_spec(whole())
+    for value in (None, "bfloat16", "torch.float16", "half"):
+        assert vision_spec(whole(vision_config={**VISION, "dtype": value})) == plain
