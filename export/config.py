@@ -26,8 +26,13 @@ from .config_fields import Fields, is_whole
 from .config_layers import read_layers
 from .config_rope import refuse_outside, text_rope, vision_theta
 
-UNUSED = ("per_layer_config", "fusion_config", "kv_sharing_modes", "transformers_weights")
-"""Fields with which `transformers` would build another model than Llama 4."""
+UNUSED: dict[str, tuple[Any, ...]] = {
+    "per_layer_config": (None, {}),
+    "fusion_config": (None, {}, []),
+    "kv_sharing_modes": (None, {}, []),
+    "transformers_weights": (None, {}, []),
+}
+"""Fields with which `transformers` would build another model than Llama 4, and their values that say nothing."""
 
 ACTIVATIONS = ("silu", "swish")
 """Two names of one function."""
@@ -138,7 +143,8 @@ def vision_spec(config: dict[str, Any]) -> VisionSpec:
         if fields.count(name, default) != adapter_size:
             fields.refuse(name, f"projector_input_dim, {adapter_size}")
     for name, fixed in VISION_FIXED.items():
-        if fields.get(name, fixed) != fixed:
+        given = fields.get(name, fixed)
+        if type(given) is not type(fixed) or given != fixed:  # 0 is not false
             fields.refuse(name, f"{fixed!r}, as in every Llama 4")
     _named_dtype(fields)  # refuses what is none: the tower has the decoder's type, whatever is named here
     return VisionSpec(
@@ -177,8 +183,8 @@ def _refuse_variants(fields: Fields) -> None:
         fields.refuse("attention_bias", "false, as in every Llama 4")
     if not fields.flag("is_causal", True):
         fields.refuse("is_causal", "true, as in every Llama 4")
-    for name in UNUSED:
-        if fields.get(name) not in (None, {}, []):
+    for name, nothing in UNUSED.items():
+        if fields.get(name) not in nothing:
             fields.refuse(name, "nothing, as in every Llama 4")
 
 

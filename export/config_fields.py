@@ -12,6 +12,9 @@ from ..errors import CheckpointError, shortened
 LARGEST = 2**31 - 1
 """Largest whole number; what is larger is no size of a model."""
 
+WIDEST = 2**63 - 1
+"""Largest whole number in place of a fraction, which `transformers` gives PyTorch as it stands."""
+
 
 class Fields:
     """The values of a configuration, read with their ranges.
@@ -87,6 +90,8 @@ class Fields:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value < 1e300 or (value == 0 and not zero):
             self.refuse(name, "a number from 0 up" if zero else "a number above 0")
+        if is_whole(value) and value > WIDEST:
+            self.refuse(name, f"at most {WIDEST}, or with a decimal point")
         return float(value)
 
 

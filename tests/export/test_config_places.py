@@ -140,3 +140,29 @@ def test_a_towers_type_changes_nothing() -> None:
     plain = vision_spec(whole())
     for value in (None, "bfloat16", "torch.float16", "half"):
         assert vision_spec(whole(vision_config={**VISION, "dtype": value})) == plain
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps", "attn_scale"])
+def test_a_whole_number_that_pytorch_cannot_hold_is_refused_and_its_fraction_taken(name: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"{name} is 1000.*at most 9223372036854775807, or with a decimal point"):
+        model_spec({**TEXT, name: 10**30})
+    model_spec({**TEXT, name: 1e30})
+
+
+def test_a_towers_base_that_pytorch_cannot_hold_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"vision_config\.rope_theta is 9223"):
+        vision_spec(whole(vision_config={**VISION, "rope_theta": 2**63}))
+
+
+@pytest.mark.parametrize("value", [[], "", 0, {"0": {"use_qk_norm": False}}], ids=repr)
+def test_a_configuration_by_layers_is_refused(value: Any) -> None:
+    with pytest.raises(CheckpointError, match="per_layer_config is "):
+        model_spec({**TEXT, "per_layer_config": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("multi_modal_projector_bias", 0), ("multi_modal_projector_bias", 0.0), ("num_channels", 3.0)]
+)
+def test_an_equal_value_of_another_type_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"vision_config\.{name} is {value!r}, expected "):
+        vision_spec(whole(vision_config={**VISION, name: value}))
