@@ -34,6 +34,7 @@ struct alignas(128) RankLine {
     std::atomic<int32_t> process;
     uint32_t is_ready;  // for whoever has to wait before there are turns
     std::atomic<uint64_t> counts[2];  // values that it brings, of even and of odd turns
+    uint32_t begun;  // steps of a rank on a GPU, which has no turns here: a turn that nobody waits in would break them
 };
 
 struct Segment {

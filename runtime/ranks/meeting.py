@@ -5,14 +5,13 @@ them, and one line on why a group has ended. Invariant: who waits for a rank tha
 """
 
 import contextlib
-import struct
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import SessionError
 from .nccl import Communicator, Nccl
-from .segment import ENDED, HEAD, LINE, SAID, SILENT, Segment
+from .segment import ENDED, SAID, SILENT, Segment
 
 READY_LOOK = 0.01
 """Seconds after which a rank looks again whether the others are there."""
@@ -55,8 +54,7 @@ class Meeting:
     def arrive(self) -> None:
         """Says on a GPU that this rank begins a step; on the CPU the sums say so themselves."""
         if self.identifier:
-            turn = self._turn(self.rank) + 1
-            struct.pack_into("<I", self.segment.map, HEAD + self.rank * LINE, turn & 0xFFFFFFFF)
+            self.segment.begin_step(self.rank)
 
     def lost(self, rank: int) -> None:
         """Ends the group since a rank has ended."""
@@ -64,9 +62,9 @@ class Meeting:
 
     def silent(self) -> None:
         """Ends the group since a rank does not answer: the one that is behind the others."""
-        turns = [self._turn(rank) for rank in range(self.ranks)]
-        behind = turns.index(min(turns))
-        self.end(SILENT, behind if min(turns) < max(turns) else (self.rank + 1) % self.ranks)
+        begun = [self.segment.steps_begun(rank) for rank in range(self.ranks)]
+        behind = begun.index(min(begun))
+        self.end(SILENT, behind if min(begun) < max(begun) else (self.rank + 1) % self.ranks)
 
     def end(self, why: int, rank: int) -> None:
         """Ends the group, and what a GPU waits for."""
@@ -80,6 +78,3 @@ class Meeting:
         """Why the group has ended; None while it has not."""
         found = self.segment.fault
         return None if found is None else f"rank {found[1]} {SAID[found[0]]}"
-
-    def _turn(self, rank: int) -> int:
-        return int(struct.unpack_from("<I", self.segment.map, HEAD + rank * LINE)[0])

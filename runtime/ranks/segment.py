@@ -29,7 +29,7 @@ SAID = {ENDED: "has ended", SILENT: "does not answer", OTHER_STEP: "computes ano
 """The reasons for which a group ends."""
 
 HEADER = struct.Struct("<QIIQII")
-FAULT_AT, PROCESS_AT, READY_AT = 28, 8, 12
+FAULT_AT, PROCESS_AT, READY_AT, BEGUN_AT = 28, 8, 12, 32
 
 
 class Segment:
@@ -82,6 +82,14 @@ class Segment:
     def is_ready(self, rank: int) -> bool:
         """Whether a rank has said so."""
         return bool(struct.unpack_from("<I", self.map, HEAD + rank * LINE + READY_AT)[0])
+
+    def begin_step(self, rank: int) -> None:
+        """Says that a rank on a GPU begins a step; turns of the CPU's sums are counted apart."""
+        struct.pack_into("<I", self.map, HEAD + rank * LINE + BEGUN_AT, self.steps_begun(rank) + 1 & 0xFFFFFFFF)
+
+    def steps_begun(self, rank: int) -> int:
+        """Steps that a rank has begun."""
+        return int(struct.unpack_from("<I", self.map, HEAD + rank * LINE + BEGUN_AT)[0])
 
     def end(self, why: int, rank: int) -> None:
         """Ends the group, if nothing has ended it yet: whoever waits learns of it within a tenth of a second."""

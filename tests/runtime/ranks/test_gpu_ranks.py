@@ -26,7 +26,7 @@ from arriero.runtime.ranks.followers import Followers
 from arriero.runtime.ranks.group_decoder import GroupDecoder
 from arriero.runtime.ranks.meeting import Meeting
 from arriero.runtime.ranks.nccl import Communicator, Nccl
-from arriero.runtime.ranks.segment import Segment
+from arriero.runtime.ranks.segment import BEGUN_AT, HEAD, Segment
 from arriero.runtime.session import Session
 from arriero.runtime.state import Limits
 
@@ -161,3 +161,11 @@ def test_the_rank_behind_is_the_one_that_does_not_answer() -> None:
             meeting.arrive()
     meeting.silent()
     assert meeting.fault == "rank 1 does not answer"
+
+
+def test_the_beginning_of_a_step_moves_no_turn_of_the_sums() -> None:
+    segment = Segment.create(2, patience=1)
+    before = segment.bytes[HEAD : HEAD + BEGUN_AT].tobytes()
+    Meeting(segment=segment, rank=0, ranks=2, identifier=b"\1" * 128).arrive()
+    assert segment.bytes[HEAD : HEAD + BEGUN_AT].tobytes() == before
+    assert [segment.steps_begun(rank) for rank in (0, 1)] == [1, 0]
