@@ -52,6 +52,10 @@ class SessionError(ArrieroError):
     """A running session was asked for something it cannot do."""
 
 
+class ForbiddenError(SessionError):
+    """A sequence cannot go on: its own settings or grammar forbid every token."""
+
+
 class MissingExtraError(ArrieroError, ModuleNotFoundError):
     """A library is not installed that one of the package's extras brings."""
 

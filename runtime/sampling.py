@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SessionError
+from ..errors import ForbiddenError, SessionError
 from .draws import Sampling, candidates, chosen
 from .grammars.guide import Guide
 from .processors import (
@@ -111,7 +111,7 @@ class Sampler:
         if not math.isfinite(top := logits_V[token]):
             among = "" if self.guide is None else " that the grammar allows"
             wrong = f"the settings forbid every token{among}, or make a logit too large"
-            raise SessionError(f"{wrong}: forbid or bias less")
+            raise ForbiddenError(f"{wrong}: forbid or bias less")
         if self.sampling.temperature == 0:
             return token
         return self._draw(logits_V - top, self.rng.random() if draw is None else draw)

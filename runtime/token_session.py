@@ -49,6 +49,11 @@ class TokenSession:
         return self.decoder.spec
 
     @property
+    def fault(self) -> str | None:
+        """Why the session computes nothing any more, whatever it is asked; None while it does."""
+        return self.decoder.fault
+
+    @property
     def image_token(self) -> int | None:
         """Id of the token that stands for an image feature; None where the model takes no images."""
         return None if self.tower is None else self.tower.spec.image_token

@@ -23,14 +23,14 @@ from .doors import Doors
 from .errors import RequestError
 from .logs import Log
 from .page import page
-from .pilot import Ride
-from .protocol.answers import DetokenizeAnswer, Health, Model, ModelList, TokenizeAnswer
+from .protocol.answers import DetokenizeAnswer, Health, Model, ModelList, State, TokenizeAnswer
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .protocol.openapi import document
 from .protocol.reading import plain, read
 from .protocol.responses import ResponseRequest
 from .responses import ResponseWriter, as_chat, whole_response
+from .rides import Ride
 from .service import Service
 from .streams import Writer, stream, watched
 
@@ -100,13 +100,19 @@ class Endpoints:
         return JSONResponse(plain(DetokenizeAnswer(prompt=await self.service.work(write))))
 
     async def health(self, request: HttpRequest) -> Response:
-        """Whether the process is alive."""
-        return JSONResponse(plain(Health(status="ok")))
+        """Whether the process is alive, and its model not lost."""
+        return self._state("ok", 200)
 
     async def ready(self, request: HttpRequest) -> Response:
         """Whether requests are taken."""
         state = self.service.state
-        return JSONResponse(plain(Health(status=state)), 200 if state == "ready" else 503)
+        return self._state(state, 200 if state == "ready" else 503)
+
+    def _state(self, status: State, code: int) -> Response:
+        reason = self.service.fault
+        if reason is None:
+            return JSONResponse(plain(Health(status=status)), code)
+        return JSONResponse(plain(Health(status="lost", reason=reason)), 503)
 
     async def metrics(self, request: HttpRequest) -> Response:
         """Counts, in Prometheus's text."""

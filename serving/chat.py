@@ -7,10 +7,10 @@ from typing import Any
 from ..runtime import Generated
 from .choices import Added, Choice, finish_all, new_id, open_choices, usage_of
 from .errors import RequestError
-from .pilot import Ride
 from .protocol.answers import ChatAnswer, ChatChoice
 from .protocol.chat import ChatRequest
 from .protocol.reading import plain
+from .rides import Ride
 from .service import Service
 from .streams import event
 

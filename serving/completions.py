@@ -8,10 +8,10 @@ from ..runtime import Generated
 from .chat import DONE
 from .choices import Choice, finish_all, new_id, open_choices, usage_of
 from .errors import RequestError
-from .pilot import Ride
 from .protocol.answers import CompletionAnswer, CompletionChoice
 from .protocol.completions import CompletionRequest
 from .protocol.reading import plain
+from .rides import Ride
 from .service import Service
 from .streams import event
 

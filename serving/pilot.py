@@ -1,27 +1,30 @@
-"""The one thread that steps a flight, and the rides of requests on it as the event loop sees them.
+"""The one thread that steps a flight, and hands what it gives to the event loop.
 
 Enters: rides, from the event loop. Leaves: their pieces, handed over once a step. Invariant: the flight is touched by
 its thread alone; rides by the event loop alone, but for the numbers that the thread gives them. A fault that is not a
-request's own ends the rides that are on board, and a new flight takes the next.
+request's own ends the rides that are on board, and a new flight takes the next; where none can be opened any more, the
+model is lost, and all that wait or come learn so.
 """
 
 import asyncio
-import itertools
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import ForbiddenError, shortened_text
 from ..runtime import Flight, Generated, Request, Session
-from ..runtime.flight import failed
+from ..runtime.flight import Pieces, failed
 from .errors import RequestError
 from .fairness import FairQueue
 from .metrics import Metrics
+from .rides import Ride
 
 MOST_RETRY_SECONDS = 60
+MOST_FAILURES = 3
+"""Sequences that ended with no fault of their own, and no other between them, after which a new flight is tried."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,84 +42,6 @@ class FlightSettings:
     prefill_budget: int | None
     cache_bytes: int | None
     queue: int
-
-
-class Ride:
-    """One request's sequences on their way.
-
-    Args:
-        parties: Requests, those of one prompt together; they are numbered through.
-        user: The name by which users take turns.
-    """
-
-    def __init__(self, parties: Sequence[Sequence[Request]], user: str) -> None:
-        self.parties, self.user = parties, user
-        self.started = time.perf_counter()
-        self.timelines = [Timeline(self.started) for party in parties for _ in party]
-        self.riding = set(range(len(self.timelines)))
-        firsts = itertools.accumulate((len(party) for party in parties), initial=0)
-        self.prompts = {first: len(party[0].prompt.ids) for first, party in zip(firsts, parties, strict=False)}
-        self.pieces: deque[tuple[int, Generated]] = deque()
-        self.timers: list[asyncio.TimerHandle] = []
-        self._waiter: asyncio.Future[None] | None = None
-
-    def first_token_seconds(self) -> float | None:
-        """Seconds until its first token; None where none came."""
-        firsts = [each.first for each in self.timelines if each.first]
-        return round(min(firsts) - self.started, 4) if firsts else None
-
-    async def next(self) -> list[tuple[int, Generated]]:
-        """Waits for pieces. Returns all that are there, each with its sequence's number; none once all have ended."""
-        while not self.pieces:
-            if not self.riding:
-                return []
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        found = list(self.pieces)
-        self.pieces.clear()
-        return found
-
-    def put(self, index: int, piece: Generated) -> None:
-        """Takes a piece; the event loop alone does so."""
-        if index in self.riding:
-            if piece.finish is not None:
-                self.riding.remove(index)
-            self.pieces.append((index, piece))
-            self._wake()
-
-    def end(self, error: Exception | None) -> None:
-        """Ends all that has not ended, with an error where there is one."""
-        if error is not None:
-            self.pieces += [(index, failed(error)) for index in sorted(self.riding)]
-        self.riding.clear()
-        self._wake()
-
-    def _wake(self) -> None:
-        if not self.riding:
-            for timer in self.timers:
-                timer.cancel()
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-
-@dataclass(slots=True)
-class Timeline:
-    """Moments of a sequence, in seconds of `time.perf_counter`.
-
-    Attributes:
-        joined: It came into the queue.
-        boarded: It got a row; 0 before.
-        first: Its first token came; 0 before.
-        last: Its last token came; 0 before.
-        tokens: New tokens.
-    """
-
-    joined: float
-    boarded: float = 0.0
-    first: float = 0.0
-    last: float = 0.0
-    tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -162,6 +87,8 @@ class Pilot:
         self.waiting = self.active = 0  # sequences, as the event loop counts them
         self.seconds = 1.0  # a sequence's, from its row to its end: a mean that forgets
         self.stepped = 0.0  # when the step that runs now began; 0 between steps
+        self.failures = 0  # sequences that have failed since one ended well
+        self.lost: str | None = None
         self.thread = threading.Thread(target=self._run, name="pilot", daemon=True)
 
     def start(self) -> None:
@@ -174,15 +101,21 @@ class Pilot:
         if self.thread.is_alive():
             self.thread.join()
 
+    @property
+    def fault(self) -> str | None:
+        """Why the model is lost for good, in one line; None while it is not."""
+        return self.lost or self.session.fault
+
     def steps_within(self, seconds: float) -> bool:
-        """Whether the thread lives, and has been in one step for less than so long."""
+        """Whether the thread lives with its model, and has been in one step for less than so long."""
         began = self.stepped
-        return self.thread.is_alive() and (not began or time.perf_counter() - began < seconds)
+        is_well = self.thread.is_alive() and self.fault is None
+        return is_well and (not began or time.perf_counter() - began < seconds)
 
     def check_queue(self) -> None:
         """Raises the refusal with 429 where as many sequences wait as may, and no row is free."""
-        if self.waiting >= self.settings.queue and self.active >= self.flight.slots:
-            seconds = 1 + int(self.seconds * (self.waiting + self.active) / (2 * self.flight.slots))
+        if self.waiting >= self.settings.queue and self.active >= self.settings.slots:
+            seconds = 1 + int(self.seconds * (self.waiting + self.active) / (2 * self.settings.slots))
             raise RequestError(
                 f"{self.waiting} requests wait already: try again later",
                 status=429,
@@ -245,17 +178,45 @@ class Pilot:
         batch = Batch()
         try:
             self._feed(batch)
-            found = self.flight.step()
-            boarded, self.flight.boarded = self.flight.boarded, []
+            found, boarded = self._fly()
             batch.boarded = [(*self.numbers[number], started) for number, started in boarded]
             for number, piece in found:
-                batch.pieces.append((*self.numbers[number], piece))
+                ride, index = self.numbers[number]
                 if piece.finish is not None:
                     del self.numbers[number]
+                    piece = self._judged(piece)
+                batch.pieces.append((ride, index, piece))
         except Exception as error:  # none that a request makes comes this far
             self.report(error)
             self._start_anew(batch, error)
-        batch.used, batch.time = self.flight.used, time.perf_counter()
+        if self.failures >= MOST_FAILURES and not self.numbers:  # whether it is the flight that fails
+            self._start_anew(batch, None)
+        if self.lost is None and self.failures and (fault := self.session.fault) is not None:
+            self._lose(batch, fault)
+        self._hand_over(batch)
+
+    def _fly(self) -> tuple[Pieces, list[tuple[int, float]]]:
+        """Steps the flight. Returns its pieces, and what got rows, and when."""
+        if self.lost is not None:
+            return [], []
+        found = self.flight.step()
+        boarded, self.flight.boarded = self.flight.boarded, []
+        return found, boarded
+
+    @property
+    def _used(self) -> float:
+        return self.flight.used if self.lost is None else 0.0
+
+    def _judged(self, last: Generated) -> Generated:
+        """A sequence's last piece, an error in it as the client gets it; counts ends by such errors."""
+        if last.error is None or isinstance(last.error, ForbiddenError):
+            self.failures = 0
+            return last
+        self.failures += 1
+        return failed(step_failed(last.error))
+
+    def _hand_over(self, batch: Batch) -> None:
+        batch.used, batch.time = self._used, time.perf_counter()
         if batch.pieces or batch.boarded:
             self._call(self._deliver, batch)
 
@@ -268,30 +229,65 @@ class Pilot:
                 first += len(party)
             return
         self.queue.remove(lambda entry: entry[0] is ride)
-        for number in [number for number, (each, _) in self.numbers.items() if each is ride]:
-            self.flight.leave(number)
+        leaving = [number for number, (each, _) in self.numbers.items() if each is ride]
+        for number in leaving:
             del self.numbers[number]
-        self._call(self._left, ride, self.flight.used)
+        try:
+            for number in leaving:
+                self.flight.leave(number)
+        except Exception as error:  # its rows are in no state that is known
+            self.report(error)
+            batch = Batch()
+            self._start_anew(batch, error)
+            self._hand_over(batch)
+        self._call(self._left, ride, self._used)
 
     def _feed(self, batch: Batch) -> None:
-        """Gives the flight as many sequences as it has rows for."""
-        flight = self.flight
-        while len(self.queue) and flight.riding + sum(len(each.members) for each in flight.waiting) < flight.slots:
+        """Gives the flight as many sequences as it has rows for; where the model is lost, each gets the error."""
+        while len(self.queue) and self._has_room():
             ride, first, party = self.queue.pop()
             try:
-                numbers = flight.join_as_one(party)
+                if self.lost is not None:
+                    raise lost_model(self.lost)
+                numbers = self.flight.join_as_one(party)
             except Exception as error:
                 batch.pieces += [(ride, first + index, failed(error)) for index in range(len(party))]
                 continue
             for index, number in enumerate(numbers, first):
                 self.numbers[number] = ride, index
 
-    def _start_anew(self, batch: Batch, error: Exception) -> None:
-        """Ends all on board with an error; a new flight takes those that wait."""
-        pieces = [(ride, index, failed(error)) for ride, index in self.numbers.values()]
-        batch.pieces, batch.boarded = [*batch.pieces, *pieces], []
+    def _has_room(self) -> bool:
+        if self.lost is not None:
+            return True
+        waiting = sum(len(each.members) for each in self.flight.waiting)
+        return self.flight.riding + waiting < self.flight.slots
+
+    def _start_anew(self, batch: Batch, error: Exception | None) -> None:
+        """Ends all on board with an error; a new flight takes those that wait, or the model is lost."""
+        if error is not None:
+            self._end_all(batch, step_failed(error))
+        for each in (error, *(piece.error for *_, piece in batch.pieces)):
+            if each is not None:
+                each.__traceback__ = None  # which holds the old flight, whose memory the new one takes
+        self.failures = 0
+        del self.flight
+        try:
+            self.flight = self._open()
+        except Exception as why:
+            self._lose(batch, shortened_text(str(why) or type(why).__name__))
+
+    def _lose(self, batch: Batch, reason: str) -> None:
+        """Takes down that there is no model any more. Those on board learn why."""
+        self.lost, error = reason, lost_model(reason)
+        batch.pieces = [(ride, index, failed(error) if piece.error else piece) for ride, index, piece in batch.pieces]
+        self._end_all(batch, error)
+        self.report(error)
+
+    def _end_all(self, batch: Batch, error: Exception) -> None:
+        """Ends all on board with an error."""
+        batch.pieces += [(ride, index, failed(error)) for ride, index in self.numbers.values()]
+        batch.boarded = []
         self.numbers.clear()
-        self.flight = self._open()
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -357,6 +353,16 @@ class Pilot:
 
     def _gauge(self) -> None:
         self.metrics.waiting, self.metrics.running = self.waiting, self.active - self.waiting
+
+
+def step_failed(error: Exception) -> RequestError:
+    """The answer to a request that ended with no fault of its own."""
+    return RequestError(f"the step failed: {type(error).__name__}: {shortened_text(str(error))}", status=500)
+
+
+def lost_model(reason: str) -> RequestError:
+    """The refusal of a request where the model is lost for good."""
+    return RequestError(f"the model is lost ({reason}): start the server again", status=503, code="model_lost")
 
 
 FINISHES = {"eos": "stop", "stop": "stop", "length": "length"}

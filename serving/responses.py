@@ -10,7 +10,6 @@ from ..runtime import Generated
 from .chat import open_chat
 from .choices import finish_all, new_id, usage_of
 from .errors import RequestError
-from .pilot import Ride
 from .protocol import chat
 from .protocol.answers import PromptDetails
 from .protocol.reading import plain
@@ -28,6 +27,7 @@ from .protocol.responses import (
     ResponseUsage,
 )
 from .protocol.sampling import SAME
+from .rides import Ride
 from .service import Service
 
 FIELDS = {"response_format": "text.format", "max_tokens": "max_output_tokens", "messages": "input"}

@@ -20,10 +20,11 @@ from ..runtime import Request, Session
 from .conversation import template_messages
 from .errors import RequestError, of_session
 from .metrics import Metrics
-from .pilot import FlightSettings, Pilot, Ride
+from .pilot import FlightSettings, Pilot, lost_model
 from .protocol.chat import ChatRequest, Message, NamedTool, Tool
 from .protocol.completions import DEFAULT_TOKENS, CompletionRequest
 from .remote_images import fetch_image
+from .rides import Ride
 from .texts import TokenTexts
 
 T = TypeVar("T")
@@ -114,8 +115,10 @@ class Service:
         """The session.
 
         Raises:
-            RequestError: It is not ready, or takes no more requests.
+            RequestError: It is not ready, takes no more requests, or is lost.
         """
+        if self.fault is not None:
+            raise lost_model(self.fault)
         if self.state != "ready" or self._session is None:
             seconds = {"Retry-After": "5"}
             raise RequestError(
@@ -128,6 +131,11 @@ class Service:
         """The pilot, once there is one."""
         assert self._pilot is not None
         return self._pilot
+
+    @property
+    def fault(self) -> str | None:
+        """Why the model is lost for good, in one line; None while it is not."""
+        return None if self._pilot is None else self._pilot.fault
 
     def steps_within(self, seconds: float) -> bool:
         """Whether the flight's thread lives, and has been in one step for less than so long."""

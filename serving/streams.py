@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..runtime import Generated
 from .errors import RequestError, of_session
-from .pilot import Ride
+from .rides import Ride
 from .service import Service
 
 T = TypeVar("T")

@@ -112,6 +112,11 @@ class DecoderBackend(Protocol):
         """Tokens of a piece of several rows at most; None is no limit."""
         ...
 
+    @property
+    def fault(self) -> str | None:
+        """Why it computes nothing any more, in one line; None while it does."""
+        ...
+
     def check_files(self) -> None:
         """Looks whether the files that are read in place are as they were; raises a `SessionError` where not."""
         ...

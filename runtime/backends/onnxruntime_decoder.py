@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import SessionError
 from ...plugins.cpu.library import GROUP_INPUT
 from ...spec.geometry import ModelSpec
 from ...spec.types import TYPES
@@ -142,6 +143,15 @@ class OnnxRuntimeDecoder:
         self.weights = weights  # kept: the session reads the memory that these own
         self.session = open_graph(graph, weights, folder, session, threads, has_arena=False, is_rank=group is not None)
         self.takes_images = any(value.name == "image_features" for value in self.session.get_inputs())
+
+    @property
+    def fault(self) -> str | None:
+        """Why it computes nothing any more: a weight file is not as it was; None while all are."""
+        try:
+            self.check_files()
+        except SessionError as error:
+            return str(error)
+        return None
 
     def check_files(self) -> None:
         """Looks whether the weight files are as they were when they were mapped.

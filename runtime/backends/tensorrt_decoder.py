@@ -113,6 +113,11 @@ class TensorRTDecoder:
         """None: pieces of several rows have no limit but the profiles' own."""
         return None
 
+    @property
+    def fault(self) -> str | None:
+        """None: a GPU that has failed says so at the next call."""
+        return None
+
     def check_files(self) -> None:
         """Nothing: the weights are the GPU's own copy."""
 

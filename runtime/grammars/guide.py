@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import SessionError, shortened_text
+from ...errors import ForbiddenError, shortened_text
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -136,8 +136,8 @@ class Guide:
     def _has(self, token: int) -> bool:
         return bool(self.view[token >> 5] >> (token & 31) & 1)
 
-    def _error(self, reason: str) -> SessionError:
-        return SessionError(f"the grammar cannot be followed further ({shortened_text(reason, 200)}): simplify it")
+    def _error(self, reason: str) -> ForbiddenError:
+        return ForbiddenError(f"the grammar cannot be followed further ({shortened_text(reason, 200)}): simplify it")
 
 
 class MaskWorker:

@@ -26,6 +26,7 @@ from .meeting import Meeting
 from .segment import Segment
 
 Result = TypeVar("Result")
+AGAIN = "the group has ended, load it again"
 
 
 class GroupDecoder:
@@ -88,6 +89,13 @@ class GroupDecoder:
         return self.local.most
 
     @property
+    def fault(self) -> str | None:
+        """Why the group has ended; None while it has not."""
+        if self.failure is None and (fault := self.meeting.fault) is not None:
+            return f"{self.group}: {fault}; {AGAIN}"
+        return self.failure
+
+    @property
     def processes(self) -> list[int]:
         """The followers' process numbers."""
         return [process.pid for process in self.followers.processes]
@@ -144,7 +152,7 @@ class GroupDecoder:
                 raise RuntimeError("a rank is lost")
             return found + self.followers.receive(patience=self.followers.patience) if answers else found
         except BaseException as error:
-            self.failure = f"{self.group}: {self._reason(error)}; the group has ended, load it again"
+            self.failure = f"{self.group}: {self._reason(error)}; {AGAIN}"
             self.followers.kill()
             raise SessionError(self.failure) from error
 

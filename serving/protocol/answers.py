@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 from .reading import ABSENT
 
 Reason = Literal["stop", "length", "tool_calls"]
+State = Literal["ok", "loading", "ready", "draining", "lost"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,9 +181,15 @@ class DetokenizeAnswer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Health:
-    """The state of the server."""
+    """The state of the server.
 
-    status: Literal["ok", "loading", "ready", "draining"]
+    Attributes:
+        status: "lost" where the model is gone for good, and the server must be started again.
+        reason: Why it is lost.
+    """
+
+    status: State
+    reason: str = cast(Any, ABSENT)  # never changed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,7 +28,7 @@ ERRORS = {
     415: "The body is no JSON by its type.",
     429: "As many requests wait as may: `Retry-After` says when to come again.",
     500: "The request failed.",
-    503: "The model is being loaded, or the server stops.",
+    503: "The model is being loaded or lost, or the server stops.",
     504: "The answer took longer than the server allows.",
 }
 POSTED = {
@@ -101,8 +101,9 @@ def _got(components: dict[str, Any], name: str) -> dict[str, Any]:
         }
     }
     health = {"content": {"application/json": {"schema": schema(Health, components)}}}
-    paths["/health"] = {"get": _get("health", "Say that the process is alive.", Health, components, 403)}
+    paths["/health"] = {"get": _get("health", "Say that all is well.", Health, components, 403)}
     paths["/ready"] = {"get": _get("ready", "Say whether requests are taken.", Health, components, 403)}
+    paths["/health"]["get"]["responses"]["503"] = {"description": "The model is lost: `reason` says why.", **health}
     paths["/ready"]["get"]["responses"]["503"] = {"description": "They are not taken now.", **health}
     paths["/metrics"] = {
         "get": {

@@ -62,9 +62,16 @@ def assert_gone(processes: list[int]) -> None:
 
 def test_a_rank_that_dies_ends_the_group(groups: list[Path]) -> None:
     session, decoder = load(groups[0])
+    assert session.fault is None
     os.kill(decoder.processes[0], signal.SIGKILL)
+    end = time.monotonic() + 60
+    while session.fault is None:  # without a step
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert session.fault == f"{groups[0]}: rank 1 has ended; the group has ended, load it again"
     with pytest.raises(SessionError) as error:
         use_up(session)
+    assert session.fault == str(error.value)
     assert str(error.value) == f"{groups[0]}: rank 1 was ended by SIGKILL; the group has ended, load it again"
     with pytest.raises(SessionError, match="rank 1 was ended by SIGKILL"):
         session.generate([5, 6], max_new_tokens=2)

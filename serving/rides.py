@@ -1,0 +1,93 @@
+"""Requests' sequences on their way, as the event loop sees them.
+
+Enters: checked requests, and pieces of their sequences. Leaves: these pieces, to whoever awaits them. Invariant: rides
+are the event loop's alone, but for the numbers that the flight's thread gives them.
+"""
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..runtime import Generated, Request
+from ..runtime.flight import failed
+
+
+class Ride:
+    """One request's sequences on their way.
+
+    Args:
+        parties: Requests, those of one prompt together; they are numbered through.
+        user: The name by which users take turns.
+    """
+
+    def __init__(self, parties: Sequence[Sequence[Request]], user: str) -> None:
+        self.parties, self.user = parties, user
+        self.started = time.perf_counter()
+        self.timelines = [Timeline(self.started) for party in parties for _ in party]
+        self.riding = set(range(len(self.timelines)))
+        firsts = itertools.accumulate((len(party) for party in parties), initial=0)
+        self.prompts = {first: len(party[0].prompt.ids) for first, party in zip(firsts, parties, strict=False)}
+        self.pieces: deque[tuple[int, Generated]] = deque()
+        self.timers: list[asyncio.TimerHandle] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def first_token_seconds(self) -> float | None:
+        """Seconds until its first token; None where none came."""
+        firsts = [each.first for each in self.timelines if each.first]
+        return round(min(firsts) - self.started, 4) if firsts else None
+
+    async def next(self) -> list[tuple[int, Generated]]:
+        """Waits for pieces. Returns all that are there, each with its sequence's number; none once all have ended."""
+        while not self.pieces:
+            if not self.riding:
+                return []
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        found = list(self.pieces)
+        self.pieces.clear()
+        return found
+
+    def put(self, index: int, piece: Generated) -> None:
+        """Takes a piece; the event loop alone does so."""
+        if index in self.riding:
+            if piece.finish is not None:
+                self.riding.remove(index)
+            self.pieces.append((index, piece))
+            self._wake()
+
+    def end(self, error: Exception | None) -> None:
+        """Ends all that has not ended, with an error where there is one."""
+        if error is not None:
+            self.pieces += [(index, failed(error)) for index in sorted(self.riding)]
+        self.riding.clear()
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self.riding:
+            for timer in self.timers:
+                timer.cancel()
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Moments of a sequence, in seconds of `time.perf_counter`.
+
+    Attributes:
+        joined: It came into the queue.
+        boarded: It got a row; 0 before.
+        first: Its first token came; 0 before.
+        last: Its last token came; 0 before.
+        tokens: New tokens.
+    """
+
+    joined: float
+    boarded: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
