@@ -7,6 +7,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from .. import __version__
+from ..files.circumstances import machine_text
 from .check import Verdict
 from .gates import Judgement
 from .metrics import Estimate
@@ -40,9 +42,11 @@ def junit(verdict: Verdict) -> bytes:
 
 
 def _about(verdict: Verdict) -> dict[str, Any]:
-    contents = verdict.contents
+    contents, around = verdict.contents, verdict.circumstances
     about = {"reference": verdict.reference, "profile": verdict.profile, "tokens": verdict.tokens}
-    about |= {"windows": verdict.windows, "command": verdict.circumstances.get("command")}
+    about |= {"windows": verdict.windows, "version": __version__}
+    about |= {name: around.get(name) for name in ("date", "command")}
+    about["machine"] = machine_text(around["machine"]) if around.get("machine") else None
     about |= {f"{side}_hash": (contents.get(side) or {}).get("hash") for side in ("candidate", "reference")}
     return {name: value for name, value in about.items() if value is not None}
 

@@ -89,13 +89,12 @@ class Chat:
 
     def turn(self, text: str) -> None:
         """Answers a turn. One that is refused is reported and forgotten; one that Ctrl-C ended keeps what was said."""
-        parts = [{"type": "image", "path": str(path)} for path in self.waiting]
-        content = [*parts, {"type": "text", "text": text}] if parts else text
+        [turn] = turn_of(text, self.waiting)
         self.waiting = []
         said = ""
         try:
             with interrupts_counted() as is_asked:
-                said = self.answer([*self.messages, {"role": "user", "content": content}], is_asked)
+                said = self.answer([*self.messages, turn], is_asked)
         except Exception as error:  # whatever it is, the conversation so far stays
             self.refuse(error)
             return
@@ -106,11 +105,17 @@ class Chat:
         if is_asked():
             self.terminal.say("[the answer was ended]")
         if said or not is_asked():
-            self.messages += [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
+            self.messages += [turn, {"role": "assistant", "content": said}]
 
     def refuse(self, error: Exception) -> None:
         """Reports a turn that cannot be answered."""
         self.terminal.show_error(error)
+
+
+def turn_of(text: str, images: Sequence[Path]) -> list[dict[str, Any]]:
+    """A turn of the user's alone, its images before its text."""
+    parts = [{"type": "image", "path": str(path)} for path in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
 
 
 @contextmanager

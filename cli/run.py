@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SessionError
 from . import options
 from .batch import Answers, answer_all, check_prompts, job_of, read_prompts
-from .chat import Chat
+from .chat import Chat, turn_of
 from .streams import as_utf8, check_stdin, is_read, read_option, read_stdin, show_json
 from .terminal import Terminal
 
@@ -114,10 +114,26 @@ def run(
         prompt, system = texts_of(prompt, system, chat)
         session, loaded = opened(folder, settings, terminal, prefix_bytes=CHAT_BYTES if chat else 0, **loading)
         if chat:
-            reply = partial(reply_to, session, settings, as_json, terminal)
-            Chat(answer=reply, terminal=terminal, messages=begun(system), waiting=list(image or ())).run(prompt)
+            converse(session, settings, as_json, terminal, prompt=prompt, system=system, images=image or ())
         else:
             answer(session, prompt, {**settings, "images": image or ()}, as_json, {"load_seconds": loaded}, terminal)
+
+
+def converse(
+    session: "Session",
+    settings: dict[str, Any],
+    as_json: bool,
+    terminal: Terminal,
+    *,
+    prompt: str | None,
+    system: str | None,
+    images: Sequence[Path],
+) -> None:
+    """Holds a conversation; what is wrong with the images given at its start ends it before it begins."""
+    if images:
+        session.read(turn_of("", images))
+    reply = partial(reply_to, session, settings, as_json, terminal)
+    Chat(answer=reply, terminal=terminal, messages=begun(system), waiting=list(images)).run(prompt)
 
 
 def reply_to(

@@ -24,6 +24,7 @@ from arriero.cli.app import app
 from arriero.engine import build_bundle
 from arriero.errors import AccuracyError, DataError, FolderError
 from arriero.export import export_checkpoint
+from arriero.files.circumstances import machine_text
 from arriero.spec.recipe import Recipe
 
 SAMPLES = 10
@@ -140,6 +141,10 @@ def test_reports_are_written_whole(tiny_model: Path, golden: Path, tmp_path: Pat
     for side in ("candidate", "reference"):
         assert len(found["contents"][side]["hash"]) == 64
         assert found["contents"][side]["weights"]
+    about = {each.get("name"): each.get("value") for each in suite.findall("properties/property")}
+    assert about["machine"] == machine_text(found["machine"])
+    assert (about["date"], about["version"]) == (found["date"], found["version"])
+    assert about["candidate_hash"] == found["contents"]["candidate"]["hash"]
     case = suite.findall("testcase")[0]
     assert float(case.get("time", "")) > 0
     values = {each.get("name"): each.get("value") for each in case.iter("property")}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -191,11 +192,11 @@ def test_a_terminal_survives_an_interrupt_and_a_refused_turn(tiny_model: Path) -
         os.write(ours, b"/image /nowhere\n")
         until("is no file")
         until("> ")
-        for _ in range(120):  # at the prompt it ends the whole; before it waits for a line, the next one does
-            if process.poll() is not None:
-                break
+        for _ in range(12):  # at the prompt it ends the whole; before it waits for a line, the next one does
             process.send_signal(signal.SIGINT)
-            time.sleep(1)
+            with suppress(subprocess.TimeoutExpired):  # time for the end: one that ends is killed by a further signal
+                process.wait(timeout=10)
+                break
         assert process.poll() == 130
     finally:
         process.kill()

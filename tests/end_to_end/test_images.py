@@ -158,7 +158,17 @@ def test_the_command_line_takes_images(multimodal_model: Path, session: Session)
     answers = [json.loads(line) for line in said.stdout.splitlines()]
     assert answers[0]["ids"] == expected.ids
     assert len(answers) == 2
-    refused = CliRunner().invoke(app, [*arguments, "--image", "gone.png", "--prompt", "What?"])
+
+
+@pytest.mark.parametrize("asked", [["--prompt", "What?"], ["--chat"]], ids=["prompt", "chat"])
+def test_an_image_that_cannot_be_taken_ends_the_command(
+    asked: list[str], tiny_model: Path, multimodal_model: Path
+) -> None:
+    path = str(photo_path(PHOTO))
+    refused = CliRunner().invoke(app, ["run", str(tiny_model), *asked, "--image", path], input="What?\n")
+    assert refused.exit_code == 2
+    assert refused.stderr == f"arriero: {tiny_model}: the model takes text only, leave the images out\n"
+    refused = CliRunner().invoke(app, ["run", str(multimodal_model), *asked, "--image", "gone.png"], input="What?\n")
     assert refused.exit_code == 2
     assert refused.stderr.startswith("arriero: gone.png: cannot be read")
 
