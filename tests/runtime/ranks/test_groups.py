@@ -75,13 +75,12 @@ def test_logits_lie_within_rounding_of_the_whole_models(loaded: Loaded) -> None:
     assert np.array_equal(found, group.logits(ids))
     if layout == "ep 2":
         assert np.array_equal(found, expected)
-    # Activations are rounded in blocks of 32 inputs, which are the same ones where a rank has some of them.
-    worst = np.abs(found - expected).max()
-    assert worst < (1e-4 if kind == "bf16" else 0.02)
-    ranked = np.sort(expected, -1)
-    near = ranked[..., -1] - ranked[..., -2] <= 2 * worst  # the two likeliest lie so close that rounding decides
-    assert not ((expected.argmax(-1) != found.argmax(-1)) & ~near).any()
-    assert near.mean() < 0.1
+    # Activations are rounded in blocks of 32 inputs, which are the same ones where a rank has some of them: of other
+    # blocks most values would differ. One that lies between two steps is rounded to the other here and there.
+    moved_S = np.abs(found - expected).max(-1)
+    assert np.median(moved_S) < 1e-5
+    assert moved_S.max() < (1e-4 if kind == "bf16" else 0.02)
+    assert (expected.argmax(-1) == found.argmax(-1)).mean() > 0.9
 
 
 def test_tokens_are_equal_alone_in_a_batch_in_flight_and_in_pieces(loaded: Loaded) -> None:
