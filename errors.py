@@ -48,6 +48,10 @@ class AccuracyError(ArrieroError):
     """Two models cannot be compared, or one of them computes no numbers."""
 
 
+class DeviceError(ArrieroError):
+    """The device that was asked for is not there, or has too little memory."""
+
+
 class SessionError(ArrieroError):
     """A running session was asked for something it cannot do."""
 

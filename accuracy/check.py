@@ -28,7 +28,7 @@ from .limits import effective, read_limits
 from .locate.location import Location
 from .metrics import Comparison, Estimate, compare, estimates
 from .recorded import Golden
-from .sides import open_side, tokenizer_of
+from .sides import check_device, open_side, tokenizer_of
 from .sides.side import Side
 
 SIZES = (
@@ -140,6 +140,7 @@ def check(
     weights: str | Path | None = None,
     reference_weights: str | Path | None = None,
     threads: int | None = None,
+    device: str = "cpu",
     progress: Progress = lambda phase, done, total: None,
 ) -> Verdict:
     """Holds a candidate against a reference.
@@ -156,16 +157,20 @@ def check(
         weights: Folder of the candidate's weight files, where they have moved.
         reference_weights: The same for the reference.
         threads: Threads of one operator on the CPU.
+        device: Where PyTorch computes checkpoints: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where it finds one. Models
+            and bundles run as their target does, and layers are walked on the CPU.
         progress: Called with the tokens done, and the layers where they are walked.
 
     Raises:
         AccuracyError: The two cannot be compared, or logits are not finite.
         DataError: The text cannot be read, or is too little.
+        DeviceError: There is no such device, or it has too little memory.
     """
     started = time.perf_counter()
     profiles = {} if limits_file is None else read_limits(limits_file)
     effective("none", limits or {})  # what is out of range is named before anything is read
-    side = open_side(candidate, None if weights is None else Path(weights), threads)
+    check_device(device, candidate, reference)
+    side = open_side(candidate, None if weights is None else Path(weights), threads, device=device)
     profile = "none" if side.recipe is None else side.recipe.format
     limits_held, origins = effective(profile, limits or {}, profiles)
     if (against := Path(reference)).is_file():
@@ -173,7 +178,7 @@ def check(
         golden, other = _recorded(side, against, fixed, locate_fault), None
     else:
         moved = None if reference_weights is None else Path(reference_weights)
-        other = open_side(against, moved, threads, option="--against-weights")
+        other = open_side(against, moved, threads, device=device, option="--against-weights")
         _check_alike(side, other.spec, tokenizer_of(against), against)
         golden = record(other, _windows(other, data, SAMPLES if samples is None else samples, window), progress)
     _check_towers(side, golden, against)

@@ -29,7 +29,7 @@ from ..walk.windows import SHORTEST_WINDOW, Windows, read_windows
 from .golden_checks import check_golden
 from .probabilities import likeliest_of, log_sum, next_of, predicting, rest_of
 from .recorded import CONTINUED, Golden, beginnings, decoded_tokens
-from .sides import open_side, tokenizer_of
+from .sides import check_device, open_side, tokenizer_of
 from .sides.side import Block, Experts, Side
 
 VERSION = "1"
@@ -60,6 +60,7 @@ def record_golden(
     window: int | None = None,
     weights: str | Path | None = None,
     threads: int | None = None,
+    device: str = "cpu",
     force: bool = False,
     progress: Progress = lambda phase, done, total: None,
 ) -> Path:
@@ -73,6 +74,7 @@ def record_golden(
         window: Tokens of a window; None is two chunks and a quarter of the model's attention.
         weights: Folder of the reference's weight files, where they have moved.
         threads: Threads of one operator on the CPU.
+        device: Where PyTorch computes a checkpoint: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where it finds one.
         force: Whether an existing golden file is replaced.
         progress: Called with the tokens done.
 
@@ -82,10 +84,12 @@ def record_golden(
     Raises:
         AccuracyError: `reference` cannot be run, or `out` exists or cannot be written.
         DataError: The text cannot be read, or is too little.
+        DeviceError: There is no such device, or it has too little memory.
     """
     target = Path(out).absolute()
     check_replaceable(target, force)
-    side = open_side(reference, None if weights is None else Path(weights), threads)
+    check_device(device, reference)
+    side = open_side(reference, None if weights is None else Path(weights), threads, device=device)
     windows = read_windows(
         side.path, data, side.spec, samples, window_of(side.spec) if window is None else window, side.vision
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..plugins.quantisation import LARGEST
 from ..spec.choice import Choice
+from ..walk.accelerator import HOST
 from ..walk.decoder import LayerWalk
 from .linears import Linears, divided_rows, laid_out, observer
 from .product import ProductInput, quantise_product
@@ -80,7 +81,7 @@ class ExpertQuantiser:
             self._borrow(choice, source, activated, feed_input, down_input)
         else:
             linears.smooth(activated, [activated.reader(down.T, choice)])
-            rows_N = torch.cat([torch.zeros(len(activated.exponents_K), dtype=torch.int32), activated.exponents_K])
+            rows_N = torch.cat([torch.zeros_like(activated.exponents_K), activated.exponents_K])
             parts["gate_up"] = divided_rows(gate_up.T, rows_N), source
             self._note_largest(source, activated)
         for part, (weight_NK, read) in parts.items():
@@ -97,7 +98,9 @@ class ExpertQuantiser:
         spec, linears = self.walk.spec, self.linears
         for name, channels in (("expert_input", spec.hidden_size), ("expert_activated", spec.expert_size)):
             if expert in self.unmeasured:
-                statistics = Statistics(f"{linears.title}: {name}", channels, wants_histogram=False)
+                statistics = Statistics(
+                    f"{linears.title}: {name}", channels, wants_histogram=False, device=linears.weights.device
+                )
                 yield ProductInput(statistics, linears.recipe)
             else:
                 yield linears.input(name, channels, [UNIT])
@@ -116,4 +119,4 @@ class ExpertQuantiser:
             read.borrowed = largest / LARGEST[choice.format] if choice.quantises_activations else None
 
     def _keep(self, name: str, expert: int, tensor: Tensor) -> None:
-        self.parts.setdefault(name, {})[expert] = tensor
+        self.parts.setdefault(name, {})[expert] = tensor.to(HOST)

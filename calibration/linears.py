@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..spec.choice import Choice, choose
 from ..spec.recipe import Recipe
+from ..walk.accelerator import HOST
 from ..walk.decoder import Observe
 from ..walk.numbers import Weights
 from .product import Product, ProductInput, Record, quantise_product
@@ -50,7 +51,8 @@ class Linears:
         choices = [self.choice(unit) for unit in units]
         wants_hessian = any(choice.rounding == "gptq" and choice.format != "none" for choice in choices)
         wants_histogram = any(choice.quantises_activations and choice.clip != "absmax" for choice in choices)
-        return ProductInput(Statistics(f"{self.title}: {name}", channels, wants_hessian, wants_histogram), self.recipe)
+        title, device = f"{self.title}: {name}", self.weights.device
+        return ProductInput(Statistics(title, channels, wants_hessian, wants_histogram, device), self.recipe)
 
     # Smoothing
 
@@ -88,7 +90,7 @@ class Linears:
 
     def emit(self, name: str, tensor: Tensor) -> None:
         """Adds one of the layer's tensors."""
-        self.tensors[self.weights.full_name(self.prefix + name)] = tensor
+        self.tensors[self.weights.full_name(self.prefix + name)] = tensor.to(HOST)
 
     def emit_kept(self, name: str) -> None:
         """Adds a tensor as it is stored."""
@@ -97,7 +99,7 @@ class Linears:
     def emit_divided(self, name: str, exponents_K: Tensor) -> None:
         """Adds a norm's weight or bias, or a linear's bias, whose channels come out divided by 2^exponents."""
         stored_K = self.weights.stored(self.prefix + name)
-        self.emit(name, (stored_K.float() * torch.exp2(-exponents_K.float())).to(stored_K.dtype))
+        self.emit(name, (stored_K.float() * torch.exp2(-exponents_K.to(HOST).float())).to(stored_K.dtype))
 
     def emit_linear(self, unit: str, weight_NK: Tensor, source: ProductInput) -> None:
         """Adds a linear's weight, quantised where the recipe says so.

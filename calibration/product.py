@@ -84,7 +84,7 @@ class ProductInput:
     _scales: dict[tuple[bytes, str, str], float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.exponents_K = torch.zeros(self.statistics.channels, dtype=torch.int32)
+        self.exponents_K = torch.zeros(self.statistics.channels, dtype=torch.int32, device=self.statistics.device)
 
     def scale(self, choice: Choice, exponents_K: Tensor) -> float | None:
         """The static scale under some exponents, or None where the choice has none."""
@@ -92,7 +92,7 @@ class ProductInput:
             return None
         if self.borrowed is not None:
             return float(torch.tensor(self.borrowed or 1.0))
-        key = exponents_K.int().numpy().tobytes(), choice.clip, choice.format
+        key = exponents_K.int().cpu().numpy().tobytes(), choice.clip, choice.format
         if key not in self._scales:
             clip = self.statistics.absmax(exponents_K)
             if choice.clip != "absmax":

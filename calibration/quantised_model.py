@@ -33,6 +33,7 @@ from ..spec.geometry import VISION
 from ..spec.recipe import Override, Recipe
 from ..spec.stored_weights import WeightFile
 from ..spec.types import Progress
+from ..walk.accelerator import find_device, memory_bounded
 from ..walk.numbers import Weights
 from ..walk.windows import Windows, read_windows
 from .coverage import FLOOR, Coverage
@@ -54,6 +55,7 @@ def calibrate_model(
     floor: int = FLOOR,
     floor_action: Literal["fail", "fallback"] = "fail",
     all_experts: bool = False,
+    device: str = "cpu",
     weights: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda phase, done, total: None,
@@ -72,6 +74,7 @@ def calibrate_model(
         floor_action: What becomes of experts that saw fewer: `fail` names them all behind the last layer and keeps
             what was done; `fallback` rounds them without statistics of their own.
         all_experts: Whether every expert is measured over every token.
+        device: Where PyTorch computes: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where it finds one.
         weights: Folder of the weight files, where they have moved.
         force: Whether an existing model folder at `out` is replaced.
         progress: Called with the phase, the tokens done and the tokens in all.
@@ -84,8 +87,10 @@ def calibrate_model(
         CalibrationError: The recipe does not fit, or an activation is not finite.
         StarvedError: Experts saw too few tokens; a later call for the same output goes on from what is kept.
         DataError: The data cannot be read, or is too little.
+        DeviceError: There is no such device, or it has too little memory.
         FolderError: `model` is no model folder, or `out` exists or cannot be written.
     """
+    place = find_device(device)
     source, target = Path(model).absolute(), Path(out).absolute()
     _check_floor(floor, floor_action)
     spec = _read_unquantised(source)
@@ -99,9 +104,11 @@ def calibrate_model(
         recipe = _without_tower(spec, recipe, notice)
     coverage = Coverage(floor=floor, all_experts=all_experts, falls_back=floor_action == "fallback")
     with resumed_folder(target, _job(spec, recipe), force=force, kept=StarvedError) as (folder, scratch):
-        stored, data_read = Weights(files, _places(source, spec)), _fingerprint(windows)
+        stored, data_read = Weights(files, _places(source, spec), device=place), _fingerprint(windows)
         work = Work(spec.model, vision, recipe, coverage, stored, windows, folder, scratch, data_read)
-        _finish(source, spec, recipe, folder, work.run(progress, notice), target.name)
+        with memory_bounded(place):
+            report = work.run(progress, notice)
+        _finish(source, spec, recipe, folder, report, target.name)
     return target
 
 

@@ -122,27 +122,54 @@ def round_gptq(weight_NK: Tensor, scale_NG: Tensor, kind: str, hessian_KK: Tenso
         hessian_KK: Sum over inputs of x xᵀ; its factor 2 cancels.
     """
     order_K = hessian_KK.diagonal().argsort(descending=True, stable=True)
-    factor_KK = inverse_factor(hessian_KK[order_K][:, order_K])
-    scale_GN, group_K = scale_NG.T.contiguous(), order_K // (len(order_K) // scale_NG.shape[1])
-    left_KN = weight_NK.T[order_K]  # a column's error takes the place of the column
-    values_KN = torch.empty_like(left_KN, dtype=HELD[kind])
+    left_KN = weight_NK.T[order_K]
+    columns = _Columns(
+        left_KN=left_KN,
+        values_KN=torch.empty_like(left_KN, dtype=HELD[kind]),
+        factor_KK=inverse_factor(hessian_KK[order_K][:, order_K]),
+        scale_GN=scale_NG.T.contiguous(),
+        groups=(order_K // (len(order_K) // scale_NG.shape[1])).cpu().tolist(),
+        kind=kind,
+    )
+    columns.round(0, len(order_K))
+    return Rounded(columns.values_KN[order_K.argsort()].T.contiguous(), scale_NG)
 
-    def round_columns(start: int, end: int) -> None:
+
+@dataclass(slots=True)
+class _Columns:
+    """GPTQ's columns, as rows: what is left of them to round, and what they became.
+
+    Attributes:
+        left_KN: The columns, corrected; a rounded column's place takes its error.
+        values_KN: Stored values.
+        factor_KK: `inverse_factor` of the Hessian.
+        scale_GN: Scales.
+        groups: The scale of each column.
+        kind: The format.
+    """
+
+    left_KN: Tensor
+    values_KN: Tensor
+    factor_KK: Tensor
+    scale_GN: Tensor
+    groups: list[int]
+    kind: str
+
+    def round(self, start: int, end: int) -> None:
+        """Rounds some columns, each after those before it."""
+        left_KN, factor_KK = self.left_KN, self.factor_KK
         if end - start > LEAF:
             middle = (start + end) // 2
-            round_columns(start, middle)
+            self.round(start, middle)
             left_KN[middle:end].addmm_(factor_KK[start:middle, middle:end].T, left_KN[start:middle], alpha=-1)
-            round_columns(middle, end)
+            self.round(middle, end)
             return
         for at in range(start, end):
-            scale_N = scale_GN[group_K[at]]
-            values_N = round_to(left_KN[at] / scale_N, kind)
-            values_KN[at] = values_N
+            scale_N = self.scale_GN[self.groups[at]]
+            values_N = round_to(left_KN[at] / scale_N, self.kind)
+            self.values_KN[at] = values_N
             left_KN[at].addcmul_(values_N, scale_N, value=-1).div_(factor_KK[at, at])
             left_KN[at + 1 : end].addr_(factor_KK[at, at + 1 : end], left_KN[at], alpha=-1)
-
-    round_columns(0, len(order_K))
-    return Rounded(values_KN[order_K.argsort()].T.contiguous(), scale_NG)
 
 
 def inverse_factor(hessian_KK: Tensor) -> Tensor:
@@ -156,4 +183,5 @@ def inverse_factor(hessian_KK: Tensor) -> Tensor:
     diagonal_K[diagonal_K == 0] = 1.0  # inputs never seen: rounded to nearest, correcting nothing
     diagonal_K += DAMPING * diagonal_K.mean()
     lower_KK = torch.linalg.cholesky(hessian_KK.flip(0, 1))
-    return torch.linalg.solve_triangular(lower_KK.float(), torch.eye(len(lower_KK)), upper=False).flip(0, 1)
+    eye_KK = torch.eye(len(lower_KK), device=lower_KK.device)
+    return torch.linalg.solve_triangular(lower_KK.float(), eye_KK, upper=False).flip(0, 1)

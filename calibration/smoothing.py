@@ -44,7 +44,8 @@ class Reader:
 def searched_outputs(weight_NK: Tensor) -> Tensor:
     """The output channels that a search measures, [at most `SEARCHED_OUTPUTS`, K], in memory of their own."""
     count = min(len(weight_NK), SEARCHED_OUTPUTS)
-    return weight_NK[torch.linspace(0, len(weight_NK) - 1, count).round().long()].contiguous()
+    rows_N = torch.linspace(0, len(weight_NK) - 1, count).round().long()
+    return weight_NK[rows_N.to(weight_NK.device)].contiguous()
 
 
 def smoothquant_exponents(activation_K: Tensor, weight_K: Tensor, strength: float) -> Tensor:

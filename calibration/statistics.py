@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..walk.accelerator import HOST
 
 STEPS = 16
 """Bins an octave."""
@@ -45,6 +46,7 @@ class Statistics:
         channels: Columns of a row (K).
         wants_hessian: Whether the sum of outer products is kept.
         wants_histogram: Whether the histogram is kept.
+        device: Where its rows are, and all that is kept of them.
 
     Attributes:
         tokens: Rows seen.
@@ -58,6 +60,7 @@ class Statistics:
     channels: int
     wants_hessian: bool = False
     wants_histogram: bool = True
+    device: torch.device = HOST
     tokens: int = 0
     absmax_K: Tensor = field(init=False)
     absolute_sum_K: Tensor = field(init=False)
@@ -67,11 +70,12 @@ class Statistics:
     stride: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
-        self.absmax_K = torch.zeros(self.channels)
-        self.absolute_sum_K = torch.zeros(self.channels, dtype=torch.float64)
-        self.histogram_KB = torch.zeros(self.channels if self.wants_histogram else 0, BINS, dtype=torch.int32)
+        counted, device = self.channels if self.wants_histogram else 0, self.device
+        self.absmax_K = torch.zeros(self.channels, device=device)
+        self.absolute_sum_K = torch.zeros(self.channels, dtype=torch.float64, device=device)
+        self.histogram_KB = torch.zeros(counted, BINS, dtype=torch.int32, device=device)
         if self.wants_hessian:
-            self.hessian_KK = torch.zeros(self.channels, self.channels)
+            self.hessian_KK = torch.zeros(self.channels, self.channels, device=device)
 
     def update(self, x_NK: Tensor) -> None:
         """Takes in more rows.
@@ -93,7 +97,7 @@ class Statistics:
 
     def _count(self, magnitude_NK: Tensor) -> None:
         bins_NK = (magnitude_NK.view(torch.int32) >> DROPPED_BITS).sub_(FIRST_PATTERN).clamp_(0, BINS - 1)
-        places_NK = bins_NK.add_(torch.arange(self.channels, dtype=torch.int32) * BINS)
+        places_NK = bins_NK.add_(torch.arange(self.channels, dtype=torch.int32, device=self.device) * BINS)
         counts = torch.bincount(places_NK.view(-1), minlength=self.channels * BINS)
         self.histogram_KB += counts.view(self.channels, BINS).int()
 
@@ -113,18 +117,18 @@ class Statistics:
 
     def histogram(self, exponents_K: Tensor) -> NDArray[np.float64]:
         """How many magnitudes of x / 2^exponents lie in each bin, over all channels."""
-        total_B = torch.zeros(BINS, dtype=torch.float64)
-        for exponent in exponents_K.unique().tolist():
+        total_B = torch.zeros(BINS, dtype=torch.float64, device=self.device)
+        for exponent in exponents_K.unique().cpu().tolist():
             counts_B = self.histogram_KB[exponents_K == exponent].sum(0, dtype=torch.float64)
             shift = STEPS * exponent
             start, end = max(0, shift), min(BINS, BINS + shift)
             total_B[start - shift : end - shift] += counts_B[start:end]
             total_B[0] += counts_B[:start].sum()
-        return total_B.numpy()
+        return total_B.cpu().numpy()
 
     def sample(self, exponents_K: Tensor) -> Tensor:
         """The rows kept, evenly spaced over all, divided by 2^exponents: [R, K]."""
-        rows_RK = torch.cat(self.kept) if self.kept else torch.zeros(0, self.channels)
+        rows_RK = torch.cat(self.kept) if self.kept else torch.zeros(0, self.channels, device=self.device)
         return rows_RK / torch.exp2(exponents_K.float())
 
     def absmax(self, exponents_K: Tensor) -> float:

@@ -110,7 +110,7 @@ def quantise_tower_ends(
     linears = Linears(weights, recipe, "", "vision tower")
     patches = linears.input("patches", vision.patch_values, [PATCHES])
     if linears.choice(PATCHES).format != "none":
-        for _, patches_NSK in each_patches(vision, pixels_N3PP):
+        for _, patches_NSK in each_patches(vision, pixels_N3PP, weights.device):
             patches.statistics.update(patches_NSK.flatten(0, 1))
     behind = [
         linears.input("adapter_input", vision.mlp_size, [ADAPTER[0]]),

@@ -128,6 +128,7 @@ class Work:
 
     def _quantise_layer(self, index: int, report: Callable[[float], None]) -> None:
         """Measures and quantises a layer, for the first time or again."""
+        self.weights.read_ahead(f"layers.{index + 1}.")
         quantiser = LayerQuantiser(self.spec, index, self.weights, self.recipe, self.coverage)
         hidden = self._hidden(index), self._hidden("attended"), self._hidden(index + 1)
         quantiser.quantise(*hidden, report)
@@ -266,11 +267,12 @@ class Work:
             if name in self.weights.regions:
                 linears.emit_kept(name)
         if linears.choice("lm_head").format != "none":
-            source = ProductInput(Statistics("lm_head: its input", self.spec.hidden_size), self.recipe)
+            statistics = Statistics("lm_head: its input", self.spec.hidden_size, device=self.weights.device)
+            source = ProductInput(statistics, self.recipe)
             norm = self.weights.wide("norm.weight")
             last: Hidden = self._hidden(len(self.spec.layers)).reshape(-1, self.spec.hidden_size)
             for start in range(0, len(last), TOKENS):
-                rows_NH = torch.from_numpy(np.ascontiguousarray(last[start : start + TOKENS]))
+                rows_NH = self.weights.place(last[start : start + TOKENS])
                 source.statistics.update(rms_norm(rows_NH, norm, self.spec.norm_eps))
             linears.emit_linear("lm_head", self.weights.wide("lm_head.weight"), source)
         self._check_finite(linears)

@@ -35,6 +35,7 @@ def calibrate(
     floor: options.Floor = 32,
     floor_action: options.FloorAction = "fail",
     all_experts: options.AllExperts = False,
+    device: options.Device = "cpu",
     weights: options.Moved = None,
     force: options.Force = False,
     as_json: options.Json = False,
@@ -67,6 +68,7 @@ def calibrate(
             floor=floor,
             floor_action=floor_action,  # type: ignore[arg-type]
             all_experts=all_experts,
+            device=device,
             weights=weights,
             force=force,
             progress=progress,

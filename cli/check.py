@@ -31,6 +31,7 @@ def check(
     weights: options.CandidateWeights = None,
     against_weights: options.ReferenceWeights = None,
     threads: options.Threads = None,
+    device: options.CheckpointDevice = "cpu",
     force: options.ForceReport = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -61,6 +62,7 @@ def check(
             weights=weights,
             reference_weights=against_weights,
             threads=threads,
+            device=device,
             progress=progress,
         )
         write_outputs(verdict, output, history, force=force)

@@ -18,6 +18,7 @@ def golden(
     window: options.CheckedWindow = None,
     weights: options.Moved = None,
     threads: options.Threads = None,
+    device: options.CheckpointDevice = "cpu",
     force: options.ForceGolden = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -38,6 +39,7 @@ def golden(
             window=window,
             weights=weights,
             threads=threads,
+            device=device,
             force=force,
             progress=progress,
         )

@@ -86,6 +86,9 @@ FloorAction = Annotated[
     typer.Option(help="Where experts saw fewer: fail, keeping all layers; fallback: round them without statistics."),
 ]
 AllExperts = Annotated[bool, typer.Option("--all-experts", help="Measure every expert over every token.")]
+Device = Annotated[
+    str, typer.Option(help="Where PyTorch computes: cpu, cuda, cuda:1, or auto: a GPU where it finds one.")
+]
 
 # build
 Target = Annotated[
@@ -320,6 +323,9 @@ ReferenceWeights = Annotated[
     Path | None, typer.Option(help="Folder of the reference's weight files, where they have moved.")
 ]
 ForceReport = Annotated[bool, typer.Option("--force", help="Replace an existing report.")]
+CheckpointDevice = Annotated[
+    str, typer.Option(help="Where PyTorch computes checkpoints: cpu, cuda, cuda:1, or auto: a GPU where it finds one.")
+]
 GoldenData = Annotated[list[Path], typer.Option(help="Text file; may be repeated.")]
 GoldenFile = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
 ForceGolden = Annotated[bool, typer.Option("--force", help="Replace an existing golden file.")]

@@ -19,6 +19,7 @@ from ..export.llama4 import attention_attributes, inverse_frequencies, rms_norm
 from ..plugins.gqa.op import Attributes
 from ..plugins.gqa.torch_op import prepare
 from ..spec.geometry import ModelSpec
+from .accelerator import HOST, to_host
 from .numbers import Weights
 
 TOKENS = 4096
@@ -55,7 +56,11 @@ def embed(
 
 
 def open_head(spec: ModelSpec, weights: Weights) -> Callable[[Tensor], Tensor]:
-    """Reads the last norm and the LM head once. Returns the logits [N, V] of hidden states [N, H] behind the layers."""
+    """Reads the last norm and the LM head once.
+
+    Returns:
+        The logits [N, V] of hidden states [N, H] behind the layers, both on the weights' device.
+    """
     norm = weights.wide("norm.weight")
     head = weights.wide("embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight")
     return lambda hidden_NH: linear(rms_norm(hidden_NH, norm, spec.norm_eps), head)
@@ -102,11 +107,11 @@ class LayerWalk:
         query_weight, key_weight, value_weight, output_weight = (
             self.weight(f"self_attn.{name}_proj.weight") for name in "qkvo"
         )
-        inv_freq = inverse_frequencies(self.spec) if self.layer.rope else None
+        inv_freq = inverse_frequencies(self.spec).to(self.weights.device) if self.layer.rope else None
         attributes = attention_attributes(self.spec, self.layer)
         at_once = max(1, TOKENS // x.shape[1])
         for start in range(0, len(x), at_once):
-            hidden_WSH = torch.from_numpy(np.ascontiguousarray(x[start : start + at_once]))
+            hidden_WSH = self.weights.place(x[start : start + at_once])
             normed_WSH = rms_norm(hidden_WSH, norm, self.spec.norm_eps)
             observe("attention_input", normed_WSH.flatten(0, 1))
             attended_WSN, keys_WSN, values_WSN = attend_in_chunks(
@@ -118,7 +123,7 @@ class LayerWalk:
             )
             for name, tensor in (("keys", keys_WSN), ("values", values_WSN), ("attention_output", attended_WSN)):
                 observe(name, tensor.flatten(0, 1))
-            self.attended[start : start + at_once] = (hidden_WSH + linear(attended_WSN, output_weight)).numpy()
+            self.attended[start : start + at_once] = to_host(hidden_WSH + linear(attended_WSN, output_weight))
 
     def feed(self, observe: Observe = ignore) -> None:
         """The dense feed-forward, or the shared expert and the router, with the residual."""
@@ -131,9 +136,9 @@ class LayerWalk:
             observe("feed_input", normed_NH)
             activated_NI = linear(normed_NH, up) * silu(linear(normed_NH, gate))
             observe("down_input", activated_NI)
-            out_TH[start : start + len(hidden_NH)] = (hidden_NH + linear(activated_NI, down)).numpy()
+            out_TH[start : start + len(hidden_NH)] = to_host(hidden_NH + linear(activated_NI, down))
             if router is not None:
-                router_logits.append(linear(normed_NH, router))
+                router_logits.append(linear(normed_NH, router).to(HOST))
         if router is not None:
             self.router_logits_TE = torch.cat(router_logits)
 
@@ -146,8 +151,8 @@ class LayerWalk:
         norm = self.weight("post_attention_layernorm.weight")
         attended_TH = self.attended.reshape(-1, self.spec.hidden_size)
         for part_N in tokens_N.split(TOKENS):
-            normed_NH = rms_norm(torch.from_numpy(attended_TH[part_N.numpy()]), norm, self.spec.norm_eps)
-            yield part_N, normed_NH * self.router_logits_TE[part_N, expert].sigmoid()[:, None]
+            normed_NH = rms_norm(self.weights.place(attended_TH[part_N.numpy()]), norm, self.spec.norm_eps)
+            yield part_N, normed_NH * self.router_logits_TE[part_N, expert].sigmoid()[:, None].to(normed_NH.device)
 
     def feed_expert(
         self, expert: int, gate_up: Tensor, down: Tensor, observe: Observe = ignore, *, all_tokens: bool = False
@@ -173,14 +178,14 @@ class LayerWalk:
             activated_NI = up_NI * silu(gate_NI)
             observe("expert_activated", activated_NI)
             theirs_N = is_chosen_T[part_N]
-            out_TH[part_N[theirs_N].numpy()] += (activated_NI[theirs_N] @ down).numpy()
+            out_TH[part_N[theirs_N].numpy()] += to_host(activated_NI[theirs_N.to(activated_NI.device)] @ down)
         return int(is_chosen_T.sum())
 
     def _normed_tokens(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         norm = self.weight("post_attention_layernorm.weight")
         attended_TH = self.attended.reshape(-1, self.spec.hidden_size)
         for start in range(0, len(attended_TH), TOKENS):
-            hidden_NH = torch.from_numpy(np.ascontiguousarray(attended_TH[start : start + TOKENS]))
+            hidden_NH = self.weights.place(attended_TH[start : start + TOKENS])
             yield start, hidden_NH, rms_norm(hidden_NH, norm, self.spec.norm_eps)
 
 
@@ -200,7 +205,7 @@ def attend_in_chunks(
         Output [W, S, Q·D], and keys and values [W, S, K·D] as a cache holds them.
     """
     length = query.shape[1]
-    positions = torch.arange(length)[None]
+    positions = torch.arange(length, device=query.device)[None]
     query, key, value = prepare(query, key, value, positions, inv_freq, attributes)
     step = attributes.chunk or length
     outputs = [

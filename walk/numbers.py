@@ -4,12 +4,14 @@ Enters: safetensors files; of a lowered graph its list of regions in them. Leave
 they have in a text-only checkpoint, one at a time, quantised ones times their scales.
 """
 
+import copy
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -23,6 +25,7 @@ from ..plugins.narrow_types import unpack_int4, widen
 from ..spec.geometry import VISION
 from ..spec.stored_weights import Weight
 from ..spec.types import CODES, FLOATS, TYPES, DType
+from .accelerator import HOST
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
 """Torch's integers by their bytes."""
@@ -47,14 +50,20 @@ class Weights:
         places: File name and first byte of each tensor that counts; what else the files hold is passed over. None takes
             all.
         dtype: Type that tensors are rounded to, where a checkpoint's are of several; None takes each as it is stored.
+        device: Where the numbers are computed with.
 
     Raises:
         CheckpointError: A file is damaged, or a tensor is of a type that is no float.
     """
 
     def __init__(
-        self, files: Mapping[str, Path], places: Mapping[str, tuple[str, int]] | None = None, dtype: DType | None = None
+        self,
+        files: Mapping[str, Path],
+        places: Mapping[str, tuple[str, int]] | None = None,
+        dtype: DType | None = None,
+        device: torch.device = HOST,
     ) -> None:
+        self.device = device
         self.regions: dict[str, tuple[Path, Region]] = {}
         self.full_names: dict[str, str] = {}
         self.maps: dict[Path, mmap.mmap] = {}
@@ -119,8 +128,25 @@ class Weights:
         return torch.frombuffer(self.maps[path], dtype=dtype, count=size // dtype.itemsize, offset=offset).view(shape)
 
     def wide(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor in float32, exactly as stored."""
-        return self.stored(name, index).float()
+        """A tensor in float32, exactly as stored, on the device."""
+        return self.stored(name, index).to(self.device).float()
+
+    def place(self, array: NDArray[np.float32]) -> Tensor:
+        """An array as a tensor on the device."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def read_ahead(self, prefix: str) -> None:
+        """Has the system read the tensors whose names begin so, while others are computed with."""
+        for name, (path, region) in self.regions.items():
+            if name.startswith(prefix) and path in self.maps:
+                start = region.offset // mmap.PAGESIZE * mmap.PAGESIZE
+                self.maps[path].madvise(mmap.MADV_WILLNEED, start, region.offset + region.size - start)
+
+    def on(self, device: torch.device) -> "Weights":
+        """The same weights for a walk on another device."""
+        other = copy.copy(self)
+        other.device = device
+        return other
 
     def release(self) -> None:
         """Releases the pages read so far; they come back from the files where they are used again."""

@@ -18,6 +18,7 @@ from torch.nn.functional import gelu, layer_norm, linear
 from ..export.llama4_tower import NORM_EPS, attend_patches, rotate_patches, shuffle_patches, split_patches, turns
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
 from ..spec.geometry import VISION_LAYERS, VisionSpec
+from .accelerator import HOST, to_host
 from .decoder import TOKENS, Hidden, Observe, ignore
 from .numbers import Weights
 
@@ -25,10 +26,12 @@ Pixels = NDArray[np.float32] | NDArray[np.float16]
 """Tiles [N, 3, P, P], normalised."""
 
 
-def each_patches(vision: VisionSpec, pixels_N3PP: Pixels) -> Iterator[tuple[slice, Tensor]]:
+def each_patches(
+    vision: VisionSpec, pixels_N3PP: Pixels, device: torch.device = HOST
+) -> Iterator[tuple[slice, Tensor]]:
     """The places of some tiles at a time, and their patches [N, S - 1, 3·side²] in float32."""
     for part in _parts(vision, len(pixels_N3PP)):
-        yield part, split_patches(torch.from_numpy(pixels_N3PP[part].astype(np.float32)), vision)
+        yield part, split_patches(torch.from_numpy(pixels_N3PP[part].astype(np.float32)).to(device), vision)
 
 
 def embed_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels, out: Hidden) -> None:
@@ -37,9 +40,9 @@ def embed_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels, out: 
         weights.wide(name)
         for name in (f"{PATCHES}.weight", "vision_model.class_embedding", "vision_model.positional_embedding_vlm")
     )
-    for part, patches in each_patches(vision, pixels_N3PP):
+    for part, patches in each_patches(vision, pixels_N3PP, weights.device):
         tokens = torch.cat([linear(patches, linear_weight), last.expand(len(patches), 1, -1)], dim=1)
-        out[part] = normed(weights, "vision_model.layernorm_pre", tokens + places).numpy()
+        out[part] = to_host(normed(weights, "vision_model.layernorm_pre", tokens + places))
 
 
 class TowerLayerWalk:
@@ -69,27 +72,27 @@ class TowerLayerWalk:
 
     def attend(self, x: Hidden, observe: Observe = ignore) -> None:
         """Norm, attention and residual; observes `attention_input` and `attention_output`, [N·S, C]."""
-        cos_SP, sin_SP = turns(self.vision)
+        cos_SP, sin_SP = (turn.to(self.weights.device) for turn in turns(self.vision))
         heads = self.vision.heads
         for part in _parts(self.vision, len(x)):
-            x_NSC = torch.from_numpy(np.ascontiguousarray(x[part]))
+            x_NSC = self.weights.place(x[part])
             normed_NSC = normed(self.weights, f"{self.prefix}input_layernorm", x_NSC)
             observe("attention_input", normed_NSC.flatten(0, 1))
             query, key, value = (self._linear(f"self_attn.{name}_proj", normed_NSC) for name in "qkv")
             query, key = (rotate_patches(turned, cos_SP, sin_SP, heads) for turned in (query, key))
             attended = attend_patches(query, key, value, heads)
             observe("attention_output", attended.flatten(0, 1))
-            self.attended[part] = (x_NSC + self._linear("self_attn.o_proj", attended)).numpy()
+            self.attended[part] = to_host(x_NSC + self._linear("self_attn.o_proj", attended))
 
     def feed(self, observe: Observe = ignore) -> None:
         """Norm, feed-forward and residual; observes `feed_input` and `down_input`."""
         for part in _parts(self.vision, len(self.attended)):
-            x_NSC = torch.from_numpy(np.ascontiguousarray(self.attended[part]))
+            x_NSC = self.weights.place(self.attended[part])
             normed_NSC = normed(self.weights, f"{self.prefix}post_attention_layernorm", x_NSC)
             observe("feed_input", normed_NSC.flatten(0, 1))
             activated = gelu(self._linear("mlp.fc1", normed_NSC))
             observe("down_input", activated.flatten(0, 1))
-            self.out[part] = (x_NSC + self._linear("mlp.fc2", activated)).numpy()
+            self.out[part] = to_host(x_NSC + self._linear("mlp.fc2", activated))
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return linear(x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
@@ -104,7 +107,7 @@ def project(
     """
     fc1, fc2, projector = (weights.wide(f"{name}.weight") for name in (*ADAPTER, PROJECTOR))
     for part in _parts(vision, len(x)):
-        normed_NSC = normed(weights, "vision_model.layernorm_post", torch.from_numpy(np.ascontiguousarray(x[part])))
+        normed_NSC = normed(weights, "vision_model.layernorm_post", weights.place(x[part]))
         squares = shuffle_patches(normed_NSC[:, :-1], vision).flatten(0, 1)
         observe("adapter_input", squares)
         middle = gelu(linear(squares, fc1))
@@ -112,7 +115,7 @@ def project(
         features = gelu(linear(middle, fc2))
         observe("projector_input", features)
         start = part.start * vision.features
-        out[start : start + len(features)] = linear(features, projector).numpy()
+        out[start : start + len(features)] = to_host(linear(features, projector))
 
 
 def encode_tiles(vision: VisionSpec, weights: Weights, pixels_N3PP: Pixels) -> NDArray[np.float32]:

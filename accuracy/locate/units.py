@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...walk.accelerator import HOST
 from ...walk.decoder import Observe
 from ...walk.numbers import FolderWeights, Weights
 from ..sides.checkpoint_side import CheckpointSide
@@ -50,7 +51,7 @@ def weights_of(side: Side, part: ModelPart) -> Weights:
         AccuracyError: The side is an engine.
     """
     if isinstance(side, CheckpointSide):
-        return side.weights
+        return side.weights.on(HOST)  # where the other side computes
     assert isinstance(side, FolderSide)
     graph = side.lowered if part == "decoder" else side.lowered_tower
     return FolderWeights(graph.weights, side.files)

@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ...errors import AccuracyError
+from ...errors import AccuracyError, shortened
 from ...files.folders import SPEC
 from ...files.hub_cache import find_checkpoint
 from ...files.reading import read_json
@@ -15,7 +15,12 @@ from .side import Side
 
 
 def open_side(
-    path: str | Path, weights: Path | None = None, threads: int | None = None, *, option: str = "--weights"
+    path: str | Path,
+    weights: Path | None = None,
+    threads: int | None = None,
+    *,
+    device: str = "cpu",
+    option: str = "--weights",
 ) -> Side:
     """Opens one side; its weights are read when it is run.
 
@@ -23,6 +28,7 @@ def open_side(
         path: A checkpoint, a model, or a bundle.
         weights: Folder of its weight files, where they have moved.
         threads: Threads of one operator on the CPU.
+        device: Where PyTorch computes a checkpoint, see `walk.accelerator`.
         option: The command line's name for the folder of the weight files.
 
     Raises:
@@ -30,15 +36,33 @@ def open_side(
         ArrieroError: It is damaged.
     """
     path = find_checkpoint(path)
-    if (path / "config.json").is_file() and not (path / SPEC).exists():
+    if is_checkpoint(path):
+        from ...walk.accelerator import find_device
         from .checkpoint_side import CheckpointSide
 
-        return CheckpointSide(path)
+        return CheckpointSide(path, find_device(device))
     if path.is_file():
         raise AccuracyError(f"{path} is a file: give a checkpoint, a model, a bundle, or as --against a golden file")
     from .folder_side import FolderSide
 
     return FolderSide(path, weights, threads, option)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, which PyTorch computes."""
+    return (path / "config.json").is_file() and not (path / SPEC).exists()
+
+
+def check_device(device: str, *paths: str | Path) -> None:
+    """Refuses a device where none of the sides would be computed on it.
+
+    Raises:
+        AccuracyError: None is a checkpoint.
+    """
+    if device not in ("cpu", "auto") and not any(is_checkpoint(find_checkpoint(path)) for path in paths):
+        names = " and ".join(map(str, paths))
+        verb = "are no checkpoints" if len(paths) > 1 else "is no checkpoint"
+        raise AccuracyError(f"{names} {verb}, which alone --device {shortened(device)} is for: leave it out")
 
 
 def tokenizer_of(path: Path) -> str:

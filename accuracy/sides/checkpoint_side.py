@@ -18,6 +18,7 @@ from ...export.checkpoint import open_checkpoint
 from ...files.disks import take_room
 from ...spec.recipe import Recipe
 from ...spec.types import Progress
+from ...walk.accelerator import HOST, memory_bounded, to_host
 from ...walk.decoder import Hidden, LayerWalk, embed, open_head
 from ...walk.numbers import Weights
 from ...walk.tower import encode_tiles
@@ -37,7 +38,7 @@ class CheckpointSide:
     recipe: Recipe | None = None
     blind: str | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: torch.device = HOST) -> None:
         self.path = path
         opened = open_checkpoint(path.absolute())
         if opened.quantised is not None:
@@ -46,18 +47,22 @@ class CheckpointSide:
         self.spec, self.vision = opened.spec, opened.vision
         files = {shard.path.name: shard.path for shard in opened.shards}
         places = {name: (each.shard.path.name, each.region.offset) for name, each in opened.tensors.items()}
-        self.weights = Weights(files, places, opened.spec.dtype)
+        self.weights = Weights(files, places, opened.spec.dtype, device)
 
     def score(self, windows: Windows, decoded: int, progress: Progress) -> Iterator[Block]:
         """Scores rows; whole sequences, there is no cache."""
         spec, count, ids_WS = self.spec, len(self.spec.layers), windows.ids_WS
         features_MH = windows.features_in_order(self.encode(windows, progress))
-        with hidden_states((*ids_WS.shape, spec.hidden_size)) as (x, attended, out):
+        with (
+            hidden_states((*ids_WS.shape, spec.hidden_size)) as (x, attended, out),
+            memory_bounded(self.weights.device),
+        ):
             embed(self.weights, ids_WS, x, windows.image_token, features_MH)
             chosen = []
             for index, layer in enumerate(spec.layers):
                 progress(f"PyTorch, layer {index}", index * ids_WS.size // count, ids_WS.size)
                 walk = LayerWalk(spec, index, self.weights, attended, out)
+                self.weights.read_ahead(f"layers.{index + 1}.")
                 walk.run(x)
                 if layer.experts:
                     chosen.append(in_order(walk.chosen().numpy()))
@@ -75,8 +80,8 @@ class CheckpointSide:
         at_once = max(1, BLOCK_BYTES // (4 * self.spec.vocab_size))
         for row, hidden_SH in enumerate(x):
             for start in range(0, len(hidden_SH), at_once):
-                part = torch.from_numpy(np.ascontiguousarray(hidden_SH[start : start + at_once]))
-                yield row, start, head(part).numpy()
+                part = self.weights.place(hidden_SH[start : start + at_once])
+                yield row, start, to_host(head(part))
 
     def encode(self, windows: Windows, progress: Progress) -> NDArray[np.float32] | None:
         """The image features [M, H] of all tiles; None where there are none."""
