@@ -158,7 +158,7 @@ def check(
         reference_weights: The same for the reference.
         threads: Threads of one operator on the CPU.
         device: Where PyTorch computes checkpoints: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where it finds one. Models
-            and bundles run as their target does, and layers are walked on the CPU.
+            and bundles run as their target does; layers are located on the CPU.
         progress: Called with the tokens done, and the layers where they are walked.
 
     Raises:
@@ -170,23 +170,22 @@ def check(
     profiles = {} if limits_file is None else read_limits(limits_file)
     effective("none", limits or {})  # what is out of range is named before anything is read
     check_device(device, candidate, reference)
-    side = open_side(candidate, None if weights is None else Path(weights), threads, device=device)
+    side = open_side(candidate, weights, threads, device=device)
     profile = "none" if side.recipe is None else side.recipe.format
     limits_held, origins = effective(profile, limits or {}, profiles)
     if (against := Path(reference)).is_file():
         fixed = {"--data": data, "--samples": samples, "--window": window}
         golden, other = _recorded(side, against, fixed, locate_fault), None
     else:
-        moved = None if reference_weights is None else Path(reference_weights)
-        other = open_side(against, moved, threads, device=device, option="--against-weights")
+        other = open_side(against, reference_weights, threads, device=device, option="--against-weights")
         _check_alike(side, other.spec, tokenizer_of(against), against)
-        golden = record(other, _windows(other, data, SAMPLES if samples is None else samples, window), progress)
+        samples = SAMPLES if samples is None else samples
+        golden = record(other, _windows(other, data, samples, window), progress)
     _check_towers(side, golden, against)
-    seen = compare(golden, side, progress)
-    judgements = judge(found := estimates(seen), limits_held, origins)
+    found = estimates(seen := compare(golden, side, progress))
+    judgements = judge(found, limits_held, origins)
     location = _located(side, other, golden.windows, progress) if locate_fault and other is not None else None
-    most = None if other is None else SAMPLES if samples is None else samples
-    made = _verdict(side, against, seen, found, judgements, location, most)
+    made = _verdict(side, against, seen, found, judgements, location, samples)
     return dataclasses.replace(made, seconds=time.perf_counter() - started)
 
 

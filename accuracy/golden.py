@@ -89,7 +89,7 @@ def record_golden(
     target = Path(out).absolute()
     check_replaceable(target, force)
     check_device(device, reference)
-    side = open_side(reference, None if weights is None else Path(weights), threads, device=device)
+    side = open_side(reference, weights, threads, device=device)
     windows = read_windows(
         side.path, data, side.spec, samples, window_of(side.spec) if window is None else window, side.vision
     )

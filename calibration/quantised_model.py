@@ -29,7 +29,7 @@ from ..files.safetensors import identity, open_shard
 from ..plugins.canonical_graph import LARGEST, read_graph
 from ..spec.choice import choose, units
 from ..spec.folder import FolderSpec
-from ..spec.geometry import VISION
+from ..spec.geometry import VISION, VisionSpec
 from ..spec.recipe import Override, Recipe
 from ..spec.stored_weights import WeightFile
 from ..spec.types import Progress
@@ -61,7 +61,7 @@ def calibrate_model(
     progress: Progress = lambda phase, done, total: None,
     notice: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Quantises a model.
+    """Quantises a model; returns the new model's folder.
 
     Args:
         model: A model folder that is not quantised; only read.
@@ -77,44 +77,48 @@ def calibrate_model(
         device: Where PyTorch computes: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where it finds one.
         weights: Folder of the weight files, where they have moved.
         force: Whether an existing model folder at `out` is replaced.
-        progress: Called with the phase, the tokens done and the tokens in all.
+        progress: Called with the phase, the tokens done and in all.
         notice: Called with each line that a person should know.
-
-    Returns:
-        The model folder.
 
     Raises:
         CalibrationError: The recipe does not fit, or an activation is not finite.
-        StarvedError: Experts saw too few tokens; a later call for the same output goes on from what is kept.
+        StarvedError: Experts saw too few tokens; a later call goes on from what is kept.
         DataError: The data cannot be read, or is too little.
         DeviceError: There is no such device, or it has too little memory.
         FolderError: `model` is no model folder, or `out` exists or cannot be written.
     """
-    place = find_device(device)
+    place, coverage = find_device(device), _demands(floor, floor_action, all_experts)
     source, target = Path(model).absolute(), Path(out).absolute()
-    _check_floor(floor, floor_action)
     spec = _read_unquantised(source)
-    recipe = parse_recipe(recipe, {}, ()) if isinstance(recipe, str) else recipe
-    vision = None if spec.vision is None else spec.vision.spec
-    check_recipe(recipe, spec.model, vision)
-    _check_places(source, target, force)
+    recipe = _read_recipe(recipe, spec)
+    check_apart(source, target)
+    check_free(target, force=force)
     files = find_files(source, spec.weight_files, None if weights is None else Path(weights))
     windows = _windows(source, spec, data, samples, window)
-    if vision is not None and windows.vision is None:
+    if windows.vision is None:
         recipe = _without_tower(spec, recipe, notice)
-    coverage = Coverage(floor=floor, all_experts=all_experts, falls_back=floor_action == "fallback")
-    with resumed_folder(target, _job(spec, recipe), force=force, kept=StarvedError) as (folder, scratch):
+    job = _job(spec, recipe)
+    with resumed_folder(target, job, force=force, kept=StarvedError) as (folder, scratch), memory_bounded(place):
         stored, data_read = Weights(files, _places(source, spec), device=place), _fingerprint(windows)
-        work = Work(spec.model, vision, recipe, coverage, stored, windows, folder, scratch, data_read)
-        with memory_bounded(place):
-            report = work.run(progress, notice)
-        _finish(source, spec, recipe, folder, report, target.name)
+        work = Work(spec.model, _tower(spec), recipe, coverage, stored, windows, folder, scratch, data_read)
+        _finish(source, spec, recipe, folder, work.run(progress, notice), target.name)
     return target
 
 
-def _check_places(source: Path, target: Path, force: bool) -> None:
-    check_apart(source, target)
-    check_free(target, force=force)
+def _read_recipe(recipe: Recipe | str, spec: FolderSpec) -> Recipe:
+    """A recipe that fits the model, by itself or by a preset's name.
+
+    Raises:
+        CalibrationError: It does not.
+    """
+    found = parse_recipe(recipe, {}, ()) if isinstance(recipe, str) else recipe
+    check_recipe(found, spec.model, _tower(spec))
+    return found
+
+
+def _tower(spec: FolderSpec) -> VisionSpec | None:
+    """The vision tower's geometry; None where there is none."""
+    return None if spec.vision is None else spec.vision.spec
 
 
 def _windows(
@@ -129,8 +133,7 @@ def _windows(
         return data
     if isinstance(data, np.ndarray):
         return Windows(ids_WS=data)
-    vision = None if spec.vision is None else spec.vision.spec
-    return read_windows(source, data, spec.model, samples, window, vision)
+    return read_windows(source, data, spec.model, samples, window, _tower(spec))
 
 
 def _read_unquantised(source: Path) -> FolderSpec:
@@ -160,8 +163,9 @@ def _places(source: Path, spec: FolderSpec) -> dict[str, tuple[str, int]]:
 
 
 def _without_tower(spec: FolderSpec, recipe: Recipe, notice: Callable[[str], None]) -> Recipe:
-    """The recipe with the vision tower left as it is, because nothing is known of its activations."""
-    assert spec.vision is not None
+    """The recipe with a vision tower left as it is, because nothing is known of its activations."""
+    if spec.vision is None:
+        return recipe
     names = [name for name, _ in units(spec.model, spec.vision.spec) if name.startswith(VISION)]
     if all(choose(recipe, name).format == "none" for name in names):
         return recipe
@@ -173,8 +177,8 @@ def _without_tower(spec: FolderSpec, recipe: Recipe, notice: Callable[[str], Non
     return dataclasses.replace(recipe, overrides=(*recipe.overrides, *left))
 
 
-def _check_floor(floor: int, floor_action: str) -> None:
-    """Refuses demands on experts that there are none of.
+def _demands(floor: int, floor_action: str, all_experts: bool) -> Coverage:
+    """Puts together the demands on experts.
 
     Raises:
         CalibrationError: One is out of range.
@@ -183,6 +187,7 @@ def _check_floor(floor: int, floor_action: str) -> None:
         raise CalibrationError(f"floor is {floor}, expected a number of tokens from 0 up")
     if floor_action not in FLOOR_ACTIONS:
         raise CalibrationError(f"floor-action is {floor_action!r}, expected one of {', '.join(FLOOR_ACTIONS)}")
+    return Coverage(floor=floor, all_experts=all_experts, falls_back=floor_action == "fallback")
 
 
 def _job(spec: FolderSpec, recipe: Recipe) -> str:

@@ -143,7 +143,7 @@ class Weights:
                 self.maps[path].madvise(mmap.MADV_WILLNEED, start, region.offset + region.size - start)
 
     def on(self, device: torch.device) -> "Weights":
-        """The same weights for a walk on another device."""
+        """Gives these weights to a walk on another device."""
         other = copy.copy(self)
         other.device = device
         return other

@@ -16,7 +16,7 @@ from .side import Side
 
 def open_side(
     path: str | Path,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     threads: int | None = None,
     *,
     device: str = "cpu",
@@ -45,7 +45,7 @@ def open_side(
         raise AccuracyError(f"{path} is a file: give a checkpoint, a model, a bundle, or as --against a golden file")
     from .folder_side import FolderSide
 
-    return FolderSide(path, weights, threads, option)
+    return FolderSide(path, None if weights is None else Path(weights), threads, option)
 
 
 def is_checkpoint(path: Path) -> bool:
