@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 DEVICE = torch.device("lazy")
 """A device that PyTorch knows by name without anything installed."""
@@ -65,21 +65,24 @@ class LabelledDevice(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         wanted = dict(kwargs or {})
-        flat, _ = tree_flatten((args, wanted))
-        tensors = [each for each in flat if isinstance(each, Tensor)]
+        tensors = [each for value in (*args, *wanted.values()) for each in tensors_of(value)]
         labelled = [each for each in tensors if isinstance(each, Labelled)]
+        if not labelled and "device" not in wanted:
+            return func(*args, **wanted)
         device = wanted.pop("device", None)
         to_device = device is not None and torch.device(device) == DEVICE
         if func not in MOVES and labelled:
             strangers = [each for each in tensors if not isinstance(each, Labelled) and each.ndim]
             assert not strangers, f"{func} of tensors on two devices: {[tuple(each.shape) for each in strangers]}"
         mine = {id(each.held): each for each in labelled}
-        result = func(*tree_map(bare, args), **tree_map(bare, wanted))
+        result = func(*map(bare, args), **{name: bare(value) for name, value in wanted.items()})
         if func is torch.ops.aten._local_scalar_dense.default and labelled:
             self.downloads.append(tensors[0].element_size())
         stays = to_device or (bool(labelled) and device is None)
         if func is torch.ops.aten._to_copy.default and device is not None and to_device != bool(labelled):
             (self.uploads if to_device else self.downloads).append(tensors[0].numel() * tensors[0].element_size())
+        if isinstance(result, Tensor):
+            return self._label(result, mine) if stays else result
         return tree_map(lambda each: self._label(each, mine) if stays and isinstance(each, Tensor) else each, result)
 
     def _label(self, tensor: Tensor, mine: Mapping[int, Labelled]) -> Tensor:
@@ -98,6 +101,15 @@ class LabelledDevice(TorchDispatchMode):
         self.held -= size
 
 
+def tensors_of(value: Any) -> Sequence[Tensor]:
+    """The tensors of an argument: itself, or a list's."""
+    if isinstance(value, Tensor):
+        return (value,)
+    return [each for each in value if isinstance(each, Tensor)] if isinstance(value, list | tuple) else ()
+
+
 def bare(value: Any) -> Any:
-    """A labelled tensor's values; others as they are."""
-    return value.held if isinstance(value, Labelled) else value
+    """A labelled tensor's values, in a list too; others as they are."""
+    if isinstance(value, Labelled):
+        return value.held
+    return [bare(each) for each in value] if isinstance(value, list) else value
