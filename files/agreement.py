@@ -48,7 +48,7 @@ OPS: Mapping[str, frozenset[str]] = {
 }
 """Operators by domain that a lowered graph may have: none loops, and none reads or writes a file."""
 
-FEATURES, PIXELS = "image_features", "pixels"
+FEATURES, PIXELS, GROUP = "image_features", "pixels", "group"
 CACHE = re.compile(r"(past|present)\.(\d{1,5})\.(key|value)")
 
 
@@ -177,6 +177,8 @@ def _checked_outline(graph: bytes, weights: Sequence[Weight], path: Path) -> Out
         for node in outline.nodes:
             if node.op not in OPS.get("" if node.domain == "ai.onnx" else node.domain, ()):
                 raise ValueError(f"the operator {shortened(f'{node.domain}.{node.op}')}, which no graph of ours has")
+            if node.op == "AllReduce" and (node.inputs[1:] != (GROUP,) or not _is_given(outline, GROUP)):
+                raise ValueError("an AllReduce over other memory than the graph's input 'group'")
         given = {weight.name: weight for weight in weights}
         outside = {name: tensor for name, tensor in outline.weights.items() if tensor.location}
         for name, tensor in outside.items():
@@ -188,6 +190,11 @@ def _checked_outline(graph: bytes, weights: Sequence[Weight], path: Path) -> Out
     except (ValueError, RecursionError) as error:
         raise _foreign(path, error) from error
     return outline
+
+
+def _is_given(outline: Outline, name: str) -> bool:
+    """Whether a value comes from whoever runs the graph alone."""
+    return name in outline.inputs and name not in outline.weights
 
 
 def _check_given(weight: Weight, tensor: Tensor) -> None:

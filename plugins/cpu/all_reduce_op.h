@@ -1,9 +1,12 @@
 // The op `AllReduce`: part [...], group [bytes] -> total [...], the sum of what all ranks of a group bring.
 //
-// `group` is memory that the ranks' processes share, laid out as `Segment` says. Ranks take turns in step: in each turn
-// every rank puts some of its part into a slot of its own, says that it has, waits for the others, and adds all slots
-// up in the order of the ranks, so that each has the same bits whenever the others came. Two sets of slots in turn need
-// no second wait: who has said of turn t + 1 that it has come has read all slots of turn t.
+// `group` is memory that the ranks' processes share, laid out as `Segment` says. No other input of an op is written, so
+// it must be memory that this process has joined as this rank, and no constant of the graph.
+//
+// Ranks take turns in step: in each turn every rank puts some of its part into a slot of its own, says that it has,
+// waits for the others, and adds all slots up in the order of the ranks, so that each has the same bits whenever the
+// others came. Two sets of slots in turn need no second wait: who has said of turn t + 1 that it has come has read all
+// slots of turn t.
 //
 // A rank that waits looks for a moment and then sleeps (a futex). It wakes ten times a second to see whether the ones
 // that it waits for are alive; those that are, but do not come, end the group after `patience` of these looks.
@@ -79,6 +82,8 @@ struct AllReduce {
 #ifndef __linux__
         throw Refusal("ranks meet in shared memory, which is for Linux only");
 #endif
+        if (settings.is_constant(1))
+            throw Refusal("group is a constant of the graph, and must be memory that ranks share");
     }
 
     void compute(const Call& call) const {
@@ -105,6 +110,8 @@ struct AllReduce {
         const auto capacity = static_cast<int64_t>(std::min<uint64_t>(segment->capacity, MOST));
         if (capacity < 1 || Segment::size(ranks, std::min<int64_t>(capacity, MOST / 1024)) != group.shape[0])
             group.refuse("has not the size that it claims");
+        if (segment->lines()[rank].process.load() != own_process())
+            group.refuse("is memory that this process has not joined as rank " + std::to_string(rank));
         return *segment;
     }
 
@@ -199,10 +206,12 @@ struct AllReduce {
         return syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, seen, &tenth, nullptr, 0) == -1 &&
                errno == ETIMEDOUT;
     }
+    static int32_t own_process() { return getpid(); }
     static bool is_gone(int32_t process) { return process > 0 && kill(process, 0) == -1 && errno == ESRCH; }
 #else
     static void wake(std::atomic<uint32_t>&) {}
     static bool sleep(std::atomic<uint32_t>&, uint32_t) { return true; }
+    static int32_t own_process() { return 0; }
     static bool is_gone(int32_t) { return true; }
 #endif
 };

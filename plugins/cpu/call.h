@@ -61,6 +61,14 @@ struct Settings {
         return value;
     }
 
+    // Whether an input is an initializer that no caller may replace.
+    bool is_constant(size_t index) const {
+        int is_constant = 0;
+        const ort::Value* value = nullptr;
+        runtime.check(runtime.interface.constant_input(info, index, &is_constant, &value));
+        return is_constant;
+    }
+
     [[noreturn]] static void refuse(const char* name, const std::string& found, const std::string& needed) {
         throw Refusal("attribute " + (name + (" is " + found)) + ", and must be " + needed);
     }

@@ -84,6 +84,9 @@ struct Interface {
     }
     void release(Status* status) const { function<void(Status*)>(93)(status); }
     void release(TensorInfo* info) const { function<void(TensorInfo*)>(99)(info); }
+    Status* constant_input(const Info* info, size_t index, int* is_constant, const Value** value) const {
+        return function<Status*(const Info*, size_t, int*, const Value**)>(249)(info, index, is_constant, value);
+    }
     Status* run_in_parallel(const Context* context, void (*work)(void*, size_t), size_t count, void* of) const {
         using Signature = Status*(const Context*, void (*)(void*, size_t), size_t, size_t, void*);
         return function<Signature>(274)(context, work, count, 0, of);

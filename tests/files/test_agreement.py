@@ -150,6 +150,12 @@ def with_other_heads(model: onnx.ModelProto) -> None:
     next(each for each in node.attribute if each.name == "kv_heads").i = 6
 
 
+def with_a_sum_over_a_weight(model: onnx.ModelProto) -> None:
+    node = onnx.helper.make_node("AllReduce", ["logits", "group"], ["total"], domain="arriero.cpu", ranks=1, rank=0)
+    model.graph.node.append(node)
+    model.graph.initializer.append(onnx.helper.make_tensor("group", 2, [4], bytes(4), raw=True))
+
+
 def with_functions(model: onnx.ModelProto) -> None:
     model.functions.add(name="f", domain="arriero")
 
@@ -161,6 +167,7 @@ GRAPHS = [
     (with_a_weight_more, "the weight 'another' is not among those of spec.json"),
     (with_another_shape, r"is type 1 \[193\], of spec.json type 1 \[192\]"),
     (with_other_heads, "layer 0 has kv_heads 6, spec.json 2"),
+    (with_a_sum_over_a_weight, "an AllReduce over other memory than the graph's input 'group'"),
     (with_functions, "functions or training in a graph that has none"),
 ]
 

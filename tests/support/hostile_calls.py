@@ -8,8 +8,24 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from op_calls import BFLOAT16, CACHES, E4M3, INPUTS, OUTPUTS, Array, OpCall, Rng, attention, drawn, experts, linear
+from op_calls import (
+    BFLOAT16,
+    CACHES,
+    E4M3,
+    INPUTS,
+    OUTPUTS,
+    Array,
+    OpCall,
+    Rng,
+    all_reduce,
+    attention,
+    drawn,
+    experts,
+    linear,
+)
 from op_meanings import FLOATS, INTEGERS
+
+from arriero.runtime.ranks.segment import HEAD, PROCESS_AT
 
 Change = Callable[[OpCall], None]
 
@@ -106,9 +122,33 @@ def value_changes(name: str) -> Iterator[Change]:
     if name == "past_lengths":
         for value in (-1, -(1 << 31), 1 << 20, (1 << 31) - 1):
             yield set_tensor(name, lambda array, value=value: np.full_like(array, value), f"all {value}")  # type: ignore[misc]
+    for place, size in ((0, 8), (8, 4), (16, 8), (HEAD + PROCESS_AT, 4)) if name == "group" else ():
+        for word in WORDS:
+            yield set_tensor(name, with_word(place, word % (1 << 8 * size), size), f"with {word} at {place}")
+    if name == "group":
+        yield as_constant(name)
     if name in ("x_scale", "hidden_scale", "activated_scale"):
         for number in (0, -1, np.nan, np.inf, 1e-38):
             yield set_tensor(name, lambda array, number=number: np.full_like(array, number), f"all {number}")  # type: ignore[misc]
+
+
+def as_constant(name: str) -> Change:
+    def change(call: OpCall) -> None:
+        call.constants.add(name)
+        call.changes.append(f"{name} a constant")
+
+    return change
+
+
+def with_word(place: int, word: int, size: int) -> Callable[[Array], Array]:
+    """Puts a word into a tensor's bytes."""
+
+    def make(array: Array) -> Array:
+        made = array.copy()
+        made[place : place + size] = np.frombuffer(word.to_bytes(size, "little"), np.uint8)
+        return made
+
+    return make
 
 
 def wild_values(name: str, rng: Rng) -> Change:
@@ -172,7 +212,7 @@ def bases() -> list[OpCall]:
     """Calls that fit, of which the table's are made."""
     rng = np.random.default_rng(17)
     made = [linear(rng, bits) for bits in (4, 8, 16, 32)] + [experts(rng, bits) for bits in (4, 8)]
-    return made + [attention(rng, cache) for cache in CACHES]
+    return made + [attention(rng, cache) for cache in CACHES] + [all_reduce(rng) for _ in range(2)]
 
 
 def table(thinned: int = 1) -> Iterator[OpCall]:
@@ -186,7 +226,8 @@ def table(thinned: int = 1) -> Iterator[OpCall]:
 
 
 def changed(base: OpCall, change: Change) -> OpCall:
-    call = dataclasses.replace(base, attributes=copy.deepcopy(base.attributes), tensors=dict(base.tensors), changes=[])
+    call = dataclasses.replace(base, attributes=copy.deepcopy(base.attributes), tensors=dict(base.tensors))
+    call.constants, call.changes = set(base.constants), []
     change(call)
     return call
 

@@ -21,7 +21,7 @@ import onnxruntime as ort
 from hostile_calls import random_call, table
 from onnx import TensorProto, helper
 from op_calls import Array, OpCall
-from op_meanings import attention_faults, experts, fits, linear
+from op_meanings import all_reduce, attention_faults, experts, fits, linear
 
 from arriero.plugins.cpu.library import DOMAIN, library
 
@@ -30,7 +30,9 @@ SECONDS = 5
 MOST_MEMORY = 2 << 30
 GUARD = 64
 """Bytes on each side of a tensor that nothing may write."""
-SAID = re.compile(r"arriero\.cpu (Linear|MoeDispatch|GroupedQueryAttention): .*")
+ALIGNED = 128
+"""Bytes that a tensor's address is a multiple of, as memory that ranks share must be."""
+SAID = re.compile(r"arriero\.cpu (AllReduce|Linear|MoeDispatch|GroupedQueryAttention): .*")
 
 
 def calls(kind: str, first: int, last: int) -> Sequence[OpCall]:
@@ -49,8 +51,8 @@ class Guarded:
     """
 
     def __init__(self, array: Array, is_misaligned: bool = False) -> None:
-        self.memory = np.full(array.nbytes + 2 * GUARD + 16, 0xFF, np.uint8)  # floats of these bytes are NaN
-        start = GUARD + -(self.memory.ctypes.data + GUARD) % 16 + is_misaligned
+        self.memory = np.full(array.nbytes + 2 * GUARD + ALIGNED, 0xFF, np.uint8)  # floats of these bytes are NaN
+        start = GUARD + -(self.memory.ctypes.data + GUARD) % ALIGNED + is_misaligned
         self.inside = slice(start, start + array.nbytes)
         self.memory[self.inside] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self.array = self.memory[self.inside].view(array.dtype).reshape(array.shape)
@@ -83,12 +85,12 @@ def run(call: OpCall) -> str:
     if call.op == "GroupedQueryAttention":
         pasts = [call.tensors[name] for name in ("key_cache", "value_cache")]
         return attention_faults(call, outputs[0], outputs[1:], pasts) or "right"  # type: ignore[arg-type]
-    expected = linear(call) if call.op == "Linear" else experts(call)
+    expected = {"AllReduce": all_reduce, "Linear": linear, "MoeDispatch": experts}[call.op](call)
     if outputs[0].shape != expected.shape:
         return f"the shape is {outputs[0].shape}, not {expected.shape}"
     error = np.abs(outputs[0] - expected)
     # A value on the border of two steps falls to either side, which a later product carries on.
-    allowed = (1e-5 if call.op == "Linear" else 0.05) * max(1.0, np.abs(expected).max(initial=0))
+    allowed = (0.05 if call.op == "MoeDispatch" else 1e-5) * max(1.0, np.abs(expected).max(initial=0))
     return "right" if bool(np.all(error <= allowed)) else f"off by {error.max():.3g} of {np.abs(expected).max():.3g}"
 
 

@@ -1,15 +1,20 @@
 """Single-node graphs of the CPU's own ops, as data: attributes and tensors that fit one another, drawn from a seed."""
 
+import os
+import struct
 from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from arriero.runtime.ranks.segment import HEAD, HEADER, LINE, MAGIC, MOST_RANKS
+
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 
 INPUTS = {
+    "AllReduce": ("part", "group"),
     "Linear": ("x", "weight", "scale", "x_scale"),
     "MoeDispatch": (
         "hidden",
@@ -33,9 +38,14 @@ INPUTS = {
         "value_scale",
     ),
 }
-OUTPUTS = dict.fromkeys(("Linear", "MoeDispatch"), ("output",)) | {
-    "GroupedQueryAttention": ("output", "present_key", "present_value")
-}
+OUTPUTS = (
+    {"AllReduce": ("total",)}
+    | dict.fromkeys(("Linear", "MoeDispatch"), ("output",))
+    | {"GroupedQueryAttention": ("output", "present_key", "present_value")}
+)
+LINE_OF = "<IIiIQQ"
+"""The beginning of a line: a rank's turn, who sleeps, its process, a word, what it brings of even and odd turns."""
+
 CACHES = ("float32", "float16", "int8", "fp8", "groups8", "groups4")
 BFLOAT16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -191,9 +201,31 @@ def filled_cache(rng: Rng, cache: str, shape: tuple[int, int, int, int]) -> Arra
     return np.concatenate([values, np.ascontiguousarray(halves).view(np.uint8)], -1)
 
 
-DRAWN = {"Linear": linear, "MoeDispatch": experts, "GroupedQueryAttention": attention}
+def all_reduce(rng: Rng) -> OpCall:
+    """A sum whose other ranks have brought their parts for all turns that there are."""
+    ranks = int(rng.integers(1, 5))
+    rank, capacity, turns = int(rng.integers(ranks)), int(rng.integers(1, 40)), int(rng.integers(1, 4))
+    count = capacity * turns if turns > 1 else int(rng.integers(1, capacity + 1))
+    group = np.zeros(HEAD + MOST_RANKS * LINE + 2 * ranks * capacity * 4, np.uint8)
+    group[: HEADER.size] = np.frombuffer(HEADER.pack(MAGIC, ranks, 0, capacity, 1, 0), np.uint8)
+    brought = count if turns == 1 else capacity
+    for other in range(ranks):
+        line = struct.pack(LINE_OF, 0, 0, os.getpid(), 0, 0, 0)
+        if other != rank:
+            line = struct.pack(LINE_OF, 1 << 20, 0, 0, 0, brought, brought)
+        group[HEAD + other * LINE :][: len(line)] = np.frombuffer(line, np.uint8)
+    group[HEAD + MOST_RANKS * LINE :] = normal(rng, 2 * ranks * capacity).view(np.uint8)
+    shape = (count,) if rng.random() < 0.5 else (1, count, 1)
+    return OpCall(
+        op="AllReduce",
+        attributes={"ranks": ranks, "rank": rank},
+        tensors={"part": normal(rng, *shape), "group": group},
+    )
+
+
+DRAWN = {"AllReduce": all_reduce, "Linear": linear, "MoeDispatch": experts, "GroupedQueryAttention": attention}
 
 
 def drawn(rng: Rng) -> OpCall:
     """A call that fits."""
-    return DRAWN[str(rng.choice(list(DRAWN), p=[0.25, 0.25, 0.5]))](rng)
+    return DRAWN[str(rng.choice(list(DRAWN), p=[0.1, 0.2, 0.2, 0.5]))](rng)

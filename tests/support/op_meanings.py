@@ -4,23 +4,39 @@ Independent of the library: the rules by which a call fits are written here a se
 read byte by byte.
 """
 
+import os
+import struct
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from op_calls import BFLOAT16, E4M3, Array, OpCall
+from op_calls import BFLOAT16, E4M3, LINE_OF, Array, OpCall
 
 from arriero.plugins.gqa.meaning import normalise, rotate, softmax
 from arriero.plugins.moe.meaning import chosen_experts, sigmoid, silu
 from arriero.plugins.quantisation import fake_quantise, quantise
+from arriero.runtime.ranks.segment import HEAD, HEADER, LINE, MAGIC, MOST_RANKS
 
 CACHE_TYPES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16", np.dtype(np.int8): "int8", E4M3: "fp8"}
 INTEGERS = {
+    "AllReduce": ("ranks", "rank"),
     "Linear": ("bits", "group", "outputs"),
     "MoeDispatch": ("bits", "group", "down_group", "top_k", "first_expert", "experts", "width"),
     "GroupedQueryAttention": ("heads", "kv_heads", "chunk", "cache_bits"),
 }
-ALIGNED = ("x", "x_scale", "hidden", "router_logits", "hidden_scale", "activated_scale", "query", "key", "value")
+ALIGNED = (
+    "part",
+    "group",
+    "x",
+    "x_scale",
+    "hidden",
+    "router_logits",
+    "hidden_scale",
+    "activated_scale",
+    "query",
+    "key",
+    "value",
+)
 ALIGNED += ("past_lengths", "inv_freq", "key_scale", "value_scale")  # the others are read byte by byte
 FLOATS = ("scale", "qk_norm_eps", "temperature_scale", "temperature_floor")
 
@@ -36,9 +52,8 @@ def fits(call: OpCall) -> bool:
         return False
     if "" in call.outputs or any(a[name] < 0 for name in integers):
         return False
-    return {"Linear": _linear_fits, "MoeDispatch": _experts_fit, "GroupedQueryAttention": _attention_fits}[call.op](
-        call
-    )
+    rules = {"AllReduce": _sum_fits, "Linear": _linear_fits, "MoeDispatch": _experts_fit}
+    return rules.get(call.op, _attention_fits)(call)
 
 
 def is_tensor(array: Array | None, dtype: Any, shape: tuple[int | None, ...]) -> bool:
@@ -69,6 +84,40 @@ def _are_scales(array: Array | None, count: int) -> bool:
 
 def _are_positive(array: Array) -> bool:
     return bool(np.all(np.isfinite(array) & (array >= np.float32(1e-30))))
+
+
+def _sum_fits(call: OpCall) -> bool:
+    """Whether the group is memory of this process, whose other ranks bring as much in each turn as this one."""
+    a, part, group = call.attributes, call.given("part"), call.given("group")
+    if part is None or part.dtype != np.float32 or part.ndim > 8 or "group" in call.constants:
+        return False
+    if not 1 <= a["ranks"] <= MOST_RANKS or a["rank"] >= a["ranks"]:
+        return False
+    if not is_tensor(group, np.uint8, (None,)) or group is None or group.size < HEAD:
+        return False
+    magic, ranks, _, capacity, _, _ = HEADER.unpack_from(group.tobytes())
+    whole = HEAD + MOST_RANKS * LINE + 2 * ranks * capacity * 4
+    if (magic, ranks, whole) != (MAGIC, a["ranks"], group.size) or not capacity:
+        return False
+    lines = [struct.unpack_from(LINE_OF, group, HEAD + rank * LINE) for rank in range(ranks)]
+    others = [line for rank, line in enumerate(lines) if rank != a["rank"]]
+    turns = range(-(-part.size // capacity))
+    brings = [min(capacity, part.size - turn * capacity) for turn in turns]
+    has_come = all(line[4 + (turn + 1) % 2] == brings[turn] for line in others for turn in turns)
+    return lines[a["rank"]][2] == os.getpid() and has_come
+
+
+def all_reduce(call: OpCall) -> Array:
+    """The sum of what this rank brings and what lies in the others' slots, turn by turn."""
+    part, group, (ranks, rank) = call.given("part"), call.given("group"), call.attributes.values()
+    assert part is not None
+    assert group is not None
+    slots = group[HEAD + MOST_RANKS * LINE :].view(np.float32).reshape(2, ranks, -1).astype(np.float64)
+    total, capacity = part.reshape(-1).astype(np.float64), slots.shape[2]
+    for turn, first in enumerate(range(0, part.size, capacity), 1):
+        count = min(capacity, part.size - first)
+        total[first : first + count] += np.delete(slots[turn % 2], rank, 0)[:, :count].sum(0)
+    return total.reshape(part.shape)
 
 
 def _linear_fits(call: OpCall) -> bool:

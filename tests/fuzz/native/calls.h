@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <unistd.h>
+
 #include <cmath>
 #include <random>
 
@@ -94,10 +96,21 @@ struct Draw {
         return drawn;
     }
 
+    Drawn sum(const ort::CustomOp* op) {
+        Drawn drawn{op, {}, {}};
+        const int64_t ranks = between(1, 4), capacity = between(1, 600), turns = between(1, 3);
+        const int64_t count = turns == 1 ? between(0, capacity) : turns * capacity;
+        drawn.info.integers = {{"ranks", ranks}, {"rank", between(0, ranks - 1)}};
+        drawn.inputs = {{ort::Type::float32, {count}}, {ort::Type::uint8, {Segment::size(ranks, capacity)}}};
+        if (coin()) drawn.inputs[0].second.push_back(1);
+        return drawn;
+    }
+
     Drawn call() {
         const auto& all = ort::ops();
         const auto* op = all[between(0, static_cast<int64_t>(all.size()) - 1)];
         const std::string name = op->name(op);
+        if (name == "AllReduce") return sum(op);
         return name == "Linear" ? linear(op) : name == "MoeDispatch" ? experts(op) : attention(op);
     }
 };
@@ -140,4 +153,29 @@ inline std::unique_ptr<ort::Value> filled(ort::Type type, const std::vector<int6
         if (type == ort::Type::e4m3) bytes[i] &= 0xBF;
     }
     return made;
+}
+
+// Makes of a sum's `group`, full of any bytes, what its ranks share where all but this one have come to each turn.
+inline void gather(const Drawn& drawn, ort::Context& context) {
+    if (std::string(drawn.op->name(drawn.op)) != "AllReduce" || context.inputs.size() < 2) return;
+    const auto &part = context.inputs[0], &group = context.inputs[1];
+    const auto ranks = drawn.info.integers.find("ranks"), rank = drawn.info.integers.find("rank");
+    if (!part || !group || ranks == drawn.info.integers.end() || rank == drawn.info.integers.end()) return;
+    const uint64_t count = ranks->second, own = rank->second;
+    const size_t head = Segment::size(0, 0);
+    if (count < 1 || count > Segment::MOST_RANKS || own >= count || group->size() < head + 8 * count) return;
+    const uint64_t capacity = (group->size() - head) / 8 / count, brought = std::min<uint64_t>(part->count(), capacity);
+    std::memset(group->data, 0, head);
+    auto& segment = *static_cast<Segment*>(group->data);
+    segment.magic = Segment::MAGIC;
+    segment.ranks = static_cast<uint32_t>(count);
+    segment.capacity = capacity;
+    segment.patience = 1;
+    for (uint64_t other = 0; other < count; other++) {
+        RankLine& line = segment.lines()[other];
+        line.process = getpid();
+        if (other == own) continue;
+        line.turn = 1 << 20;
+        for (auto& each : line.counts) each = brought;
+    }
 }

@@ -62,7 +62,7 @@ void change_shape(Bytes& bytes, std::vector<int64_t>& dims) {
 void change(Bytes& bytes, Drawn& drawn) {
     const auto any_of = [&](auto& map) { return std::next(map.begin(), bytes.between(0, map.size() - 1)); };
     auto& [type, dims] = drawn.inputs[bytes.between(0, drawn.inputs.size() - 1)];
-    switch (bytes.between(0, 6)) {
+    switch (bytes.between(0, 7)) {
         case 0: any_of(drawn.info.integers)->second = WORDS[bytes.between(0, std::size(WORDS) - 1)]; break;
         case 1: any_of(drawn.info.integers)->second = bytes.between(-5, 70); break;
         case 2:
@@ -71,6 +71,7 @@ void change(Bytes& bytes, Drawn& drawn) {
             break;
         case 3: type = static_cast<ort::Type>(bytes.between(0, 22)); break;
         case 4: drawn.inputs.resize(bytes.between(0, drawn.inputs.size())); break;
+        case 5: drawn.info.constants.insert(bytes.between(0, drawn.inputs.size() - 1)); break;
         default: change_shape(bytes, dims);
     }
 }
@@ -92,6 +93,19 @@ void fill_lengths(Bytes& bytes, ort::Context& context) {
     for (size_t row = 0; row < context.inputs[5]->count(); row++)
         lengths[row] =
             static_cast<int32_t>(bytes.between(0, 15) ? bytes.between(0, 140) : bytes.between(INT32_MIN, INT32_MAX));
+}
+
+// Puts a word into the second input: of a sum into the head or a line of what ranks share.
+void spoil(Bytes& bytes, ort::Context& context) {
+    if (context.inputs.size() < 2 || !context.inputs[1] || context.inputs[1]->size() < 4) return;
+    const int64_t word = WORDS[bytes.between(0, std::size(WORDS) - 1)];
+    const int64_t places = std::min<int64_t>(static_cast<int64_t>(context.inputs[1]->size() / 4), 1100);
+    auto* data = static_cast<uint8_t*>(context.inputs[1]->data);
+    std::memcpy(data + 4 * bytes.between(0, places - 1), &word, 4);
+    if (context.inputs[1]->size() < sizeof(Segment)) return;
+    auto& segment = *reinterpret_cast<Segment*>(data);
+    segment.spins = 0;  // how long it waits is for who made the memory to say
+    segment.patience = 1;
 }
 
 void check_written(const ort::Value& output) {
@@ -125,6 +139,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         context.inputs.push_back(type == ort::Type::any ? nullptr : filled(type, dims, is_scale, is_wild, random));
     }
     fill_lengths(bytes, context);
+    if (bytes.between(0, 7)) gather(drawn, context);
+    if (bytes.between(0, 7) == 0) spoil(bytes, context);
     try {
         const ort::Kernel kernel(drawn.op, drawn.info);
         kernel.compute(context);

@@ -35,6 +35,7 @@ struct Work {
             for (size_t row = 0; row < context.inputs[5]->count(); row++)
                 lengths[row] = static_cast<int32_t>(random() % static_cast<uint64_t>(most + 1));
         }
+        gather(drawn, context);
         kernel->compute(context);
         std::vector<uint8_t> bytes;
         for (const auto& output : context.outputs) {

@@ -8,11 +8,13 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "../../../plugins/cpu/all_reduce_op.h"
 #include "../../../plugins/cpu/onnxruntime.h"
 
 extern "C" ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::Base* base);
@@ -29,8 +31,8 @@ struct Value {
     void* data = nullptr;
 
     Value(Type type, std::vector<int64_t> dims) : type(type), dims(std::move(dims)) {
-        data = size() ? std::malloc(size()) : nullptr;
-        if (size() && !data) throw std::bad_alloc();
+        // As aligned as memory that ranks share must be.
+        if (size() && posix_memalign(&data, 128, size())) throw std::bad_alloc();
     }
     Value(const Value&) = delete;
     Value& operator=(const Value&) = delete;
@@ -70,6 +72,7 @@ struct TensorInfo {
 struct Info {
     std::map<std::string, int64_t> integers;
     std::map<std::string, float> numbers;
+    std::set<size_t> constants;  // places of inputs that are initializers
 };
 struct Context {
     std::vector<std::unique_ptr<Value>> inputs;
@@ -175,6 +178,12 @@ inline const Interface& interface() {
         put<Status*(Context*, size_t, const int64_t*, size_t, Value**)>(
             made, 91, [](Context* context, size_t index, const int64_t* dims, size_t rank, Value** found) -> Status* {
                 *found = output(context, index, dims, rank);
+                return nullptr;
+            });
+        put<Status*(const Info*, size_t, int*, const Value**)>(
+            made, 249, [](const Info* info, size_t index, int* is_constant, const Value** found) -> Status* {
+                *is_constant = info->constants.count(index) > 0;
+                *found = nullptr;
                 return nullptr;
             });
         put<void(Status*)>(made, 93, [](Status* status) { delete status; });

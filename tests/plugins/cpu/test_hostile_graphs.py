@@ -5,9 +5,11 @@ import os
 
 import numpy as np
 import pytest
-from hostile_calls import changed, set_attribute, set_tensor, table, together
+from hostile_calls import as_constant, changed, set_attribute, set_tensor, table, together
 from op_batches import batch, run, summary
-from op_calls import OpCall, attention, experts, linear
+from op_calls import OpCall, all_reduce, attention, experts, linear
+
+from arriero.runtime.ranks.segment import HEAD, LINE
 
 THINNED = 8
 BATCH = 200
@@ -42,6 +44,14 @@ ATTENTION = attention(np.random.default_rng(3), "float32")
 INT8_CACHE = attention(np.random.default_rng(3), "int8")
 EXPERTS = experts(np.random.default_rng(9), 8)
 LINEAR = linear(np.random.default_rng(0), 8)
+SUM = all_reduce(np.random.default_rng(3))
+
+
+def strangers(group: np.ndarray) -> np.ndarray:
+    """The same memory, joined by another process."""
+    return np.concatenate([group[:HEAD], np.zeros_like(group[HEAD : HEAD + LINE]), group[HEAD + LINE :]])
+
+
 SET_LENGTHS = set_tensor("past_lengths", lambda a: a * 0 + 9999, "")
 
 
@@ -70,6 +80,9 @@ SET_LENGTHS = set_tensor("past_lengths", lambda a: a * 0 + 9999, "")
         (LINEAR, set_tensor("x", lambda a: a[..., :0], ""), "whose last dimension must not be 0"),
         (LINEAR, set_tensor("weight", lambda a: a.view(np.int8), ""), "weight is of int8, and must be of uint8"),
         (LINEAR, set_tensor("scale", lambda a: a.astype(np.float16), ""), "scale is of float16"),
+        (SUM, as_constant("group"), "group is a constant of the graph, and must be memory that ranks share"),
+        (SUM, set_tensor("group", lambda a: a * 0, ""), "group is no memory that ranks share"),
+        (SUM, set_tensor("group", strangers, ""), "group is memory that this process has not joined as rank 0"),
         (
             LINEAR,
             set_tensor("x_scale", lambda a: np.zeros(1, np.float32), ""),
