@@ -23,6 +23,8 @@ SAME = 1e-6
 """A divergence up to which a bundle is as the reference, at the lower edge of the picture."""
 
 LARGEST_FILE = 1 << 26
+LONGEST_NAME = 20
+"""Letters of a bundle's name in the picture; the table has it whole."""
 
 
 @dataclass(slots=True)
@@ -236,6 +238,11 @@ def _size(count: int | None) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
+def _short(name: str) -> str:
+    """A name that a phone has room for beside its circle."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 6]}…{name[-5:]}"
+
+
 def _scatter(bundles: Sequence[Compared]) -> list[Section]:
     """KL over speed where each was measured, else over size."""
     shown = [each for each in bundles if each.metric("kl") is not None]
@@ -245,21 +252,22 @@ def _scatter(bundles: Sequence[Compared]) -> list[Section]:
 
     known = [kl[0] for each in shown if (kl := each.metric("kl")) and kl[0] > SAME]
     floor = min(known) / 10 if known else SAME
+    places = [each.case["decode_tokens_per_second"] if by_speed else (each.bytes or 0) / 1e9 for each in shown]
+    end = 1.2 * max(places) or 1.0
 
     def draw(axes: Axes) -> None:
         largest = max(each.bytes or 1 for each in shown)
         for at, each in enumerate(shown):
             kl = each.metric("kl")
             assert kl is not None
-            x = each.case["decode_tokens_per_second"] if by_speed else (each.bytes or 0) / 1e9
-            y = max(kl[0], floor)
+            x, y = places[at], max(kl[0], floor)
             if kl[1] is not None and kl[2] is not None:
                 axes.plot([x, x], [max(kl[1], floor), max(kl[2], floor)], "-", color=series(at), alpha=0.5)
             axes.scatter([x], [y], s=30 + 260 * (each.bytes or 0) / largest, color=series(at), alpha=0.75)
-            name = each.name if kl[0] >= floor else f"{each.name}, as the reference"
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(0, 13), ha="center", fontsize=8)
-        axes.set(yscale="log")
-        axes.set_xlim(0, axes.get_xlim()[1] * 1.15)
+            name = _short(each.name) + ("" if kl[0] >= floor else ", as the reference")
+            beside, side = (13, "left") if x < end / 2 else (-13, "right")  # towards the middle, where there is room
+            axes.annotate(name, (x, y), (beside, 0), textcoords="offset points", ha=side, va="center", fontsize=8)
+        axes.set(yscale="log", xlim=(0, end))
         axes.margins(y=0.2)
 
     title = "KL divergence, nats a token: lower is nearer the reference"

@@ -122,8 +122,8 @@ def box(title: str, text: str) -> Markup:
 
 
 def soft(text: str) -> Markup:
-    """A name that may be broken behind its dots, lines and brackets."""
-    return Markup(re.sub(r"([._/\]])", r"\1<wbr>", str(escape(text))))
+    """A name that may be broken behind its dots, slashes and brackets."""
+    return Markup(re.sub(r"([./\]])", r"\1<wbr>", str(escape(text))))
 
 
 _environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

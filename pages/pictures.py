@@ -22,7 +22,7 @@ from .style import LIGHT
 WIDTH, HEIGHT = 3.75, 2.35
 """Size of a panel in inches of 96 pixels: a phone's width."""
 
-LEFT, RIGHT, TOP, BOTTOM = 0.5, 0.08, 0.27, 0.42
+LEFT, RIGHT, TOP, BOTTOM = 0.58, 0.08, 0.27, 0.42
 """Margins around the axes, inches."""
 
 _MARKS = {name: f"#0{index:x}0{index:x}f{index:x}" for index, name in enumerate(LIGHT, start=1)}
@@ -180,4 +180,4 @@ def _svg(panel: Panel) -> str:
 
 def _short(value: float, _: object = None) -> str:
     """A tick's number in few letters."""
-    return "0" if value == 0 else f"{value:,.0f}" if 100 <= abs(value) < 100000 else f"{value:.4g}"
+    return "0" if value == 0 else f"{value:,.0f}" if 100 <= abs(value) < 100000 else f"{value:.5g}"

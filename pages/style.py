@@ -83,7 +83,7 @@ summary {{ cursor: pointer; color: var(--faint) }}
 footer {{ margin-top: 3rem; border-top: 1px solid var(--line); color: var(--faint); font-size: .875rem }}
 footer p {{ overflow-wrap: anywhere }}
 @media (max-width: 43.99rem) {{
-  table {{ font-size: .8125rem }} td, th {{ padding-right: .5rem }} td.b {{ min-width: 6rem }}
+  table {{ font-size: .8125rem }} td, th {{ padding-right: .5rem }} td.b {{ min-width: 7.5rem }}
 }}
 @media (min-width: 44rem) {{
   main {{ padding: 2rem 1.5rem 4rem }} h1 {{ font-size: 1.875rem }}

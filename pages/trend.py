@@ -123,7 +123,7 @@ def _draw_metric(axes: Axes, runs: Sequence[Run], name: str) -> None:
         low, high = found["low"], found["high"]
         if low is not None and high is not None:
             axes.plot([at, at], [low, high], "-", color=mark, linewidth=2, alpha=0.45)
-        axes.plot(at, value, "o", color=mark, markersize=4)
+        axes.plot(at, value, "o", color=mark, markersize=4, clip_on=False)
     limited = [(at, float(runs[at].limits[name]["limit"])) for at in places if name in runs[at].limits]
     if limited:
         axes.step(*zip(*limited, strict=True), "--", where="mid", color=colour("faint"), linewidth=1)
@@ -131,5 +131,12 @@ def _draw_metric(axes: Axes, runs: Sequence[Run], name: str) -> None:
             axes.axhline(limited[0][1], linestyle="--", color=colour("faint"), linewidth=1)
     step = max(1, -(-len(runs) // TICKS))
     shown = list(range(0, len(runs), step))
-    axes.set_xticks(shown, [runs[at].date[5:10] for at in shown])
+    axes.set_xticks(shown, _times([runs[at].date for at in shown]))
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.set_xlim(-0.5, max(len(runs) - 0.5, 0.5))
+
+
+def _times(dates: Sequence[str]) -> list[str]:
+    """The day of each date; where it is that of the one before, the time of day."""
+    before = ["", *dates]
+    return [date[11:16] if date[:10] == last[:10] else date[5:10] for last, date in zip(before, dates, strict=False)]

@@ -1,6 +1,7 @@
 """Bundles side by side: verdicts and measurements joined by the bundle's hash."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,20 @@ def test_results_of_one_bundle_are_one_row_wherever_it_lay(tmp_path: Path) -> No
     assert "Without a verdict of the same contents: int3." in page
     assert page.count("<svg") == 2
     assert page.count("<h1") == 1
+
+
+def test_names_stand_where_the_picture_has_room_for_them(tmp_path: Path) -> None:
+    long = "llama-4-scout-int8-of-september"
+    results = {
+        "a": verdict(long, 8, kl=0.0),
+        "b": bench(long, 8, 190.0),
+        "c": verdict("int4", 4),
+        "d": bench("int4", 4),
+    }
+    page = compare_page(written(tmp_path, **results))
+    assert re.findall(r"text-anchor: (\w+)[^>]*>llama-4-scout-…ember, as the reference<", page) == ["end", "end"]
+    assert re.findall(r"text-anchor: (\w+)[^>]*>int4<", page) in ([], ["start", "start"])  # start goes without saying
+    assert f'<td class="b ">{long}' in page.replace("<wbr>", "")
 
 
 def test_what_is_not_comparable_is_said(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Histories and their trend: lines appended, read back in series, drawn."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def test_the_trend_says_first_what_the_last_run_found(history: Path) -> None:
     assert page.count("<svg") == 4  # two metrics of two series
     assert "http" not in page
     assert "5 runs: 4 passed, 1 regressed." in page
+
+
+def test_runs_of_one_day_are_told_apart_and_no_axis_falls_below_zero(tmp_path: Path) -> None:
+    none = {"flips": {"value": 0.0, "low": 0.0, "high": 0.0}}
+    for hour in (3, 4):
+        append_run(tmp_path / "h.jsonl", verdict(1, date=f"2031-05-01T0{hour}:30:00Z", metrics=none, limits=[]))
+    drawn = trend_page([tmp_path / "h.jsonl"]).partition("<svg")[2].partition("</svg>")[0]
+    ticks = re.findall(r">([^<>]+)</text>", drawn)
+    assert {"05-01", "04:30"} <= set(ticks)
+    assert not [tick for tick in ticks if tick.startswith(("-", "−"))]
+    assert len(set(ticks)) == len(ticks)
 
 
 def test_the_verb_makes_the_page_alone(history: Path, tmp_path: Path) -> None:
