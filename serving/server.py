@@ -159,6 +159,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=_connection(),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -253,6 +254,15 @@ class Server(uvicorn.Server):
             for ride in list(self.service.pilot.rides):
                 self.service.pilot.cancel(ride, error)
         self.should_exit = True
+
+
+def _connection() -> Any:
+    """The class of connections; without httptools uvicorn's own, whose heads h11 bounds in bytes."""
+    try:
+        from .connections import BoundedConnection
+    except ModuleNotFoundError:
+        return "h11"
+    return BoundedConnection
 
 
 def _settle(future: "asyncio.Future[Any]", value: Any) -> None:

@@ -1,0 +1,152 @@
+"""Connections whose requests' heads are bounded, in bytes, in headers and in seconds: uvicorn bounds none of them.
+
+Enters: bytes of clients. Leaves: requests for the application, or a refusal in OpenAI's form. Invariants: what a client
+sends before its request is known takes no more memory than a head may; a connection that sends no request is closed.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from .errors import RequestError
+
+HEAD_BYTES = 64 << 10
+"""Bytes of a request's line and headers at most, and of the trailers behind a body in chunks."""
+
+MOST_HEADERS = 256
+HEAD_SECONDS = 30.0
+"""Seconds that a request's head has to come, from the connection's opening or from its own first byte."""
+
+LINGER_SECONDS = 2.0
+"""Seconds that a refused client has to read why, while what it still sends is thrown away."""
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """A connection as uvicorn has it, its heads bounded."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.is_head = True  # a request's head is awaited or read
+        self.has_begun = False
+        self.unread = self.parts = self.count = self.size = 0
+        self.refusal: RequestError | None = None
+        self.is_refused = False
+        self.timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins to wait for a head."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends all waiting."""
+        self._unset_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Reads on, unless a head is longer than it may be."""
+        if self.is_refused:
+            return
+        if self.timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_head()
+        parts = self.parts
+        super().data_received(data)
+        self.unread = 0 if self.parts != parts else self.unread + len(data)  # of one header, which the parser holds
+        if self.unread > HEAD_BYTES and not self.is_refused:
+            self._refuse(_too_large())
+
+    def on_message_begin(self) -> None:
+        """Begins a head."""
+        self.is_head = self.has_begun = True
+        self.count = self.size = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Takes a part of the address."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Takes a header; a trailer is counted and forgotten."""
+        self.count += 1
+        self._count(len(name) + len(value) + 4)
+        if self.is_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Ends a head, and begins to answer."""
+        self.is_head = self.has_begun = False
+        self.parts += 1
+        self._unset_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Takes a part of the body."""
+        self.parts += 1
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Ends a request; what comes next is another's head."""
+        super().on_message_complete()
+        self.is_head = True
+        self.parts += 1
+
+    def on_response_complete(self) -> None:
+        """Ends an answer; the next request's head may have begun behind it."""
+        super().on_response_complete()
+        if self.has_begun and self.timer is None and not self.transport.is_closing():
+            self._await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what the parser does not take."""
+        refused = self.refusal or RequestError("the request is no HTTP: send it as HTTP/1.1 has it")
+        self._refuse(refused)
+
+    def _count(self, size: int) -> None:
+        self.parts += 1
+        self.size += size
+        if self.size > HEAD_BYTES or self.count > MOST_HEADERS:
+            self.refusal = _too_large()
+            raise self.refusal  # out of the parser
+
+    def _refuse(self, error: RequestError) -> None:
+        """Says why, if no answer has begun, and closes the connection once the client may have read it."""
+        self.is_refused = True
+        self._unset_timer()
+        self._unset_keepalive_if_required()
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started or self.pipeline:  # a second answer would spoil it
+                self.transport.abort()
+                return
+        body = json.dumps(error.body).encode()
+        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[error.status] + head + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.timer = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+
+    def _await_head(self) -> None:
+        self.timer = self.loop.call_later(HEAD_SECONDS, self._end_waiting)
+
+    def _end_waiting(self) -> None:
+        self.timer = None
+        if self.has_begun:
+            self._refuse(RequestError(f"the head did not come within {HEAD_SECONDS:g} s: send it again", status=408))
+        else:
+            self.transport.close()
+
+    def _unset_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+
+def _too_large() -> RequestError:
+    limit = f"{HEAD_BYTES} bytes or {MOST_HEADERS} headers"
+    return RequestError(f"the request's head is larger than {limit}: send less", status=431, code="head_too_large")
