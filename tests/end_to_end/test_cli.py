@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from json_keys import documented
+from typer.testing import CliRunner
+
+from arriero.cli.app import app
 
 COMMAND = [str(Path(sys.executable).with_name("arriero"))]
 
@@ -68,10 +71,10 @@ def test_calibrate_sums_up_what_it_did(tiny: Path, tiny_model: Path, tmp_path: P
     assert re.search(r"^Experts: the least busy saw \d+ tokens, .* of an even share; the busiest", run.stderr, re.M)
     assert (tmp_path / "int8" / "report.html").exists()
     assert "layers.7.self_attn.q_proj" not in run.stderr
-    listed = arriero("calibrate", tiny_model, "-o", tmp_path / "int8", *arguments, "--force", "--verbose")
-    assert "layers.7.self_attn.q_proj" in listed.stderr
-    silent = arriero("calibrate", tiny_model, "-o", tmp_path / "int8", *arguments, "--force", "--quiet")
-    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
+    again = ["calibrate", *map(str, (tiny_model, "-o", tmp_path / "int8", *arguments, "--force"))]
+    assert "layers.7.self_attn.q_proj" in CliRunner().invoke(app, [*again, "--verbose"]).stderr
+    silent = CliRunner().invoke(app, [*again, "--quiet"])
+    assert (silent.exit_code, silent.stdout, silent.stderr) == (0, "", "")
 
 
 def test_run_prints_json_for_programs(tiny_model: Path) -> None:
