@@ -1,5 +1,7 @@
 """Checkpoints for the tests: random ones of any geometry from `transformers`, and the trained tiny Llama 4."""
 
+import copy
+import functools
 import hashlib
 import os
 import random
@@ -17,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from multimodal import VOCABULARY, write_multimodal
 from shared_folders import MakeOnce, make_once
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import (
     Llama4Config,
     Llama4ForCausalLM,
@@ -37,6 +40,22 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # a processor each: the thr
     processors = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+
+
+@functools.cache
+def _functions(opset_version: int) -> ONNXRegistry:
+    return _from_torchlib(opset_version=opset_version)
+
+
+def _from_torchlib_once(opset_version: int) -> ONNXRegistry:
+    """PyTorch's table of ONNX functions, whose 1,500 sources take a second to read, for each traced layer anew."""
+    registry = copy.copy(_functions(opset_version))
+    registry.functions = {target: list(found) for target, found in registry.functions.items()}
+    return registry
+
+
+_from_torchlib = ONNXRegistry.from_torchlib
+ONNXRegistry.from_torchlib = staticmethod(_from_torchlib_once)
 
 # A busy machine is slow, which says nothing about the code; the same examples are tried in every run.
 settings.register_profile("arriero", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
