@@ -29,7 +29,7 @@ from rich.table import Table
 import arriero
 from arriero.export import export_checkpoint
 from arriero.runtime import Session
-from arriero.runtime.grammars.compiler import OPTIONS
+from arriero.runtime.grammars.trial import OPTIONS
 from arriero.runtime.grammars.vocabulary import END, Vocabulary
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama4"

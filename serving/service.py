@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from .. import __version__
 from ..errors import ArrieroError, SessionError
 from ..runtime import Request, Session
+from ..runtime.grammars.compiler import prepare
 from .conversation import template_messages
 from .errors import RequestError, of_session
 from .metrics import Metrics
@@ -303,5 +304,6 @@ class Service:
 
 def _ready_grammars(session: Session) -> None:
     """Makes ready what the first grammar needs, seconds with a large vocabulary, where it can be."""
+    prepare()
     with suppress(SessionError):
         session.grammars.tokens  # noqa: B018 # computed once

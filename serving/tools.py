@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import SessionError, shortened
-from ..runtime.grammars.compiler import OPTIONS
+from ..runtime.grammars.trial import OPTIONS
 from .calls import LONGEST, Brackets, Call, may_begin, read_calls
 
 START, END = "<|python_start|>", "<|python_end|>"

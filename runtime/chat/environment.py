@@ -46,7 +46,7 @@ OUT_OF_MEMORY = "it takes more memory than it has"
 
 
 def answer(request: tuple[Any, ...]) -> tuple[bytes, str]:
-    """Answers a request of `sandbox`'s: a kind of `template_process`'s, and a text. Nothing is raised."""
+    """Answers a request of `sandbox`'s: a kind of its own, and a text. Nothing is raised."""
     try:
         if request[0] == "literals":
             return b"d", literals(request[1])

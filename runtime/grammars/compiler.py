@@ -3,14 +3,19 @@
 Enters: a grammar in Lark, a JSON schema or a regular expression. Leaves: a `Grammar`. Invariants: what llguidance does
 not enforce in full is refused with its reason, so that a continuation that is complete is valid. Between the tokens of
 JSON stands a space or a line's beginning at most, so that a small model does not write white space until its end.
+Nothing is made here that has not been made in a process of its own before, within time, memory and stack.
 """
 
+import atexit
 import functools
 import json
+import os
+import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +23,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ...errors import SessionError, shortened, shortened_text
+from ..kept_process import ENDED, KeptProcess, Program
 from .guide import Guide, MaskWorker
-from .vocabulary import LIBRARY_LACKS, Vocabulary
+from .trial import MADE, STACK, make_matcher, on_stack
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -27,24 +34,19 @@ if TYPE_CHECKING:
 KINDS = {"grammar": "a grammar in Lark", "json_schema": "a JSON schema", "regex": "a regular expression"}
 """Settings that a continuation follows, one at most."""
 
-WHITESPACE = r"[ ]|\n[ \t]{0,20}"
-"""White space between tokens of JSON: none, a space, or a new line with its indentation."""
-
-OPTIONS: Any = {
-    "whitespace_pattern": WHITESPACE,
-    "whitespace_flexible": True,
-    "item_separator": ",",
-    "key_separator": ":",
-    "lenient": False,
-    "coerce_one_of": False,
-}
-"""How llguidance reads a schema; they prevail over a schema's own `x-guidance`."""
-
-LONGEST = 1 << 20
+LONGEST = 1 << 19
 """Characters of a grammar at most."""
 
-KEPT = 64
-"""Grammars that are kept for the next requests."""
+KEPT, KEPT_BYTES = 64, 1 << 28
+"""Grammars that are kept for the next requests, and the memory that they take together."""
+
+SECONDS, MEMORY = 2.0, 1 << 29
+"""Processor time and address space that a grammar may take to be made; JSON schemas take some hundredths of it."""
+
+WAIT = 30.0
+"""Seconds that a trial may take on a machine that is busy."""
+
+PROGRAM = Program(module=str(Path(__file__).with_name("trial.py")), memory=MEMORY, seconds=SECONDS, stack=STACK)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -54,10 +56,12 @@ class Grammar:
     Attributes:
         kind: The setting that it came from.
         source: As it was given; a schema as JSON.
+        size: Bytes of memory that it was seen to take.
     """
 
     kind: str
     source: str
+    size: int
     _matcher: "LLMatcher" = field(repr=False)
     _words: NDArray[np.uint32] = field(repr=False)
     _vocabulary: Vocabulary = field(repr=False)
@@ -116,7 +120,9 @@ class GrammarCompiler:
         grammar = self._compile(kind, source)
         with self.lock:
             self.kept[kind, source] = grammar
-            while len(self.kept) > KEPT:
+            while len(self.kept) > KEPT or (
+                len(self.kept) > 1 and sum(each.size for each in self.kept.values()) > KEPT_BYTES
+            ):
                 self.kept.popitem(last=False)
         return grammar
 
@@ -135,25 +141,52 @@ class GrammarCompiler:
         return self.vocabulary.open()
 
     def _compile(self, kind: str, source: str) -> Grammar:
+        tokens = self.tokens
+        size = self._tried(kind, source)
         try:
-            from llguidance import LLMatcher, LLParserLimits
-        except ModuleNotFoundError as error:
-            raise SessionError(LIBRARY_LACKS) from error
-        try:
-            if kind == "json_schema":
-                written = LLMatcher.grammar_from_json_schema(source, overrides=OPTIONS)
-            else:
-                written = (LLMatcher.grammar_from_lark if kind == "grammar" else LLMatcher.grammar_from_regex)(source)
+            matcher = on_stack(4 * STACK, lambda: make_matcher(tokens, kind, source))
         except ValueError as error:
             raise _refused(kind, str(error)) from error
-        limits = LLParserLimits(verbose_errors=False)
-        matcher = LLMatcher(self.tokens, written, log_level=0, limits=limits)
         words = np.zeros((self.size + 32) // 32, np.uint32)
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if matcher.is_error():
             raise _refused(kind, matcher.get_error())
-        return Grammar(kind, source, matcher, words, self.vocabulary, self.worker)
+        return Grammar(kind, source, size, matcher, words, self.vocabulary, self.worker)
+
+    def _tried(self, kind: str, source: str) -> int:
+        """The bytes that a grammar takes, which has been made and followed in a process of its own before.
+
+        Raises:
+            SessionError: It ended that process, or took too long.
+        """
+        found = _kept().ask((kind, source, self.size, self.vocabulary.singles), WAIT)
+        if found is None:  # no process can be started here
+            return 0
+        answer, text = found
+        if answer == MADE:
+            return int(text)
+        said = f"it takes longer than {SECONDS:g} s or {MEMORY >> 20} MB to be made"
+        if answer == ENDED and text == f"-{int(signal.SIGSEGV)}":
+            said = f"its rules, references or groups are chained or nested deeper than {STACK >> 20} MB of stack hold"
+        raise SessionError(f"{kind} is refused ({said}): make it smaller")
+
+
+def prepare() -> None:
+    """Starts the process in which grammars are tried, so that the first need not wait for it."""
+    _kept().start()
+
+
+def _kept() -> KeptProcess:
+    """This process's; after a fork the parent's is not the child's."""
+    return _process_of(os.getpid())
+
+
+@functools.cache
+def _process_of(pid: int) -> KeptProcess:
+    kept = KeptProcess(PROGRAM)
+    atexit.register(kept.close)
+    return kept
 
 
 def _refused(kind: str, reason: str) -> SessionError:

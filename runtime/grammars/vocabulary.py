@@ -39,6 +39,8 @@ class Vocabulary:
         nameless = (token for token, text in enumerate(self.tokens) if not text)
         self.special_token_ids = sorted({*nameless, *(token for token in self.added if token < size), size})
         self.eos_token_id, self.bos_token_id = size, None
+        named = ((token, self.tokens[token]) for token in sorted(self.added) if token < size)
+        self.singles = (*((token, text) for token, text in enumerate(self.tokens[:size]) if len(text) == 1), *named)
 
     def __call__(self, text: str | bytes) -> list[int]:
         """Token ids of a grammar's fixed text, never an added token."""

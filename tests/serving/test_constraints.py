@@ -117,6 +117,10 @@ def test_regular_expressions_and_grammars_are_heeded(client: OpenAI) -> None:
     assert chat(client, extra_body={"grammar": lark}).choices[0].message.content in ("yes", "no")
 
 
+CHAINED = {"$ref": "#/$defs/0", "$defs": {f"{number}": {"$ref": f"#/$defs/{number + 1}"} for number in range(9000)}}
+"""A schema that ends the process that takes it apart."""
+
+
 @pytest.mark.parametrize(
     ("settings", "param"),
     [
@@ -124,6 +128,10 @@ def test_regular_expressions_and_grammars_are_heeded(client: OpenAI) -> None:
         ({"extra_body": {"grammar": "start: ("}}, "grammar"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
+            "response_format",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": CHAINED}}},
             "response_format",
         ),
         (

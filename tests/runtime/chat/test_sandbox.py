@@ -13,7 +13,8 @@ from arriero.errors import SessionError
 from arriero.runtime.chat import sandbox
 from arriero.runtime.chat.environment import BrokenTemplateError, CostlyTemplateError, FailedTemplateError
 from arriero.runtime.chat.environment import render as render_here
-from arriero.runtime.chat.sandbox import TemplateProcess, one_budget, render, written_in
+from arriero.runtime.chat.sandbox import PROGRAM, one_budget, render, written_in
+from arriero.runtime.kept_process import KeptProcess
 from arriero.runtime.text import Text
 
 NOON = datetime(2025, 5, 1, 12)
@@ -133,7 +134,7 @@ def test_where_no_process_can_be_started_templates_run_and_are_given_up_too(monk
     def refuse(*arguments: object, **named: object) -> None:
         raise PermissionError("no processes here")
 
-    process = TemplateProcess()
+    process = KeptProcess(PROGRAM)
     monkeypatch.setattr(subprocess, "Popen", refuse)
     monkeypatch.setattr(sandbox, "_kept", lambda: process)
     text = Text(TINY)

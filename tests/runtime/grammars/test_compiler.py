@@ -2,7 +2,10 @@
 
 import builtins
 import contextlib
+import dataclasses
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from arriero.errors import SessionError
+from arriero.runtime.grammars import compiler as compiler_module
 from arriero.runtime.grammars.compiler import KEPT, GrammarCompiler
+from arriero.runtime.kept_process import KeptProcess
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("grammar", "start: nowhere", "unknown name"),
     ("grammar", "start: <|no_such_token|>", "unknown special token"),
     ("grammar", {"a": 1}, "expected a grammar in Lark"),
-    ("grammar", 'start: "a"' + " " * (1 << 20), "characters"),
+    ("grammar", 'start: "a"' + " " * (1 << 19), "524298 characters, 524288 at most are taken: shorten it"),
 ]
 
 
@@ -87,6 +92,72 @@ def test_a_costly_expression_is_taken_or_refused_in_time(compiler: GrammarCompil
             if guide.allows(a):
                 guide.advance(a)
     assert time.process_time() - started < 5
+
+
+def chained(count: int) -> str:
+    """Rules of which each needs the next."""
+    return "start: r0\n" + "".join(f"r{number}: r{number + 1}\n" for number in range(count)) + f'r{count}: "a"\n'
+
+
+def referring(count: int) -> dict[str, Any]:
+    """Definitions of which each refers to the next."""
+    chain = {f"d{number}": {"$ref": f"#/$defs/d{number + 1}"} for number in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": chain | {f"d{count}": {"type": "null"}}}
+
+
+PATTERNS = {"type": "object", "patternProperties": {f"^p{number}x": {"type": "string"} for number in range(300)}}
+DOUBLED = "start: T0\n" + "".join(f"T{number}: T{number + 1} T{number + 1}\n" for number in range(300)) + 'T300: "a"'
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[KeptProcess]:
+    """A process for trials that gives up soon."""
+    process = KeptProcess(dataclasses.replace(compiler_module.PROGRAM, seconds=0.3))
+    monkeypatch.setattr(compiler_module, "_kept", lambda: process)
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "reason"),
+    [
+        ("grammar", chained(9000), "chained or nested deeper than 16 MB of stack hold"),
+        ("json_schema", referring(9000), "chained or nested deeper than 16 MB of stack hold"),
+        ("json_schema", PATTERNS, "it takes longer than 2 s or 512 MB to be made"),
+        ("regex", "a?" * 100_000, "it takes longer than 2 s or 512 MB to be made"),
+        ("grammar", DOUBLED, "it takes longer than 2 s or 512 MB to be made"),
+    ],
+    ids=["rules", "references", "patterns", "optional letters", "doubled terminals"],
+)
+def test_what_would_end_the_process_or_not_end_is_refused(
+    compiler: GrammarCompiler, brief: KeptProcess, kind: str, source: Any, reason: str
+) -> None:
+    with pytest.raises(SessionError, match=f"^{kind} is refused ") as error:
+        compiler.compile(kind, source)
+    assert str(error.value).endswith(f"{reason}): make it smaller")
+    assert follows(compiler, "regex", f"next|{kind}", "next")
+
+
+def test_long_chains_are_followed(compiler: GrammarCompiler) -> None:
+    assert follows(compiler, "grammar", chained(1000), "a")
+    assert follows(compiler, "json_schema", referring(1000), "null")
+
+
+def test_grammars_are_made_where_no_process_can_be_started(
+    compiler: GrammarCompiler, brief: KeptProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(brief, "is_impossible", True)
+    assert follows(compiler, "regex", "alone", "alone")
+    assert compiler.compile("regex", "alone").size == 0
+
+
+def test_large_grammars_are_not_kept_for_long(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler_module, "KEPT_BYTES", 1 << 16)
+    first = compiler.compile("grammar", chained(500))
+    assert first.size > 1 << 16 or sys.platform != "linux"
+    assert compiler.compile("grammar", chained(500)) is first
+    compiler.compile("regex", "small")
+    assert compiler.compile("grammar", chained(500)) is not first or sys.platform != "linux"
 
 
 def test_white_space_between_tokens_of_json_is_bounded(compiler: GrammarCompiler) -> None:
