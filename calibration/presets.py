@@ -108,7 +108,8 @@ def check_applies(recipe: Recipe, changes: Mapping[str, object]) -> None:
     for name, (why, applies) in APPLIES.items():
         if changes.get(name) is not None and not applies(recipe, formats):
             option = f"--{name.replace('_', '-')}"
-            raise CalibrationError(f"{option} does not apply to this {recipe.format} recipe, {why}; or leave it out")
+            leave = ", or leave it out" if ": " in why else ": leave it out"
+            raise CalibrationError(f"{option} does not apply to this {recipe.format} recipe, {why}{leave}")
 
 
 def _is_static(recipe: Recipe) -> bool:

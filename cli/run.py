@@ -129,11 +129,11 @@ def converse(
     system: str | None,
     images: Sequence[Path],
 ) -> None:
-    """Holds a conversation; what is wrong with the images given at its start ends it before it begins."""
-    if images:
-        session.read(turn_of("", images))
+    """Holds a conversation; what would refuse every turn, or is wrong with the first one's images, ends it at once."""
+    messages = begun(system)
+    session.read([*messages, *turn_of("?", images)])
     reply = partial(reply_to, session, settings, as_json, terminal)
-    Chat(answer=reply, terminal=terminal, messages=begun(system), waiting=list(images)).run(prompt)
+    Chat(answer=reply, terminal=terminal, messages=messages, waiting=list(images)).run(prompt)
 
 
 def reply_to(

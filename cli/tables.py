@@ -41,8 +41,11 @@ def show_summary(found: dict[str, Any]) -> None:
         listed = found.get("files")
         text = files_text(listed) if listed else f"{files['count']}, {size(files['bytes'])}, read in place"
         facts.add_row("weight files", text)
+    if not found["has_tokenizer"]:
+        facts.add_row("tokenizer", "missing: export again with --tokenizer DIR")
     if (vision := found.get("vision")) is not None:
-        facts.add_row("vision tower", describe_vision(vision))
+        missing = "" if found["has_preprocessor"] else "; its preprocessor_config.json is missing"
+        facts.add_row("vision tower", describe_vision(vision) + missing)
     if (memory := found.get("memory")) is not None:
         facts.add_row("memory", describe_memory(memory))
     if (engine := found.get("engine")) is not None:

@@ -62,7 +62,7 @@ def say_missing(folder: Path, sees: bool, notice: Callable[[str], None]) -> None
     give = "give with --tokenizer DIR a folder that has it, the model's base for one"
     if not (folder / "tokenizer.json").is_file():
         notice(f"{folder} has no tokenizer.json, so the model will take token ids and no text: {give}.")
-    elif sees and not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+    if sees and not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
         notice(f"{folder} has no preprocessor_config.json, so the model's vision tower gets no images: {give}.")
 
 

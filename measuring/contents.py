@@ -17,7 +17,7 @@ from ..spec.geometry import ModelSpec
 from ..spec.json_text import parse_json
 from ..spec.parameters import count_parameters
 from ..spec.recipe_words import in_words
-from .summary import geometry, summarise
+from .summary import companions, geometry, summarise
 
 VERDICT, BENCH = "verdict.json", "bench.json"
 FORMS = "a checkpoint, a model, a bundle, a golden file, or a folder that check -o or bench -o wrote"
@@ -75,8 +75,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
             {"name": shard.path.name, "path": str(shard.path), "bytes": shard.size, "state": "there"}
             for shard in opened.shards
         ],
-        "has_tokenizer": (folder / "tokenizer.json").is_file(),
-        "has_preprocessor": any((folder / n).is_file() for n in ("preprocessor_config.json", "processor_config.json")),
+        **companions(folder),
     }
 
 

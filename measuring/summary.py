@@ -70,6 +70,7 @@ def _describe(path: Path, spec: FolderSpec, *, every_layer: bool, max_seq: int |
         "parameters": dict(zip(("total", "active"), count_parameters(*_geometries(spec)), strict=True)),
         "weight_files": {"count": len(spec.weight_files), "bytes": sum(file.size for file in spec.weight_files)},
         "kv_cache": _cache(spec),
+        **companions(path),
     }
     if spec.vision is not None:
         found["vision"] = _vision(path, spec.model, spec.vision, every_layer=every_layer)
@@ -82,6 +83,14 @@ def _describe(path: Path, spec: FolderSpec, *, every_layer: bool, max_seq: int |
         if every_layer:
             found["every_layer"] = layers
     return found
+
+
+def companions(folder: Path) -> dict[str, bool]:
+    """Whether the files that turn text and images into a model's inputs lie in a folder."""
+    return {
+        "has_tokenizer": (folder / "tokenizer.json").is_file(),
+        "has_preprocessor": any((folder / n).is_file() for n in ("preprocessor_config.json", "processor_config.json")),
+    }
 
 
 def _geometries(spec: FolderSpec) -> tuple[ModelSpec, VisionSpec | None]:

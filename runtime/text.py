@@ -94,6 +94,7 @@ class Text:
         """
         from .chat.sandbox import one_budget
 
+        self._tokenizer()  # before the template, which is missing where the tokenizer is
         with one_budget():
             writer = self._writer(messages, settings)
             text = self._checked(writer.text)
@@ -201,7 +202,8 @@ class Text:
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise SessionError(f"{self.folder} has no tokenizer.json: give token ids instead of text")
+            remedy = "export again with --tokenizer DIR, or give token ids instead of text"
+            raise SessionError(f"{self.folder} has no tokenizer.json: {remedy}")
         return self.tokenizer
 
 

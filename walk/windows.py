@@ -120,8 +120,10 @@ def read_windows(
     Raises:
         DataError: A file cannot be read, or there is too little data.
     """
-    if samples < 1 or (window is not None and not 2 <= window <= spec.max_positions):
-        raise DataError(f"{samples} samples of {window} tokens: expected 1 up, and 2 to {spec.max_positions}")
+    if samples < 1:
+        raise DataError(f"samples is {samples}, expected a number of windows from 1 up")
+    if window is not None and not 2 <= window <= spec.max_positions:
+        raise DataError(f"window is {window}, expected 2 to {spec.max_positions} tokens")
     text = _text_of(folder)
     paths = [Path(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
     chats = [path for path in paths if is_rows(path)]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -171,6 +172,15 @@ def test_an_image_that_cannot_be_taken_ends_the_command(
     refused = CliRunner().invoke(app, ["run", str(multimodal_model), *asked, "--image", "gone.png"], input="What?\n")
     assert refused.exit_code == 2
     assert refused.stderr.startswith("arriero: gone.png: cannot be read")
+
+
+def test_a_chat_that_would_refuse_every_turn_ends(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    for name, said in (("chat_template.jinja", "has no chat template"), ("tokenizer.json", "export again with --tok")):
+        (copy / name).unlink()
+        refused = CliRunner().invoke(app, ["run", str(copy), "--chat"], input="What?\n")
+        assert refused.exit_code == 2
+        assert said in refused.stderr
 
 
 def test_the_spec_says_what_the_tower_is(multimodal_model: Path) -> None:

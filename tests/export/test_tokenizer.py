@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import arriero
+from arriero.cli.app import app
 from arriero.errors import ExportError, SessionError
 from arriero.export import export_checkpoint
 
@@ -37,6 +39,11 @@ def test_a_model_without_its_preprocessor_is_not_said_to_take_no_images(
     said: list[str] = []
     model = export_checkpoint(bare, tmp_path / "model", notice=said.append)
     assert any("has no preprocessor_config.json, so the model's vision tower gets no images" in line for line in said)
+    (model / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    shown = " ".join(CliRunner().invoke(app, ["inspect", str(model)]).stdout.split())
+    assert "tokenizer missing: export again with --tokenizer DIR" in shown
+    assert "; its preprocessor_config.json is missing" in shown
+    (tmp_path / "tokenizer.json").rename(model / "tokenizer.json")
     ask = [{"role": "user", "content": [{"type": "image", "path": "x.png"}, {"type": "text", "text": "What?"}]}]
     with pytest.raises(SessionError, match="export again with --tokenizer DIR") as caught:
         arriero.load(model).generate(ask)

@@ -63,8 +63,10 @@ def test_streamed_pieces_make_the_whole_text(tiny: Path, text: str) -> None:
 
 
 def test_a_folder_without_a_tokenizer_takes_ids_only(tmp_path: Path) -> None:
-    with pytest.raises(SessionError, match=r"has no tokenizer\.json: give token ids"):
+    with pytest.raises(SessionError, match=r"has no tokenizer\.json: export again with --tokenizer DIR"):
         Text(tmp_path).encode("x")
+    with pytest.raises(SessionError, match=r"has no tokenizer\.json: .* or give token ids instead"):
+        Text(tmp_path).encode_chat(MESSAGES)
 
 
 def test_a_folder_without_a_template_says_so(tiny: Path, tmp_path: Path) -> None:
