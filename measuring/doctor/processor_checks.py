@@ -31,21 +31,10 @@ def check_processor(spec: FolderSpec | None) -> list[Finding]:
     """Looks at processor, threads, ONNX Runtime and the kernels."""
     if spec is not None and spec.engine is not None:
         return [ok("processor", f"{processor()}, {platform.machine()}"), seen("threads", lambda: _threads(None))]
-    needed = spec is None or needs_kernels(spec)
-    return [
-        _instructions(needed),
-        seen("ONNX Runtime", _runtime),
-        seen("kernels", _kernels) if needed else ok("kernels", "not needed: this bundle is of ONNX Runtime's own ops"),
-    ]
+    return [_instructions(), seen("ONNX Runtime", _runtime), seen("kernels", _kernels)]
 
 
-def needs_kernels(spec: FolderSpec) -> bool:
-    """Whether a bundle computes with the project's own kernels."""
-    weights = (*spec.weights, *(() if spec.vision is None else spec.vision.weights))
-    return spec.ranks > 1 or spec.cache_bits > 0 or any(weight.layout != "rows" for weight in weights)
-
-
-def _instructions(needed: bool) -> Finding:
+def _instructions() -> Finding:
     name, machine = processor(), {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower())
     sets = SETS.get(machine or platform.machine())
     features = _features()
@@ -58,11 +47,11 @@ def _instructions(needed: bool) -> Finding:
             "processor",
             f"{name} has {best}, and ARRIERO_INSTRUCTION_SET={asked} asks for less: unset it, unless you compare",
         )
-    if best is None and needed:
+    if best is None:
         words = sets[-1][0]
         return found(
             "processor",
-            f"{name} has no {words}, without which quantised models take many times as long: give a virtual machine "
+            f"{name} has no {words}, without which models take many times as long: give a virtual machine "
             "the host's features (as -cpu host), or take a processor that has it",
         )
     return ok("processor", f"{name}, {platform.machine()}, kernels for {best or 'any processor'}")

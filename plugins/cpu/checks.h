@@ -79,7 +79,10 @@ struct Tensor {
         bool is_equal = shape.rank == sizes.size();
         const int64_t* own = shape.dims;
         if (is_equal)
-            for (const int64_t size : sizes) is_equal &= size < 0 || size == *own++;
+            for (const int64_t size : sizes) {
+                is_equal &= size < 0 || size == *own;
+                own++;
+            }
         if (!is_equal)
             refuse("has the shape " + written(shape.dims, shape.rank) + ", and needs " +
                    written(sizes.begin(), sizes.size()));

@@ -52,6 +52,18 @@ def multiply(nodes: Nodes, x: ir.Value, matrix: Panels, count: int, product: ir.
     _node(nodes, "Linear", [x, matrix.weight, matrix.scale, matrix.input_scale], attributes, product)
 
 
+def multiply_plain(nodes: Nodes, x: ir.Value, weight: ir.Value, product: ir.Value) -> None:
+    """Writes float32 x [..., K] times a matrix of floats as it lies.
+
+    Args:
+        nodes: Where the node goes.
+        x: The activations.
+        weight: [N, K] in float32, float16 or bfloat16.
+        product: The value to produce, [..., N].
+    """
+    _node(nodes, "PlainLinear", [x, weight], {}, product)
+
+
 def dispatch(
     nodes: Nodes,
     hidden: ir.Value,

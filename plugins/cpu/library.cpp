@@ -11,6 +11,7 @@
 #include "gqa_op.h"
 #include "linear_op.h"
 #include "moe_op.h"
+#include "plain_linear_op.h"
 
 namespace {
 
@@ -92,6 +93,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
         runtime.check(interface->add_to_domain(domain, described<AllReduce>()));
         runtime.check(interface->add_to_domain(domain, described<Linear>()));
         runtime.check(interface->add_to_domain(domain, described<MoeDispatch>()));
+        runtime.check(interface->add_to_domain(domain, described<PlainLinear>()));
         runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::float32>>()));
         runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::float16>>()));
         runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::int8>>()));

@@ -24,5 +24,5 @@ def library() -> Path:
     folder = Path(__file__).parent
     found = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"kernels{suffix}").exists()), None)
     if found is None:
-        raise SessionError(f"the kernels that quantised models and groups of ranks run on were not compiled: {REMEDY}")
+        raise SessionError(f"the kernels that sessions on a CPU run on were not compiled: {REMEDY}")
     return found

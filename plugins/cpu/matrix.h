@@ -41,6 +41,21 @@ struct Matrix {
     }
 };
 
+// Types of floats that checkpoints hold matrices in.
+enum class Plain { float32, float16, bfloat16 };
+
+// A matrix of floats as checkpoints hold it, [N, K], at any address.
+struct PlainMatrix {
+    const uint8_t* weights;
+    int64_t inputs, outputs;
+    Plain type;
+
+    int64_t size() const { return inputs * outputs * (type == Plain::float32 ? 4 : 2); }
+};
+
+constexpr int64_t STRIP = 48;     // outputs of such a matrix that many rows are multiplied with at once
+constexpr int64_t STRETCH = 512;  // inputs that are added up before others
+
 // Rows of activations: int8 [rows, K] with a scale a block and, about the matrix's middle, what its offset adds up to;
 // or float32 [rows, K] for a matrix of floats.
 struct Rows {
@@ -114,6 +129,8 @@ struct AttentionSpace {
 struct Kernels {
     void (*quantise)(const float* x, const Matrix&, float factor, float fixed_scale, const Rows&, int64_t row);
     void (*multiply)(const Matrix&, const Rows&, int64_t first, int64_t last, int64_t panel, const Target&);
+    void (*multiply_plain)(const PlainMatrix&, const float* x, int64_t rows, int64_t first, int64_t last, float* to,
+                           float* space);
     void (*enter)(const Attention&, int64_t row, int64_t step);
     void (*attend)(const Attention&, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace&);
 };

@@ -24,7 +24,7 @@ struct RowBuffers {
 
 struct Buffers {
     RowBuffers inputs, activated;
-    Buffer activations, outputs, queries;
+    Buffer activations, outputs, queries, widened;
     AttentionSpace attention;
 };
 
@@ -70,6 +70,38 @@ void multiply(const Call& call, const std::vector<Product>& products, const Rows
             unit += to - from;
         }
     });
+}
+
+constexpr int64_t LEAST_UNITS = 16;  // strips, or parts of them, that keep threads evenly busy
+constexpr int64_t LEAST_ROWS = 32;   // rows that are worth widening a strip for
+
+// Multiplies rows [count, K] with a matrix of floats as it lies.
+inline void multiply_plain(const Call& call, const PlainMatrix& matrix, const float* x, int64_t count, float* to) {
+    const int64_t strips = divided_up(matrix.outputs, STRIP);
+    const int64_t parts = std::clamp<int64_t>(LEAST_UNITS / strips, 1, divided_up(count, LEAST_ROWS));
+    const int64_t cost = matrix.size() / parts * ((count + 3) / 4);
+    const int64_t slices = std::clamp<int64_t>(cost / SLICE, 1, std::min(SLICES, strips));
+    call.in_parallel(slices * parts, [&](int64_t unit) {
+        const int64_t slice = unit % slices, part = unit / slices;
+        const int64_t first = strips * slice / slices * STRIP, last = strips * (slice + 1) / slices * STRIP;
+        const int64_t row = count * part / parts, rows = count * (part + 1) / parts - row;
+        float* const space = buffers().widened.take<float>(STRIP * STRETCH);
+        kernels().multiply_plain(matrix, x + row * matrix.inputs, rows, first, std::min(last, matrix.outputs),
+                                 to + row * matrix.outputs, space);
+    });
+}
+
+// A matrix [N, K] of floats as the graph gives it; what does not fit is refused.
+inline PlainMatrix plain_matrix_of(const Tensor& weight, int64_t inputs) {
+    weight.expect({-1, inputs});
+    PlainMatrix made{static_cast<const uint8_t*>(weight.data), inputs, weight.shape[0], Plain::float32};
+    switch (weight.type) {
+        case ort::Type::float32: break;
+        case ort::Type::float16: made.type = Plain::float16; break;
+        case ort::Type::bfloat16: made.type = Plain::bfloat16; break;
+        default: weight.refuse("is of " + name_of(weight.type) + ", and must be of float32, float16 or bfloat16");
+    }
+    return made;
 }
 
 // A matrix's weights and scales as the graph gives them, and the attributes that say how they lie.

@@ -2,7 +2,8 @@
 
 #include "vectors.h"
 #include "panel_products.h"
+#include "plain_products.h"
 #include "caches.h"
 #include "attention.h"
 
-constexpr Kernels KERNELS = {quantise, multiply, enter, attend};
+constexpr Kernels KERNELS = {quantise, multiply, multiply_plain, enter, attend};

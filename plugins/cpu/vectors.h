@@ -49,6 +49,15 @@ inline Small narrow(Ints values) { return __builtin_convertvector(values, Small)
 inline Words whole(Halves words) { return __builtin_convertvector(words, Words); }
 #endif
 
+// The values of float16's bits, none of them infinite.
+template <typename Values, typename Bits>
+inline Values half_values(Bits bits) {
+    // Exponent and mantissa at their places in a float32, and the exponents' biases, 15 and 127, made even.
+    const Values magnitudes = reinterpret_cast<Values>((bits & 0x7FFFu) << 13) * 0x1p112f;
+    const Values values = reinterpret_cast<Values>(reinterpret_cast<Bits>(magnitudes) | (bits & 0x8000u) << 16);
+    return (bits & 0x7C00u) == 0x7C00u ? Values{} + NAN : values;
+}
+
 // Sixteen float16 values, none of them infinite, as float32.
 inline Floats widen_half(Halves halves) {
 #if ARRIERO_SET == 2
@@ -59,11 +68,7 @@ inline Floats widen_half(Halves halves) {
     const __m256 wide[2] = {_mm256_cvtph_ps(parts[0]), _mm256_cvtph_ps(parts[1])};
     return load<Floats>(wide);
 #else
-    // Exponent and mantissa at their places in a float32, and the exponents' biases, 15 and 127, made even.
-    const Words bits = whole(halves);
-    const Floats magnitudes = bits_as_floats((bits & 0x7FFFu) << 13) * 0x1p112f;
-    const Floats values = bits_as_floats(reinterpret_cast<Words>(magnitudes) | (bits & 0x8000u) << 16);
-    return (bits & 0x7C00u) == 0x7C00u ? all(NAN) : values;
+    return half_values<Floats>(whole(halves));
 #endif
 }
 

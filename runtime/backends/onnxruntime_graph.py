@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...errors import SessionError, shortened_text
 from ...files.folders import SPEC
-from ...plugins.cpu.library import DOMAIN, library
+from ...plugins.cpu.library import DOMAIN, REMEDY, library
 from ..room import check_threads
 from .onnxruntime_package import ort
 
@@ -56,7 +56,7 @@ def open_graph(
 
     Raises:
         SessionError: ONNX Runtime does not accept the graph, there are no threads, or the kernels that the graph
-            needs were not compiled.
+            needs were not compiled, or from other sources.
     """
     count = check_threads(threads)
     options = ort.SessionOptions()
@@ -77,4 +77,6 @@ def open_graph(
             return ort.InferenceSession(graph, options, providers=[PROVIDER])
     except Exception as error:  # ONNX Runtime raises its own kinds, none of them public
         said = shortened_text(str(error))
+        if f"{DOMAIN}:" in said and "is not a registered" in said:
+            raise SessionError(f"{folder}: the compiled kernels are of another version ({said}): {REMEDY}") from error
         raise SessionError(f"{folder}: ONNX Runtime refuses the graph ({said}): export the model again") from error

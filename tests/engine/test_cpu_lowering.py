@@ -15,6 +15,7 @@ from arriero.errors import BuildError, FolderError, SessionError
 from arriero.export import export_checkpoint
 from arriero.files.folders import read_spec
 from arriero.measuring.summary import summarise
+from arriero.runtime.backends.onnxruntime_graph import open_graph
 
 RTX = "tensorrt-rtx:sm89"
 
@@ -141,3 +142,11 @@ def test_a_bundle_of_a_self_contained_model_stands_alone(checkpoint: Path, tmp_p
     for folder in (model, checkpoint):
         folder.rename(folder.with_name(f"{folder.name}-gone"))
     assert (arriero.load(bundle).logits([[5, 6, 7]]) == expected).all()
+
+
+def test_kernels_of_another_version_are_told_from_a_graph_that_is_wrong(tiny_model: Path) -> None:
+    graph = lower_for_cpu(tiny_model, read_spec(tiny_model)).graph.replace(
+        b"GroupedQueryAttention", b"GroupedQueryAttentive"
+    )
+    with pytest.raises(SessionError, match=r"kernels are of another version .*: install a C\+\+ compiler"):
+        open_graph(graph, {}, tiny_model, {})

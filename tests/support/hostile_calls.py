@@ -22,6 +22,7 @@ from op_calls import (
     drawn,
     experts,
     linear,
+    plain_linear,
 )
 from op_meanings import FLOATS, INTEGERS
 
@@ -212,7 +213,8 @@ def bases() -> list[OpCall]:
     """Calls that fit, of which the table's are made."""
     rng = np.random.default_rng(17)
     made = [linear(rng, bits) for bits in (4, 8, 16, 32)] + [experts(rng, bits) for bits in (4, 8)]
-    return made + [attention(rng, cache) for cache in CACHES] + [all_reduce(rng) for _ in range(2)]
+    made += [attention(rng, cache) for cache in CACHES] + [all_reduce(rng) for _ in range(2)]
+    return made + [plain_linear(rng, dtype) for dtype in (np.float32, np.float16, BFLOAT16)]
 
 
 def table(thinned: int = 1) -> Iterator[OpCall]:

@@ -16,6 +16,7 @@ Rng = np.random.Generator
 INPUTS = {
     "AllReduce": ("part", "group"),
     "Linear": ("x", "weight", "scale", "x_scale"),
+    "PlainLinear": ("x", "weight"),
     "MoeDispatch": (
         "hidden",
         "router_logits",
@@ -40,7 +41,7 @@ INPUTS = {
 }
 OUTPUTS = (
     {"AllReduce": ("total",)}
-    | dict.fromkeys(("Linear", "MoeDispatch"), ("output",))
+    | dict.fromkeys(("Linear", "PlainLinear", "MoeDispatch"), ("output",))
     | {"GroupedQueryAttention": ("output", "present_key", "present_value")}
 )
 LINE_OF = "<IIiIQQ"
@@ -119,6 +120,20 @@ def linear(rng: Rng, bits: int | None = None) -> OpCall:
             "x_scale": None if static is None else np.array(static).reshape(() if rng.random() < 0.5 else (1,)),
         },
     )
+
+
+def plain_linear(rng: Rng, dtype: Any = None) -> OpCall:
+    dtype = dtype or (np.float32, np.float16, BFLOAT16)[int(rng.integers(3))]
+    inputs, outputs = (
+        int(rng.integers(1, 130) if rng.random() < 0.8 else rng.integers(500, 1100)),
+        int(rng.integers(1, 100)),
+    )
+    front = tuple(int(size) for size in rng.integers(0 if rng.random() < 0.1 else 1, 9, int(rng.integers(0, 3))))
+    tensors: dict[str, Array | None] = {
+        "x": normal(rng, *front, inputs),
+        "weight": normal(rng, outputs, inputs).astype(dtype),
+    }
+    return OpCall(op="PlainLinear", attributes={}, tensors=tensors)
 
 
 def experts(rng: Rng, bits: int | None = None) -> OpCall:
@@ -223,9 +238,15 @@ def all_reduce(rng: Rng) -> OpCall:
     )
 
 
-DRAWN = {"AllReduce": all_reduce, "Linear": linear, "MoeDispatch": experts, "GroupedQueryAttention": attention}
+DRAWN = {
+    "AllReduce": all_reduce,
+    "Linear": linear,
+    "PlainLinear": plain_linear,
+    "MoeDispatch": experts,
+    "GroupedQueryAttention": attention,
+}
 
 
 def drawn(rng: Rng) -> OpCall:
     """A call that fits."""
-    return DRAWN[str(rng.choice(list(DRAWN), p=[0.1, 0.2, 0.2, 0.5]))](rng)
+    return DRAWN[str(rng.choice(list(DRAWN), p=[0.1, 0.15, 0.1, 0.2, 0.45]))](rng)

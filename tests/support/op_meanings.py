@@ -21,6 +21,7 @@ CACHE_TYPES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16",
 INTEGERS = {
     "AllReduce": ("ranks", "rank"),
     "Linear": ("bits", "group", "outputs"),
+    "PlainLinear": (),
     "MoeDispatch": ("bits", "group", "down_group", "top_k", "first_expert", "experts", "width"),
     "GroupedQueryAttention": ("heads", "kv_heads", "chunk", "cache_bits"),
 }
@@ -52,7 +53,12 @@ def fits(call: OpCall) -> bool:
         return False
     if "" in call.outputs or any(a[name] < 0 for name in integers):
         return False
-    rules = {"AllReduce": _sum_fits, "Linear": _linear_fits, "MoeDispatch": _experts_fit}
+    rules = {
+        "AllReduce": _sum_fits,
+        "Linear": _linear_fits,
+        "PlainLinear": _plain_linear_fits,
+        "MoeDispatch": _experts_fit,
+    }
     return rules.get(call.op, _attention_fits)(call)
 
 
@@ -130,6 +136,13 @@ def _linear_fits(call: OpCall) -> bool:
             return False
     size = (x.shape[-1], a["outputs"])
     return _matrix_fits(call.given("weight"), call.given("scale"), a["bits"], a["group"], size)
+
+
+def _plain_linear_fits(call: OpCall) -> bool:
+    x, weight = call.given("x"), call.given("weight")
+    if x is None or x.dtype != np.float32 or not 1 <= x.ndim <= 8 or x.shape[-1] == 0:
+        return False
+    return any(is_tensor(weight, dtype, (None, x.shape[-1])) for dtype in (np.float32, np.float16, BFLOAT16))
 
 
 def _experts_fit(call: OpCall) -> bool:
@@ -251,6 +264,13 @@ def linear(call: OpCall) -> Array:
         rows if a["bits"] >= 16 else rounded(rows, a["group"], None if static is None else float(static.reshape(-1)[0]))
     )
     return (taken.astype(np.float64) @ matrix).reshape(*x.shape[:-1], a["outputs"])
+
+
+def plain_linear(call: OpCall) -> Array:
+    x, weight = call.given("x"), call.given("weight")
+    assert x is not None
+    assert weight is not None
+    return x.astype(np.float64) @ weight.astype(np.float64).T
 
 
 def experts(call: OpCall) -> Array:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hostile_calls import as_constant, changed, set_attribute, set_tensor, table, together
 from op_batches import batch, run, summary
-from op_calls import OpCall, all_reduce, attention, experts, linear
+from op_calls import OpCall, all_reduce, attention, experts, linear, plain_linear
 
 from arriero.runtime.ranks.segment import HEAD, LINE
 
@@ -44,6 +44,7 @@ ATTENTION = attention(np.random.default_rng(3), "float32")
 INT8_CACHE = attention(np.random.default_rng(3), "int8")
 EXPERTS = experts(np.random.default_rng(9), 8)
 LINEAR = linear(np.random.default_rng(0), 8)
+PLAIN = plain_linear(np.random.default_rng(0), np.float16)
 SUM = all_reduce(np.random.default_rng(3))
 
 
@@ -88,6 +89,14 @@ SET_LENGTHS = set_tensor("past_lengths", lambda a: a * 0 + 9999, "")
             set_tensor("x_scale", lambda a: np.zeros(1, np.float32), ""),
             "x_scale holds 0, and a scale is at least",
         ),
+        (PLAIN, set_tensor("x", lambda a: a[..., :0], ""), "whose last dimension must not be 0"),
+        (PLAIN, set_tensor("x", lambda a: a[..., :-1], ""), "weight has the shape"),
+        (PLAIN, set_tensor("weight", lambda a: a.T, ""), "weight has the shape"),
+        (
+            PLAIN,
+            set_tensor("weight", lambda a: a.view(np.int16), ""),
+            "weight is of int16, and must be of float32, flo",
+        ),
     ],
 )
 def test_a_refusal_names_the_op_the_input_and_what_was_found(base: OpCall, change: object, said: str) -> None:
@@ -103,8 +112,9 @@ def test_numbers_at_odd_addresses_are_refused(base: OpCall, name: str) -> None:
     assert found == f"refused: arriero.cpu {base.op}: {name} lies at an address that is no multiple of 4"
 
 
-def test_scales_of_weights_may_lie_anywhere() -> None:
-    assert run(dataclasses.replace(LINEAR, misaligned="scale")) == "right"
+@pytest.mark.parametrize(("base", "name"), [(LINEAR, "scale"), (PLAIN, "weight")])
+def test_weights_and_their_scales_may_lie_anywhere(base: OpCall, name: str) -> None:
+    assert run(dataclasses.replace(base, misaligned=name)) == "right"
 
 
 def test_a_graph_that_kills_its_process_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from custom_ops import in_panels, run_graph
+from custom_ops import in_panels, initializer, run_graph
 
-from arriero.plugins.cpu.kernel_nodes import dispatch, multiply
+from arriero.plugins.cpu.kernel_nodes import dispatch, multiply, multiply_plain
 from arriero.plugins.moe.op import Attributes
 from arriero.plugins.nodes import Nodes
 from arriero.plugins.quantisation import fake_quantise
@@ -21,6 +21,7 @@ from arriero.plugins.quantisation import fake_quantise
 Array = np.ndarray[Any, Any]
 FLOAT = ir.DataType.FLOAT
 ROOT = Path(__file__).parents[3]
+PLAIN = [np.float32, np.float16, ml_dtypes.bfloat16]
 SIZES = [(32, 32), (64, 48), (96, 7), (40, 33), (160, 96), (2048, 80)]
 
 
@@ -33,6 +34,14 @@ def product(
     multiply(nodes, value, matrix, len(stored), y)
     given = [each for each in (matrix.weight, matrix.scale, matrix.input_scale) if each is not None]
     return run_graph([value], y, nodes, given, {"x": x})
+
+
+def plain_product(x: Array, weight: Array) -> Array:
+    """The op's product of rows [T, K] with a matrix [N, K] of floats as it lies."""
+    value, y, nodes = ir.val("x", FLOAT, ["tokens", x.shape[1]]), ir.val("y", FLOAT, ["tokens", len(weight)]), Nodes()
+    given = initializer("weight", weight)
+    multiply_plain(nodes, value, given, y)
+    return run_graph([value], y, nodes, [given], {"x": x})
 
 
 def drawn(bits: int, size: tuple[int, int], groups: int, seed: int = 0) -> tuple[Array, Array]:
@@ -70,6 +79,33 @@ def test_floats_are_multiplied_as_float64_does(dtype: type, bits: int, size: tup
         x = rng.standard_normal((tokens, inputs)).astype(np.float32)
         expected = x.astype(np.float64) @ weight.astype(np.float64).T
         assert np.abs(product(x, weight, None, bits) - expected).max() < 1e-6 * inputs
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (40, 33), (512, 13), (530, 50), (1100, 100)], ids=str)
+@pytest.mark.parametrize("dtype", PLAIN)
+def test_floats_are_multiplied_as_they_lie(dtype: type, size: tuple[int, int]) -> None:
+    inputs, outputs = size
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((outputs, inputs)).astype(dtype)
+    weight[0, 0] = 2.0**-20  # no normal number of float16
+    for tokens in (1, 2, 3, 5, 8, 9, 40):
+        x = rng.standard_normal((tokens, inputs)).astype(np.float32)
+        expected = x.astype(np.float64) @ weight.astype(np.float64).T
+        assert np.abs(plain_product(x, weight) - expected).max() < 2e-6 * np.sqrt(inputs)
+
+
+@pytest.mark.parametrize("dtype", PLAIN)
+def test_a_row_of_a_plain_product_knows_of_no_other(dtype: type) -> None:
+    rng = np.random.default_rng(1)
+    weight, x = rng.standard_normal((101, 1030)).astype(dtype), rng.standard_normal((150, 1030)).astype(np.float32)
+    alone = np.concatenate([plain_product(x[row : row + 1], weight) for row in range(0, 150, 6)])
+    assert np.array_equal(plain_product(x, weight)[::6], alone)
+    for count in range(2, 14):
+        assert np.array_equal(plain_product(x[:count], weight)[::6], alone[: -(-count // 6)])
+    narrow = plain_product(x, weight[17:20])
+    assert np.array_equal(narrow[::6], alone[:, 17:20])
+    x[75] = np.nan
+    assert np.array_equal(np.flatnonzero(~np.isfinite(plain_product(x, weight)).all(1)), [75])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

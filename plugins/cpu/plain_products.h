@@ -1,0 +1,218 @@
+// Products of rows of float32 with a matrix of floats as checkpoints hold it, an output's inputs side by side.
+//
+// Included once for each instruction set, within its own namespace, behind `vectors.h`.
+//
+// An output is a sum over stretches of its inputs. Within one, each lane adds up every so manieth product, and the lanes
+// are folded in one way. That order knows nothing of other rows and other outputs, so a batch's rows, a prompt's pieces
+// and single tokens agree bit by bit. A stretch of many rows' weights is widened to float32 once, for all of them.
+
+#if ARRIERO_SET == 2
+using Wide = Floats;
+using WideWords = Words;
+using WideHalves = Halves;
+#else
+using Wide = float __attribute__((vector_size(32)));
+using WideWords = uint32_t __attribute__((vector_size(32)));
+using WideHalves = uint16_t __attribute__((vector_size(16)));
+#endif
+using Four = float __attribute__((vector_size(16)));
+
+constexpr int64_t WIDTH = sizeof(Wide) / sizeof(float);
+constexpr int TALL = ARRIERO_SET == 2 ? 6 : ARRIERO_SET ? 4 : 2;  // rows of a tile whose sums fit the registers
+constexpr int64_t FEW = 8;  // rows for which weights are widened on the way, once a tile of rows
+
+// Outputs of a tile of so many rows.
+constexpr int across(int rows) { return ARRIERO_SET == 0 ? 2 : ARRIERO_SET == 2 || rows < 3 ? 4 : 3; }
+
+struct PlainFloat32 {
+    static constexpr int64_t SIZE = 4;
+    static Wide widened(const void* from) { return load<Wide>(from); }
+};
+
+struct PlainFloat16 {
+    static constexpr int64_t SIZE = 2;
+    static Wide widened(const void* from) {
+#if ARRIERO_SET == 2
+        return widen_half(load<Halves>(from));
+#elif ARRIERO_SET == 1
+        return reinterpret_cast<Wide>(_mm256_cvtph_ps(load<__m128i>(from)));
+#else
+        return half_values<Wide>(__builtin_convertvector(load<WideHalves>(from), WideWords));
+#endif
+    }
+};
+
+struct PlainBfloat16 {
+    static constexpr int64_t SIZE = 2;
+    static Wide widened(const void* from) {
+#if ARRIERO_SET == 2
+        return widen(static_cast<const uint16_t*>(from));
+#elif ARRIERO_SET == 1
+        return reinterpret_cast<Wide>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16));
+#else
+        return reinterpret_cast<Wide>(__builtin_convertvector(load<WideHalves>(from), WideWords) << 16);
+#endif
+    }
+};
+
+// The first lanes, of as many values as there are.
+template <typename Stored>
+inline Wide widened_some(const uint8_t* from, int64_t count) {
+    uint8_t values[WIDTH * Stored::SIZE] = {};
+    std::memcpy(values, from, count * Stored::SIZE);
+    return Stored::widened(values);
+}
+
+// Four vectors, each folded to one lane: every fourth lane, two apart, then one, and then the quarters.
+inline Four folded_four(Wide a, Wide b, Wide c, Wide d) {
+#if ARRIERO_SET == 2
+    const auto low = [](Wide x, Wide y) {
+        return __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    };
+    const auto high = [](Wide x, Wide y) {
+        return __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    };
+    const auto first = [](Wide x, Wide y) {
+        return __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    };
+    const auto second = [](Wide x, Wide y) {
+        return __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    };
+#else
+    const auto low = [](Wide x, Wide y) { return __builtin_shufflevector(x, y, 0, 8, 1, 9, 4, 12, 5, 13); };
+    const auto high = [](Wide x, Wide y) { return __builtin_shufflevector(x, y, 2, 10, 3, 11, 6, 14, 7, 15); };
+    const auto first = [](Wide x, Wide y) { return __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13); };
+    const auto second = [](Wide x, Wide y) { return __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15); };
+#endif
+    const Wide pairs = low(a, b) + high(a, b), others = low(c, d) + high(c, d);
+    const Wide quarters = first(pairs, others) + second(pairs, others);
+    Four parts[WIDTH / 4];
+    std::memcpy(parts, &quarters, sizeof parts);
+    Four sum = parts[0];
+    for (int64_t part = 1; part < WIDTH / 4; part++) sum += parts[part];
+    return sum;
+}
+
+// A stretch of inputs: onto the sums of those before it, or as the first of them.
+struct Stretch {
+    int64_t inputs;
+    bool is_first;
+};
+
+// Weights of some outputs, a row for each, and how far behind each row's bytes lie those that are read next.
+struct PlainRows {
+    const uint8_t* weights;
+    int64_t row, ahead;
+};
+
+// One step of a tile: as many inputs as a vector holds.
+template <typename Stored, int ROWS, int ACROSS>
+inline void plain_step(const PlainRows& of, int64_t k, const float* x, int64_t x_row, Wide (*sums)[ACROSS]) {
+    Wide weights[ACROSS];
+    for (int n = 0; n < ACROSS; n++) weights[n] = Stored::widened(of.weights + n * of.row + k * Stored::SIZE);
+    for (int row = 0; row < ROWS; row++) {
+        const Wide of_x = load<Wide>(x + row * x_row + k);
+        for (int n = 0; n < ACROSS; n++) sums[row][n] += of_x * weights[n];
+    }
+}
+
+// One tile of products.
+template <typename Stored, int ROWS, int ACROSS>
+__attribute__((noinline)) void plain_tile(const PlainRows& of, const float* x, int64_t x_row, const Stretch& stretch, float* to,
+                       int64_t to_row) {
+    constexpr int64_t LINE_INPUTS = 64 / Stored::SIZE;
+    Wide sums[ROWS][ACROSS];
+    for (int row = 0; row < ROWS; row++)
+        for (int n = 0; n < ACROSS; n++) sums[row][n] = Wide{};
+    int64_t k = 0;
+    for (; k + LINE_INPUTS <= stretch.inputs; k += LINE_INPUTS) {
+        for (int n = 0; n < ACROSS; n++) __builtin_prefetch(of.weights + n * of.row + k * Stored::SIZE + of.ahead);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < LINE_INPUTS; i += WIDTH)
+            plain_step<Stored, ROWS, ACROSS>(of, k + i, x, x_row, sums);
+    }
+    for (; k + WIDTH <= stretch.inputs; k += WIDTH) plain_step<Stored, ROWS, ACROSS>(of, k, x, x_row, sums);
+    if (const int64_t left = stretch.inputs - k)
+        for (int n = 0; n < ACROSS; n++) {
+            const Wide some = widened_some<Stored>(of.weights + n * of.row + k * Stored::SIZE, left);
+            for (int row = 0; row < ROWS; row++)
+                sums[row][n] +=
+                    widened_some<PlainFloat32>(reinterpret_cast<const uint8_t*>(x + row * x_row + k), left) * some;
+        }
+    for (int row = 0; row < ROWS; row++) {
+        const auto sum = [&](int n) { return sums[row][n < ACROSS ? n : 0]; };
+        const Four folded = folded_four(sum(0), sum(1), sum(2), sum(3));
+        float* const place = to + row * to_row;
+        for (int n = 0; n < ACROSS; n++) place[n] = stretch.is_first ? folded[n] : place[n] + folded[n];
+    }
+}
+
+// Some rows' products with some outputs, tile by tile; on the way the rows behind them are asked for.
+template <typename Stored, int ROWS>
+inline void plain_tiles(const PlainRows& of, int64_t outputs, const float* x, int64_t x_row, int64_t rows_behind,
+                        const Stretch& stretch, float* to, int64_t to_row) {
+    constexpr int ACROSS = across(ROWS);
+    const int64_t behind = std::min<int64_t>(rows_behind, ROWS), share = divided_up(stretch.inputs * ACROSS, outputs);
+    int64_t n = 0, k = 0;
+    for (; n + ACROSS <= outputs; n += ACROSS) {
+        for (const int64_t end = std::min(stretch.inputs, k + share); k < end; k += LANES)
+            for (int64_t row = 0; row < behind; row++) __builtin_prefetch(x + (ROWS + row) * x_row + k);
+        const PlainRows some{of.weights + n * of.row, of.row, of.ahead * ACROSS};
+        plain_tile<Stored, ROWS, ACROSS>(some, x, x_row, stretch, to + n, to_row);
+    }
+    for (; n < outputs; n++)
+        plain_tile<Stored, ROWS, 1>({of.weights + n * of.row, of.row, 0}, x, x_row, stretch, to + n, to_row);
+}
+
+// Rows' products with some outputs.
+template <typename Stored, int ROWS = TALL>
+inline void plain_rows(int64_t rows, const PlainRows& of, int64_t outputs, const float* x, int64_t x_row,
+                       const Stretch& stretch, float* to, int64_t to_row) {
+    for (; rows >= ROWS; rows -= ROWS, x += ROWS * x_row, to += ROWS * to_row)
+        plain_tiles<Stored, ROWS>(of, outputs, x, x_row, rows - ROWS, stretch, to, to_row);
+    if constexpr (ROWS > 1) plain_rows<Stored, ROWS - 1>(rows, of, outputs, x, x_row, stretch, to, to_row);
+}
+
+// A stretch of some outputs' weights in float32, STRETCH to each.
+template <typename Stored>
+inline void widen_stretch(const uint8_t* weights, int64_t weight_row, int64_t outputs, int64_t inputs, float* to) {
+    for (int64_t n = 0; n < outputs; n++, weights += weight_row, to += STRETCH) {
+        int64_t i = 0;
+        for (; i + WIDTH <= inputs; i += WIDTH) store(to + i, Stored::widened(weights + i * Stored::SIZE));
+        if (i < inputs) store(to + i, widened_some<Stored>(weights + i * Stored::SIZE, inputs - i));
+    }
+}
+
+// Rows [rows, K] times the outputs from `first` to `last`. `space` is for STRIP * STRETCH floats.
+template <typename Stored>
+inline void multiply_stored(const PlainMatrix& matrix, const float* x, int64_t rows, int64_t first, int64_t last,
+                            float* to, float* space) {
+    const int64_t inputs = matrix.inputs, weight_row = inputs * Stored::SIZE;
+    const int64_t strip = rows > FEW ? STRIP : rows < 3 ? across(1) : across(1) * across(TALL);
+    for (; first < last; first += strip) {
+        const int64_t outputs = std::min(strip, last - first);
+        for (int64_t k = 0; k < inputs; k += STRETCH) {
+            const Stretch stretch{std::min(STRETCH, inputs - k), k == 0};
+            const uint8_t* weights = matrix.weights + first * weight_row + k * Stored::SIZE;
+            float* const place = to + first;
+            if (rows <= FEW) {
+                plain_rows<Stored>(rows, {weights, weight_row, weight_row}, outputs, x + k, inputs, stretch, place,
+                                   matrix.outputs);
+                continue;
+            }
+            widen_stretch<Stored>(weights, weight_row, outputs, stretch.inputs, space);
+            const int64_t row = STRETCH * sizeof(float);
+            plain_rows<PlainFloat32>(rows, {reinterpret_cast<const uint8_t*>(space), row, row}, outputs, x + k, inputs,
+                                     stretch, place, matrix.outputs);
+        }
+    }
+}
+
+inline void multiply_plain(const PlainMatrix& matrix, const float* x, int64_t rows, int64_t first, int64_t last,
+                           float* to, float* space) {
+    switch (matrix.type) {
+        case Plain::float32: return multiply_stored<PlainFloat32>(matrix, x, rows, first, last, to, space);
+        case Plain::float16: return multiply_stored<PlainFloat16>(matrix, x, rows, first, last, to, space);
+        case Plain::bfloat16: return multiply_stored<PlainBfloat16>(matrix, x, rows, first, last, to, space);
+    }
+}
