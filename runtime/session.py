@@ -196,13 +196,13 @@ class Session(TokenSession):
         ids = tokens.ids
         if not ids:
             raise SessionError("the prompt holds no tokens: give some text or ids")
-        self.check_ids(ids)
         if len(ids) > self.max_seq:
             of_images = f" ({seen} of its images)" if (seen := sum(token == self.image_token for token in ids)) else ""
             raise SessionError(
                 f"the prompt has {len(ids)} tokens{of_images}, the session holds {self.max_seq}: shorten it, or load "
                 f"with a larger max_seq (the model's context is {self.spec.max_positions})"
             )
+        self.check_ids(ids)
         return tokens
 
 

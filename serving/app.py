@@ -4,7 +4,6 @@ Enters: HTTP. Leaves: HTTP. Invariant: whatever goes wrong is an answer in OpenA
 """
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from .page import page
 from .protocol.answers import DetokenizeAnswer, Health, Model, ModelList, State, TokenizeAnswer
 from .protocol.chat import ChatRequest
 from .protocol.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .protocol.long_json import read_json
 from .protocol.openapi import document
 from .protocol.reading import plain, read
 from .protocol.responses import ResponseRequest
@@ -35,6 +35,12 @@ from .service import Service
 from .streams import Writer, stream, watched
 
 T = TypeVar("T")
+SHORT = 1 << 14
+"""Bytes of a body that is read in the event loop; longer ones are read beside it."""
+
+MOST_TOKENS = 1 << 17
+"""Tokens that are written as a text at most, where the session holds no more."""
+
 BODY_SECONDS = 60
 """Seconds that a request's body has to come."""
 
@@ -54,19 +60,19 @@ class Endpoints:
     async def chat(self, request: HttpRequest) -> Response:
         """A conversation to be continued."""
         asked = await self._read(request, ChatRequest)
-        ride = await self.service.chat(asked, request.state.caller)
+        ride = await self.service.chat(asked, request.state.caller, long=request.state.is_long)
         return await self._answer(request, asked, ride, whole_chat, ChatWriter)
 
     async def complete(self, request: HttpRequest) -> Response:
         """Prompts to be continued."""
         asked = await self._read(request, CompletionRequest)
-        ride = await self.service.complete(asked, request.state.caller)
+        ride = await self.service.complete(asked, request.state.caller, long=request.state.is_long)
         return await self._answer(request, asked, ride, whole_completion, CompletionWriter)
 
     async def respond(self, request: HttpRequest) -> Response:
         """A conversation of items to be continued."""
         asked = await self._read(request, ResponseRequest)
-        ride = await self.service.chat(as_chat(asked), request.state.caller)
+        ride = await self.service.chat(as_chat(asked), request.state.caller, long=request.state.is_long)
         return await self._answer(request, asked, ride, whole_response, ResponseWriter)
 
     async def models(self, request: HttpRequest) -> Response:
@@ -83,7 +89,7 @@ class Endpoints:
         asked = await self._read(request, TokenizeRequest)
         self.service.check_model(asked.model)
         session = self.service.session
-        ids = await self.service.work(self._tokens, asked)
+        ids = await self.service.work(self._tokens, asked, long=request.state.is_long)
         return JSONResponse(plain(TokenizeAnswer(count=len(ids), max_model_len=session.max_seq, tokens=ids)))
 
     async def detokenize(self, request: HttpRequest) -> Response:
@@ -93,11 +99,13 @@ class Endpoints:
         session = self.service.session
 
         def write() -> str:
+            if len(asked.tokens) > (most := max(session.max_seq, MOST_TOKENS)):
+                raise RequestError(f"tokens has {len(asked.tokens)} ids, this server writes {most} at most", "tokens")
             if asked.tokens:
                 session.check_ids(asked.tokens)
             return self.service.texts.whole(asked.tokens, special=True)
 
-        return JSONResponse(plain(DetokenizeAnswer(prompt=await self.service.work(write))))
+        return JSONResponse(plain(DetokenizeAnswer(prompt=await self.service.work(write, long=request.state.is_long))))
 
     async def health(self, request: HttpRequest) -> Response:
         """Whether the process is alive, and its model not lost."""
@@ -182,21 +190,28 @@ class Endpoints:
                         raise _too_large(limit)
         except TimeoutError as error:
             raise RequestError(f"the body did not come within {BODY_SECONDS} s: send it again", status=408) from error
-        try:
-            data = json.loads(bytes(body), parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"the body is no JSON ({str(error)[:100]}): send a JSON object") from error
+        is_long = request.state.is_long = len(body) > SHORT
+        data, asked = await self.service.work(_read_body, cls, body, long=True) if is_long else _read_body(cls, body)
         if self.log.has_prompts:
             request.state.about["request"] = data
-        return read(cls, data)
+        return asked
 
 
 def _too_large(limit: int) -> RequestError:
     return RequestError(f"the body is larger than {limit} bytes: send less", status=413, code="body_too_large")
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+def _read_body(cls: type[T], body: bytearray) -> tuple[Any, T]:
+    """A body's data, and the request that it is.
+
+    Raises:
+        RequestError: It is no JSON, or not as it must be.
+    """
+    try:
+        data = read_json(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON ({str(error)[:100]}): send a JSON object") from error
+    return data, read(cls, data)
 
 
 def routes(endpoints: Endpoints) -> list[Route]:

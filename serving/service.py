@@ -86,6 +86,7 @@ class Service:
         self.created = int(time.time())
         self.fingerprint = f"arriero-{__version__}"
         self.workers = ThreadPoolExecutor(2, thread_name_prefix="reader")
+        self.slow_workers = ThreadPoolExecutor(2, thread_name_prefix="slow reader")
         self._session: Session | None = None
         self._pilot: Pilot | None = None
 
@@ -109,7 +110,8 @@ class Service:
         """Ends the pilot and the workers."""
         if self._pilot is not None:
             self._pilot.stop()
-        self.workers.shutdown(wait=False, cancel_futures=True)
+        for workers in (self.workers, self.slow_workers):
+            workers.shutdown(wait=False, cancel_futures=True)
 
     @property
     def session(self) -> Session:
@@ -154,20 +156,28 @@ class Service:
                 f"this server has the model {self.name} alone", "model", status=404, code="model_not_found"
             )
 
-    async def work(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Calls a function in a worker thread; errors of sessions become refusals."""
+    async def work(self, function: Callable[..., T], *arguments: Any, long: bool = False) -> T:
+        """Calls a function in a worker thread; errors of sessions become refusals.
+
+        Args:
+            function: The function.
+            *arguments: Its arguments.
+            long: Whether it may take seconds, and is not to stand before what takes milliseconds.
+        """
+        workers = self.slow_workers if long else self.workers
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.workers, function, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(workers, function, *arguments)
         except (ArrieroError, RequestError) as error:
             raise of_session(error) from error
 
-    async def chat(self, request: ChatRequest, caller: Caller) -> Ride:
-        """Lets a conversation on board."""
-        return await self._board(self._chat_parties, request, caller)
+    async def chat(self, request: ChatRequest, caller: Caller, *, long: bool = False) -> Ride:
+        """Lets a conversation on board; a long one is made ready beside others."""
+        long = long or request.response_format is not None or request.tool_choice not in (None, "auto", "none")
+        return await self._board(self._chat_parties, request, caller, long)
 
-    async def complete(self, request: CompletionRequest, caller: Caller) -> Ride:
-        """Lets prompts on board."""
-        return await self._board(self._completion_parties, request, caller)
+    async def complete(self, request: CompletionRequest, caller: Caller, *, long: bool = False) -> Ride:
+        """Lets prompts on board; long ones are made ready beside others."""
+        return await self._board(self._completion_parties, request, caller, long)
 
     def cancel(self, ride: Ride) -> None:
         """Ends a ride that nobody waits for any more."""
@@ -182,7 +192,9 @@ class Service:
             messages, tools, self.template, self.limits.images, lambda url: fetch_image(url, hosts)
         )
 
-    async def _board(self, prepare: Callable[..., list[list[Request]]], request: Any, caller: Caller) -> Ride:
+    async def _board(
+        self, prepare: Callable[..., list[list[Request]]], request: Any, caller: Caller, long: bool
+    ) -> Ride:
         self.check_model(request.model)
         session, pilot = self.session, self.pilot
         most, count = (
@@ -192,7 +204,8 @@ class Service:
         if count > most:
             raise RequestError(f"{count} continuations are asked for, this server takes at most {most} at once", "n")
         self._refuse_load(pilot.check_queue)
-        parties = await self.work(prepare, session, request, self._scope(caller))
+        long = long or not (request.grammar is None and request.regex is None)  # which is compiled
+        parties = await self.work(prepare, session, request, self._scope(caller), long=long)
         self.session  # noqa: B018 # it may drain by now
         ride = Ride(parties, f"{caller.tenant.hex() or caller.address}/{request.asker}")
         self._refuse_load(pilot.submit, ride)

@@ -13,6 +13,9 @@ MAX_BYTES = 8 << 27
 """The largest file of an image: 134 megapixels of four channels of 16 bits, uncompressed. Some decoders read a whole
 file at once."""
 
+PIECE = 1 << 20
+"""Characters of base64 that are read at once: C holds the interpreter meanwhile."""
+
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):", re.ASCII)
 """The beginning of an address; one letter alone is a drive."""
 
@@ -53,9 +56,16 @@ def decode_base64(text: str, name: str) -> bytes:
         SessionError: It is none, or too large.
     """
     _check_size(len(text) * 3 // 4, name)
-    packed = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    text = text.rstrip("= \t\r\n\v\f")
+    found, rest = bytearray(), ""
     try:
-        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+        for start in range(0, len(text), PIECE):  # between which other threads may run
+            rest += "".join(text[start : start + PIECE].split()).replace("-", "+").replace("_", "/")
+            if "=" in rest:
+                raise ValueError("padding within the data")
+            packed, rest = rest[: len(rest) // 4 * 4], rest[len(rest) // 4 * 4 :]
+            found += base64.b64decode(packed, validate=True)
+        return bytes(found + base64.b64decode(rest + "=" * (-len(rest) % 4), validate=True))
     except ValueError as error:
         raise SessionError(f"{name}: {shortened(text)} is damaged base64 ({error}): give all of it") from error
 

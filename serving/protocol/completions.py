@@ -62,7 +62,7 @@ class CompletionRequest(Choosing):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [[each for each in self.prompt if isinstance(each, int)]]
+            return [self.prompt]  # which may be millions
         return [each for each in self.prompt if isinstance(each, str | list)]
 
 
