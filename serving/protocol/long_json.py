@@ -1,7 +1,7 @@
 """JSON of any length read piece by piece, so that no other thread waits for the whole of it.
 
 Enters: a body's bytes. Leaves: the data that `json.loads` makes of them. Invariant: between two pieces other threads
-may run, and there are not so many objects that collecting garbage stops them. C holds the interpreter while it reads,
+may run, and objects are too few for collecting garbage to stop them. C holds the interpreter while it reads, about
 half a second for a body of 32 MB: here it gets some numbers of a list, or some characters of a text, at a time, and
 Python reads what stands around them.
 """
