@@ -260,6 +260,9 @@ MaxImages = Annotated[int, typer.Option(help="Images of a request at most.")]
 FirstTokenSeconds = Annotated[float, typer.Option(help="Seconds until the first token at most; 0 is no limit.")]
 TotalSeconds = Annotated[float, typer.Option(help="Seconds of an answer at most; 0 is no limit.")]
 DrainSeconds = Annotated[float, typer.Option(help="Seconds that running answers have to end after SIGTERM.")]
+Dynamo = Annotated[
+    bool, typer.Option("--dynamo", help="Be a worker of NVIDIA Dynamo, whose frontend speaks HTTP, instead.")
+]
 LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Log requests with what they say.")]
 
 # bench

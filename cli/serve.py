@@ -44,6 +44,7 @@ def serve(
     first_token_seconds: options.FirstTokenSeconds = 0.0,
     total_seconds: options.TotalSeconds = 0.0,
     drain_seconds: options.DrainSeconds = 30.0,
+    dynamo: options.Dynamo = False,
     log_prompts: options.LogPrompts = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the address on stdout, as JSON, when requests are taken.")
@@ -60,7 +61,14 @@ def serve(
 
         check_extra(folder)
         log = Log(has_prompts=log_prompts, is_silent=quiet, debug=debug)
-        run(settings_of(asked), log, show_json if as_json else lambda about: None)
+        settings, on_ready = settings_of(asked), show_json if as_json else lambda about: None
+        if dynamo:
+            refuse_doors(asked)
+            from ..serving.dynamo_worker import serve_dynamo
+
+            serve_dynamo(settings, log, on_ready)
+        else:
+            run(settings, log, on_ready)
 
 
 def settings_of(asked: SimpleNamespace) -> "ServerSettings":
@@ -107,6 +115,20 @@ def settings_of(asked: SimpleNamespace) -> "ServerSettings":
     )
 
 
+def refuse_doors(asked: SimpleNamespace) -> None:
+    """Refuses options of the HTTP server beside `--dynamo`, whose frontend is the one that listens.
+
+    Raises:
+        SessionError: One is given.
+    """
+    names = ("unix_socket", "api_key_file", "tls_certificate", "tls_key", "cors_origin", "allow_host")
+    given = [name for name in names if getattr(asked, name) is not None]
+    given += [name for name, usual in (("host", "127.0.0.1"), ("port", 8000)) if getattr(asked, name) != usual]
+    if given:
+        option = "--" + given[0].replace("_", "-")
+        raise SessionError(f"{option} is given beside --dynamo, whose frontend listens: give it there, leave it out")
+
+
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -135,12 +157,14 @@ def at_least(name: str, value: Any, least: int) -> Any:
 
 
 def check_extra(folder: Path) -> None:
-    """Refuses a model folder, which is lowered first, where what lowers it is not installed."""
+    """Refuses a model folder, or a group of them, which is lowered first, where what lowers it is not installed."""
     from importlib.util import find_spec
 
-    from ..files.folders import read_spec
+    from ..files.folders import rank_folder, read_spec
 
-    if read_spec(folder).kind == "model" and find_spec("onnx") is None:
+    spec = read_spec(folder)
+    kind = rank_folder(folder, spec, 0)[1].kind if spec.kind == "group" else spec.kind
+    if kind == "model" and find_spec("onnx") is None:
         raise SessionError(
             f"{folder} is a model folder, which is lowered first and needs arriero[export]: pip install "
             "'arriero[export,serve]', or serve a bundle (arriero build --target cpu)"

@@ -21,7 +21,20 @@ html_show_copyright = False
 
 NAVIGATION = {
     "Use": (
-        *("install", "export", "calibrate", "check", "nightly", "build", "run", "serve", "deploy", "ranks", "bench"),
+        *(
+            "install",
+            "export",
+            "calibrate",
+            "check",
+            "nightly",
+            "build",
+            "run",
+            "serve",
+            "dynamo",
+            "deploy",
+            "ranks",
+            "bench",
+        ),
         *("polygraphy", "examples"),
     ),
     "Look up": ("command-line", "python-api", "json", "formats", "spec-json", "measured", "debugging", "security"),

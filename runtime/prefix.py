@@ -13,6 +13,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,18 @@ BLOCK = 32
 """Tokens of a block, where chunks are multiples of it."""
 
 
+class BlockWatch(Protocol):
+    """Whoever wants to know which blocks are kept, a router's index say. It is called while the lock is held."""
+
+    def stored(self, parent: bytes | None, key: bytes, tokens: Sequence[int]) -> None:
+        """A block is kept behind its parent, None at a sequence's beginning; no image stands before its end."""
+        ...
+
+    def removed(self, key: bytes) -> None:
+        """A block is kept no more, whether its keeping was announced or not."""
+        ...
+
+
 class Prefixes:
     """The blocks of a session.
 
@@ -31,6 +44,9 @@ class Prefixes:
         chunk: Positions of a chunk; 0 where there are none.
         limit: Bytes of keys and values at most; 0 keeps nothing.
         lock: Held while blocks are looked for, put into a row, or kept: the session's; None is one of their own.
+
+    Attributes:
+        watch: Hears of blocks that are kept and removed.
     """
 
     def __init__(self, chunk: int, limit: int, lock: "threading.RLock | None" = None) -> None:
@@ -38,6 +54,7 @@ class Prefixes:
         self.block = math.gcd(chunk, BLOCK)
         self.blocks: OrderedDict[bytes, Slots] = OrderedDict()  # the one used longest ago first
         self.size = 0
+        self.watch: BlockWatch | None = None
 
     def find(self, keys: Sequence[bytes]) -> int:
         """Counts the blocks of a sequence that are known, from its beginning."""
@@ -53,6 +70,8 @@ class Prefixes:
             if oldest is None or oldest in chain:
                 return False
             self.size -= total(self.blocks.pop(oldest))
+            if self.watch is not None:
+                self.watch.removed(oldest)
         self.blocks[key] = slots
         self.size += size
         return True
@@ -122,9 +141,9 @@ class Trail:
         """
         if self.prefixes.limit:
             with self.prefixes.lock:
-                self._keep(state, row, self._chain(ids, int(state.past_B[row])))
+                self._keep(state, row, ids, self._chain(ids, int(state.past_B[row])))
 
-    def _keep(self, state: State, row: int, keys: list[bytes]) -> None:
+    def _keep(self, state: State, row: int, ids: Sequence[int], keys: list[bytes]) -> None:
         """Keeps the blocks of these keys, the row's own from its beginning."""
         past, chunk, size = int(state.past_B[row]), self.prefixes.chunk, self.prefixes.block
         known = self.prefixes.find(keys)
@@ -138,7 +157,15 @@ class Trail:
             if not self.prefixes.add(keys[index], slots, chain):
                 break
             known += 1
+            self._tell(keys, index, ids)
         self.prefixes.touch(keys[:known])
+
+    def _tell(self, keys: list[bytes], index: int, ids: Sequence[int]) -> None:
+        """Tells of a block that is kept, where it and those before it are text alone: of images, ids say nothing."""
+        watch, stop = self.prefixes.watch, (index + 1) * self.prefixes.block
+        if watch is not None and (self.features_MH is None or self.image_token not in ids[:stop]):
+            parent = keys[index - 1] if index else None
+            watch.stored(parent, keys[index], [int(token) for token in ids[stop - self.prefixes.block : stop]])
 
     def follow(self, state: State, row: int, ids: Sequence[int]) -> None:
         """Keeps the blocks that the next token would overwrite; to be called after every step."""

@@ -1,5 +1,6 @@
 """What prompts have in common is computed once, and changes nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,45 @@ def test_what_was_used_longest_ago_goes_first_and_ends_before_beginnings(plain: 
     for prompt in (old, used, new):  # 3, 2 and 2 blocks
         session.generate(prompt, 1, **GREEDY)
     assert [session.generate(each, 1, **GREEDY).reused for each in (new, used, old)] == [64, 64, 64]
+
+
+class Index:
+    """A router's index of one worker's blocks, as its events tell."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[bytes, tuple[int, ...]] = {}
+        self.removals = 0
+
+    def stored(self, parent: bytes | None, key: bytes, tokens: Sequence[int]) -> None:
+        assert parent is None or parent in self.tokens
+        before = () if parent is None else self.tokens[parent]
+        self.tokens[key] = (*before, *tokens)
+
+    def removed(self, key: bytes) -> None:
+        del self.tokens[key]
+        self.removals += 1
+
+
+def test_events_of_blocks_tell_which_beginnings_are_kept(plain: Session) -> None:
+    session = knowing(plain, 6 * 32 * 8 * 2 * 2 * 32 * 4)  # six blocks
+    index = session.prefixes.watch = Index()
+    ids = session.text.encode(TEXT)
+    for first in (0, 40, 0, 80):
+        session.generate(ids[first : first + 100], 2, **GREEDY)
+        assert index.tokens.keys() == session.prefixes.blocks.keys()
+    assert index.removals > 0
+    assert tuple(ids[80:176]) in index.tokens.values()
+
+
+def test_beginnings_with_images_are_told_as_far_as_they_are_text(multimodal_model: Path) -> None:
+    session = arriero.load(multimodal_model, max_seq=300, threads=1, prefix_bytes=1 << 26)
+    index = session.prefixes.watch = Index()
+    prompt, image = "word " * 40 + "<|image|>" + "word " * 40, np.zeros((30, 40, 3), np.uint8)
+    session.generate(prompt, 1, images=[image], **GREEDY)
+    ids = session.read(prompt, [image]).ids
+    text = ids.index(session.image_token) // session.prefixes.block
+    assert 0 < len(index.tokens) == text < len(session.prefixes.blocks)
+    assert max(index.tokens.values(), key=len) == tuple(ids[: text * session.prefixes.block])
 
 
 def test_another_image_is_another_beginning(multimodal_model: Path) -> None:
