@@ -1,6 +1,5 @@
 """`/v1/chat/completions`: a conversation's continuations, whole or as a stream of chunks."""
 
-import json
 import time
 from typing import Any
 
@@ -12,7 +11,7 @@ from .protocol.chat import ChatRequest
 from .protocol.reading import plain
 from .rides import Ride
 from .service import Service
-from .streams import event
+from .streams import event, quoted
 
 DONE = b"data: [DONE]\n\n"
 
@@ -90,11 +89,13 @@ class ChatWriter:
 
     def write(self, index: int, piece: Generated) -> bytes:
         """The chunks of a piece."""
+        if not self.request.logprobs and (text := self.choices[index].text_alone(piece)) is not None:
+            return f"{self.starts[index]}{quoted(text)}{self.rest}".encode() if text else b""
         added = self.choices[index].take(piece)
         if added.finish is None and not added.calls and not self.request.logprobs:
             if not added.content:
                 return b""
-            return f"{self.starts[index]}{json.dumps(added.content)}{self.rest}".encode()  # nearly every token's way
+            return f"{self.starts[index]}{quoted(added.content)}{self.rest}".encode()
         return self._chunks(index, added)
 
     def end(self) -> bytes:

@@ -59,6 +59,14 @@ class Choice:
         """Its text until now."""
         return "".join(self.content)
 
+    def text_alone(self, piece: Generated) -> str | None:
+        """Takes a piece that adds nothing but text, as nearly all do, and returns this; None where it is another."""
+        if self.reader is not None or piece.finish is not None or piece.logprobs:
+            return None
+        self.tokens += len(piece.ids)
+        self.reused += piece.reused
+        return piece.text
+
     def take(self, piece: Generated) -> Added:
         """Takes a piece. Returns what it adds.
 

@@ -1,6 +1,5 @@
 """`/v1/completions`: the continuations of prompts, whole or as a stream of chunks."""
 
-import json
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ from .protocol.completions import CompletionRequest
 from .protocol.reading import plain
 from .rides import Ride
 from .service import Service
-from .streams import event
+from .streams import event, quoted
 
 
 async def whole_completion(service: Service, request: CompletionRequest, ride: Ride) -> dict[str, Any]:
@@ -80,14 +79,12 @@ class CompletionWriter:
 
     def write(self, index: int, piece: Generated) -> bytes:
         """The chunk of a piece."""
+        if self.request.logprobs is None and (text := self.choices[index].text_alone(piece)) is not None:
+            return f"{self.starts[index]}{quoted(text)}{self.rest}".encode() if text else b""
         added, logprobs = self.choices[index].take(piece), None
         if self.request.logprobs is not None:
             logprobs = self.service.texts.completion(added.logprobs, self.offsets[index])
             self.offsets[index] += sum(map(len, logprobs["tokens"]))
-        if added.finish is None and logprobs is None:
-            if not added.content:
-                return b""
-            return f"{self.starts[index]}{json.dumps(added.content)}{self.rest}".encode()  # nearly every token's way
         return self._chunk(index, added.content, logprobs, added.finish)
 
     def end(self) -> bytes:

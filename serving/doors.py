@@ -55,8 +55,8 @@ class Doors:
     """Lets requests pass to an application.
 
     Args:
-        app: The application; it finds its `Caller` under `caller` in the request's state, and may put what the log
-            shows under `about`.
+        app: The application; it finds its `Caller` under `caller` in the request's state, the server's own `send`, and
+            may put what the log shows under `about`.
         keys: Digests of API keys; empty asks for none.
         hosts: Names that the server is called by; empty takes any.
         log: The log.
@@ -83,7 +83,7 @@ class Doors:
                 MutableHeaders(scope=message)["x-request-id"] = number
             await send(message)
 
-        scope.setdefault("state", {})["about"] = about
+        scope.setdefault("state", {}).update(about=about, send=send)
         try:
             scope["state"]["caller"] = self._caller(scope, headers)
         except RequestError as error:

@@ -7,7 +7,6 @@ are the event loop's alone, but for the numbers that the flight's thread gives t
 import asyncio
 import itertools
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ class Ride:
         self.riding = set(range(len(self.timelines)))
         firsts = itertools.accumulate((len(party) for party in parties), initial=0)
         self.prompts = {first: len(party[0].prompt.ids) for first, party in zip(firsts, parties, strict=False)}
-        self.pieces: deque[tuple[int, Generated]] = deque()
+        self.pieces: list[tuple[int, Generated]] = []
         self.timers: list[asyncio.TimerHandle] = []
         self._waiter: asyncio.Future[None] | None = None
 
@@ -46,8 +45,7 @@ class Ride:
                 return []
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        found = list(self.pieces)
-        self.pieces.clear()
+        found, self.pieces = self.pieces, []
         return found
 
     def put(self, index: int, piece: Generated) -> None:

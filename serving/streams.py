@@ -55,6 +55,10 @@ def event(data: Any) -> bytes:
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
+quoted = json.encoder.encode_basestring_ascii
+"""A text as JSON, as `json.dumps` writes it, at a tenth of the time."""
+
+
 async def watched(service: Service, request: HttpRequest, ride: Ride, work: Awaitable[T]) -> T:
     """Awaits work on a ride, which ends when the client leaves or the work is cancelled."""
     watcher = asyncio.create_task(_watch(service, request.receive, ride))
@@ -94,7 +98,9 @@ class EventStream(Response):
         watcher = asyncio.create_task(_watch(self.service, receive, self.ride))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._send_all(send)
+            await self._send_all(
+                scope["state"].get("send", send)
+            )  # what stands between looks at an answer's start alone
         finally:
             watcher.cancel()
             self.service.cancel(self.ride)
