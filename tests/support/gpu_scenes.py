@@ -131,16 +131,14 @@ def texts(model: str, prompts: Sequence[Sequence[int]], new: int, way: str, sett
     return [each.ids for each in found], [each.reused for each in found], dict(made.cuda.calls - before)
 
 
-def judged(
-    model: str, prompts: Sequence[Sequence[int]], found: Sequence[Sequence[int]], bound: float, **how: Any
-) -> Any:
-    """Of each new token, whether the CPU's two likeliest are apart by twice the bound, the CPU's token, and itself."""
+def judged(model: str, prompts: Sequence[Sequence[int]], found: Sequence[Sequence[int]], **how: Any) -> Any:
+    """Of each new token, by how much the CPU's logits of its two likeliest differ, and the largest from the token's."""
     plain, rows = stage(model, **how).plain, []
     for prompt, new in zip(prompts, found, strict=True):
-        ids = [*prompt, *new]
-        after = np.concatenate([each for _, each in plain.score(ids)])[len(prompt) - 1 : -1]
-        two = np.sort(after, axis=1)[:, -2:]
-        rows += list(zip((two[:, 1] - two[:, 0] > 2 * bound).tolist(), after.argmax(1).tolist(), new, strict=True))
+        after = np.concatenate([each for _, each in plain.score([*prompt, *new])])[len(prompt) - 1 : -1]
+        for logits, token in zip(after, new, strict=True):
+            second, first = np.sort(logits)[-2:]
+            rows.append((float(first - second), float(first - logits[token])))
     return rows
 
 

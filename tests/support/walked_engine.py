@@ -88,6 +88,7 @@ class WalkedEngine:
             creator.capabilities, creator.needed, creator.kernels = (capability,), {}, None
         self.evaluators: dict[str, Any] = {}
         self.contexts: list[Context] = []
+        self.places: dict[str, tuple[int, tuple[int, ...], Any]] = {}
         self.streamable_weights_size, self.weight_streaming_budget_v2 = 1 << 40, None
         self.built = {node.name: self._build(node) for node in self.graph.node if node.op_type in PLUGINS}
 
@@ -173,6 +174,15 @@ class WalkedEngine:
             each.astype(self.typed.get(name) or types[0]) if types and each.dtype == np.float32 else np.asarray(each)
             for name, each in zip(node.output, made, strict=True)
         ]
+
+    def place_constant(self, name: str) -> tuple[int, tuple[int, ...], Any]:
+        """Puts a constant into memory of its own, once: contexts share that of the activations."""
+        if name not in self.places:
+            each = np.ascontiguousarray(self.constants[name])
+            address = self.cuda.device.allocate(each.nbytes)
+            at(address, each.shape, each.dtype)[...] = each
+            self.places[name] = address, each.shape, each.dtype
+        return self.places[name]
 
     def create_runtime_config(self) -> Any:
         class Config:
@@ -278,12 +288,7 @@ class Context:
             if node.op_type == "Constant":
                 self.constants[node.output[0]] = engine.compute(node, [])[0]
             elif node.op_type in PLUGINS:
-                for name in node.input:
-                    if name in engine.constants:
-                        each = np.ascontiguousarray(engine.constants[name])
-                        at(at_, each.shape, each.dtype)[...] = each
-                        self.places[name] = at_, each.shape, each.dtype
-                        at_ += round_up(each.nbytes, 256)
+                self.places |= {name: engine.place_constant(name) for name in node.input if name in engine.constants}
         self.workspace = at_
         assert at_ + ACTIVATIONS // 2 <= end
         for node in engine.graph.node:

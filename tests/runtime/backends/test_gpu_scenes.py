@@ -1,0 +1,70 @@
+"""Sessions on a GPU that is not there: everything but TensorRT is real, and kernels run in Triton's interpreter.
+
+`benchmarks/gpu_scenes.py` plays every precision in every way; here is each precision in one, and each way.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu_models import BOUNDS, VOCABULARY, make_model
+from gpu_process import Gpu
+
+IDS = np.random.default_rng(0).integers(3, VOCABULARY - 3, (2, 30)).tolist()
+LONG, SHORT = [*IDS[0][:4] * 4][:14], IDS[1][:5]
+BEGINNING = IDS[0][:18]
+"""The first is longer than a piece, and its tokens come again, so that there is something to guess; the last is longer than a chunk, which is
+what is kept of a beginning."""
+
+SCENES = [
+    ("bf16", "alone", True),
+    ("fp16", "flight", False),
+    ("int8", "prefixes", True),
+    ("fp8", "guesses", True),
+    ("int4", "flight", True),
+]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Gpu]:
+    made = Gpu()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def models(make_llama4: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    return functools.cache(lambda name: str(make_model(name, tmp_path_factory.mktemp(name), make_llama4)))
+
+
+@pytest.mark.parametrize(("precision", "way", "graphs"), SCENES, ids=["-".join(map(str, scene)) for scene in SCENES])
+def test_tokens_are_the_cpus_wherever_rounding_cannot_change_them(
+    gpu: Gpu, models: Callable[[str], str], precision: str, way: str, graphs: bool
+) -> None:
+    given = {"model": models(precision), "graphs": graphs}
+    prompts = [BEGINNING, BEGINNING] if way == "prefixes" else [LONG, SHORT]
+    found, reused, calls = gpu.run("texts", prompts=prompts, new=2, way=way, **given)
+    for _, behind in gpu.run("judged", prompts=prompts, found=found, **given):
+        assert behind <= 2 * BOUNDS[precision]  # so that it is the likeliest where the next is further away
+    assert any(reused) == (way == "prefixes")
+    assert ("cuGraphLaunch" in calls) == graphs or way == "flight"
+
+
+def test_logits_lie_within_the_bound(gpu: Gpu, models: Callable[[str], str]) -> None:
+    how = {"ids": [row[:15] for row in IDS], "lengths": [15, 9], "decoded": 2}
+    found, expected = gpu.run("logits", model=models("bf16"), **how)
+    assert np.abs(found - expected).max() < BOUNDS["bf16"]
+
+
+def test_a_step_with_a_graph_is_a_few_calls_and_allocates_nothing(gpu: Gpu, models: Callable[[str], str]) -> None:
+    calls, allocated, _ = gpu.run("step_cost", model=models("bf16"), batch=2, steps=5)
+    assert sum(calls.values()) <= 10, calls
+    assert calls["cuGraphLaunch"] == 1
+    assert allocated == 0
+
+
+def test_attention_finds_slots_beyond_32_bits(gpu: Gpu) -> None:
+    near, far = gpu.run("far_slots")
+    np.testing.assert_array_equal(near, far)
