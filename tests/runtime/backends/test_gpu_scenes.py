@@ -15,8 +15,8 @@ from gpu_process import Gpu
 IDS = np.random.default_rng(0).integers(3, VOCABULARY - 3, (2, 30)).tolist()
 LONG, SHORT = [*IDS[0][:4] * 4][:14], IDS[1][:5]
 BEGINNING = IDS[0][:18]
-"""The first is longer than a piece, and its tokens come again, so that there is something to guess; the last is longer than a chunk, which is
-what is kept of a beginning."""
+"""The first is longer than a piece, and its tokens come again, so that there is something to guess; the last is longer
+than a chunk, which is what is kept of a beginning."""
 
 SCENES = [
     ("bf16", "alone", True),
