@@ -1,12 +1,18 @@
 """A group of two ranks as a session: its tokens beside the whole model's, from run to run, alone and among others."""
 
+import asyncio
+import io
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from endless import ENDLESS
 from numpy.typing import NDArray
 
 import arriero
@@ -19,6 +25,11 @@ from arriero.files.folders import read_spec
 from arriero.measuring.bench import measure_folder
 from arriero.measuring.summary import summarise
 from arriero.runtime import Session
+from arriero.runtime.ranks.group_decoder import GroupDecoder
+from arriero.serving.app import make_app
+from arriero.serving.logs import Log
+from arriero.serving.pilot import FlightSettings
+from arriero.serving.service import Limits, Service
 from arriero.spec.recipe import Recipe
 
 LAYOUTS = {"tp 2": (2, 1), "ep 2": (1, 2), "both": (2, 2)}
@@ -123,8 +134,42 @@ def test_images_are_seen_by_all_ranks(multimodal_model: Path, multimodal_group: 
     assert towers == [True, False]
 
 
-def test_bench_inspect_and_check_take_a_group(tiny_model: Path, tmp_path: Path) -> None:
-    group = build_bundle(export_checkpoint(tiny_model, tmp_path / "group", tp=2), tmp_path / "bundles")
+@pytest.fixture(scope="module")
+def tiny_group(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    return build_bundle(export_checkpoint(tiny_model, folder / "group", tp=2), folder / "bundles")
+
+
+def test_a_server_takes_a_group_and_says_when_it_has_ended(tiny_group: Path) -> None:
+    session = arriero.load(tiny_group, max_seq=256, threads=2, prefix_bytes=1 << 22)
+    text = session.generate("The list type", 9, temperature=0, eos_token_id=[]).text
+    faults: list[BaseException] = []
+    service = Service("tiny", Limits(), shares_prefixes=True, report=faults.append)
+    transport = httpx.ASGITransport(make_app(service, Log(io.StringIO())))
+    body = {"prompt": "The list type", "max_tokens": 9, "temperature": 0, **ENDLESS}
+
+    async def serve() -> None:
+        settings = FlightSettings(slots=2, prefill_budget=None, cache_bytes=None, queue=8)
+        service.open(session, settings, asyncio.get_running_loop())
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            asking = [http.post("/v1/completions", json=body) for _ in range(3)]
+            answers = [answer.json()["choices"][0]["text"] for answer in await asyncio.gather(*asking)]
+            assert answers == [text] * 3
+            assert isinstance(session.decoder, GroupDecoder)
+            os.kill(session.decoder.processes[0], signal.SIGKILL)
+            while (await http.get("/health")).status_code != 503:
+                await asyncio.sleep(0.02)
+            lost = await http.post("/v1/completions", json=body)
+            assert (lost.status_code, lost.json()["error"]["code"]) == (503, "model_lost")
+
+    try:
+        asyncio.run(serve())
+    finally:
+        service.close()
+
+
+def test_bench_inspect_and_check_take_a_group(tiny_model: Path, tiny_group: Path) -> None:
+    group = tiny_group
     verdict = check(group, tiny_model, data=np.random.default_rng(1).integers(3, 2000, (2, 30)), threads=2)
     assert verdict.metrics["kl"].value < 1e-6
     ranks = summarise(group)["ranks"]
