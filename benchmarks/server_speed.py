@@ -2,8 +2,9 @@
 
 Streams through `arriero serve` by raw HTTP, and the same requests in a flight of this process, of one bundle in one
 run. Processor time a token is that of the thread that speaks with the clients; the other steps the flight. While a long
-prompt is being read, the gaps between the tokens of other streams are compared with those undisturbed. Rounds of both
-alternate, so that a busy machine weighs on both.
+prompt is being read, the gaps between the tokens of other streams are compared with those undisturbed. Streams bound by
+a JSON schema stand beside unbound ones, and the time until a server is ready beside that of `arriero run` to its first
+token. Rounds of both alternate, so that a busy machine weighs on both.
 
     python benchmarks/server_speed.py BUNDLE [--streams 8] [--tokens 128] [--threads 2] [--rounds 3]
 """
@@ -13,6 +14,8 @@ import asyncio
 import itertools
 import json
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +28,12 @@ from support.server import ServerProcess
 import arriero
 from arriero.runtime import Flight, Session
 
+CHAT = "/v1/chat/completions"
 Bias: TypeAlias = dict[int, float]
 """Numbers that are added to the logits of tokens."""
+
+ENDLESS = {"type": "string", "minLength": 100_000}
+"""A schema of a text that no number of tokens asked for here ends."""
 
 PROMPT = "The list type is a mutable sequence. It"
 
@@ -48,11 +55,11 @@ class Load:
     gaps: list[float] = field(default_factory=list)
 
 
-async def stream(host: str, port: int, body: dict[str, Any]) -> list[float]:
+async def stream(host: str, port: int, body: dict[str, Any], path: str = "/v1/completions") -> list[float]:
     """Asks for a stream. Returns the moments of its pieces, the request's first."""
     reader, writer = await asyncio.open_connection(host, port)
     data = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     moments = [time.perf_counter()]
     writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     while line := await reader.readline():
@@ -87,6 +94,37 @@ async def load(server: ServerProcess, bias: Bias, streams: int, count: int, prom
         found.firsts.append(each[1] - each[0])
         found.gaps += [after - before for before, after in itertools.pairwise(each[1:])]
     return found
+
+
+async def chat_load(server: ServerProcess, bias: Bias, streams: int, count: int, *, bound: bool) -> Load:
+    """A round of conversations, their answers bound by a JSON schema or not."""
+    host, port = server.url.removeprefix("http://").rsplit(":", 1)
+    schema = {"type": "json_schema", "json_schema": {"name": "text", "schema": ENDLESS}}
+    asked = []
+    for number in range(streams):
+        body = body_of(bias, count, number)
+        body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+        asked.append(stream(host, int(port), body | ({"response_format": schema} if bound else {}), CHAT))
+    started = time.perf_counter()
+    await asyncio.gather(*asked)
+    return Load(time.perf_counter() - started, 0.0)
+
+
+def start_seconds(folder: Path, threads: int) -> tuple[float, float]:
+    """Seconds from a process's start until a server is ready, and until `arriero run` writes its first token."""
+    started = time.perf_counter()
+    with ServerProcess(folder, "--threads", str(threads), "--quiet") as server:
+        ready = time.perf_counter() - started
+        assert server.end() == 0
+    command = [sys.executable, "-m", "arriero", "run", str(folder), "--threads", str(threads), "--prompt", PROMPT]
+    command += ["--max-new-tokens", "1"]
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
+        assert run.stdout is not None
+        assert run.stdout.read(1)
+        first = time.perf_counter() - started
+        run.stdout.read()
+    return ready, first
 
 
 async def _later(asked: Any) -> Any:
@@ -131,9 +169,14 @@ def main() -> None:
             pairs.append((asyncio.run(load(server, bias, *size)), fly(session, bias, *size)))
             singles += [(asyncio.run(load(server, bias, 1, 2)), fly(session, bias, 1, 2)) for _ in range(5)]
         long = [5 + each % 1000 for each in range(min(asked.prompt_tokens, session.max_seq - 8))]
+        shaped = [
+            [asyncio.run(chat_load(server, bias, *size, bound=bound)).seconds for bound in (False, True)]
+            for _ in range(asked.rounds)
+        ]
         calm = sorted(asyncio.run(load(server, bias, *size)).gaps)
         disturbed = sorted(asyncio.run(load(server, bias, *size, long)).gaps)
         assert server.end() == 0
+    starts = [start_seconds(asked.folder, asked.threads) for _ in range(asked.rounds)]
     served, flown = (statistics.median(total / each[side].seconds for each in pairs) for side in (0, 1))
     ratio = statistics.median(flight.seconds / server.seconds for server, flight in pairs)
     added = statistics.median(server.firsts[0] - flight.firsts[0] for server, flight in singles)
@@ -144,8 +187,13 @@ def main() -> None:
     table.add_row("their ratio, the median of rounds", f"{ratio:.1%}")
     table.add_row("added to the first token, ms", f"{added * 1e3:.2f}")
     table.add_row("processor time beside the step, µs a token", f"{cost * 1e6:.0f}")
+    slower = statistics.median(bound / free - 1 for free, bound in shaped)
+    table.add_row("slower where a JSON schema binds the answers", f"{slower:.1%}")
     for name, gaps in (("undisturbed", calm), (f"beside a prompt of {len(long)}", disturbed)):
         table.add_row(f"p99 between tokens, {name}, ms", f"{gaps[int(0.99 * len(gaps))] * 1e3:.1f}")
+    ready, first = (statistics.median(each[side] for each in starts) for side in (0, 1))
+    table.add_row("ready after, s", f"{ready:.2f}")
+    table.add_row("`arriero run`'s first token after, s", f"{first:.2f}")
     Console().print(table)
 
 

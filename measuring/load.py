@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import SessionError
+from ..files.circumstances import circumstances, machine_text
 from ..spec.types import Progress
 from .endpoint import Answered, Endpoint
 
@@ -52,8 +53,8 @@ def measure_url(
         progress: Called with the phase, the requests done and the requests in all.
 
     Returns:
-        JSON-ready: for each case percentiles of the time to first token and of the time between tokens in seconds,
-        tokens and requests a second, and the requests that failed.
+        JSON-ready: the machine that asked, and for each case percentiles of the time to first token and of the time
+        between tokens in seconds, tokens and requests a second, and the requests that failed.
 
     Raises:
         SessionError: The server does not answer, or a setting is out of range.
@@ -79,6 +80,7 @@ def measure_url(
         "endpoint": endpoint.kind,
         "model": endpoint.model,
         "version": __version__,
+        **circumstances(),
         "decode_tokens": decode_tokens,
         "cases": cases,
     }
@@ -160,6 +162,8 @@ def draw_load(found: dict[str, Any], file: Path) -> None:
         axes.set_ylim(bottom=0)
     if len(lengths) > 1:
         rate.legend(frameon=False)
-    first.legend(first.get_lines()[:3], [f"p{rank}" for rank in PERCENTILES], frameon=False, loc="upper left")
-    figure.suptitle(f"{found['model']} at {found['url']}, {found['decode_tokens']} new tokens a request", fontsize=11)
+    first.legend(first.get_lines()[:3], [f"p{rank}" for rank in PERCENTILES], frameon=False, loc="best")
+    asked = f"{found['model']} at {found['url']}, {found['decode_tokens']} new tokens a request"
+    around = f"asked from {machine_text(found['machine'])}; {found['date'][:10]}, Arriero {found['version']}"
+    figure.suptitle(f"{asked}\n{around}", x=0.01, ha="left", fontsize=10)
     figure.savefig(file, dpi=110)

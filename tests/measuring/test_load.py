@@ -26,6 +26,7 @@ def server() -> Iterator[Answers]:
 def test_times_and_tokens_are_those_of_the_server(server: Answers, tmp_path: Path) -> None:
     found = measure_url(Endpoint(server.url, "chat"), prefill=[20], clients=[1, 4], decode_tokens=5, runs=1)
     assert found["model"] == "tiny-llama4"
+    assert {"date", "machine", "command"} <= found.keys()
     one, four = found["cases"]
     assert (one["requests"], four["requests"], one["failed"]) == (16, 16, 0)
     assert one["new_tokens"] == 5
