@@ -1,10 +1,9 @@
 """A canonical graph, the decoder's or the vision tower's, lowered for ONNX Runtime's CPU, in memory.
 
 Enters: a model folder. Leaves: a `Lowered` graph that computes in float32 from the checkpoint's own weights, and the
-list of regions in the safetensors files that the runtime hands to it. Float32 weights are used as they lie in the file,
-int8 and int4 ones in the panels of the CPU's own kernels; others are widened when they are loaded, except the
-embedding, of which only the rows in use are. The table in `cpu_rules` says how each linear is lowered; the branches
-here name its rules.
+list of regions in the safetensors files that the runtime hands to it. Embedding and linears that are not quantised are
+used as they lie in the file, int8 and int4 weights in the panels of the CPU's own kernels; others are widened when they
+are loaded. The table in `cpu_rules` says how each linear is lowered; the branches here name its rules.
 """
 
 import dataclasses
@@ -190,8 +189,7 @@ class _CpuLowering:
             panels = Panels(weight=self.supply.panels(weight, convert=dtype), bits=BITS[dtype])
             kernels.multiply(nodes, x, panels, dims(weight)[0], output)
         else:  # rule 6
-            inputs = [x, self.supply.widened(weight)]
-            nodes.node("FusedMatMul", inputs, outputs=[output], domain=MICROSOFT, attributes={"transB": 1})
+            kernels.multiply_plain(nodes, x, self.supply.stored(weight), output)
 
     def _fp8_product(self, nodes: Nodes, linear: Linear) -> ir.Value:
         """The product of rule 4; an input that several linears read is rounded once."""

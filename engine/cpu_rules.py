@@ -9,7 +9,7 @@ carries out. Invariant: each linear has exactly one rule.
     3     int4                   none             kernel `Linear`, blocks of 32 inputs  panels, 4 bits
     4     fp8                    either           `QuantizeLinear`, `FusedMatMul`       rows, widened to float32
     5     a float, panels        none             kernel `Linear`                       panels, bfloat16 or float32
-    6     a float, no panels     none             `FusedMatMul`                         rows, float32
+    6     a float, no panels     none             kernel `PlainLinear`                  rows, as it is stored
     7     experts, int8 or int4  any              kernel `MoeDispatch`                  panels, 8 or 4 bits
     8     experts, fp8 or float  any              an `If` an expert, `MatMul`           rows, float32
 
@@ -43,7 +43,7 @@ class Rule(Enum):
     FLOAT_IN_PANELS = 5
     """bfloat16 stays bfloat16 in panels, other floats become float32; activations are float32."""
     FLOAT_IN_ROWS = 6
-    """The weight [N, K] is multiplied as it lies: a float32 one is a view of the file."""
+    """The weight [N, K] is multiplied as it lies, in any type of floats: it is a view of the file."""
     INTEGER_EXPERTS = 7
     """One node for all experts; activations are rounded as in rules 1 to 3."""
     FLOAT_EXPERTS = 8

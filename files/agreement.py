@@ -44,7 +44,7 @@ OPS: Mapping[str, frozenset[str]] = {
         }
     ),
     "com.microsoft": frozenset({"FusedMatMul"}),
-    "arriero.cpu": frozenset({"AllReduce", "GroupedQueryAttention", "Linear", "MoeDispatch"}),
+    "arriero.cpu": frozenset({"AllReduce", "GroupedQueryAttention", "Linear", "MoeDispatch", "PlainLinear"}),
 }
 """Operators by domain that a lowered graph may have: none loops, and none reads or writes a file."""
 

@@ -5,7 +5,7 @@ exactly; the process, the graph and the activations follow measurements with ONN
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..spec.folder import FolderSpec
@@ -138,7 +138,7 @@ def step_reads(spec: FolderSpec, sizes: Mapping[str, int], batch: int, past: flo
     for name, size in sizes.items():
         if EXPERT.search(name):
             experts += size * chosen
-        elif _is_embedding(name, model):
+        elif _is_embedding(name, sizes, model):
             shared += size * batch / model.vocab_size
         else:
             shared += size
@@ -173,8 +173,8 @@ def _tiles(vision: VisionSpec) -> int:
     return TILES * 4 * (patches * (PER_CHANNEL * vision.hidden_size + PER_MLP * vision.mlp_size) + scores)
 
 
-def _is_embedding(name: str, model: ModelSpec) -> bool:
+def _is_embedding(name: str, names: Collection[str], model: ModelSpec) -> bool:
     """Whether a step reads only the tokens' rows of a weight; a head that is the same initializer reads it whole."""
-    stem, _, dtype = name.partition(":")
-    is_gathered = dtype in BITS or not (dtype or model.tied_embeddings)  # in panels it is a head
-    return stem.endswith("embed_tokens.weight") and is_gathered
+    stem, _, form = name.partition(":")
+    is_head = form == "panels" or (model.tied_embeddings and f"{stem}:panels" not in names)
+    return stem.endswith("embed_tokens.weight") and not is_head
