@@ -9,7 +9,9 @@ sees this one's packages; `--environment` keeps it. Each text is compared with t
 
 import argparse
 import asyncio
+import base64
 import fcntl
+import io
 import json
 import os
 import signal
@@ -25,6 +27,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+from PIL import Image
+
+import arriero
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = "1.6.1"
@@ -81,7 +86,7 @@ class Process:
                 self.other.append(line)
 
     def requests(self) -> list[dict[str, Any]]:
-        """What it has answered, or been left with."""
+        """Requests that it has answered, or been left with."""
         return [line for line in self.log if line["event"] == "request"]
 
     def end(self) -> int:
@@ -200,6 +205,22 @@ async def constraints(client: httpx.AsyncClient) -> dict[str, Any]:
     }
 
 
+async def look(client: httpx.AsyncClient, bundle: str) -> dict[str, Any] | None:
+    """A picture through the frontend, and the same question asked of the bundle itself; None of a model of text."""
+    if not (Path(bundle) / "vision.onnx").exists():
+        return None
+    picture = io.BytesIO()
+    Image.new("RGB", (60, 40), (255, 0, 0)).save(picture, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    question = "What is in the image?"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    asked = {"model": NAME, "messages": [{"role": "user", "content": parts}], "max_tokens": 12, "temperature": 0}
+    found = (await client.post("/v1/chat/completions", json=asked)).json()["choices"][0]["message"]["content"]
+    session = arriero.load(bundle, max_seq=1024, threads=1)
+    own = session.generate(question, 12, [url], temperature=0).text
+    return {"through_the_frontend": found, "own": own, "equal": found == own}
+
+
 async def kill_one(client: httpx.AsyncClient, workers: list[Process]) -> dict[str, Any]:
     """Streams over both workers, one of which is killed in their middle."""
     prompts = [f"Chapter {number} of the book about {SUBJECTS[number % 8]} begins" for number in range(STREAMS)]
@@ -239,13 +260,14 @@ async def kill_one(client: httpx.AsyncClient, workers: list[Process]) -> dict[st
     }
 
 
-async def prove(client: httpx.AsyncClient, workers: list[Process]) -> dict[str, Any]:
+async def prove(client: httpx.AsyncClient, workers: list[Process], bundle: str) -> dict[str, Any]:
     """All parts, in an order that leaves one worker."""
     await wait_for_models(client)
     return {
         "routing": await route(client, workers),
         "cancelling": await cancel(client, workers),
         "constraints": await constraints(client),
+        "picture": await look(client, bundle),
         "killing": await kill_one(client, workers),
     }
 
@@ -269,7 +291,7 @@ def inside(bundle: str, prefix_bytes: str) -> dict[str, Any]:
                             break
                         except httpx.TransportError:
                             await asyncio.sleep(0.2)
-                    return await prove(client, [first, second])
+                    return await prove(client, [first, second], bundle)
 
             found = asyncio.run(run())
             found["exit_code_of_the_other"] = second.end()
