@@ -164,6 +164,7 @@ def main() -> None:
     options = ("--threads", str(asked.threads), "--slots", str(asked.streams + 1), "--prefix-bytes", "0", "--quiet")
     with ServerProcess(asked.folder, *options) as server:
         asyncio.run(load(server, bias, 1, 8))
+        asyncio.run(chat_load(server, bias, 1, 2, bound=True))  # compiles the schema
         fly(session, bias, 1, 8)
         for _ in range(asked.rounds):
             pairs.append((asyncio.run(load(server, bias, *size)), fly(session, bias, *size)))

@@ -302,6 +302,7 @@ at("composer").addEventListener("submit", (event) => {
   if (running) running.abort(); else send();
 });
 text.addEventListener("input", grow);
+addEventListener("resize", grow);
 text.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
   const asked = messages.findLastIndex((each) => each.role === "user");
