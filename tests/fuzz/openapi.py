@@ -23,6 +23,9 @@ REQUIREMENT = "schemathesis>=4.10,<5"
 CONFIG = """
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "400", "404", "429"]
+
+[checks.negative_data_rejection]
+expected-statuses = ["400", "401", "403", "404", "405", "408", "413", "415", "429", "431"]
 """
 
 
@@ -49,7 +52,7 @@ def main() -> None:
         config.write_text(CONFIG)
         arguments = ["--config-file", config, "run", f"{server.url}/openapi.json", "-n", asked.examples]
         arguments += ["--seed", asked.seed, "--workers", asked.workers, "--continue-on-failure", "--no-color"]
-        arguments += ["--phases", "examples,coverage,fuzzing", "--max-response-time", "60"]
+        arguments += ["--phases", "examples,coverage,fuzzing", "--max-response-time", "60", "--request-timeout", "120"]
         code = subprocess.run([command, *map(str, arguments)], cwd=folder).returncode
         ended = server.end()
         faults = [line for line in server.log if line["event"] in ("fault", "text")]
