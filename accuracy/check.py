@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..errors import AccuracyError
+from ..errors import AccuracyError, CheckpointError
 from ..files.circumstances import circumstances
 from ..files.contents_hash import described
+from ..files.hub_cache import find_checkpoint
 from ..spec.geometry import ModelSpec
 from ..spec.recipe_words import in_words
 from ..spec.types import Progress
@@ -169,7 +170,7 @@ def check(
     started = time.perf_counter()
     profiles = {} if limits_file is None else read_limits(limits_file)
     effective("none", limits or {})  # what is out of range is named before anything is read
-    check_device(device, candidate, reference)
+    _check_sides(candidate, reference, device)
     side = open_side(candidate, weights, threads, device=device)
     profile = "none" if side.recipe is None else side.recipe.format
     limits_held, origins = effective(profile, limits or {}, profiles)
@@ -227,6 +228,18 @@ def _verdict(
         contents={"candidate": described(side.path), "reference": described(against)},
         remedy=_remedy(judgements, golden, samples),
     )
+
+
+def _check_sides(candidate: str | Path, reference: str | Path, device: str) -> None:
+    """Refuses, before a side is opened, a device that is not for them, and a reference that is nowhere."""
+    check_device(device, candidate, reference)
+    try:
+        is_there = Path(reference).exists() or find_checkpoint(reference).exists()  # a name in the hub's cache
+    except CheckpointError:
+        is_there = False
+    if not is_there:
+        what = "a golden file, a checkpoint, a model or a bundle"
+        raise AccuracyError(f"{reference}: no such file or folder: give {what}")
 
 
 def _recorded(side: Side, path: Path, fixed: Mapping[str, Any], locate_fault: bool) -> Golden:

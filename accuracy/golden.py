@@ -20,7 +20,7 @@ import numpy as np
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError, printable
 from ..files.output import reason, remove_leftovers
-from ..files.safetensors import encode_header, open_shard
+from ..files.safetensors import PointerError, encode_header, open_shard
 from ..spec.fields import decode
 from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.json_text import parse_json
@@ -230,6 +230,8 @@ def read_golden(path: Path) -> Golden:
     """
     try:
         shard = open_shard(path)
+    except PointerError as error:  # whose remedy is its own
+        raise AccuracyError(str(error)) from error
     except CheckpointError as error:
         raise AccuracyError(f"{path} is no golden file ({error}): record one with `arriero golden`") from error
     about = shard.metadata

@@ -57,7 +57,7 @@ def read_spec(folder: Path) -> FolderSpec:
                 f"{folder} is a packed bundle: unpack it with `arriero pack {folder} --unpack -o FOLDER`, give FOLDER"
             ) from None
         found = "holds no spec.json" if folder.is_dir() else "is no folder"
-        raise FolderError(f"{folder} {found}: give a folder that `arriero export` wrote") from None
+        raise FolderError(f"{folder} {found}: give a folder that `arriero export` or `arriero build` wrote") from None
     try:
         return FolderSpec.from_json(text)
     except FolderError as error:

@@ -118,6 +118,10 @@ def identity(path: Path) -> str:
     return digest.hexdigest()
 
 
+class PointerError(CheckpointError):
+    """A file is what git leaves in place of a large one."""
+
+
 def check_downloaded(path: Path, start: bytes) -> None:
     """Refuses what git leaves in place of a large file.
 
@@ -126,10 +130,10 @@ def check_downloaded(path: Path, start: bytes) -> None:
         start: Its first bytes, 8 at least.
 
     Raises:
-        CheckpointError: It is such a pointer.
+        PointerError: It is such a pointer.
     """
     if len(start) >= 8 and POINTER.startswith(start[: len(POINTER)]):
-        raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+        raise PointerError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:

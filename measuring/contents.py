@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArrieroError, FolderError
-from ..files.folders import SPEC, find_files
+from ..files.folders import SPEC, find_files, is_packed
 from ..files.hub_cache import find_checkpoint
 from ..files.reading import read_json
-from ..files.safetensors import open_shard
+from ..files.safetensors import PointerError, open_shard
 from ..spec.folder import FolderSpec
 from ..spec.geometry import ModelSpec
 from ..spec.json_text import parse_json
@@ -30,7 +30,7 @@ def describe(path: str | Path, **options: Any) -> dict[str, Any]:
         ArrieroError: It is none that Arriero knows, or damaged.
     """
     found = find_checkpoint(path)
-    if found.is_file():
+    if found.is_file() and not is_packed(found):
         return _golden(found) if found.name not in (VERDICT, BENCH) else _result(found)
     if (found / SPEC).exists() or not found.is_dir():
         return summarise(found, **options)
@@ -89,7 +89,7 @@ def _golden(path: Path) -> dict[str, Any]:
         windows, length = shard.tensors["ids_WS"].shape
         model = ModelSpec.from_fields(parse_json(about["model"]))
         source, written_by, form = about["source"], about["arriero"], about["format"]
-    except FolderError:
+    except (FolderError, PointerError):
         raise
     except (ArrieroError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{path} is no golden file, or damaged ({str(error)[:100]}): give {FORMS}") from error

@@ -134,7 +134,8 @@ def _run(line: str, where: str) -> Run:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = f"lacks {error}" if isinstance(error, KeyError) else str(error)[:120]
-        raise AccuracyError(f"{where} is no run of `arriero check --history` ({why}): remove the line") from error
+        remedy = "remove the line, or give another file"
+        raise AccuracyError(f"{where} is no run of `arriero check --history` ({why}): {remedy}") from error
 
 
 def _estimate(found: Mapping[str, Any]) -> dict[str, float | None]:

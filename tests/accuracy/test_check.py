@@ -211,6 +211,10 @@ def test_bad_input_is_named(
     refused("limit 'bleu' is unknown", limits={"bleu": 1.0})
     refused("is no golden file", reference=tiny / "config.json")
     refused("is a file: give a checkpoint", candidate=golden)
+    for gone in ("gone.golden", "nightly/gone.golden"):
+        refused(f"^{gone}: no such file or folder: give a golden file, a checkpoint, a model or a", reference=gone)
+    (pointer := tmp_path / "lfs.golden").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    refused("lfs.golden is a git-lfs pointer, not the file itself: run `git lfs pull`", reference=pointer)
 
     other = tmp_path / "other"
     make_llama4(num_hidden_layers=2, vocab_size=97).save_pretrained(other)

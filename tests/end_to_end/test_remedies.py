@@ -85,7 +85,7 @@ FOLDERS = (
     Remedy(
         name="an empty folder is no model",
         provoke=lambda place: arriero.load(place.room),
-        says="give a folder that `arriero export` wrote",
+        says="give a folder that `arriero export` or `arriero build` wrote",
         follow=lambda place: runs(place.model),
     ),
     Remedy(

@@ -18,6 +18,7 @@ from arriero.engine import build_bundle
 from arriero.errors import FolderError
 from arriero.export.checkpoint import open_checkpoint
 from arriero.files.contents_hash import contents_hash
+from arriero.files.packing import pack_bundle
 from arriero.measuring.contents import describe
 from arriero.spec.parameters import count_parameters
 
@@ -105,9 +106,12 @@ def test_a_golden_file_and_results_are_told(tiny_model: Path, texts: tuple[Path,
     assert "record the golden file over more than its 2 windows" in " ".join(table.split())
 
 
-def test_anything_else_says_what_can_be_given(tmp_path: Path) -> None:
+def test_anything_else_says_what_can_be_given(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match=r"holds no spec.json, config.json, verdict.json or bench.json: give"):
         describe(tmp_path)
+    packed = pack_bundle(build_bundle(tiny_model, tmp_path / "bundle"), tmp_path / "packed.arriero")
+    with pytest.raises(FolderError, match="is a packed bundle: unpack it with"):
+        describe(packed)
     (tmp_path / "x").write_text("x")
     with pytest.raises(FolderError, match="no golden file, or damaged"):
         describe(tmp_path / "x")
