@@ -60,6 +60,10 @@ class ForbiddenError(SessionError):
     """A sequence cannot go on: its own settings or grammar forbid every token."""
 
 
+class StepError(SessionError):
+    """A step of the model failed, by no fault of what was asked."""
+
+
 class MissingExtraError(ArrieroError, ModuleNotFoundError):
     """A library is not installed that one of the package's extras brings."""
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 import arriero
-from arriero.errors import SessionError
+from arriero.errors import SessionError, StepError
 from arriero.export import export_checkpoint
 from arriero.runtime import Flight, Generated, Request, Session
 from arriero.runtime.continuation import Continuation, joined
@@ -227,7 +227,7 @@ class Ride:
                 self.soak.found.ended += 1
                 if piece.finish != "error":
                     self._compare(index, joined(pieces), self.soak.alone[index])
-                elif isinstance(piece.error, MemoryError):
+                elif isinstance(piece.error, StepError) and isinstance(piece.error.__cause__, MemoryError):
                     self.soak.found.failed += 1
                     self._compare_begun(index, pieces)
                 else:

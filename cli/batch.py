@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArrieroError, DataError, SessionError, printable
+from ..files.fields import check_fields
 from ..files.output import reason
 from ..files.reading import read_bytes
 from ..spec.json_text import parse_json
@@ -74,7 +75,8 @@ def read_prompts(path: Path) -> list[Asked]:
 def _located(prompt: Any, folder: Path) -> Any:
     """Messages whose images' paths are relative to the file."""
     for message in prompt if isinstance(prompt, list) else ():
-        for part in message.get("content") or () if isinstance(message, dict) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and isinstance(part.get("path"), str):
                 part["path"] = str(folder / part["path"])
     return prompt
@@ -121,6 +123,7 @@ class Answers:
         for line in lines[1:]:
             try:
                 answer = parse_json(line)
+                check_fields(answer, {"line": int})
                 self.done[answer["line"]] = answer
             except (ValueError, KeyError, TypeError):
                 continue

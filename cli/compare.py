@@ -22,6 +22,7 @@ def compare(
     """Compare bundles on one page: size, perplexity, KL, tokens a second and memory, joined by the bundle's hash."""
     terminal = Terminal(extra="check", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
+        from ..errors import printable
         from ..files.drawing import check_drawable
         from ..files.single import check_writable, write_file
 
@@ -30,5 +31,5 @@ def compare(
         check_writable(output, force=force, start=options.PAGE_START)
         from ..measuring.compare import compare_page
 
-        write_file(output, compare_page(results).encode("utf-8"))
+        write_file(output, printable(compare_page(results)).encode("utf-8"))
         terminal.report_written(output, time.perf_counter() - started, as_json)

@@ -22,6 +22,7 @@ def trend(
     """Draw the trend of many checks: each metric with its interval and limit, run by run."""
     terminal = Terminal(extra="check", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
+        from ..errors import printable
         from ..files.drawing import check_drawable
         from ..files.single import check_writable, write_file
 
@@ -30,5 +31,5 @@ def trend(
         check_writable(output, force=force, start=options.PAGE_START)
         from ..pages.trend import trend_page
 
-        write_file(output, trend_page(history).encode("utf-8"))
+        write_file(output, printable(trend_page(history)).encode("utf-8"))
         terminal.report_written(output, time.perf_counter() - started, as_json)

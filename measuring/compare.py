@@ -4,7 +4,7 @@ Enters: `verdict.json` and `bench.json` files, or the folders that hold them. Le
 scatter. A verdict and a measurement belong together where the bundle's hash is the same, wherever it lay.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from ..errors import ArrieroError, FolderError
 from ..files.circumstances import circumstances, machine_text
+from ..files.fields import check_fields
 from ..files.reading import read_text
 from ..pages.page import Cell, Column, Section, render, table
 from ..pages.pictures import Panel, picture_in_two, series
@@ -25,6 +26,28 @@ SAME = 1e-6
 LARGEST_FILE = 1 << 26
 LONGEST_NAME = 20
 """Letters of a bundle's name in the picture; the table has it whole."""
+
+
+CONTENTS = {"path": str, "hash": (str, None), "bytes": (int, None)}
+NUMBER = (float, None)
+VERDICT = {
+    "outcome": str,
+    "recipe": (str, None),
+    "tokens": int,
+    "contents": {"candidate": CONTENTS, "reference": {"hash": (str, None)}},
+    "metrics": {str: {"value": NUMBER, "low": NUMBER, "high": NUMBER}},
+}
+MACHINE = {"processor": (str, None), "processors": (int, None), "memory_bytes": NUMBER, "system": (str, None)}
+CASE = {"batch": int, "prefill": int, "decode_tokens_per_second": float, "prefill_tokens_per_second": float}
+BENCH = {
+    "recipe": (str, None),
+    "threads": int,
+    "contents": CONTENTS,
+    "machine": MACHINE,
+    "peak_rss_bytes": NUMBER,
+    "cases": [CASE],
+}
+"""Fields that are read of the two kinds of results."""
 
 
 @dataclass(slots=True)
@@ -57,7 +80,11 @@ class Compared:
     def metric(self, name: str) -> tuple[float, float | None, float | None] | None:
         """A metric's value and interval."""
         found = self.verdict.get("metrics", {}).get(name)
-        return None if found is None else (found["value"], found["low"], found["high"])
+        return (
+            None
+            if found is None or found.get("value") is None
+            else (found["value"], found.get("low"), found.get("high"))
+        )
 
     @property
     def case(self) -> dict[str, Any]:
@@ -76,7 +103,7 @@ def read_compared(paths: Sequence[str | Path]) -> list[Compared]:
     for path in map(Path, paths):
         fields, kind = _read(path)
         contents = fields["contents"]["candidate"] if kind == "verdict" else fields["contents"]
-        number, where = contents["hash"], contents["path"]
+        number, where = contents.get("hash"), contents["path"]
         if not isinstance(number, str):
             raise FolderError(f"{path} has no hash of its bundle, which could not be read: run it again")
         bundle = found.setdefault(number, Compared(name=Path(where).name or where, hash=number))
@@ -100,30 +127,14 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         why = error.strerror if isinstance(error, OSError) else "not JSON"
         raise FolderError(f"{path}: {why}: {advice}") from error
     try:
+        check_fields(fields, {"schema": int})
         if fields["schema"] != 1:
-            raise ValueError
-        if "outcome" in fields:
-            _check_verdict(fields)
-            return fields, "verdict"
-        _check_bench(fields)
-        return fields, "bench"
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise FolderError(f"{path} is no result that this Arriero wrote: {advice}") from error
-
-
-def _check_verdict(fields: Mapping[str, Any]) -> None:
-    fields["contents"]["candidate"]["path"], fields["contents"]["reference"]["hash"]
-    for found in fields["metrics"].values():
-        for name in ("value", "low", "high"):
-            if found[name] is not None:
-                float(found[name])
-
-
-def _check_bench(fields: Mapping[str, Any]) -> None:
-    fields["contents"]["path"], fields["machine"].get("processor")
-    for case in fields["cases"]:
-        for name in ("decode_tokens_per_second", "prefill_tokens_per_second"):
-            float(case[name])
+            raise ValueError(f"its schema is {fields['schema']}")
+        kind = "verdict" if "outcome" in fields else "bench"
+        check_fields(fields, VERDICT if kind == "verdict" else BENCH)
+    except ValueError as error:
+        raise FolderError(f"{path} is no result that this Arriero wrote ({error}): {advice}") from error
+    return fields, kind
 
 
 def compare_page(paths: Sequence[str | Path]) -> str:
@@ -163,7 +174,7 @@ def _lead(bundles: Sequence[Compared]) -> str:
         return "None of them keeps its limits."
     smallest = next(each for each in checked if each.name in passed)
     text = f"The smallest that keeps its limits: {smallest.name}"
-    fast = [each for each in checked if each.name in passed and each.bench]
+    fast = [each for each in checked if each.name in passed and each.case]
     if fast:
         fastest = max(fast, key=lambda each: each.case["decode_tokens_per_second"])
         text += f"; the fastest of those: {fastest.name}"
@@ -174,17 +185,17 @@ def _notes(bundles: Sequence[Compared]) -> list[str]:
     """Reasons why rows may not be comparable, and what the speeds are of."""
     notes = []
     texts = {
-        (each.verdict["contents"]["reference"]["hash"], each.verdict["tokens"]) for each in bundles if each.verdict
+        (each.verdict["contents"]["reference"].get("hash"), each.verdict["tokens"]) for each in bundles if each.verdict
     }
     if len(texts) > 1:
         notes.append("The checks are of different references or texts: perplexity and KL are not comparable.")
     places = {
         machine_text(each.bench["machine"]) + f", {_threads(each.bench['threads'])}" for each in bundles if each.bench
     }
-    cases = {(each.case["batch"], each.case["prefill"]) for each in bundles if each.bench}
+    cases = {(each.case["batch"], each.case["prefill"]) for each in bundles if each.case}
     if len(places) > 1 or len(cases) > 1:
         notes.append("The measurements are of different machines, threads or lengths: speeds are not comparable.")
-    elif places:
+    elif cases:
         batch, prefill = next(iter(cases))
         notes.append(f"Speeds at batch {batch} behind {prefill} tokens, on {next(iter(places))}.")
     if alone := [each.name for each in bundles if not each.verdict]:
@@ -229,7 +240,7 @@ def _estimate(found: tuple[float, float | None, float | None] | None) -> str | C
     if found is None:
         return ""
     value, low, high = found
-    return Cell(text=f"{value:.4g}", small="" if low is None else f"{low:.4g} to {high:.4g}")
+    return Cell(text=f"{value:.4g}", small="" if low is None or high is None else f"{low:.4g} to {high:.4g}")
 
 
 def _size(count: int | None) -> str:
@@ -248,7 +259,7 @@ def _scatter(bundles: Sequence[Compared]) -> list[Section]:
     shown = [each for each in bundles if each.metric("kl") is not None]
     if not shown:
         return []
-    by_speed = all(each.bench for each in shown)
+    by_speed = all(each.case for each in shown)
 
     known = [kl[0] for each in shown if (kl := each.metric("kl")) and kl[0] > SAME]
     floor = min(known) / 10 if known else SAME
@@ -266,7 +277,16 @@ def _scatter(bundles: Sequence[Compared]) -> list[Section]:
             axes.scatter([x], [y], s=30 + 260 * (each.bytes or 0) / largest, color=series(at), alpha=0.75)
             name = _short(each.name) + ("" if kl[0] >= floor else ", as the reference")
             beside, side = (13, "left") if x < end / 2 else (-13, "right")  # towards the middle, where there is room
-            axes.annotate(name, (x, y), (beside, 0), textcoords="offset points", ha=side, va="center", fontsize=8)
+            axes.annotate(
+                name,
+                (x, y),
+                (beside, 0),
+                textcoords="offset points",
+                ha=side,
+                va="center",
+                fontsize=8,
+                parse_math=False,
+            )
         axes.set(yscale="log", xlim=(0, end))
         axes.margins(y=0.2)
 

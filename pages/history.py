@@ -6,12 +6,14 @@ reference have the same names and the candidate the same profile of limits.
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import AccuracyError, printable, shortened
+from ..files.fields import check_fields
 from ..files.reading import read_text
 from ..spec.json_text import parse_json
 
@@ -22,6 +24,19 @@ SCHEMA = 1
 KEPT = ("date", "version", "command", "machine", "seconds", "candidate", "reference", "profile", "recipe", "outcome")
 """Fields of a verdict that a line takes over as they are."""
 
+NUMBER = (float, None)
+LINE = {
+    "date": str,
+    "candidate": str,
+    "reference": str,
+    "outcome": str,
+    "metrics": {str: {"value": float, "low": NUMBER, "high": NUMBER}},
+    "limits": [{"metric": str, "side": str, "limit": float, "outcome": str}],
+    "hashes": ({"candidate": (str, None)}, None),
+}
+"""Fields that are read of a line."""
+
+DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
 OUTCOMES = ("pass", "regressed", "undecided")
 
 
@@ -120,8 +135,11 @@ def _run(line: str, where: str) -> Run:
         fields = parse_json(line)
         if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
             raise ValueError(f"its schema is no {SCHEMA}")
+        check_fields(fields, LINE)
         if fields["outcome"] not in OUTCOMES:
             raise ValueError(f"its outcome is {shortened(fields['outcome'])}")
+        if not DATE.fullmatch(fields["date"]):
+            raise ValueError(f"its date is {shortened(fields['date'])}, expected one as 2031-05-01T04:00:00Z")
         return Run(
             date=str(fields["date"]),
             candidate=Path(str(fields["candidate"])).name,

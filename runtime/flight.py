@@ -14,8 +14,9 @@ On the CPU the kernels of int8 and int4 compute a row alike whatever stands besi
 cut: logits and texts equal those of the sequence alone, bit by bit. A float32 product over several rows adds up in
 another order than over one: there logits are equal within float32's rounding, and tokens but for ties within it.
 
-An error ends the request that it comes from and no other: its last piece has the `finish` "error" and the error. Where
-a step of several rows fails, each is tried alone. A flight belongs to one thread; several may share its session.
+An error ends the request that it comes from and no other: its last piece has the `finish` "error" and the error, a
+`StepError` where the step failed by no fault of the request. Where a step of several rows fails, each is tried alone.
+A flight belongs to one thread; several may share its session.
 """
 
 import itertools
@@ -29,6 +30,7 @@ from .checks import whole
 from .continuation import Generated, Request
 from .rider import Boarding, Rider, board_together
 from .shortlist import Row
+from .step_errors import step_error
 from .token_session import TokenSession
 
 DEFAULT_SLOTS = 8
@@ -250,7 +252,7 @@ class Flight:
             riders = [] if logits_V is None else boarding.riders([request for _, request in party.members])
         except Exception as error:  # of whatever kind: it is this prompt's, and the others go on
             self._end_boarding()
-            return 0, [(number, failed(error)) for number, _ in party.members]
+            return 0, [(number, failed(step_error(error))) for number, _ in party.members]
         if logits_V is None:
             return read, []
         self.boarding = None
@@ -327,7 +329,7 @@ class Flight:
                     raise found
                 pieces.append((number, rider.take(self.state, row, found)))
             except Exception as error:
-                pieces.append((number, failed(error)))
+                pieces.append((number, failed(step_error(error))))
         for row in reversed(range(first, len(self.rows))):
             if pieces[row - first][1].finish is not None:
                 self._vacate(row)

@@ -23,6 +23,7 @@ from .prefix import Prefixes
 from .room import check_fits
 from .shortlist import Row
 from .state import Limits, State
+from .step_errors import one_step
 
 
 class TokenSession:
@@ -115,7 +116,7 @@ class TokenSession:
     def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
         """Adds one token to every row. Returns the logits [B, V] after it."""
         ids_B1 = self._next_ids(state, tokens_B)
-        with self.lock:
+        with self.lock, one_step():
             logits = state.binding(slice(0, len(ids_B1))).step(ids_B1, state.past_B, np.zeros_like(ids_B1))
             state.past_B += 1
         return logits[:, 0]
@@ -123,7 +124,7 @@ class TokenSession:
     def decode_rows(self, state: State, tokens_B: Sequence[int]) -> Sequence[Row]:
         """Adds one token to every row. Returns each row's logits after it, of a GPU those that a draw looks at."""
         ids_B1 = self._next_ids(state, tokens_B)
-        with self.lock:
+        with self.lock, one_step():
             rows = state.binding(slice(0, len(ids_B1))).decode(ids_B1, state.past_B)
             state.past_B += 1
         return rows
@@ -197,7 +198,7 @@ class TokenSession:
         if pixels_N3PP is None or not len(pixels_N3PP):
             return None
         assert self.tower is not None
-        with self.lock:
+        with self.lock, one_step():
             return self.tower.encode(pixels_N3PP)
 
     def _run(
@@ -226,7 +227,7 @@ class TokenSession:
                 else np.broadcast_to(np.arange(width, dtype=np.int64), ids_BS.shape)
             )
             features_MH = given.take(piece.rows, ids_BS)
-            with self.lock:
+            with self.lock, one_step():
                 logits = state.binding(piece.rows).step(ids_BS, state.past_B[piece.rows], positions_BR, features_MH)
                 state.past_B[piece.rows] += lengths_B
             for index, length in enumerate(piece.lengths):

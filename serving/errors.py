@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import SessionError, shortened_text
+from ..errors import SessionError, StepError, shortened_text
 
 TYPES = {
     401: "authentication_error",
@@ -72,6 +72,8 @@ def of_session(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
     message = shortened_text(str(error), 1000)
+    if isinstance(error, StepError):
+        return RequestError(message, status=500)
     if isinstance(error, SessionError):
         first = message.replace(":", " ").split(" ", 1)[0]
         return RequestError(message, NAMES.get(first, first) if first in FIELDS else None)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ForbiddenError, shortened_text
+from ..errors import ForbiddenError, StepError, shortened_text
 from ..runtime import Flight, Generated, Request, Session
 from ..runtime.flight import Pieces, failed
 from .errors import RequestError
@@ -357,7 +357,8 @@ class Pilot:
 
 def step_failed(error: Exception) -> RequestError:
     """The answer to a request that ended with no fault of its own."""
-    return RequestError(f"the step failed: {type(error).__name__}: {shortened_text(str(error))}", status=500)
+    said = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
+    return RequestError(f"the step failed: {shortened_text(said)}", status=500)
 
 
 def lost_model(reason: str) -> RequestError:

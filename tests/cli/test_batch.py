@@ -1,5 +1,6 @@
 """Files of prompts: answered in flight as if alone, resumable, and refused where they are none."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from typer.testing import CliRunner
 import arriero
 from arriero.cli import batch
 from arriero.cli.app import app
+from arriero.cli.batch import read_prompts
+from arriero.errors import SessionError
+from arriero.runtime.text import Text
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny-llama4"
 
 PROMPTS = [
     {"prompt": "The for statement", "id": "first"},
@@ -82,6 +88,15 @@ def test_options_that_do_not_go_together_are_refused(options: list[str], said: s
     code, _, stderr = run("nowhere", *options)
     assert code == 2
     assert said in stderr
+
+
+def test_messages_of_other_types_are_read_for_their_line_alone(tmp_path: Path) -> None:
+    for content in (5, None, True, {"a": 1}, [5], [[]], [None], [{"path": 5}]):
+        (tmp_path / "p.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": content}]}))
+        (asked,) = read_prompts(tmp_path / "p.jsonl")
+        assert asked.prompt == [{"role": "user", "content": content}]
+        with contextlib.suppress(SessionError):  # and no other error
+            Text(TINY).encode_chat(asked.prompt)
 
 
 @pytest.mark.parametrize("line", ['{"text": "x"}', '{"prompt": 5}', "[]", "{", '{"prompt": "x", "messages": []}'])

@@ -1,7 +1,9 @@
 """Bundles side by side: verdicts and measurements joined by the bundle's hash."""
 
+import copy
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,53 @@ def test_what_is_not_comparable_is_said(tmp_path: Path) -> None:
     page = compare_page(written(tmp_path, a=verdict("int8", 8), b=other, c=bench("int8", 8), d=slow))
     assert "perplexity and KL are not comparable" in page
     assert "speeds are not comparable" in page
+
+
+VALUES: list[Any] = [None, 5, -1.5, "text", [], {}, [5], {"a": 5}, True, "\ud800$\\frac", 10**30]
+
+
+def fields_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The place of every field."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in inside:
+        yield (*path, name)
+        yield from fields_of(inner, (*path, name))
+
+
+@pytest.mark.parametrize("make", [verdict, bench])
+def test_every_field_of_another_type_or_missing_is_one_line_or_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., dict[str, Any]]
+) -> None:
+    monkeypatch.setattr("arriero.measuring.compare.picture_in_two", lambda *_, **named: "")  # is slow
+    path, refused, pages = tmp_path / "verdict.json", 0, 0
+    for place in fields_of(copy.deepcopy(make("int8", 8))):
+        for value in [*VALUES, "missing"]:
+            fields = copy.deepcopy(make("int8", 8))
+            *way, last = place
+            inner: Any = fields
+            for name in way:
+                inner = inner[name]
+            if value == "missing":
+                del inner[last]
+            else:
+                inner[last] = value
+            path.write_text(json.dumps(fields))
+            said = ""
+            try:
+                compare_page([path])
+            except FolderError as error:
+                said = str(error)
+            assert "\n" not in said
+            refused, pages = refused + bool(said), pages + (not said)
+    assert min(refused, pages) > 50
+
+
+def test_a_field_of_another_type_is_named(tmp_path: Path) -> None:
+    wrong = verdict("int8", 8)
+    wrong["metrics"]["kl"]["low"] = "0.1"
+    (path,) = written(tmp_path, a=wrong)
+    with pytest.raises(FolderError, match=r"\(metrics\.kl\.low is '0\.1', expected a finite number\)"):
+        compare_page([path])
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:

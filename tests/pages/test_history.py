@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from arriero.cli.app import app
 from arriero.errors import AccuracyError
-from arriero.pages.history import append_run, in_series, read_history
+from arriero.pages.history import append_run, in_series, line_of, read_history
 from arriero.pages.trend import trend_page
 
 
@@ -55,18 +55,33 @@ def test_a_line_that_was_cut_off_spoils_no_other(history: Path) -> None:
     assert len(read_history(history)) == 7
 
 
+def spoilt(fields: dict[str, Any]) -> str:
+    """A line in which some fields are others."""
+    line = json.loads(line_of(verdict(8)))
+    return json.dumps(line | ({"hashes": {"candidate": 5}} if "contents" in fields else fields))
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("{", "line 7 is no run"),
         ("[]", "its schema is no 1"),
-        (json.dumps({"schema": 1}), "lacks 'outcome'"),
+        (json.dumps({"schema": 1}), r"\(date is missing\)"),
         (json.dumps({"schema": 9, "outcome": "pass"}), "its schema is no 1"),
+        ({"date": "today"}, "its date is 'today', expected one as 2031"),
+        ({"outcome": ["pass"]}, r"outcome is \['pass'\], expected a text"),
+        ({"candidate": None}, "candidate is missing|candidate is None, expected a text"),
+        ({"metrics": []}, r"metrics is \[\], expected an object"),
+        ({"metrics": {"kl": {"value": "0.1"}}}, "metrics.kl.value is '0.1', expected a finite number"),
+        ({"metrics": {"kl": {"value": 1e999}}}, "metrics.kl.value is inf, expected a finite number"),
+        ({"limits": [5]}, r"limits\[0\] is 5, expected an object"),
+        ({"limits": [{"metric": {}}]}, r"limits\[0\]\.metric is {}, expected a text"),
+        ({"contents": 5}, "hashes.candidate"),
     ],
 )
-def test_a_line_that_is_no_run_is_named(history: Path, line: str, said: str) -> None:
+def test_a_line_that_is_no_run_is_named(history: Path, line: str | dict[str, Any], said: str) -> None:
     with history.open("a") as file:
-        file.write(line + "\n")
+        file.write((line if isinstance(line, str) else spoilt(line)) + "\n")
     with pytest.raises(AccuracyError, match=said):
         read_history(history)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import arriero
-from arriero.errors import SessionError
+from arriero.errors import SessionError, StepError
 from arriero.runtime import Flight, Generated, Session, State
+from arriero.runtime.backends.onnxruntime_decoder import OnnxRuntimeBinding
 from arriero.runtime.continuation import joined
 from arriero.runtime.prefix import total
 
@@ -57,7 +58,8 @@ def test_a_prompt_that_cannot_be_read_ends_alone(
     found = session.generate_many([*PROMPTS[:place], bad, *PROMPTS[place:]], 8, slots=4, **GREEDY)
     failed = found.pop(place)
     assert (failed.ids, failed.finish) == ([], "error")
-    assert isinstance(failed.error, MemoryError)
+    assert isinstance(failed.error, StepError)
+    assert str(failed.error).startswith("there is not enough memory for a step (MemoryError: no room for this row): ")
     assert found == alone
 
 
@@ -75,7 +77,8 @@ def test_a_row_that_cannot_be_decoded_ends_with_what_it_had(session: Session, mo
 
     monkeypatch.setattr(session, "decode_rows", failing)
     found = session.generate_many(PROMPTS, 30, slots=5, **GREEDY)
-    assert str(found[victim].error) == "the step failed"
+    assert isinstance(found[victim].error, StepError)
+    assert str(found[victim].error).startswith("a step of the model failed (RuntimeError: the step failed): ")
     assert found[victim].ids == ids[: ids.index(fault) + 1]
     assert [each for index, each in enumerate(found) if index != victim] == [
         each for index, each in enumerate(alone) if index != victim
@@ -100,6 +103,41 @@ def test_a_flight_goes_on_after_every_kind_of_error(session: Session, monkeypatc
     assert [each.finish for _, each in sorted(found.items())] == ["error", "error", "length"] * 2
     flight.join(request)
     assert list(land(flight).values()) == [session.generate("The list type", 8, **GREEDY)]
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (MemoryError(), "there is not enough memory for a step (MemoryError): free some, "),
+        (RuntimeError("arriero.cpu Linear: x\nis none"), "(RuntimeError: arriero.cpu Linear: x is none): try again, "),
+    ],
+)
+def test_a_step_that_fails_is_one_error_and_the_next_one_goes_on(
+    session: Session, monkeypatch: pytest.MonkeyPatch, raised: Exception, said: str
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise raised
+
+    alone, state = session.generate("The list type", 4, **GREEDY), session.start(1, 8)
+    session.prefill(state, [[9, 9]])
+    with monkeypatch.context() as patched:
+        for name in ("step", "decode"):
+            patched.setattr(OnnxRuntimeBinding, name, fail)
+        for ask in (
+            lambda: session.generate("The list type", 4, **GREEDY),
+            lambda: session.logits([[9, 9]]),
+            lambda: session.decode(state, [9]),
+            lambda: session.decode_rows(state, [9]),
+            lambda: session.prefill(state, [[9]]),
+            lambda: list(session.score([9, 9], 1)),
+        ):
+            with pytest.raises(StepError) as error:
+                ask()
+            assert said in str(error.value)
+            assert "\n" not in str(error.value)
+            assert error.value.__cause__ is raised
+    assert session.generate("The list type", 4, **GREEDY) == alone
+    assert state.past_B.tolist() == [2]
 
 
 @pytest.mark.parametrize("budget", [1, 7, 64])
