@@ -80,10 +80,12 @@ def test_a_recipe_passes_and_its_sabotage_fails(
 
 
 def test_a_golden_file_gives_the_live_verdict(
-    quantised_tiny: Callable[[Recipe], Path], tiny_model: Path, golden: Path, text: Path
+    quantised_tiny: Callable[[Recipe], Path], tiny_model: Path, text: Path, tmp_path: Path
 ) -> None:
     candidate = quantised_tiny(int4())
-    live, recorded = check(candidate, tiny_model, data=[text], samples=SAMPLES), check(candidate, golden)
+    some: Any = {"data": [text], "samples": 3}
+    golden = record_golden(tiny_model, tmp_path / "g.safetensors", **some)
+    live, recorded = check(candidate, tiny_model, **some), check(candidate, golden)
     assert live.metrics == recorded.metrics
     assert live.judgements == recorded.judgements
     assert golden.stat().st_size < 600 * live.tokens  # bytes a token: no whole vocabulary
@@ -229,7 +231,7 @@ def test_bad_input_is_named(
 
     nan = {"model.norm.weight": lambda weight: weight * float("nan")}
     broken = export_checkpoint(changed_tensors(tiny, tmp_path / "nan", nan), tmp_path / "nan-model")
-    refused("model.norm.weight' holds NaN or infinity", candidate=broken)
+    refused("model.norm.weight' holds NaN or infinity", candidate=broken, reference=golden, data=None)
 
 
 def test_a_damaged_golden_file_is_refused(golden: Path, tiny_model: Path, tmp_path: Path) -> None:
