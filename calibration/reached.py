@@ -90,5 +90,6 @@ def kept(out: str | Path) -> str:
     if not (tower or layers):
         return ""
     parts = [f"{layers} layer{'s' if layers != 1 else ''}"] if layers else []
-    parts += [f"{tower} parts of the vision tower"] if tower else []
-    return f"{' and '.join(parts)} are kept in {work}: run the same command again to go on, or remove the folder"
+    parts += [f"{tower} part{'s' if tower != 1 else ''} of the vision tower"] if tower else []
+    verb = "is" if layers + tower == 1 else "are"
+    return f"{' and '.join(parts)} {verb} kept in {work}: run the same command again to go on, or remove the folder"
