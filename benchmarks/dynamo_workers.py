@@ -33,7 +33,16 @@ import arriero
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = "1.6.1"
-NEEDED = ("aiohttp>=3.14", "msgspec", "prometheus-client<1", "pyzmq>=26", "zstandard<1", "pydantic<=2.13.5", "uvloop")
+NEEDED = (
+    "aiohttp>=3.14",
+    "msgspec",
+    "prometheus-client<1",
+    "pyzmq>=26",
+    "zstandard<1",
+    "pydantic<=2.13.5",
+    "pyyaml",
+    "uvloop",
+)
 PORT, NAME = 8100, "tiny"
 URL = f"http://127.0.0.1:{PORT}"
 SUBJECTS = ("lists", "maps", "files", "threads", "numbers", "clocks", "errors", "sockets")
