@@ -1,5 +1,7 @@
+import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import arriero.plugins.cpu.library
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -99,11 +103,15 @@ def test_pip_finds_a_wheel_of_all_that_the_cpu_needs(platform: str) -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
-    """A clean environment with the wheel in it, over this one's libraries. Returns its Python and what it gained."""
+    """A clean environment with the wheel in it, over this one's libraries. Returns its Python and what it gained.
+
+    The wheel is made as where there is no compiler, and gets the kernels that this environment's installation compiled.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
-    subprocess.run(wheel, check=True, capture_output=True)
+    no_compiler = dict.fromkeys(("CC", "CXX"), "false")
+    subprocess.run(wheel, check=True, capture_output=True, env={**os.environ, **no_compiler})
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
     python = folder / "venv" / "bin" / "python"
     site = next((folder / "venv" / "lib").glob("python*/site-packages"))
@@ -113,6 +121,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]
         [*pip, "install", "--no-deps", "--target", str(site), str(wheel_file)], check=True, capture_output=True
     )
     gained = {path.name for path in site.iterdir()} - before
+    shutil.copy(arriero.plugins.cpu.library.library(), site / "arriero" / "plugins" / "cpu")
     libraries = next(path for path in sys.path if path.endswith("site-packages"))
     (site / "libraries.pth").write_text(libraries + "\n")
     return python, gained

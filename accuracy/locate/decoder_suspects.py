@@ -283,6 +283,7 @@ class HalfSplit(Weights):
     """Another's weights, whose heads' queries and keys stand as a RoPE over halves finds them."""
 
     def __init__(self, weights: Weights, head_dim: int) -> None:
+        super().__init__({}, device=weights.device)
         self.weights, self.head_dim = weights, head_dim
 
     def wide(self, name: str, index: int | None = None) -> Tensor:

@@ -130,6 +130,8 @@ def _compiled(source: str, stand_ins: Pairs) -> Template:
         return environment.from_string(tree)
     except TemplateSyntaxError as error:
         raise BrokenTemplateError(f"line {error.lineno}: {error.message}") from error
+    except MemoryError as error:  # an expression of constants is computed here
+        raise CostlyTemplateError(OUT_OF_MEMORY) from error
     except Exception as error:  # Python's own limits, such as those of nesting
         raise BrokenTemplateError(str(error) or type(error).__name__) from error
 

@@ -46,7 +46,7 @@ def test_export_build_and_run_agree(tiny: Path, tmp_path: Path) -> None:
     assert texts[0] == texts[1]
     assert len(texts[0]) > 12
     refused(arriero("export", tiny, "-o", tmp_path / "model"), "exists: choose another output, or --force")
-    assert arriero("export", tiny, "-o", tmp_path / "model", "--force").returncode == 0
+    assert arriero("build", tmp_path / "model", "-o", tmp_path / "bundle", "--force").returncode == 0
 
 
 def test_calibrate_lists_each_weight_and_its_model_runs(tiny_model: Path, tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def test_a_vision_tower_takes_what_inspect_tells(make_multimodal: Callable[..., 
     assert found["tower"] > sum(weight.size for weight in weights.weights)
     command = [sys.executable, "-c", ENCODE, str(bundle)]
     taken = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024
-    assert found["total"] == pytest.approx(taken, rel=0.15)
+    decoded = found["kv_cache"] + found["activations"] + found["kept"]  # which encoding alone does not take
+    assert found["total"] - decoded == pytest.approx(taken, rel=0.15), found
 
 
 def test_weights_and_caches_are_counted_exactly(bundle: Path) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ def test_a_server_tells_its_manager_how_it_is(
 
 def test_a_step_that_hangs_is_not_called_alive() -> None:
     pilot = Pilot.__new__(Pilot)
+    pilot.lost, pilot.session = None, SimpleNamespace(fault=None)  # type: ignore[assignment]
     pilot.stepped, pilot.thread = 0.0, threading.Thread(target=time.sleep, args=(0.5,))
     assert not pilot.steps_within(10)  # not started
     pilot.thread.start()

@@ -16,7 +16,7 @@ from arriero.runtime.grammars.compiler import GrammarCompiler
 def test_answers_drawn_from_schemas_validate(tiny: Path) -> None:
     compiler = GrammarCompiler(Tokenizer.from_file(str(tiny / "tokenizer.json")), 2048)
     counts: Counter[str] = Counter()
-    for number in range(60):
+    for number in range(20):
         schema = draw_schema(random.Random(number), depth=2)
         try:
             answer = draw_answer(compiler, schema, number)
@@ -27,6 +27,6 @@ def test_answers_drawn_from_schemas_validate(tiny: Path) -> None:
         if answer is not None:
             validator = jsonschema.Draft202012Validator
             validator(schema, format_checker=validator.FORMAT_CHECKER).validate(json.loads(answer))
-    assert counts["finished"] > 35, counts
+    assert counts["finished"] > 11, counts
     assert set(counts) <= {"finished", "unfinished", "refused"}
-    assert counts["refused"] < 20, counts
+    assert counts["refused"] < 7, counts
