@@ -8,6 +8,7 @@ This file is also the program that runs there. It is started with the module pat
 module by its path, nothing else of the package, and has that module's `answer` answer until its input ends.
 """
 
+import atexit
 import functools
 import json
 import marshal
@@ -149,6 +150,18 @@ class KeptProcess:
                 except OSError:  # what was not written yet
                     pass
             _end(process)
+
+
+def process_for(program: Program) -> KeptProcess:
+    """The process of a program, which ends with this one; after a fork the parent's is not the child's."""
+    return _process_for(os.getpid(), program)
+
+
+@functools.cache
+def _process_for(pid: int, program: Program) -> KeptProcess:
+    kept = KeptProcess(program)
+    atexit.register(kept.close)
+    return kept
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -11,9 +11,8 @@ from typing import Any
 from ..runtime import Generated
 from ..runtime.logprobs import TokenLogprobs
 from .errors import RequestError, of_session
-from .pilot import FINISHES
 from .protocol.answers import Usage
-from .rides import Ride
+from .rides import FINISHES, Ride
 from .tools import ToolCallReader
 
 

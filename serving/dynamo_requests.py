@@ -15,6 +15,7 @@ from ..runtime import Generated
 from ..runtime.images.data_urls import read_data_url
 from ..runtime.logprobs import TokenLogprobs
 from .errors import RequestError
+from .rides import FINISHES
 from .texts import TokenTexts
 
 SAME = (
@@ -30,9 +31,6 @@ SAME = (
 
 NOT_DONE = ("use_beam_search", "length_penalty", "best_of")
 """Options of sampling that are refused."""
-
-FINISHES = {"eos": "stop", "stop": "stop", "length": "length"}
-"""Dynamo's reasons of an end by a session's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

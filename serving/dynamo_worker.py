@@ -137,7 +137,7 @@ class FlightEngine:
     @classmethod
     async def from_args(cls, argv: Sequence[str] | None = None) -> Any:
         """Dynamo's own way to start, which `arriero serve` stands for."""
-        raise NotImplementedError("start a worker by `arriero serve FOLDER --dynamo`")
+        raise SessionError("start a worker by `arriero serve FOLDER --dynamo`")
 
     async def start(self, worker_id: int) -> Any:
         """Begins to fly. Returns what the worker is registered with."""

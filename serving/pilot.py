@@ -20,7 +20,7 @@ from ..runtime.flight import Pieces, failed
 from .errors import RequestError
 from .fairness import FairQueue
 from .metrics import Metrics
-from .rides import Ride
+from .rides import FINISHES, Ride
 
 MOST_RETRY_SECONDS = 60
 MOST_FAILURES = 3
@@ -364,7 +364,3 @@ def step_failed(error: Exception) -> RequestError:
 def lost_model(reason: str) -> RequestError:
     """The refusal of a request where the model is lost for good."""
     return RequestError(f"the model is lost ({reason}): start the server again", status=503, code="model_lost")
-
-
-FINISHES = {"eos": "stop", "stop": "stop", "length": "length"}
-"""OpenAI's reasons of an end by a session's."""

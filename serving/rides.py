@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from ..runtime import Generated, Request
 from ..runtime.flight import failed
 
+FINISHES = {"eos": "stop", "stop": "stop", "length": "length"}
+"""Clients' reasons of an end, OpenAI's and Dynamo's, by a session's."""
+
 
 class Ride:
     """One request's sequences on their way.

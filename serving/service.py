@@ -192,9 +192,7 @@ class Service:
             messages, tools, self.template, self.limits.images, lambda url: fetch_image(url, hosts)
         )
 
-    async def _board(
-        self, prepare: Callable[..., list[list[Request]]], request: Any, caller: Caller, long: bool
-    ) -> Ride:
+    async def _board(self, make: Callable[..., list[list[Request]]], request: Any, caller: Caller, long: bool) -> Ride:
         self.check_model(request.model)
         session, pilot = self.session, self.pilot
         most, count = (
@@ -205,7 +203,7 @@ class Service:
             raise RequestError(f"{count} continuations are asked for, this server takes at most {most} at once", "n")
         self._refuse_load(pilot.check_queue)
         long = long or not (request.grammar is None and request.regex is None)  # which is compiled
-        parties = await self.work(prepare, session, request, self._scope(caller), long=long)
+        parties = await self.work(make, session, request, self._scope(caller), long=long)
         self.session  # noqa: B018 # it may drain by now
         ride = Ride(parties, f"{caller.tenant.hex() or caller.address}/{request.asker}")
         self._refuse_load(pilot.submit, ride)

@@ -9,10 +9,8 @@ one that runs too long is given up there as well, but a single operation that ta
 its memory is not bounded.
 """
 
-import atexit
 import ctypes
 import functools
-import os
 import queue
 import threading
 import time
@@ -23,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..kept_process import ENDED, OVERRUN, KeptProcess, Program
+from ..kept_process import ENDED, OVERRUN, KeptProcess, Program, process_for
 from .environment import BrokenTemplateError, CostlyTemplateError, FailedTemplateError, StandIns, answer
 
 SECONDS = 3.0
@@ -137,13 +135,5 @@ def _answer_in_thread(request: tuple[Any, ...], seconds: float) -> tuple[bytes, 
         return COSTLY, TOO_LONG
 
 
-@functools.cache
-def _process_of(pid: int) -> KeptProcess:
-    kept = KeptProcess(PROGRAM)
-    atexit.register(kept.close)
-    return kept
-
-
 def _kept() -> KeptProcess:
-    """This process's; after a fork the parent's is not the child's."""
-    return _process_of(os.getpid())
+    return process_for(PROGRAM)

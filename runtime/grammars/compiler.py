@@ -6,10 +6,8 @@ JSON stands a space or a line's beginning at most, so that a small model does no
 Nothing is made here that has not been made in a process of its own before, within time, memory and stack.
 """
 
-import atexit
 import functools
 import json
-import os
 import signal
 import threading
 from collections import OrderedDict
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ...errors import SessionError, shortened, shortened_text
-from ..kept_process import ENDED, KeptProcess, Program
+from ..kept_process import ENDED, KeptProcess, Program, process_for
 from .guide import Guide, MaskWorker
 from .trial import MADE, STACK, make_matcher, on_stack
 from .vocabulary import Vocabulary
@@ -178,15 +176,7 @@ def prepare() -> None:
 
 
 def _kept() -> KeptProcess:
-    """This process's; after a fork the parent's is not the child's."""
-    return _process_of(os.getpid())
-
-
-@functools.cache
-def _process_of(pid: int) -> KeptProcess:
-    kept = KeptProcess(PROGRAM)
-    atexit.register(kept.close)
-    return kept
+    return process_for(PROGRAM)
 
 
 def _refused(kind: str, reason: str) -> SessionError:
