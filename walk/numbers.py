@@ -6,6 +6,7 @@ they have in a text-only checkpoint, one at a time, quantised ones times their s
 
 import copy
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -136,11 +137,13 @@ class Weights:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def read_ahead(self, prefix: str) -> None:
-        """Has the system read the tensors whose names begin so, while others are computed with."""
+        """Has the system read the tensors whose names begin so, while a device computes with others."""
+        if self.device == HOST or not hasattr(os, "posix_fadvise"):
+            return
         for name, (path, region) in self.regions.items():
-            if name.startswith(prefix) and path in self.maps:
-                start = region.offset // mmap.PAGESIZE * mmap.PAGESIZE
-                self.maps[path].madvise(mmap.MADV_WILLNEED, start, region.offset + region.size - start)
+            if name.startswith(prefix):
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), region.offset, region.size, os.POSIX_FADV_WILLNEED)
 
     def on(self, device: torch.device) -> "Weights":
         """Gives these weights to a walk on another device."""

@@ -1,5 +1,6 @@
 """Calibration and checks on a device: what lies where, what is copied, and that the numbers are the processor's."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from arriero.files.folders import read_spec
 from arriero.spec.recipe import Override, Recipe
 from arriero.walk import accelerator
 from arriero.walk.accelerator import HOST, find_device, memory_bounded
+from arriero.walk.numbers import Weights
 from arriero.walk.windows import Windows
 
 IDS = np.random.default_rng(0).integers(3, 97, (4, 48))
@@ -118,6 +120,18 @@ def test_memory_on_a_device_does_not_grow_with_depth(
             )
         most.append(device.most)
     assert most[0] == most[1] > 0
+
+
+def test_the_next_layer_is_read_while_a_device_computes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, offset, size, advice: asked.append(size))
+    weights = Weights({path.name: path for path in checkpoint.glob("*.safetensors")})
+    weights.read_ahead("layers.1.")
+    assert asked == []  # the processor reads what it computes with
+    weights.on(DEVICE).read_ahead("layers.1.")
+    assert sorted(asked) == sorted(
+        region.size for name, (_, region) in weights.regions.items() if name.startswith("layers.1.")
+    )
 
 
 def test_a_tower_is_quantised_on_a_device_as_on_the_processor(
