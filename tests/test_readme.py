@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from arriero.cli.app import app
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
@@ -15,6 +17,15 @@ LONGEST = 200
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= LONGEST
+
+
+def test_every_room_and_every_verb_is_named() -> None:
+    rooms = README.partition("## The rooms")[2].partition("\n## ")[0]
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= set(re.findall(r"(\w+)/  ", rooms))
+    verbs = README.partition("## The verbs")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `arriero (\w+)", verbs, re.MULTILINE)) == {
+        each.callback.__name__ for each in app.registered_commands if each.callback
+    }
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/run.md"])

@@ -20,8 +20,8 @@ HEAD = """# Command line
 `arriero --help` lists the verbs, and `arriero VERB --help` a verb's options; `python -m arriero` is the same command.
 Results go to stdout, progress and messages to stderr. The verbs by what they are for:
 [export](export.md), [calibrate](calibrate.md), [build](build.md), [run](run.md), [serve](serve.md),
-[check and golden](check.md), [bench, compare and inspect](bench.md), [trend](nightly.md). With `--json` results and
-errors are [JSON](json.md); `NO_COLOR` is heeded.
+[check and golden](check.md), [bench, compare and inspect](bench.md), [trend](nightly.md),
+[pack and doctor](deploy.md). With `--json` results and errors are [JSON](json.md); `NO_COLOR` is heeded.
 
 | exit code | |
 |---|---|
