@@ -252,6 +252,10 @@ AllowImageHost = Annotated[
     list[str] | None, typer.Option(help="Host that images may be fetched from; may be repeated.")
 ]
 MaxBodyBytes = Annotated[str, typer.Option(help="Bytes of a request at most.")]
+MaxBodiesBytes = Annotated[
+    str,
+    typer.Option(help="Bytes of all requests under way at most; long ones beyond get 429 with Retry-After."),
+]
 MaxPromptTokens = Annotated[int | None, typer.Option(help="Tokens of a prompt at most.", show_default="--max-seq")]
 MostNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", help="New tokens of an answer at most.", show_default="--max-seq")

@@ -38,6 +38,7 @@ def serve(
     allow_host: options.AllowHost = None,
     allow_image_host: options.AllowImageHost = None,
     max_body_bytes: options.MaxBodyBytes = "32M",
+    max_bodies_bytes: options.MaxBodiesBytes = "256M",
     max_prompt_tokens: options.MaxPromptTokens = None,
     max_new_tokens: options.MostNewTokens = None,
     max_images: options.MaxImages = 16,
@@ -82,6 +83,7 @@ def settings_of(asked: SimpleNamespace) -> "ServerSettings":
 
     limits = Limits(
         body_bytes=sized("--max-body-bytes", asked.max_body_bytes),
+        all_bodies_bytes=sized("--max-bodies-bytes", asked.max_bodies_bytes),
         prompt_tokens=at_least("--max-prompt-tokens", asked.max_prompt_tokens, 1),
         new_tokens=at_least("--max-new-tokens", asked.max_new_tokens, 1),
         images=at_least("--max-images", asked.max_images, 0),

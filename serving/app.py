@@ -3,7 +3,6 @@
 Enters: HTTP. Leaves: HTTP. Invariant: whatever goes wrong is an answer in OpenAI's form, and no other request's.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from .bodies import SHORT, CommonBound, read_body
 from .chat import ChatWriter, whole_chat
 from .completions import CompletionWriter, whole_completion
 from .doors import Doors
@@ -35,14 +35,8 @@ from .service import Service
 from .streams import Writer, stream, watched
 
 T = TypeVar("T")
-SHORT = 1 << 14
-"""Bytes of a body that is read in the event loop; longer ones are read beside it."""
-
 MOST_TOKENS = 1 << 17
 """Tokens that are written as a text at most, where the session holds no more."""
-
-BODY_SECONDS = 60
-"""Seconds that a request's body has to come."""
 
 
 class Endpoints:
@@ -173,32 +167,14 @@ class Endpoints:
         """Reads a request's body.
 
         Raises:
-            RequestError: It is too large, no JSON, or not as it must be.
+            RequestError: It is too large or slow, no JSON, or not as it must be.
         """
-        limit = self.service.limits.body_bytes
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise RequestError(f"the body is {kind[:60] or 'of no type'}: send application/json", status=415)
-        body = bytearray()
-        if (length := request.headers.get("content-length", "0")).isdigit() and int(length[:20]) > limit:
-            raise _too_large(limit)
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for piece in request.stream():
-                    body += piece
-                    if len(body) > limit:
-                        raise _too_large(limit)
-        except TimeoutError as error:
-            raise RequestError(f"the body did not come within {BODY_SECONDS} s: send it again", status=408) from error
+        body = await read_body(request, self.service.limits.body_bytes)
         is_long = request.state.is_long = len(body) > SHORT
         data, asked = await self.service.work(_read_body, cls, body, long=True) if is_long else _read_body(cls, body)
         if self.log.has_prompts:
             request.state.about["request"] = data
         return asked
-
-
-def _too_large(limit: int) -> RequestError:
-    return RequestError(f"the body is larger than {limit} bytes: send less", status=413, code="body_too_large")
 
 
 def _read_body(cls: type[T], body: bytearray) -> tuple[Any, T]:
@@ -263,6 +239,7 @@ def make_app(
             "expose_headers": ["x-request-id"],
         }
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(origins), **cors))
+    middleware.append(Middleware(CommonBound, most=service.limits.all_bodies_bytes, metrics=service.metrics))
     handlers: dict[Any, Any] = dict.fromkeys((HTTPException, RequestError, ClientDisconnect), refuse)
     endpoints = Endpoints(service, log, bool(keys))
     return Starlette(routes=routes(endpoints), middleware=middleware, exception_handlers=handlers)

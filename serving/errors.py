@@ -1,6 +1,12 @@
-"""Refusals as OpenAI's interface words them: a status, and a body that names the parameter."""
+"""Refusals as OpenAI's interface words them: a status, and a body that names the parameter.
 
+Enters: whatever went wrong. Leaves: words for the client. Invariant: of a fault that is not the request's a client
+learns its kind alone, and of the server's files no more than their names; the log has the rest.
+"""
+
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import SessionError, StepError, shortened_text
@@ -36,6 +42,10 @@ FIELDS = (
 """Settings that a session's messages begin with."""
 
 
+FOLDERS = re.compile(r"(?<![\w/:.])/(?:[^/\n]*[^/\s]/)+")
+"""The folders of an absolute path."""
+
+
 class RequestError(Exception):
     """A request is refused.
 
@@ -67,14 +77,44 @@ class RequestError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def of_session(error: Exception) -> RequestError:
-    """The refusal for an error that a session raised: the request's fault where it is a `SessionError`."""
+def of_session(error: Exception, folder: Path | None = None, name: str = "") -> RequestError:
+    """The refusal for an error that a session raised: the request's fault where it is a `SessionError`.
+
+    Args:
+        error: The error.
+        folder: The model's folder, which such errors begin with.
+        name: The model's name, which clients read instead.
+    """
     if isinstance(error, RequestError):
         return error
-    message = shortened_text(str(error), 1000)
-    if isinstance(error, StepError):
-        return RequestError(message, status=500)
-    if isinstance(error, SessionError):
-        first = message.replace(":", " ").split(" ", 1)[0]
-        return RequestError(message, NAMES.get(first, first) if first in FIELDS else None)
-    return RequestError(f"the request failed: {type(error).__name__}: {message[:300]}", status=500)
+    if not is_requests_own(error):
+        return step_failed(error)
+    text = str(error)
+    if folder is not None and str(folder) != folder.name:
+        text = text.replace(str(folder), name)
+    message = shortened_text(text, 1000)
+    first = message.replace(":", " ").split(" ", 1)[0]
+    return RequestError(message, NAMES.get(first, first) if first in FIELDS else None)
+
+
+def is_requests_own(error: Exception) -> bool:
+    """Whether an error is the request's own fault; any other belongs into the log."""
+    return isinstance(error, RequestError | SessionError) and not isinstance(error, StepError)
+
+
+def step_failed(error: Exception) -> RequestError:
+    """The answer to a request that ended with no fault of its own."""
+    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+        return RequestError("the server has too little memory for it: ask for less, or later", status=500)
+    kind = type(error.__cause__ or error).__name__
+    return RequestError(f"the server failed at it ({kind}; its log says more): ask again", status=500)
+
+
+def lost_model(reason: str) -> RequestError:
+    """The refusal of a request where the model is lost for good."""
+    return RequestError(f"the model is lost ({reason}): start the server again", status=503, code="model_lost")
+
+
+def without_folders(text: str) -> str:
+    """A text with files by their names, without the folders that they are in."""
+    return FOLDERS.sub("", text)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ForbiddenError, StepError, shortened_text
+from ..errors import ForbiddenError, shortened_text
 from ..runtime import Flight, Generated, Request, Session
 from ..runtime.flight import Pieces, failed
-from .errors import RequestError
+from .errors import RequestError, is_requests_own, lost_model, step_failed, without_folders
 from .fairness import FairQueue
 from .metrics import Metrics
 from .rides import FINISHES, Ride
@@ -103,8 +103,9 @@ class Pilot:
 
     @property
     def fault(self) -> str | None:
-        """Why the model is lost for good, in one line; None while it is not."""
-        return self.lost or self.session.fault
+        """Why the model is lost for good, in one line for clients; None while it is not."""
+        found = self.lost or self.session.fault
+        return None if found is None else without_folders(found)
 
     def steps_within(self, seconds: float) -> bool:
         """Whether the thread lives with its model, and has been in one step for less than so long."""
@@ -212,6 +213,8 @@ class Pilot:
         if last.error is None or isinstance(last.error, ForbiddenError):
             self.failures = 0
             return last
+        if not self.failures:  # the first says why
+            self.report(last.error)
         self.failures += 1
         return failed(step_failed(last.error))
 
@@ -248,9 +251,11 @@ class Pilot:
             ride, first, party = self.queue.pop()
             try:
                 if self.lost is not None:
-                    raise lost_model(self.lost)
+                    raise lost_model(without_folders(self.lost))
                 numbers = self.flight.join_as_one(party)
             except Exception as error:
+                if not is_requests_own(error):
+                    self.report(error)
                 batch.pieces += [(ride, first + index, failed(error)) for index in range(len(party))]
                 continue
             for index, number in enumerate(numbers, first):
@@ -278,10 +283,10 @@ class Pilot:
 
     def _lose(self, batch: Batch, reason: str) -> None:
         """Takes down that there is no model any more. Those on board learn why."""
-        self.lost, error = reason, lost_model(reason)
+        self.lost, error = reason, lost_model(without_folders(reason))
         batch.pieces = [(ride, index, failed(error) if piece.error else piece) for ride, index, piece in batch.pieces]
         self._end_all(batch, error)
-        self.report(error)
+        self.report(lost_model(reason))
 
     def _end_all(self, batch: Batch, error: Exception) -> None:
         """Ends all on board with an error."""
@@ -353,14 +358,3 @@ class Pilot:
 
     def _gauge(self) -> None:
         self.metrics.waiting, self.metrics.running = self.waiting, self.active - self.waiting
-
-
-def step_failed(error: Exception) -> RequestError:
-    """The answer to a request that ended with no fault of its own."""
-    said = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
-    return RequestError(f"the step failed: {shortened_text(said)}", status=500)
-
-
-def lost_model(reason: str) -> RequestError:
-    """The refusal of a request where the model is lost for good."""
-    return RequestError(f"the model is lost ({reason}): start the server again", status=503, code="model_lost")

@@ -19,9 +19,9 @@ from ..errors import ArrieroError, SessionError
 from ..runtime import Request, Session
 from ..runtime.grammars.compiler import prepare
 from .conversation import template_messages
-from .errors import RequestError, of_session
+from .errors import RequestError, is_requests_own, lost_model, of_session
 from .metrics import Metrics
-from .pilot import FlightSettings, Pilot, lost_model
+from .pilot import FlightSettings, Pilot
 from .protocol.chat import ChatRequest, Message, NamedTool, Tool
 from .protocol.completions import DEFAULT_TOKENS, CompletionRequest
 from .remote_images import fetch_image
@@ -33,10 +33,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Bounds of a request.
+    """Bounds of a request, and of all that are under way.
 
     Attributes:
         body_bytes: Bytes of a request's body.
+        all_bodies_bytes: Bytes of the bodies of all requests under way.
         prompt_tokens: Tokens of a prompt; None is as the session holds.
         new_tokens: New tokens of a sequence; None is as the session holds.
         images: Images of a request.
@@ -46,6 +47,7 @@ class Limits:
     """
 
     body_bytes: int = 32 << 20
+    all_bodies_bytes: int = 256 << 20
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     images: int = 16
@@ -137,7 +139,7 @@ class Service:
 
     @property
     def fault(self) -> str | None:
-        """Why the model is lost for good, in one line; None while it is not."""
+        """Why the model is lost for good, in one line for clients; None while it is not."""
         return None if self._pilot is None else self._pilot.fault
 
     def steps_within(self, seconds: float) -> bool:
@@ -168,7 +170,10 @@ class Service:
         try:
             return await asyncio.get_running_loop().run_in_executor(workers, function, *arguments)
         except (ArrieroError, RequestError) as error:
-            raise of_session(error) from error
+            if not is_requests_own(error):
+                self.report(error)
+            folder = None if self._session is None else self._session.text.folder
+            raise of_session(error, folder, self.name) from error
 
     async def chat(self, request: ChatRequest, caller: Caller, *, long: bool = False) -> Ride:
         """Lets a conversation on board; a long one is made ready beside others."""

@@ -26,7 +26,7 @@ ERRORS = {
     408: "The head or the body did not come in time.",
     413: "The body is too large.",
     415: "The body is no JSON by its type.",
-    429: "As many requests wait as may: `Retry-After` says when to come again.",
+    429: "As many requests wait, or bytes of requests are under way, as may: `Retry-After` says when to come again.",
     431: "The head is too large.",
     500: "The request failed.",
     503: "The model is being loaded or lost, or the server stops.",

@@ -1,13 +1,16 @@
 """Doors: who may ask, from where, how much."""
 
+import base64
 import subprocess
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 BODY = {"messages": [{"role": "user", "content": "The list type"}], "max_tokens": 2}
 
@@ -87,9 +90,13 @@ def test_a_request_s_number_is_the_client_s_or_a_new_one(http: httpx.Client) -> 
     assert len(numbers) == 2
 
 
-def test_images_come_in_the_request_or_not_at_all(served: Any, client: openai.OpenAI, tmp_path: Path) -> None:
+def test_images_come_in_the_request_or_not_at_all(
+    served: Any, bundle: Path, client: openai.OpenAI, tmp_path: Path
+) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(b"secret")
+    file = BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
     for url in (
         str(secret),
         f"file://{secret}",
@@ -98,11 +105,14 @@ def test_images_come_in_the_request_or_not_at_all(served: Any, client: openai.Op
         "ftp://example.org/a",
         "data:image/png;base64,!!!!",
         "data:image/png;base64,aGVsbG8=",
+        "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
     ):
         content: Any = [{"type": "image_url", "image_url": {"url": url}}]
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
         assert "secret.png: not an image" not in str(caught.value)
+        assert str(bundle) not in str(caught.value)
+    assert "tiny: the model takes text only" in str(caught.value)
     with pytest.raises(openai.BadRequestError, match="at most 1"):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content * 2}])
 

@@ -1,23 +1,28 @@
 """Bodies near their limit: read as `json.loads` reads them, beside whatever else runs."""
 
+import asyncio
 import base64
 import json
 import random
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from io import StringIO
 from typing import Any
 
 import httpx
 import pytest
 
 from arriero.runtime.images.data_urls import decode_base64
+from arriero.serving.app import make_app
 from arriero.serving.errors import RequestError
+from arriero.serving.logs import Log
 from arriero.serving.protocol import long_json
 from arriero.serving.protocol.completions import CompletionRequest, DetokenizeRequest
 from arriero.serving.protocol.long_json import read_json
 from arriero.serving.protocol.reading import read
+from arriero.serving.service import Limits, Service
 
 LETTERS = 'ab "\\\n\t€😀\x7f\ud83d\ude00é/'
 SIGNS = '"\\[]{},:0123-.eu \n\x01N'
@@ -134,3 +139,40 @@ def test_a_body_near_the_limit_is_answered_and_refused_by_name(http: httpx.Clien
         assert refused.status_code == 400
         assert said in refused.json()["error"]["message"]
     assert http.post("/detokenize", json={"tokens": long[:20_000]}).status_code == 200
+
+
+def test_bodies_under_way_are_bounded_in_common() -> None:
+    service = Service("tiny", Limits(all_bodies_bytes=60_000), shares_prefixes=False, report=print)
+    app = make_app(service, Log(StringIO()))
+    transport = httpx.ASGITransport(app)
+
+    async def act() -> None:
+        going, more = asyncio.Event(), asyncio.Event()
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield b'{"prompt": "' + b"a" * 50_000
+            going.set()
+            await more.wait()
+            yield b'"}'
+
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+
+            async def ask(content: Any) -> httpx.Response:
+                return await http.post("/tokenize", content=content, headers={"content-type": "application/json"})
+
+            first = asyncio.create_task(ask(pieces()))
+            await going.wait()
+            await asyncio.sleep(0)
+            long = b'{"prompt": "' + b"a" * 20_000 + b'"}'
+            refused = await ask(long)
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "bodies_full"
+            assert refused.headers["retry-after"] == "1"
+            assert service.metrics.refused == 1
+            assert (await ask(b'{"prompt": "a"}')).status_code == 503  # it goes on, to a model that is not there
+            more.set()
+            assert (await first).status_code == 503
+            assert (await ask(long)).status_code == 503
+
+    asyncio.run(act())
+    service.close()

@@ -21,7 +21,10 @@ from arriero.serving.service import Limits, Service
 
 SETTINGS = FlightSettings(slots=2, prefill_budget=None, cache_bytes=None, queue=8)
 BODY: dict[str, Any] = {"prompt": "The list type", "max_tokens": 200, **ENDLESS}
-REASON = "rank 1 was ended by SIGKILL; the group has ended, load it again"
+REASON = "group: rank 1 was ended by SIGKILL; the group has ended, load it again"
+
+INSIDE = f"/srv/our models/{REASON}"
+"""The reason as it is known inside, with a folder that is no client's business."""
 
 
 class Scene:
@@ -62,7 +65,7 @@ def scene(bundle: Path) -> Scene:
 
 
 def fail(*_: Any, **__: Any) -> Any:
-    raise SessionError(REASON)
+    raise SessionError(INSIDE)
 
 
 async def assert_lost(scene: Scene) -> None:
@@ -88,24 +91,25 @@ def test_who_is_on_board_and_who_waits_end_with_the_model(
         if part == "state":  # as where a sequence that ends cannot be moved
             monkeypatch.setattr(scene.service.pilot.flight, "step", fail)
         else:
-            monkeypatch.setattr(type(scene.session.decoder), "fault", REASON)
+            monkeypatch.setattr(type(scene.session.decoder), "fault", INSIDE)
             monkeypatch.setattr(scene.session, "decode_rows", fail)
         monkeypatch.setattr(scene.session, "start", fail)
         for answer in await asyncio.gather(*asked):
             assert answer.status_code == 503, answer.text
             assert answer.json()["error"]["code"] == "model_lost"
+            assert "/srv" not in answer.text
         assert scene.service.active == 0
         await assert_lost(scene)
 
     scene.run(act)
-    assert len(scene.faults()) == (2 if part == "state" else 1)
+    assert [INSIDE in fault["message"] for fault in scene.faults()] == [True, True]  # the step's, and the model's
 
 
 def test_an_idle_model_that_is_lost_is_known_to_be_so_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     async def act(scene: Scene) -> None:
         assert (await scene.http.get("/health")).json() == {"status": "ok"}
         assert (await scene.http.get("/ready")).json() == {"status": "ready"}
-        monkeypatch.setattr(type(scene.session.decoder), "fault", REASON)
+        monkeypatch.setattr(type(scene.session.decoder), "fault", INSIDE)
         await assert_lost(scene)
 
     scene.run(act)
@@ -132,10 +136,14 @@ def test_requests_that_fail_one_after_another_lose_no_model(scene: Scene, monkey
         flight = scene.service.pilot.flight
         monkeypatch.setattr(scene.session, "decode_rows", fail)
         for _ in range(3):
-            assert (await scene.ask()).status_code == 500
+            failed = await scene.ask()
+            assert failed.status_code == 500
+            assert "SessionError; its log says more" in failed.text
+            assert "rank 1" not in failed.text
         monkeypatch.undo()
         assert (await scene.ask(max_tokens=3)).status_code == 200
         assert scene.service.pilot.flight is not flight
+        assert [INSIDE in fault["message"] for fault in scene.faults()] == [True]
         assert (await scene.http.get("/health")).status_code == 200
 
     scene.run(act)
