@@ -30,6 +30,11 @@
 #include <unistd.h>
 #endif
 
+#ifndef ARRIERO_LOOK
+#define ARRIERO_LOOK 100'000'000
+#endif
+constexpr long LOOK = ARRIERO_LOOK;  // nanoseconds that a rank sleeps before it looks again: a tenth of a second
+
 // A rank's line in the shared memory, which it alone writes but for `sleepers`.
 struct alignas(128) RankLine {
     std::atomic<uint32_t> turn;      // the last turn that it has come to
@@ -200,10 +205,10 @@ struct AllReduce {
     static void wake(std::atomic<uint32_t>& word) {
         syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
     }
-    // Sleeps a tenth of a second at most while the word is as it was seen. Returns whether the time has passed.
+    // Sleeps until the next look while the word is as it was seen. Returns whether the time has passed.
     static bool sleep(std::atomic<uint32_t>& word, uint32_t seen) {
-        const timespec tenth{0, 100'000'000};
-        return syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, seen, &tenth, nullptr, 0) == -1 &&
+        const timespec time{0, LOOK};
+        return syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, seen, &time, nullptr, 0) == -1 &&
                errno == ETIMEDOUT;
     }
     static int32_t own_process() { return getpid(); }

@@ -11,7 +11,6 @@ Everything goes to `build/native`. The first thing that a sanitizer finds ends t
 import argparse
 import os
 import platform
-import random
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,11 @@ ROOT = Path(__file__).parents[2]
 BUILD, NATIVE, LIBRARY = ROOT / "build" / "native", ROOT / "tests" / "fuzz" / "native", "plugins/cpu/library.cpp"
 SLAB = "-DARRIERO_WORKSPACE=4096"
 """Experts take their tokens in many pieces, as calls too large for a test do."""
+LOOKS = "-DARRIERO_LOOK=1000000"
+"""Who waits for a rank that never comes looks a thousand times a second, not ten times."""
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-Wno-psabi", SLAB]
+SETS = ["avx512", "any"]
+"""Sets of instructions that libFuzzer's time goes to: the best that the processor has, and what any has."""
 UNDEFINED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 TABLES = [
     "tests/plugins/cpu/test_kernels.py",
@@ -109,21 +112,45 @@ def threads() -> int:
 
 
 def cover(seconds: int, seed: int) -> int:
-    """Calls made of bytes, which libFuzzer changes as new code is reached."""
+    """Calls made of bytes, which libFuzzer changes as new code is reached, from calls of each op that fit.
+
+    Each of `SETS` has its share of the time, and begins where the one before ended.
+    """
     program, corpus = BUILD / "ops_fuzz", BUILD / "corpus"
     clang = next((name for name in ("clang++", *(f"clang++-{v}" for v in range(22, 13, -1))) if shutil.which(name)), "")
     if not clang:
         sys.exit("native.py: coverage needs Clang; install it, on Debian and Ubuntu with: apt-get install clang")
-    flags = [*FLAGS, "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined"]
+    flags = [*FLAGS, "-O2", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined", LOOKS]
     if failed := run([clang, *flags, LIBRARY, str(NATIVE / "ops_fuzz.cpp"), "-o", str(program)]):
         return failed
     corpus.mkdir(exist_ok=True)
-    rng = random.Random(seed)
-    for index in range(200):  # short inputs alone would draw the smallest of everything
-        (corpus / f"seed{index}").write_bytes(rng.randbytes(rng.randrange(40, 256)))
-    limits = ["-max_len=256", "-len_control=0", "-timeout=10", "-rss_limit_mb=2048"]
-    ending = [f"-max_total_time={seconds}", f"-seed={seed}", "-print_final_stats=1", f"-artifact_prefix={BUILD}/"]
-    return run([str(program), *limits, *ending, str(corpus)])
+    limits = ["-max_len=256", "-len_control=0", "-timeout=10", "-rss_limit_mb=2048", f"-artifact_prefix={BUILD}/"]
+    ending = [f"-max_total_time={seconds // len(SETS)}", f"-seed={seed}", "-print_final_stats=1", f"--seeds={corpus}"]
+    for instructions in SETS:
+        if failed := run([str(program), *limits, *ending, str(corpus)], ARRIERO_INSTRUCTION_SET=instructions):
+            return failed
+    return report_coverage(clang, corpus)
+
+
+def report_coverage(clang: str, corpus: Path) -> int:
+    """Prints how much of each of the library's files the calls in the corpus reach, as Clang's own tools count it."""
+    program, profile = BUILD / "ops_covered", BUILD / "ops.profdata"
+    counting = ["-fprofile-instr-generate", "-fcoverage-mapping", "-fsanitize=fuzzer"]
+    if failed := run([clang, *FLAGS, LOOKS, *counting, LIBRARY, str(NATIVE / "ops_fuzz.cpp"), "-o", str(program)]):
+        return failed
+    raw = [BUILD / f"{instructions}.profraw" for instructions in SETS]
+    for instructions, path in zip(SETS, raw, strict=True):
+        environment = {"ARRIERO_INSTRUCTION_SET": instructions, "LLVM_PROFILE_FILE": str(path)}
+        if failed := run([str(program), "-runs=0", str(corpus)], **environment):
+            return failed
+
+    def tool(name: str) -> str:
+        return subprocess.run([clang, f"-print-prog-name={name}"], capture_output=True, text=True).stdout.strip()
+
+    files = sorted(str(path) for path in (ROOT / "plugins" / "cpu").glob("*.h"))
+    merging = [tool("llvm-profdata"), "merge", "-sparse", *map(str, raw), "-o", str(profile)]
+    reporting = [tool("llvm-cov"), "report", str(program), f"-instr-profile={profile}", *files]
+    return run(merging) or run(reporting)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,17 @@ struct Draw {
         return drawn;
     }
 
+    // A matrix of floats as checkpoints hold it; rows, inputs and outputs on both sides of what is taken at once.
+    Drawn plain_linear(const ort::CustomOp* op) {
+        Drawn drawn{op, {}, {}};
+        constexpr ort::Type TYPES[] = {ort::Type::float32, ort::Type::float16, ort::Type::bfloat16};
+        const int64_t inputs = between(0, 3) ? between(1, 90) : between(500, 1100), outputs = between(0, 110);
+        const int64_t rows = between(0, 3) ? between(0, 9) : between(10, 80);
+        drawn.inputs = {{ort::Type::float32, {rows, inputs}}, {TYPES[between(0, 2)], {outputs, inputs}}};
+        if (coin()) drawn.inputs[0].second.insert(drawn.inputs[0].second.begin(), between(0, 3));
+        return drawn;
+    }
+
     Drawn sum(const ort::CustomOp* op) {
         Drawn drawn{op, {}, {}};
         const int64_t ranks = between(1, 4), capacity = between(1, 600), turns = between(1, 3);
@@ -108,49 +119,68 @@ struct Draw {
 
     Drawn call() {
         const auto& all = ort::ops();
-        const auto* op = all[between(0, static_cast<int64_t>(all.size()) - 1)];
+        return of(all[between(0, static_cast<int64_t>(all.size()) - 1)]);
+    }
+
+    Drawn of(const ort::CustomOp* op) {
         const std::string name = op->name(op);
         if (name == "AllReduce") return sum(op);
-        return name == "Linear" ? linear(op) : name == "MoeDispatch" ? experts(op) : attention(op);
+        if (name == "Linear") return linear(op);
+        if (name == "MoeDispatch") return experts(op);
+        if (name == "PlainLinear") return plain_linear(op);
+        if (name == "GroupedQueryAttention") return attention(op);
+        throw std::logic_error("no calls of the op " + name + " are drawn");
     }
 };
 
-// Numbers about zero, drawn once: a tensor takes its own from a place among them, which is quicker than to draw each.
-inline const std::vector<float>& numbers() {
-    static const std::vector<float> drawn = [] {
-        std::mt19937_64 random(1);
+// Values of a type, ready to be copied: floats about zero, scales small and positive; or bytes of any kind.
+struct Pool {
+    static constexpr size_t BYTES = 1 << 16;
+    std::vector<uint8_t> bytes;
+
+    Pool(ort::Type type, bool is_scale, bool is_wild, std::mt19937_64& random) : bytes(BYTES) {
+        for (size_t i = 0; i < BYTES; i += 8) {
+            const uint64_t word = random();
+            std::memcpy(&bytes[i], &word, 8);
+        }
+        if (is_wild) return;
         std::normal_distribution<float> normal;
-        std::vector<float> made(1 << 14);
-        for (float& each : made) each = normal(random);
-        return made;
-    }();
-    return drawn;
-}
+        const size_t size = type == ort::Type::float32 ? 4 : type == ort::Type::bfloat16 ? 2 : BYTES;
+        for (size_t i = 0; size < BYTES && i < BYTES; i += size) {
+            const float drawn = normal(random), number = is_scale ? 0.01f + std::fabs(drawn) / 100 : drawn;
+            uint8_t of_number[4];
+            std::memcpy(of_number, &number, 4);
+            std::memcpy(&bytes[i], of_number + 4 - size, size);
+        }
+        for (size_t i = 0; i < BYTES; i++)  // no exponent of theirs is the largest
+            if (type == ort::Type::e4m3 || (type == ort::Type::float16 && i % 2)) bytes[i] &= 0xBF;
+    }
+
+    static const Pool& of(ort::Type type, bool is_scale, bool is_wild) {
+        static const std::vector<Pool> all = [] {
+            std::vector<Pool> made;
+            std::mt19937_64 random(1);
+            for (int each = 0; each < 4 * MOST_TYPES; each++)
+                made.emplace_back(static_cast<ort::Type>(each / 4), each & 1, each & 2, random);
+            return made;
+        }();
+        return all.at(static_cast<size_t>(type) * 4 + is_scale + 2 * is_wild);
+    }
+
+    static constexpr int MOST_TYPES = 32;
+};
 
 // A tensor of plausible values: floats about zero or all bits at random, scales small, lengths few.
 inline std::unique_ptr<ort::Value> filled(ort::Type type, const std::vector<int64_t>& dims, bool is_scale, bool is_wild,
                                           std::mt19937_64& random) {
     auto made = std::make_unique<ort::Value>(type, dims);
     auto* bytes = static_cast<uint8_t*>(made->data);
-    for (size_t i = 0; i < made->size(); i += 8) {
-        const uint64_t word = random();
-        std::memcpy(bytes + i, &word, std::min<size_t>(8, made->size() - i));
-    }
-    if (is_wild) return made;
-    const bool has_floats = type == ort::Type::float32 || type == ort::Type::bfloat16;
-    const size_t first = random();
-    for (size_t i = 0; has_floats && i < made->count(); i++) {
-        const float drawn = numbers()[(first + i) % numbers().size()];
-        const float number = is_scale ? 0.01f + std::fabs(drawn) / 100 : drawn;
-        uint32_t bits;
-        std::memcpy(&bits, &number, 4);
-        const auto half = static_cast<uint16_t>(bits >> 16);
-        if (type == ort::Type::float32) std::memcpy(bytes + 4 * i, &number, 4);
-        if (type == ort::Type::bfloat16) std::memcpy(bytes + 2 * i, &half, 2);
-    }
-    for (size_t i = 0; i < made->count(); i++) {
-        if (type == ort::Type::float16) bytes[2 * i + 1] &= 0xBF;
-        if (type == ort::Type::e4m3) bytes[i] &= 0xBF;
+    const Pool& pool = Pool::of(type, is_scale, is_wild);
+    for (size_t at = 0; at < made->size();) {
+        const size_t from = random() % (Pool::BYTES / 16) * 16;
+        const size_t count = std::min(made->size() - at, Pool::BYTES - from);
+        std::memcpy(bytes + at, &pool.bytes[from], count);
+        at += count;
     }
     return made;
 }
