@@ -1,11 +1,13 @@
 """Ranks on one machine: tokens of a group beside the whole model's, its speed beside one process, and full-size tables.
 
-    python benchmarks/ranks.py [--parts tokens,speed,sizes] [--threads 2] [--json FILE]
+    python benchmarks/ranks.py [--parts tokens,ways,speed,sizes] [--threads 2] [--json FILE]
 
 `tokens` splits the tiny Llama 4 three ways in three formats, and counts over held-out text where the likeliest token
 differs, and by how much the whole model liked it better than the next where it did. Beside them stands the whole model
 against itself with its embeddings moved by a unit in the last place, where routers are watched: what so little does is
 what parted sums do.
+`ways` asks the tiny Llama 4 that sees, split as often, about text and pictures: alone, in a flight, by `arriero run`,
+behind `arriero serve`, and under `check`.
 `speed` decodes and prefills as one process with all threads and as two ranks that share them, in turns. `sizes` splits
 sparse full-size models in FP8, Scout over 2 ranks and Maverick over 8, and shows what `arriero inspect` says of them.
 """
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from support.group_ways import ways
 from support.jolted import UNIT, WatchedBundle
 from support.sparse import MAVERICK, SCOUT, multimodal, write_sparse_checkpoint
 from support.sparse_models import write_sparse_fp8
@@ -36,9 +39,10 @@ from arriero.export import export_checkpoint
 from arriero.files.processors import processors, share_processors
 from arriero.runtime import Session
 
-TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-llama4"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+TINY, SEEING = EXAMPLES / "tiny-llama4", EXAMPLES / "tiny-llama4-vision"
 LAYOUTS = {"tp 2": (2, 1), "ep 2": (1, 2), "tp 2, ep 2": (2, 2)}
-PARTS = ("tokens", "speed", "sizes")
+PARTS = ("tokens", "ways", "speed", "sizes")
 Row = dict[str, Any]
 
 
@@ -51,11 +55,22 @@ def held_out(folder: Path) -> Path:
     return path
 
 
-def models(folder: Path, text: Path) -> dict[str, Path]:
-    """The tiny model in three formats."""
-    made = {"bf16": export_checkpoint(TINY, folder / "bf16")}
+def scenes(folder: Path) -> tuple[Path, list[Path]]:
+    """Conversations about drawn scenes, and the pictures of two of them."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from scenes import write_conversations"
+    )
+    code += "; print(write_conversations(Path(sys.argv[2]), 16))"
+    command = [sys.executable, "-c", code, str(SEEING), str(folder / "scenes")]
+    path = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+    return path, [path.parent / f"scene-{number}.png" for number in (0, 1)]
+
+
+def models(checkpoint: Path, folder: Path, data: list[Path]) -> dict[str, Path]:
+    """A tiny model in three formats."""
+    made = {"bf16": export_checkpoint(checkpoint, folder / "bf16")}
     for name, recipe in (("int8", int8()), ("int4", int4())):
-        made[name] = calibrate_model(made["bf16"], folder / name, recipe=recipe, data=[text], samples=12)
+        made[name] = calibrate_model(made["bf16"], folder / name, recipe=recipe, data=data, samples=12)
     return made
 
 
@@ -137,6 +152,17 @@ def jolt_rows(made: dict[str, Path], text: Path) -> list[Row]:
             }
         )
     return rows
+
+
+def way_rows(folder: Path, text: Path, threads: int) -> list[Row]:
+    """Each group of the model that sees, asked in every way."""
+    folder.mkdir()
+    talks, pictures = scenes(folder)
+    pairs = groups(folder, models(SEEING, folder, [talks, text]))
+    return [
+        {"format": kind, "split": layout, **ways(whole, group, pictures, [talks, text], threads)}
+        for (kind, layout), (whole, group) in pairs.items()
+    ]
 
 
 def some_text(session: Session, text: Path) -> np.ndarray:
@@ -226,7 +252,7 @@ def main() -> None:
         folder = Path(scratch)
         if {"tokens", "speed"} & set(chosen):
             text = held_out(folder)
-            pairs = groups(folder, models(folder, text))
+            pairs = groups(folder, models(TINY, folder, [text]))
             parts: dict[str, Callable[[], list[Row]]] = {
                 "tokens": lambda: token_rows(pairs, text, arguments.threads),
                 "jolts": lambda: jolt_rows({kind: whole for (kind, _), (whole, _) in pairs.items()}, text),
@@ -236,6 +262,9 @@ def main() -> None:
                 if part in chosen or (part == "jolts" and "tokens" in chosen):
                     found[part] = rows()
                     show(part, found[part])
+        if "ways" in chosen:
+            found["ways"] = way_rows(folder / "seeing", held_out(folder), arguments.threads)
+            show("ways", found["ways"])
         if "sizes" in chosen:
             found["sizes"] = size_rows(folder)
             show("sizes", found["sizes"])

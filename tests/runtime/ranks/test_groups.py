@@ -113,28 +113,6 @@ def test_a_known_beginning_is_taken_over_on_every_rank(loaded: Loaded) -> None:
 
 
 @pytest.fixture(scope="module")
-def multimodal_group(multimodal_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_checkpoint(multimodal_model, tmp_path_factory.mktemp("multimodal") / "group", tp=2)
-
-
-def test_images_are_seen_by_all_ranks(multimodal_model: Path, multimodal_group: Path) -> None:
-    pixels = np.random.default_rng(3).standard_normal((2, 3, 28, 28)).astype(np.float32)
-    found = []
-    for folder in (multimodal_model, multimodal_group):
-        session = arriero.load(folder, max_seq=64, threads=2)
-        features_MH = session.encode(pixels)
-        assert features_MH is not None
-        assert session.image_token is not None
-        ids = [5, *[session.image_token] * len(features_MH), 9, 11]
-        state = session.start(1)
-        found.append([session.prefill(state, [ids], [features_MH]), session.decode(state, [7])])
-    for expected, part in zip(*found, strict=True):
-        assert np.abs(part - expected).max() < 1e-4
-    towers = [(multimodal_group / f"rank-{rank}" / "vision.onnx").exists() for rank in (0, 1)]
-    assert towers == [True, False]
-
-
-@pytest.fixture(scope="module")
 def tiny_group(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     return build_bundle(export_checkpoint(tiny_model, folder / "group", tp=2), folder / "bundles")
