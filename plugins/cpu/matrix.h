@@ -53,8 +53,19 @@ struct PlainMatrix {
     int64_t size() const { return inputs * outputs * (type == Plain::float32 ? 4 : 2); }
 };
 
-constexpr int64_t STRIP = 48;     // outputs of such a matrix that many rows are multiplied with at once
+constexpr int64_t STRIP = 96;     // outputs of such a matrix that many rows are multiplied with at once
 constexpr int64_t STRETCH = 512;  // inputs that are added up before others
+
+// Rows of float32 [count, K] for such a matrix, as they lie or, if they are many, turned: in tiles of about as many rows,
+// of which some are taken.
+struct PlainInput {
+    const float* rows;
+    float* turned;  // null as they lie
+    int64_t count, tiles, first, last;
+
+    // The row that a tile begins with.
+    int64_t tile(int64_t index) const { return count * index / tiles; }
+};
 
 // Rows of activations: int8 [rows, K] with a scale a block and, about the matrix's middle, what its offset adds up to;
 // or float32 [rows, K] for a matrix of floats.
@@ -82,7 +93,7 @@ enum class Cached { float32, float16, int8, e4m3, groups8, groups4 };
 constexpr int64_t GROUP = 32;
 
 constexpr int64_t MOST_DIMS = 512;  // dims of a head at most
-constexpr float LOWEST = -3e38f;    // below every score
+constexpr float LOWEST = -3e38f;  // below every score
 
 // One call of grouped-query attention, the canonical op's.
 struct Attention {
@@ -127,10 +138,12 @@ struct AttentionSpace {
 
 // The kernels that an instruction set has.
 struct Kernels {
+    int64_t few, tall;  // rows of float32 that meet floats as they lie, at most; and in a tile of turned ones
+    int64_t (*turned_inputs)(int64_t inputs);
     void (*quantise)(const float* x, const Matrix&, float factor, float fixed_scale, const Rows&, int64_t row);
     void (*multiply)(const Matrix&, const Rows&, int64_t first, int64_t last, int64_t panel, const Target&);
-    void (*multiply_plain)(const PlainMatrix&, const float* x, int64_t rows, int64_t first, int64_t last, float* to,
-                           float* space);
+    void (*turn_rows)(const float* x, int64_t rows, int64_t inputs, float* to);
+    void (*multiply_plain)(const PlainMatrix&, const PlainInput&, int64_t first, int64_t last, float* to, float* space);
     void (*enter)(const Attention&, int64_t row, int64_t step);
     void (*attend)(const Attention&, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace&);
 };

@@ -4,7 +4,8 @@
 //
 // An output is a sum over stretches of its inputs. Within one, each lane adds up every so manieth product, and the lanes
 // are folded in one way. That order knows nothing of other rows and other outputs, so a batch's rows, a prompt's pieces
-// and single tokens agree bit by bit. A stretch of many rows' weights is widened to float32 once, for all of them.
+// and single tokens agree bit by bit. Few rows meet the weights as they lie, a vector for some inputs of an output; for
+// many rows `turned_products.h` does the same sums over weights that it has turned.
 
 #if ARRIERO_SET == 2
 using Wide = Floats;
@@ -18,7 +19,7 @@ using WideHalves = uint16_t __attribute__((vector_size(16)));
 using Four = float __attribute__((vector_size(16)));
 
 constexpr int64_t WIDTH = sizeof(Wide) / sizeof(float);
-constexpr int TALL = ARRIERO_SET == 2 ? 6 : ARRIERO_SET ? 4 : 2;  // rows of a tile whose sums fit the registers
+constexpr int HIGH = ARRIERO_SET == 2 ? 6 : ARRIERO_SET ? 4 : 2;  // rows of a tile whose sums fit the registers
 constexpr int64_t FEW = 8;  // rows for which weights are widened on the way, once a tile of rows
 
 // Outputs of a tile of so many rows.
@@ -63,29 +64,31 @@ inline Wide widened_some(const uint8_t* from, int64_t count) {
     return Stored::widened(values);
 }
 
-// Four vectors, each folded to one lane: every fourth lane, two apart, then one, and then the quarters.
-inline Four folded_four(Wide a, Wide b, Wide c, Wide d) {
+// Of each four lanes of two vectors: the first two in turns, or the last two; or the first pairs, or the last ones.
 #if ARRIERO_SET == 2
-    const auto low = [](Wide x, Wide y) {
-        return __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    };
-    const auto high = [](Wide x, Wide y) {
-        return __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    };
-    const auto first = [](Wide x, Wide y) {
-        return __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    };
-    const auto second = [](Wide x, Wide y) {
-        return __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    };
+inline Wide low(Wide x, Wide y) {
+    return __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+}
+inline Wide high(Wide x, Wide y) {
+    return __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+}
+inline Wide first_pairs(Wide x, Wide y) {
+    return __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+}
+inline Wide last_pairs(Wide x, Wide y) {
+    return __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
 #else
-    const auto low = [](Wide x, Wide y) { return __builtin_shufflevector(x, y, 0, 8, 1, 9, 4, 12, 5, 13); };
-    const auto high = [](Wide x, Wide y) { return __builtin_shufflevector(x, y, 2, 10, 3, 11, 6, 14, 7, 15); };
-    const auto first = [](Wide x, Wide y) { return __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13); };
-    const auto second = [](Wide x, Wide y) { return __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15); };
+inline Wide low(Wide x, Wide y) { return __builtin_shufflevector(x, y, 0, 8, 1, 9, 4, 12, 5, 13); }
+inline Wide high(Wide x, Wide y) { return __builtin_shufflevector(x, y, 2, 10, 3, 11, 6, 14, 7, 15); }
+inline Wide first_pairs(Wide x, Wide y) { return __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13); }
+inline Wide last_pairs(Wide x, Wide y) { return __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15); }
 #endif
+
+// Four vectors, each folded to one lane: of each four lanes those two apart, then the two sums, and then the quarters.
+inline Four folded_four(Wide a, Wide b, Wide c, Wide d) {
     const Wide pairs = low(a, b) + high(a, b), others = low(c, d) + high(c, d);
-    const Wide quarters = first(pairs, others) + second(pairs, others);
+    const Wide quarters = first_pairs(pairs, others) + last_pairs(pairs, others);
     Four parts[WIDTH / 4];
     std::memcpy(parts, &quarters, sizeof parts);
     Four sum = parts[0];
@@ -118,8 +121,8 @@ inline void plain_step(const PlainRows& of, int64_t k, const float* x, int64_t x
 
 // One tile of products.
 template <typename Stored, int ROWS, int ACROSS>
-__attribute__((noinline)) void plain_tile(const PlainRows& of, const float* x, int64_t x_row, const Stretch& stretch, float* to,
-                       int64_t to_row) {
+__attribute__((noinline)) void plain_tile(const PlainRows& of, const float* x, int64_t x_row, const Stretch& stretch,
+                                          float* to, int64_t to_row) {
     constexpr int64_t LINE_INPUTS = 64 / Stored::SIZE;
     Wide sums[ROWS][ACROSS];
     for (int row = 0; row < ROWS; row++)
@@ -128,8 +131,7 @@ __attribute__((noinline)) void plain_tile(const PlainRows& of, const float* x, i
     for (; k + LINE_INPUTS <= stretch.inputs; k += LINE_INPUTS) {
         for (int n = 0; n < ACROSS; n++) __builtin_prefetch(of.weights + n * of.row + k * Stored::SIZE + of.ahead);
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < LINE_INPUTS; i += WIDTH)
-            plain_step<Stored, ROWS, ACROSS>(of, k + i, x, x_row, sums);
+        for (int64_t i = 0; i < LINE_INPUTS; i += WIDTH) plain_step<Stored, ROWS, ACROSS>(of, k + i, x, x_row, sums);
     }
     for (; k + WIDTH <= stretch.inputs; k += WIDTH) plain_step<Stored, ROWS, ACROSS>(of, k, x, x_row, sums);
     if (const int64_t left = stretch.inputs - k)
@@ -165,7 +167,7 @@ inline void plain_tiles(const PlainRows& of, int64_t outputs, const float* x, in
 }
 
 // Rows' products with some outputs.
-template <typename Stored, int ROWS = TALL>
+template <typename Stored, int ROWS = HIGH>
 inline void plain_rows(int64_t rows, const PlainRows& of, int64_t outputs, const float* x, int64_t x_row,
                        const Stretch& stretch, float* to, int64_t to_row) {
     for (; rows >= ROWS; rows -= ROWS, x += ROWS * x_row, to += ROWS * to_row)
@@ -173,46 +175,16 @@ inline void plain_rows(int64_t rows, const PlainRows& of, int64_t outputs, const
     if constexpr (ROWS > 1) plain_rows<Stored, ROWS - 1>(rows, of, outputs, x, x_row, stretch, to, to_row);
 }
 
-// A stretch of some outputs' weights in float32, STRETCH to each.
+// Few rows [rows, K] times the outputs from `first` to `last`.
 template <typename Stored>
-inline void widen_stretch(const uint8_t* weights, int64_t weight_row, int64_t outputs, int64_t inputs, float* to) {
-    for (int64_t n = 0; n < outputs; n++, weights += weight_row, to += STRETCH) {
-        int64_t i = 0;
-        for (; i + WIDTH <= inputs; i += WIDTH) store(to + i, Stored::widened(weights + i * Stored::SIZE));
-        if (i < inputs) store(to + i, widened_some<Stored>(weights + i * Stored::SIZE, inputs - i));
-    }
-}
-
-// Rows [rows, K] times the outputs from `first` to `last`. `space` is for STRIP * STRETCH floats.
-template <typename Stored>
-inline void multiply_stored(const PlainMatrix& matrix, const float* x, int64_t rows, int64_t first, int64_t last,
-                            float* to, float* space) {
-    const int64_t inputs = matrix.inputs, weight_row = inputs * Stored::SIZE;
-    const int64_t strip = rows > FEW ? STRIP : rows < 3 ? across(1) : across(1) * across(TALL);
-    for (; first < last; first += strip) {
-        const int64_t outputs = std::min(strip, last - first);
+inline void multiply_few(const PlainMatrix& matrix, const float* x, int64_t rows, int64_t first, int64_t last,
+                         float* to) {
+    const int64_t inputs = matrix.inputs, row = inputs * Stored::SIZE;
+    const int64_t strip = rows < 3 ? across(1) : across(1) * across(HIGH);
+    for (; first < last; first += strip)
         for (int64_t k = 0; k < inputs; k += STRETCH) {
-            const Stretch stretch{std::min(STRETCH, inputs - k), k == 0};
-            const uint8_t* weights = matrix.weights + first * weight_row + k * Stored::SIZE;
-            float* const place = to + first;
-            if (rows <= FEW) {
-                plain_rows<Stored>(rows, {weights, weight_row, weight_row}, outputs, x + k, inputs, stretch, place,
-                                   matrix.outputs);
-                continue;
-            }
-            widen_stretch<Stored>(weights, weight_row, outputs, stretch.inputs, space);
-            const int64_t row = STRETCH * sizeof(float);
-            plain_rows<PlainFloat32>(rows, {reinterpret_cast<const uint8_t*>(space), row, row}, outputs, x + k, inputs,
-                                     stretch, place, matrix.outputs);
+            const PlainRows of{matrix.weights + first * row + k * Stored::SIZE, row, row};
+            plain_rows<Stored>(rows, of, std::min(strip, last - first), x + k, inputs,
+                               {std::min(STRETCH, inputs - k), k == 0}, to + first, matrix.outputs);
         }
-    }
-}
-
-inline void multiply_plain(const PlainMatrix& matrix, const float* x, int64_t rows, int64_t first, int64_t last,
-                           float* to, float* space) {
-    switch (matrix.type) {
-        case Plain::float32: return multiply_stored<PlainFloat32>(matrix, x, rows, first, last, to, space);
-        case Plain::float16: return multiply_stored<PlainFloat16>(matrix, x, rows, first, last, to, space);
-        case Plain::bfloat16: return multiply_stored<PlainBfloat16>(matrix, x, rows, first, last, to, space);
-    }
 }

@@ -24,7 +24,7 @@ struct RowBuffers {
 
 struct Buffers {
     RowBuffers inputs, activated;
-    Buffer activations, outputs, queries, widened;
+    Buffer activations, outputs, queries, turned, strip;
     AttentionSpace attention;
 };
 
@@ -73,21 +73,31 @@ void multiply(const Call& call, const std::vector<Product>& products, const Rows
 }
 
 constexpr int64_t LEAST_UNITS = 16;  // strips, or parts of them, that keep threads evenly busy
-constexpr int64_t LEAST_ROWS = 32;   // rows that are worth widening a strip for
+constexpr int64_t LEAST_ROWS = 32;   // rows that are worth turning a strip for
 
 // Multiplies rows [count, K] with a matrix of floats as it lies.
-inline void multiply_plain(const Call& call, const PlainMatrix& matrix, const float* x, int64_t count, float* to) {
-    const int64_t strips = divided_up(matrix.outputs, STRIP);
-    const int64_t parts = std::clamp<int64_t>(LEAST_UNITS / strips, 1, divided_up(count, LEAST_ROWS));
+inline void multiply_plain(const Call& call, const PlainMatrix& matrix, const float* rows, int64_t count, float* to) {
+    PlainInput x{rows, nullptr, count, 1, 0, 1};
+    if (count > kernels().few) {
+        const int64_t inputs = matrix.inputs, turned = kernels().turned_inputs(inputs);
+        x.tiles = divided_up(count, kernels().tall);
+        x.turned = buffers().turned.take<float>(product({count, turned}));
+        call.in_parallel(x.tiles, [&](int64_t tile) {
+            const int64_t row = x.tile(tile);
+            kernels().turn_rows(rows + row * inputs, x.tile(tile + 1) - row, inputs, x.turned + row * turned);
+        });
+    }
+    const int64_t strips = divided_up(matrix.outputs, STRIP), most = x.turned ? divided_up(count, LEAST_ROWS) : 1;
+    const int64_t parts = std::clamp<int64_t>(LEAST_UNITS / strips, 1, std::min(most, x.tiles));
     const int64_t cost = matrix.size() / parts * ((count + 3) / 4);
     const int64_t slices = std::clamp<int64_t>(cost / SLICE, 1, std::min(SLICES, strips));
     call.in_parallel(slices * parts, [&](int64_t unit) {
         const int64_t slice = unit % slices, part = unit / slices;
         const int64_t first = strips * slice / slices * STRIP, last = strips * (slice + 1) / slices * STRIP;
-        const int64_t row = count * part / parts, rows = count * (part + 1) / parts - row;
-        float* const space = buffers().widened.take<float>(STRIP * STRETCH);
-        kernels().multiply_plain(matrix, x + row * matrix.inputs, rows, first, std::min(last, matrix.outputs),
-                                 to + row * matrix.outputs, space);
+        PlainInput own = x;
+        own.first = x.tiles * part / parts, own.last = x.tiles * (part + 1) / parts;
+        float* const space = x.turned ? buffers().strip.take<float>(STRIP * (STRETCH + 16)) : nullptr;
+        kernels().multiply_plain(matrix, own, first, std::min(last, matrix.outputs), to, space);
     });
 }
 

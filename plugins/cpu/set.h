@@ -3,7 +3,8 @@
 #include "vectors.h"
 #include "panel_products.h"
 #include "plain_products.h"
+#include "turned_products.h"
 #include "caches.h"
 #include "attention.h"
 
-constexpr Kernels KERNELS = {quantise, multiply, multiply_plain, enter, attend};
+constexpr Kernels KERNELS = {FEW, TALL, turned_inputs, quantise, multiply, turn_rows, multiply_plain, enter, attend};

@@ -1,0 +1,142 @@
+// Products of many rows of float32 with a matrix of floats as checkpoints hold it: the sums of `plain_products.h`.
+//
+// Included once for each instruction set, within its own namespace, behind `plain_products.h`.
+//
+// A stretch of some outputs' weights is widened and turned on its way into the cache, and the rows have been turned
+// before: a vector holds outputs, and what was a lane is a run of steps. A run's sum is a lane's sum, and runs are added
+// up as lanes are folded, so that these products and those of single rows agree bit by bit.
+
+#if defined(__aarch64__)
+constexpr int64_t TALL = 6;
+#else
+constexpr int64_t TALL = ARRIERO_SET == 2 ? 12 : ARRIERO_SET ? 6 : 3;  // rows of a tile whose sums fit the registers
+#endif
+constexpr int64_t COLUMNS = 2 * WIDTH;  // outputs of a tile
+constexpr int64_t RUNS[4] = {0, 2, 1, 3};  // each four lanes in the order in which they are folded
+
+// Weights from one run to the next of so many steps: a line more than they are, since the cache holds few lines that lie
+// a power of two apart.
+constexpr int64_t run_size(int64_t steps) { return steps * COLUMNS + LANES; }
+
+inline int64_t turned_inputs(int64_t inputs) { return divided_up(inputs, WIDTH) * WIDTH; }
+
+// A tile's rows [rows, K], stretch by stretch: for each run its steps' inputs, the rows' side by side.
+inline void turn_rows(const float* x, int64_t rows, int64_t inputs, float* to) {
+    for (int64_t k = 0; k < inputs; k += STRETCH, to += STRETCH * rows) {
+        const int64_t count = std::min(STRETCH, inputs - k), steps = divided_up(count, WIDTH);
+        for (int64_t run = 0; run < WIDTH; run++) {
+            const int64_t lane = run / 4 * 4 + RUNS[run % 4];
+            float* run_to = to + run * steps * rows;
+            for (int64_t i = lane; i < steps * WIDTH; i += WIDTH)
+                for (int64_t row = 0; row < rows; row++) *run_to++ = i < count ? x[row * inputs + k + i] : 0;
+        }
+    }
+}
+
+// A stretch of some outputs' weights, tile by tile: for each run its steps' weights, COLUMNS outputs side by side.
+template <typename Stored>
+inline void turn_weights(const uint8_t* weights, int64_t weight_row, int64_t outputs, int64_t inputs, float* to) {
+    const int64_t steps = divided_up(inputs, WIDTH), whole = inputs / WIDTH;
+    for (int64_t n = 0; n < outputs; n += 4) {
+        float* const tile = to + n / COLUMNS * WIDTH * run_size(steps) + n % COLUMNS;
+        for (int64_t step = 0; step < steps; step++) {
+            Wide of[4] = {};
+            for (int64_t i = 0; i < std::min<int64_t>(4, outputs - n); i++) {
+                const uint8_t* const from = weights + (n + i) * weight_row + step * WIDTH * Stored::SIZE;
+                of[i] = step < whole ? Stored::widened(from) : widened_some<Stored>(from, inputs - step * WIDTH);
+            }
+            const Wide lows[2] = {low(of[0], of[1]), low(of[2], of[3])};
+            const Wide highs[2] = {high(of[0], of[1]), high(of[2], of[3])};
+            const Wide turned[4] = {first_pairs(lows[0], lows[1]), first_pairs(highs[0], highs[1]),
+                                    last_pairs(lows[0], lows[1]), last_pairs(highs[0], highs[1])};
+            for (int64_t run = 0; run < WIDTH; run++)
+                std::memcpy(tile + run * run_size(steps) + step * COLUMNS,
+                            reinterpret_cast<const Four*>(&turned[run % 4]) + run / 4, sizeof(Four));
+        }
+    }
+}
+
+// One run's sums.
+template <int64_t ROWS>
+inline void turned_run(const float* x, const float* weights, int64_t steps, Wide (*made)[2]) {
+    Wide sums[ROWS][2];
+    for (int64_t row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = Wide{};
+    for (int64_t step = 0; step < steps; step++, x += ROWS, weights += COLUMNS) {
+        const Wide sides[2] = {load<Wide>(weights), load<Wide>(weights + WIDTH)};
+        for (int64_t row = 0; row < ROWS; row++)
+            for (int side = 0; side < 2; side++) sums[row][side] += (x[row] - Wide{}) * sides[side];
+    }
+    for (int64_t row = 0; row < ROWS; row++)
+        for (int side = 0; side < 2; side++) store(&made[row][side], sums[row][side]);
+}
+
+// One tile of products.
+template <int64_t ROWS>
+__attribute__((noinline)) void turned_tile(const float* x, const float* weights, const Stretch& stretch,
+                                           int64_t outputs, float* to, int64_t to_row) {
+    const int64_t steps = divided_up(stretch.inputs, WIDTH);
+    Wide of[4][ROWS][2], all[ROWS][2];
+    for (int64_t quarter = 0; quarter < WIDTH / 4; quarter++) {
+        for (Wide(*const run)[2] : {of[0], of[1], of[2], of[3]}) {
+            turned_run<ROWS>(x, weights, steps, run);
+            x += steps * ROWS, weights += run_size(steps);
+        }
+#pragma GCC unroll 2
+        for (int64_t row = 0; row < ROWS; row++)
+            for (int side = 0; side < 2; side++) {
+                const Wide sum = (of[0][row][side] + of[1][row][side]) + (of[2][row][side] + of[3][row][side]);
+                all[row][side] = quarter ? all[row][side] + sum : sum;
+            }
+    }
+    for (int64_t row = 0; row < ROWS; row++, to += to_row) {
+        float made[COLUMNS];
+        std::memcpy(made, all[row], sizeof made);
+        for (int64_t n = 0; n < outputs; n++) to[n] = stretch.is_first ? made[n] : to[n] + made[n];
+    }
+}
+
+// One tile of so many rows, TALL at most.
+template <int64_t ROWS = TALL>
+inline void turned_tile_of(int64_t rows, const float* x, const float* weights, const Stretch& stretch, int64_t outputs,
+                           float* to, int64_t to_row) {
+    if (rows == ROWS) return turned_tile<ROWS>(x, weights, stretch, outputs, to, to_row);
+    if constexpr (ROWS > 1) turned_tile_of<ROWS - 1>(rows, x, weights, stretch, outputs, to, to_row);
+}
+
+// Rows that have been turned times the outputs from `first` to `last`. `space` is for STRIP * (STRETCH + LANES) floats.
+template <typename Stored>
+inline void multiply_turned(const PlainMatrix& matrix, const PlainInput& x, int64_t first, int64_t last, float* to,
+                            float* space) {
+    const int64_t inputs = matrix.inputs, row = inputs * Stored::SIZE;
+    for (; first < last; first += STRIP)
+        for (int64_t k = 0; k < inputs; k += STRETCH) {
+            const Stretch stretch{std::min(STRETCH, inputs - k), k == 0};
+            const int64_t outputs = std::min(STRIP, last - first),
+                          tile = WIDTH * run_size(divided_up(stretch.inputs, WIDTH));
+            turn_weights<Stored>(matrix.weights + first * row + k * Stored::SIZE, row, outputs, stretch.inputs, space);
+            for (int64_t i = x.first; i < x.last; i++) {
+                const int64_t from = x.tile(i), rows = x.tile(i + 1) - from;
+                const float* turned = x.turned + from * turned_inputs(inputs) + k * rows;
+                float* const place = to + from * matrix.outputs + first;
+                for (int64_t n = 0; n < outputs; n += COLUMNS)
+                    turned_tile_of(rows, turned, space + n / COLUMNS * tile, stretch, std::min(COLUMNS, outputs - n),
+                                   place + n, matrix.outputs);
+            }
+        }
+}
+
+template <typename Stored>
+inline void multiply_stored(const PlainMatrix& matrix, const PlainInput& x, int64_t first, int64_t last, float* to,
+                            float* space) {
+    if (x.turned) return multiply_turned<Stored>(matrix, x, first, last, to, space);
+    multiply_few<Stored>(matrix, x.rows, x.count, first, last, to);
+}
+
+inline void multiply_plain(const PlainMatrix& matrix, const PlainInput& x, int64_t first, int64_t last, float* to,
+                           float* space) {
+    switch (matrix.type) {
+        case Plain::float32: return multiply_stored<PlainFloat32>(matrix, x, first, last, to, space);
+        case Plain::float16: return multiply_stored<PlainFloat16>(matrix, x, first, last, to, space);
+        case Plain::bfloat16: return multiply_stored<PlainBfloat16>(matrix, x, first, last, to, space);
+    }
+}
