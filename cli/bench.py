@@ -20,6 +20,7 @@ def bench(
     api_key_file: options.KeyFile = None,
     output: options.BenchOutput = None,
     prefill: options.Prefill = None,
+    shared: options.SharedTokens = 0,
     batch: options.Batches = None,
     decode_tokens: options.DecodeTokens = 32,
     runs: options.Runs = 3,
@@ -45,7 +46,8 @@ def bench(
         if folder is not None:
             found = measure_folder(folder, batch=rows, threads=threads, weights=weights, progress=progress, **asked)
         elif url is not None:
-            found = measure_server(url, endpoint, model, api_key_file, {**asked, "clients": rows}, progress)
+            asked |= {"clients": rows, "shared": shared}
+            found = measure_server(url, endpoint, model, api_key_file, asked, progress)
         if output is not None:
             from ..measuring.load import draw_load
 

@@ -276,6 +276,9 @@ ServedModel = Annotated[
     str | None, typer.Option("--model", help="With --url: the model.", show_default="the first listed")
 ]
 EndpointKind = Annotated[str, typer.Option("--endpoint", help="With --url: completions or chat.")]
+SharedTokens = Annotated[
+    int, typer.Option("--shared", help="With --url: tokens that all prompts begin with, before those of --prefill.")
+]
 KeyFile = Annotated[
     Path | None, typer.Option("--api-key-file", help="With --url: file whose first line is an API key.")
 ]

@@ -1,12 +1,13 @@
 """How fast a server answers: several clients at once, each asking again as soon as it has its answer.
 
 Enters: the address of any OpenAI server. Leaves: figures ready for JSON. Prompts are words drawn at random, each time
-others, so that no beginning is known; a first request says how many words make the tokens that are asked for.
+others, so that no beginning is known but one that all may share; a first request says how many words make the tokens
+that are asked for.
 """
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from .endpoint import Answered, Endpoint
 CLIENTS, LENGTH = (1, 4, 16, 64), 128
 LEAST = 16
 """Requests of each case at least: fewer have no tail to speak of."""
+
+PROBE = 64
+"""Words whose tokens are counted first."""
 
 PERCENTILES = (50, 95, 99)
 WORDS: Sequence[str] = [
@@ -40,6 +44,7 @@ def measure_url(
     clients: Sequence[int] | None = None,
     decode_tokens: int = 32,
     runs: int = 3,
+    shared: int = 0,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Measures a server under load.
@@ -50,6 +55,7 @@ def measure_url(
         clients: Requests at once; None takes 1, 4, 16 and 64.
         decode_tokens: New tokens of each answer at most.
         runs: Requests of each client at least; there are 16 of each case at least.
+        shared: Tokens, about, that all prompts begin with, before those of `prefill`; asked for once beforehand.
         progress: Called with the phase, the requests done and the requests in all.
 
     Returns:
@@ -60,19 +66,20 @@ def measure_url(
         SessionError: The server does not answer, or a setting is out of range.
     """
     lengths, sizes = sorted(set(prefill or (LENGTH,))), sorted(set(clients or CLIENTS))
-    if min(*lengths, *sizes, decode_tokens, runs) < 1:
-        given = f"{lengths}, {sizes}, {decode_tokens} and {runs}"
-        raise SessionError(f"prefill, batch, decode_tokens and runs are {given}: give whole numbers from 1 up")
-    rng = random.Random(0)
-    probe = endpoint.ask(_words(rng, 64), 1)
-    per_word = probe.prompt / 64 if probe.prompt else 1.3
+    if min(*lengths, *sizes, decode_tokens, runs) < 1 or shared < 0:
+        given = f"{lengths}, {sizes}, {decode_tokens}, {runs} and {shared}"
+        raise SessionError(f"prefill, batch, decode_tokens, runs and shared are {given}: give whole numbers from 1 up")
+    words = _words(endpoint)
+    beginning = f"{words(shared)} " if shared else ""
+    if shared:
+        endpoint.ask(beginning, 1)
     counts = [max(runs, -(-LEAST // size)) for size in sizes]
     total = len(lengths) * sum(size * count for size, count in zip(sizes, counts, strict=True))
     cases, done = [], 0
     for length in lengths:
         for size, count in zip(sizes, counts, strict=True):
             progress(f"{size} clients", done, total)
-            prompts = [[_words(rng, max(1, round(length / per_word))) for _ in range(count)] for _ in range(size)]
+            prompts = [[beginning + words(length) for _ in range(count)] for _ in range(size)]
             cases.append({"prefill": length, "batch": size, **_measure(endpoint, prompts, decode_tokens)})
             done += size * count
     return {
@@ -82,12 +89,17 @@ def measure_url(
         "version": __version__,
         **circumstances(),
         "decode_tokens": decode_tokens,
+        "shared": shared,
         "cases": cases,
     }
 
 
-def _words(rng: random.Random, count: int) -> str:
-    return " ".join(rng.choices(WORDS, k=count))
+def _words(endpoint: Endpoint) -> Callable[[int], str]:
+    """Asks how many tokens words have. Returns a function that draws texts of a number of tokens."""
+    rng = random.Random()  # other words in each run too: a server knows those of the last
+    found = endpoint.ask(" ".join(rng.choices(WORDS, k=PROBE)), 1).prompt
+    per_word = found / PROBE if found else 1.3
+    return lambda tokens: " ".join(rng.choices(WORDS, k=max(1, round(tokens / per_word))))
 
 
 def _measure(endpoint: Endpoint, prompts: Sequence[Sequence[str]], tokens: int) -> dict[str, Any]:

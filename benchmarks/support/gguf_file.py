@@ -1,6 +1,7 @@
 """A Llama 4 checkpoint as llama.cpp's file: the same weights under its names, in the `gguf` package's container.
 
-Enters: a bfloat16 checkpoint of the text decoder. Leaves: a GGUF of architecture `llama4` without a tokenizer. What
+Enters: a bfloat16 checkpoint of the text decoder. Leaves: a GGUF of architecture `llama4`, with the checkpoint's
+tokenizer where it has one that splits texts as GPT-2's does. What
 llama.cpp fixes for the architecture (chunks and temperature steps of 8192, its strength of 0.1, every fourth layer
 without RoPE, QK norm unless there are 128 experts) is not in the file, and a model that differs is refused.
 """
@@ -52,6 +53,7 @@ def write_gguf(checkpoint: Path, out: Path) -> None:
     check_fixed(spec)
     writer = gguf.GGUFWriter(out, "llama4")
     add_geometry(writer, spec, config["interleave_moe_layer_step"])
+    add_tokenizer(writer, checkpoint, config["eos_token_id"])
     for name, tensor in opened.tensors.items():
         for target, shape in targets(name, tensor.region.shape):
             wide = is_wide(target)
@@ -108,7 +110,26 @@ def add_geometry(writer: gguf.GGUFWriter, spec: ModelSpec, interleave: int) -> N
     writer.add_layer_norm_rms_eps(spec.norm_eps)
     writer.add_vocab_size(spec.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_tokenizer_model("none")
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, end: int) -> None:
+    """The tokenizer, if there is one, and the chat template."""
+    if not (path := checkpoint / "tokenizer.json").exists():
+        writer.add_tokenizer_model("none")
+        return
+    found = json.loads(path.read_text("utf-8"))
+    special = {each["id"]: each["content"] for each in found["added_tokens"] if each["special"]}
+    tokens = {number: token for token, number in found["model"]["vocab"].items()} | special
+    kinds = [gguf.TokenType.CONTROL if number in special else gguf.TokenType.NORMAL for number in range(len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([tokens[number] for number in range(len(tokens))])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in found["model"]["merges"]])
+    writer.add_bos_token_id(found["post_processor"]["special_tokens"]["<|begin_of_text|>"]["ids"][0])
+    writer.add_eos_token_id(end)
+    writer.add_add_bos_token(True)
+    writer.add_chat_template((checkpoint / "chat_template.jinja").read_text("utf-8"))
 
 
 def rope_factors(spec: ModelSpec) -> NDArray[np.float32]:

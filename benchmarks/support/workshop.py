@@ -19,6 +19,7 @@ from arriero.spec.recipe import Override, Recipe
 
 from .contenders import Task
 from .dense import write_random_checkpoint
+from .tokenizer import write_tokenizer
 
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15, "bf16": 32, "f32": 0}
 """llama.cpp's numbers of the types that a file can be quantised to."""
@@ -59,15 +60,27 @@ ENTRIES = (
 
 
 class Workshop:
-    """Makes what contenders run, each thing once a folder; but bundles, which are what is being worked on."""
+    """Makes what contenders run, each thing once a folder; but bundles, which are what is being worked on.
 
-    def __init__(self, folder: Path, bundles: Path, config: dict[str, Any], group: int) -> None:
+    Args:
+        folder: What it makes.
+        bundles: Bundles that it makes.
+        config: The checkpoint's.
+        group: Weights that share an int4 scale.
+        quantiser: llama.cpp's program `llama-quantize`; None takes its function from `llama-cpp-python`.
+    """
+
+    def __init__(
+        self, folder: Path, bundles: Path, config: dict[str, Any], group: int, quantiser: Path | None = None
+    ) -> None:
         self.folder, self.bundles, self.config, self.group = folder, bundles, config, group
+        self.quantiser = quantiser
         self.checkpoint = folder / "checkpoint"
         folder.mkdir(parents=True, exist_ok=True)
         if not self.checkpoint.exists():
             say("writing the checkpoint")
             write_random_checkpoint(config, self.checkpoint)
+            write_tokenizer(self.checkpoint, config["vocab_size"])
 
     def make(self, entry: Entry) -> Path:
         """The folder or file that a contender loads."""
@@ -133,7 +146,11 @@ class Workshop:
         else:
             source = self._gguf("bf16")
             say(f"writing {path.name}")
-            quantise_gguf(source, unfinished, form)
+            if self.quantiser is None:
+                quantise_gguf(source, unfinished, form)
+            else:
+                command = [self.quantiser, *(() if form.endswith("_m") else ("--pure",)), source, unfinished, form]
+                subprocess.run([*map(str, command), str(processors())], check=True, capture_output=True)
         unfinished.rename(path)
         return path
 

@@ -24,7 +24,7 @@ def server() -> Iterator[Answers]:
 
 
 def test_times_and_tokens_are_those_of_the_server(server: Answers, tmp_path: Path) -> None:
-    found = measure_url(Endpoint(server.url, "chat"), prefill=[20], clients=[1, 4], decode_tokens=5, runs=1)
+    found = measure_url(Endpoint(server.url, "chat"), prefill=[80], clients=[1, 4], decode_tokens=5, runs=1)
     assert found["model"] == "tiny-llama4"
     assert {"date", "machine", "command"} <= found.keys()
     one, four = found["cases"]
@@ -43,6 +43,16 @@ def test_times_and_tokens_are_those_of_the_server(server: Answers, tmp_path: Pat
     assert len(set(texts)) == 33  # no beginning is known
     draw_load(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_prompts_share_a_beginning_where_they_are_to(server: Answers) -> None:
+    server.pause = 0.0
+    found = measure_url(Endpoint(server.url), prefill=[80], clients=[2], decode_tokens=5, runs=1, shared=400)
+    assert found["shared"] == 400
+    warmed, *texts = [body["prompt"] for body in server.asked if "prompt" in body][1:]
+    assert len(warmed) > 60
+    assert len(texts) == len(set(texts)) == 16
+    assert all(text.startswith(warmed) and len(text) > len(warmed) for text in texts)
 
 
 def test_the_verb_measures_a_server(server: Answers, tmp_path: Path) -> None:
