@@ -1,8 +1,8 @@
 """Chat templates run where they can be stopped: in a process of their own that is kept, within a budget.
 
 Enters: what `environment.render` and `written_in` take. Leaves: what these give, or the same errors. Invariant: no
-template runs longer than `SECONDS`, writes more than it is allowed to or, on Linux, takes more than `MEMORY`; the
-process that does is killed, and the next template gets another.
+template computes longer than `SECONDS`, is waited for longer than `WAIT`, writes more than it is allowed to or, on
+Linux, takes more than `MEMORY`; the process that does is killed, and the next template gets another.
 
 Where no process can be started, as in a frozen program or a sandbox without `fork`, the template runs in a thread:
 one that runs too long is given up there as well, but a single operation that takes long goes on in the background, and
@@ -12,6 +12,7 @@ its memory is not bounded.
 import ctypes
 import functools
 import queue
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +26,10 @@ from ..kept_process import ENDED, OVERRUN, KeptProcess, Program, process_for
 from .environment import BrokenTemplateError, CostlyTemplateError, FailedTemplateError, StandIns, answer
 
 SECONDS = 3.0
-"""Time that a template has for one conversation; Llama 4's takes a thousandth of it for a hundred turns."""
+"""Processor time that a template has; Llama 4's takes a thousandth of it for a hundred turns."""
+
+WAIT = 30.0
+"""Seconds that all of a conversation's templates are waited for, on a machine however busy."""
 
 MEMORY = 1 << 30
 """Bytes of address space that the process may have; Linux alone keeps to it."""
@@ -34,11 +38,13 @@ BROKEN, FAILED, COSTLY = b"b", b"f", b"c"
 """Kinds of answers: a template that is no program; one that failed; one beyond its budget."""
 
 TOO_LONG = f"it takes longer than {SECONDS:g} s"
+BY_TIME = f"-{int(getattr(signal, 'SIGPROF', 0))}"
+"""Exit code of a process that has computed longer than it may."""
 
 ROOM, FACTOR, LARGEST = 1 << 20, 16, 1 << 28
 """Characters that a template may write: the first, and the second for each that it is given; the third at most."""
 
-PROGRAM = Program(module=str(Path(__file__).with_name("environment.py")), memory=MEMORY)
+PROGRAM = Program(module=str(Path(__file__).with_name("environment.py")), memory=MEMORY, seconds=SECONDS)
 
 _left: ContextVar[list[float]] = ContextVar("_left")
 """Seconds left to the templates of the conversation that is being read."""
@@ -47,7 +53,7 @@ _left: ContextVar[list[float]] = ContextVar("_left")
 @contextmanager
 def one_budget() -> Iterator[None]:
     """All templates that run within share one budget of time."""
-    token = _left.set([SECONDS])
+    token = _left.set([WAIT])
     try:
         yield
     finally:
@@ -88,12 +94,12 @@ def prepare() -> None:
 
 
 def _ask(request: tuple[Any, ...]) -> str:
-    left = _left.get([SECONDS])
+    left = _left.get([WAIT])
     kept = _kept()
     kept.wait_for_start()
     started = time.monotonic()
     most = max(0.01, left[0])
-    kind, text = kept.ask(request, most) or _answer_in_thread(request, most)
+    kind, text = kept.ask(request, most) or _answer_in_thread(request, min(SECONDS, most))
     left[0] -= time.monotonic() - started
     if kind == BROKEN:
         raise BrokenTemplateError(text)
@@ -101,7 +107,7 @@ def _ask(request: tuple[Any, ...]) -> str:
         raise FailedTemplateError(text)
     if kind == COSTLY:
         raise CostlyTemplateError(text)
-    if kind == OVERRUN:
+    if kind == OVERRUN or (kind == ENDED and text == BY_TIME):
         raise CostlyTemplateError(TOO_LONG)
     if kind == ENDED:
         raise CostlyTemplateError("the process that it runs in ended: it may need more memory than it has")

@@ -1,5 +1,6 @@
 """Chat templates within a budget: of time, of memory, of what they write; in a process that is kept."""
 
+import dataclasses
 import os
 import subprocess
 import threading
@@ -26,6 +27,7 @@ TINY = Path(__file__).parents[3] / "examples" / "tiny-llama4"
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget that a test can wait for."""
     monkeypatch.setattr(sandbox, "SECONDS", 0.5)
+    monkeypatch.setattr(sandbox, "PROGRAM", dataclasses.replace(PROGRAM, seconds=0.5))
 
 
 @pytest.mark.usefixtures("short")
@@ -60,7 +62,8 @@ def test_what_a_template_may_write_grows_with_what_is_said() -> None:
 
 
 @pytest.mark.usefixtures("short")
-def test_the_templates_of_a_conversation_share_one_budget() -> None:
+def test_the_templates_of_a_conversation_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "WAIT", 1.0)
     wait = "{% for a in range(300) %}{% for b in range(1000) %}{% endfor %}{% endfor %}"
 
     def talk() -> None:
@@ -127,6 +130,12 @@ def test_errors_are_those_of_the_environment() -> None:
 def test_values_come_through_as_they_are(value: object) -> None:
     source = "{{ x }}|{{ x is mapping }}|{{ x is string }}|{{ x is integer }}"
     assert render(source, {"x": value}, NOON) == render_here(source, {"x": value}, NOON)
+
+
+def test_a_machine_that_is_busy_stops_no_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = "{%- for a in range(99999) %}{%- for b in range(9) %}{% endfor %}{% endfor %}done"
+    monkeypatch.setattr(sandbox, "SECONDS", 0.0)  # the clock's seconds are not counted
+    assert render(slow, {}, NOON) == "done"
 
 
 @pytest.mark.usefixtures("short")
