@@ -20,6 +20,7 @@ import numpy as np
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError, printable
 from ..files.output import reason, remove_leftovers
+from ..files.reading import open_regular
 from ..files.safetensors import PointerError, encode_header, open_shard
 from ..spec.fields import decode
 from ..spec.geometry import ModelSpec, VisionSpec
@@ -174,7 +175,7 @@ def check_replaceable(path: Path, force: bool) -> None:
 def _begins_as_golden(path: Path) -> bool:
     """Whether a file was a golden one, of any version: it may be damaged or cut short since."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(8 + len(MARK))
     except OSError:
         return False

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import FolderError, shortened_text
+from ..files.fields import check_fields
 from ..files.output import resumable
 from ..files.reading import read_json
 from ..spec.geometry import ModelSpec, VisionSpec
@@ -17,6 +19,8 @@ from .product import Record
 from .report import LayerReport
 
 PROGRESS = "progress.json"
+PARTS = {"tower": [dict], "layers": [dict], "head": ([dict], None), "data": str}
+"""The fields of that file."""
 
 
 @dataclass(slots=True)
@@ -41,13 +45,18 @@ def read_progress(scratch: Path) -> Reached:
     path = scratch / PROGRESS
     if not path.exists():
         return Reached()
-    fields: dict[str, Any] = read_json(path, remedy="remove the folder, and run it again")
-    return Reached(
-        tower=[LayerReport.from_fields(each) for each in fields["tower"]],
-        layers=[LayerReport.from_fields(each) for each in fields["layers"]],
-        head=None if fields["head"] is None else [Record(**each) for each in fields["head"]],
-        data=fields["data"],
-    )
+    remedy = "remove the folder, and run it again"
+    fields: dict[str, Any] = read_json(path, remedy=remedy, folder=scratch)
+    try:
+        check_fields(fields, PARTS)
+        return Reached(
+            tower=[LayerReport.from_fields(each) for each in fields["tower"]],
+            layers=[LayerReport.from_fields(each) for each in fields["layers"]],
+            head=None if fields["head"] is None else [Record(**each) for each in fields["head"]],
+            data=fields["data"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FolderError(f"{path} is damaged ({shortened_text(str(error), 100)}): {remedy}") from error
 
 
 def write_progress(scratch: Path, reached: Reached) -> None:
@@ -84,7 +93,7 @@ def kept(out: str | Path) -> str:
     work = resumable(Path(out))
     try:
         reached = read_progress(work / "scratch")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, FolderError):
         return ""
     tower, layers = len(reached.tower), len(reached.layers)
     if not (tower or layers):

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from ..errors import SessionError
 from ..files.disks import FULL
+from ..files.reading import SMALL
 
 PLAIN = {
     "≤": "<=",
@@ -192,6 +193,10 @@ def read_option(file: Path | None, option: str) -> str | None:
     if file is None:
         return None
     try:
-        return file.read_text("utf-8")
+        with file.open("rb") as opened:  # a pipe is taken, as the shell makes of `<(COMMAND)`
+            content = opened.read(SMALL + 1)
+        if len(content) > SMALL:
+            raise ValueError(f"more than {SMALL} bytes")
+        return content.decode("utf-8")
     except (OSError, ValueError) as error:
         raise SessionError(f"{option} {file} cannot be read ({error}): give a file of UTF-8 text") from error

@@ -262,7 +262,7 @@ def show_verdict(found: dict[str, Any], report: Path | None) -> None:
     table = Table("", "found", "95 % interval", "limit", "", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name, estimate in found["metrics"].items():
         limit = limits.get(name)
-        interval = "" if estimate["low"] is None else f"{estimate['low']:.4g} to {estimate['high']:.4g}"
+        interval = interval_text(estimate.get("low"), estimate.get("high"))
         bound = f"{'≤' if limit['side'] == 'max' else '≥'} {limit['limit']:g}" if limit else ""
         outcome = f"[{colour[limit['outcome']]}]{limit['outcome']}[/]" if limit else ""
         value = f"{estimate['value']:.3g} of 32" if name == "greedy" else f"{estimate['value']:.4g}"
@@ -287,12 +287,19 @@ def show_verdict(found: dict[str, Any], report: Path | None) -> None:
         console.print(f"Report: {report / 'report.html'}", highlight=False)
 
 
+def interval_text(low: float | None, high: float | None) -> str:
+    """An interval, of whose ends one that is None is infinite; empty where there is none."""
+    if low is None and high is None:
+        return ""
+    return f"{'-∞' if low is None else f'{low:.4g}'} to {'∞' if high is None else f'{high:.4g}'}"
+
+
 def location_text(location: dict[str, Any]) -> str:
     """Where a candidate goes wrong first, in a sentence or two."""
-    blame = location["blame"]
-    if blame is None:
+    blame = location.get("blame")
+    if not blame:
         return "No layer is out of line: every unit's error on the reference's input is what rounding explains."
-    attribute = f", attribute {blame['attribute']}" if blame["attribute"] else ""
+    attribute = f", attribute {blame['attribute']}" if blame.get("attribute") else ""
     return (
         f"First out of line: {location['place']}, [bold]{blame['name']}{attribute}[/] ({blame['op']}): "
         f"{blame['why']}. At {location['unit']} the error is {location['error']:.2g}, where at most "

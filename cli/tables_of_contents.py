@@ -18,7 +18,7 @@ def show_contents(found: dict[str, Any]) -> None:
     elif kind == "golden":
         _show(f"Golden file of {found['source']}", golden_facts(found))
     elif kind == "verdict":
-        show_verdict({"location": None, "notes": [], **found}, None)
+        show_verdict({**found, "location": found.get("location"), "notes": found.get("notes") or []}, None)
         _show_circumstances(found)
     elif kind == "bench":
         from .tables_of_speed import show_measured

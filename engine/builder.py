@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
+from ..files.reading import read_bytes
 from ..plugins.all_reduce.native import add_collectives
 from ..spec.types import Progress
 from .profiles import Shapes
@@ -20,6 +21,9 @@ from .tensorrt_lowering import Network
 
 COPIES = re.compile(r"alias.*cop(y|ie)|cop(y|ie).*alias", re.IGNORECASE)
 """Warnings that a tensor which is updated in place would be copied: the kernels would write the copy."""
+
+LARGEST_TIMINGS = 1 << 30
+"""Bytes of a timing cache at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,7 +234,11 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 
 def _read_timings(config: Any, path: Path) -> Any:
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    try:
+        known = read_bytes(path, BuildError, "delete it", most=LARGEST_TIMINGS)
+    except FileNotFoundError:
+        known = b""
+    cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise BuildError(f"{path} is no timing cache of this TensorRT and GPU: delete it")
     return cache

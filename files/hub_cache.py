@@ -8,11 +8,15 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .reading import read_text
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 """A repository's name on the hub, as `me/x`."""
 
 PREFIX = "models--"
+
+LONGEST = 4096
+"""Bytes of `refs/main` at most: the name of a revision."""
 
 
 def find_checkpoint(given: str | Path) -> Path:
@@ -51,8 +55,8 @@ def _snapshot(folder: Path) -> Path:
     name = folder.name.removeprefix(PREFIX).replace("--", "/")
     again = f"get it with `hf download {name}`"
     try:
-        revision = (folder / "refs" / "main").read_text("utf-8").strip()
-    except (OSError, ValueError):
+        revision = read_text(folder / "refs" / "main", CheckpointError, again, folder=folder, most=LONGEST).strip()
+    except FileNotFoundError:
         revision = ""
     if revision and re.fullmatch(r"\w[\w.-]{0,200}", revision) and (found := folder / "snapshots" / revision).is_dir():
         return found

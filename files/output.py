@@ -18,6 +18,7 @@ from ..errors import ArrieroError, FolderError
 from .disks import full_disk
 from .folders import SPEC
 from .locks import is_alive, lock_file
+from .reading import read_text
 
 
 @contextlib.contextmanager
@@ -87,7 +88,7 @@ def resumed_folder(
         raise FolderError(f"{out}: cannot be created ({reason(error, out.parent)}): choose another output") from error
     with lock:
         try:
-            if not (work / "job").exists() or (work / "job").read_text() != job:
+            if _job_in(work) != job:
                 for each in (model, scratch):
                     shutil.rmtree(each, ignore_errors=True)
                 (work / "job").write_text(job)
@@ -105,6 +106,14 @@ def resumed_folder(
                 shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _job_in(work: Path) -> str:
+    """The fingerprint of the work that a folder was left by; empty where there is none."""
+    try:
+        return read_text(work / "job", remedy=f"remove {work}", folder=work)
+    except FileNotFoundError:
+        return ""
 
 
 def resumable(out: Path) -> Path:

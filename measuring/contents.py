@@ -7,7 +7,8 @@ Enters: a path. Leaves: plain values for JSON, with a `kind`: `model`, `bundle`,
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArrieroError, FolderError
+from ..errors import ArrieroError, FolderError, shortened
+from ..files.fields import check_fields
 from ..files.folders import SPEC, find_files, is_packed
 from ..files.hub_cache import find_checkpoint
 from ..files.reading import read_json
@@ -20,6 +21,32 @@ from ..spec.recipe_words import in_words
 from .summary import companions, geometry, summarise
 
 VERDICT, BENCH = "verdict.json", "bench.json"
+TEXT, NUMBER = (str, None), (float, None)
+ESTIMATE = {"value": float, "low": NUMBER, "high": NUMBER}
+LIMIT = {"metric": str, "side": str, "limit": float, "outcome": str}
+BLAME = {"name": str, "op": str, "why": str, "attribute": TEXT}
+LOCATED = {"blame": BLAME, "place": str, "unit": str, "error": float, "explained": float}
+CASE = dict.fromkeys(("ttft_seconds", "prefill_tokens_per_second", "itl_seconds", "decode_tokens_per_second"), float)
+STREAMED = {"step_bytes": {"total": float}, "decode_bytes_per_second": float, "share_of_stream": float}
+SHOWN: dict[str, dict[str, Any]] = {
+    "verdict": {
+        **{"candidate": str, "reference": str, "outcome": str, "windows": int, "tokens": int, "remedy": TEXT},
+        **{
+            "metrics": {str: ESTIMATE},
+            "limits": [LIMIT],
+            "notes": ([str], None),
+            "location": ({"blame": (dict, None)}, None),
+        },
+    },
+    "bench": {
+        **{"folder": str, "target": str, "threads": int, "ranks": int, "runs": int, "decode_tokens": int},
+        **{"load_seconds": float, "peak_rss_bytes": float, "machine": {"processor": TEXT}},
+        **{"stream": ({"bytes_per_second": float, "buffer_bytes": float}, None)},
+        **{"cases": [{"prefill": int, "batch": int, **CASE}]},
+    },
+}
+"""Fields that are shown of the two kinds of results."""
+OUTCOMES = ("pass", "regressed", "undecided")
 FORMS = "a checkpoint, a model, a bundle, a golden file, or a folder that check -o or bench -o wrote"
 
 
@@ -115,10 +142,14 @@ def _result(path: Path) -> dict[str, Any]:
     kind = path.stem
     try:
         fields = read_json(path, remedy="write it again")
-        keys = ("candidate", "outcome", "metrics") if kind == "verdict" else ("folder", "cases", "machine")
-        found = {"kind": kind, "path": str(path), **fields}
-        for key in keys:
-            found[key]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FolderError(f"{path} is damaged ({str(error)[:100]}): write it again") from error
-    return found
+        check_fields(fields, SHOWN[kind])
+        if kind == "bench" and fields.get("stream"):
+            check_fields(fields["cases"], [STREAMED], "cases")
+        if kind == "verdict" and (fields.get("location") or {}).get("blame"):
+            check_fields(fields["location"], LOCATED, "location")
+        for each in [fields, *fields["limits"]] if kind == "verdict" else ():
+            if each["outcome"] not in OUTCOMES:
+                raise ValueError(f"outcome is {shortened(each['outcome'])}, expected one of {', '.join(OUTCOMES)}")
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{path} is damaged ({error}): write it again") from error
+    return {**fields, "kind": kind, "path": str(path)}

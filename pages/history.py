@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import AccuracyError, printable, shortened
 from ..files.fields import check_fields
-from ..files.reading import read_text
+from ..files.reading import open_regular, read_text
 from ..spec.json_text import parse_json
 
 LARGEST = 1 << 28
@@ -91,9 +91,10 @@ def append_run(path: str | Path, verdict: Mapping[str, Any]) -> None:
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        end = _missing_end(Path(path))
         number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            os.write(number, _missing_end(Path(path)) + printable(line_of(verdict)).encode("utf-8"))
+            os.write(number, end + printable(line_of(verdict)).encode("utf-8"))
         finally:
             os.close(number)
     except OSError as error:
@@ -102,7 +103,9 @@ def append_run(path: str | Path, verdict: Mapping[str, Any]) -> None:
 
 def _missing_end(path: Path) -> bytes:
     """A newline where a killed writer left none."""
-    with path.open("rb") as file:
+    if not os.path.lexists(path):
+        return b""
+    with open_regular(path) as file:
         if not file.seek(0, os.SEEK_END):
             return b""
         file.seek(-1, os.SEEK_END)

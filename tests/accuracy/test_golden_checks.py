@@ -1,5 +1,6 @@
 """Golden files whose numbers no recording makes: refused when they are read, in one line."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from arriero.accuracy import check, record_golden
-from arriero.accuracy.golden import read_golden
+from arriero.accuracy.golden import check_replaceable, read_golden
 from arriero.errors import AccuracyError
 
 Arrays = dict[str, np.ndarray]
@@ -88,3 +89,10 @@ def test_an_intact_file_is_read_through_a_link_and_passes(golden: Path, tiny_mod
     (tmp_path / "blob").write_bytes(golden.read_bytes())
     (tmp_path / "g.safetensors").symlink_to("blob")
     assert check(tiny_model, tmp_path / "g.safetensors").metrics["kl"].value < 1e-7
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that are files")
+def test_a_pipe_is_not_replaced_by_a_golden_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "g")
+    with pytest.raises(AccuracyError, match="exists and is no golden file: it is not replaced"):
+        check_replaceable(tmp_path / "g", force=True)

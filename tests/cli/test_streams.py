@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from arriero.cli.streams import as_utf8, plain
+from arriero.cli.streams import as_utf8, plain, read_option
 from arriero.cli.terminal import one_line
 from arriero.errors import SessionError
 
@@ -192,3 +192,8 @@ def test_a_limit_on_memory_is_one_line(tiny_model: Path, megabytes: int) -> None
     if run.returncode:
         assert run.stderr.splitlines()[-1].startswith("arriero: there is not enough memory")
         assert "internal error" not in run.stderr
+
+
+def test_a_file_that_never_ends_is_not_read_to_its_end() -> None:
+    with pytest.raises(SessionError, match=r"^--grammar /dev/zero cannot be read \(more than 33554432 bytes\)"):
+        read_option(Path("/dev/zero"), "--grammar")

@@ -1,5 +1,6 @@
 """The hub's local cache: names and folders of it are found, and nothing is downloaded."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,16 @@ def test_the_cache_lies_where_the_hub_s_library_puts_it(cache: Path, monkeypatch
     assert cache_folder() == Path("/cache/huggingface/hub")
     monkeypatch.setenv("HF_HUB_CACHE", "/somewhere")
     assert cache_folder() == Path("/somewhere")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that are files")
+def test_a_ref_that_is_no_file_is_refused(cache: Path) -> None:
+    main = cache / "refs" / "main"
+    main.unlink()
+    os.mkfifo(main)
+    with pytest.raises(CheckpointError, match=r"main: cannot be read \(a pipe, expected a regular file\): get it with"):
+        find_checkpoint("me/x")
+    main.unlink()
+    main.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="main is a link out of its folder, to /dev/zero"):
+        find_checkpoint("me/x")

@@ -115,3 +115,43 @@ def test_anything_else_says_what_can_be_given(tiny_model: Path, tmp_path: Path) 
     (tmp_path / "x").write_text("x")
     with pytest.raises(FolderError, match="no golden file, or damaged"):
         describe(tmp_path / "x")
+
+
+VERDICT = {
+    **{"schema": 1, "candidate": "int8", "reference": "g", "outcome": "pass", "windows": 2, "tokens": 9, "notes": []},
+    **{"metrics": {"kl": {"value": 0.1, "low": 0.0, "high": None}}, "location": None, "remedy": None},
+    "limits": [{"metric": "kl", "side": "max", "limit": 0.2, "outcome": "pass"}],
+}
+CASE = {"prefill": 1, "batch": 1, "ttft_seconds": 0.1, "prefill_tokens_per_second": 1.0, "itl_seconds": 0.1}
+BENCH = {
+    **{"folder": "b", "target": "cpu", "threads": 1, "ranks": 1, "runs": 1, "decode_tokens": 1, "load_seconds": 0.1},
+    **{"peak_rss_bytes": 1, "machine": {"processor": "x"}, "stream": None},
+    "cases": [CASE | {"decode_tokens_per_second": 1.0}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("verdict", {"metrics": {"kl": 3}}, "metrics.kl is 3, expected an object"),
+        ("verdict", {"metrics": {"kl": {"value": 1e300}}}, "metrics.kl.value is 1e[+]300, expected a finite number"),
+        (
+            "verdict",
+            {"limits": [{**VERDICT["limits"][0], "outcome": "odd"}]},
+            "outcome is 'odd', expected one of pass,",
+        ),  # type: ignore[index]
+        ("verdict", {"location": {"blame": {"name": 1}}}, "location.blame.name is 1, expected a text"),
+        ("bench", {"cases": [4]}, r"cases\[0\] is 4, expected an object"),
+        ("bench", {"machine": []}, r"machine is \[\], expected an object"),
+        ("bench", {"stream": {"bytes_per_second": 1, "buffer_bytes": 1}}, r"cases\[0\].step_bytes is missing"),
+    ],
+)
+def test_results_with_fields_of_another_type_are_refused_by_name(
+    name: str, changes: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    path, good = tmp_path / f"{name}.json", {"verdict": VERDICT, "bench": BENCH}[name]
+    path.write_text(json.dumps(good))
+    inspected(path)
+    path.write_text(json.dumps(good | changes))
+    with pytest.raises(FolderError, match=f"{path} is damaged .{said}.*: write it again"):
+        describe(path)

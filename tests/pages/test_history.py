@@ -1,6 +1,7 @@
 """Histories and their trend: lines appended, read back in series, drawn."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,10 @@ def test_the_verb_makes_the_page_alone(history: Path, tmp_path: Path) -> None:
     empty.touch()
     with pytest.raises(AccuracyError, match="holds no run"):
         trend_page([empty])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that are files")
+def test_nothing_is_appended_to_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "h.jsonl")
+    with pytest.raises(AccuracyError, match="a pipe, expected a regular file: give another file with --history"):
+        append_run(tmp_path / "h.jsonl", verdict(1))
