@@ -1,9 +1,10 @@
-"""Quantised products, layers of experts and attention on a CPU: ONNX Runtime's contrib ops beside `arriero.cpu`'s.
+"""Products, layers of experts and attention on a CPU: ONNX Runtime's ops beside `arriero.cpu`'s.
 
 All forms of a case take turns in one process, so that what else the machine does falls on all alike. The fastest and
 the median run are given. Weights and caches are random, and larger than the processor's by far; results are not
-compared. Contrib ops prepack their weights, as they do by default; ours read them where they lie. No attention rotates
-or normalises, and all write their caches in place; a layer's output is the next one's query.
+compared. Contrib ops prepack their weights, as they do by default; ours read them where they lie, and so does
+`FusedMatMul`, which took [N, K] weights of other types widened before there was `PlainLinear`. No attention rotates or
+normalises, and all write their caches in place; a layer's output is the next one's query.
 
     python benchmarks/cpu_lowerings.py --threads 1 --seconds 5
 """
@@ -37,6 +38,7 @@ INT8_ACTIVATIONS = 4
 """The `accuracy_level` that lets contrib ops round activations to int8, block by block."""
 HEADS, KV_HEADS, HEAD_DIM = 12, 4, 128
 CACHES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
+FLOATS = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 RNG = np.random.default_rng(0)
 Array = np.ndarray[Any, Any]
 
@@ -63,6 +65,11 @@ class Form:
     def is_ours(self) -> bool:
         return self.op.startswith(DOMAIN)
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether weights are used where they lie."""
+        return self.is_ours or self.op == "FusedMatMul"
+
     def __str__(self) -> str:
         groups = f", {'groups' if self.is_ours else 'blocks'} of {self.group}" if self.group else ""
         return f"`{self.op}` {self.stored}{groups}"
@@ -75,11 +82,16 @@ PRODUCTS = (
     Form(op="MatMulNBits", stored="int8", group=128),
     Form(op=f"{DOMAIN}.Linear", stored="int8"),
 )
+PLAIN_PRODUCTS = (
+    Form(op="FusedMatMul", stored="fp32"),
+    *(Form(op=f"{DOMAIN}.PlainLinear", stored=stored) for stored in FLOATS),
+)
 EXPERTS = (
     Form(op="QMoE", stored="int4", group=32),
     Form(op=f"{DOMAIN}.MoeDispatch", stored="int4", group=32),
     Form(op="QMoE", stored="int8", group=128),
     Form(op=f"{DOMAIN}.MoeDispatch", stored="int8"),
+    Form(op=f"{DOMAIN}.PlainMoeDispatch", stored="bf16"),
 )
 ATTENTION = (
     Form(op="GroupQueryAttention", stored="fp32"),
@@ -164,7 +176,12 @@ def linear(form: Form, inputs: int, outputs: int, count: int) -> Graph:
 def multiply(form: Form, nodes: Nodes, weights: Weights, x: ir.Value, inputs: int, outputs: int) -> ir.Value:
     """Writes one product in one of the forms."""
     product = ir.val(f"product{len(nodes.list)}", FLOAT, ["tokens", outputs])
-    if form.is_ours:
+    if form.op == f"{DOMAIN}.PlainLinear":
+        kernels.multiply_plain(nodes, x, weights.floats(outputs, inputs, dtype=FLOATS[form.stored]), product)
+    elif form.op == "FusedMatMul":
+        given = [x, weights.floats(outputs, inputs)]
+        nodes.node("FusedMatMul", given, outputs=[product], domain=MICROSOFT, attributes={"transB": 1})
+    elif form.is_ours:
         kernels.multiply(nodes, x, weights.panels(form, inputs, outputs), outputs, product)
     elif form.op == "MatMul":
         nodes.node("MatMul", [x, weights.floats(inputs, outputs)], outputs=[product])
@@ -188,7 +205,11 @@ def experts(form: Form, hidden: int, width: int, count: int) -> Graph:
     x, logits = ir.val("x", FLOAT, ["tokens", hidden]), ir.val("logits", FLOAT, ["tokens", count])
     y, nodes, weights = ir.val("y", FLOAT, ["tokens", hidden]), Nodes("experts/"), Weights()
     settings = moe.Attributes(top_k=1, quantisation="int4" if form.stored == "int4" else "int8")
-    if form.is_ours:
+    if form.op == f"{DOMAIN}.PlainMoeDispatch":
+        sizes, dtype = ((hidden, 2 * width), (width, hidden)), FLOATS[form.stored]
+        into, back = (weights.floats(count, *size, dtype=dtype) for size in sizes)
+        kernels.dispatch_plain(nodes, x, logits, into, back, y, settings)
+    elif form.is_ours:
         gate_up, down = weights.panels(form, hidden, 2 * width, count), weights.panels(form, width, hidden, count)
         kernels.dispatch(nodes, x, logits, gate_up, down, y, settings, experts=count, width=width)
     else:
@@ -311,6 +332,7 @@ def open_session(form: Form, graph: Graph, threads: int) -> ort.InferenceSession
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     if form.is_ours:
         options.register_custom_ops_library(str(library()))
+    if form.is_in_place:
         options.add_session_config_entry("session.disable_prepacking", "1")
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
@@ -342,6 +364,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     print("| case | tokens | form | fastest, ms | median, ms |\n|---|--:|---|--:|--:|")
     race("16 of 2048 × 4096", PRODUCTS, partial(linear, inputs=2048, outputs=4096, count=16), (1, 8, 512), arguments)
+    floats = partial(linear, inputs=2048, outputs=4096, count=8)
+    race("8 of 2048 × 4096", PLAIN_PRODUCTS, floats, (1, 8, 64, 512), arguments)
     for count, width in ((16, 2048), (128, 1024)):
         layer = partial(experts, hidden=1024, width=width, count=count)
         race(f"{count} experts, 1024 × {width}", EXPERTS, layer, (1, 8, 64, 512), arguments)

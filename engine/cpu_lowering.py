@@ -232,25 +232,30 @@ class _CpuLowering:
         )
 
     def _lower_experts(self, nodes: Nodes, sources: list[ir.Value], output: ir.Value, settings: moe.Attributes) -> None:
-        """A layer of experts, by rules 7 and 8."""
+        """A layer of experts, by rules 7 to 9."""
         tokens = self._input(sources[0]), self._input(sources[1])
         weights, scales, statics = sources[2:4], sources[4:6], sources[6:]
         count, width, hidden = dims(weights[1])
         kind = settings.quantisation
-        if rule_of_experts(kind) is Rule.FLOAT_EXPERTS:  # rule 8
+        rule = rule_of_experts(kind)
+        if rule is Rule.FLOAT_EXPERTS:  # rule 9
+            gate_up, down = (self.supply.stored(weight) for weight in weights)
+            kernels.dispatch_plain(nodes, *tokens, gate_up, down, output, settings)
+            return
+        if rule is Rule.FP8_EXPERTS:  # rule 8
             experts = self._experts(sources[2:], settings)
             in_part = count < self.router_experts
             moe_cpu.lower(nodes, *tokens, experts, hidden, output, settings, in_part=in_part)
             return
         chosen_in = sources[0].dtype if kind == "int4" else None  # rule 7 from here on
-        gate_up, down = (
+        into, back = (
             dataclasses.replace(
                 self._panels(weights[part], scales[part], kind, chosen_in=chosen_in, interleaved=not part),
                 input_scale=self.supply.widened(statics[part]) if statics else None,
             )
             for part in range(2)
         )
-        kernels.dispatch(nodes, *tokens, gate_up, down, output, settings, experts=count, width=width)
+        kernels.dispatch(nodes, *tokens, into, back, output, settings, experts=count, width=width)
 
     def _experts(self, sources: list[ir.Value], settings: moe.Attributes) -> list[tuple[Matrix, Matrix]]:
         """Each expert's two matrices of rule 8, from the op's weights and scales."""
@@ -260,7 +265,7 @@ class _CpuLowering:
             pair = [
                 Matrix(
                     weight=self.supply.part(weights[part], index),
-                    scale=self.supply.part(scales[part], index, shape=(dims(weights[part])[2],)) if scales else None,
+                    scale=self.supply.part(scales[part], index, shape=(dims(weights[part])[2],)),
                     input_scale=self.supply.part(input_scales[part], index) if input_scales else None,
                     input_bound=settings.activation_bound,
                 )

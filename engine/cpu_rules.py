@@ -11,7 +11,8 @@ carries out. Invariant: each linear has exactly one rule.
     5     a float, panels        none             kernel `Linear`                       panels, bfloat16 or float32
     6     a float, no panels     none             kernel `PlainLinear`                  rows, as it is stored
     7     experts, int8 or int4  any              kernel `MoeDispatch`                  panels, 8 or 4 bits
-    8     experts, fp8 or float  any              an `If` an expert, `MatMul`           rows, float32
+    8     experts, fp8           either           an `If` an expert, `MatMul`           rows, widened to float32
+    9     experts, a float       none             kernel `PlainMoeDispatch`             rows, as they are stored
 
 A graph's weights lie in panels where any of them is int8 or int4 (rules 1 to 3 and 7): the bundle then has a file of
 its own for all weights, and its float linears (rule 5) are laid out in it for the same kernels.
@@ -46,8 +47,10 @@ class Rule(Enum):
     """The weight [N, K] is multiplied as it lies, in any type of floats: it is a view of the file."""
     INTEGER_EXPERTS = 7
     """One node for all experts; activations are rounded as in rules 1 to 3."""
-    FLOAT_EXPERTS = 8
-    """Only the branches of experts that have tokens are computed; fp8 as in rule 4."""
+    FP8_EXPERTS = 8
+    """Only the branches of experts that have tokens are computed, as in rule 4."""
+    FLOAT_EXPERTS = 9
+    """One node for all experts, stacked [E, K, N] as in the file; those that no token chose are not read."""
 
 
 def rule_of_quantised(linear: Linear) -> Rule:
@@ -67,8 +70,10 @@ def rule_of_float(*, has_panels: bool) -> Rule:
 
 
 def rule_of_experts(quantisation: str) -> Rule:
-    """The rule of a layer of experts by the format of its weights: 7 or 8."""
-    return Rule.INTEGER_EXPERTS if quantisation in INTEGERS else Rule.FLOAT_EXPERTS
+    """The rule of a layer of experts by the format of its weights: 7 to 9."""
+    if quantisation in INTEGERS:
+        return Rule.INTEGER_EXPERTS
+    return Rule.FLOAT_EXPERTS if quantisation == "none" else Rule.FP8_EXPERTS
 
 
 def panel_type(weight: ir.Value) -> Stored:

@@ -40,12 +40,13 @@ class Supply:
         return self.initializers[name]
 
     def stored(self, source: ir.Value) -> ir.Value:
-        """A weight in the type it is stored in."""
+        """A weight, or all experts' [E, K, N], in the type it is stored in."""
         tensor = source.const_value
         assert isinstance(tensor, ir.ExternalTensor)
         dtype = DTYPES[tensor.dtype]
         name = f"{source.name}" if dtype == "float32" else f"{source.name}:{dtype}"
-        return self._region(name, tensor, 0, tensor.shape.numpy(), dtype)
+        shape = tensor.shape.numpy()
+        return self._region(name, tensor, 0, shape, dtype, stacked=len(shape) == 3)
 
     def part(
         self,

@@ -44,7 +44,9 @@ OPS: Mapping[str, frozenset[str]] = {
         }
     ),
     "com.microsoft": frozenset({"FusedMatMul"}),
-    "arriero.cpu": frozenset({"AllReduce", "GroupedQueryAttention", "Linear", "MoeDispatch", "PlainLinear"}),
+    "arriero.cpu": frozenset(
+        {"AllReduce", "GroupedQueryAttention", "Linear", "MoeDispatch", "PlainLinear", "PlainMoeDispatch"}
+    ),
 }
 """Operators by domain that a lowered graph may have: none loops, and none reads or writes a file."""
 
@@ -233,7 +235,7 @@ def _check_attention(outline: Outline, model: ModelSpec) -> None:
             if node.numbers.get(name, 0) != value:
                 raise ValueError(f"layer {number} has {name} {node.numbers.get(name, 0)}, spec.json {value}")
     for node in outline.nodes:
-        chosen = node.numbers.get("top_k", 0) if node.op == "MoeDispatch" else model.experts_per_token
+        chosen = node.numbers.get("top_k", 0) if node.op.endswith("MoeDispatch") else model.experts_per_token
         if node.op == "TopK" and len(node.inputs) > 1:
             chosen = outline.constants.get(node.inputs[1], 0)
         if chosen != model.experts_per_token:

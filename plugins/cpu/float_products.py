@@ -1,4 +1,4 @@
-"""A product on ONNX Runtime's CPU as its own ops compute it: in float32, E4M3 as the float32 that it stands for.
+"""A product of E4M3 on ONNX Runtime's CPU as its own ops compute it: in the float32 that E4M3 stands for.
 
 Enters: float32 activations and a weight in the layout that `MatMul` takes. Leaves: float32.
 """
@@ -19,15 +19,15 @@ class Matrix:
     """A weight as a product takes it.
 
     Attributes:
-        weight: [K, N] float32; of E4M3 the stored values.
-        scale: float32 [N] of E4M3; None of a weight that is not quantised.
+        weight: [K, N], the stored values in float32.
+        scale: float32 [N].
         input_scale: The input's static scale, float32; None takes each token's own.
         input_bound: The largest magnitude that such a scale is chosen for; 0 is none.
         is_turned: Whether the weight lies as [N, K].
     """
 
     weight: ir.Value
-    scale: ir.Value | None = None
+    scale: ir.Value
     input_scale: ir.Value | None = None
     input_bound: float = 0.0
     is_turned: bool = False
@@ -35,8 +35,6 @@ class Matrix:
 
 def multiply(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
     """Writes x [..., K] times a matrix, [..., N]."""
-    if matrix.scale is None:
-        return _float_product(nodes, x, matrix)
     if matrix.input_scale is not None:
         return multiply_rounded(nodes, round_fp8(nodes, x, matrix.input_scale), matrix.input_scale, matrix)
     own_scale = token_scale(nodes, x, "fp8", matrix.input_bound)

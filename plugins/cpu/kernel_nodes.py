@@ -103,6 +103,30 @@ def dispatch(
     _node(nodes, "MoeDispatch", [*inputs, *statics], settings, output)
 
 
+def dispatch_plain(
+    nodes: Nodes,
+    hidden: ir.Value,
+    router_logits: ir.Value,
+    gate_up: ir.Value,
+    down: ir.Value,
+    output: ir.Value,
+    attributes: Attributes,
+) -> None:
+    """Writes the node of one layer of experts of floats as they lie; those that no token chose are not read.
+
+    Args:
+        nodes: Where the node goes.
+        hidden: [T, H].
+        router_logits: [T, E].
+        gate_up: [E, H, 2I] in float32, float16 or bfloat16.
+        down: [E, I, H] likewise.
+        output: The value to produce, [T, H].
+        attributes: The canonical op's attributes.
+    """
+    settings = {"top_k": attributes.top_k, "first_expert": attributes.first_expert}
+    _node(nodes, "PlainMoeDispatch", [hidden, router_logits, gate_up, down], settings, output)
+
+
 def _node(
     nodes: Nodes, name: str, inputs: list[ir.Value | None], attributes: Mapping[str, Any], output: ir.Value
 ) -> None:

@@ -12,6 +12,7 @@
 #include "linear_op.h"
 #include "moe_op.h"
 #include "plain_linear_op.h"
+#include "plain_moe_op.h"
 
 namespace {
 
@@ -94,6 +95,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
         runtime.check(interface->add_to_domain(domain, described<Linear>()));
         runtime.check(interface->add_to_domain(domain, described<MoeDispatch>()));
         runtime.check(interface->add_to_domain(domain, described<PlainLinear>()));
+        runtime.check(interface->add_to_domain(domain, described<PlainMoeDispatch>()));
         runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::float32>>()));
         runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::float16>>()));
         runtime.check(interface->add_to_domain(domain, described<GroupedQueryAttention<ort::Type::int8>>()));

@@ -67,6 +67,22 @@ struct PlainInput {
     int64_t tile(int64_t index) const { return count * index / tiles; }
 };
 
+// Rows of float32 for a matrix of floats that lies as [K, N], and the rows that their products are; without places each
+// its own number.
+struct StackedInput {
+    const float* rows;
+    int64_t stride, count;
+    const int64_t* places;
+
+    int64_t place(int64_t row) const { return places ? places[row] : row; }
+    StackedInput part(int64_t first, int64_t last) const {
+        return {rows + first * stride, stride, last - first, places ? places + first : nullptr};
+    }
+};
+
+constexpr int64_t OUTPUTS_AT_ONCE = 512;  // of such a matrix, in a thread's turn
+constexpr int64_t BLOCK_FLOATS = 1 << 15;  // widened weights, or sums, that are on their way at once
+
 // Rows of activations: int8 [rows, K] with a scale a block and, about the matrix's middle, what its offset adds up to;
 // or float32 [rows, K] for a matrix of floats.
 struct Rows {
@@ -144,6 +160,9 @@ struct Kernels {
     void (*multiply)(const Matrix&, const Rows&, int64_t first, int64_t last, int64_t panel, const Target&);
     void (*turn_rows)(const float* x, int64_t rows, int64_t inputs, float* to);
     void (*multiply_plain)(const PlainMatrix&, const PlainInput&, int64_t first, int64_t last, float* to, float* space);
+    void (*multiply_stacked)(const PlainMatrix&, const StackedInput&, int64_t first, int64_t last, float* to,
+                             float* space);
+    void (*activate)(const float* from, int64_t width, float* to);
     void (*enter)(const Attention&, int64_t row, int64_t step);
     void (*attend)(const Attention&, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace&);
 };

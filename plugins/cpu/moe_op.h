@@ -4,17 +4,7 @@
 #pragma once
 
 #include "products.h"
-
-#ifndef ARRIERO_WORKSPACE
-#define ARRIERO_WORKSPACE (1 << 30)
-#endif
-constexpr int64_t WORKSPACE = ARRIERO_WORKSPACE;  // bytes, about, of what a call computes on its way, at most
-
-// A token's way to one of its experts.
-struct Choice {
-    int64_t expert, token, place;  // `place` numbers the pairs (token, choice)
-    float score;
-};
+#include "routing.h"
 
 struct MoeDispatch {
     static constexpr const char* NAME = "MoeDispatch";
@@ -25,15 +15,15 @@ struct MoeDispatch {
     static ort::Type input_type(size_t index) { return index < 2 ? ort::Type::float32 : ort::Type::any; }
     static ort::Type output_type(size_t) { return ort::Type::float32; }
 
-    int64_t bits, group, down_group, top_k, first_expert, experts, width;
+    int64_t bits, group, down_group;
+    Routing routing;
+    int64_t width;
 
     explicit MoeDispatch(const Settings& settings)
         : bits(settings.one_of("bits", {4, 8})),
           group(settings.group("group")),
           down_group(settings.group("down_group")),
-          top_k(settings.integer("top_k", 1)),
-          first_expert(settings.integer("first_expert", 0)),
-          experts(settings.integer("experts", 1)),
+          routing{settings.integer("top_k", 1), settings.integer("first_expert", 0), settings.integer("experts", 1)},
           width(settings.integer("width", 1)) {}
 
     void compute(const Call& call) const {
@@ -45,12 +35,8 @@ struct MoeDispatch {
         hidden.expect({-1, -1});
         const int64_t tokens = hidden.shape[0], size = hidden.shape[1];
         if (size == 0) hidden.refuse("has the shape " + written(hidden.shape.dims, 2) + ", and needs features");
-        logits.expect({tokens, -1});
-        layer.routed = logits.shape[1];
-        if (top_k > layer.routed || first_expert + experts > layer.routed)
-            logits.refuse("is of " + std::to_string(layer.routed) + " experts, and experts " +
-                          std::to_string(first_expert) + " to " + std::to_string(first_expert + experts - 1) +
-                          " are held and " + std::to_string(top_k) + " chosen");
+        layer.routed = routing.checked(logits, tokens);
+        const int64_t experts = routing.experts;
         layer.into = matrix_of({gate_up, gate_up_scale, bits, group}, size, 2 * width, experts);
         layer.back = matrix_of({down, down_scale, bits, down_group}, width, size, experts);
         for (const Tensor* scale : {&hidden_scale, &activated_scale})
@@ -58,7 +44,7 @@ struct MoeDispatch {
         layer.hidden_scales = static_scales(hidden_scale, experts);
         layer.activated_scales = static_scales(activated_scale, experts);
         layer.output = call.output({tokens, size});
-        const int64_t each = product({std::min(top_k, experts), 9 * size + 5 * width});
+        const int64_t each = product({routing.most(), 9 * size + 5 * width});
         const int64_t at_once = std::max<int64_t>(1, WORKSPACE / each);
         for (int64_t first = 0; first < tokens; first += at_once)
             dispatch(call, layer, first, std::min(at_once, tokens - first));
@@ -79,9 +65,9 @@ struct MoeDispatch {
         const int64_t size = into.inputs;
         const float* hidden = layer.hidden + start * size;
         float* to = layer.output + start * size;
-        const std::vector<Choice> choices = route(layer.logits + start * layer.routed, tokens, layer.routed);
+        const std::vector<Choice> choices = routing.route(layer.logits + start * layer.routed, tokens, layer.routed);
         const auto count = static_cast<int64_t>(choices.size());
-        const bool is_direct = top_k == 1 && experts == layer.routed;
+        const bool is_direct = routing.top_k == 1 && routing.experts == layer.routed;
         if (!is_direct) std::fill(to, to + tokens * size, 0.0f);
         if (count == 0) return;
 
@@ -111,37 +97,8 @@ struct MoeDispatch {
             const float fixed = layer.activated_scales ? layer.activated_scales[choices[row].expert] : 0;
             kernels().quantise(activated + row * width, back, 1, fixed, middle, row);
         });
-        const int64_t most = std::min(top_k, experts);  // choices that a token has here
-        float* out = is_direct ? to : own.outputs.take<float>(product({tokens, most, size}));
+        float* out = is_direct ? to : own.outputs.take<float>(product({tokens, routing.most(), size}));
         multiply(call, second, middle, {out, size, places.data(), false});
-        if (is_direct) return;
-        std::vector<int64_t> by_place(tokens * most, -1);
-        for (const Choice& choice : choices) by_place[choice.place] = choice.token;
-        for (int64_t place = 0; place < tokens * most; place++)
-            if (by_place[place] >= 0)
-                for (int64_t i = 0; i < size; i++) to[by_place[place] * size + i] += out[place * size + i];
-    }
-
-    // Each token's experts, of those that are held, expert by expert: the largest logits, the first of equals.
-    std::vector<Choice> route(const float* logits, int64_t tokens, int64_t count) const {
-        std::vector<Choice> choices;
-        std::vector<int64_t> order(count);
-        for (int64_t token = 0; token < tokens; token++) {
-            const float* own = logits + token * count;
-            for (int64_t expert = 0; expert < count; expert++) order[expert] = expert;
-            const auto logit = [own](int64_t expert) { return std::isnan(own[expert]) ? -INFINITY : own[expert]; };
-            std::partial_sort(order.begin(), order.begin() + top_k, order.end(), [logit](int64_t a, int64_t b) {
-                return logit(a) > logit(b) || (logit(a) == logit(b) && a < b);
-            });
-            int64_t place = token * std::min(top_k, experts);
-            for (int64_t rank = 0; rank < top_k; rank++) {
-                const int64_t expert = order[rank] - first_expert;
-                if (expert < 0 || expert >= experts) continue;
-                choices.push_back({expert, token, place++, 1 / (1 + std::exp(-own[order[rank]]))});
-            }
-        }
-        std::stable_sort(choices.begin(), choices.end(),
-                         [](const Choice& a, const Choice& b) { return a.expert < b.expert; });
-        return choices;
+        if (!is_direct) routing.add_up(choices, out, tokens, size, to);
     }
 };

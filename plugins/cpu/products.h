@@ -24,7 +24,7 @@ struct RowBuffers {
 
 struct Buffers {
     RowBuffers inputs, activated;
-    Buffer activations, outputs, queries, turned, strip;
+    Buffer activations, outputs, queries, turned, strip, rows, gates;
     AttentionSpace attention;
 };
 
@@ -101,17 +101,20 @@ inline void multiply_plain(const Call& call, const PlainMatrix& matrix, const fl
     });
 }
 
+// The type of a matrix of floats; any other is refused.
+inline Plain plain_type_of(const Tensor& weight) {
+    switch (weight.type) {
+        case ort::Type::float32: return Plain::float32;
+        case ort::Type::float16: return Plain::float16;
+        case ort::Type::bfloat16: return Plain::bfloat16;
+        default: weight.refuse("is of " + name_of(weight.type) + ", and must be of float32, float16 or bfloat16");
+    }
+}
+
 // A matrix [N, K] of floats as the graph gives it; what does not fit is refused.
 inline PlainMatrix plain_matrix_of(const Tensor& weight, int64_t inputs) {
     weight.expect({-1, inputs});
-    PlainMatrix made{static_cast<const uint8_t*>(weight.data), inputs, weight.shape[0], Plain::float32};
-    switch (weight.type) {
-        case ort::Type::float32: break;
-        case ort::Type::float16: made.type = Plain::float16; break;
-        case ort::Type::bfloat16: made.type = Plain::bfloat16; break;
-        default: weight.refuse("is of " + name_of(weight.type) + ", and must be of float32, float16 or bfloat16");
-    }
-    return made;
+    return {static_cast<const uint8_t*>(weight.data), inputs, weight.shape[0], plain_type_of(weight)};
 }
 
 // A matrix's weights and scales as the graph gives them, and the attributes that say how they lie.

@@ -4,7 +4,9 @@
 #include "panel_products.h"
 #include "plain_products.h"
 #include "turned_products.h"
+#include "stacked_products.h"
 #include "caches.h"
 #include "attention.h"
 
-constexpr Kernels KERNELS = {FEW, TALL, turned_inputs, quantise, multiply, turn_rows, multiply_plain, enter, attend};
+constexpr Kernels KERNELS = {
+    FEW, TALL, turned_inputs, quantise, multiply, turn_rows, multiply_plain, multiply_stacked, activate, enter, attend};

@@ -1,6 +1,6 @@
 """Mixture-of-experts dispatch for ONNX Runtime's CPU, so that only chosen experts are computed.
 
-This is the form of experts in float32 and E4M3: one `If` an expert. (Experts of integers are one op of `plugins.cpu`.)
+This is the form of experts in E4M3: one `If` an expert. (Others are one op of `plugins.cpu`.)
 Each expert's weights are initializers of their own, matrices that lie in the checkpoint as they are used: nothing is
 gathered. An expert without tokens costs one branch. The branches return their tokens' outputs, which one scatter puts
 back in order.
@@ -30,7 +30,7 @@ def lower(
     *,
     in_part: bool = False,
 ) -> None:
-    """Writes the nodes of one layer in float32.
+    """Writes the nodes of one layer.
 
     Args:
         nodes: Where they go.

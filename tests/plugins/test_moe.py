@@ -86,6 +86,12 @@ def by_cpu_kernels(case: Case) -> Array:
     arrays = case.inputs()
     inputs = [ir.val(name, ir.DataType.FLOAT, arrays[name].shape) for name in ("hidden", "router_logits")]
     output = ir.val("output", ir.DataType.FLOAT, [None, None])
+    feeds = {name: arrays[name] for name in ("hidden", "router_logits")}
+    nodes = Nodes()
+    if case.attributes.quantisation == "none":
+        weights = [initializer(name, arrays[name]) for name in ("gate_up", "down")]
+        kernels.dispatch_plain(nodes, *inputs, *weights, output, case.attributes)
+        return run_graph(inputs, output, nodes, weights, feeds)
     bits = 4 if case.attributes.quantisation == "int4" else 8
     parts = []
     for name, scale in (("gate_up", "hidden_scale"), ("down", "activated_scale")):
@@ -93,19 +99,15 @@ def by_cpu_kernels(case: Case) -> Array:
         group = stored.shape[1] // scales.shape[1] if scales.shape[1] > 1 else 0
         statics = arrays[scale] if case.static else None
         parts.append(in_panels(stored, scales, bits, group, gated=name == "gate_up", x_scale=statics, name=f"{name}."))
-    nodes = Nodes()
     sizes = {"experts": case.weights, "width": case.expert_size}
     kernels.dispatch(nodes, *inputs, parts[0], parts[1], output, case.attributes, **sizes)
     given = [value for part in parts for value in (part.weight, part.scale, part.input_scale) if value is not None]
-    feeds = {name: arrays[name] for name in ("hidden", "router_logits")}
     return run_graph(inputs, output, nodes, given, feeds)
 
 
 def matrix(case: Case, arrays: dict[str, Array], name: str, index: int) -> Matrix:
     """One expert's matrix in the layout that the CPU's products in float32 take."""
     weight = arrays[name][index]
-    if case.attributes.quantisation == "none":
-        return Matrix(weight=initializer(f"{name}.{index}", weight))
     x = "hidden_scale" if name == "gate_up" else "activated_scale"
     return Matrix(
         weight=initializer(f"{name}.{index}", weight.astype(np.float32)),
@@ -127,7 +129,7 @@ def by_torch(case: Case) -> Array:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("implementation", [by_torch, by_function, by_cpu_lowering], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("implementation", [by_torch, by_function, by_cpu_kernels], ids=lambda each: each.__name__)
 def test_an_implementation_equals_the_meaning(implementation: Callable[[Case], Array], case: Case) -> None:
     expected = moe_dispatch(**case.inputs(), attributes=case.attributes)
     assert np.abs(implementation(case) - expected).max() < 3e-6
@@ -199,9 +201,10 @@ def agrees(found: Array, expected: Array) -> bool:
 
 def test_a_tokens_experts_are_added_without_a_race() -> None:
     case = next(case for case in CASES if case.name == "two experts, many wide tokens")
-    expected = moe_dispatch(**case.inputs(), attributes=case.attributes)
-    for _ in range(20):
-        assert np.abs(by_cpu_lowering(case) - expected).max() < 1e-5
+    case = dataclasses.replace(case, attributes=dataclasses.replace(case.attributes, quantisation="fp8"))
+    first = by_cpu_lowering(case)
+    for _ in range(10):
+        assert np.abs(by_cpu_lowering(case) - first).max() < 1e-5
 
 
 def test_the_score_scales_the_expert_input_and_not_its_output() -> None:

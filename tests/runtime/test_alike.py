@@ -1,6 +1,7 @@
-"""A quantised session computes a token alike whatever stands beside it: bit by bit, so text by text."""
+"""A session computes a token alike whatever stands beside it: bit by bit, so text by text."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from arriero.calibration import int4, int8
 from arriero.runtime import Session
 from arriero.spec.recipe import Recipe
 
-RECIPES = {
+RECIPES: dict[str, Recipe | None] = {
+    "bf16": None,
     "int8": int8(),
     "int8 static": int8(activations="static"),
     "int8, int8 caches": int8(kv_cache="int8"),
@@ -23,8 +25,9 @@ PROMPTS = ["The list type", "A for statement is", "Return the number of items in
 
 
 @pytest.fixture(scope="module", params=RECIPES)
-def session(request: pytest.FixtureRequest, quantised_tiny: Callable[[Recipe], Any]) -> Session:
-    return arriero.load(quantised_tiny(RECIPES[request.param]), max_seq=400)
+def session(request: pytest.FixtureRequest, tiny_model: Path, quantised_tiny: Callable[[Recipe], Any]) -> Session:
+    recipe = RECIPES[request.param]
+    return arriero.load(tiny_model if recipe is None else quantised_tiny(recipe), max_seq=400)
 
 
 def test_a_row_of_a_batch_is_the_row_alone(session: Session) -> None:

@@ -75,7 +75,7 @@ def test_a_vision_tower_takes_what_inspect_tells(make_multimodal: Callable[..., 
 
 def test_weights_and_caches_are_counted_exactly(bundle: Path) -> None:
     found = summarise(bundle, max_seq=1000, batch=3)["memory"]
-    widened = 17 * 192 + 4 * 8 * 3 * 192 * 128  # norms and experts
+    widened = 17 * 192  # norms
     assert found["mapped"] == 2 * (tiny_weights() - widened)
     assert found["converted"] == 4 * widened
     assert found["kv_cache"] == 3 * 2 * 2 * 32 * 4 * (6 * 128 + 2 * 1000)
@@ -85,12 +85,12 @@ def test_a_step_reads_the_weights_of_the_active_path_and_the_filled_slots(spec: 
     sizes = {weight.name: weight.given_size for weight in spec.weights}
     expert, routed = 3 * 192 * 128, 4 * 8
     alone = step_reads(spec, sizes, 1, 200)
-    assert alone.experts == pytest.approx(4 * 4 * expert)  # one of eight in each of four layers
+    assert alone.experts == pytest.approx(2 * 4 * expert)  # one of eight in each of four layers
     norms = 17 * 192  # these alone are widened
     assert alone.shared == pytest.approx(2 * (tiny_weights() - routed * expert - 2048 * 192 + norms) + 2 * 192)
     assert alone.kv_cache == 2 * 2 * 32 * 4 * (2 * 201 + 6 * (200 - 128 + 1))
     batch = step_reads(spec, sizes, 4, 200)
-    assert batch.experts == pytest.approx(4 * 4 * expert * 8 * (1 - (7 / 8) ** 4))
+    assert batch.experts == pytest.approx(2 * 4 * expert * 8 * (1 - (7 / 8) ** 4))
     assert batch.kv_cache == 4 * alone.kv_cache
 
 

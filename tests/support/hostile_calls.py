@@ -22,6 +22,7 @@ from op_calls import (
     drawn,
     experts,
     linear,
+    plain_experts,
     plain_linear,
 )
 from op_meanings import FLOATS, INTEGERS
@@ -214,7 +215,8 @@ def bases() -> list[OpCall]:
     rng = np.random.default_rng(17)
     made = [linear(rng, bits) for bits in (4, 8, 16, 32)] + [experts(rng, bits) for bits in (4, 8)]
     made += [attention(rng, cache) for cache in CACHES] + [all_reduce(rng) for _ in range(2)]
-    return made + [plain_linear(rng, dtype) for dtype in (np.float32, np.float16, BFLOAT16)]
+    made += [plain_linear(rng, dtype) for dtype in (np.float32, np.float16, BFLOAT16)]
+    return made + [plain_experts(rng, dtype) for dtype in (np.float32, BFLOAT16)]
 
 
 def table(thinned: int = 1) -> Iterator[OpCall]:

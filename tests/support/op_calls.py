@@ -27,6 +27,7 @@ INPUTS = {
         "hidden_scale",
         "activated_scale",
     ),
+    "PlainMoeDispatch": ("hidden", "router_logits", "gate_up", "down"),
     "GroupedQueryAttention": (
         "query",
         "key",
@@ -41,7 +42,7 @@ INPUTS = {
 }
 OUTPUTS = (
     {"AllReduce": ("total",)}
-    | dict.fromkeys(("Linear", "PlainLinear", "MoeDispatch"), ("output",))
+    | dict.fromkeys(("Linear", "PlainLinear", "MoeDispatch", "PlainMoeDispatch"), ("output",))
     | {"GroupedQueryAttention": ("output", "present_key", "present_value")}
 )
 LINE_OF = "<IIiIQQ"
@@ -162,6 +163,27 @@ def experts(rng: Rng, bits: int | None = None) -> OpCall:
     )
 
 
+def plain_experts(rng: Rng, dtype: Any = None) -> OpCall:
+    types = (np.float32, np.float16, BFLOAT16)
+    into, back = (dtype or types[int(rng.integers(3))] for _ in range(2))
+    hidden, width = (int(rng.integers(1, 80) if rng.random() < 0.8 else rng.integers(250, 600)) for _ in range(2))
+    routed, tokens = int(rng.integers(1, 10)), int(rng.integers(0 if rng.random() < 0.1 else 1, 40))
+    held = int(rng.integers(1, routed + 1)) if rng.random() < 0.5 else routed
+    return OpCall(
+        op="PlainMoeDispatch",
+        attributes={
+            "top_k": int(rng.integers(1, routed + 1)) if rng.random() < 0.5 else 1,
+            "first_expert": int(rng.integers(0, routed - held + 1)),
+        },
+        tensors={
+            "hidden": normal(rng, tokens, hidden),
+            "router_logits": normal(rng, tokens, routed),
+            "gate_up": (normal(rng, held, hidden, 2 * width) / hidden**0.5).astype(into),
+            "down": (normal(rng, held, width, hidden) / width**0.5).astype(back),
+        },
+    )
+
+
 def attention(rng: Rng, cache: str | None = None) -> OpCall:
     cache = cache or str(rng.choice(CACHES))
     kv_heads, batch = int(rng.integers(1, 4)), int(rng.integers(0 if rng.random() < 0.1 else 1, 4))
@@ -243,10 +265,11 @@ DRAWN = {
     "Linear": linear,
     "PlainLinear": plain_linear,
     "MoeDispatch": experts,
+    "PlainMoeDispatch": plain_experts,
     "GroupedQueryAttention": attention,
 }
 
 
 def drawn(rng: Rng) -> OpCall:
     """A call that fits."""
-    return DRAWN[str(rng.choice(list(DRAWN), p=[0.1, 0.15, 0.1, 0.2, 0.45]))](rng)
+    return DRAWN[str(rng.choice(list(DRAWN), p=[0.1, 0.15, 0.1, 0.15, 0.1, 0.4]))](rng)

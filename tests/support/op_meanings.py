@@ -13,7 +13,8 @@ import numpy as np
 from op_calls import BFLOAT16, E4M3, LINE_OF, Array, OpCall
 
 from arriero.plugins.gqa.meaning import normalise, rotate, softmax
-from arriero.plugins.moe.meaning import chosen_experts, sigmoid, silu
+from arriero.plugins.moe.meaning import chosen_experts, moe_dispatch, sigmoid, silu
+from arriero.plugins.moe.op import Attributes
 from arriero.plugins.quantisation import fake_quantise, quantise
 from arriero.runtime.ranks.segment import HEAD, HEADER, LINE, MAGIC, MOST_RANKS
 
@@ -23,6 +24,7 @@ INTEGERS = {
     "Linear": ("bits", "group", "outputs"),
     "PlainLinear": (),
     "MoeDispatch": ("bits", "group", "down_group", "top_k", "first_expert", "experts", "width"),
+    "PlainMoeDispatch": ("top_k", "first_expert"),
     "GroupedQueryAttention": ("heads", "kv_heads", "chunk", "cache_bits"),
 }
 ALIGNED = (
@@ -58,6 +60,7 @@ def fits(call: OpCall) -> bool:
         "Linear": _linear_fits,
         "PlainLinear": _plain_linear_fits,
         "MoeDispatch": _experts_fit,
+        "PlainMoeDispatch": _plain_experts_fit,
     }
     return rules.get(call.op, _attention_fits)(call)
 
@@ -170,6 +173,22 @@ def _experts_fit(call: OpCall) -> bool:
         )
         and all(_are_scales(call.given(name), held) for name in ("hidden_scale", "activated_scale"))
     )
+
+
+def _plain_experts_fit(call: OpCall) -> bool:
+    a, hidden, logits, down = call.attributes, *(call.given(name) for name in ("hidden", "router_logits", "down"))
+    if hidden is None or not is_tensor(hidden, np.float32, (None, None)) or hidden.shape[1] == 0:
+        return False
+    if down is None or down.ndim != 3 or 0 in down.shape:
+        return False
+    if logits is None or not is_tensor(logits, np.float32, (hidden.shape[0], None)):
+        return False
+    (held, width, _), size = down.shape, hidden.shape[1]
+    if not 1 <= a["top_k"] <= logits.shape[1] or a["first_expert"] + held > logits.shape[1]:
+        return False
+    shapes = {"gate_up": (held, size, 2 * width), "down": (held, width, size)}
+    types = (np.float32, np.float16, BFLOAT16)
+    return all(any(is_tensor(call.given(name), dtype, shape) for dtype in types) for name, shape in shapes.items())
 
 
 def cache_of(call: OpCall) -> str | None:
@@ -293,6 +312,11 @@ def experts(call: OpCall) -> Array:
         gate, up = np.split(times(x, expert, "gate_up", "hidden_scale", a["group"], (size, 2 * width)), 2)
         output[token] += times(up * silu(gate), expert, "down", "activated_scale", a["down_group"], (width, size))
     return output
+
+
+def plain_experts(call: OpCall) -> Array:
+    arrays = {name: array.astype(np.float64) for name, array in call.tensors.items() if array is not None}
+    return moe_dispatch(**arrays, attributes=Attributes(**call.attributes))
 
 
 def widened(stored: Array, cache: str, dim: int, scale_KD: Array | None) -> Array:

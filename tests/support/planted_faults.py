@@ -129,21 +129,23 @@ def score_on_output(layer: int) -> Callable[[onnx.GraphProto], int]:
     """A bundle's layer whose router scores multiply what the experts give, not what they take."""
 
     def change(graph: onnx.GraphProto) -> int:
-        count = 0
-        for node in graph.node:
-            if node.op_type == "If" and node.name.startswith(f"layers.{layer}/MoeDispatch"):
-                branch = next(attribute.g for attribute in node.attribute if attribute.name == "then_branch")
-                scores = next(each.output[0] for each in branch.node if each.op_type == "Unsqueeze")
-                scaled = next(each for each in branch.node if each.op_type == "Mul" and scores in each.input)
-                unscaled = next(name for name in scaled.input if name != scores)
-                for each in branch.node:
-                    each.input[:] = [unscaled if name == scaled.output[0] else name for name in each.input]
-                last = branch.output[1].name
-                maker = next(each for each in branch.node if last in each.output)
-                maker.output[:] = [f"{last}/unscaled" if name == last else name for name in maker.output]
-                branch.node.append(onnx.helper.make_node("Mul", [f"{last}/unscaled", scores], [last]))
-                count += 1
-        return count
+        name = f"layers.{layer}/MoeDispatch"
+        node = next(each for each in graph.node if each.op_type.endswith("MoeDispatch") and each.name.startswith(name))
+        logits, output = node.input[1], node.output[0]
+        hundred, axis = np.array(100, dtype=np.float32), np.array([1])  # whose sigmoid is 1
+        graph.initializer.append(onnx.numpy_helper.from_array(hundred, f"{name}/hundred"))
+        graph.initializer.append(onnx.numpy_helper.from_array(axis, f"{name}/axis"))
+        node.input[1], node.output[0] = f"{name}/sure", f"{name}/unscaled"
+        place = list(graph.node).index(node)
+        scaled = onnx.helper.make_node("Mul", [f"{name}/unscaled", f"{name}/score"], [output], name=f"{name}/scaled")
+        graph.node.insert(place + 1, scaled)
+        for kind, given, made in (
+            ("Sigmoid", [f"{name}/largest"], f"{name}/score"),
+            ("ReduceMax", [logits, f"{name}/axis"], f"{name}/largest"),
+            ("Add", [logits, f"{name}/hundred"], f"{name}/sure"),
+        ):
+            graph.node.insert(place, onnx.helper.make_node(kind, given, [made], name=made))
+        return 1
 
     return change
 

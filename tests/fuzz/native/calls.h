@@ -107,6 +107,20 @@ struct Draw {
         return drawn;
     }
 
+    // Experts of floats as stacked checkpoints hold them; sizes on both sides of what is taken at once.
+    Drawn plain_experts(const ort::CustomOp* op) {
+        Drawn drawn{op, {}, {}};
+        constexpr ort::Type TYPES[] = {ort::Type::float32, ort::Type::float16, ort::Type::bfloat16};
+        const int64_t size = between(0, 3) ? between(1, 70) : between(250, 600), width = between(1, 50);
+        const int64_t routed = between(1, 9), held = between(1, routed), tokens = between(0, 60);
+        drawn.info.integers = {{"top_k", between(1, routed)}, {"first_expert", between(0, routed - held)}};
+        drawn.inputs = {{ort::Type::float32, {tokens, size}},
+                        {ort::Type::float32, {tokens, routed}},
+                        {TYPES[between(0, 2)], {held, size, 2 * width}},
+                        {TYPES[between(0, 2)], {held, width, size}}};
+        return drawn;
+    }
+
     Drawn sum(const ort::CustomOp* op) {
         Drawn drawn{op, {}, {}};
         const int64_t ranks = between(1, 4), capacity = between(1, 600), turns = between(1, 3);
@@ -128,6 +142,7 @@ struct Draw {
         if (name == "Linear") return linear(op);
         if (name == "MoeDispatch") return experts(op);
         if (name == "PlainLinear") return plain_linear(op);
+        if (name == "PlainMoeDispatch") return plain_experts(op);
         if (name == "GroupedQueryAttention") return attention(op);
         throw std::logic_error("no calls of the op " + name + " are drawn");
     }

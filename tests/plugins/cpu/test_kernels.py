@@ -13,7 +13,8 @@ import onnx_ir as ir
 import pytest
 from custom_ops import in_panels, initializer, run_graph
 
-from arriero.plugins.cpu.kernel_nodes import dispatch, multiply, multiply_plain
+from arriero.plugins.cpu.kernel_nodes import dispatch, dispatch_plain, multiply, multiply_plain
+from arriero.plugins.moe.meaning import moe_dispatch
 from arriero.plugins.moe.op import Attributes
 from arriero.plugins.nodes import Nodes
 from arriero.plugins.quantisation import fake_quantise
@@ -106,6 +107,31 @@ def test_a_row_of_a_plain_product_knows_of_no_other(dtype: type) -> None:
     assert np.array_equal(narrow[::6], alone[:, 17:20])
     x[75] = np.nan
     assert np.array_equal(np.flatnonzero(~np.isfinite(plain_product(x, weight)).all(1)), [75])
+
+
+def plain_experts(hidden: Array, logits: Array, gate_up: Array, down: Array, **settings: int) -> Array:
+    """The op's output for stacked experts of floats."""
+    inputs = [ir.val(name, FLOAT, array.shape) for name, array in (("hidden", hidden), ("logits", logits))]
+    weights = [initializer("gate_up", gate_up), initializer("down", down)]
+    y, nodes = ir.val("y", FLOAT, hidden.shape), Nodes()
+    dispatch_plain(nodes, *inputs, *weights, y, Attributes(**settings))
+    return run_graph(inputs, y, nodes, weights, {"hidden": hidden, "logits": logits})
+
+
+@pytest.mark.parametrize("dtype", PLAIN)
+def test_a_token_of_plain_experts_knows_of_no_other(dtype: type) -> None:
+    rng = np.random.default_rng(2)
+    gate_up = (rng.standard_normal((3, 300, 1046)) / 17).astype(dtype)
+    down = (rng.standard_normal((3, 523, 300)) / 23).astype(dtype)
+    hidden = rng.standard_normal((45, 300)).astype(np.float32)
+    logits = rng.standard_normal((45, 3)).astype(np.float32)
+    logits[:30, 1] += 9  # one expert has many tokens, the others few
+    whole = plain_experts(hidden, logits, gate_up, down, top_k=2)
+    expected = moe_dispatch(hidden, logits, gate_up, down, attributes=Attributes(top_k=2))
+    assert np.abs(whole - expected).max() < 2e-5
+    for first, last in itertools.pairwise((0, 1, 2, 5, 14, 31, 45)):
+        some = slice(first, last)
+        assert np.array_equal(plain_experts(hidden[some], logits[some], gate_up, down, top_k=2), whole[some])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,0 +1,114 @@
+// The op `PlainMoeDispatch`: hidden [T, H], router_logits [T, E], gate_up [held, H, 2I], down [held, I, H] -> [T, H]: experts
+// in float32, float16 or bfloat16 as stacked checkpoints hold them. Of the router's E experts some are held, from
+// `first_expert` on; those that no token chose are not read.
+
+#pragma once
+
+#include "products.h"
+#include "routing.h"
+
+struct PlainMoeDispatch {
+    static constexpr const char* NAME = "PlainMoeDispatch";
+    static constexpr size_t INPUTS = 4, NEEDED = 4, OUTPUTS = 1;
+    static constexpr const char* INPUT_NAMES[INPUTS] = {"hidden", "router_logits", "gate_up", "down"};
+
+    static ort::Type input_type(size_t index) { return index < 2 ? ort::Type::float32 : ort::Type::any; }
+    static ort::Type output_type(size_t) { return ort::Type::float32; }
+
+    int64_t top_k, first_expert;
+
+    explicit PlainMoeDispatch(const Settings& settings)
+        : top_k(settings.integer("top_k", 1)), first_expert(settings.integer("first_expert", 0)) {}
+
+    void compute(const Call& call) const {
+        const Tensor hidden = call.input(0), logits = call.input(1), gate_up = call.input(2), down = call.input(3);
+        Layer layer{};
+        layer.hidden = hidden.floats(), layer.logits = logits.floats();
+        hidden.expect({-1, -1});
+        const int64_t tokens = hidden.shape[0], size = hidden.shape[1];
+        if (size == 0) hidden.refuse("has the shape " + written(hidden.shape.dims, 2) + ", and needs features");
+        down.expect({-1, -1, size});
+        const int64_t experts = down.shape[0], width = down.shape[1];
+        if (experts == 0 || width == 0)
+            down.refuse("has the shape " + written(down.shape.dims, 3) + ", and needs experts and their features");
+        gate_up.expect({experts, size, product({2, width})});
+        layer.routing = {top_k, first_expert, experts};
+        layer.routed = layer.routing.checked(logits, tokens);
+        layer.into = {static_cast<const uint8_t*>(gate_up.data), size, 2 * width, plain_type_of(gate_up)};
+        layer.back = {static_cast<const uint8_t*>(down.data), width, size, plain_type_of(down)};
+        layer.output = call.output({tokens, size});
+        const int64_t each = product({layer.routing.most(), 8 * size + 12 * width + 128});
+        const int64_t at_once = std::max<int64_t>(1, WORKSPACE / each);
+        for (int64_t first = 0; first < tokens; first += at_once)
+            dispatch(call, layer, first, std::min(at_once, tokens - first));
+    }
+
+   private:
+    // What one call computes on; all of it is known to fit.
+    struct Layer {
+        const float *hidden, *logits;
+        PlainMatrix into, back;
+        float* output;
+        Routing routing;
+        int64_t routed;  // experts that the router knows
+    };
+
+    // Between rows: so that those of a tile lie in different sets of the cache.
+    static constexpr int64_t GAP = 16;
+
+    void dispatch(const Call& call, const Layer& layer, int64_t start, int64_t tokens) const {
+        const Routing& routing = layer.routing;
+        const int64_t size = layer.into.inputs, width = layer.back.inputs;
+        float* const to = layer.output + start * size;
+        const std::vector<Choice> choices = routing.route(layer.logits + start * layer.routed, tokens, layer.routed);
+        const auto count = static_cast<int64_t>(choices.size());
+        const bool is_direct = top_k == 1 && routing.experts == layer.routed;
+        if (!is_direct) std::fill(to, to + tokens * size, 0.0f);
+        if (count == 0) return;
+
+        Buffers& own = buffers();
+        const int64_t row = size + GAP, activated_row = width + GAP;
+        float* const rows = own.rows.take<float>(product({count, row}));
+        float* const gates = own.gates.take<float>(product({count, 2, width}));
+        float* const activated = own.activations.take<float>(product({count, activated_row}));
+        float* const out = is_direct ? to : own.outputs.take<float>(product({tokens, routing.most(), size}));
+        std::vector<int64_t> places;
+        for (const Choice& choice : choices) places.push_back(choice.place);
+
+        for_rows(call, count, [&](int64_t index) {
+            const float* const from = layer.hidden + (start + choices[index].token) * size;
+            for (int64_t i = 0; i < size; i++) rows[index * row + i] = from[i] * choices[index].score;
+        });
+        multiply_chosen(call, layer.into, choices, {rows, row, count, nullptr}, gates);
+        for_rows(call, count, [&](int64_t index) {
+            kernels().activate(gates + index * 2 * width, width, activated + index * activated_row);
+        });
+        multiply_chosen(call, layer.back, choices, {activated, activated_row, count, places.data()}, out);
+        if (!is_direct) routing.add_up(choices, out, tokens, size, to);
+    }
+
+    // Multiplies the rows of each expert that was chosen with its matrix.
+    static void multiply_chosen(const Call& call, const PlainMatrix& matrix, const std::vector<Choice>& choices,
+                                const StackedInput& x, float* to) {
+        struct Chosen {
+            int64_t expert, first, last;
+        };
+        std::vector<Chosen> chosen;
+        for (int64_t row = 0; row < x.count; row++) {
+            if (row == 0 || choices[row].expert != chosen.back().expert)
+                chosen.push_back({choices[row].expert, row, row});
+            chosen.back().last = row + 1;
+        }
+        const int64_t slices = divided_up(matrix.outputs, OUTPUTS_AT_ONCE);
+        call.in_parallel(slices * static_cast<int64_t>(chosen.size()), [&](int64_t unit) {
+            const Chosen& of = chosen[unit / slices];
+            const int64_t first = unit % slices * OUTPUTS_AT_ONCE;
+            PlainMatrix one = matrix;
+            one.weights += of.expert * matrix.size();
+            float* const place = x.places ? to : to + of.first * matrix.outputs;
+            kernels().multiply_stacked(one, x.part(of.first, of.last), first,
+                                       std::min(matrix.outputs, first + OUTPUTS_AT_ONCE), place,
+                                       buffers().strip.take<float>(BLOCK_FLOATS));
+        });
+    }
+};
