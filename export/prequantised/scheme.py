@@ -247,7 +247,8 @@ def _format(section: _Section) -> Literal["int8", "fp8", "int4"]:
     }
     bits, kind = section.get("num_bits", 8), section.get("type", "int")
     if not isinstance(kind, str) or not isinstance(bits, int) or (kind, bits) not in kinds:
-        section.refuse("num_bits", f"{kind!r} of {bits!r} bits, Arriero takes 8-bit float and 8- and 4-bit int")
+        found = f"{shortened(kind)} of {shortened(bits)} bits"
+        section.refuse("num_bits", f"{found}, Arriero takes 8-bit float and 8- and 4-bit int")
     if not section.get("symmetric", True):
         section.refuse("symmetric", "zero points are not taken: quantise symmetrically")
     return kinds[kind, bits]

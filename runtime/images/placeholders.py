@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import FolderError, SessionError
+from ...errors import FolderError, SessionError, shortened
 from ...files.folders import read_json
 from ..text import Text
 from .sources import ImageSource, read_image
@@ -129,9 +129,11 @@ def count_patches(side: int, patch_size: int = 14, pixel_shuffle_ratio: float = 
         FolderError: A number is out of range.
     """
     if type(patch_size) is not int or not 1 <= patch_size <= side:
-        raise FolderError(f"patch_size is {patch_size!r}, expected a whole number from 1 to the tile's {side}")
+        raise FolderError(f"patch_size is {shortened(patch_size)}, expected a whole number from 1 to the tile's {side}")
     if type(pixel_shuffle_ratio) not in (int, float) or not 0 < pixel_shuffle_ratio <= 1:
-        raise FolderError(f"pixel_shuffle_ratio is {pixel_shuffle_ratio!r}, expected more than 0 and at most 1")
+        raise FolderError(
+            f"pixel_shuffle_ratio is {shortened(pixel_shuffle_ratio)}, expected more than 0 and at most 1"
+        )
     return (side // patch_size) ** 2 // round(1 / pixel_shuffle_ratio**2)
 
 

@@ -52,10 +52,12 @@ class TileSettings:
 
     def __post_init__(self) -> None:
         if type(self.side) is not int or self.side < 1 or type(self.max_tiles) is not int or self.max_tiles < 1:
-            raise FolderError(f"tiles of side {self.side}, at most {self.max_tiles}: expected whole numbers from 1 up")
+            found = f"tiles of side {shortened(self.side)}, at most {shortened(self.max_tiles)}"
+            raise FolderError(f"{found}: expected whole numbers from 1 up")
         numbers = (self.rescale, *self.mean, *self.std)
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or 0 in self.std:
-            raise FolderError(f"rescale {self.rescale}, mean {self.mean}, std {self.std}: expected numbers, std not 0")
+            found = ", ".join(f"{name} {shortened(getattr(self, name))}" for name in ("rescale", "mean", "std"))
+            raise FolderError(f"{found}: expected numbers, std not 0")
         object.__setattr__(self, "values_3x256", self._values())
         object.__setattr__(self, "runs", self._runs())
 
@@ -69,10 +71,12 @@ class TileSettings:
         config = {name: value for name, value in config.items() if value is not None}
         for name, expected in FIXED.items():
             if config.get(name, expected) != expected:
-                raise FolderError(f"{name} is {config[name]!r}, expected {expected!r} as in Llama 4's own")
+                raise FolderError(
+                    f"{name} is {shortened(config[name])}, expected {shortened(expected)} as in Llama 4's own"
+                )
         size = config.get("size", {"height": 336, "width": 336})
         if not isinstance(size, dict) or size.keys() != {"height", "width"} or size["height"] != size["width"]:
-            raise FolderError(f"size is {size!r}, expected one height and width")
+            raise FolderError(f"size is {shortened(size)}, expected one height and width")
         return cls(
             side=size["height"],
             max_tiles=config.get("max_patches", 16),
@@ -213,5 +217,5 @@ def _three(value: Any) -> tuple[float, float, float]:
     """One number for each channel; a config may give one for all."""
     values = value if isinstance(value, list) else [value] * 3
     if len(values) != 3:
-        raise FolderError(f"image_mean or image_std is {value!r}, expected three numbers")
+        raise FolderError(f"image_mean or image_std is {shortened(value)}, expected three numbers")
     return values[0], values[1], values[2]
