@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,6 +35,9 @@ Bias: TypeAlias = dict[int, float]
 
 ENDLESS = {"type": "string", "minLength": 100_000}
 """A schema of a text that no number of tokens asked for here ends."""
+
+LEAST_READ = 24
+"""Tokens of a prompt that a step reads beside others at least, some less than its budget."""
 
 PROMPT = "The list type is a mutable sequence. It"
 
@@ -81,19 +85,28 @@ def body_of(bias: Bias, count: int, number: int, prompt: Any = None) -> dict[str
     }
 
 
-async def load(server: ServerProcess, bias: Bias, streams: int, count: int, prompt: Any = None) -> Load:
+async def load(server: ServerProcess, bias: Bias, streams: int, count: int) -> Load:
     """A round of streams through the server."""
     host, port = server.url.removeprefix("http://").rsplit(":", 1)
     cpu, started = server.cpu_seconds(), time.perf_counter()
     asked = [stream(host, int(port), body_of(bias, count, number)) for number in range(streams)]
-    if prompt is not None:
-        asked.append(_later(stream(host, int(port), body_of(bias, 1, 0, prompt))))
-    moments = (await asyncio.gather(*asked))[:streams]
+    moments = await asyncio.gather(*asked)
     found = Load(time.perf_counter() - started, server.cpu_seconds() - cpu)
     for each in moments:
         found.firsts.append(each[1] - each[0])
         found.gaps += [after - before for before, after in itertools.pairwise(each[1:])]
     return found
+
+
+async def gaps_beside(server: ServerProcess, bias: Bias, streams: int, prompt: list[int]) -> tuple[list[float], float]:
+    """Gaps between the tokens of streams while a long prompt is read beside them, and the seconds that this takes."""
+    host, port = server.url.removeprefix("http://").rsplit(":", 1)
+    count = len(prompt) // LEAST_READ  # no stream ends before the prompt is read
+    asked = [stream(host, int(port), body_of(bias, count, number)) for number in range(streams)]
+    *moments, read = await asyncio.gather(*asked, _later(lambda: stream(host, int(port), body_of(bias, 1, 0, prompt))))
+    assert all(each[-1] > read[1] for each in moments)
+    within = [[each for each in own if read[0] <= each <= read[1]] for own in moments]
+    return [after - before for own in within for before, after in itertools.pairwise(own)], read[1] - read[0]
 
 
 async def chat_load(server: ServerProcess, bias: Bias, streams: int, count: int, *, bound: bool) -> Load:
@@ -127,9 +140,9 @@ def start_seconds(folder: Path, threads: int) -> tuple[float, float]:
     return ready, first
 
 
-async def _later(asked: Any) -> Any:
+async def _later(ask: Callable[[], Awaitable[list[float]]]) -> list[float]:
     await asyncio.sleep(0.3)
-    return await asked
+    return await ask()
 
 
 def fly(session: Session, bias: Bias, streams: int, count: int) -> Load:
@@ -175,7 +188,8 @@ def main() -> None:
             for _ in range(asked.rounds)
         ]
         calm = sorted(asyncio.run(load(server, bias, *size)).gaps)
-        disturbed = sorted(asyncio.run(load(server, bias, *size, long)).gaps)
+        disturbed, reading = asyncio.run(gaps_beside(server, bias, asked.streams, long))
+        disturbed.sort()
         assert server.end() == 0
     starts = [start_seconds(asked.folder, asked.threads) for _ in range(asked.rounds)]
     served, flown = (statistics.median(total / each[side].seconds for each in pairs) for side in (0, 1))
@@ -192,6 +206,7 @@ def main() -> None:
     table.add_row("slower where a JSON schema binds the answers", f"{slower:.1%}")
     for name, gaps in (("undisturbed", calm), (f"beside a prompt of {len(long)}", disturbed)):
         table.add_row(f"p99 between tokens, {name}, ms", f"{gaps[int(0.99 * len(gaps))] * 1e3:.1f}")
+    table.add_row("that prompt was read in, s", f"{reading:.1f}")
     ready, first = (statistics.median(each[side] for each in starts) for side in (0, 1))
     table.add_row("ready after, s", f"{ready:.2f}")
     table.add_row("`arriero run`'s first token after, s", f"{first:.2f}")

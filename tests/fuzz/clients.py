@@ -7,6 +7,7 @@ Each asks for a whole answer and a stream; where it can, for a call and for JSON
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -22,7 +23,6 @@ from support.server import ServerProcess  # noqa: E402
 OPENAI = """
 import json, sys
 from openai import OpenAI
-import openai
 client = OpenAI(base_url=sys.argv[1] + "/v1", api_key="none")
 ask = {"model": sys.argv[2], "messages": [{"role": "user", "content": "Explain list.append."}], "max_tokens": 12}
 whole = client.chat.completions.create(**ask, temperature=0)
@@ -35,7 +35,7 @@ call = client.chat.completions.create(**{**ask, "max_tokens": 64}, tools=[tool],
 found = call.choices[0].message.tool_calls[0].function
 assert found.name == "weather" and json.loads(found.arguments)["city"] in ("Lima", "Cusco")
 assert client.responses.create(model=sys.argv[2], input="Hello", max_output_tokens=8).output_text
-print(openai.__version__)
+print("same text whole and streamed, call, responses")
 """
 
 LITELLM = """
@@ -108,7 +108,8 @@ def python_client(name: str, venvs: Path, server: ServerProcess) -> str:
     """Runs a client's script in its environment. Returns what it says; its last line where it fails."""
     requirements, script = PYTHON[name]
     python = environment(venvs / name, *requirements)
-    return said(subprocess.run([python, "-c", script, server.url, server.model], capture_output=True, text=True))
+    asked = subprocess.run([python, "-c", script, server.url, server.model], capture_output=True, text=True)
+    return f"{version(python, requirements[0])}: {said(asked)}"
 
 
 def environment(folder: Path, *requirements: str) -> Path:
@@ -121,6 +122,13 @@ def environment(folder: Path, *requirements: str) -> Path:
     return python
 
 
+def version(python: Path, requirement: str) -> str:
+    """A package and its version in an environment."""
+    name = requirement.partition(">")[0]
+    code = f"import importlib.metadata; print(importlib.metadata.version({name!r}))"
+    return f"{name} {subprocess.run([python, '-c', code], capture_output=True, text=True, check=True).stdout.strip()}"
+
+
 def npm_client(venvs: Path, server: ServerProcess) -> str:
     """Runs OpenAI's npm package."""
     if shutil.which("npm") is None:
@@ -131,18 +139,40 @@ def npm_client(venvs: Path, server: ServerProcess) -> str:
     (folder / "ask.mjs").write_text(NPM)
     subprocess.run(["npm", "install", "--silent", "openai"], cwd=folder, check=True, capture_output=True)
     asked = subprocess.run(["node", "ask.mjs", server.url, server.model], cwd=folder, capture_output=True, text=True)
-    return said(asked)
+    about = json.loads((folder / "node_modules" / "openai" / "package.json").read_text())
+    return f"openai {about['version']} of npm: {said(asked)}"
 
 
 def aiperf_client(venvs: Path, server: ServerProcess, folder: Path) -> str:
-    """Runs aiperf as a load, with the served folder's tokenizer."""
+    """Runs aiperf as a load, with the served folder's tokenizer, which it takes from a hub's cache alone."""
     python = environment(venvs / "aiperf", "aiperf")
     command = [python.parent / "aiperf", "profile", "--model", server.model, "--url", server.url, "--streaming"]
-    command += ["--endpoint-type", "chat", "--concurrency", "4", "--request-count", "24", "--tokenizer", str(folder)]
+    command += [
+        "--endpoint-type",
+        "chat",
+        "--concurrency",
+        "4",
+        "--request-count",
+        "24",
+        "--tokenizer",
+        "arriero/served",
+    ]
     command += ["--synthetic-input-tokens-mean", "64", "--output-tokens-mean", "16", "--ui", "none"]
     command += ["--artifact-dir", str(venvs / "aiperf" / "artifacts")]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return said(subprocess.run(command, capture_output=True, text=True, env=offline))
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cached(folder, venvs / "aiperf" / "hub"))}
+    asked = subprocess.run(command, capture_output=True, text=True, env=offline)
+    return f"{version(python, 'aiperf')}: {said(asked)}"
+
+
+def cached(folder: Path, home: Path) -> Path:
+    """Puts a folder's tokenizer into a hub's cache, as `arriero/served`. Returns the cache's home."""
+    repository = home / "hub" / "models--arriero--served"
+    for place in (repository / "refs", snapshot := repository / "snapshots" / "0"):
+        place.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(snapshot.name)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, snapshot / name)
+    return home
 
 
 def said(run: "subprocess.CompletedProcess[str]") -> str:
@@ -166,7 +196,7 @@ def main() -> None:
                 found = aiperf_client(asked.venvs, server, asked.folder)
             else:
                 found = python_client(name, asked.venvs, server)
-            failed |= found.startswith("FAILED")
+            failed |= "FAILED" in found
             print(f"{name}: {found}", flush=True)
         failed |= bool(server.end())
     sys.exit(failed)
