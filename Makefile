@@ -45,6 +45,7 @@ server: .venv/.test .venv/.built  ## a server tried hard: schemathesis, clients 
 	$(BIN)/arriero build build/served/int8 --target cpu -o build/served/tiny --force
 	$(BIN)/python tests/fuzz/openapi.py build/served/tiny
 	$(BIN)/python tests/fuzz/clients.py build/served/tiny
+	$(BIN)/python tests/fuzz/schemas.py 420
 	$(BIN)/python benchmarks/server_soak.py build/served/tiny
 	$(BIN)/python benchmarks/server_speed.py build/served/tiny
 

@@ -143,25 +143,26 @@ def npm_client(venvs: Path, server: ServerProcess) -> str:
     return f"openai {about['version']} of npm: {said(asked)}"
 
 
+REQUESTS = 24
+"""Those that aiperf sends."""
+
+
 def aiperf_client(venvs: Path, server: ServerProcess, folder: Path) -> str:
     """Runs aiperf as a load, with the served folder's tokenizer, which it takes from a hub's cache alone."""
     python = environment(venvs / "aiperf", "aiperf")
     command = [python.parent / "aiperf", "profile", "--model", server.model, "--url", server.url, "--streaming"]
-    command += [
-        "--endpoint-type",
-        "chat",
-        "--concurrency",
-        "4",
-        "--request-count",
-        "24",
-        "--tokenizer",
-        "arriero/served",
-    ]
+    command += ["--endpoint-type", "chat", "--concurrency", "4", "--request-count", str(REQUESTS)]
+    command += ["--tokenizer", "arriero/served"]
     command += ["--synthetic-input-tokens-mean", "64", "--output-tokens-mean", "16", "--ui", "none"]
     command += ["--artifact-dir", str(venvs / "aiperf" / "artifacts")]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cached(folder, venvs / "aiperf" / "hub"))}
     asked = subprocess.run(command, capture_output=True, text=True, env=offline)
-    return f"{version(python, 'aiperf')}: {said(asked)}"
+    found = said(asked)
+    if asked.returncode == 0:
+        report = json.loads((venvs / "aiperf" / "artifacts" / "profile_export_aiperf.json").read_text())
+        count, errors = int(report["request_count"]["avg"]), report["error_summary"]
+        found = f"{count} requests" if count == REQUESTS and not errors else f"FAILED: {count} requests, {errors}"
+    return f"{version(python, 'aiperf')}: {found}"
 
 
 def cached(folder: Path, home: Path) -> Path:
