@@ -7,9 +7,10 @@ MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
 unexport PYTHONDONTWRITEBYTECODE # .venv comes without bytecode: the first process to import a module keeps it
 
 .PHONY: help demo test gpu gpu-scenes server check docs deploy format fuzz fuzz-files fuzz-ops sanitize lock wheels clean
+.PHONY: kernel-wheels dynamo ray
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 20
 
 demo: .venv/.demo .venv/.built  ## the tiny Llama 4, from its checkpoint to text
 	$(BIN)/python examples/demo.py
@@ -38,11 +39,7 @@ deploy:  ## what lies in deploy/, checked by tools of others in an environment o
 fuzz-files: .venv/.test .venv/.built  ## 10,000 damaged files of every format that is read
 	PYTHONPATH=tests/support $(BIN)/python tests/fuzz/files.py
 
-server: .venv/.test .venv/.built  ## a server tried hard: schemathesis, clients of others, a soak of ten minutes
-	mkdir -p build/served
-	$(BIN)/arriero export examples/tiny-llama4 -o build/served/model --force
-	$(BIN)/arriero calibrate build/served/model --recipe int8 --data examples/tiny-llama4/unseen.txt -o build/served/int8 --force
-	$(BIN)/arriero build build/served/int8 --target cpu -o build/served/tiny --force
+server: build/served/tiny  ## a server tried hard: schemathesis, clients of others, a soak of ten minutes
 	$(BIN)/python tests/fuzz/openapi.py build/served/tiny
 	$(BIN)/python tests/fuzz/clients.py build/served/tiny
 	$(BIN)/python tests/fuzz/schemas.py 420
@@ -70,8 +67,23 @@ lock:  ## requirements.lock anew: the newest versions within pyproject.toml's ra
 wheels:  ## what pip resolves for arriero[cpu] on each platform, and its size
 	$(PYTHON) .ci/wheels.py
 
+kernel-wheels: .venv/.test .venv/.built  ## wheels with the CPU's kernels for Linux on x86-64 and ARM, whose ops QEMU runs
+	$(BIN)/python .ci/kernel_wheels.py --run
+
+dynamo: build/served/tiny  ## two workers of NVIDIA Dynamo over the tiny Llama 4 in int8, in a network of their own (root)
+	$(BIN)/python benchmarks/dynamo_workers.py build/served/tiny
+
+ray: build/served/tiny  ## two replicas under Ray Serve, as examples/ray_serve.py makes them (root)
+	$(BIN)/python benchmarks/ray_replicas.py build/served/tiny
+
 clean:  ## away with all that make made
 	rm -rf .venv demo build *.egg-info plugins/cpu/*.so
+
+build/served/tiny: .venv/.test .venv/.built
+	mkdir -p build/served
+	$(BIN)/arriero export examples/tiny-llama4 -o build/served/model --force
+	$(BIN)/arriero calibrate build/served/model --recipe int8 --data examples/tiny-llama4/unseen.txt -o build/served/int8 --force
+	$(BIN)/arriero build build/served/int8 --target cpu -o build/served/tiny --force
 
 # Each file stands for a step that is done: the environment, the parts of the lock in it, the package with its kernels.
 .venv/.made:

@@ -10,28 +10,22 @@ sees this one's packages; `--environment` keeps it. Each text is compared with t
 import argparse
 import asyncio
 import base64
-import fcntl
 import io
 import json
 import os
-import signal
-import socket
-import struct
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-import venv
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 from PIL import Image
+from support.apart import environment, raise_loopback, run_apart
+from support.server import LoggedProcess, ServerProcess
 
 import arriero
 
-ROOT = Path(__file__).resolve().parent.parent
 VERSION = "1.6.1"
 NEEDED = (
     "aiohttp>=3.14",
@@ -54,73 +48,10 @@ SETTLE = 1.5
 """Seconds in which events reach the frontend's index."""
 
 
-def environment(folder: Path) -> Path:
-    """An environment with Dynamo, which sees the packages of this one; returns its Python."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        install = [str(python), "-m", "pip", "install", "-q"]
-        own = [f"ai-dynamo=={VERSION}", f"ai-dynamo-runtime=={VERSION}"]
-        subprocess.run([*install, "--no-deps", *own], check=True)  # a stub among their requirements does not install
-        subprocess.run([*install, *NEEDED], check=True)
-    packages = next((folder / "lib").glob("python*/site-packages"))
-    (packages / "beside.pth").write_text("\n".join(path for path in sys.path[1:] if path) + "\n")
-    return python
-
-
-def raise_loopback() -> None:
-    """Turns on the one interface of a new network."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        fcntl.ioctl(asked, 0x8914, struct.pack("16sh", b"lo", 1 | 0x40))  # SIOCSIFFLAGS: up, running
-
-
-class Process:
-    """A process with its log, killed at the block's end."""
-
-    def __init__(self, *command: str) -> None:
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.log: list[dict[str, Any]] = []
-        self.other: list[str] = []
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        self.out, self.err = self.process.stdout, self.process.stderr
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        for line in self.err:
-            if line.startswith("{"):
-                self.log.append(json.loads(line))
-            else:
-                self.other.append(line)
-
-    def requests(self) -> list[dict[str, Any]]:
-        """Requests that it has answered, or been left with."""
-        return [line for line in self.log if line["event"] == "request"]
-
-    def end(self) -> int:
-        """Sends SIGTERM. Returns the exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(60)
-        self.reader.join(5)
-        return code
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-
-def worker(bundle: str, prefix_bytes: str) -> Process:
+def worker(bundle: str, prefix_bytes: str) -> ServerProcess:
     """A worker that takes requests."""
-    options = ["--dynamo", "--model-name", NAME, "--slots", "16", "--max-seq", "1024", "--threads", "1", "--json"]
-    made = Process(sys.executable, "-m", "arriero", "serve", bundle, *options, "--prefix-bytes", prefix_bytes)
-    if not made.out.readline():
-        raise RuntimeError(f"the worker did not start: {made.log or made.other}")
-    return made
+    options = ["--dynamo", "--model-name", NAME, "--slots", "16", "--max-seq", "1024", "--threads", "1"]
+    return ServerProcess(Path(bundle), *options, "--prefix-bytes", prefix_bytes, with_requests=True)
 
 
 async def answered(client: httpx.AsyncClient, prompt: str, **settings: Any) -> dict[str, Any]:
@@ -151,7 +82,7 @@ def beginning(subject: str) -> str:
     return f"{subject.title()} have a manual. " + f"It tells all that there is to know about {subject}. " * 12
 
 
-async def route(client: httpx.AsyncClient, workers: list[Process]) -> dict[str, Any]:
+async def route(client: httpx.AsyncClient, workers: list[ServerProcess]) -> dict[str, Any]:
     """Questions about the same beginnings, the first ones all at once, and which worker answered each."""
     homes: dict[str, list[int]] = {subject: [] for subject in SUBJECTS}
     known = total = 0
@@ -174,7 +105,7 @@ async def route(client: httpx.AsyncClient, workers: list[Process]) -> dict[str, 
     }
 
 
-async def cancel(client: httpx.AsyncClient, workers: list[Process]) -> dict[str, Any]:
+async def cancel(client: httpx.AsyncClient, workers: list[ServerProcess]) -> dict[str, Any]:
     """A stream whose client goes after a few pieces: how many tokens it had been given a row for."""
     before = {id(line) for each in workers for line in each.requests()}
     asked = {"model": NAME, "prompt": "Once", "max_tokens": 900, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -230,7 +161,7 @@ async def look(client: httpx.AsyncClient, bundle: str) -> dict[str, Any] | None:
     return {"through_the_frontend": found, "own": own, "equal": found == own}
 
 
-async def kill_one(client: httpx.AsyncClient, workers: list[Process]) -> dict[str, Any]:
+async def kill_one(client: httpx.AsyncClient, workers: list[ServerProcess]) -> dict[str, Any]:
     """Streams over both workers, one of which is killed in their middle."""
     prompts = [f"Chapter {number} of the book about {SUBJECTS[number % 8]} begins" for number in range(STREAMS)]
     before = len(workers[1].requests())
@@ -269,7 +200,7 @@ async def kill_one(client: httpx.AsyncClient, workers: list[Process]) -> dict[st
     }
 
 
-async def prove(client: httpx.AsyncClient, workers: list[Process], bundle: str) -> dict[str, Any]:
+async def prove(client: httpx.AsyncClient, workers: list[ServerProcess], bundle: str) -> dict[str, Any]:
     """All parts, in an order that leaves one worker."""
     await wait_for_models(client)
     return {
@@ -290,7 +221,7 @@ def inside(bundle: str, prefix_bytes: str) -> dict[str, Any]:
         os.environ["HF_HUB_OFFLINE"] = "1"
         front = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(PORT)]
         front += ["--router-mode", "kv", "--migration-limit", str(MIGRATIONS)]
-        with worker(bundle, prefix_bytes) as first, worker(bundle, prefix_bytes) as second, Process(*front):
+        with worker(bundle, prefix_bytes) as first, worker(bundle, prefix_bytes) as second, LoggedProcess(*front):
 
             async def run() -> dict[str, Any]:
                 async with httpx.AsyncClient(base_url=URL, timeout=300) as client:
@@ -319,12 +250,12 @@ def main() -> None:
     if arguments.inside:
         print(json.dumps(inside(str(arguments.bundle), arguments.prefix_bytes)))
         return
+    own = [f"ai-dynamo=={VERSION}", f"ai-dynamo-runtime=={VERSION}"]
     with tempfile.TemporaryDirectory(prefix="dynamo-environment-") as made:
-        python = environment(arguments.environment or Path(made))
-        command = ["unshare", "--net", str(python), __file__, str(arguments.bundle.resolve()), "--inside"]
-        command += ["--prefix-bytes", arguments.prefix_bytes]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout)
+        # A stub among their requirements does not install.
+        python = environment(arguments.environment or Path(made), ["--no-deps", *own], NEEDED)
+        options = ["--inside", "--prefix-bytes", arguments.prefix_bytes]
+        found = run_apart(python, __file__, str(arguments.bundle.resolve()), *options)
     print(json.dumps(found, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -40,7 +40,7 @@ def test_python_runs_as_it_stands(page: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_scripts_and_sources_that_a_page_names_exist(page: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:^|`)make (\w+)\b", PAGES[page], re.MULTILINE):
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", PAGES[page], re.MULTILINE):
         assert f"\n{target}:" in makefile, target
     rooms = "|".join(path.parent.name for path in ROOT.glob("*/__init__.py"))
     named = re.findall(rf"`((?:benchmarks|examples|tests|docs|{rooms})/[\w./-]*)[^`]*`", PAGES[page])
