@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import AccuracyError, shortened, shortened_text
+from ..files.fields import LARGEST
 from ..files.reading import read_bytes
 from .gates import DEFAULTS, METRICS
 from .recorded import CONTINUED
 
 Origin = Literal["default", "file", "given"]
 EVERY = "every"
-LARGEST_FILE = 1 << 20
+LARGEST_FILE = 1 << 14
+"""Bytes of a file of limits at most: names of many parts take tomllib time that grows with their square."""
 
 RANGES: dict[str, tuple[float, float, str]] = {
     "perplexity_ratio": (0.0, math.inf, "a ratio above 0, as 1.02"),
@@ -106,8 +108,8 @@ def check_limit(metric: str, limit: Any) -> float:
     if metric not in METRICS:
         raise AccuracyError(f"limit {shortened(metric)} is unknown: choose from {', '.join(METRICS)}")
     low, high, words = RANGES[metric]
-    is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
-    if not is_number or not math.isfinite(limit) or not low <= limit <= high or (metric == "perplexity_ratio") > limit:
+    is_number = isinstance(limit, int | float) and not isinstance(limit, bool) and abs(limit) < math.inf
+    if not is_number or not low <= limit <= min(high, LARGEST) or (metric == "perplexity_ratio") > limit:
         hint = ""
         if is_number and high == 1.0 and 1 < limit <= 100:
             hint = f": {limit:g} % is {limit / 100:g}"

@@ -8,8 +8,8 @@ the same bundle, in the same process and in turns, on one thread, in seconds of 
 
     python benchmarks/op_checks.py [BUNDLE …] [--folder DIR] [--runs 15]
 
-Without a bundle those of the CPU race in Scout's shape are made: int8, int4 and bfloat16. Of a model that is not
-quantised the routed experts are not ours, and are left out; `--folder` keeps what was made.
+Without a bundle those of the CPU race in Scout's shape are made: int8, int4 and bfloat16; `--folder` keeps what was
+made.
 """
 
 import argparse
@@ -114,6 +114,9 @@ def activations(node: onnx.NodeProto, shapes: dict[str, Any]) -> list[tuple[str,
             return [(node.input[0], (1, 0, shapes[node.input[1]][1][1]))]
         case "MoeDispatch":
             return [(node.input[0], (0, inputs(node.input[2]))), (node.input[1], (0, given["experts"]))]
+        case "PlainMoeDispatch":
+            held, _, size = shapes[node.input[3]][1]
+            return [(node.input[0], (0, size)), (node.input[1], (0, held))]
         case "GroupedQueryAttention" if not given["cache_bits"]:
             sizes = [count * shapes[node.input[3]][1][-1] for count in (given["heads"], *[given["kv_heads"]] * 2)]
             return [(name, (1, 0, size)) for name, size in zip(node.input[:3], sizes, strict=True)]

@@ -77,7 +77,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     path = folder / MANIFEST
     found = read_json(path, remedy=AGAIN, folder=folder)
     try:
-        if found.get("schema") != SCHEMA:
+        if type(found.get("schema")) is not int or found["schema"] != SCHEMA:
             raise ValueError(f"schema {shortened(found.get('schema'))}, this Arriero reads {SCHEMA}")
         files: Any = found.get("files")
         if not isinstance(files, dict) or len(files) > MOST_FILES:

@@ -28,6 +28,9 @@ def test_an_option_goes_before_the_profile_and_that_before_every_and_the_default
         ("[int8]\ntop1 = 95", r"the limit of top1 is 95, expected a share from 0 to 1, as 0.95: 95 % is 0.95"),
         ("[int8]\nkl = true", "the limit of kl is True, expected nats"),
         ("[int8", "not TOML"),
+        ("[int8]\nkl = 0x" + "f" * 999, r"the limit of kl is \d+[.]{3}\d+…?, expected nats"),
+        ("[int8]\nkl = 1e200", r"the limit of kl is 1e\+200, expected nats"),
+        (".".join("a" * 9000) + " = 1", "18003 bytes, expected at most 16384: give a TOML file"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, text: str, said: str) -> None:
