@@ -11,6 +11,11 @@ same number of threads. It is built from the source distribution of `llama-cpp-p
     pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36 && tar xf llama_cpp_python-0.3.36.tar.gz
     cmake -S llama_cpp_python-0.3.36/vendor/llama.cpp -B llama -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON
     cmake --build llama -j --target llama-server llama-quantize
+
+GCC 12 leaves out what sets up AMX's tiles, and the server ends with an illegal instruction on a processor that has
+them: there, use another compiler, or put `asm volatile("" : : "r"(&tc) : "memory");` in front of `_tile_loadconfig` in
+`ggml/src/ggml-cpu/amx/mmq.cpp`.
+
     python benchmarks/server_race.py llama/bin --folder DIR [--bits 4,8] [--clients 1,8,32] [--threads 2] [--rounds 1]
 
 `--folder` keeps what was made, and may be that of `cpu_peers.py`.

@@ -25,7 +25,7 @@ class Answered:
     """One answer.
 
     Attributes:
-        first: Seconds from the request to the first text.
+        first: Seconds from the request to the first text, or to the end where there is none.
         gaps: Seconds between each two pieces of text.
         tokens: New tokens, as the server counts them, or else pieces.
         prompt: Tokens of the prompt as the server counts them; 0 where it does not.
@@ -86,9 +86,10 @@ class Endpoint:
         for event in self._events(PATHS[self.kind], body):
             choice = (event.get("choices") or [{}])[0]
             usage = event.get("usage") or usage
-            ended = ended or bool(choice.get("finish_reason"))
             if choice.get("text") or (choice.get("delta") or {}).get("content"):
                 times.append(time.perf_counter())
+            if choice.get("finish_reason"):
+                ended, times = True, times or [time.perf_counter()]  # its first token may have ended it
             if event.get("error"):
                 raise SessionError(f"{self.url} reports {shortened_text(str(event['error']))}: see its log")
         if not times or not (ended or usage):

@@ -55,6 +55,13 @@ def test_prompts_share_a_beginning_where_they_are_to(server: Answers) -> None:
     assert all(text.startswith(warmed) and len(text) > len(warmed) for text in texts)
 
 
+def test_an_answer_without_a_text_is_one(server: Answers) -> None:
+    server.pieces = [""]
+    (case,) = measure_url(Endpoint(server.url), clients=[2], decode_tokens=5)["cases"]
+    assert (case["requests"], case["failed"]) == (16, 0)
+    assert case["itl_seconds"]["p50"] is None
+
+
 def test_the_verb_measures_a_server(server: Answers, tmp_path: Path) -> None:
     key, server.pause = tmp_path / "key", 0.0
     key.write_text("secret\n")
