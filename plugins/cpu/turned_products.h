@@ -33,27 +33,54 @@ inline void turn_rows(const float* x, int64_t rows, int64_t inputs, float* to) {
     }
 }
 
-// A stretch of some outputs' weights, tile by tile: for each run its steps' weights, COLUMNS outputs side by side.
+constexpr int64_t STEPS = 64 / sizeof(float) * 2 / WIDTH;  // that are turned together: a line of two-byte weights
+
+// Weights of four outputs in one step, turned.
+inline void turn_four(Wide a, Wide b, Wide c, Wide d, int64_t run, float* to) {
+    const Wide lows[2] = {low(a, b), low(c, d)}, highs[2] = {high(a, b), high(c, d)};
+    const Wide turned[4] = {first_pairs(lows[0], lows[1]), first_pairs(highs[0], highs[1]),
+                            last_pairs(lows[0], lows[1]), last_pairs(highs[0], highs[1])};
+    Four parts[4][WIDTH / 4];
+    std::memcpy(parts, turned, sizeof parts);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < WIDTH; i++) store(to + i * run, parts[i % 4][i / 4]);
+}
+
+// Some steps' weights with four outputs at most.
+template <typename Stored>
+inline void turn_some(const uint8_t* weights, int64_t weight_row, int64_t outputs, int64_t inputs, int64_t run,
+                      float* to) {
+    constexpr int64_t SIZE = WIDTH * Stored::SIZE;
+    if (outputs == 4 && inputs == STEPS * WIDTH) {
+#pragma GCC unroll 4
+        for (int64_t step = 0; step < STEPS; step++) {
+            const uint8_t* const from = weights + step * SIZE;
+            turn_four(Stored::widened(from), Stored::widened(from + weight_row), Stored::widened(from + 2 * weight_row),
+                      Stored::widened(from + 3 * weight_row), run, to + step * COLUMNS);
+        }
+        return;
+    }
+    for (int64_t k = 0; k < inputs; k += WIDTH, weights += SIZE, to += COLUMNS) {
+        Wide of[4] = {};
+        for (int64_t i = 0; i < outputs; i++) {
+            const uint8_t* const from = weights + i * weight_row;
+            of[i] = k + WIDTH <= inputs ? Stored::widened(from) : widened_some<Stored>(from, inputs - k);
+        }
+        turn_four(of[0], of[1], of[2], of[3], run, to);
+    }
+}
+
+// A stretch of some outputs' weights, tile by tile: for each run its steps' weights, COLUMNS outputs side by side. All
+// outputs' weights of some steps are turned before the next steps', so that lines are filled while they are at hand.
 template <typename Stored>
 inline void turn_weights(const uint8_t* weights, int64_t weight_row, int64_t outputs, int64_t inputs, float* to) {
-    const int64_t steps = divided_up(inputs, WIDTH), whole = inputs / WIDTH;
-    for (int64_t n = 0; n < outputs; n += 4) {
-        float* const tile = to + n / COLUMNS * WIDTH * run_size(steps) + n % COLUMNS;
-        for (int64_t step = 0; step < steps; step++) {
-            Wide of[4] = {};
-            for (int64_t i = 0; i < std::min<int64_t>(4, outputs - n); i++) {
-                const uint8_t* const from = weights + (n + i) * weight_row + step * WIDTH * Stored::SIZE;
-                of[i] = step < whole ? Stored::widened(from) : widened_some<Stored>(from, inputs - step * WIDTH);
-            }
-            const Wide lows[2] = {low(of[0], of[1]), low(of[2], of[3])};
-            const Wide highs[2] = {high(of[0], of[1]), high(of[2], of[3])};
-            const Wide turned[4] = {first_pairs(lows[0], lows[1]), first_pairs(highs[0], highs[1]),
-                                    last_pairs(lows[0], lows[1]), last_pairs(highs[0], highs[1])};
-            for (int64_t run = 0; run < WIDTH; run++)
-                std::memcpy(tile + run * run_size(steps) + step * COLUMNS,
-                            reinterpret_cast<const Four*>(&turned[run % 4]) + run / 4, sizeof(Four));
-        }
-    }
+    const int64_t run = run_size(divided_up(inputs, WIDTH));
+    for (int64_t tile = 0; tile < outputs; tile += COLUMNS, to += WIDTH * run)
+        for (int64_t k = 0; k < inputs; k += STEPS * WIDTH)
+            for (int64_t n = 0; n < std::min(COLUMNS, outputs - tile); n += 4)
+                turn_some<Stored>(weights + (tile + n) * weight_row + k * Stored::SIZE, weight_row,
+                                  std::min<int64_t>(4, outputs - tile - n), std::min(STEPS * WIDTH, inputs - k), run,
+                                  to + k / WIDTH * COLUMNS + n);
 }
 
 // One run's sums.

@@ -203,7 +203,7 @@ def test_a_tokens_experts_are_added_without_a_race() -> None:
     case = next(case for case in CASES if case.name == "two experts, many wide tokens")
     case = dataclasses.replace(case, attributes=dataclasses.replace(case.attributes, quantisation="fp8"))
     first = by_cpu_lowering(case)
-    for _ in range(10):
+    for _ in range(5):
         assert np.abs(by_cpu_lowering(case) - first).max() < 1e-5
 
 
