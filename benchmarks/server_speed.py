@@ -36,6 +36,9 @@ Bias: TypeAlias = dict[int, float]
 ENDLESS = {"type": "string", "minLength": 100_000}
 """A schema of a text that no number of tokens asked for here ends."""
 
+PROMPT_TOKENS = 3500
+"""Tokens of the long prompt, where no other number is asked for: what the tiny Llama 4 holds."""
+
 LEAST_READ = 24
 """Tokens of a prompt that a step reads beside others at least, some less than its budget."""
 
@@ -166,15 +169,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompt-tokens", type=int, default=3500)
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     asked = parser.parse_args()
-    session = arriero.load(asked.folder, threads=asked.threads)
+    max_seq = asked.prompt_tokens + 64 if asked.prompt_tokens > PROMPT_TOKENS else None
+    session = arriero.load(asked.folder, threads=asked.threads, max_seq=max_seq)
     bias = dict.fromkeys(session.defaults.eos_token_ids, -100.0)  # an answer's length alone ends it
     size = asked.streams, asked.tokens
     total = asked.streams * asked.tokens
     pairs: list[tuple[Load, Load]] = []
     singles: list[tuple[Load, Load]] = []
     options = ("--threads", str(asked.threads), "--slots", str(asked.streams + 1), "--prefix-bytes", "0", "--quiet")
+    options += () if max_seq is None else ("--max-seq", str(max_seq))
     with ServerProcess(asked.folder, *options) as server:
         asyncio.run(load(server, bias, 1, 8))
         asyncio.run(chat_load(server, bias, 1, 2, bound=True))  # compiles the schema
