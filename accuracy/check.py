@@ -29,7 +29,7 @@ from .limits import effective, read_limits
 from .locate.location import Location
 from .metrics import Comparison, Estimate, compare, estimates
 from .recorded import Golden
-from .sides import check_device, open_side, tokenizer_of
+from .sides import check_device, has_tokenizer, open_side, tokenizer_of
 from .sides.side import Side
 
 SIZES = (
@@ -179,9 +179,10 @@ def check(
         golden, other = _recorded(side, against, fixed, locate_fault), None
     else:
         other = open_side(against, reference_weights, threads, device=device, option="--against-weights")
-        _check_alike(side, other.spec, tokenizer_of(against), against)
+        reader = other.path if has_tokenizer(other.path) else side.path
+        _check_alike(side, other.spec, tokenizer_of(reader), against)
         samples = SAMPLES if samples is None else samples
-        golden = record(other, _windows(other, data, samples, window), progress)
+        golden = record(other, _windows(other, reader, data, samples, window), progress, tokenizer_of(reader))
     _check_towers(side, golden, against)
     found = estimates(seen := compare(golden, side, progress))
     judgements = judge(found, limits_held, origins)
@@ -218,7 +219,7 @@ def _verdict(
         judgements=judgements,
         metrics=found,
         windows=golden.ids_WS.shape[0],
-        tokens=golden.ids_WS.size,
+        tokens=golden.ids_WS.size - int(np.count_nonzero(golden.windows.is_image_WS)),
         notes=tuple(_notes(side, golden, seen)),
         location=location,
         comparison=seen,
@@ -260,9 +261,20 @@ def _recorded(side: Side, path: Path, fixed: Mapping[str, Any], locate_fault: bo
 
 
 def _windows(
-    side: Side, data: Sequence[str | Path] | NDArray[np.int64] | None, samples: int, window: int | None
+    side: Side,
+    reader: Path,
+    data: Sequence[str | Path] | NDArray[np.int64] | None,
+    samples: int,
+    window: int | None,
 ) -> Windows:
     """The text that both sides read.
+
+    Args:
+        side: The reference.
+        reader: The folder whose tokenizer and chat template read it: the candidate's where the reference has none.
+        data: Text files, or token ids [W, S].
+        samples: Windows at most.
+        window: Tokens of a window.
 
     Raises:
         AccuracyError: There is none.
@@ -273,7 +285,7 @@ def _windows(
     if isinstance(data, np.ndarray):
         return Windows(ids_WS=data)
     return read_windows(
-        side.path, data, side.spec, samples, window_of(side.spec) if window is None else window, side.vision
+        reader, data, side.spec, samples, window_of(side.spec) if window is None else window, side.vision
     )
 
 

@@ -94,12 +94,12 @@ def record_golden(
     windows = read_windows(
         side.path, data, side.spec, samples, window_of(side.spec) if window is None else window, side.vision
     )
-    write_golden(record(side, windows, progress), target)
+    write_golden(record(side, windows, progress, tokenizer_of(side.path)), target)
     return target
 
 
-def record(side: Side, data: Windows, progress: Progress) -> Golden:
-    """Runs the reference.
+def record(side: Side, data: Windows, progress: Progress, tokenizer: str) -> Golden:
+    """Runs the reference, over what a tokenizer made: its fingerprint, see `tokenizer_of`.
 
     Raises:
         AccuracyError: Its logits are not finite.
@@ -131,7 +131,7 @@ def record(side: Side, data: Windows, progress: Progress) -> Golden:
     return Golden(
         source=printable(str(side.path)),
         spec=spec,
-        tokenizer=tokenizer_of(side.path),
+        tokenizer=tokenizer,
         format="none" if side.recipe is None else side.recipe.format,
         ids_WS=ids_WS.astype(np.int32),
         is_image_WS=data.is_image_WS if has_images else None,

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..pages.pictures import HEIGHT, WIDTH, Mark, Panel, colour, picture, picture_in_two, series
-from ..pages.scales import plot_shares
+from ..pages.scales import COLOURS, plot_shares
 from ..spec.choice import ADAPTER, PATCHES, PROJECTOR
 from .locate.location import STEM, Location, ModelPart, Reading
 from .metrics import Comparison, Estimate
@@ -39,6 +40,9 @@ FAINTEST = 1e-4
 MOVED = ((1.0, "up to 1 %"), (2.0, "1–2 %"), (5.0, "2–5 %"), (10.0, "5–10 %"), (100.0, "over 10 %"))
 """Levels of tokens that went to another expert: below 1 % is what rounding does to near ties."""
 
+MILD_FIRST = ("#4f9d69", "#9db545", *COLOURS[2:])
+"""Colours of these levels, from green to red."""
+
 
 def plot_profile(location: Location) -> Markup:
     """The error of each kind of unit by layer, over what rounding explains; what is out of line is marked.
@@ -56,6 +60,8 @@ def plot_profile(location: Location) -> Markup:
         def draw(axes: Axes) -> None:
             _plot_part(axes, [reading for reading in location.readings if reading.part == part], location)
             axes.set(yscale="log", ylim=ends)
+            if part == "vision":
+                _name_ends(axes, location)
 
         where = "" if len(parts) == 1 else f" in the {WORDS[part]}"
         width, height = (7.5, 3.2) if len(parts) == 1 else (WIDTH, HEIGHT)
@@ -99,6 +105,14 @@ def _plot_part(axes: Axes, readings: Sequence[Reading], location: Location) -> N
             )
     expected = _typical(readings)
     axes.plot(list(expected), list(expected.values()), ":", color=colour("ink"))
+
+
+def _name_ends(axes: Axes, location: Location) -> None:
+    """Names what lies in front of the vision tower's layers, and behind them."""
+    last = max(reading.layer for reading in location.readings if reading.part == "vision")
+    ticks = MaxNLocator(6, integer=True).tick_values(0, last)
+    inner = [int(tick) for tick in ticks if tick >= 0 and last / 12 <= tick + 1 and last - tick >= last / 8]
+    axes.set_xticks([-1, *inner, last], ["stem", *map(str, inner), "projector"])
 
 
 def _typical(readings: Sequence[Reading]) -> dict[int, float]:
@@ -161,5 +175,10 @@ def plot_routing(moved_LE: NDArray[np.float64], layers: Sequence[int]) -> Markup
         layers: The layers' numbers.
     """
     return plot_shares(
-        100 * moved_LE, layers, MOVED, label="Tokens of each expert that went elsewhere, by layer", empty="no token"
+        100 * moved_LE,
+        layers,
+        MOVED,
+        label="Tokens of each expert that went elsewhere, by layer",
+        empty="no token",
+        colours=MILD_FIRST,
     )

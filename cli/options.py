@@ -54,7 +54,7 @@ Tokenizer = Annotated[
 CalibrationData = Annotated[
     list[Path],
     typer.Option(
-        help="File to calibrate on: text, or rows (.jsonl, .parquet), as "
+        help="File to calibrate on: text, or rows (.jsonl, .json, .parquet), as "
         '{"messages": [{"role": "user", "content": "What is this?"}, …], "images": ["photo.jpg"]}, '
         "paths relative to the file; may be repeated."
     ),
@@ -303,7 +303,7 @@ ForcePage = Annotated[bool, typer.Option("--force", help="Replace an existing pa
 Candidate = Annotated[Path, typer.Argument(help="Checkpoint, model or bundle to be judged.")]
 Against = Annotated[Path, typer.Option(help="The reference: one of these too, or a golden file.")]
 CheckedData = Annotated[
-    list[Path] | None, typer.Option(help="Text file; may be repeated. A golden file has its own text.")
+    list[Path] | None, typer.Option(help="Text, or rows as for calibrate; may be repeated. A golden file has its own.")
 ]
 LimitsFile = Annotated[
     Path | None,
@@ -336,6 +336,6 @@ ForceReport = Annotated[bool, typer.Option("--force", help="Replace an existing 
 CheckpointDevice = Annotated[
     str, typer.Option(help="Where PyTorch computes checkpoints: cpu, cuda, cuda:1, or auto: a GPU where it finds one.")
 ]
-GoldenData = Annotated[list[Path], typer.Option(help="Text file; may be repeated.")]
+GoldenData = Annotated[list[Path], typer.Option(help="Text, or rows as for calibrate; may be repeated.")]
 GoldenFile = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
 ForceGolden = Annotated[bool, typer.Option("--force", help="Replace an existing golden file.")]

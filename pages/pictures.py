@@ -15,7 +15,7 @@ from cycler import cycler
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
 from .style import LIGHT
 
@@ -164,7 +164,11 @@ def _svg(panel: Panel) -> str:
         axes = figure.add_axes((LEFT / panel.width, bottom / panel.height, *inner))
         axes.grid(visible=panel.grid, axis="y")
         axes.yaxis.set_major_formatter(FuncFormatter(_short))
+        if panel.below == "layer":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.draw(axes)
+        if axes.get_yscale() == "log":
+            axes.yaxis.set_minor_formatter(_Between())
         figure.text(0.06 / panel.width, 1 - 0.04 / panel.height, panel.title, va="top", fontsize=9)
         axes.set_xlabel(panel.below)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
@@ -176,6 +180,13 @@ def _svg(panel: Panel) -> str:
     for name, mark in _MARKS.items():
         text = text.replace(mark, f"var(--{name})")
     return re.sub(r'^<svg width="[^"]*" height="[^"]*"', "<svg", text)
+
+
+class _Between(LogFormatter):
+    """Numbers between the powers of ten, where there is room for some, as decimals, which are short."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return _short(x) if super().__call__(x, pos) else ""
 
 
 def _short(value: float, _: object = None) -> str:

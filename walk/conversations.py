@@ -1,6 +1,6 @@
 """Conversations and texts in rows, for calibration and accuracy checks, as a session would read them.
 
-Enters: JSONL and Parquet files, a conversation or a text a row (see `rows`), and the folder's tokenizer, chat template
+Enters: JSON and Parquet files, a conversation or a text a row (see `rows`), and the folder's tokenizer, chat template
 and preprocessor. Leaves: token ids, with an image token for each image feature, and the images to be cut into tiles
 when they are needed.
 

@@ -1,11 +1,11 @@
-"""Rows of data files in the forms that people have: JSONL and Parquet, as one kind of dictionary.
+"""Rows of data files in the forms that people have: JSON lines, a list in JSON, and Parquet, as one kind of dictionary.
 
 Enters: a file. Leaves: rows with their places, and what a row says: a text, or messages. A row is one of
 
 | keys | |
 |---|---|
 | `messages` | a conversation, with `images`, `tools`, `documents`, `chat_template_kwargs` beside it |
-| `conversations` | the same as ShareGPT has it: `from` and `value`, `<image>` where one of `images` goes |
+| `conversations` | as ShareGPT has it: `from`, `value` or `role`, `content`; `<image>` where one of `images` goes |
 | `prompt` and `completion` | texts one after the other, or two lists of messages |
 | `text` | a text |
 """
@@ -19,7 +19,19 @@ from ..files.reading import open_regular, read_bytes
 from ..files.safetensors import POINTER
 from ..spec.json_text import parse_json
 
-JSONL, PARQUET = ".jsonl", ".parquet"
+PARQUET = ".parquet"
+JSON = (".jsonl", ".ndjson", ".json")
+"""Endings of files of JSON: an object a line, or a list of them."""
+
+REFUSED = {
+    ".csv": "is a table of values apart by commas: save it as Parquet, or as JSON lines with text in each",
+    ".tsv": "is a table of values apart by tabs: save it as Parquet, or as JSON lines with text in each",
+    ".arrow": "is an Arrow file: save it as Parquet",
+    ".pkl": "is a pickle, which is code: save it as Parquet, or as JSON lines",
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), "is compressed: unpack it first"),
+}
+"""Endings of files that are taken neither for rows nor for prose, and what to do."""
+
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -43,7 +55,7 @@ BATCH = 256
 
 def is_rows(path: Path) -> bool:
     """Whether a file holds rows, by its name's ending."""
-    return path.suffix.lower() in (JSONL, PARQUET)
+    return path.suffix.lower() in (PARQUET, *JSON)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -53,7 +65,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: The file or a row cannot be read.
         MissingExtraError: It is Parquet, and pyarrow is not installed.
     """
-    yield from _parquet(path) if path.suffix.lower() == PARQUET else _jsonl(path)
+    yield from _parquet(path) if path.suffix.lower() == PARQUET else _json(path)
 
 
 def read_utf8(path: Path) -> str:
@@ -64,6 +76,8 @@ def read_utf8(path: Path) -> str:
     """
     if path.is_dir():
         raise DataError(f"{path} is a folder: give the files in it with --data, each by itself")
+    if why := REFUSED.get(path.suffix.lower()):
+        raise DataError(f"{path} {why}")
     try:
         content = read_bytes(path, DataError, "give text files with --data", most=LARGEST)
     except FileNotFoundError as error:
@@ -76,18 +90,35 @@ def read_utf8(path: Path) -> str:
         raise DataError(f"{path} is not UTF-8 text: convert it first") from error
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = read_utf8(path)
+    if path.suffix.lower() == ".json" and text.lstrip()[:1] == "[":
+        yield from _listed(path, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             value = parse_json(line)
         except ValueError as error:
-            raise DataError(f"{where}: not JSON ({shortened_text(str(error), 100)}): correct it") from error
+            remedy = "correct it" if path.suffix.lower() != ".json" else "give an object a line, or one list of objects"
+            raise DataError(f"{where}: not JSON ({shortened_text(str(error), 100)}): {remedy}") from error
         if not isinstance(value, dict):
             raise DataError(f"{where}: no JSON object: give one with {FORMS}")
         yield where, value
+
+
+def _listed(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        rows = parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({shortened_text(str(error), 100)}): correct it") from error
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: no JSON object: give one with {FORMS}")
+        yield where, row
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -160,7 +191,7 @@ def _sharegpt(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     if isinstance(row.get("system"), str):
         messages.append({"role": "system", "content": row["system"]})
     for number, turn in enumerate(turns, start=1):
-        speaker, value = (turn.get(name) for name in ("from", "value")) if isinstance(turn, dict) else (None, None)
+        speaker, value = _turn(turn)
         if not isinstance(value, str) or not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise DataError(
                 f"{where}: turn {number} is {shortened(turn)}, expected a value, and from as one of "
@@ -168,6 +199,13 @@ def _sharegpt(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
             )
         messages.append({"role": SPEAKERS[speaker], "content": _parts(value) if has_images else value})
     return messages
+
+
+def _turn(turn: Any) -> tuple[Any, Any]:
+    """Who speaks, and what, in either spelling; None where a turn has neither."""
+    if not isinstance(turn, dict):
+        return None, None
+    return turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
 
 
 def _parts(value: str) -> str | list[dict[str, str]]:

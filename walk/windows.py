@@ -1,6 +1,6 @@
 """Text and conversations as windows of token ids, for calibration and for accuracy checks.
 
-Enters: text and JSONL files, and the folder's tokenizer, chat template and preprocessor. Leaves: `Windows`. A window of
+Enters: text files and rows, and the folder's tokenizer, chat template and preprocessor. Leaves: `Windows`. A window of
 text begins as the tokenizer begins a text; one of conversations begins with a conversation, and goes on with those that
 follow. Windows are longer than the model's attention chunk where there is enough, so that chunk boundaries are crossed.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError, FolderError, SessionError
+from ..files.folders import SPEC
 from ..runtime.images.placeholders import ImagePrompts
 from ..runtime.images.sources import ImageSource
 from ..runtime.text import Text
@@ -111,7 +112,7 @@ def read_windows(
 
     Args:
         folder: The model folder or checkpoint, for its tokenizer.
-        files: One or several: UTF-8 text, or JSONL and Parquet of rows (`rows`), distinguished by their names' endings.
+        files: One or several: UTF-8 text, or JSON and Parquet of rows (`rows`), distinguished by their names' endings.
         spec: Geometry.
         samples: Windows at most, evenly spaced over the data.
         window: Tokens of a window; None takes `window_length`.
@@ -202,7 +203,12 @@ def _text_of(folder: Path) -> Text:
     except FolderError as error:
         raise DataError(str(error)) from error
     if text.tokenizer is None:
-        raise DataError(f"{folder} has no tokenizer.json: export again with --tokenizer DIR, a folder that has one")
+        remedy = "export again with --tokenizer DIR, a folder that has one"
+        if not os.path.lexists(folder / SPEC):
+            remedy = (
+                "copy the tokenizer's files into it, or give the model that was exported from it with --tokenizer DIR"
+            )
+        raise DataError(f"{folder} has no tokenizer.json: {remedy}")
     return text
 
 

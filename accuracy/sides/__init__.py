@@ -5,6 +5,7 @@ Enters: a path. Leaves: a `Side`. What a side needs is imported when one is open
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from ...errors import AccuracyError, shortened
@@ -63,6 +64,11 @@ def check_device(device: str, *paths: str | Path) -> None:
         names = " and ".join(map(str, paths))
         verb = "are no checkpoints" if len(paths) > 1 else "is no checkpoint"
         raise AccuracyError(f"{names} {verb}, which alone --device {shortened(device)} is for: leave it out")
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a folder can read text itself: trainers may save a checkpoint without its tokenizer."""
+    return os.path.lexists(path / "tokenizer.json")
 
 
 def tokenizer_of(path: Path) -> str:

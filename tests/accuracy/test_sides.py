@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from arriero.accuracy import check, record_golden
 from arriero.accuracy.sides.side import chosen_by
 from arriero.engine import build_bundle
+from arriero.errors import DataError
 
 HEAVY = {"ml_dtypes", "onnx", "onnx_ir", "onnxscript", "torch", "transformers"}
 
@@ -44,6 +46,22 @@ def test_a_bundle_is_checked_where_neither_torch_nor_onnx_is(
     assert "record the golden file over more than its 2 windows" in run.stdout
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"verdict.json", "junit.xml", "report.html"}
     assert len((tmp_path / "h.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_fine_tune_in_the_hubs_cache_without_a_tokenizer_is_read_with_the_candidates(
+    tiny: Path, tiny_model: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hub" / "models--me--tune" / "snapshots" / "a1"
+    snapshot.mkdir(parents=True)
+    (refs := snapshot.parent.parent / "refs").mkdir()
+    (refs / "main").write_text("a1")
+    for file in [tiny / "config.json", *tiny.glob("*.safetensors*")]:
+        (snapshot / file.name).symlink_to(file)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    verdict = check(tiny_model, "me/tune", data=[texts[0]], samples=1, window=300)
+    assert verdict.metrics["kl"].value < 1e-6
+    with pytest.raises(DataError, match=r"no tokenizer.json: copy the tokenizer's files into it, or give the model"):
+        record_golden("me/tune", tmp_path / "golden", data=[texts[0]], samples=1)
 
 
 def test_routers_choose_the_largest_logits_and_of_equal_ones_the_first() -> None:

@@ -18,6 +18,7 @@ USER, ASSISTANT = {"role": "user", "content": "What is this?"}, {"role": "assist
 EQUAL = {
     "messages": {"messages": [USER, ASSISTANT]},
     "ShareGPT": {"conversations": [{"from": "human", "value": "What is this?"}, {"from": "gpt", "value": "A lake."}]},
+    "ShareGPT's turns as OpenAI's": {"conversations": [USER, ASSISTANT]},
     "two lists": {"prompt": [USER], "completion": [ASSISTANT]},
 }
 
@@ -30,7 +31,37 @@ def read(folder: Path, rows: list[object], tmp_path: Path, prompts: ImagePrompts
 
 def test_a_conversation_is_the_same_in_every_form(tiny: Path, tmp_path: Path) -> None:
     found = [talk.ids_S.tolist() for talk in read(tiny, list(EQUAL.values()), tmp_path)]
-    assert found[0] == found[1] == found[2]
+    assert all(ids == found[0] for ids in found)
+
+
+@pytest.mark.parametrize("name", ["rows.ndjson", "rows.json", "list.json"])
+def test_rows_are_json_lines_or_a_list(tiny: Path, tmp_path: Path, name: str) -> None:
+    rows = list(EQUAL.values())
+    lines = "\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_text(json.dumps(rows, indent=2) if name == "list.json" else lines)
+    read_as = [talk.ids_S.tolist() for talk in read_conversations(tmp_path / name, Text(tiny), None)]
+    assert read_as == [talk.ids_S.tolist() for talk in read(tiny, list(rows), tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.csv", "text\nx", "is a table of values apart by commas: save it as Parquet"),
+        ("rows.jsonl.gz", "x", "is compressed: unpack it first"),
+        ("one.json", '{\n"text": "x"}', "line 1: not JSON .*: give an object a line, or one list of objects"),
+        ("list.json", "[5]", "row 1: no JSON object"),
+        ("list.json", "[{]", "list.json: not JSON"),
+    ],
+)
+def test_files_in_other_forms_are_not_taken_for_prose(
+    tiny: Path, tmp_path: Path, name: str, content: str, said: str
+) -> None:
+    from arriero.export.checkpoint import open_checkpoint
+    from arriero.walk.windows import read_windows
+
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        read_windows(tiny, [tmp_path / name], open_checkpoint(tiny).spec, 4)
 
 
 def test_texts_begin_as_the_tokenizer_begins_one(tiny: Path, tmp_path: Path) -> None:
