@@ -122,15 +122,16 @@ def products(capability: int, formats: Sequence[str] = tuple(FORMATS)) -> Iterat
             if way not in plan.tiles or part not in ("gate_up", "gate_and_up", "down"):
                 continue
             weight = "down" if part == "down" else "gate_up"
+            tile = plan.tiles.get(f"{way}_{part}", plan.tiles[way])
             depth, width = geometry.weight_sizes[weight]
             yield Product(
                 format=name,
                 name=part,
                 way=way,
                 depth=depth,
-                columns=plan.tiles[way].columns,
+                columns=tile.columns,
                 width=width,
-                tile=plan.tiles[way],
+                tile=tile,
                 code=read(kernels.compile_kernel(module, each, capability)),
                 parts=plan.parts[weight] if way == "few" else 1,
             )

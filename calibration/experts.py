@@ -88,8 +88,8 @@ class ExpertQuantiser:
             name = f"{UNIT}.{part}_proj"
             product, record = quantise_product(f"{linears.prefix}{name}[{expert}]", weight_NK, read, choice, dtype)
             linears.records.append(dataclasses.replace(record, measured=expert not in self.unmeasured))
-            self._keep(name, expert, laid_out(product, choice, transposed=True))
-            self._keep(f"{name}_scale", expert, product.weight.scale_NG.T.contiguous())
+            self._keep(name, expert, laid_out(product, choice))
+            self._keep(f"{name}_scale", expert, product.weight.scale_NG)
             if product.input_scale is not None:
                 self.scales.setdefault(SCALES[part], {})[expert] = product.input_scale
 

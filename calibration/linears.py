@@ -139,7 +139,7 @@ def divided_rows(weight_NK: Tensor, exponents_N: Tensor) -> Tensor:
     return weight_NK * torch.exp2(-exponents_N.float())[:, None]
 
 
-def laid_out(product: Product, choice: Choice, *, transposed: bool = False) -> Tensor:
-    """A weight's stored values as they are written, int4 packed."""
-    values = product.weight.values_NK.T.contiguous() if transposed else product.weight.values_NK
-    return pack_int4(values) if choice.format == "int4" else values
+def laid_out(product: Product, choice: Choice) -> Tensor:
+    """A weight's stored values [N, K] as they are written, int4 packed."""
+    values_NK = product.weight.values_NK
+    return pack_int4(values_NK) if choice.format == "int4" else values_NK

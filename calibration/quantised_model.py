@@ -28,7 +28,7 @@ from ..files.reading import read_bytes
 from ..files.safetensors import identity, open_shard
 from ..plugins.canonical_graph import LARGEST, read_graph
 from ..spec.choice import choose, units
-from ..spec.folder import FolderSpec
+from ..spec.folder import SCHEMA, FolderSpec
 from ..spec.geometry import VISION, VisionSpec
 from ..spec.recipe import Override, Recipe
 from ..spec.stored_weights import WeightFile
@@ -193,7 +193,7 @@ def _demands(floor: int, floor_action: str, all_experts: bool) -> Coverage:
 def _job(spec: FolderSpec, recipe: Recipe) -> str:
     """A fingerprint of the model and the recipe, on which every kept layer depends."""
     files = [(file.name, file.identity) for file in spec.weight_files]
-    settings = dataclasses.asdict(recipe), files, __version__
+    settings = dataclasses.asdict(recipe), files, __version__, SCHEMA
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

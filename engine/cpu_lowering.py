@@ -198,7 +198,7 @@ class _CpuLowering:
         if key not in self.rounded:
             self.rounded[key] = round_fp8(nodes, self._input(linear.x), x_scale)
         weight, scale = self.supply.part(linear.weight), self.supply.widened(linear.weight_scale)
-        return multiply_rounded(nodes, self.rounded[key], x_scale, Matrix(weight=weight, scale=scale, is_turned=True))
+        return multiply_rounded(nodes, self.rounded[key], x_scale, Matrix(weight=weight, scale=scale))
 
     def _panels(
         self,
@@ -209,7 +209,7 @@ class _CpuLowering:
         chosen_in: ir.DataType | None = None,
         interleaved: bool = False,
     ) -> Panels:
-        """A quantised linear's matrix, or all experts' [E, K, N].
+        """A quantised linear's matrix, or all experts' [E, N, K].
 
         Args:
             weight: As it is stored.
@@ -219,8 +219,8 @@ class _CpuLowering:
             interleaved: Whether gates and ups come by turns.
         """
         shape, scales = dims(weight), dims(scale)
-        inputs, groups = (shape[1], scales[1]) if len(shape) == 3 else (shape[1], math.prod(scales[1:]))
-        group = 0 if groups == 1 else inputs // groups
+        groups = math.prod(scales[len(shape) - 1 :])
+        group = 0 if groups == 1 else shape[-1] // groups
         scale_type: Stored = "bfloat16" if (chosen_in or scale.dtype) == ir.DataType.BFLOAT16 else "float32"
         if group % kernels.SMALLEST_GROUP:
             raise BuildError(f"{weight.name}: {group} inputs share a scale, and the CPU's kernels take eights of them")
@@ -235,13 +235,13 @@ class _CpuLowering:
         """A layer of experts, by rules 7 to 9."""
         tokens = self._input(sources[0]), self._input(sources[1])
         weights, scales, statics = sources[2:4], sources[4:6], sources[6:]
-        count, width, hidden = dims(weights[1])
         kind = settings.quantisation
         rule = rule_of_experts(kind)
         if rule is Rule.FLOAT_EXPERTS:  # rule 9
             gate_up, down = (self.supply.stored(weight) for weight in weights)
             kernels.dispatch_plain(nodes, *tokens, gate_up, down, output, settings)
             return
+        count, hidden, width = dims(weights[1])
         if rule is Rule.FP8_EXPERTS:  # rule 8
             experts = self._experts(sources[2:], settings)
             in_part = count < self.router_experts
@@ -265,7 +265,7 @@ class _CpuLowering:
             pair = [
                 Matrix(
                     weight=self.supply.part(weights[part], index),
-                    scale=self.supply.part(scales[part], index, shape=(dims(weights[part])[2],)),
+                    scale=self.supply.part(scales[part], index, shape=(dims(weights[part])[1],)),
                     input_scale=self.supply.part(input_scales[part], index) if input_scales else None,
                     input_bound=settings.activation_bound,
                 )

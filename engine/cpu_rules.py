@@ -11,7 +11,7 @@ carries out. Invariant: each linear has exactly one rule.
     5     a float, panels        none             kernel `Linear`                       panels, bfloat16 or float32
     6     a float, no panels     none             kernel `PlainLinear`                  rows, as it is stored
     7     experts, int8 or int4  any              kernel `MoeDispatch`                  panels, 8 or 4 bits
-    8     experts, fp8           either           an `If` an expert, `MatMul`           rows, widened to float32
+    8     experts, fp8           either           an `If` an expert, `FusedMatMul`      rows, widened to float32
     9     experts, a float       none             kernel `PlainMoeDispatch`             rows, as they are stored
 
 A graph's weights lie in panels where any of them is int8 or int4 (rules 1 to 3 and 7): the bundle then has a file of

@@ -73,11 +73,11 @@ class Supply:
         return self._region(name, tensor, start, own if shape is None else shape, "float32")
 
     def panels(self, source: ir.Value, *, convert: Stored, interleaved: bool = False) -> ir.Value:
-        """A matrix [N, K], or all experts' [E, K, N], in the panels of the CPU's own kernels."""
+        """A matrix [N, K], or all experts' [E, N, K], in the panels of the CPU's own kernels."""
         return self._matrix(f"{source.name}:panels", source, convert, "panels", interleaved=interleaved)
 
     def panel_scales(self, source: ir.Value, *, convert: Stored, interleaved: bool = False) -> ir.Value:
-        """The scales [N, groups], or [E, groups, N], of such panels."""
+        """The scales [N, groups], or [E, N, groups], of such panels."""
         return self._matrix(f"{source.name}", source, convert, "scales", interleaved=interleaved)
 
     def _matrix(

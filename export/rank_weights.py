@@ -85,7 +85,8 @@ def place_ranks(
             for name, stored in source.tensors.items():
                 if name in regrouped or not taken(name, rank):
                     continue
-                portion = split.portion(name, stored.shape, rank)
+                is_quantised = stored.dtype not in FLOATS_BY_CODE
+                portion = split.portion(name, stored.shape, rank, is_quantised=is_quantised)
                 is_moved = copy_weights or not source.stays or written_type(stored, dtype, name) != stored.dtype
                 is_moved |= _is_tied_head(name, source.tensors)  # a file has one name for a tensor
                 region = None if is_moved else portion.region(stored)
@@ -138,10 +139,10 @@ def find_cut_groups(sources: Sequence[Source], split: Split) -> dict[str, Groups
     for name, scale in shapes.items():
         weight = name.removesuffix("_scale")
         cuts = split.cuts(weight)
-        if weight == name or cuts == 1 or len(scale) == 1 or scale[1] == 1 or weight not in shapes:
+        if weight == name or cuts == 1 or len(scale) == 1 or scale[-1] == 1 or weight not in shapes:
             continue
-        inputs = shapes[weight][1] * (2 if weight in packed and len(shapes[weight]) == 2 else 1)
-        group, own = inputs // scale[1], inputs // cuts
+        inputs = shapes[weight][-1] * (2 if weight in packed else 1)
+        group, own = inputs // scale[-1], inputs // cuts
         if own % group:
             left = math.gcd(own, group)
             if left % SMALLEST_GROUP:
@@ -155,13 +156,7 @@ def find_cut_groups(sources: Sequence[Source], split: Split) -> dict[str, Groups
 
 def _check_bytes(name: str, shapes: Mapping[str, tuple[int, ...]], split: Split) -> None:
     """Refuses to cut a byte that holds two integers."""
-    shape = shapes[name]
-    last = shape[-1]
-    if name.endswith("gate_up_proj"):
-        last //= 2
-        parts = split.sharers
-    else:
-        parts = split.cuts(name) if len(shape) == 2 else 1
+    last, parts = shapes[name][-1], split.cuts(name)
     if last % parts:
         raise ExportError(
             f"{name!r} has two int4 values in a byte, and {parts} ranks would cut one of {last} bytes: "
@@ -186,7 +181,7 @@ def _write_regrouped(source: Source, scales: Mapping[str, Groups], split: Split,
         with source.path.open("rb") as file:
             file.seek(region.offset)
             whole = np.fromfile(file, kind, region.size // kind.itemsize).reshape(region.shape)
-        repeated = whole.repeat(groups.times, axis=1)
+        repeated = whole.repeat(groups.times, axis=-1)
         portion = split.portion(name, repeated.shape, rank)
         for axis, spans in enumerate(portion.spans):
             repeated = np.concatenate([repeated.take(range(*span), axis) for span in spans], axis)

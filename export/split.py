@@ -102,34 +102,42 @@ class Split:
         """The router's number of a rank's first expert."""
         return rank // self.sharers * (spec.experts // self.expert_groups)
 
-    def portion(self, name: str, whole: tuple[int, ...], rank: int) -> Portion:
-        """A rank's portion of the tensor of this name and shape, a weight's or its scales'."""
+    def portion(self, name: str, whole: tuple[int, ...], rank: int, *, is_quantised: bool = False) -> Portion:
+        """A rank's portion of the tensor of this name and shape, a weight's or its scales'.
+
+        Args:
+            name: The tensor's name in the graph.
+            whole: Its shape.
+            rank: The rank.
+            is_quantised: Whether it is a quantised weight: experts' then lie with outputs in front of inputs.
+        """
         axes: list[tuple[Span, ...]] = [((0, size),) for size in whole]
         group, place = divmod(rank, self.sharers)
         if name.startswith(VISION):
             pass  # the whole tower
         elif ".experts." in name:
             axes[0] = (share(whole[0], self.expert_groups, group),)
-            if (axis := self.row_axis(name, whole)) is not None:
+            outputs_first = is_quantised or name.endswith("_scale")
+            if self.is_cut(name, whole):
+                axis = 2 if outputs_first else 1
                 axes[axis] = (share(whole[axis], self.sharers, place),)
-            elif "gate_up_proj" in name:  # columns of the gate, and as many of the up projection behind the gate's
-                size = whole[2] // 2
+            elif "gate_up_proj" in name:  # outputs of the gate, and as many of the up projection behind the gate's
+                axis = 1 if outputs_first else 2
+                size = whole[axis] // 2
                 start, stop = share(size, self.sharers, place)
-                axes[2] = ((start, stop), (size + start, size + stop))
+                axes[axis] = ((start, stop), (size + start, size + stop))
         elif COLUMNS.search(name):
             axes[0] = (share(whole[0], self.parts, rank % self.parts),)
-        elif (axis := self.row_axis(name, whole)) is not None:
-            axes[axis] = (share(whole[axis], self.parts, rank % self.parts),)
+        elif self.is_cut(name, whole):
+            axes[1] = (share(whole[1], self.parts, rank % self.parts),)
         return Portion(whole=whole, spans=tuple(axes))
 
-    def row_axis(self, name: str, whole: tuple[int, ...]) -> int | None:
-        """The axis of a tensor's inputs or groups of them, where these are split; None where they are not.
+    def is_cut(self, name: str, whole: tuple[int, ...]) -> bool:
+        """Whether a tensor's inputs or groups of them are split.
 
         A scale of all inputs of an output goes to each rank that has some of them.
         """
-        if not ROWS.search(name) or (name.endswith("_scale") and (len(whole) == 1 or whole[1] == 1)):
-            return None
-        return 1
+        return bool(ROWS.search(name)) and not (name.endswith("_scale") and (len(whole) == 1 or whole[-1] == 1))
 
     def cuts(self, name: str) -> int:
         """The ranks among which the inputs of the weight of this name are divided."""

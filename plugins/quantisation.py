@@ -43,9 +43,9 @@ def round_fp8(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def dequantise(stored: NDArray[Any], scale: NDArray[Any]) -> NDArray[np.float64]:
-    """The values that weights [..., K, N] stand for, under scales [..., K / block, N]."""
-    block = stored.shape[-2] // scale.shape[-2]
-    return stored.astype(np.float64) * np.repeat(scale.astype(np.float64), block, axis=-2)
+    """The values that weights [..., N, K] stand for, under scales [..., N, K / block]."""
+    block = stored.shape[-1] // scale.shape[-1]
+    return stored.astype(np.float64) * np.repeat(scale.astype(np.float64), block, axis=-1)
 
 
 def fake_quantise(

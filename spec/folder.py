@@ -12,12 +12,13 @@ from .built_engine import EngineSpec, TowerEngine
 from .fields import decode
 from .geometry import ModelSpec, VisionSpec, share_of
 from .json_text import parse_json
+from .older_schema import read_older
 from .recipe import Recipe
 from .sizes import check_name
 from .stored_weights import Weight, WeightFile
 
-SCHEMA = 1
-"""Version of `spec.json`. A folder with a newer one is refused."""
+SCHEMA = 2
+"""Version of `spec.json`. A folder with a newer one is refused; of older ones `older_schema` says what is read."""
 
 SPEC_NAME = "spec.json"
 """The name of the file, and in a lowered graph the place of what the runtime supplies by name."""
@@ -79,7 +80,8 @@ class FolderSpec:
         expert_groups: Over how many groups of ranks the experts are distributed.
         experts_only: Whether the routed experts alone are split, and each rank has all else whole.
         rank_hashes: A group's fingerprints of its ranks' folders: SHA-256 of their specs and graphs.
-        schema: Version of this description; a folder with another one is refused.
+        schema: Version of this description; a folder with a newer one is refused, and with an older one where its
+            quantised experts lie in another order.
     """
 
     kind: Literal["model", "bundle", "group"]
@@ -144,7 +146,7 @@ class FolderSpec:
         """Reads `spec.json`.
 
         Raises:
-            FolderError: The text is not a folder's spec, or one of a newer schema.
+            FolderError: The text is not a folder's spec, or one of a schema that is not read.
         """
         try:
             fields = parse_json(text, unique=True)
@@ -152,7 +154,7 @@ class FolderSpec:
         except (ValueError, KeyError, TypeError) as error:
             said = shortened_text(repr(error), 150)
             raise FolderError(f"spec.json is damaged ({said}): write the folder again") from error
-        if schema != SCHEMA:
+        if schema not in range(1, SCHEMA + 1):
             found = shortened(schema)
             raise FolderError(f"spec.json has schema {found}, this Arriero reads {SCHEMA}: use matching versions")
         try:
@@ -161,7 +163,7 @@ class FolderSpec:
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             said = shortened_text(str(error), 200)
             raise FolderError(f"spec.json is damaged ({said}): write the folder again") from error
-        return spec
+        return spec if spec.schema == SCHEMA else typing.cast(Self, read_older(spec))
 
     def check_weights(self) -> None:
         """Refuses weights that are in no weight file of the list, and two of one name.

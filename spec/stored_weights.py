@@ -56,7 +56,7 @@ class Weight:
             plus 8, `uint8` is `int8` plus 128.
         layout: How the graph wants it: in `rows`, as it is stored; in `panels` of 32 outputs, those of the CPU's own
             kernels, a matrix; or as the `scales` of such panels.
-        stacked: Whether it is all experts' [E, K, N], a matrix for each; others in panels are [N, K].
+        stacked: Whether it is all experts' [E, N, K], a matrix for each; others in panels are [N, K].
         interleaved: Whether a panel is 16 of a matrix's first half of outputs, and the same 16 of the second.
         is_made: Whether the file holds it as the graph is given it; `dtype` and `shape` say what it was made from.
     """
@@ -89,7 +89,7 @@ class Weight:
     def matrix(self) -> tuple[int, int]:
         """Outputs, and inputs or groups of them, of one matrix or its scales."""
         if self.stacked:
-            return self.shape[2], self.shape[1]
+            return self.shape[1], self.shape[2]
         return self.shape[0], math.prod(self.shape[1:])
 
     @property

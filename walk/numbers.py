@@ -204,13 +204,10 @@ class FolderWeights(Weights):
         if name.endswith("_scale"):
             return numbers.view(shape)
         scale = self.wide(f"{name}_scale", index)
-        if index is None:  # [N, K], a scale a row or a block of it
-            values_NK = numbers.view(shape[0], -1)
-            scale_NG = scale.view(len(values_NK), -1)
-            return values_NK * scale_NG.repeat_interleave(values_NK.shape[1] // scale_NG.shape[1], dim=1)
-        values_KN = numbers.view(-1, shape[-1])  # a scale a column or a block of it
-        scale_GN = scale.view(-1, values_KN.shape[1])
-        return values_KN * scale_GN.repeat_interleave(len(values_KN) // len(scale_GN), dim=0)
+        values_NK = numbers.view(shape[0], -1)  # a scale a row or a block of it
+        scale_NG = scale.view(len(values_NK), -1)
+        wide_NK = values_NK * scale_NG.repeat_interleave(values_NK.shape[1] // scale_NG.shape[1], dim=1)
+        return wide_NK if index is None else wide_NK.T
 
     def _numbers(self, name: str, path: Path, values: np.ndarray) -> Tensor:
         """Widened values as a tensor.

@@ -123,16 +123,16 @@ def weights(kind: str, experts: int) -> Tensors:
         if kind == "none":
             tensors[name] = torch.empty(experts, depth, width, dtype=torch.bfloat16).normal_(std=depth**-0.5)
             continue
-        scales, columns = (depth // GROUP, width // 2) if kind == "int4" else (1, width)
+        scales, columns = (depth // GROUP, depth // 2) if kind == "int4" else (1, depth)
         spread = {"int8": 127 / 3**0.5, "fp8": 64.0, "int4": 21.5**0.5}[kind]
-        tensors[f"{name}_scale"] = torch.empty(experts, scales, width).uniform_(0.8, 1.2) / (spread * depth**0.5)
+        tensors[f"{name}_scale"] = torch.empty(experts, width, scales).uniform_(0.8, 1.2) / (spread * depth**0.5)
         if kind == "fp8":
-            stored = torch.empty(experts, depth, columns, dtype=torch.float8_e4m3fn)
+            stored = torch.empty(experts, width, columns, dtype=torch.float8_e4m3fn)
             for expert in range(experts):
-                stored[expert] = torch.empty(depth, columns).normal_(std=spread).clamp_(-448, 448).to(stored.dtype)
+                stored[expert] = torch.empty(width, columns).normal_(std=spread).clamp_(-448, 448).to(stored.dtype)
         else:
             low, high, dtype = (-127, 128, torch.int8) if kind == "int8" else (0, 256, torch.uint8)
-            stored = torch.randint(low, high, (experts, depth, columns), dtype=dtype)
+            stored = torch.randint(low, high, (experts, width, columns), dtype=dtype)
         tensors[name] = stored
     return tensors
 
@@ -188,18 +188,18 @@ def error_of_token(found_TH: Tensor, given: Sorted, stored: Tensors, kind: str, 
     expert = next(expert for expert, start, end in given.parts if start <= place < end)
 
     def times(x_H: Tensor, name: str) -> Tensor:
-        return rounded(x_H, kind) @ restored(stored[name][expert], stored[f"{name}_scale"][expert], kind)
+        return restored(stored[name][expert], stored[f"{name}_scale"][expert], kind) @ rounded(x_H, kind)
 
     gate_I, up_I = times(given.x_TH[place].float(), "gate_up").chunk(2)
     return distance(found_TH[given.order_T[place]], times(silu(gate_I) * up_I, "down"))
 
 
-def restored(stored_KN: Tensor, scale_GN: Tensor, kind: str) -> Tensor:
-    """Values that stored weights stand for, in float32; four-bit ones lie two a byte, the even column's low."""
+def restored(stored_NK: Tensor, scale_NG: Tensor, kind: str) -> Tensor:
+    """Values that stored weights stand for, in float32; four-bit ones lie two a byte, the even input's low."""
     if kind == "int4":
-        halves = torch.stack((stored_KN & 15, stored_KN >> 4), -1).flatten(-2).to(torch.int8)
-        stored_KN = halves - 16 * (halves > 7).to(torch.int8)
-    return stored_KN.float() * scale_GN.repeat_interleave(stored_KN.shape[0] // scale_GN.shape[0], 0)
+        halves = torch.stack((stored_NK & 15, stored_NK >> 4), -1).flatten(-2).to(torch.int8)
+        stored_NK = halves - 16 * (halves > 7).to(torch.int8)
+    return stored_NK.float() * scale_NG.repeat_interleave(stored_NK.shape[1] // scale_NG.shape[1], 1)
 
 
 def rounded(x_H: Tensor, kind: str) -> Tensor:

@@ -14,8 +14,10 @@ PLAIN = {"str": "text", "int": "whole number", "float": "number", "bool": "true 
 HEAD = f"""# The fields of spec.json
 
 Every folder that a stage writes holds a `spec.json`: what the folder is, made from what, by which version. Its schema
-is {SCHEMA}; another one is refused, and so are unknown, missing and wrongly typed fields, each in one line.
-[Formats](formats.md) says what else lies in the folders.
+is {SCHEMA}. Schema 1, where the inputs of quantised experts lay in front of their outputs, is read where that changes
+nothing: models and engines with such experts are refused with the verb that makes them anew, bundles for the CPU with
+`int8` and `int4` experts are not. A newer one is refused, and so are unknown, missing and wrongly typed fields, each in
+one line. [Formats](formats.md) says what else lies in the folders.
 
 [FolderSpec](#folderspec) is the file itself; the other tables are the objects within it, each with the places where it
 stands. A field without a default must be there.

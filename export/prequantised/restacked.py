@@ -8,6 +8,7 @@ linear is held in memory.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,16 @@ class GraphTensors:
             self.add_values(f"{stored.module}.input_scale", stored.input_scales().reshape(()))
 
     def add_stack(self, unit: str, gate_up: StoredWeight, down: StoredWeight) -> None:
-        """Experts that are stacked as the graph has them: their scales [E, 1, N]."""
+        """Experts that are stacked with inputs in front: turned to [E, N, K], their scales [E, N, 1]."""
         check_alike(unit, [gate_up, down])
         for stored, activation in ((gate_up, "hidden_scale"), (down, "activated_scale")):
-            self.in_place[stored.module] = stored.weight
-            experts = stored.weight.region.shape[0]
-            self._add_scales(f"{stored.module}_scale", stored, (experts, 1, stored.outputs))
+            experts, inputs, outputs = stored.weight.region.shape
+            self.made[stored.module] = MadeTensor(
+                dtype=stored.weight.region.dtype,
+                shape=(experts, outputs, inputs),
+                pieces=partial(turned_experts, stored),
+            )
+            self._add_scales(f"{stored.module}_scale", stored, (experts, outputs, 1))
             if stored.is_static:
                 self.add_values(f"{unit}.{activation}", np.broadcast_to(stored.input_scales(), (experts,)))
 
@@ -81,10 +86,10 @@ class GraphTensors:
         downs: list[StoredWeight],
         dtype: DType,
     ) -> None:
-        """Experts of three linears each, stacked: gate_up [E, H, 2I], down [E, I, H], and their scales.
+        """Experts of three linears each, stacked: gate_up [E, 2I, H], down [E, H, I], and their scales.
 
         Gate and up projection read one input; where their scales of it differ, the larger serves both. Weights that
-        are not quantised take the graph's type.
+        are not quantised take the graph's type, and lie with inputs in front.
         """
         check_alike(unit, [*gates, *ups, *downs])
         pairs = [list(pair) for pair in zip(gates, ups, strict=True)]
@@ -93,36 +98,39 @@ class GraphTensors:
             ("down", "activated_scale", [[down] for down in downs]),
         ):
             name = f"{unit}.{part}_proj"
-            self._add_turned(name, experts, CODES[dtype])
+            if experts[0][0].format == "none":
+                self._add_turned(name, experts, CODES[dtype])
+            else:
+                self._add_stacked(name, experts)
             if experts[0][0].is_static:
                 scales = [max(float(stored.input_scales()[0]) for stored in parts) for parts in experts]
                 self.add_values(f"{unit}.{activation}", np.array(scales, np.float32))
 
     def _add_turned(self, name: str, experts: list[list[StoredWeight]], code: str) -> None:
-        """Each expert's linears side by side, inputs first; those that are not quantised in the type of that code."""
+        """Each expert's linears side by side in the type of that code, not quantised, inputs in front."""
+        outputs, inputs = sum(stored.outputs for stored in experts[0]), experts[0][0].weight.region.shape[1]
+        self.made[name] = MadeTensor(
+            dtype=code,
+            shape=(len(experts), inputs, outputs),
+            pieces=lambda: (np.concatenate([turned(each, code) for each in parts], axis=1) for parts in experts),
+        )
+
+    def _add_stacked(self, name: str, experts: list[list[StoredWeight]]) -> None:
+        """Each expert's quantised linears one behind another, as they are stored, and their scales [E, N, groups]."""
         first = experts[0][0]
         outputs, inputs = sum(stored.outputs for stored in experts[0]), first.weight.region.shape[1]
         is_packed = first.format == "int4"
-        written = "U8" if is_packed else code if first.format == "none" else first.weight.region.dtype
-
-        def turn(stored: StoredWeight) -> Array:
-            return turned_int4(stored) if is_packed else turned(stored, written)
-
         self.made[name] = MadeTensor(
-            dtype=written,
-            shape=(len(experts), inputs * 8, outputs // 2) if is_packed else (len(experts), inputs, outputs),
-            pieces=lambda: (np.concatenate([turn(each) for each in parts], axis=1) for parts in experts),
+            dtype="U8" if is_packed else first.weight.region.dtype,
+            shape=(len(experts), outputs, inputs * 4 if is_packed else inputs),
+            pieces=lambda: (packed(each) if is_packed else as_stored(each) for parts in experts for each in parts),
         )
-        if first.scale is None:
-            return
-        groups = first.scale.region.shape[1] if first.format == "int4" else 1
+        assert first.scale is not None
+        groups = first.scale.region.shape[1] if is_packed else 1
         self.made[f"{name}_scale"] = MadeTensor(
             dtype="F32",
-            shape=(len(experts), groups, outputs),
-            pieces=lambda: (
-                np.concatenate([each.scales().reshape(each.outputs, -1).T for each in parts], axis=1)
-                for parts in experts
-            ),
+            shape=(len(experts), outputs, groups),
+            pieces=lambda: (each.scales() for parts in experts for each in parts),
         )
 
     def _add_scales(self, name: str, stored: StoredWeight, shape: tuple[int, ...], dtype: DType = "float32") -> None:
@@ -197,25 +205,47 @@ def packed(stored: StoredWeight) -> Array:
 
 
 def turned(stored: StoredWeight, code: str) -> Array:
-    """A weight [N, K] as [K, N] in a type, its elements as integers of their size.
+    """A weight [N, K] that is not quantised as [K, N] in a type, its elements as integers of their size.
 
     Raises:
         ExportError: One is NaN or infinite, or does not fit the type.
     """
-    values_NK, found = stored.weight.read(), stored.weight.region.dtype
-    if stored.format == "none":
-        values_NK = converted(f"{stored.module}.weight", values_NK, found, code)
-    elif not all_finite(values_NK, found):
-        raise ExportError(f"tensor {f'{stored.module}.weight'!r} holds NaN: its file is damaged, download it again")
+    values_NK = converted(f"{stored.module}.weight", stored.weight.read(), stored.weight.region.dtype, code)
     return transposed(values_NK.view(f"i{values_NK.itemsize}"))
 
 
-def turned_int4(stored: StoredWeight) -> Array:
-    """Packed int4 values [N, K / 2] with inputs in front, [K, N / 2]: rows of even inputs and of odd ones by turns."""
-    bytes_JN = transposed(packed(stored))  # J pairs of inputs
-    first, second = bytes_JN[:, 0::2], bytes_JN[:, 1::2]
-    rows_J2M = np.stack([first & 0xF | second << 4, first >> 4 | second & 0xF0], axis=1)
-    return rows_J2M.reshape(-1, rows_J2M.shape[-1])
+def as_stored(stored: StoredWeight) -> Array:
+    """A quantised weight [N, K] of 8 bits as it is stored.
+
+    Raises:
+        ExportError: One is NaN.
+    """
+    return checked(f"{stored.module}.weight", stored.weight.read(), stored.weight.region.dtype)
+
+
+def turned_experts(stored: StoredWeight) -> Iterator[Array]:
+    """The experts [K, N] of a stack in 8 bits, one by one as [N, K].
+
+    Raises:
+        ExportError: One is NaN.
+    """
+    region = stored.weight.region
+    count, inputs, outputs = region.shape
+    size = inputs * outputs
+    for expert in range(count):
+        values = stored.weight.read_bytes(expert * size, size).reshape(inputs, outputs)
+        yield transposed(checked(stored.module, values, region.dtype))
+
+
+def checked(name: str, values: Array, dtype: str) -> Array:
+    """Values of 8 bits, none of them NaN.
+
+    Raises:
+        ExportError: One is.
+    """
+    if not all_finite(values, dtype):
+        raise ExportError(f"tensor {name!r} holds NaN: its file is damaged, download it again")
+    return values
 
 
 def transposed(values: Array) -> Array:

@@ -1,6 +1,6 @@
 """A product of E4M3 on ONNX Runtime's CPU as its own ops compute it: in the float32 that E4M3 stands for.
 
-Enters: float32 activations and a weight in the layout that `MatMul` takes. Leaves: float32.
+Enters: float32 activations and a weight as it lies, outputs in front. Leaves: float32.
 """
 
 from dataclasses import dataclass
@@ -19,18 +19,16 @@ class Matrix:
     """A weight as a product takes it.
 
     Attributes:
-        weight: [K, N], the stored values in float32.
+        weight: [N, K], the stored values in float32.
         scale: float32 [N].
         input_scale: The input's static scale, float32; None takes each token's own.
         input_bound: The largest magnitude that such a scale is chosen for; 0 is none.
-        is_turned: Whether the weight lies as [N, K].
     """
 
     weight: ir.Value
     scale: ir.Value
     input_scale: ir.Value | None = None
     input_bound: float = 0.0
-    is_turned: bool = False
 
 
 def multiply(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
@@ -53,12 +51,5 @@ def round_fp8(nodes: Nodes, x: ir.Value, scale: ir.Value) -> ir.Value:
 def multiply_rounded(nodes: Nodes, rounded: ir.Value, x_scale: ir.Value, matrix: Matrix) -> ir.Value:
     """Writes the product of activations that `round_fp8` has made of one scale."""
     # Not times the product of the two scales: ONNX Runtime would fold that from the initializers' placeholders.
-    return nodes.Mul(nodes.Mul(_float_product(nodes, rounded, matrix), matrix.scale), x_scale)
-
-
-def _float_product(nodes: Nodes, x: ir.Value, matrix: Matrix) -> ir.Value:
-    if matrix.is_turned:
-        turned: ir.Value = nodes.FusedMatMul(x, matrix.weight, domain=MICROSOFT, transB=1)
-        return turned
-    product: ir.Value = nodes.MatMul(x, matrix.weight)
-    return product
+    product = nodes.FusedMatMul(rounded, matrix.weight, domain=MICROSOFT, transB=1)
+    return nodes.Mul(nodes.Mul(product, matrix.scale), x_scale)

@@ -11,8 +11,6 @@ from ..narrow_types import NUMPY_DTYPES, Bytes, narrow, unpack_int4, widen
 
 OFFSETS = {"uint4": 0x88888888, "uint8": 0x80808080, "bfloat16": 0, "float32": 0}
 """Sign bits of a 32-bit word of integers: flipping them turns signed values to unsigned ones."""
-TILE = 32
-"""Rows transposed at a time: they write to no more cache lines than the cache holds."""
 
 
 def lay_out(data: Bytes, weight: Weight) -> np.ndarray:
@@ -28,8 +26,8 @@ def lay_out(data: Bytes, weight: Weight) -> np.ndarray:
     if not weight.stacked:
         return arrange(stored.reshape(weight.matrix[0], -1), weight)
     made = None
-    for index, part in enumerate(stored.reshape(weight.shape[0], weight.matrix[1], -1)):
-        arranged = arrange(transpose_halves(part) if weight.dtype == "int4" else transpose(part), weight)
+    for index, part in enumerate(stored.reshape(weight.shape[0], weight.matrix[0], -1)):
+        arranged = arrange(part, weight)
         if made is None:
             made = np.empty((weight.shape[0], *arranged.shape), dtype=arranged.dtype)
         made[index] = arranged
@@ -75,7 +73,7 @@ def stored_values(data: Bytes, weight: Weight, index: int | None = None) -> np.n
         index: The expert whose part is wanted, of stacked ones.
 
     Returns:
-        [N, K] or [N, groups], of stacked experts [K, N] or [groups, N].
+        [N, K] or [N, groups].
     """
     made = data.reshape(-1, data.size // (weight.shape[0] if weight.stacked else 1))[index or 0]
     outputs, inputs = weight.matrix
@@ -93,22 +91,4 @@ def stored_values(data: Bytes, weight: Weight, index: int | None = None) -> np.n
     else:
         signed = (rows ^ np.uint32(OFFSETS[weight.convert])).view(np.uint8)
         values = unpack_int4(signed).reshape(outputs, -1) if weight.convert == "uint4" else signed.view(np.int8)
-    return np.ascontiguousarray(values[:, :inputs].T if weight.stacked else values[:, :inputs])
-
-
-def transpose(matrix: np.ndarray) -> np.ndarray:
-    """A matrix's transpose in memory of its own, a few rows at a time, which is ten times as fast as all at once."""
-    rows, columns = matrix.shape
-    turned = np.empty((columns, rows), dtype=matrix.dtype)
-    for start in range(0, rows, TILE):
-        turned[:, start : start + TILE] = matrix[start : start + TILE].T
-    return turned
-
-
-def transpose_halves(packed: Bytes) -> Bytes:
-    """The transpose of a matrix [K, N] of 4-bit values, two in a byte: [K, N / 2] bytes to [N, K / 2]."""
-    even, odd = packed[0::2], packed[1::2]  # a byte of the transpose holds a column's values of two neighbouring rows
-    turned = np.empty((packed.shape[1], 2, len(even)), dtype=np.uint8)
-    turned[:, 0] = transpose(even & 0x0F | odd << 4)
-    turned[:, 1] = transpose(even >> 4 | odd & 0xF0)
-    return turned.reshape(-1, len(even))
+    return np.ascontiguousarray(values[:, :inputs])

@@ -93,7 +93,8 @@ def _linear(
         x_ETK = _fake_quantise(nodes, cast(nodes, x_ETK, dtype, FLOAT), inputs.get(f"{x}_scale"), attributes)
     else:
         x_ETK = cast(nodes, x_ETK, dtype, FLOAT)
-    return cast(nodes, nodes.MatMul(x_ETK, _dequantise(nodes, inputs[weight], inputs[f"{weight}_scale"])), FLOAT, dtype)
+    wide_ENK = _dequantise(nodes, inputs[weight], inputs[f"{weight}_scale"])
+    return cast(nodes, nodes.MatMul(x_ETK, nodes.Transpose(wide_ENK, perm=[0, 2, 1])), FLOAT, dtype)
 
 
 def _fake_quantise(nodes: Nodes, x_ETK: ir.Value, scale_E: ir.Value | None, attributes: Attributes) -> ir.Value:
@@ -108,12 +109,11 @@ def _fake_quantise(nodes: Nodes, x_ETK: ir.Value, scale_E: ir.Value | None, attr
     return rounded
 
 
-def _dequantise(nodes: Nodes, weight_EKN: ir.Value, scale: ir.Value) -> ir.Value:
-    """Weights in float32; each scale [E, K / block, N] serves a block of rows."""
-    by_block = nodes.Concat(nodes.Shape(scale, end=2), ints(-1), nodes.Shape(scale, start=2), axis=0)
-    blocks = nodes.Reshape(nodes.Cast(weight_EKN, to=FLOAT), by_block)
-    wide: ir.Value = nodes.Mul(blocks, nodes.Unsqueeze(scale, ints(2)))
-    return nodes.Reshape(wide, nodes.Shape(weight_EKN))
+def _dequantise(nodes: Nodes, weight_ENK: ir.Value, scale: ir.Value) -> ir.Value:
+    """Weights in float32; each scale [E, N, K / block] serves a block of inputs."""
+    blocks = nodes.Reshape(nodes.Cast(weight_ENK, to=FLOAT), nodes.Concat(nodes.Shape(scale), ints(-1), axis=0))
+    wide: ir.Value = nodes.Mul(blocks, nodes.Unsqueeze(scale, ints(3)))
+    return nodes.Reshape(wide, nodes.Shape(weight_ENK))
 
 
 def route(

@@ -18,7 +18,7 @@ class Case:
         experts: Experts that the router knows.
         held: Number of them that, from the attribute's first on, have their weights here; None is all.
         favourite: Where set, every token's largest logit is this expert's, so the others starve.
-        group: Rows of a weight that share a scale in `int4`; it divides `hidden` and `expert_size`.
+        group: Inputs of a weight that share a scale in `int4`; it divides `hidden` and `expert_size`.
         static: Whether quantised activations have static scales.
     """
 
@@ -58,7 +58,8 @@ class Case:
         if kind == "none":
             return inputs
         for name in ("gate_up", "down"):
-            inputs[name], inputs[f"{name}_scale"] = quantised(inputs[name], kind, self.group)
+            weight_ENK = np.ascontiguousarray(inputs[name].swapaxes(1, 2))
+            inputs[name], inputs[f"{name}_scale"] = quantised(weight_ENK, kind, self.group)
         if self.static:  # the clip lies within the activations' range, so that some saturate
             for name, clip in (("hidden_scale", 2.0), ("activated_scale", 1.0)):
                 spread_E = rng.uniform(0.5, 1.5, self.weights)
@@ -67,13 +68,13 @@ class Case:
 
 
 def quantised(
-    weight_EKN: np.ndarray[Any, Any], kind: str, group: int
+    weight_ENK: np.ndarray[Any, Any], kind: str, group: int
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Stored weights and their scales [E, K / group, N], from absolute maxima; a group of 0 is a whole column."""
-    experts, rows, columns = weight_EKN.shape
-    blocks = weight_EKN.reshape(experts, rows // (group or rows), -1, columns)
-    scale = (np.abs(blocks).max(axis=2) / LARGEST[kind]).astype(np.float32)
-    return quantise(blocks, scale[:, :, None], kind).reshape(weight_EKN.shape), scale
+    """Stored weights and their scales [E, N, K / group], from absolute maxima; a group of 0 is all inputs."""
+    experts, outputs, inputs = weight_ENK.shape
+    blocks = weight_ENK.reshape(experts, outputs, inputs // (group or inputs), -1)
+    scale = (np.abs(blocks).max(axis=3) / LARGEST[kind]).astype(np.float32)
+    return quantise(blocks, scale[..., None], kind).reshape(weight_ENK.shape), scale
 
 
 TOP_1, TOP_2 = Attributes(top_k=1), Attributes(top_k=2)
@@ -127,7 +128,7 @@ QUANTISED_CASES = (
     Case(name="int4, groups of 32", attributes=INT4, tokens=70, experts=8, hidden=64, expert_size=96, group=32),
     Case(name="int4, groups of 64", attributes=INT4_TOP_2, tokens=20, experts=4, hidden=128, expert_size=64, group=64),
     Case(name="int4, groups of 128", attributes=INT4, tokens=20, experts=4, hidden=256, expert_size=128, group=128),
-    Case(name="int4, whole columns", attributes=INT4, tokens=12, experts=4, hidden=48, expert_size=32),
+    Case(name="int4, no groups", attributes=INT4, tokens=12, experts=4, hidden=48, expert_size=32),
     Case(name="int8, held in part", attributes=from_expert(4, 2, "int8"), tokens=33, experts=8, held=4, static=True),
     Case(name="fp8, held in part", attributes=from_expert(0, 1, "fp8"), tokens=33, experts=8, held=4),
     Case(name="int4, held in part", attributes=from_expert(2, 1, "int4"), tokens=33, experts=8, held=4, expert_size=32),

@@ -36,7 +36,7 @@ def lower(
         nodes: Where they go.
         hidden: [T, H].
         router_logits: [T, E].
-        experts: Each held expert's gate_up [H, 2I] and down [I, H].
+        experts: Each held expert's gate_up [2I, H] and down [H, I].
         hidden_size: H.
         output: The value to produce, [T, H].
         attributes: The op's attributes.

@@ -15,6 +15,7 @@ from .tile import (
     add_product,
     arranged_rows,
     load_x,
+    place_in_row,
     scaled,
     scales_before,
     store_tile,
@@ -151,7 +152,7 @@ def gate_and_up(
     gate_MN = zero(KIND, BLOCK_M, BLOCK_N)
     up_MN = zero(KIND, BLOCK_M, BLOCK_N)
     for start in tl.range(0, DEPTH, BLOCK_K):
-        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K)
+        x_MK = load_x(x, rows_M, start, KIND, DEPTH, BLOCK_K)
         gate_MN = add_product(
             gate_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, STRIDE, BLOCK_N, BLOCK_K
         )
@@ -165,7 +166,7 @@ def gate_and_up(
     activated_MN = up_MN * silu(gate_MN)
     if STATIC:
         activated_MN = quantised(activated_MN, tl.load(activated_scale + expert), KIND)
-    store_tile(activated_MN, output, rows_M, inside_M, columns_N, inside_N, WIDTH)
+    store_tile(activated_MN, output, rows_M, inside_M, place_in_row(columns_N, KIND, WIDTH), inside_N, WIDTH)
 
 
 @triton.jit
@@ -199,7 +200,7 @@ def product(
         weight_scale += scales_before(expert, GROUP, DEPTH, WIDTH)
     total_MN = zero(KIND, BLOCK_M, BLOCK_N)
     for start in tl.range(0, DEPTH, BLOCK_K):
-        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K)
+        x_MK = load_x(x, rows_M, start, KIND, DEPTH, BLOCK_K)
         total_MN = add_product(
             total_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, WIDTH, BLOCK_N, BLOCK_K
         )
@@ -249,7 +250,7 @@ def few_products(
         weight_scale += scales_before(expert, GROUP, DEPTH, WIDTH)
     total_MN = zero(KIND, BLOCK_M, BLOCK_N)
     for start in tl.range(part * PART, tl.minimum(part * PART + PART, DEPTH), BLOCK_K):
-        x_MK = load_x(x, rows_M, start, DEPTH, BLOCK_K)
+        x_MK = load_x(x, rows_M, start, KIND, DEPTH, BLOCK_K)
         total_MN = add_product(
             total_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, WIDTH, BLOCK_N, BLOCK_K
         )
@@ -368,7 +369,8 @@ def store_row(
         else:
             scale = tl.load(static_scale + expert)
         x_N = quantised(x_N, scale, KIND)
-    tl.store(output + row.to(tl.int64) * WIDTH + columns_N, x_N.to(output.dtype.element_ty), mask=inside_N)
+    places_N = row.to(tl.int64) * WIDTH + place_in_row(columns_N, KIND, WIDTH)
+    tl.store(output + places_N, x_N.to(output.dtype.element_ty), mask=inside_N)
 
 
 @triton.jit

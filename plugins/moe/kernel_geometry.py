@@ -28,7 +28,7 @@ class Geometry:
         first_expert: The router's number of the first of them.
         attributes: The op's attributes.
         dtype: `bf16` or `fp16`, of the tokens; of the weights too, where these are not quantised.
-        group: Rows of a weight that share a scale in `int4`, a power of two from 16 on; 0 is the whole column.
+        group: Inputs of a weight that share a scale in `int4`, a power of two from 16 on; 0 is all of them.
         static: Whether the activation scales are given.
     """
 
@@ -48,7 +48,7 @@ class Geometry:
         assert self.attributes.top_k <= self.experts
         assert self.rounded or not self.static
         if self.kind == "int4":
-            assert self.hidden % 2 == self.expert_size % 2 == 0, "a byte's two weights are of one row"
+            assert self.hidden % 2 == self.expert_size % 2 == 0, "a byte's two weights are of one column"
         if self.group:
             assert self.kind == "int4"
             assert self.group >= 16

@@ -43,17 +43,17 @@ def moe_dispatch(
 def product(
     x_K: Array,
     expert: int,
-    weight_EKN: NDArray[Any],
+    weight: NDArray[Any],
     weight_scale: NDArray[np.float32] | None,
     x_scale_E: NDArray[np.float32] | None,
     attributes: Attributes,
 ) -> Array:
-    """One expert's linear, [K] → [N], with weight and input quantised as the attributes say."""
+    """One expert's linear, [K] → [N]: of weights [E, K, N], or of quantised ones [E, N, K] and so its input."""
     if weight_scale is None:
-        return x_K @ weight_EKN[expert].astype(np.float64)
+        return x_K @ weight[expert].astype(np.float64)
     x_scale = None if x_scale_E is None else float(x_scale_E[expert])
     x_K = fake_quantise(x_K[None], x_scale, attributes.quantisation, attributes.activation_bound)[0]
-    return x_K @ dequantise(weight_EKN[expert], weight_scale[expert])
+    return dequantise(weight[expert], weight_scale[expert]) @ x_K
 
 
 def chosen_experts(logits_TE: Array, top_k: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -293,6 +293,8 @@ def tiles(geometry: Geometry, capability: int) -> dict[str, Tile]:
         tall = replace(tall, columns=256, stages=4)
     if geometry.kind == "int4" and not geometry.group:
         tall = replace(tall, depth=32)
+    elif geometry.kind == "int4" and capability // 10 != 9:  # weights, products and sums are all in registers
+        tall = replace(tall, columns=64)
     return {"few": low, "some": low, "many": tall}
 
 

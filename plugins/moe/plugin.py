@@ -34,12 +34,12 @@ class Call:
     def __init__(self, attributes: Attributes, tensors: Sequence[Tensor], capability: int) -> None:
         self.names = inputs_of(attributes, len(tensors))
         hidden, router_logits, gate_up, down, *scales = tensors
-        group = 0
-        if attributes.quantisation == "int4" and scales[0].shape[1] > 1:
-            group = gate_up.shape[1] // scales[0].shape[1]
+        quantised, group = attributes.quantisation != "none", 0
+        if attributes.quantisation == "int4" and scales[0].shape[2] > 1:
+            group = gate_up.shape[2] // scales[0].shape[2]
         geometry = Geometry(
             hidden=hidden.shape[1],
-            expert_size=down.shape[1],
+            expert_size=down.shape[2 if quantised else 1],
             experts=router_logits.shape[1],
             local_experts=gate_up.shape[0],
             first_expert=attributes.first_expert,

@@ -1,8 +1,9 @@
 """One tile of a product of tokens and an expert's weights, in Triton: what the kernels of `kernel` are made of.
 
 Enter: operands as device pointers, and which rows and columns. Leaves: a tile [M, N] in float32. Invariant: sums over
-K are in float32 (int32 where both operands are int8), and each weight is read as it is stored, with no other layout.
-Names are as in `kernel`.
+K are in float32 (int32 where both operands are int8), and each weight is read as it is stored: [K, N], quantised ones
+[N, K]. A byte of `int4` holds two inputs of one column, so the left operand's rows lie apart in scratch memory: the
+inputs that come first in their bytes in one half, those that come second in the other. Names are as in `kernel`.
 """
 
 import triton
@@ -30,14 +31,14 @@ def arranged_rows(order, tile_expert, tile, pairs, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def weights_before(expert, KIND: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr):
-    """Stored elements that lie before an expert's weight [K, N]; `int4` has two weights a byte."""
+    """Stored elements that lie before an expert's weight; `int4` has two weights a byte."""
     size: tl.constexpr = DEPTH * N // 2 if KIND == "int4" else DEPTH * N
     return expert.to(tl.int64) * size
 
 
 @triton.jit
 def scales_before(expert, GROUP: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr):
-    """Scales that lie before an expert's [K / group, N]."""
+    """Scales that lie before an expert's [N, K / group]."""
     return expert.to(tl.int64) * ((DEPTH // GROUP if GROUP else 1) * N)
 
 
@@ -48,13 +49,43 @@ def zero(KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_x(x, rows_M, start, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile [M, K] of the left operand."""
-    depths_K = start + tl.arange(0, BLOCK_K)
-    places_MK = rows_M.to(tl.int64)[:, None] * DEPTH + depths_K[None, :]
-    if DEPTH % BLOCK_K == 0:
+def place_in_row(columns_N, KIND: tl.constexpr, WIDTH: tl.constexpr):
+    """Where the values of a row lie that is a product's left operand."""
+    if KIND == "int4":
+        return columns_N % 2 * (WIDTH // 2) + columns_N // 2
+    else:
+        return columns_N
+
+
+@triton.jit
+def depths_of(start, KIND: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Which stored elements of a weight's row one step of K takes; a dot takes 16 at least, what is beyond masked."""
+    if KIND != "int4":
+        return start + tl.arange(0, BLOCK_K)
+    else:
+        SIZE: tl.constexpr = 16 if BLOCK_K < 32 else BLOCK_K // 2
+        return start // 2 + tl.arange(0, SIZE)
+
+
+@triton.jit
+def load_x(x, rows_M, start, KIND: tl.constexpr, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile [M, K] of the left operand; for `int4` two: of inputs that come first in their bytes, and second."""
+    if KIND == "int4":
+        first_MK = load_half(x, rows_M, start, 0, KIND, DEPTH, BLOCK_K)
+        return first_MK, load_half(x, rows_M, start, 1, KIND, DEPTH, BLOCK_K)
+    else:
+        return load_half(x, rows_M, start, 0, KIND, DEPTH, BLOCK_K)
+
+
+@triton.jit
+def load_half(x, rows_M, start, SECOND: tl.constexpr, KIND: tl.constexpr, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One such tile."""
+    PACK: tl.constexpr = 2 if KIND == "int4" else 1
+    depths_K = depths_of(start, KIND, BLOCK_K)
+    places_MK = rows_M.to(tl.int64)[:, None] * DEPTH + (depths_K + SECOND * (DEPTH // 2))[None, :]
+    if (DEPTH % BLOCK_K == 0) and ((PACK == 1) or (BLOCK_K >= 32)):
         return tl.load(x + places_MK)
-    return tl.load(x + places_MK, mask=depths_K[None, :] < DEPTH, other=0.0)
+    return tl.load(x + places_MK, mask=depths_K[None, :] < tl.minimum(start + BLOCK_K, DEPTH) // PACK, other=0.0)
 
 
 @triton.jit
@@ -79,27 +110,34 @@ def add_product(
     The integers of `int4` are exact in the model's type; a group's scale multiplies its float32 product.
     """
     PACK: tl.constexpr = 2 if KIND == "int4" else 1
-    depths_K = start + tl.arange(0, BLOCK_K)
-    columns_N = column * (BLOCK_N // PACK) + tl.arange(0, BLOCK_N // PACK)
-    places_KN = depths_K[:, None] * (STRIDE // PACK) + (shift // PACK + columns_N)[None, :]
-    if (DEPTH % BLOCK_K == 0) and (WIDTH % BLOCK_N == 0):
+    depths_K = depths_of(start, KIND, BLOCK_K)
+    columns_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    if KIND == "none":
+        places_KN = depths_K[:, None] * STRIDE + (shift + columns_N)[None, :]
+    else:
+        places_KN = (shift + columns_N)[None, :] * (DEPTH // PACK) + depths_K[:, None]
+    if (DEPTH % BLOCK_K == 0) and (WIDTH % BLOCK_N == 0) and ((PACK == 1) or (BLOCK_K >= 32)):
         weight_KN = tl.load(weight + places_KN)
     else:
-        inside_KN = (depths_K < DEPTH)[:, None] & (columns_N < WIDTH // PACK)[None, :]
-        weight_KN = tl.load(weight + places_KN, mask=inside_KN, other=0.0)
+        end = tl.minimum(start + BLOCK_K, DEPTH) // PACK
+        weight_KN = tl.load(
+            weight + places_KN, mask=(depths_K < end)[:, None] & (columns_N < WIDTH)[None, :], other=0.0
+        )
     if KIND == "int8":
         return tl.dot(x_MK, weight_KN, total_MN, out_dtype=tl.int32)
     elif KIND == "fp8":
         return tl.dot(x_MK, weight_KN, total_MN, max_num_imprecise_acc=BLOCK_K)
     elif KIND == "int4":
-        even_MN = tl.dot(x_MK, integers(weight_KN, x_MK.dtype))
-        odd_MN = tl.dot(x_MK, integers(weight_KN >> 4, x_MK.dtype))
-        product_MN = tl.interleave(even_MN, odd_MN)
+        first_MK, second_MK = x_MK
         if GROUP == 0:
-            return total_MN + product_MN
-        wide_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        scale_N = tl.load(weight_scale + start // GROUP * STRIDE + shift + wide_N, mask=wide_N < WIDTH, other=0.0)
-        return total_MN + product_MN * scale_N[None, :]
+            total_MN = tl.dot(first_MK, integers(weight_KN, first_MK.dtype), total_MN)
+            return tl.dot(second_MK, integers(weight_KN >> 4, first_MK.dtype), total_MN)
+        else:
+            product_MN = tl.dot(first_MK, integers(weight_KN, first_MK.dtype))
+            product_MN = tl.dot(second_MK, integers(weight_KN >> 4, first_MK.dtype), product_MN)
+            places_N = (shift + columns_N) * (DEPTH // GROUP) + start // GROUP
+            scale_N = tl.load(weight_scale + places_N, mask=columns_N < WIDTH, other=0.0)
+            return total_MN + product_MN * scale_N[None, :]
     else:
         return tl.dot(x_MK, weight_KN, total_MN)
 
@@ -146,7 +184,7 @@ def scaled(
 
 
 @triton.jit
-def store_tile(x_MN, output, rows_M, inside_M, columns_N, inside_N, WIDTH: tl.constexpr):
+def store_tile(x_MN, output, rows_M, inside_M, places_N, inside_N, WIDTH: tl.constexpr):
     """Stores those rows and columns of a tile that are inside."""
-    places_MN = rows_M.to(tl.int64)[:, None] * WIDTH + columns_N[None, :]
+    places_MN = rows_M.to(tl.int64)[:, None] * WIDTH + places_N[None, :]
     tl.store(output + places_MN, x_MN.to(output.dtype.element_ty), mask=inside_M[:, None] & inside_N[None, :])

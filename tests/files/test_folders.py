@@ -129,6 +129,7 @@ def test_a_sparse_copy_keeps_data_and_holes(tmp_path: Path) -> None:
         ("[]", "damaged"),
         ('{"schema": 99}', "schema 99"),
         ('{"schema": 1, "kind": "model"}', "damaged"),
+        ('{"schema": 2, "kind": "model"}', "damaged"),
     ],
 )
 def test_a_damaged_or_newer_spec_is_refused(tmp_path: Path, text: str, said: str) -> None:

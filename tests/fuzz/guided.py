@@ -46,7 +46,7 @@ TOWER = {
     **{"adapter_size": 40, "rope_theta": 1e4, "image_token": 99},
 }
 SPEC = {
-    **{"kind": "bundle", "version": "1", "model": MODEL, "target": "cpu", "schema": 1, "weights": [WEIGHT]},
+    **{"kind": "bundle", "version": "1", "model": MODEL, "target": "cpu", "schema": 2, "weights": [WEIGHT]},
     **{"weight_files": [{"name": "a", "path": "/a", "size": 90, "identity": "cd"}], "vision": {"spec": TOWER}},
     **{"session": {"session.disable_prepacking": "1"}, "recipe": {"format": "int8", "overrides": []}},
 }

@@ -96,7 +96,7 @@ def by_cpu_kernels(case: Case) -> Array:
     parts = []
     for name, scale in (("gate_up", "hidden_scale"), ("down", "activated_scale")):
         stored, scales = arrays[name].astype(np.int8), arrays[f"{name}_scale"]
-        group = stored.shape[1] // scales.shape[1] if scales.shape[1] > 1 else 0
+        group = stored.shape[2] // scales.shape[2] if scales.shape[2] > 1 else 0
         statics = arrays[scale] if case.static else None
         parts.append(in_panels(stored, scales, bits, group, gated=name == "gate_up", x_scale=statics, name=f"{name}."))
     sizes = {"experts": case.weights, "width": case.expert_size}
@@ -111,7 +111,7 @@ def matrix(case: Case, arrays: dict[str, Array], name: str, index: int) -> Matri
     x = "hidden_scale" if name == "gate_up" else "activated_scale"
     return Matrix(
         weight=initializer(f"{name}.{index}", weight.astype(np.float32)),
-        scale=initializer(f"{name}_scale.{index}", arrays[f"{name}_scale"][index][0]),
+        scale=initializer(f"{name}_scale.{index}", arrays[f"{name}_scale"][index][:, 0]),
         input_scale=initializer(f"{x}.{index}", arrays[x][index]) if case.static else None,
         input_bound=case.attributes.activation_bound,
     )
@@ -182,8 +182,8 @@ def with_blockwise_activations(case: Case, block: int) -> Array:
             if not 0 <= expert < case.weights:
                 continue
             x = arrays["hidden"][token] / (1 + np.exp(-logits[expert + case.attributes.first_expert]))
-            gate, up = np.split(rounded(x, block) @ weights[0][expert], 2)
-            output[token] += rounded(up * gate / (1 + np.exp(-gate)), block) @ weights[1][expert]
+            gate, up = np.split(weights[0][expert] @ rounded(x, block), 2)
+            output[token] += weights[1][expert] @ rounded(up * gate / (1 + np.exp(-gate)), block)
     return output
 
 

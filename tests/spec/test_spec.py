@@ -1,4 +1,6 @@
+import dataclasses
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from arriero.errors import FolderError
 from arriero.spec.folder import FolderSpec
 from arriero.spec.geometry import LayerSpec, ModelSpec, RopeScaling
+from arriero.spec.recipe import Override, Recipe
 from arriero.spec.stored_weights import Weight, WeightFile
 
 MODEL = ModelSpec(
@@ -77,3 +80,53 @@ def test_a_rank_is_one_of_its_ranks() -> None:
             FolderSpec.from_json(json.dumps({**split, **wrong}))
     older = {name: value for name, value in fields.items() if name not in ("rank", "ranks", "expert_groups")}
     assert FolderSpec.from_json(json.dumps(older)) == FOLDER
+
+
+QUANTISED = dataclasses.replace(
+    FOLDER,
+    source="/c",
+    recipe=Recipe(format="int8"),
+    weights=(
+        Weight(
+            name="e", file="a.safetensors", offset=8, shape=(4, 32, 16), dtype="int8", convert="uint8",
+            layout="panels", stacked=True, is_made=True,
+        ),
+        *FOLDER.weights,
+    ),
+)  # fmt: skip
+
+
+def older(spec: FolderSpec) -> str:
+    """The text that schema 1 had for a folder."""
+    fields = json.loads(spec.to_json()) | {"schema": 1}
+    for weight in fields["weights"]:
+        if weight["stacked"]:
+            weight["shape"][1:] = reversed(weight["shape"][1:])
+    return json.dumps(fields)
+
+
+def test_an_older_schema_is_read_where_the_folder_is_the_same() -> None:
+    whole = dataclasses.replace(QUANTISED, recipe=None, kind="model", target="")
+    kept = dataclasses.replace(
+        whole, recipe=Recipe(format="fp8", overrides=(Override(pattern="*experts", format="none"),))
+    )
+    for spec in (FOLDER, QUANTISED, whole, kept):
+        assert FolderSpec.from_json(older(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"kind": "model", "target": ""}, "export '/c' again$"),
+        (
+            {"kind": "model", "target": "", "source": "/m", "source_hashes": {"decoder.onnx": "a"}},
+            "calibrate '/m' again$",
+        ),
+        ({"target": "tensorrt"}, "make its model anew .*arriero export.*arriero calibrate.* and build it$"),
+        ({"recipe": Recipe(format="fp8")}, "make its model anew"),
+        ({"kind": "group", "target": ""}, "export '/c' again$"),
+    ],
+)
+def test_quantised_experts_of_an_older_schema_are_refused(changes: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(FolderError, match=f"schema 1, of which quantised experts lie in another order: {remedy}"):
+        FolderSpec.from_json(older(dataclasses.replace(QUANTISED, **changes)))

@@ -34,7 +34,7 @@ def in_panels(
     x_scale: Array | None = None,
     name: str = "",
 ) -> Panels:
-    """A matrix [N, K], or experts' [E, K, N], of integers or floats, with scales [N, groups] or [E, groups, N]."""
+    """A matrix [N, K], or experts' [E, N, K], of integers or floats, with scales [N, groups] or [E, N, groups]."""
     shape, how = stored.shape, {"stacked": stored.ndim == 3, "interleaved": gated}
     if bits == 4:
         nibbles = stored.astype(np.int8).astype(np.uint8) & 15

@@ -179,12 +179,12 @@ def test_what_fits_stays_in_place_and_the_rest_is_written_once(fp8: Path, fp8_mo
     experts = "model.layers.1.feed_forward.experts"
     wanted = torch.stack(
         [
-            torch.cat([stored[f"{experts}.{i}.{part}_proj.weight"].view(torch.uint8).T for part in ("gate", "up")], 1)
+            torch.cat([stored[f"{experts}.{i}.{part}_proj.weight"].view(torch.uint8) for part in ("gate", "up")])
             for i in range(4)
         ]
     )
     assert torch.equal(written[f"{experts}.gate_up_proj"].view(torch.uint8), wanted)
-    assert written[f"{experts}.gate_up_proj_scale"].shape == (4, 1, 64)
+    assert written[f"{experts}.gate_up_proj_scale"].shape == (4, 64, 1)
     assert written["model.layers.0.self_attn.key_scale"].shape == (2, 16)
 
 

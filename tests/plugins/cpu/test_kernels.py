@@ -192,10 +192,10 @@ def test_experts_whose_products_have_unlike_groups() -> None:
     rng = np.random.default_rng(0)
     parts, wide = [], []
     for gated, inputs, outputs in ((True, hidden, 2 * width), (False, width, hidden)):
-        stored = rng.integers(-8, 8, (experts, inputs, outputs), dtype=np.int8)
-        scale = rng.uniform(0.01, 0.02, (experts, inputs // 128, outputs)).astype(np.float32)
+        stored = rng.integers(-8, 8, (experts, outputs, inputs), dtype=np.int8)
+        scale = rng.uniform(0.01, 0.02, (experts, outputs, inputs // 128)).astype(np.float32)
         parts.append(in_panels(stored, scale, 4, 0 if inputs == 128 else 128, gated=gated, name=f"{inputs}."))
-        wide.append(stored * np.repeat(scale, 128, axis=1))
+        wide.append(stored * np.repeat(scale, 128, axis=2))
     x, logits = (rng.standard_normal((tokens, size)).astype(np.float32) for size in (hidden, experts))
     inputs = [ir.val("hidden", FLOAT, x.shape), ir.val("router_logits", FLOAT, logits.shape)]
     output, nodes = ir.val("output", FLOAT, [None, None]), Nodes()
@@ -203,8 +203,8 @@ def test_experts_whose_products_have_unlike_groups() -> None:
     given = [value for part in parts for value in (part.weight, part.scale) if value is not None]
     found = run_graph(inputs, output, nodes, given, {"hidden": x, "router_logits": logits})
     for token, expert in enumerate(logits.argmax(1)):
-        gate, up = np.split(x[token] / (1 + np.exp(-logits[token, expert])) @ wide[0][expert], 2)
-        expected = (up * gate / (1 + np.exp(-gate))) @ wide[1][expert]
+        gate, up = np.split(wide[0][expert] @ (x[token] / (1 + np.exp(-logits[token, expert]))), 2)
+        expected = wide[1][expert] @ (up * gate / (1 + np.exp(-gate)))
         assert np.abs(found[token] - expected).max() < 0.02 * np.abs(expected).max()
 
 

@@ -52,18 +52,18 @@ def test_matrices_lie_in_panels_of_32_outputs(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_experts_are_turned_each_for_itself(interleaved: bool) -> None:
-    values = np.random.default_rng(0).integers(-8, 8, (3, 64, 80))
+def test_experts_lie_in_panels_each_for_itself(interleaved: bool) -> None:
+    values = np.random.default_rng(0).integers(-8, 8, (3, 80, 64))
     layout = {"layout": "panels", "stacked": True, "interleaved": interleaved}
-    turned = values.swapaxes(1, 2)
+    rows = values
     if interleaved:  # 16 of one half, 16 of the other
-        halves = np.pad(turned.reshape(3, 2, 40, 64), ((0, 0), (0, 0), (0, 8), (0, 0)))
-        turned = halves.reshape(3, 2, 3, 16, 64).swapaxes(1, 2).reshape(3, 96, 64)
-    expected = np.stack([panels(each, 4) + 128 for each in turned])
-    eight = given(values.astype(np.int8), (3, 64, 80), "int8", "uint8", **layout)
+        halves = np.pad(rows.reshape(3, 2, 40, 64), ((0, 0), (0, 0), (0, 8), (0, 0)))
+        rows = halves.reshape(3, 2, 3, 16, 64).swapaxes(1, 2).reshape(3, 96, 64)
+    expected = np.stack([panels(each, 4) + 128 for each in rows])
+    eight = given(values.astype(np.int8), (3, 80, 64), "int8", "uint8", **layout)
     assert np.array_equal(eight.reshape(-1), expected.astype(np.uint8).reshape(-1))
-    four = given(packed(values), (3, 64, 80), "int4", "uint4", **layout)
-    assert np.array_equal(four.reshape(-1), packed(np.stack([panels(each, 8) + 8 for each in turned])).reshape(-1))
+    four = given(packed(values), (3, 80, 64), "int4", "uint4", **layout)
+    assert np.array_equal(four.reshape(-1), packed(np.stack([panels(each, 8) + 8 for each in rows])).reshape(-1))
 
 
 def test_scales_lie_as_their_panels_do() -> None:
