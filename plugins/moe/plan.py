@@ -160,6 +160,7 @@ class Plan:
             {"LOCAL": g.local, "BLOCK_M": tile.rows, "BLOCK_E": power_of_two(g.local + 1), "BLOCK_P": BLOCK},
             grid=lambda call: (g.local, 1, 1),
         )
+        down_tile = self.tiles.get(f"{way}_down", tile)
         half = replace(tile, columns=tile.columns // 2)  # of the gate's columns, and as many of the up projection's
         gate_and_up = self._step(
             f"gate_and_up_{way}",
@@ -191,9 +192,9 @@ class Plan:
                 **same("order tile_expert"),
                 **{"output": "output" if g.direct else "pair_outputs", **same("pairs tiles")},
             },
-            {**self._constants(tile), "DEPTH": g.expert_size, "WIDTH": g.hidden},
-            grid=lambda call: (call.tiles * ceil_divide(g.hidden, tile.columns), 1, 1),
-            tile=tile,
+            {**self._constants(down_tile), "DEPTH": g.expert_size, "WIDTH": g.hidden},
+            grid=lambda call: (call.tiles * ceil_divide(g.hidden, down_tile.columns), 1, 1),
+            tile=down_tile,
         )
         combine = self._combine("combine", "pair_outputs", 1)
         steps = [self._route(), arrange, gate_and_up, *([quantise] if g.dynamic else []), down]
@@ -279,23 +280,28 @@ OPERAND_SCALES = {"gate_up": ("hidden_scale", "input_row_scale"), "down": ("acti
 
 
 def tiles(geometry: Geometry, capability: int) -> dict[str, Tile]:
-    """The tiles of the three ways: at Llama 4's sizes no kernel spills registers, and each fits into shared memory.
+    """The tiles of the three ways, and of the last one's second product: at Llama 4's sizes nothing spills, all fit.
 
-    Wide tiles are for the tensor cores that take two-byte operands from shared memory as they lie there, and for sizes
-    that need no masks. On the other GPUs low tiles have shorter steps, so that several programs share a multiprocessor.
+    Wide tiles are for the tensor cores that take their operands from shared memory as they lie there, and for sizes
+    that need no masks. Hopper's sums of E4M3 are added to others of float32 behind each step: of one wide product both
+    would not fit into its registers, of two half as wide they do. On the other GPUs low tiles have shorter steps, so
+    that several programs share a multiprocessor.
     """
     data_centre = capability // 10 in (9, 10)
     depth = 128 if geometry.rounded else min(64, geometry.group or 64)
     short = depth if data_centre else min(64, depth)
     low = Tile(rows=16, columns=128, depth=short, warps=8 if short > 32 else 4, stages=4)
     tall = Tile(rows=128, columns=128, depth=depth, warps=8, stages=3)
-    if geometry.kind == "none" and data_centre and geometry.hidden % 256 == geometry.expert_size % 128 == 0:
-        tall = replace(tall, columns=256, stages=4)
+    wide = tall
+    takes_wide = data_centre and not (geometry.kind == "int8" and capability // 10 == 10)  # no such instruction there
+    if takes_wide and geometry.kind != "int4" and geometry.hidden % 256 == geometry.expert_size % 128 == 0:
+        wide = replace(tall, columns=256, stages=4)
     if geometry.kind == "int4" and not geometry.group:
-        tall = replace(tall, depth=32)
+        wide = replace(tall, depth=32)
     elif geometry.kind == "int4" and capability // 10 != 9:  # weights, products and sums are all in registers
-        tall = replace(tall, columns=64)
-    return {"few": low, "some": low, "many": tall}
+        wide = replace(tall, columns=64)
+    down = tall if geometry.kind == "fp8" and capability // 10 == 9 else wide
+    return {"few": low, "some": low, "many": wide, "many_down": down}
 
 
 def parts(depth: int, width: int, tile: Tile) -> int:
