@@ -2,7 +2,7 @@
 
 Writes a random Scout-like checkpoint, exports it, builds the CPU bundle, and runs one prompt in a process of its own.
 `file` is memory that belongs to the mapped checkpoint and can be dropped and shared; `anonymous` is the process's own.
-A float32 checkpoint is used as it lies; a bfloat16 one has to be widened, since ONNX Runtime's CPU computes in float32.
+Weights are used as they lie, in float32 and in bfloat16.
 
     python benchmarks/load_in_place.py [--gigabytes 3.2] [--threads 2]
 """
