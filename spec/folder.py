@@ -12,7 +12,7 @@ from .built_engine import EngineSpec, TowerEngine
 from .fields import decode
 from .geometry import ModelSpec, VisionSpec, share_of
 from .json_text import parse_json
-from .older_schema import read_older
+from .older_schema import BUILD_AGAIN, read_older
 from .recipe import Recipe
 from .sizes import check_name
 from .stored_weights import Weight, WeightFile
@@ -137,6 +137,14 @@ class FolderSpec:
         """The geometry of the graph in this folder: a rank's part of the decoder's."""
         return share_of(self.model, self.parts, self.ranks // self.expert_groups)
 
+    @property
+    def made_again(self) -> str:
+        """The way to such a folder anew: by the stage that wrote it."""
+        if self.kind == "bundle" or self.target:
+            return BUILD_AGAIN
+        verb = "calibrate" if self.graph in self.source_hashes else "export"
+        return f"{verb} {shortened(self.source)} again"
+
     def to_json(self) -> str:
         """The text of `spec.json`."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -163,7 +171,10 @@ class FolderSpec:
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             said = shortened_text(str(error), 200)
             raise FolderError(f"spec.json is damaged ({said}): write the folder again") from error
-        return spec if spec.schema == SCHEMA else typing.cast(Self, read_older(spec))
+        if spec.schema == SCHEMA:
+            return spec
+        weights = read_older(spec.model, spec.recipe, spec.target, spec.weights, spec.made_again)
+        return dataclasses.replace(spec, schema=SCHEMA, weights=weights)
 
     def check_weights(self) -> None:
         """Refuses weights that are in no weight file of the list, and two of one name.

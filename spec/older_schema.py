@@ -1,4 +1,4 @@
-"""A folder's description in schema 1, as schema 2 has it, or refused where the folder itself is another.
+"""A folder's weights as schema 1 describes them, turned into those of schema 2, or refused where they are others.
 
 Schema 2 moved the inputs of quantised experts' weights behind their outputs, [E, K, N] to [E, N, K], and nothing else.
 So a folder without such experts is as it was. A bundle for the CPU has integers in panels, which are the same bytes
@@ -6,40 +6,44 @@ whichever they were made from: only the shapes that they had turn. All others ho
 in the old order, and are refused with the verb that makes them anew.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING
 
-from ..errors import FolderError, shortened
+from ..errors import FolderError
 from .choice import choose, units
+from .geometry import ModelSpec
+from .recipe import Format, Recipe
+from .stored_weights import Weight
 
-if TYPE_CHECKING:
-    from .folder import FolderSpec
-    from .recipe import Format
-    from .stored_weights import Weight
-
-AGAIN = "make its model anew (`arriero export` of a quantised checkpoint, else `arriero calibrate`) and build it"
+BUILD_AGAIN = "make its model anew (`arriero export` of a quantised checkpoint, else `arriero calibrate`) and build it"
 
 
-def read_older(spec: FolderSpec) -> FolderSpec:
-    """The description in today's schema.
+def read_older(
+    model: ModelSpec, recipe: Recipe | None, target: str, weights: tuple[Weight, ...], remedy: str
+) -> tuple[Weight, ...]:
+    """The weights that a folder's graph is given, as today's schema describes them.
+
+    Args:
+        model: Geometry.
+        recipe: How it is quantised.
+        target: What it was built for; empty in a model.
+        weights: The weights as they are described.
+        remedy: The way to a folder that is read.
 
     Raises:
-        FolderError: The folder's weights lie in another order.
+        FolderError: The folder's own weights, or what its kernels read, lie in another order.
     """
-    formats = expert_formats(spec)
-    if formats - {"int8", "int4"} or (formats and spec.target != "cpu"):
-        raise FolderError(f"spec.json has schema 1, of which quantised experts lie in another order: {_remedy(spec)}")
-    return dataclasses.replace(spec, schema=2, weights=tuple(map(_turned, spec.weights)))
+    formats = expert_formats(model, recipe)
+    if formats - {"int8", "int4"} or (formats and target != "cpu"):
+        raise FolderError(f"spec.json has schema 1, of which quantised experts lie in another order: {remedy}")
+    return tuple(map(_turned, weights))
 
 
-def expert_formats(spec: FolderSpec) -> set[Format]:
+def expert_formats(model: ModelSpec, recipe: Recipe | None) -> set[Format]:
     """The formats that experts are quantised to."""
-    if spec.recipe is None:
+    if recipe is None:
         return set()
-    names = [name for name, _ in units(spec.model) if name.endswith(".experts")]
-    formats: set[Format] = {choose(spec.recipe, name).format for name in names}
+    names = [name for name, _ in units(model) if name.endswith(".experts")]
+    formats: set[Format] = {choose(recipe, name).format for name in names}
     return formats - {"none"}
 
 
@@ -49,12 +53,3 @@ def _turned(weight: Weight) -> Weight:
         return weight
     experts, inputs, outputs = weight.shape
     return dataclasses.replace(weight, shape=(experts, outputs, inputs))
-
-
-def _remedy(spec: FolderSpec) -> str:
-    """The way to a folder that is read: by the stage that wrote it."""
-    if spec.kind == "bundle" or spec.target:
-        return AGAIN
-    if spec.graph in spec.source_hashes:
-        return f"calibrate {shortened(spec.source)} again"
-    return f"export {shortened(spec.source)} again"
