@@ -158,8 +158,7 @@ def check(
         weights: Folder of the candidate's weight files, where they have moved.
         reference_weights: The same for the reference.
         threads: Threads of one operator on the CPU.
-        device: Where PyTorch computes checkpoints: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where it finds one. Models
-            and bundles run as their target does; layers are located on the CPU.
+        device: Where PyTorch computes checkpoints, see `find_device`; layers are located on the CPU.
         progress: Called with the tokens done, and the layers where they are walked.
 
     Raises:

@@ -225,7 +225,13 @@ Slots = Annotated[
 PrefillBudget = Annotated[
     int | None, typer.Option(help="Tokens of prompts that a step reads while others decode.", show_default="32")
 ]
-PrefixBytes = Annotated[str, typer.Option(help="Keys and values of known beginnings to keep, as 256M; 0 keeps none.")]
+PrefixBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="Keys and values of known beginnings to keep, as 256M; 0 keeps none.",
+        show_default="a quarter of what is free, 256M at most",
+    ),
+]
 SharePrefixes = Annotated[
     bool, typer.Option("--share-prefixes", help="Share known beginnings between callers of different keys.")
 ]
@@ -307,7 +313,7 @@ CheckedData = Annotated[
 ]
 LimitsFile = Annotated[
     Path | None,
-    typer.Option("--limits", help="TOML file of limits: a table for each recipe, as [int8], and [every]."),
+    typer.Option("--limits", help="TOML file of limits: a table for each recipe, as int8, and one called every."),
 ]
 History = Annotated[Path | None, typer.Option(help="File to append a line of this run to; the report draws the trend.")]
 CheckOutput = Annotated[

@@ -24,9 +24,9 @@ from ..plugins.shortlist import plan as shortlist
 from ..plugins.tensorrt_plugin import register
 from ..spec.built_engine import Binary, EngineSpec, Profile, TowerEngine
 from ..spec.folder import FolderSpec, VisionPart
+from ..spec.fused_layers import read_layers
 from ..spec.types import Progress
 from .builder import Built, build_engine
-from .fused_layers import read_layers
 from .profiles import Shapes, decoder_profiles, decoder_shapes, tower_shapes
 from .target import Target, check_dtypes
 from .tensorrt_library import cuda_version, open_library

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..engine.fused_layers import Layer
 from ..errors import FolderError, shortened, shortened_text
 from ..files.folders import LAYERS, TOWER_LAYERS, read_spec
 from ..files.reading import read_text
 from ..spec.built_engine import EngineSpec
 from ..spec.fields import decode
 from ..spec.folder import FolderSpec, VisionPart
+from ..spec.fused_layers import Layer
 from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.json_text import parse_json
 from ..spec.parameters import count_parameters

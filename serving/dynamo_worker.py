@@ -201,7 +201,7 @@ class FlightEngine:
 
     async def kv_event_sources(self) -> list[Any]:
         """Where events of blocks come from; nowhere where none are kept."""
-        return [self.dynamo.PushSource(on_ready=self._tell)] if self.settings.prefix_bytes else []
+        return [self.dynamo.PushSource(on_ready=self._tell)] if self.settings.prefix_bytes != 0 else []
 
     def component_metrics_dp_ranks(self) -> list[int]:
         """Ranks that report a load: the one that there is."""

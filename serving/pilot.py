@@ -114,11 +114,11 @@ class Pilot:
         return is_well and (not began or time.perf_counter() - began < seconds)
 
     def check_queue(self) -> None:
-        """Raises the refusal with 429 where as many sequences wait as may, and no row is free."""
-        if self.waiting >= self.settings.queue and self.active >= self.settings.slots:
+        """Raises the refusal with 429 where all rows are taken, and as many sequences wait as may."""
+        if self.active >= self.settings.slots + self.settings.queue:
             seconds = 1 + int(self.seconds * (self.waiting + self.active) / (2 * self.settings.slots))
             raise RequestError(
-                f"{self.waiting} requests wait already: try again later",
+                f"{self.settings.slots} sequences run and {self.settings.queue} wait at most: try again later",
                 status=429,
                 code="queue_full",
                 headers={"Retry-After": str(min(seconds, MOST_RETRY_SECONDS))},

@@ -25,6 +25,7 @@ from ..errors import SessionError, shortened
 from ..files.machine_memory import find_room
 from ..loading import load
 from ..runtime import Session
+from ..runtime.room import usual_prefix_bytes
 from .app import make_app
 from .doors import LOCAL, read_keys
 from .errors import RequestError
@@ -68,7 +69,7 @@ class ServerSettings:
         trust: Whether an engine that this user has not built here is trusted from now on.
         slots: Sequences at once.
         prefill_budget: Tokens of prompts that a step reads beside decoding rows.
-        prefix_bytes: Keys and values of known beginnings at most.
+        prefix_bytes: Keys and values of known beginnings at most; None takes what `usual_prefix_bytes` gives.
         cache_bytes: Keys and values of running sequences at most.
         shares_prefixes: Whether callers of different keys share known beginnings.
         queue: Sequences that wait at most.
@@ -92,7 +93,7 @@ class ServerSettings:
     trust: bool = False
     slots: int | None = None
     prefill_budget: int | None = None
-    prefix_bytes: int = 256 << 20
+    prefix_bytes: int | None = None
     cache_bytes: int | None = None
     shares_prefixes: bool = False
     queue: int = 128
@@ -185,9 +186,18 @@ class Server(uvicorn.Server):
         was_loading, self.service.state = self.service.state == "loading", "draining"
         self.manager.say("STOPPING=1")
         if was_loading:
-            self.should_exit = True
+            self.loop.call_soon_threadsafe(self._leave)
         else:
             self.loop.call_soon_threadsafe(self._begin, self._drain)
+
+    def _leave(self) -> None:
+        """Ends the process at once: libraries that a thread loads a model with don't bear the interpreter's end."""
+        self.log.write("stopped", message="the model was still being loaded")
+        if self.settings.unix_socket is not None:
+            self.settings.unix_socket.unlink(missing_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
     def lifespan(self, address: str, on_ready: Callable[[dict[str, Any]], None]) -> Callable[[Any], Any]:
         """Begins to load the model with the application."""
@@ -276,13 +286,14 @@ def load_for(settings: ServerSettings) -> tuple[Session, FlightSettings]:
     Raises:
         ArrieroError: It cannot be loaded, or a setting is out of range.
     """
+    prefix_bytes = settings.prefix_bytes
     session = load(
         settings.folder,
         max_seq=settings.max_seq,
         threads=settings.threads,
         weights=settings.weights,
         trust=settings.trust,
-        prefix_bytes=settings.prefix_bytes,
+        prefix_bytes=usual_prefix_bytes(find_room()) if prefix_bytes is None else prefix_bytes,
     )
     slots = settings.slots or min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS)
     cache_bytes = settings.cache_bytes

@@ -157,5 +157,9 @@ def test_the_command_line_imports_no_room_until_a_verb_needs_it() -> None:
     assert not loaded_by("import arriero.cli.app", HEAVY | {"onnxruntime", "numpy"})
 
 
+def test_folders_are_inspected_without_onnx() -> None:
+    assert not loaded_by("import arriero.measuring.contents", HEAVY)
+
+
 def test_windows_of_text_and_images_are_read_without_torch() -> None:
     assert not loaded_by("import arriero.walk.windows", HEAVY)

@@ -13,7 +13,7 @@ from ...files.folders import rank_folder
 from ...files.machine_memory import Room, find_room
 from ...files.trust import state_folder
 from ...runtime.memory import Memory, session_memory
-from ...runtime.room import size
+from ...runtime.room import size, usual_prefix_bytes
 from ...runtime.state import Limits
 from ...spec.folder import FolderSpec
 from .finding import Finding, found, ok, seen
@@ -34,11 +34,15 @@ def _memory(folder: Path, spec: FolderSpec, slots: int, max_seq: int | None) -> 
     def needed(rows: int, positions: int) -> int:
         return sum(_of_part(part, own, rows, positions).total - PRESENT for part, own in parts)
 
-    room, total = find_room(), needed(slots, longest)
-    what = f"{slots} sequence{'s' * (slots > 1)} of {longest} tokens take {size(max(total, 0))} at most"
-    there = f"{size(room.free)} are free of the {size(room.limit)} of {room.holder}"
+    room = find_room()
+    kept = usual_prefix_bytes(room)
+    room, total = dataclasses.replace(room, free=room.free - kept), needed(slots, longest)
+    whole, process = size(max(total, 0) + PRESENT + kept), size(PRESENT)
+    what = f"{slots} sequence{'s' * (slots > 1)} of {longest} tokens take {whole} at most"
+    there = f"{size(room.free + kept)} are free of the {size(room.limit)} of {room.holder}"
     if total <= room.free:
-        return ok("memory", f"{what}, weights among them; {there}")
+        among = f"weights, {size(kept)} of known beginnings and {process} that this process has already among them"
+        return ok("memory", f"{what}, {among}; {there}")
     return found("memory", f"{what}, {there}: {_remedy(needed, slots, longest, room)}")
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from arriero.engine import Options, build_bundle
-from arriero.engine.fused_layers import Layer, LayerTensor, read_layers
 from arriero.engine.target import Target, check_dtypes, parse_target
 from arriero.engine.tensorrt_library import make_log, open_library
 from arriero.engine.tensorrt_lowering import Choices, lower_for_tensorrt
@@ -22,6 +21,7 @@ from arriero.errors import BuildError
 from arriero.export import export_checkpoint
 from arriero.files.folders import read_spec
 from arriero.spec.built_engine import EngineSpec
+from arriero.spec.fused_layers import Layer, LayerTensor, read_layers
 
 TARGET = "tensorrt-rtx:sm89,sm120"
 SMALL = Options(max_batch=4, max_seq=512, max_prefill=64)

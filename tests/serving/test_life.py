@@ -1,14 +1,18 @@
 """A server's life: full, too slow, ended by a signal."""
 
 import importlib.util
+import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from endless import ENDLESS
@@ -50,6 +54,35 @@ def test_a_full_queue_is_429_with_a_time_to_come_again(serve: Callable[..., Any]
     first.close()
     assert ask(server, max_tokens=2, messages=ASKED).usage.completion_tokens <= 2
     assert server.end() == 0
+
+
+def test_a_signal_while_the_model_is_loaded_ends_with_zero(bundle: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "arriero",
+        "serve",
+        str(bundle),
+        "--port",
+        "0",
+        "--host",
+        "0.0.0.0",
+        "--threads",
+        "1",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    port = json.loads(process.stderr.readline())["address"].rsplit(":", 1)[1]
+    while True:
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/health")
+            break
+        except httpx.TransportError:
+            assert process.poll() is None
+    process.terminate()
+    said = [json.loads(line)["event"] for line in process.stderr]
+    assert process.wait(60) == 0
+    assert not {"library", "fault"} & set(said)
 
 
 def test_a_signal_lets_answers_end_and_takes_no_more(serve: Callable[..., Any]) -> None:
