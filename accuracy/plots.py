@@ -112,7 +112,7 @@ def _name_ends(axes: Axes, location: Location) -> None:
     last = max(reading.layer for reading in location.readings if reading.part == "vision")
     ticks = MaxNLocator(6, integer=True).tick_values(0, last)
     inner = [int(tick) for tick in ticks if tick >= 0 and last / 12 <= tick + 1 and last - tick >= last / 8]
-    axes.set_xticks([-1, *inner, last], ["stem", *map(str, inner), "projector"])
+    axes.set_xticks([-1, *inner, last], ["stem", *map(str, inner), "proj."])
 
 
 def _typical(readings: Sequence[Reading]) -> dict[int, float]:
@@ -145,7 +145,7 @@ def plot_divergence(seen: Comparison, kl: Estimate) -> Markup:
         [Mark(colour="faint", words=f"a chunk of {chunk} positions begins", sign="dots")] if 0 < chunk < length else []
     )
     panels = [
-        Panel(title="tokens", below="KL divergence of a token, nats", draw=spread),
+        Panel(title="tokens", below="KL of a token, nats; all smaller ones at the left", draw=spread),
         Panel(
             title="mean KL divergence, nats", below="position", draw=lambda axes: _plot_positions(axes, seen, judged_WN)
         ),

@@ -263,7 +263,8 @@ def _scatter(bundles: Sequence[Compared]) -> list[Section]:
 
     known = [kl[0] for each in shown if (kl := each.metric("kl")) and kl[0] > SAME]
     floor = min(known) / 10 if known else SAME
-    places = [each.case["decode_tokens_per_second"] if by_speed else (each.bytes or 0) / 1e9 for each in shown]
+    unit, in_unit = ("GB", 1e9) if max(each.bytes or 0 for each in shown) >= 1e9 else ("MB", 1e6)
+    places = [each.case["decode_tokens_per_second"] if by_speed else (each.bytes or 0) / in_unit for each in shown]
     end = 1.2 * max(places) or 1.0
 
     def draw(axes: Axes) -> None:
@@ -291,7 +292,7 @@ def _scatter(bundles: Sequence[Compared]) -> list[Section]:
         axes.margins(y=0.2)
 
     title = "KL divergence, nats a token: lower is nearer the reference"
-    below = "decode, tokens/s: further right is faster" if by_speed else "size, GB"
+    below = "decode, tokens/s: further right is faster" if by_speed else f"size, {unit}"
     wide = Panel(title=title, below=below, draw=draw, width=8.0, height=3.8)
     phone = Panel(title=title, below=below, draw=draw, height=3.2)
     caption = "Circles are as large as the bundles. Down and to the right is better."
