@@ -66,7 +66,7 @@ def plot_profile(location: Location) -> Markup:
         where = "" if len(parts) == 1 else f" in the {WORDS[part]}"
         width, height = (7.5, 3.2) if len(parts) == 1 else (WIDTH, HEIGHT)
         title = f"relative error on the reference's input{where}"
-        return Panel(title=title, below="layer", draw=draw, width=width, height=height)
+        return Panel(title=title, below="layer", draw=draw, width=width, height=height, counted=True)
 
     found = {kind for kind, units in KINDS.items() for reading in location.readings if reading.unit in units}
     legend = [Mark(colour=f"c{at % 7 + 1}", words=kind) for at, kind in enumerate(KINDS) if kind in found]

@@ -158,7 +158,7 @@ def compared(found: dict[str, float], model: dict[str, float]) -> dict[str, floa
 
 
 def measured(bundle: Path, count: int) -> list[dict[str, Any]]:
-    """What real replicas did: the fitted loads, the held one, and the held one routed in the other ways."""
+    """Runs of real replicas: the fitted loads, the held one, and the held one routed in the other ways."""
     runs = [(replicas, rate, "prefix") for replicas, rate in (*FITTED, HELD)]
     runs += [(*HELD, way) for way in WAYS if way != "prefix"]
     return [

@@ -50,7 +50,7 @@ MEASURED = {
 """µs on an H100 by experts and tokens, of bf16, int8, FP8 and int4, with weights [K, N] (`docs/measured.md`)."""
 
 MULTIPROCESSORS, CLOCK = 132, 1.755e9
-"""Of an H100 SXM; Hz under load, assumed."""
+"""Multiprocessors of an H100 SXM, and their clock under load in Hz, which is assumed."""
 MEMORY, CACHE = 2.4e12, 5.5e12
 """Bytes a second from its memory, the copy in `docs/measured.md`, and from its L2 cache, assumed."""
 PRODUCTS = {"bf16": 2048, "int8": 4096, "FP8": 4096, "int4": 2048}
@@ -213,7 +213,7 @@ def measured_of(experts: int, tokens: int, name: str) -> float:
 
 
 def code_table(capability: int, found: Sequence[Product]) -> Table:
-    """What each product's main loop holds, and what a program uses."""
+    """A table of each product's main loop by kinds of instructions, and of what a program uses."""
     kinds = [*KINDS, "other"]
     table = Table(f"sm{capability}", "tile", "registers", "spilled", "KiB", "resident", "bytes", *kinds)
     for each in found:

@@ -62,7 +62,7 @@ def plot_errors(records: Sequence[Record], kinds: Kinds) -> Markup:
             if has_exact:
                 axes.text(1, 1.02, "▲ exact", transform=axes.transAxes, ha="right", va="bottom", color=colour("faint"))
 
-        return Panel(title=f"SQNR of {title}, dB", below="layer", draw=draw)
+        return Panel(title=f"SQNR of {title}, dB", below="layer", draw=draw, counted=True)
 
     panels = [panel("weight_sqnr", "weights"), panel("output_sqnr", "outputs")]
     found = grouped(records, "weight_sqnr", kinds)
@@ -84,7 +84,7 @@ def plot_clips(records: Sequence[Record], kinds: Kinds) -> Markup:
             axes.set_ylim(bottom=0)
             axes.margins(x=0.02)
 
-        return Panel(title=kind, below="layer", draw=draw, height=1.75)
+        return Panel(title=kind, below="layer", draw=draw, height=1.75, counted=True)
 
     panels = [panel(at, kind) for at, kind in enumerate(kinds) if kind in largest]
     if not panels:

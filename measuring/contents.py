@@ -30,19 +30,29 @@ CASE = dict.fromkeys(("ttft_seconds", "prefill_tokens_per_second", "itl_seconds"
 STREAMED = {"step_bytes": {"total": float}, "decode_bytes_per_second": float, "share_of_stream": float}
 SHOWN: dict[str, dict[str, Any]] = {
     "verdict": {
-        **{"candidate": str, "reference": str, "outcome": str, "windows": int, "tokens": int, "remedy": TEXT},
-        **{
-            "metrics": {str: ESTIMATE},
-            "limits": [LIMIT],
-            "notes": ([str], None),
-            "location": ({"blame": (dict, None)}, None),
-        },
+        "candidate": str,
+        "reference": str,
+        "outcome": str,
+        "windows": int,
+        "tokens": int,
+        "remedy": TEXT,
+        "metrics": {str: ESTIMATE},
+        "limits": [LIMIT],
+        "notes": ([str], None),
+        "location": ({"blame": (dict, None)}, None),
     },
     "bench": {
-        **{"folder": str, "target": str, "threads": int, "ranks": int, "runs": int, "decode_tokens": int},
-        **{"load_seconds": float, "peak_rss_bytes": float, "machine": {"processor": TEXT}},
-        **{"stream": ({"bytes_per_second": float, "buffer_bytes": float}, None)},
-        **{"cases": [{"prefill": int, "batch": int, **CASE}]},
+        "folder": str,
+        "target": str,
+        "threads": int,
+        "ranks": int,
+        "runs": int,
+        "decode_tokens": int,
+        "load_seconds": float,
+        "peak_rss_bytes": float,
+        "machine": {"processor": TEXT},
+        "stream": ({"bytes_per_second": float, "buffer_bytes": float}, None),
+        "cases": [{"prefill": int, "batch": int, **CASE}],
     },
 }
 """Fields that are shown of the two kinds of results."""

@@ -50,6 +50,7 @@ class Panel:
         width: Inches.
         height: Inches.
         grid: Whether there are lines across.
+        counted: Whether the axis below counts whole things, so that no tick lies between two.
     """
 
     title: str
@@ -58,6 +59,7 @@ class Panel:
     width: float = WIDTH
     height: float = HEIGHT
     grid: bool = True
+    counted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +166,7 @@ def _svg(panel: Panel) -> str:
         axes = figure.add_axes((LEFT / panel.width, bottom / panel.height, *inner))
         axes.grid(visible=panel.grid, axis="y")
         axes.yaxis.set_major_formatter(FuncFormatter(_short))
-        if panel.below == "layer":
+        if panel.counted:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.draw(axes)
         if axes.get_yscale() == "log":

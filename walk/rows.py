@@ -91,34 +91,30 @@ def read_utf8(path: Path) -> str:
 
 
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    text = read_utf8(path)
-    if path.suffix.lower() == ".json" and text.lstrip()[:1] == "[":
-        yield from _listed(path, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = parse_json(line)
-        except ValueError as error:
-            remedy = "correct it" if path.suffix.lower() != ".json" else "give an object a line, or one list of objects"
-            raise DataError(f"{where}: not JSON ({shortened_text(str(error), 100)}): {remedy}") from error
+    for where, value in _values(path):
         if not isinstance(value, dict):
             raise DataError(f"{where}: no JSON object: give one with {FORMS}")
         yield where, value
 
 
-def _listed(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _values(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a list, or of lines, each with its place."""
+    text, may_be_list = read_utf8(path), path.suffix.lower() == ".json"
+    if may_be_list and text.lstrip()[:1] == "[":
+        for number, row in enumerate(_parsed(text, str(path), "correct it"), start=1):
+            yield f"{path}, row {number}", row
+        return
+    remedy = "give an object a line, or one list of objects" if may_be_list else "correct it"
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield (where := f"{path}, line {number}"), _parsed(line, where, remedy)
+
+
+def _parsed(text: str, where: str, remedy: str) -> Any:
     try:
-        rows = parse_json(text)
+        return parse_json(text)
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({shortened_text(str(error), 100)}): correct it") from error
-    for number, row in enumerate(rows, start=1):
-        where = f"{path}, row {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: no JSON object: give one with {FORMS}")
-        yield where, row
+        raise DataError(f"{where}: not JSON ({shortened_text(str(error), 100)}): {remedy}") from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -139,7 +139,7 @@ def summary(seen: list[Seen]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a replica's step takes: seconds of a step, of each row in it, of each prompt token, and of each request."""
+    """Seconds of a replica's step, of each row in it, of each prompt token, and of each request."""
 
     step: float
     row: float

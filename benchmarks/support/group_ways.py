@@ -31,7 +31,7 @@ def messages(question: str, picture: Path | None) -> list[dict[str, Any]]:
 
 
 def body(question: str, picture: Path | None, ends: list[int]) -> dict[str, Any]:
-    """The same, as a server takes it."""
+    """A request to a server with such a question, whose answer none of the end tokens ends."""
     seen = []
     if picture:
         url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()

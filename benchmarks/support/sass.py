@@ -38,7 +38,7 @@ REGISTERS = 65536
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MachineCode:
-    """What one kernel's machine code uses.
+    """One kernel's machine code in numbers.
 
     Attributes:
         loop: Instructions of the main loop, by kind.

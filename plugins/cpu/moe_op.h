@@ -32,9 +32,8 @@ struct MoeDispatch {
                      hidden_scale = call.input(6), activated_scale = call.input(7);
         Layer layer{};
         layer.hidden = hidden.floats(), layer.logits = logits.floats();
-        hidden.expect({-1, -1});
+        Routing::check(hidden);
         const int64_t tokens = hidden.shape[0], size = hidden.shape[1];
-        if (size == 0) hidden.refuse("has the shape " + written(hidden.shape.dims, 2) + ", and needs features");
         layer.routed = routing.checked(logits, tokens);
         const int64_t experts = routing.experts;
         layer.into = matrix_of({gate_up, gate_up_scale, bits, group}, size, 2 * width, experts);
@@ -44,10 +43,8 @@ struct MoeDispatch {
         layer.hidden_scales = static_scales(hidden_scale, experts);
         layer.activated_scales = static_scales(activated_scale, experts);
         layer.output = call.output({tokens, size});
-        const int64_t each = product({routing.most(), 9 * size + 5 * width});
-        const int64_t at_once = std::max<int64_t>(1, WORKSPACE / each);
-        for (int64_t first = 0; first < tokens; first += at_once)
-            dispatch(call, layer, first, std::min(at_once, tokens - first));
+        routing.in_pieces(tokens, 9 * size + 5 * width,
+                          [&](int64_t first, int64_t count) { dispatch(call, layer, first, count); });
     }
 
    private:
@@ -67,7 +64,7 @@ struct MoeDispatch {
         float* to = layer.output + start * size;
         const std::vector<Choice> choices = routing.route(layer.logits + start * layer.routed, tokens, layer.routed);
         const auto count = static_cast<int64_t>(choices.size());
-        const bool is_direct = routing.top_k == 1 && routing.experts == layer.routed;
+        const bool is_direct = routing.is_direct(layer.routed);
         if (!is_direct) std::fill(to, to + tokens * size, 0.0f);
         if (count == 0) return;
 

@@ -24,9 +24,8 @@ struct PlainMoeDispatch {
         const Tensor hidden = call.input(0), logits = call.input(1), gate_up = call.input(2), down = call.input(3);
         Layer layer{};
         layer.hidden = hidden.floats(), layer.logits = logits.floats();
-        hidden.expect({-1, -1});
+        Routing::check(hidden);
         const int64_t tokens = hidden.shape[0], size = hidden.shape[1];
-        if (size == 0) hidden.refuse("has the shape " + written(hidden.shape.dims, 2) + ", and needs features");
         down.expect({-1, -1, size});
         const int64_t experts = down.shape[0], width = down.shape[1];
         if (experts == 0 || width == 0)
@@ -37,10 +36,8 @@ struct PlainMoeDispatch {
         layer.into = {static_cast<const uint8_t*>(gate_up.data), size, 2 * width, plain_type_of(gate_up)};
         layer.back = {static_cast<const uint8_t*>(down.data), width, size, plain_type_of(down)};
         layer.output = call.output({tokens, size});
-        const int64_t each = product({layer.routing.most(), 8 * size + 12 * width + 128});
-        const int64_t at_once = std::max<int64_t>(1, WORKSPACE / each);
-        for (int64_t first = 0; first < tokens; first += at_once)
-            dispatch(call, layer, first, std::min(at_once, tokens - first));
+        layer.routing.in_pieces(tokens, 8 * size + 12 * width + 128,
+                                [&](int64_t first, int64_t count) { dispatch(call, layer, first, count); });
     }
 
    private:
@@ -62,7 +59,7 @@ struct PlainMoeDispatch {
         float* const to = layer.output + start * size;
         const std::vector<Choice> choices = routing.route(layer.logits + start * layer.routed, tokens, layer.routed);
         const auto count = static_cast<int64_t>(choices.size());
-        const bool is_direct = top_k == 1 && routing.experts == layer.routed;
+        const bool is_direct = routing.is_direct(layer.routed);
         if (!is_direct) std::fill(to, to + tokens * size, 0.0f);
         if (count == 0) return;
 

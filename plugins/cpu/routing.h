@@ -23,6 +23,24 @@ struct Choice {
 struct Routing {
     int64_t top_k, first_expert, experts;
 
+    // Refuses hidden states that are not [T, H] with features.
+    static void check(const Tensor& hidden) {
+        hidden.expect({-1, -1});
+        if (hidden.shape[1] == 0)
+            hidden.refuse("has the shape " + written(hidden.shape.dims, 2) + ", and needs features");
+    }
+
+    // Whether each token has one choice, and all experts are here: its row is that choice's.
+    bool is_direct(int64_t routed) const { return top_k == 1 && experts == routed; }
+
+    // Calls `compute` with the first token and the number of tokens of pieces of a call, each token's choices taking so
+    // many bytes each.
+    template <typename Compute>
+    void in_pieces(int64_t tokens, int64_t bytes, const Compute& compute) const {
+        const int64_t at_once = std::max<int64_t>(1, WORKSPACE / product({most(), bytes}));
+        for (int64_t first = 0; first < tokens; first += at_once) compute(first, std::min(at_once, tokens - first));
+    }
+
     // Choices that a token has here at most.
     int64_t most() const { return std::min(top_k, experts); }
 
