@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 from PIL import Image
 from support.apart import environment, raise_loopback, run_apart
+from support.beginnings import ASKS, SUBJECTS, beginning, returned
 from support.server import LoggedProcess, ServerProcess
 
 import arriero
@@ -39,10 +40,6 @@ NEEDED = (
 )
 PORT, NAME = 8100, "tiny"
 URL = f"http://127.0.0.1:{PORT}"
-SUBJECTS = ("lists", "maps", "files", "threads", "numbers", "clocks", "errors", "sockets")
-ASKS = 4
-"""Questions about each beginning."""
-
 STREAMS, TOKENS, MIGRATIONS = 20, 160, 3
 SETTLE = 1.5
 """Seconds in which events reach the frontend's index."""
@@ -77,11 +74,6 @@ async def wait_for_models(client: httpx.AsyncClient) -> None:
     await asyncio.sleep(SETTLE)
 
 
-def beginning(subject: str) -> str:
-    """A beginning of several blocks, which differ from the first token on."""
-    return f"{subject.title()} have a manual. " + f"It tells all that there is to know about {subject}. " * 12
-
-
 async def route(client: httpx.AsyncClient, workers: list[ServerProcess]) -> dict[str, Any]:
     """Questions about the same beginnings, the first ones all at once, and which worker answered each."""
     homes: dict[str, list[int]] = {subject: [] for subject in SUBJECTS}
@@ -96,10 +88,10 @@ async def route(client: httpx.AsyncClient, workers: list[ServerProcess]) -> dict
             if number:
                 known += answer["usage"]["prompt_tokens_details"]["cached_tokens"]
                 total += answer["usage"]["prompt_tokens"]
-    again = [home == seen[0] for seen in homes.values() for home in seen[1:]]
+    asked_again, same = returned(homes.values())
     return {
-        "asked_again": len(again),
-        "at_their_worker": sum(again),
+        "asked_again": asked_again,
+        "at_their_worker": same,
         "beginnings_a_worker": [sum(seen[0] == i for seen in homes.values()) for i in range(len(workers))],
         "prompt_tokens_known": round(known / total, 3),
     }

@@ -19,24 +19,19 @@ from typing import Any
 
 import httpx
 from support.apart import environment, raise_loopback, run_apart
+from support.beginnings import ASKS, SUBJECTS, beginning, returned
 from support.server import LoggedProcess
 
 import arriero
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "ray_serve.py"
 VERSION = "2.60.0"
-SUBJECTS = ("lists", "maps", "files", "threads", "numbers", "clocks", "errors", "sockets")
-ASKS, SLOTS, QUEUE, BURST = 4, 4, 16, 48
+SLOTS, QUEUE, BURST = 4, 16, 48
 STREAMED = 40
 """Tokens of a stream."""
 
 GREEDY: dict[str, Any] = {"temperature": 0}
 """Settings of all questions; `prove` forbids the ends besides."""
-
-
-def beginning(subject: str) -> str:
-    """A beginning of several blocks, which differ from the first token on."""
-    return f"{subject.title()} have a manual. " + f"It tells all that there is to know about {subject}. " * 12
 
 
 async def answered(client: httpx.AsyncClient, prompt: str, tokens: int = 8) -> httpx.Response:
@@ -61,10 +56,10 @@ async def route(client: httpx.AsyncClient) -> dict[str, Any]:
                 usage = answer.json()["usage"]
                 known += usage["prompt_tokens_details"]["cached_tokens"]
                 total += usage["prompt_tokens"]
-    again = [home == seen[0] for seen in homes.values() for home in seen[1:]]
+    asked_again, same = returned(homes.values())
     return {
-        "asked_again": len(again),
-        "at_their_replica": sum(again),
+        "asked_again": asked_again,
+        "at_their_replica": same,
         "beginnings_a_replica": sorted(
             sum(seen[0] == name for seen in homes.values()) for name in {seen[0] for seen in homes.values()}
         ),
