@@ -28,7 +28,8 @@ def environment(folder: Path, *installs: Sequence[str]) -> Path:
         for wanted in installs:
             subprocess.run([str(python), "-m", "pip", "install", "-q", *wanted], check=True)
     packages = next((folder / "lib").glob("python*/site-packages"))
-    (packages / "beside.pth").write_text("\n".join(path for path in sys.path[1:] if path) + "\n")
+    beside = [f"import site; site.addsitedir({path!r})" for path in sys.path[1:] if path]  # heeds editable installs
+    (packages / "beside.pth").write_text("\n".join(beside) + "\n")
     return python
 
 
