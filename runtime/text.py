@@ -22,6 +22,8 @@ from .chat.messages import Message, read_messages
 from .chat.settings import ChatSettings, read_chat
 from .chat.special_tokens import complete_tokenizer
 from .chat.templates import DEFAULT, ChatTemplate, choose_template, read_templates
+from .tokenizer_bounds import check_text, growth_of
+from .tokenizing import encode
 
 if TYPE_CHECKING:
     from .chat.control_tokens import ControlTokens
@@ -29,7 +31,11 @@ if TYPE_CHECKING:
 
 
 MOST_CHARACTERS = 1 << 26
-"""Characters of a text at most, whatever the session holds; tokenising takes 150 bytes of memory for each."""
+"""Characters of a text at most, whatever the session holds; tokenising takes 150 bytes of memory for each, and as
+much for each more that a tokenizer makes of it than one of bytes does."""
+
+OF_BYTES = 4
+"""Characters that a tokenizer of bytes makes of one, whose memory is counted."""
 
 
 class Text:
@@ -44,9 +50,13 @@ class Text:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.expected, self.most_characters = 0, MOST_CHARACTERS
+        self.expected = 0
         path = folder / "tokenizer.json"
-        self.tokenizer = _read_tokenizer(path) if os.path.lexists(path) else None
+        self.tokenizer: Tokenizer | None = None
+        self.most_characters = MOST_CHARACTERS
+        if os.path.lexists(path):
+            self.tokenizer, growth = _read_tokenizer(path)
+            self.most_characters //= max(1, growth // OF_BYTES)
         self.config = read_json(folder / "tokenizer_config.json")
         self.special_tokens: dict[str, str] = {}
         if self.tokenizer is not None:
@@ -64,7 +74,7 @@ class Text:
         """
         tokenizer, text = self._tokenizer(), self._checked(text)
         with _panics_refused(self.folder):
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=special_tokens).ids
+            ids: list[int] = encode(tokenizer, text, special_tokens=special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -207,20 +217,20 @@ class Text:
         return self.tokenizer
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer.
+def _read_tokenizer(path: Path) -> tuple[Tokenizer, int]:
+    """Reads a tokenizer, and how many characters it may make of one.
 
     Raises:
-        FolderError: The file is damaged.
+        FolderError: The file is damaged, or a part of it makes too much of a text.
     """
     content = read_bytes(path, folder=path.parent)
     with _panics_refused(path.parent):
         try:
+            check_text(content)
             tokenizer = Tokenizer.from_buffer(content)
+            return tokenizer, growth_of(tokenizer)
         except Exception as error:  # the tokenizers library raises plain Exception
-            said = shortened_text(str(error), 150)
-            raise FolderError(f"{path}: damaged ({said}): export again from an intact checkpoint") from error
-    return tokenizer
+            raise _damaged(path, error) from error
 
 
 def longest_of_bytes(tokenizer: Tokenizer) -> int | None:
@@ -239,13 +249,16 @@ def longest_of_bytes(tokenizer: Tokenizer) -> int | None:
 
 @contextmanager
 def _panics_refused(folder: Path) -> Iterator[None]:
-    """Refuses a tokenizer that breaks the library's own assumptions, which is no `Exception` of Python's."""
+    """Refuses a tokenizer that breaks the library's own assumptions: a plain `Exception`, or none of Python's."""
     try:
         yield
-    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
     except BaseException as error:
-        said = shortened_text(str(error), 150)
-        raise FolderError(
-            f"{folder / 'tokenizer.json'}: damaged ({said}): export again from an intact checkpoint"
-        ) from error
+        if type(error) is not Exception and isinstance(
+            error, Exception | KeyboardInterrupt | SystemExit | GeneratorExit
+        ):
+            raise
+        raise _damaged(folder / "tokenizer.json", error) from error
+
+
+def _damaged(path: Path, error: BaseException) -> FolderError:
+    return FolderError(f"{path}: damaged ({shortened_text(str(error), 150)}): export again from an intact checkpoint")

@@ -17,10 +17,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from ...errors import SessionError, shortened
+from ..tokenizing import encode, encode_ordinary
 from .environment import BrokenTemplateError, CostlyTemplateError, FailedTemplateError
 from .rendering import Writer
 from .sandbox import written_in
-from .special_tokens import encode_ordinary
 
 Span = tuple[int, int]
 
@@ -60,7 +60,7 @@ class ControlTokens:
         others = [token.content for token in self.added.values() if not token.special and not token.content.isspace()]
         listed = set(_written_in(writer, source, others) if self.listed is None else self.listed)
         control = {id for id, token in self.added.items() if token.special or token.content in listed}
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        encoding = encode(self.tokenizer, text, special_tokens=False)
         found = list(zip(encoding.ids, encoding.offsets, strict=True))
         spans = [span for id, span in found if id in control]
         foreign = self._foreign(writer, spans)
@@ -122,10 +122,10 @@ class ControlTokens:
         ids: list[int] = []
         at = 0
         for start, end in foreign:
-            ids += self.tokenizer.encode(text[at:start], add_special_tokens=False).ids
+            ids += encode(self.tokenizer, text[at:start], special_tokens=False).ids
             ids += encode_ordinary(self.tokenizer, text[start:end])
             at = end
-        return ids + list(self.tokenizer.encode(text[at:], add_special_tokens=False).ids)
+        return ids + list(encode(self.tokenizer, text[at:], special_tokens=False).ids)
 
 
 def _written_in(writer: Writer, source: str, texts: Iterable[str]) -> list[str]:

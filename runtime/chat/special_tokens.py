@@ -58,16 +58,6 @@ def complete_tokenizer(tokenizer: Tokenizer, folder: Path, config: Mapping[str, 
     return {name: token.content for name, token in named.items()}
 
 
-def encode_ordinary(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text that no added token is looked for in."""
-    if tokenizer.normalizer is not None:
-        text = tokenizer.normalizer.normalize_str(text)
-    words = [text]
-    if tokenizer.pre_tokenizer is not None:
-        words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-    return [token.id for word in words for token in tokenizer.model.tokenize(word)]
-
-
 def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of special tokens, where the map of a file of its own comes before the tokenizer's config."""
     settings = {name: value for name, value in config.items() if name.endswith(("_token", "_tokens"))}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from ...errors import SessionError
-from ..chat.special_tokens import encode_ordinary
+from ..tokenizing import encode_ordinary
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
