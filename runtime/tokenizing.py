@@ -82,7 +82,7 @@ def _is_quick(tokenizer: Tokenizer) -> bool:
 
 
 def _within(call: Callable[[], Any]) -> Any:
-    """What a call that leaves the interpreter to others gives, where it ends in time."""
+    """Calls what leaves the interpreter to others, and waits for its end within the time."""
     answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ...errors import SessionError, shortened_text
+from ...files.reading import open_regular
 from .data_urls import MAX_BYTES, read_data_url, scheme_of
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | Image.Image | NDArray[np.generic]
@@ -30,6 +31,19 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM")
 
 MAX_PIXELS = 1 << 27
 """The largest area: 134 megapixels, more than a medium-format camera's, and 0.5 GB decoded."""
+
+MAX_SCANS, USUAL_SCANS = 100, 12
+"""Scans of a JPEG at most, and of the largest: cameras write one, programs for the web about ten."""
+
+LONGEST_START = 1 << 16
+"""Bytes of a PPM before its pixels at most, comments among them; Pillow reads them one by one."""
+
+COMMENT = re.compile(rb"#[^\r\n]*")
+
+START_OF_SCAN = b"\xff\xda"
+
+SLOW, MAX_SLOW = ("bmp_rle", "ppm", "ppm_plain"), 1 << 22
+"""Pillow's decoders that are written in Python, and pixels at most that these are given: 3 s."""
 
 MAX_SIDE = 65535
 """The largest side, a JPEG's. A resize keeps numbers for each pixel of a side, whatever the area."""
@@ -103,15 +117,64 @@ def _opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
     """Opens an image and reads its header."""
     Image.init()
     try:
+        _check_start(file, name)
         image = Image.open(file, formats=[form for form in FORMATS if form in Image.OPEN])
     except UnidentifiedImageError as error:
         raise SessionError(f"{name}: not an image: give one of {', '.join(FORMATS)}") from error
+    except SessionError:
+        raise
     except Image.DecompressionBombError as error:
         raise SessionError(f"{name}: too large ({error}): scale it down to {MAX_PIXELS} pixels") from error
     except Exception as error:  # each format's reader fails in its own ways
         raise SessionError(f"{name}: cannot be read ({error}): give an intact image file") from error
     with image:
+        _check_effort(image, name)
         yield image
+
+
+def _check_start(file: Path | BytesIO, name: str) -> None:
+    """Refuses a PPM whose pixels begin late.
+
+    Raises:
+        SessionError: It does.
+    """
+    if isinstance(file, BytesIO):
+        start = file.getbuffer()[: LONGEST_START + 1].tobytes()
+    else:
+        with open_regular(file) as opened:
+            start = opened.read(LONGEST_START + 1)
+    if start[:1] == b"P" and len(start) > LONGEST_START:
+        words = len(COMMENT.sub(b"", start).split())
+        if words < (3 if start[1:2] in b"14" else 4):
+            raise SessionError(f"{name}: no pixels in its first {LONGEST_START} bytes: save it as a PNG")
+
+
+def _check_effort(image: Image.Image, name: str) -> None:
+    """Refuses what takes far longer to decode than others of its size.
+
+    Raises:
+        SessionError: It is a JPEG that draws each pixel again and again, or is decoded by Python and large.
+    """
+    pixels = image.width * image.height
+    decoders = {tile[0] for tile in getattr(image, "tile", ())}
+    if pixels > MAX_SLOW and not decoders.isdisjoint(SLOW):
+        raise SessionError(
+            f"{name}: {image.width} × {image.height} pixels as {image.format} in a form that is read slowly, expected "
+            f"at most {MAX_SLOW}: save it as a PNG"
+        )
+    if image.format not in ("JPEG", "MPO") or image.fp is None:
+        return
+    at, scans, last = image.fp.tell(), 0, b""
+    image.fp.seek(0)
+    while block := image.fp.read(1 << 20):
+        scans += (last + block).count(START_OF_SCAN)
+        last = block[-1:]
+    image.fp.seek(at)
+    if scans > MAX_SCANS or (scans > USUAL_SCANS and scans * pixels > USUAL_SCANS * MAX_PIXELS):
+        raise SessionError(
+            f"{name}: {scans} scans of {image.width} × {image.height} pixels, expected at most {USUAL_SCANS} of large "
+            f"pictures and {MAX_SCANS} of any: save it anew"
+        )
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -152,6 +215,10 @@ def _high_byte(image: Image.Image, name: str) -> Image.Image:
 
 def _from_array(pixels: NDArray[np.generic], name: str) -> Image.Image:
     shape, dtype = pixels.shape, pixels.dtype
+    if pixels.size > 4 * MAX_PIXELS:
+        raise SessionError(
+            f"{name} is an array {list(shape)}, expected at most {MAX_PIXELS} pixels in all: scale it down"
+        )
     if pixels.ndim == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
         pixels = np.moveaxis(pixels, 0, 2)
     if (

@@ -25,6 +25,9 @@ from .resampling import resample
 FIXED = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 2}
 """Settings that have one value in Llama 4's preprocessors; a resample of 2 is bilinear."""
 
+MOST_SIDE, MOST_PIXELS = 4096, 1 << 27
+"""The largest side of a tile and number of tiles, and pixels of an image's tiles together; Llama 4's have 2^21."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TileSettings:
@@ -54,6 +57,9 @@ class TileSettings:
         if type(self.side) is not int or self.side < 1 or type(self.max_tiles) is not int or self.max_tiles < 1:
             found = f"tiles of side {shortened(self.side)}, at most {shortened(self.max_tiles)}"
             raise FolderError(f"{found}: expected whole numbers from 1 up")
+        if max(self.side, self.max_tiles) > MOST_SIDE or (self.max_tiles + 1) * self.side**2 > MOST_PIXELS:
+            found = f"tiles of side {shortened(self.side)}, at most {shortened(self.max_tiles)}"
+            raise FolderError(f"{found}: more pixels than {MOST_PIXELS}, or a number above {MOST_SIDE}")
         numbers = (self.rescale, *self.mean, *self.std)
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or 0 in self.std:
             found = ", ".join(f"{name} {shortened(getattr(self, name))}" for name in ("rescale", "mean", "std"))

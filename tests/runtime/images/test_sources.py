@@ -1,6 +1,8 @@
 import os
 import re
+import time
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -183,3 +185,49 @@ def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_image_of_8_or_16_bits_is_refused(source: Any, message: str) -> None:
     with pytest.raises(SessionError, match=message):
         read_image(source, "image 3")
+
+
+def scanned_again(width: int, height: int, times: int) -> bytes:
+    """A progressive JPEG whose last scan is there many times."""
+    data = encoded(Image.new("L", (width, height)), "JPEG", progressive=True)
+    start = data.rindex(b"\xff\xda")
+    return data[:start] + data[start:-2] * times + data[-2:]
+
+
+PALETTE = bytes(range(256)) * 4
+RLE = b"BM" + (1078).to_bytes(4, "little") + bytes(4) + (1078).to_bytes(4, "little") + (40).to_bytes(4, "little")
+RLE += (3000).to_bytes(4, "little") * 2 + b"\1\0\x08\0\1" + bytes(23) + PALETTE
+
+SLOW: dict[str, tuple[Callable[[], bytes], str]] = {
+    "scans of a small JPEG": (lambda: scanned_again(16, 16, 200), r"20\d scans of 16 × 16 pixels, expected at most 12"),
+    "scans of a large JPEG": (lambda: scanned_again(8000, 8000, 30), r"3\d scans of 8000 × 8000 pixels, expected"),
+    "a long comment": (lambda: b"P6 #" + b"a" * 30_000_000 + b"\n1 1 255 abc", "no pixels in its first 65536 bytes"),
+    "many comments": (lambda: b"P2\n" + b"#\n" * 9_000_000 + b"1 1 255 7", "no pixels in its first 65536 bytes"),
+    "numbers as text": (lambda: b"P3 3000 3000 255 " + b"1 " * 27_000_000, "3000 × 3000 pixels as PPM in a form that"),
+    "an odd depth": (lambda: b"P6 3000 3000 99 " + bytes(27_000_000), "3000 × 3000 pixels as PPM in a form that is"),
+    "runs of one pixel": (lambda: RLE + b"\1\7" * 9_000_000, "3000 × 3000 pixels as BMP in a form that is read slowly"),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_an_image_that_takes_far_longer_than_others_is_refused(name: str) -> None:
+    make, said = SLOW[name]
+    data = make()
+    started = time.process_time()
+    with pytest.raises(SessionError, match=said):
+        read_image(data)
+    assert time.process_time() - started < 3
+
+
+def test_slow_forms_of_a_usual_size_are_read() -> None:
+    scene = encoded(SCENE, "JPEG", progressive=True)
+    assert same(read_image(scene), Image.open(BytesIO(scene)))
+    text = b"P3 # by hand\n60 40\n255\n" + b" ".join(b"%d" % each for each in np.asarray(SCENE).reshape(-1))
+    assert same(read_image(text), SCENE)
+
+
+def test_an_array_that_is_too_large_is_not_copied() -> None:
+    with pytest.raises(
+        SessionError, match=r"is an array \[60000, 60000, 3\], expected at most 134217728 pixels in all"
+    ):
+        read_image(np.broadcast_to(np.uint8(1), (60000, 60000, 3)))

@@ -122,6 +122,12 @@ def test_a_folder_without_settings_takes_no_images(tmp_path: Path) -> None:
         ({"image_std": "a" * 5000}, r"std \('a{50,60}…: expected numbers"),
         ({"size": {"height": "a" * 5000, "width": "a" * 5000}}, r"tiles of side 'a{50,60}…, at most 16: expected"),
         ({"size": {"height": "a" * 5000, "width": 1}}, r"size is {'height': 'a{20,60}.*…, expected one height"),
+        (
+            {"size": {"height": 10**9, "width": 10**9}},
+            "tiles of side 1000000000, at most 16: more pixels than 134217728",
+        ),
+        ({"max_patches": 10**9}, "at most 1000000000: more pixels than 134217728, or a number above 4096"),
+        ({"size": {"height": 4000, "width": 4000}}, "tiles of side 4000, at most 16: more pixels than 134217728"),
         ({"resample": ["a" * 5000]}, r"resample is \['a{20,60}.*…, expected 2"),
         ({"rescale_factor": None, "image_mean": "grey"}, r"mean \('grey', 'grey', 'grey'\)"),
     ],
