@@ -13,6 +13,9 @@ from . import reading
 from .safetensors import POINTER, check_downloaded, identity
 
 SPEC = SPEC_NAME
+LONGEST_SPEC = 1 << 23
+"""Bytes of a spec at most: twenty times those of the largest model's."""
+
 LAYERS, TOWER_LAYERS, KERNELS = "layers.json", "vision_layers.json", "kernels"
 """Files of an engine's bundle: the fused layers of the decoder's and of the vision tower's, and the folder of the
 plugins' compiled kernels."""
@@ -48,7 +51,7 @@ def read_spec(folder: Path) -> FolderSpec:
     """
     path = folder / SPEC
     try:
-        text = reading.read_text(path, remedy="write the folder again", folder=folder)
+        text = reading.read_text(path, remedy="write the folder again", folder=folder, most=LONGEST_SPEC)
     except FileNotFoundError:
         if (folder / "config.json").exists():
             raise FolderError(f"{folder} is a checkpoint: make a model of it with `arriero export` first") from None

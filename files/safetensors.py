@@ -27,6 +27,9 @@ ITEM_BITS = {
 LONGEST_HEADER = 1 << 25
 """Bytes: ten times those of a model with its experts one by one in a single file."""
 
+MOST_TENSORS = 100_000
+"""Tensors of a file: three times those of such a model, whose experts have scales and zero points beside them."""
+
 LONGEST_NAME = 250
 """Characters of a tensor's name; a longer one is damage, and no error repeats it."""
 
@@ -147,6 +150,8 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    if text.count(b"{") > MOST_TENSORS + 2:
+        raise CheckpointError(f"{path}: damaged header (more than {MOST_TENSORS} tensors): download it again")
     try:
         header = parse_json(text.decode("utf-8"), unique=True)
     except ValueError as error:

@@ -23,6 +23,9 @@ SCHEMA = 2
 SPEC_NAME = "spec.json"
 """The name of the file, and in a lowered graph the place of what the runtime supplies by name."""
 
+MOST_RANKS = 4096
+"""Ranks of a group at most."""
+
 SESSION_ENTRIES: Mapping[str, Collection[str]] = {"session.disable_prepacking": ("0", "1")}
 """Entries of ONNX Runtime's session configuration that graphs need, and their values; all others are refused."""
 
@@ -126,6 +129,9 @@ class FolderSpec:
             raise ValueError("two weight files have one name")
         if self.experts_only and self.expert_groups != self.ranks:
             raise ValueError(f"experts alone in {self.expert_groups} groups of {self.ranks} ranks")
+        if max(self.ranks, self.expert_groups) > MOST_RANKS:
+            raise ValueError(f"{shortened(self.ranks)} ranks, expected at most {MOST_RANKS}")
+        share_of(self.model, self.parts, self.ranks // self.expert_groups)  # which refuses a share of nothing
 
     @property
     def parts(self) -> int:

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from ...errors import SessionError, shortened_text
 from ...files.reading import open_regular
@@ -162,7 +163,7 @@ def _check_effort(image: Image.Image, name: str) -> None:
             f"{name}: {image.width} × {image.height} pixels as {image.format} in a form that is read slowly, expected "
             f"at most {MAX_SLOW}: save it as a PNG"
         )
-    if image.format not in ("JPEG", "MPO") or image.fp is None:
+    if image.format not in ("JPEG", "MPO") or not isinstance(image, ImageFile) or image.fp is None:
         return
     at, scans, last = image.fp.tell(), 0, b""
     image.fp.seek(0)

@@ -130,6 +130,7 @@ def test_a_sparse_copy_keeps_data_and_holes(tmp_path: Path) -> None:
         ('{"schema": 99}', "schema 99"),
         ('{"schema": 1, "kind": "model"}', "damaged"),
         ('{"schema": 2, "kind": "model"}', "damaged"),
+        (" " * 9_000_000 + "{}", "9000002 bytes, expected at most 8388608: write the folder again"),
     ],
 )
 def test_a_damaged_or_newer_spec_is_refused(tmp_path: Path, text: str, said: str) -> None:

@@ -99,6 +99,12 @@ def test_a_damaged_header_is_named(tmp_path: Path, header: object, data: bytes, 
     assert said in str(caught.value)
 
 
+def test_a_header_of_too_many_tensors_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", {f"t{number}": entry([0], 0, 0) for number in range(100_003)}, b"")
+    with pytest.raises(CheckpointError, match=r"damaged header .more than 100000 tensors.: download it again"):
+        open_shard(path)
+
+
 def test_a_header_that_claims_more_than_the_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")

@@ -73,10 +73,14 @@ def test_what_is_wrong_is_said() -> None:
 
 def test_a_rank_is_one_of_its_ranks() -> None:
     fields = json.loads(FOLDER.to_json())
-    split = {**fields, "rank": 3, "ranks": 4, "expert_groups": 2}
+    wide = {**fields["model"], "heads": 8, "kv_heads": 4}
+    split = {**fields, "model": wide, "rank": 3, "ranks": 4, "expert_groups": 2}
     assert FolderSpec.from_json(json.dumps(split)).rank == 3
     for wrong in ({"rank": 4}, {"rank": -1}, {"ranks": 0}, {"expert_groups": 3}, {"expert_groups": 0}):
         with pytest.raises(FolderError, match=r"damaged .rank -?[0-9]+ of"):
+            FolderSpec.from_json(json.dumps({**split, **wrong}))
+    for wrong, said in (({"ranks": 10**18}, "1000000000000000000 ranks, expected at most"), ({"ranks": 4096}, "is 0")):
+        with pytest.raises(FolderError, match=said):
             FolderSpec.from_json(json.dumps({**split, **wrong}))
     older = {name: value for name, value in fields.items() if name not in ("rank", "ranks", "expert_groups")}
     assert FolderSpec.from_json(json.dumps(older)) == FOLDER

@@ -124,7 +124,7 @@ def test_a_folder_without_settings_takes_no_images(tmp_path: Path) -> None:
         ({"size": {"height": "a" * 5000, "width": 1}}, r"size is {'height': 'a{20,60}.*…, expected one height"),
         (
             {"size": {"height": 10**9, "width": 10**9}},
-            "tiles of side 1000000000, at most 16: more pixels than 134217728",
+            "tiles of side 1000000000, at most 16: more pixels than",
         ),
         ({"max_patches": 10**9}, "at most 1000000000: more pixels than 134217728, or a number above 4096"),
         ({"size": {"height": 4000, "width": 4000}}, "tiles of side 4000, at most 16: more pixels than 134217728"),
