@@ -18,7 +18,7 @@ from ..walk.decoder import Hidden, LayerWalk
 from ..walk.numbers import Weights
 from .coverage import Coverage, starved
 from .experts import ExpertQuantiser
-from .linears import Linears, divided_rows, observer
+from .linears import Linears, observer
 from .product import ProductInput
 from .smoothing import Reader
 
@@ -85,10 +85,9 @@ class LayerQuantiser:
         linears.smooth(attended, linears.readers(attended, {f"{name}o_proj": output}), self._share_over_group)
         groups = attended.exponents_K.view(spec.kv_heads, -1, spec.head_dim)
         values.exponents_K = groups[:, 0].flatten()
-        projections[f"{name}v_proj"] = divided_rows(value, values.exponents_K)
         linears.emit_divided("input_layernorm.weight", source.exponents_K)
         for unit, weight in projections.items():
-            linears.emit_linear(unit, weight, source)
+            linears.emit_linear(unit, weight, source, values.exponents_K if unit == f"{name}v_proj" else None)
         linears.emit_linear(f"{name}o_proj", output, attended)
         if self.recipe.kv_cache != "none":
             for part, cached in (("key", keys), ("value", values)):
@@ -115,10 +114,9 @@ class LayerQuantiser:
             readers += self._expert_readers()
         linears.smooth(source, readers)
         linears.smooth(activated, linears.readers(activated, {down_name: down}))
-        weights[up_name] = divided_rows(up, activated.exponents_K)
         linears.emit_divided("post_attention_layernorm.weight", source.exponents_K)
         for unit, weight in weights.items():
-            linears.emit_linear(unit, weight, source)
+            linears.emit_linear(unit, weight, source, activated.exponents_K if unit == up_name else None)
         linears.emit_linear(down_name, down, activated)
         return source, activated
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..plugins.quantisation import LARGEST
 from ..spec.choice import Choice
-from ..walk.accelerator import HOST
 from ..walk.decoder import LayerWalk
-from .linears import Linears, divided_rows, laid_out, observer
+from .linears import Linears, laid_out, observer
+from .moved_weight import MovedWeight
 from .product import ProductInput, quantise_product
 from .statistics import Statistics
 
@@ -42,7 +42,7 @@ class ExpertQuantiser:
     all_experts: bool
     unmeasured: Collection[int]
     largest: dict[str, float] = field(init=False, default_factory=dict)
-    parts: dict[str, dict[int, Tensor]] = field(init=False, default_factory=dict)
+    stacks: dict[str, Tensor] = field(init=False, default_factory=dict)
     scales: dict[str, dict[int, float]] = field(init=False, default_factory=dict)
 
     def quantise(self, feed_input: ProductInput, down_input: ProductInput, progress: Callable[[float], None]) -> None:
@@ -58,35 +58,35 @@ class ExpertQuantiser:
         for done, expert in enumerate(ordered, start=1):
             self._quantise(expert, feed_input, down_input)
             progress(done / experts)
-        for name, tensors in self.parts.items():
-            self.linears.emit(name, torch.stack([tensors.pop(expert) for expert in range(experts)]))
+        for name, stack in self.stacks.items():
+            self.linears.emit(name, stack)
         for name, values in self.scales.items():
             self.linears.emit(f"{UNIT}.{name}", torch.tensor([values[expert] for expert in range(experts)]))
 
     def _quantise(self, expert: int, feed_input: ProductInput, down_input: ProductInput) -> None:
         linears, choice = self.linears, self.linears.choice(UNIT)
         dtype = linears.weights.stored(f"{linears.prefix}input_layernorm.weight").dtype
-        gate_up, down = (self.walk.weight(f"{UNIT}.{part}_proj", expert) for part in ("gate_up", "down"))
+        gate_up, down = (self.walk.stored(f"{UNIT}.{part}_proj", expert) for part in ("gate_up", "down"))
         source, activated = self._inputs(expert)
         observe = observer(source, activated) if choice.format != "none" else lambda name, x: None
         self.walk.feed_expert(expert, gate_up, down, observe, all_tokens=self.all_experts)
         source.exponents_K, source.strength = feed_input.exponents_K, feed_input.strength
-        parts = {"gate_up": (gate_up.T, source), "down": (down.T, activated)}
         if choice.format == "none":
-            for part, (weight_NK, read) in parts.items():
-                moved_KN = (weight_NK * torch.exp2(read.exponents_K.float())).T
-                self._keep(f"{UNIT}.{part}_proj", expert, moved_KN.to(dtype).contiguous())
+            for part, weight_KN, read in (("gate_up", gate_up, source), ("down", down, activated)):
+                kept_KN = MovedWeight(weight_KN.T, read.exponents_K).kept(dtype).T
+                self._keep(f"{UNIT}.{part}_proj", expert, kept_KN)
             return
+        rows_N = None
         if expert in self.unmeasured:
             self._borrow(choice, source, activated, feed_input, down_input)
         else:
             linears.smooth(activated, [activated.reader(down.T, choice)])
             rows_N = torch.cat([torch.zeros_like(activated.exponents_K), activated.exponents_K])
-            parts["gate_up"] = divided_rows(gate_up.T, rows_N), source
             self._note_largest(source, activated)
-        for part, (weight_NK, read) in parts.items():
+        moved = MovedWeight(gate_up.T, source.exponents_K, rows_N), MovedWeight(down.T, activated.exponents_K)
+        for part, weight, read in zip(SCALES, moved, (source, activated), strict=True):
             name = f"{UNIT}.{part}_proj"
-            product, record = quantise_product(f"{linears.prefix}{name}[{expert}]", weight_NK, read, choice, dtype)
+            product, record = quantise_product(f"{linears.prefix}{name}[{expert}]", weight, read, choice, dtype)
             linears.records.append(dataclasses.replace(record, measured=expert not in self.unmeasured))
             self._keep(name, expert, laid_out(product, choice))
             self._keep(f"{name}_scale", expert, product.weight.scale_NG)
@@ -119,4 +119,7 @@ class ExpertQuantiser:
             read.borrowed = largest / LARGEST[choice.format] if choice.quantises_activations else None
 
     def _keep(self, name: str, expert: int, tensor: Tensor) -> None:
-        self.parts.setdefault(name, {})[expert] = tensor.to(HOST)
+        """Puts an expert's tensor into its place among those of all."""
+        if name not in self.stacks:
+            self.stacks[name] = torch.empty(self.walk.spec.experts, *tensor.shape, dtype=tensor.dtype)
+        self.stacks[name][expert] = tensor

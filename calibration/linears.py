@@ -16,6 +16,7 @@ from ..spec.recipe import Recipe
 from ..walk.accelerator import HOST
 from ..walk.decoder import Observe
 from ..walk.numbers import Weights
+from .moved_weight import MovedWeight
 from .product import Product, ProductInput, Record, quantise_product
 from .shard import pack_int4
 from .smoothing import Reader, awq_exponents, search, smoothquant_exponents
@@ -49,10 +50,10 @@ class Linears:
     def input(self, name: str, channels: int, units: Sequence[str]) -> ProductInput:
         """An input to be measured; with its outer products where a unit that reads it asks for them."""
         choices = [self.choice(unit) for unit in units]
-        wants_hessian = any(choice.rounding == "gptq" and choice.format != "none" for choice in choices)
+        wants_products = any(choice.rounding == "gptq" and choice.format != "none" for choice in choices)
         wants_histogram = any(choice.quantises_activations and choice.clip != "absmax" for choice in choices)
         title, device = f"{self.title}: {name}", self.weights.device
-        return ProductInput(Statistics(title, channels, wants_hessian, wants_histogram, device), self.recipe)
+        return ProductInput(Statistics(title, channels, wants_products, wants_histogram, device), self.recipe)
 
     # Smoothing
 
@@ -101,20 +102,24 @@ class Linears:
         stored_K = self.weights.stored(self.prefix + name)
         self.emit(name, (stored_K.float() * torch.exp2(-exponents_K.to(HOST).float())).to(stored_K.dtype))
 
-    def emit_linear(self, unit: str, weight_NK: Tensor, source: ProductInput) -> None:
+    def emit_linear(
+        self, unit: str, weight_NK: Tensor, source: ProductInput, exponents_N: Tensor | None = None
+    ) -> None:
         """Adds a linear's weight, quantised where the recipe says so.
 
         Args:
             unit: Its name without `.weight`.
-            weight_NK: The weight, its rows already divided where the next input is smoothed.
+            weight_NK: The weight.
             source: Its input, with the exponents chosen.
+            exponents_N: Octaves that its output channels are divided by, where the next input is smoothed.
         """
         choice = self.choice(unit)
         dtype = self.weights.stored(f"{self.prefix}{unit}.weight").dtype
+        weight = MovedWeight(weight_NK, source.exponents_K, exponents_N)
         if choice.format == "none":  # exact: powers of two
-            self.emit(f"{unit}.weight", (weight_NK * torch.exp2(source.exponents_K.float())).to(dtype))
+            self.emit(f"{unit}.weight", weight.kept(dtype))
             return
-        product, record = quantise_product(self.prefix + unit, weight_NK, source, choice, dtype)
+        product, record = quantise_product(self.prefix + unit, weight, source, choice, dtype)
         self.records.append(record)
         self.emit(f"{unit}.weight", laid_out(product, choice))
         scale_NG = product.weight.scale_NG
@@ -132,11 +137,6 @@ def observer(*inputs: ProductInput) -> Observe:
         named[name].update(x_NK)
 
     return observe
-
-
-def divided_rows(weight_NK: Tensor, exponents_N: Tensor) -> Tensor:
-    """A linear whose output channels come out divided by 2^exponents."""
-    return weight_NK * torch.exp2(-exponents_N.float())[:, None]
 
 
 def laid_out(product: Product, choice: Choice) -> Tensor:

@@ -1,6 +1,7 @@
 """Weights rounded to int8, E4M3 or int4, with the scales of their output channels or groups.
 
 Enters: a weight [N, K], output channels first. Leaves: a `Rounded` whose values times scales stand for the weight.
+GPTQ's rounding stands in `gptq`.
 The meaning is that of `plugins.quantisation`, computed in float32 by torch.
 """
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..plugins.quantisation import LARGEST, SMALLEST
 from ..spec.types import TYPES
+from .moved_weight import MovedWeight
 
 HELD = {kind: getattr(torch, TYPES[kind].torch) for kind in ("int8", "fp8", "int4")}
 """Torch's type of each kind's values; int4 is packed when it is written."""
@@ -18,14 +20,11 @@ HELD = {kind: getattr(torch, TYPES[kind].torch) for kind in ("int8", "fp8", "int
 SHRINKS = [1 - step / 40 for step in range(21)]
 """Clips that `mse` tries for a channel or group, as shares of its largest magnitude."""
 
-DAMPING = 0.001
-"""Share of the mean of the Hessian's diagonal that is added to it; the paper's 0.01 leaves more of E4M3's error."""
+SIGN_AND_VALUE = -0x7810_0000
+"""Bits of a float32, as a signed integer, that E4M3 has too: sign, four of the exponent's, three of the mantissa's."""
 
 CHUNK = 1 << 18
 """Weights whose clips `mse` tries together, few enough to stay in a processor's cache."""
-
-LEAF = 16
-"""Columns that GPTQ corrects one by one; over more, the first half's errors correct the second in one product."""
 
 
 @dataclass(slots=True)
@@ -42,7 +41,7 @@ class Rounded:
 
     def wide(self) -> Tensor:
         """The weight that it stands for, float32."""
-        wide_NK = self.values_NK.float()
+        wide_NK = widen(self.values_NK)
         in_groups(wide_NK, self.scale_NG).mul_(self.scale_NG[..., None])
         return wide_NK
 
@@ -52,10 +51,25 @@ def in_groups(x_NK: Tensor, scale_NG: Tensor) -> Tensor:
     return x_NK.unflatten(1, (scale_NG.shape[1], -1))
 
 
+def narrow(x: Tensor, kind: str) -> Tensor:
+    """The nearest values of a format as they are stored, ties to even, saturating. Overwrites `x`."""
+    x.clamp_(SMALLEST[kind], LARGEST[kind])
+    return (x if kind == "fp8" else x.round_()).to(HELD[kind])
+
+
+def widen(stored: Tensor) -> Tensor:
+    """Stored values in float32; E4M3 by its bits, which takes half of the time that PyTorch's table of them does."""
+    if stored.dtype != torch.float8_e4m3fn:
+        return stored.float()
+    bits = stored.view(torch.int8).to(torch.int32)
+    bits <<= 20  # the exponent's and the mantissa's to their places in a float32, the sign, extended, to its own
+    bits &= SIGN_AND_VALUE
+    return bits.view(torch.float32).mul_(2.0**120)  # the difference of the exponents' biases
+
+
 def round_to(x: Tensor, kind: str) -> Tensor:
-    """The nearest values of a format, ties to even, saturating; in float32. Overwrites `x`."""
-    x = x.clamp_(SMALLEST[kind], LARGEST[kind])
-    return x.to(torch.float8_e4m3fn).float() if kind == "fp8" else x.round_()
+    """The nearest values of a format, as `narrow` makes them, in float32. Overwrites `x`."""
+    return widen(narrow(x, kind)) if kind == "fp8" else x.clamp_(SMALLEST[kind], LARGEST[kind]).round_()
 
 
 def scale_of(clip: Tensor, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,84 +118,27 @@ def _least_squares(weight_NK: Tensor, kind: str, group: int, dtype: torch.dtype)
 
 def round_nearest(weight_NK: Tensor, scale_NG: Tensor, kind: str) -> Rounded:
     """Each weight to the nearest value."""
-    values_NGB = round_to(in_groups(weight_NK, scale_NG) / scale_NG[..., None], kind)
-    return Rounded(values_NGB.flatten(1).to(HELD[kind]), scale_NG)
+    values_NGB = narrow(in_groups(weight_NK, scale_NG) / scale_NG[..., None], kind)
+    return Rounded(values_NGB.flatten(1), scale_NG)
 
 
-def round_gptq(weight_NK: Tensor, scale_NG: Tensor, kind: str, hessian_KK: Tensor) -> Rounded:
-    """Column by column, each error made up for by the columns that are not rounded yet.
-
-    GPTQ (Frantar et al. 2022, arXiv:2210.17323), algorithm 1: the inverse Hessian's Cholesky factor gives the
-    corrections. Columns go in order of falling diagonal (the paper's code calls it act-order), their scales fixed
-    before.
+def choose_and_round(weight: MovedWeight, kind: str, group: int, clip: str, dtype: torch.dtype) -> Rounded:
+    """Scales chosen, as `choose_scales` does, and each weight rounded to the nearest value, in one pass.
 
     Args:
-        weight_NK: The weight.
-        scale_NG: Its scales.
-        kind: The format.
-        hessian_KK: Sum over inputs of x xᵀ; its factor 2 cancels.
+        weight: The weight.
+        kind: `int8`, `fp8` or `int4`.
+        group: Columns that share a scale.
+        clip: As `choose_scales` has it.
+        dtype: Type that must hold the scales.
     """
-    order_K = hessian_KK.diagonal().argsort(descending=True, stable=True)
-    left_KN = weight_NK.T[order_K]
-    columns = _Columns(
-        left_KN=left_KN,
-        values_KN=torch.empty_like(left_KN, dtype=HELD[kind]),
-        factor_KK=inverse_factor(hessian_KK[order_K][:, order_K]),
-        scale_GN=scale_NG.T.contiguous(),
-        groups=(order_K // (len(order_K) // scale_NG.shape[1])).cpu().tolist(),
-        kind=kind,
-    )
-    columns.round(0, len(order_K))
-    return Rounded(columns.values_KN[order_K.argsort()].T.contiguous(), scale_NG)
-
-
-@dataclass(slots=True)
-class _Columns:
-    """GPTQ's columns, as rows: what is left of them to round, and what they became.
-
-    Attributes:
-        left_KN: The columns, corrected; a rounded column's place takes its error.
-        values_KN: Stored values.
-        factor_KK: `inverse_factor` of the Hessian.
-        scale_GN: Scales.
-        groups: The scale of each column.
-        kind: The format.
-    """
-
-    left_KN: Tensor
-    values_KN: Tensor
-    factor_KK: Tensor
-    scale_GN: Tensor
-    groups: list[int]
-    kind: str
-
-    def round(self, start: int, end: int) -> None:
-        """Rounds some columns, each after those before it."""
-        left_KN, factor_KK = self.left_KN, self.factor_KK
-        if end - start > LEAF:
-            middle = (start + end) // 2
-            self.round(start, middle)
-            left_KN[middle:end].addmm_(factor_KK[start:middle, middle:end].T, left_KN[start:middle], alpha=-1)
-            self.round(middle, end)
-            return
-        for at in range(start, end):
-            scale_N = self.scale_GN[self.groups[at]]
-            values_N = round_to(left_KN[at] / scale_N, self.kind)
-            self.values_KN[at] = values_N
-            left_KN[at].addcmul_(values_N, scale_N, value=-1).div_(factor_KK[at, at])
-            left_KN[at + 1 : end].addr_(factor_KK[at, at + 1 : end], left_KN[at], alpha=-1)
-
-
-def inverse_factor(hessian_KK: Tensor) -> Tensor:
-    """The upper Cholesky factor U of the damped Hessian's inverse, UᵀU = H⁻¹, float32.
-
-    Reversed in rows and columns, H's lower factor becomes an upper R with H = RRᵀ, so that U = R⁻¹: one factorisation
-    and the inverse of a triangle instead of two factorisations and the inverse of a square.
-    """
-    hessian_KK = hessian_KK.double()  # float32's rounding may be larger than the damping
-    diagonal_K = hessian_KK.diagonal()
-    diagonal_K[diagonal_K == 0] = 1.0  # inputs never seen: rounded to nearest, correcting nothing
-    diagonal_K += DAMPING * diagonal_K.mean()
-    lower_KK = torch.linalg.cholesky(hessian_KK.flip(0, 1))
-    eye_KK = torch.eye(len(lower_KK), device=lower_KK.device)
-    return torch.linalg.solve_triangular(lower_KK.float(), eye_KK, upper=False).flip(0, 1)
+    count, channels = weight.shape
+    device = weight.stored_NK.device
+    values_NK = torch.empty(count, channels, dtype=HELD[kind], device=device)
+    scale_NG = torch.empty(count, channels // group, device=device)
+    for piece in weight.pieces():
+        rows_NK = weight.rows(piece)
+        scale_NG[piece] = choose_scales(rows_NK, kind, group, clip, dtype)
+        in_groups(rows_NK, scale_NG[piece]).div_(scale_NG[piece, :, None])
+        values_NK[piece].view(torch.int8).copy_(narrow(rows_NK, kind).view(torch.int8))
+    return Rounded(values_NK, scale_NG)

@@ -41,11 +41,10 @@ class Reader:
     quantise: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def searched_outputs(weight_NK: Tensor) -> Tensor:
-    """The output channels that a search measures, [at most `SEARCHED_OUTPUTS`, K], in memory of their own."""
-    count = min(len(weight_NK), SEARCHED_OUTPUTS)
-    rows_N = torch.linspace(0, len(weight_NK) - 1, count).round().long()
-    return weight_NK[rows_N.to(weight_NK.device)].contiguous()
+def some_outputs(weight_NK: Tensor, most: int) -> Tensor:
+    """Indices of `most` of a weight's output channels or all, evenly spaced from the first to the last."""
+    rows_N = torch.linspace(0, len(weight_NK) - 1, min(len(weight_NK), most)).round().long()
+    return rows_N.to(weight_NK.device)
 
 
 def smoothquant_exponents(activation_K: Tensor, weight_K: Tensor, strength: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Statistics of a product's input, collected while calibration text runs through the model.
 
 Enters: rows of activations, some at a time. Leaves: for each channel its largest magnitude, its mean magnitude and a
-histogram; of the whole some sample rows and, where GPTQ asks for it, the sum of outer products. Memory depends on the
+histogram; of the whole some sample rows and, where GPTQ asks for it, the outer products. Memory depends on the
 number of channels only.
 
 A histogram's bins are float32 bit patterns without their last bits, sixteen to an octave. Multiplying a channel by a
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..walk.accelerator import HOST
+from .outer_products import OuterProducts
 
 STEPS = 16
 """Bins an octave."""
@@ -44,7 +45,7 @@ class Statistics:
     Args:
         name: For messages.
         channels: Columns of a row (K).
-        wants_hessian: Whether the sum of outer products is kept.
+        wants_products: Whether the outer products are kept.
         wants_histogram: Whether the histogram is kept.
         device: Where its rows are, and all that is kept of them.
 
@@ -53,19 +54,19 @@ class Statistics:
         absmax_K: Largest magnitude of each channel.
         absolute_sum_K: Sum of magnitudes of each channel.
         histogram_KB: How many magnitudes of each channel lie in each bin.
-        hessian_KK: Sum over rows of x xᵀ.
+        products: The rows' outer products.
     """
 
     name: str
     channels: int
-    wants_hessian: bool = False
+    wants_products: bool = False
     wants_histogram: bool = True
     device: torch.device = HOST
     tokens: int = 0
     absmax_K: Tensor = field(init=False)
     absolute_sum_K: Tensor = field(init=False)
     histogram_KB: Tensor = field(init=False)
-    hessian_KK: Tensor | None = field(init=False, default=None)
+    products: OuterProducts | None = field(init=False, default=None)
     kept: list[Tensor] = field(init=False, default_factory=list)
     stride: int = field(init=False, default=1)
 
@@ -74,8 +75,8 @@ class Statistics:
         self.absmax_K = torch.zeros(self.channels, device=device)
         self.absolute_sum_K = torch.zeros(self.channels, dtype=torch.float64, device=device)
         self.histogram_KB = torch.zeros(counted, BINS, dtype=torch.int32, device=device)
-        if self.wants_hessian:
-            self.hessian_KK = torch.zeros(self.channels, self.channels, device=device)
+        if self.wants_products:
+            self.products = OuterProducts(self.channels, device)
 
     def update(self, x_NK: Tensor) -> None:
         """Takes in more rows.
@@ -91,8 +92,8 @@ class Statistics:
         self.absolute_sum_K += magnitude_NK.sum(0)
         if self.wants_histogram:
             self._count(magnitude_NK)
-        if self.hessian_KK is not None:
-            self.hessian_KK.addmm_(x_NK.T, x_NK)
+        if self.products is not None:
+            self.products.update(x_NK)
         self._keep(x_NK)
 
     def _count(self, magnitude_NK: Tensor) -> None:
@@ -134,8 +135,3 @@ class Statistics:
     def absmax(self, exponents_K: Tensor) -> float:
         """The largest magnitude of x / 2^exponents."""
         return float((self.absmax_K / torch.exp2(exponents_K.float())).max())
-
-    def hessian(self, exponents_K: Tensor) -> Tensor | None:
-        """The sum of outer products of x / 2^exponents, where it is kept: [K, K]."""
-        factor_K = torch.exp2(-exponents_K.float())
-        return None if self.hessian_KK is None else self.hessian_KK * factor_K * factor_K[:, None]

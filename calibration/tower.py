@@ -17,7 +17,7 @@ from ..spec.recipe import Recipe
 from ..walk.decoder import Hidden
 from ..walk.numbers import Weights
 from ..walk.tower import Pixels, TowerLayerWalk, each_patches, project
-from .linears import Linears, divided_rows, observer
+from .linears import Linears, observer
 
 
 def quantise_tower_layer(
@@ -55,10 +55,10 @@ def _quantise_attention(linears: Linears, walk: TowerLayerWalk, x: Hidden) -> No
     weights = {part: walk.weight(f"{name}.weight") for part, name in names.items()}
     linears.smooth(source, linears.readers(source, {names[part]: weights[part] for part in "qkv"}))
     linears.smooth(attended, linears.readers(attended, {names["o"]: weights["o"]}))
-    weights["v"] = divided_rows(weights["v"], attended.exponents_K)
     _emit_norm(linears, "input_layernorm", source.exponents_K)
     for part, name in names.items():
-        linears.emit_linear(name, weights[part], attended if part == "o" else source)
+        divided = attended.exponents_K if part == "v" else None
+        linears.emit_linear(name, weights[part], attended if part == "o" else source, divided)
         if part == "v":  # attention averages values, biases and all, so that what it divides is divided behind it
             linears.emit_divided(f"{name}.bias", attended.exponents_K)
         else:

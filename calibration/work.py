@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
@@ -29,7 +28,7 @@ from ..spec.geometry import VISION, ModelSpec, VisionSpec
 from ..spec.recipe import Recipe
 from ..spec.types import Progress
 from ..walk.decoder import TOKENS, Hidden, LayerWalk, embed
-from ..walk.numbers import Weights
+from ..walk.numbers import INTEGERS, Weights
 from ..walk.tower import embed_tiles, encode_tiles
 from ..walk.windows import Windows
 from .coverage import Coverage, check_coverage, to_measure_again
@@ -38,7 +37,7 @@ from .linears import Linears
 from .product import ProductInput, Record
 from .reached import Reached, described, read_progress, restarted, write_progress
 from .report import LayerReport, Report
-from .shard import write_shard
+from .shard import CODES, write_shard
 from .statistics import Statistics
 from .tower import quantise_tower_ends, quantise_tower_layer
 
@@ -235,7 +234,7 @@ class Work:
             CalibrationError: A tensor to be written holds such a number.
         """
         for name, tensor in linears.tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            if not all_finite(tensor.view(INTEGERS[tensor.element_size()]).numpy(), CODES[tensor.dtype]):
                 raise CalibrationError(
                     f"{name!r} becomes NaN or infinite: it does not fit {self.spec.dtype}, export with another --dtype"
                 )

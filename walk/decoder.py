@@ -25,6 +25,9 @@ from .numbers import Weights
 TOKENS = 4096
 """Tokens that pass through a product at once."""
 
+COLUMNS = 512
+"""Columns of a weight that are widened at once."""
+
 Hidden = NDArray[np.float32]
 """Hidden states [W, S, H], in memory or in a mapped file."""
 
@@ -86,6 +89,10 @@ class LayerWalk:
     def weight(self, name: str, index: int | None = None) -> Tensor:
         """One of the layer's tensors in float32."""
         return self.weights.wide(self.prefix + name, index)
+
+    def stored(self, name: str, index: int) -> Tensor:
+        """A part of one of the layer's stacked tensors, on the device, of the type that it is stored in."""
+        return self.weights.stored(self.prefix + name, index).to(self.weights.device)
 
     def run(self, x: Hidden, observe: Observe = ignore) -> None:
         """All of the steps."""
@@ -161,8 +168,8 @@ class LayerWalk:
 
         Args:
             expert: Its number.
-            gate_up: Its weight [H, 2I].
-            down: Its weight [I, H].
+            gate_up: Its weight [H, 2I], of any float type.
+            down: Its weight [I, H], of any float type.
             observe: Called with the inputs of its products.
             all_tokens: Whether it sees every token, for the observer only.
 
@@ -174,11 +181,11 @@ class LayerWalk:
         out_TH = self.out.reshape(-1, self.spec.hidden_size)
         for part_N, expert_input_NH in self.expert_inputs(expert, tokens_N):
             observe("expert_input", expert_input_NH)
-            gate_NI, up_NI = (expert_input_NH @ gate_up).chunk(2, dim=1)
+            gate_NI, up_NI = multiply(expert_input_NH, gate_up).chunk(2, dim=1)
             activated_NI = up_NI * silu(gate_NI)
             observe("expert_activated", activated_NI)
             theirs_N = is_chosen_T[part_N]
-            out_TH[part_N[theirs_N].numpy()] += to_host(activated_NI[theirs_N.to(activated_NI.device)] @ down)
+            out_TH[part_N[theirs_N].numpy()] += to_host(multiply(activated_NI[theirs_N.to(activated_NI.device)], down))
         return int(is_chosen_T.sum())
 
     def _normed_tokens(self) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -194,6 +201,18 @@ def walk_layer(spec: ModelSpec, index: int, weights: Weights, x: Hidden, observe
     walk = LayerWalk(spec, index, weights, np.empty_like(x), np.empty_like(x))
     walk.run(x, observe)
     return walk.out
+
+
+def multiply(x_NK: Tensor, weight_KM: Tensor) -> Tensor:
+    """A product in float32 with a weight of any float type, which is widened some columns at a time [N, M].
+
+    Few rows take less time than memory for a whole widened weight of an expert, which the system must clear.
+    """
+    out_NM = torch.empty(len(x_NK), weight_KM.shape[1], device=x_NK.device)
+    for start in range(0, weight_KM.shape[1], COLUMNS):
+        some = slice(start, start + COLUMNS)
+        torch.mm(x_NK, weight_KM[:, some].float(), out=out_NM[:, some])
+    return out_NM
 
 
 def attend_in_chunks(

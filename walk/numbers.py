@@ -28,7 +28,7 @@ from ..spec.stored_weights import Weight
 from ..spec.types import CODES, FLOATS, TYPES, DType
 from .accelerator import HOST
 
-INTEGERS = {2: torch.int16, 4: torch.int32}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Torch's integers by their bytes."""
 
 TORCH_DTYPES = {CODES[name]: getattr(torch, TYPES[name].torch) for name in FLOATS}

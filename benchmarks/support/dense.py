@@ -76,8 +76,11 @@ def peer(shape: str, layers: int = 8, experts: int | None = None) -> dict[str, A
     return config
 
 
-def write_random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0) -> int:
-    """Writes a bfloat16 checkpoint of normal weights, deviation 1/sqrt(width), one shard. Returns its parameters."""
+def write_random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0, pool: int = 0) -> int:
+    """Writes a bfloat16 checkpoint of normal weights, deviation 1/sqrt(width), one shard. Returns its parameters.
+
+    With a `pool` each piece begins at random in that many drawn numbers: a checkpoint of many GB takes no minutes.
+    """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     shapes = expected_tensors(model_spec(config))
@@ -88,6 +91,7 @@ def write_random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     rng = np.random.default_rng(seed)
+    drawn = rng.standard_normal(pool, dtype=np.float32)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
@@ -95,7 +99,9 @@ def write_random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0)
             scale = np.float32(1.0 if name.endswith("norm.weight") else shape[-1] ** -0.5)
             while left:
                 count = min(left, PIECE)
-                piece = rng.standard_normal(count, dtype=np.float32) * scale
+                start = int(rng.integers(pool - count + 1)) if pool else 0
+                numbers = drawn[start : start + count] if pool else rng.standard_normal(count, dtype=np.float32)
+                piece = numbers * scale
                 if len(shape) == 1:
                     piece = np.ones(count, dtype=np.float32)
                 file.write((piece.view(np.uint32) >> 16).astype(np.uint16).tobytes())

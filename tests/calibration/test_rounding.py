@@ -1,18 +1,12 @@
-"""Rounding against the ops' meaning, and GPTQ against the formulas of its paper in float64."""
+"""Rounding against the ops' meaning."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
-from arriero.calibration.rounding import (
-    DAMPING,
-    choose_scales,
-    fake_quantise,
-    inverse_factor,
-    round_gptq,
-    round_nearest,
-)
+from arriero.calibration import moved_weight
+from arriero.calibration.rounding import choose_and_round, choose_scales, fake_quantise, round_nearest, widen
 from arriero.calibration.shard import pack_int4
 from arriero.plugins import quantisation
 from arriero.plugins.narrow_types import unpack_int4
@@ -54,45 +48,30 @@ def test_a_clip_of_least_squares_is_no_worse_than_the_largest() -> None:
     assert errors[1] < 0.95 * errors[0]
 
 
-def test_gptq_equals_optimal_brain_quantisation_column_by_column() -> None:
-    """Frantar et al. 2022, eqs. 2 and 3: round a column, spread its error, take it out of the inverse Hessian."""
-    w = weight(5, 160).double().numpy()
-    x = np.random.default_rng(0).standard_normal((400, 160)) @ np.random.default_rng(1).standard_normal((160, 160))
-    hessian = x.T @ x
-    scales = choose_scales(torch.from_numpy(w).float(), "int4", 32, "absmax")
-    wide_scales = np.repeat(scales.numpy(), 32, axis=1).astype(np.float64)
-
-    damped = hessian + DAMPING * np.mean(np.diag(hessian)) * np.eye(160)
-    left, values, inverse = w.copy(), np.zeros_like(w), np.linalg.inv(damped)
-    for column in np.argsort(-np.diag(hessian), kind="stable"):
-        values[:, column] = np.clip(np.rint(left[:, column] / wide_scales[:, column]), -8, 7)
-        error = (left[:, column] - values[:, column] * wide_scales[:, column]) / inverse[column, column]
-        left -= np.outer(error, inverse[column])
-        inverse -= np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
-    found = round_gptq(torch.from_numpy(w).float(), scales, "int4", torch.from_numpy(hessian).float())
-    assert np.mean(found.values_NK.numpy() != values) < 0.01
-
-    def loss(wide: np.ndarray) -> float:
-        return float(np.sum((x @ (wide - w).T) ** 2))
-
-    nearest = round_nearest(torch.from_numpy(w).float(), scales, "int4")
-    assert loss(found.wide().double().numpy()) < 0.5 * loss(nearest.wide().double().numpy())
+def test_every_e4m3_value_is_widened_as_ml_dtypes_does() -> None:
+    codes = np.array([code for code in range(256) if code & 0x7F != 0x7F], np.uint8)
+    found = widen(torch.from_numpy(codes).view(torch.float8_e4m3fn))
+    assert np.array_equal(found.numpy(), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
-def test_the_factor_is_that_of_the_damped_hessians_inverse() -> None:
-    x = np.random.default_rng(0).standard_normal((300, 90)) @ np.random.default_rng(1).standard_normal((90, 90))
-    hessian = x.T @ x
-    found = inverse_factor(torch.from_numpy(hessian).float()).double().numpy()
-    damped = hessian + DAMPING * np.mean(np.diag(hessian)) * np.eye(90)
-    expected = np.linalg.cholesky(np.linalg.inv(damped)).T
-    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-    assert np.array_equal(found, np.triu(found))
-
-
-def test_inputs_that_were_never_seen_do_not_stop_gptq() -> None:
-    w = weight(4, 32)
-    found = round_gptq(w, choose_scales(w, "int4", 32, "absmax"), "int4", torch.zeros(32, 32))
-    assert torch.equal(found.values_NK, round_nearest(w, choose_scales(w, "int4", 32, "absmax"), "int4").values_NK)
+@pytest.mark.parametrize("clip", ["absmax", "mse"])
+@pytest.mark.parametrize(("kind", "group"), [("int8", 96), ("fp8", 96), ("int4", 32)])
+def test_scales_and_values_in_one_pass_are_those_of_the_moved_weight(
+    kind: str, group: int, clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moved_weight, "PIECE", 96 * 7)
+    stored = weight(50, 96).bfloat16()
+    exponents = torch.randint(-3, 4, (146,), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    moved = stored.float() * torch.exp2(exponents[:96].float()) / torch.exp2(exponents[96:].float())[:, None]
+    scales = choose_scales(moved, kind, group, clip)
+    expected = round_nearest(moved, scales, kind)
+    for laid_out in (stored, stored.T.contiguous().T):
+        lies = moved_weight.MovedWeight(laid_out, exponents[:96], exponents[96:])
+        found = choose_and_round(lies, kind, group, clip, torch.float32)
+        assert torch.equal(found.scale_NG, scales)
+        assert torch.equal(found.values_NK.view(torch.int8), expected.values_NK.view(torch.int8))
+        assert torch.equal(lies.largest_K(), moved.abs().amax(0))
+        assert torch.equal(lies.kept(torch.bfloat16), moved.bfloat16())
 
 
 def test_int4_is_packed_as_onnx_packs_it() -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import arriero
 from arriero.calibration import calibrate_model, fp8, int4, int8, linears
+from arriero.calibration.moved_weight import MovedWeight
 from arriero.calibration.product import Product, ProductInput
 from arriero.calibration.rounding import Rounded
 from arriero.calibration.tower import quantise_tower_layer
@@ -181,9 +182,9 @@ def test_smoothing_leaves_what_a_layer_computes(
     model: Path, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
 ) -> None:
     def unrounded(
-        name: str, weight_NK: torch.Tensor, source: ProductInput, choice: Choice, dtype: torch.dtype
+        name: str, weight: MovedWeight, source: ProductInput, choice: Choice, dtype: torch.dtype
     ) -> tuple[Product, None]:
-        moved_NK = weight_NK * torch.exp2(source.exponents_K.float())
+        moved_NK = weight.rows(slice(None))
         return Product(Rounded(moved_NK, torch.ones(len(moved_NK), 1)), None), None
 
     monkeypatch.setattr(linears, "quantise_product", unrounded)
