@@ -18,7 +18,8 @@ them: there, use another compiler, or put `asm volatile("" : : "r"(&tc) : "memor
 
     python benchmarks/server_race.py llama/bin --folder DIR [--bits 4,8] [--clients 1,8,32] [--threads 2] [--rounds 1]
 
-`--folder` keeps what was made, and may be that of `cpu_peers.py`.
+Loads of long prompts take llama-server minutes a case at 32 clients: `--long-clients 1,8` gives them numbers of their
+own. `--folder` keeps what was made, and may be that of `cpu_peers.py`.
 """
 
 import argparse
@@ -104,9 +105,10 @@ def race(bits: int, workshop: Workshop, asked: argparse.Namespace) -> list[dict[
         servers = {"arriero": Endpoint(server.url), "llama-server": Endpoint(url)}
         for number in range(asked.rounds):
             for load, settings in LOADS.items():
+                clients = asked.clients if load == "short" else asked.long_clients or asked.clients
                 for name, endpoint in servers.items():
                     say(f"{bits} bits, round {number + 1}, {load}: {name}")
-                    for case in measure_url(endpoint, **settings, clients=asked.clients, runs=1)["cases"]:
+                    for case in measure_url(endpoint, **settings, clients=clients, runs=1)["cases"]:
                         found.setdefault((load, case["batch"], name), []).append(case)
         assert server.end() == 0
     return [
@@ -115,12 +117,13 @@ def race(bits: int, workshop: Workshop, asked: argparse.Namespace) -> list[dict[
     ]
 
 
-def middle(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians of the rounds."""
+def middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of the rounds, and what failed."""
     return {
         "tokens_per_second": statistics.median(each["tokens_per_second"] for each in rounds),
         "ttft_p95": statistics.median(each["ttft_seconds"]["p95"] for each in rounds),
         "failed": sum(each["failed"] for each in rounds),
+        "first_error": next((each["first_error"] for each in rounds if each["failed"]), None),
     }
 
 
@@ -150,7 +153,11 @@ def show(records: list[dict[str, Any]], threads: int) -> None:
             f"{other['ttft_p95'] / own['ttft_p95']:.2f}",
             f"{own['failed']}, {other['failed']}",
         )
-    Console(width=130).print(table)
+    console = Console(width=130)
+    console.print(table)
+    for each in records:
+        if each["failed"]:
+            console.print(f"{each['server']}, {each['load']}, {each['clients']} clients: {each['first_error']}")
 
 
 def main() -> None:
@@ -158,6 +165,7 @@ def main() -> None:
     parser.add_argument("llama", type=Path, help="Folder of llama-server and llama-quantize.")
     parser.add_argument("--bits", type=numbers, default=[4, 8])
     parser.add_argument("--clients", type=numbers, default=[1, 8, 32])
+    parser.add_argument("--long-clients", type=numbers, help="Clients of the loads of long prompts.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max-seq", type=int, default=4096)
