@@ -83,8 +83,8 @@ struct StackedInput {
 constexpr int64_t OUTPUTS_AT_ONCE = 512;  // of such a matrix, in a thread's turn
 constexpr int64_t BLOCK_FLOATS = 1 << 15;  // widened weights, or sums, that are on their way at once
 
-// Rows of activations: int8 [rows, K] with a scale a block and, about the matrix's middle, what its offset adds up to;
-// or float32 [rows, K] for a matrix of floats.
+// Rows of activations: int8 [rows, K], or in 16 bits where an instruction set asks for it, with a scale a block and,
+// about the matrix's middle, what its offset adds up to; or float32 [rows, K] for a matrix of floats.
 struct Rows {
     int8_t* values;
     float* scales;
@@ -154,6 +154,7 @@ struct AttentionSpace {
 
 // The kernels that an instruction set has.
 struct Kernels {
+    int64_t value_size;  // bytes of a rounded input that meets weights of 8 bits
     int64_t few, tall;  // rows of float32 that meet floats as they lie, at most; and in a tile of turned ones
     int64_t (*turned_inputs)(int64_t inputs);
     void (*quantise)(const float* x, const Matrix&, float factor, float fixed_scale, const Rows&, int64_t row);

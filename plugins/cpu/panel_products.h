@@ -5,9 +5,16 @@
 // Whatever a row's company, it is computed alike: its sums of integers are exact, and its sums of floats go over the
 // same blocks in the same order. So a batch's rows, a prompt's pieces and single tokens agree bit by bit.
 
+constexpr int AHEAD = 4096;  // bytes of weights that are asked for in advance
+
+#if ARRIERO_SET == 1 || ARRIERO_SET == 3
+#include "narrow_products.h"
+#else
 constexpr int AT_ONCE = ARRIERO_SET == 2 ? 6 : 2;      // rows whose sums fit the registers
 constexpr int IN_ONE_PASS = ARRIERO_SET == 2 ? 8 : 2;  // rows faster in one pass, some sums in memory, than in two
-constexpr int AHEAD = 4096;  // bytes of weights that are asked for in advance
+constexpr int VALUE_SIZE = 1;  // bytes of a rounded input that meets weights of 8 bits
+inline void spread(const int8_t* values, int64_t count, int8_t* to) { std::memcpy(to, values, count); }
+#endif
 
 // Puts each eight inputs in the order in which four bytes hold them: the low halves', then the high ones'.
 inline void evens_before_odds(int8_t* values) {
@@ -22,8 +29,9 @@ inline void evens_before_odds(int8_t* values) {
 // Rounds a row to int8: each block of its inputs by a scale of its own, or all of them by one that is given.
 inline void quantise(const float* x, const Matrix& matrix, float factor, float fixed, const Rows& rows, int64_t row) {
     const int64_t blocks = matrix.blocks();
-    int8_t* to = rows.values + row * matrix.padded();
-    for (int64_t block = 0; block < blocks; block++, to += matrix.block) {
+    const int64_t value_size = matrix.bits == 8 ? VALUE_SIZE : 1;
+    int8_t* to = rows.values + row * matrix.padded() * value_size;
+    for (int64_t block = 0; block < blocks; block++, to += matrix.block * value_size) {
         const int64_t start = block * matrix.block;
         const int64_t left = matrix.inputs - start, count = left < matrix.block ? left : matrix.block;
         float values[2 * LANES] = {};
@@ -52,13 +60,18 @@ inline void quantise(const float* x, const Matrix& matrix, float factor, float f
             sum += values;
             store(rounded + part * LANES, narrow(values));
         }
-        if (matrix.bits == 4) evens_before_odds(rounded);
-        std::memcpy(to, rounded, matrix.block);
+        if (matrix.bits == 4) {
+            evens_before_odds(rounded);
+            std::memcpy(to, rounded, matrix.block);
+        } else {
+            spread(rounded, matrix.block, to);
+        }
         rows.scales[row * blocks + block] = scale;
         rows.sums[row * blocks + block] = -matrix.middle() * sum_of(sum);
     }
 }
 
+#if ARRIERO_SET == 0 || ARRIERO_SET == 2
 // One panel for `COUNT` rows from `first` on: sums [COUNT][2].
 template <int BITS, int COUNT>
 inline void integer_panel(const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, Floats (*total)[2]) {
@@ -105,6 +118,7 @@ inline void integer_panel(const Matrix& matrix, const Rows& rows, int64_t first,
         }
     }
 }
+#endif
 
 // One panel of a matrix of floats for `COUNT` rows of float32 from `first` on: sums [COUNT][2].
 template <int BITS, int COUNT>

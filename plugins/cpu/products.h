@@ -17,7 +17,8 @@ struct RowBuffers {
     Buffer values, scales, sums;
 
     Rows take(int64_t count, const Matrix& matrix) {
-        return {values.take<int8_t>(count * matrix.padded()), scales.take<float>(count * matrix.blocks()),
+        const int64_t value_size = matrix.bits == 8 ? kernels().value_size : 1;
+        return {values.take<int8_t>(count * matrix.padded() * value_size), scales.take<float>(count * matrix.blocks()),
                 sums.take<int32_t>(count * matrix.blocks()), nullptr};
     }
 };

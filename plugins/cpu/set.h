@@ -9,4 +9,4 @@
 #include "attention.h"
 
 constexpr Kernels KERNELS = {
-    FEW, TALL, turned_inputs, quantise, multiply, turn_rows, multiply_plain, multiply_stacked, activate, enter, attend};
+    VALUE_SIZE, FEW, TALL, turned_inputs, quantise, multiply, turn_rows, multiply_plain, multiply_stacked, activate, enter, attend};
