@@ -127,34 +127,39 @@ inline void columns_of_keys(const Attention& call, int64_t place, int64_t count,
         }
 }
 
+// Rows and floats beside one another whose sums fit the registers.
+constexpr int MANY = ARRIERO_SET ? 6 : 2, SOME = ARRIERO_SET ? 3 : 2;
+constexpr int64_t FOR_MANY = ARRIERO_SET == 2 ? 64 : 16, FOR_SOME = ARRIERO_SET == 2 ? 64 : ARRIERO_SET ? 32 : 16;
+
 // COUNT rows of A [., K] times WIDTH vectors of B [K, .], onto what `kept` leaves of C, or as C.
 template <int COUNT, int WIDTH>
 inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs, float* c, int64_t c_row,
                  const float* kept) {
-    Floats sum[COUNT][WIDTH] = {};
+    Part sum[COUNT][WIDTH] = {};
     if (kept)
         for (int row = 0; row < COUNT; row++)
-            for (int i = 0; i < WIDTH; i++) sum[row][i] = load<Floats>(c + row * c_row + LANES * i) * kept[row];
+            for (int i = 0; i < WIDTH; i++) sum[row][i] = load<Part>(c + row * c_row + PART_LANES * i) * kept[row];
     for (int64_t k = 0; k < inputs; k++) {
-        Floats of_b[WIDTH];
-        for (int i = 0; i < WIDTH; i++) of_b[i] = load<Floats>(b + k * b_row + LANES * i);
+        Part of_b[WIDTH];
+        for (int i = 0; i < WIDTH; i++) of_b[i] = load<Part>(b + k * b_row + PART_LANES * i);
         for (int row = 0; row < COUNT; row++)
             for (int i = 0; i < WIDTH; i++) sum[row][i] += of_b[i] * a[row * a_row + k];
     }
     for (int row = 0; row < COUNT; row++)
-        for (int i = 0; i < WIDTH; i++) store(c + row * c_row + LANES * i, sum[row][i]);
+        for (int i = 0; i < WIDTH; i++) store(c + row * c_row + PART_LANES * i, sum[row][i]);
 }
 
-template <int WIDTH>
+// All rows times some floats beside one another of B, `MOST` rows at once.
+template <int MOST, int64_t FLOATS>
 inline void strip(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs, float* c,
                   int64_t c_row, const float* kept) {
     const auto some = [&](auto count, int64_t row) {
-        tile<decltype(count)::value, WIDTH>(a + row * a_row, a_row, b, b_row, inputs, c + row * c_row, c_row,
-                                            kept ? kept + row : nullptr);
+        tile<decltype(count)::value, FLOATS / PART_LANES>(a + row * a_row, a_row, b, b_row, inputs, c + row * c_row,
+                                                          c_row, kept ? kept + row : nullptr);
     };
     int64_t row = 0;
-    for (; row + AT_ONCE <= rows; row += AT_ONCE) some(std::integral_constant<int, AT_ONCE>(), row);
-    for (; row + 3 <= rows; row += 3) some(std::integral_constant<int, 3>(), row);
+    for (; row + MOST <= rows; row += MOST) some(std::integral_constant<int, MOST>(), row);
+    for (; MOST > SOME && row + SOME <= rows; row += SOME) some(std::integral_constant<int, SOME>(), row);
     for (; row < rows; row++) some(std::integral_constant<int, 1>(), row);
 }
 
@@ -162,8 +167,12 @@ inline void strip(int64_t rows, const float* a, int64_t a_row, const float* b, i
 inline void multiply_floats(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inputs,
                             int64_t width, float* c, int64_t c_row, const float* kept) {
     int64_t at = 0;
-    for (; at + 64 <= width; at += 64) strip<4>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
-    for (; at < width; at += LANES) strip<1>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
+    for (; rows >= MANY && at + FOR_MANY <= width; at += FOR_MANY)
+        strip<MANY, FOR_MANY>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
+    for (; at + FOR_SOME <= width; at += FOR_SOME)
+        strip<SOME, FOR_SOME>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
+    for (; at < width; at += LANES)
+        strip<SOME, LANES>(rows, a, a_row, b + at, b_row, inputs, c + at, c_row, kept);
 }
 
 // A row's scores of a block become what its values are weighed with. Returns what is left of the sums before it.

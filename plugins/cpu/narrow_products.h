@@ -4,7 +4,6 @@
 // Included once for each such instruction set, within its own namespace, behind `vectors.h`.
 
 #if ARRIERO_SET == 1
-using Part = float __attribute__((vector_size(32)));
 using Counts = __m256i;
 inline Counts all_counts(int32_t value) { return _mm256_set1_epi32(value); }
 inline Part as_part(Counts counts) { return reinterpret_cast<Part>(_mm256_cvtepi32_ps(counts)); }
@@ -75,7 +74,6 @@ inline void spread(const int8_t* values, int64_t count, int8_t* to) {
     }
 }
 #else
-using Part = float __attribute__((vector_size(16)));
 using Counts = int32x4_t;
 inline Counts all_counts(int32_t value) { return vdupq_n_s32(value); }
 inline Part as_part(Counts counts) { return reinterpret_cast<Part>(vcvtq_f32_s32(counts)); }
@@ -128,7 +126,6 @@ inline void spread(const int8_t* values, int64_t count, int8_t* to) { std::memcp
 
 constexpr int AT_ONCE = 4;  // rows of which some parts' sums fit the registers
 constexpr int IN_ONE_PASS = 4;
-constexpr int64_t PART_LANES = sizeof(Part) / sizeof(float);
 
 // A panel's scales of one group, `at` of all.
 inline Part scales_at(const Matrix& matrix, int64_t at) {

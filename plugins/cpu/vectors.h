@@ -1,7 +1,7 @@
 // Sixteen lanes of float or int32, and the product of bytes that integer matrices are made of.
 //
 // Included once for each instruction set, within its own namespace: the compiler makes of a vector what the set has.
-// Only where intrinsics stand matters which one that is.
+// Only where intrinsics stand, and where loops have to keep vectors in registers, matters which one that is.
 
 constexpr int64_t LANES = 16;
 
@@ -21,6 +21,16 @@ template <typename Vector>
 inline void store(void* to, Vector vector) {
     std::memcpy(to, &vector, sizeof vector);
 }
+
+// What one register holds.
+#if ARRIERO_SET == 2
+using Part = Floats;
+#elif ARRIERO_SET == 1
+using Part = float __attribute__((vector_size(32)));
+#else
+using Part = float __attribute__((vector_size(16)));
+#endif
+constexpr int64_t PART_LANES = sizeof(Part) / sizeof(float);
 
 inline Floats all(float value) { return value - Floats{}; }
 inline Ints all(int32_t value) { return value - Ints{}; }
