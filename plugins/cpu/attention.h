@@ -62,8 +62,9 @@ inline void enter(const Attention& call, int64_t row, int64_t step) {
     }
 }
 
-// Sixteen vectors as the columns of what were their rows: first each four by four, then these among one another.
-inline void transpose(Floats* rows) {
+#if ARRIERO_SET == 2
+// Sixteen vectors' first lanes as columns: first each four by four, then these among one another.
+inline void transpose(Floats* rows, int64_t count, float* columns) {
     for (Floats* four = rows; four < rows + LANES; four += 4) {
         const auto low = [](Floats a, Floats b) {
             return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
@@ -99,8 +100,36 @@ inline void transpose(Floats* rows) {
                      c = front(rows[8 + i], rows[12 + i]), d = back(rows[8 + i], rows[12 + i]);
         turned[i] = even(a, c), turned[4 + i] = odd(a, c), turned[8 + i] = even(b, d), turned[12 + i] = odd(b, d);
     }
-    for (int i = 0; i < LANES; i++) rows[i] = turned[i];
+    for (int64_t i = 0; i < count; i++) store(columns + i * SLOTS, turned[i]);
 }
+#else
+// Eight rows of eight floats, which lie a number of floats apart, as columns.
+inline void transpose_eight(const float* rows, int64_t apart, int64_t count, float* columns) {
+    Wide turned[8];
+    for (int half = 0; half < 2; half++) {
+        const auto row = [&](int i) { return load<Wide>(rows + (4 * half + i) * apart); };
+        const Wide lows[2] = {low(row(0), row(1)), low(row(2), row(3))};
+        const Wide highs[2] = {high(row(0), row(1)), high(row(2), row(3))};
+        turned[4 * half] = first_pairs(lows[0], lows[1]), turned[4 * half + 1] = last_pairs(lows[0], lows[1]);
+        turned[4 * half + 2] = first_pairs(highs[0], highs[1]), turned[4 * half + 3] = last_pairs(highs[0], highs[1]);
+    }
+    Wide made[8];
+    for (int i = 0; i < 4; i++) {
+        made[i] = __builtin_shufflevector(turned[i], turned[4 + i], 0, 1, 2, 3, 8, 9, 10, 11);
+        made[4 + i] = __builtin_shufflevector(turned[i], turned[4 + i], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    for (int64_t i = 0; i < count; i++) store(columns + i * SLOTS, made[i]);
+}
+
+// Sixteen vectors' first lanes as columns.
+inline void transpose(const Floats* rows, int64_t count, float* columns) {
+    const float* from = reinterpret_cast<const float*>(rows);
+    for (int64_t row = 0; row < LANES; row += WIDTH)
+        for (int64_t lane = 0; lane < count; lane += WIDTH)
+            transpose_eight(from + row * LANES + lane, LANES, std::min(WIDTH, count - lane),
+                            columns + lane * SLOTS + row);
+}
+#endif
 
 // A block's keys [slots, D] as columns, [D, SLOTS]; slots beyond `count` are zero. The block's values and the next
 // block's keys, which are read next, are asked for on the way: a processor would see no stream in rows this far apart.
@@ -122,8 +151,7 @@ inline void columns_of_keys(const Attention& call, int64_t place, int64_t count,
                           : width == LANES   ? load_cached<CACHE>(call.key_cache + at, d, LANES, padded)
                                              : load_cached<CACHE>(call.key_cache + at, d, width, padded);
             }
-            transpose(rows);
-            for (int64_t i = 0; i < width; i++) store(columns + (d + i) * SLOTS + first, rows[i]);
+            transpose(rows, width, columns + d * SLOTS + first);
         }
 }
 

@@ -22,14 +22,18 @@ inline void add_block(std::integral_constant<int, 8>, const uint8_t* weights, co
                       int64_t inputs, Counts (*sums)[PARTS]) {
     const __m256i low = _mm256_set1_epi16(0x00FF);
     for (int64_t step = 0; step < inputs; step += 4, weights += 128, input += 8) {
+        __m256i evens[PARTS], odds[PARTS];
         for (int part = 0; part < PARTS; part++) {
             if (part % 2 == 0) __builtin_prefetch(weights + AHEAD + 32 * part);
             const auto bytes = load<__m256i>(weights + 32 * part);
-            const __m256i evens = _mm256_and_si256(bytes, low), odds = _mm256_srli_epi16(bytes, 8);
-            for (int row = 0; row < COUNT; row++) {
-                const __m256i even = _mm256_madd_epi16(evens, everywhere(input + row * row_size));
-                const __m256i odd = _mm256_madd_epi16(odds, everywhere(input + row * row_size + 4));
-                sums[row][part] = _mm256_add_epi32(sums[row][part], _mm256_add_epi32(even, odd));
+            evens[part] = _mm256_and_si256(bytes, low), odds[part] = _mm256_srli_epi16(bytes, 8);
+        }
+        for (int row = 0; row < COUNT; row++) {
+            const __m256i even = everywhere(input + row * row_size), odd = everywhere(input + row * row_size + 4);
+            for (int part = 0; part < PARTS; part++) {
+                const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(evens[part], even),
+                                                      _mm256_madd_epi16(odds[part], odd));
+                sums[row][part] = _mm256_add_epi32(sums[row][part], both);
             }
         }
     }
@@ -45,15 +49,19 @@ inline void add_block(std::integral_constant<int, 4>, const uint8_t* weights, co
     for (int row = 0; row < COUNT; row++)
         for (int part = 0; part < PARTS; part++) short_sums[row][part] = _mm256_setzero_si256();
     for (int64_t step = 0; step < inputs; step += 8, weights += 128, input += 8) {
+        __m256i firsts[PARTS], seconds[PARTS];
         for (int part = 0; part < PARTS; part++) {
             if (part % 2 == 0) __builtin_prefetch(weights + AHEAD + 32 * part);
             const auto bytes = load<__m256i>(weights + 32 * part);
-            const __m256i firsts = _mm256_and_si256(bytes, low),
-                          seconds = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
-            for (int row = 0; row < COUNT; row++) {
-                const __m256i first = _mm256_maddubs_epi16(firsts, everywhere(input + row * row_size));
-                const __m256i second = _mm256_maddubs_epi16(seconds, everywhere(input + row * row_size + 4));
-                short_sums[row][part] = _mm256_add_epi16(short_sums[row][part], _mm256_add_epi16(first, second));
+            firsts[part] = _mm256_and_si256(bytes, low);
+            seconds[part] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
+        }
+        for (int row = 0; row < COUNT; row++) {
+            const __m256i first = everywhere(input + row * row_size), second = everywhere(input + row * row_size + 4);
+            for (int part = 0; part < PARTS; part++) {
+                const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(firsts[part], first),
+                                                      _mm256_maddubs_epi16(seconds[part], second));
+                short_sums[row][part] = _mm256_add_epi16(short_sums[row][part], both);
             }
         }
     }
@@ -68,9 +76,10 @@ constexpr bool TAKES_MIDDLE = true;
 
 // Rounded inputs as numbers of 16 bits, of each four the first and third before the others.
 inline void spread(const int8_t* values, int64_t count, int8_t* to) {
-    for (int64_t i = 0; i < count; i += 4, to += 8) {
-        const int16_t four[4] = {values[i], values[i + 2], values[i + 1], values[i + 3]};
-        std::memcpy(to, four, sizeof four);
+    const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 8, 8, 8, 8, 8, 8, 8);
+    for (int64_t i = 0; i < count; i += 8, to += 16) {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + i));
+        store(to, _mm_cvtepi8_epi16(_mm_shuffle_epi8(eight, order)));
     }
 }
 #else
@@ -136,46 +145,63 @@ inline Part scales_at(const Matrix& matrix, int64_t at) {
     return reinterpret_cast<Part>(__builtin_convertvector(stored, Wider) << 16);
 }
 
-// Some parts of a panel, from output `side` on, for `COUNT` rows from `first` on: totals [COUNT][PANEL].
-template <int BITS, int COUNT, int PARTS>
-inline void panel_parts(const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, int64_t side,
-                        float (*totals)[PANEL]) {
-    const int64_t blocks = matrix.blocks(), groups = matrix.groups, size = matrix.block;
-    const int64_t value_size = BITS == 8 ? VALUE_SIZE : 1, row_size = matrix.padded() * value_size;
-    const uint8_t* weights = matrix.weights + panel * matrix.panel_size() + 4 * side;
-    const int8_t* input = rows.values + first * row_size;
-    const float* scales = rows.scales + first * blocks;
-    const int32_t* middles = rows.sums + first * blocks;
-    Part total[COUNT][PARTS] = {};
-    int64_t block = 0;
-    for (int64_t group = 0; group < groups; group++) {
-        Part partial[COUNT][PARTS] = {};
-        for (const int64_t end = block + blocks / groups; block < end; block++) {
-            Counts sums[COUNT][PARTS];
-            for (int row = 0; row < COUNT; row++)
-                for (int part = 0; part < PARTS; part++)
-                    sums[row][part] = all_counts(BITS == 8 && !TAKES_MIDDLE ? 0 : middles[row * blocks + block]);
-            add_block<COUNT, PARTS>(std::integral_constant<int, BITS>(), weights, input, row_size, size, sums);
-            weights += PANEL * size * BITS / 8, input += size * value_size;
-            for (int row = 0; row < COUNT; row++)
-                for (int part = 0; part < PARTS; part++)
-                    partial[row][part] += as_part(sums[row][part]) * scales[row * blocks + block];
-        }
+// A panel's parts for some rows: where it stands.
+struct Walk {
+    const uint8_t* weights;
+    const int8_t* input;
+    const float* scales;  // of rows, a block's after another's
+    const int32_t* middles;
+};
+
+// One block's products, onto the group's or as its first.
+template <int BITS, int COUNT, int PARTS, bool IS_FIRST>
+inline void walk_block(Walk& at, int64_t row_size, int64_t blocks, int64_t size, Part (*group)[PARTS]) {
+    Counts sums[COUNT][PARTS];
+    for (int row = 0; row < COUNT; row++)
+        for (int part = 0; part < PARTS; part++)
+            sums[row][part] = all_counts(BITS == 8 && !TAKES_MIDDLE ? 0 : at.middles[row * blocks]);
+    add_block<COUNT, PARTS>(std::integral_constant<int, BITS>(), at.weights, at.input, row_size, size, sums);
+    for (int row = 0; row < COUNT; row++)
         for (int part = 0; part < PARTS; part++) {
-            const Part scale = scales_at(matrix, (panel * groups + group) * PANEL + side + part * PART_LANES);
-            for (int row = 0; row < COUNT; row++) total[row][part] += partial[row][part] * scale;
+            const Part product = as_part(sums[row][part]);
+            group[row][part] = IS_FIRST ? product * at.scales[row * blocks]
+                                        : group[row][part] + product * at.scales[row * blocks];
+        }
+    at.weights += PANEL * size * BITS / 8, at.input += size * (BITS == 8 ? VALUE_SIZE : 1);
+    at.scales++, at.middles++;
+}
+
+// Some parts of a panel, from output `side` on, for `COUNT` rows from `first` on: totals [COUNT][PANEL].
+template <int BITS, int COUNT, int PARTS, bool IS_WHOLE>
+inline void panel_parts(const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, int64_t side,
+                        Floats (*sums)[2]) {
+    const int64_t blocks = matrix.blocks(), groups = matrix.groups, size = IS_WHOLE ? BLOCK : matrix.block;
+    const int64_t row_size = matrix.padded() * (BITS == 8 ? VALUE_SIZE : 1), each = blocks / groups;
+    Walk at{matrix.weights + panel * matrix.panel_size() + 4 * side, rows.values + first * row_size,
+            rows.scales + first * blocks, rows.sums + first * blocks};
+    Part total[COUNT][PARTS] = {};
+    for (int64_t index = 0; index < groups; index++) {
+        Part group[COUNT][PARTS];
+        walk_block<BITS, COUNT, PARTS, true>(at, row_size, blocks, size, group);
+        for (int64_t block = 1; block < each; block++)
+            walk_block<BITS, COUNT, PARTS, false>(at, row_size, blocks, size, group);
+        for (int part = 0; part < PARTS; part++) {
+            const Part scale = scales_at(matrix, (panel * groups + index) * PANEL + side + part * PART_LANES);
+            for (int row = 0; row < COUNT; row++) total[row][part] += group[row][part] * scale;
         }
     }
     for (int row = 0; row < COUNT; row++)
-        for (int part = 0; part < PARTS; part++) store(totals[row] + side + part * PART_LANES, total[row][part]);
+        for (int part = 0; part < PARTS; part++)
+            store(reinterpret_cast<float*>(sums[row]) + side + part * PART_LANES, total[row][part]);
 }
 
 // One panel for `COUNT` rows from `first` on: sums [COUNT][2].
 template <int BITS, int COUNT>
 inline void integer_panel(const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, Floats (*sums)[2]) {
-    constexpr int PARTS = PANEL / PART_LANES / (COUNT > 2 ? 2 : 1);
-    float totals[COUNT][PANEL];
-    for (int64_t side = 0; side < PANEL; side += PARTS * PART_LANES)
-        panel_parts<BITS, COUNT, PARTS>(matrix, rows, first, panel, side, totals);
-    std::memcpy(sums, totals, sizeof totals);
+    constexpr int AT_HAND = PANEL / PART_LANES / (COUNT > 2 ? 2 : 1);
+    for (int64_t side = 0; side < PANEL; side += AT_HAND * PART_LANES)
+        if (matrix.block == BLOCK)
+            panel_parts<BITS, COUNT, AT_HAND, true>(matrix, rows, first, panel, side, sums);
+        else
+            panel_parts<BITS, COUNT, AT_HAND, false>(matrix, rows, first, panel, side, sums);
 }

@@ -17,54 +17,73 @@ inline void spread(const int8_t* values, int64_t count, int8_t* to) { std::memcp
 #endif
 
 // Puts each eight inputs in the order in which four bytes hold them: the low halves', then the high ones'.
-inline void evens_before_odds(int8_t* values) {
-    for (int8_t* eight = values; eight < values + 2 * LANES; eight += 8) {
-        int8_t even[4], odd[4];
-        for (int i = 0; i < 4; i++) even[i] = eight[2 * i], odd[i] = eight[2 * i + 1];
-        std::memcpy(eight, even, 4);
-        std::memcpy(eight + 4, odd, 4);
+inline Small evens_before_odds(Small values) {
+    return __builtin_shufflevector(values, values, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+}
+
+constexpr int64_t BLOCK_PARTS = BLOCK / PART_LANES;  // vectors of a block's inputs
+
+// A block's inputs times a factor; those that are missing are 0.
+inline void load_block(const float* x, int64_t count, float factor, Part* parts) {
+    float values[BLOCK] = {};
+    if (count < BLOCK) std::memcpy(values, x, count * sizeof(float)), x = values;
+    for (int64_t i = 0; i < BLOCK_PARTS; i++) parts[i] = load<Part>(x + i * PART_LANES) * factor;
+}
+
+// A block's integers as bytes, which they fit.
+inline void narrow_block(const PartInts* values, int8_t* to) {
+#if ARRIERO_SET == 1
+    const auto part = [values](int i) { return reinterpret_cast<__m256i>(values[i]); };
+    const __m256i fronts = _mm256_packs_epi32(part(0), part(1)), backs = _mm256_packs_epi32(part(2), part(3));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing goes by halves of a register
+    store(to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(fronts, backs), order));
+#elif ARRIERO_SET == 2
+    for (int64_t i = 0; i < BLOCK_PARTS; i++) store(to + i * PART_LANES, narrow(values[i]));
+#elif defined(__aarch64__)
+    for (int64_t i = 0; i < BLOCK_PARTS; i += 2) {
+        const auto four = [values](int64_t at) { return vmovn_s32(reinterpret_cast<int32x4_t>(values[at])); };
+        vst1_s8(to + i * PART_LANES, vmovn_s16(vcombine_s16(four(i), four(i + 1))));
     }
+#else
+    for (int64_t i = 0; i < BLOCK; i++) to[i] = static_cast<int8_t>(values[i / PART_LANES][i % PART_LANES]);
+#endif
 }
 
 // Rounds a row to int8: each block of its inputs by a scale of its own, or all of them by one that is given.
 inline void quantise(const float* x, const Matrix& matrix, float factor, float fixed, const Rows& rows, int64_t row) {
-    const int64_t blocks = matrix.blocks();
-    const int64_t value_size = matrix.bits == 8 ? VALUE_SIZE : 1;
+    const int64_t blocks = matrix.blocks(), value_size = matrix.bits == 8 ? VALUE_SIZE : 1;
     int8_t* to = rows.values + row * matrix.padded() * value_size;
     for (int64_t block = 0; block < blocks; block++, to += matrix.block * value_size) {
         const int64_t start = block * matrix.block;
-        const int64_t left = matrix.inputs - start, count = left < matrix.block ? left : matrix.block;
-        float values[2 * LANES] = {};
-        std::memcpy(values, x + start, count * sizeof(float));
-        Floats parts[2] = {load<Floats>(values) * factor, load<Floats>(values + LANES) * factor};
-        const Floats nothing = parts[0] * 0.0f + parts[1] * 0.0f;  // but of an infinity or a NaN, which stays one
-        float scale = fixed;
-        if (fixed == 0) {
-            Floats largest = all(0.0f);
-            for (const Floats part : parts) {
-                const Floats magnitude = part < 0.0f ? -part : part;
-                largest = magnitude > largest ? magnitude : largest;
-            }
-            scale = largest_of(largest) / 127;
+        Part parts[BLOCK_PARTS];
+        load_block(x + start, std::min(matrix.block, matrix.inputs - start), factor, parts);
+        Part nothing{}, largest{};
+        for (const Part part : parts) {
+            nothing += part * 0.0f;  // but of an infinity or a NaN, which stays one
+            const Part magnitude = part < 0.0f ? -part : part;
+            largest = magnitude > largest ? magnitude : largest;
         }
+        float scale = fixed == 0 ? largest_of(largest) / 127 : fixed;
         const float divisor = scale < 1e-30f ? 1.0f : scale;
         scale += sum_of(nothing);
-        Ints sum = all(0);
-        int8_t rounded[2 * LANES];
-        for (int part = 0; part < 2; part++) {
-            Floats value = parts[part] / divisor;
-            value = value < -128.0f ? all(-128.0f) : value;
-            value = value > 127.0f ? all(127.0f) : value;
-            value = value == value ? value : all(0.0f);
-            const Ints values = __builtin_convertvector(to_whole(value), Ints);
-            sum += values;
-            store(rounded + part * LANES, narrow(values));
+        PartInts sum{};
+        PartInts values[BLOCK_PARTS];
+        for (int64_t i = 0; i < BLOCK_PARTS; i++) {
+            Part value = parts[i] / divisor;
+            value = value < -128.0f ? part_of(-128.0f) : value;
+            value = value > 127.0f ? part_of(127.0f) : value;
+            value = value == value ? value : Part{};
+            values[i] = __builtin_convertvector(to_whole(value), PartInts);
+            sum += values[i];
         }
-        if (matrix.bits == 4) {
-            evens_before_odds(rounded);
-            std::memcpy(to, rounded, matrix.block);
-        } else {
+        int8_t rounded[BLOCK];
+        narrow_block(values, rounded);
+        if (matrix.bits == 8) {
             spread(rounded, matrix.block, to);
+        } else {
+            for (int64_t i = 0; i < BLOCK; i += LANES)
+                store(rounded + i, evens_before_odds(load<Small>(rounded + i)));
+            std::memcpy(to, rounded, matrix.block);
         }
         rows.scales[row * blocks + block] = scale;
         rows.sums[row * blocks + block] = -matrix.middle() * sum_of(sum);
@@ -147,10 +166,13 @@ inline void float_panel(const Matrix& matrix, const Rows& rows, int64_t first, i
 
 inline void write(const Matrix& matrix, int64_t row, int64_t panel, const Floats* sums, const Target& target) {
     float* to = target.to + (target.places ? target.places[row] : row) * target.stride;
-    Floats out[2] = {sums[0], sums[1]};
+    constexpr int64_t PARTS = PANEL / PART_LANES;
+    Part out[PARTS];
+    for (int64_t i = 0; i < PARTS; i++) out[i] = load<Part>(reinterpret_cast<const float*>(sums) + i * PART_LANES);
     int64_t width = PANEL, outputs = matrix.outputs;
     if (target.is_gated) {
-        out[0] = sums[1] * sums[0] / (all(1.0f) + exponential(-sums[0]));
+        for (int64_t i = 0; i < PARTS / 2; i++)
+            out[i] = out[PARTS / 2 + i] * out[i] / (part_of(1.0f) + exponential(-out[i]));
         width /= 2, outputs /= 2;
     }
     const int64_t left = outputs - panel * width;

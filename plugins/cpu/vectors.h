@@ -31,11 +31,16 @@ using Part = float __attribute__((vector_size(32)));
 using Part = float __attribute__((vector_size(16)));
 #endif
 constexpr int64_t PART_LANES = sizeof(Part) / sizeof(float);
+using PartInts = int32_t __attribute__((vector_size(sizeof(Part))));
 
+inline Part part_of(float value) { return value - Part{}; }
 inline Floats all(float value) { return value - Floats{}; }
 inline Ints all(int32_t value) { return value - Ints{}; }
 // Rounded to whole numbers, ties to even; up to 2^22: what is added to 1.5 * 2^23 is rounded so.
-inline Floats to_whole(Floats x) { return (x + 12582912.0f) - 12582912.0f; }
+template <typename Vector>
+inline Vector to_whole(Vector x) {
+    return (x + 12582912.0f) - 12582912.0f;
+}
 
 inline Floats as_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 inline Floats bits_as_floats(Words bits) { return reinterpret_cast<Floats>(bits); }
@@ -55,7 +60,6 @@ inline Words whole(Halves words) {
 }
 #else
 inline Ints whole(Small bytes) { return __builtin_convertvector(bytes, Ints); }
-inline Small narrow(Ints values) { return __builtin_convertvector(values, Small); }
 inline Words whole(Halves words) { return __builtin_convertvector(words, Words); }
 #endif
 
@@ -87,22 +91,29 @@ inline Floats widen(const uint16_t* from) { return bits_as_floats(whole(load<Hal
 
 // All lanes as one: each half onto the other, down to a single lane.
 template <typename Vector, typename Operation>
-inline auto folded(Vector lanes, const Operation& operation) {
-    lanes =
-        operation(lanes, __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    lanes = operation(lanes, __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
-    lanes = operation(lanes, __builtin_shufflevector(lanes, lanes, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
-    lanes = operation(lanes, __builtin_shufflevector(lanes, lanes, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0));
-    return lanes[0];
+inline auto folded(const Vector& lanes, const Operation& operation) {
+    if constexpr (sizeof lanes == 64) {
+        return folded(operation(__builtin_shufflevector(lanes, lanes, 0, 1, 2, 3, 4, 5, 6, 7),
+                                __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15)),
+                      operation);
+    } else if constexpr (sizeof lanes == 32) {
+        return folded(operation(__builtin_shufflevector(lanes, lanes, 0, 1, 2, 3),
+                                __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7)),
+                      operation);
+    } else {
+        const Vector pairs = operation(lanes, __builtin_shufflevector(lanes, lanes, 2, 3, 0, 1));
+        return operation(pairs, __builtin_shufflevector(pairs, pairs, 1, 0, 3, 2))[0];
+    }
 }
 
 template <typename Vector>
-inline auto sum_of(Vector lanes) {
-    return folded(lanes, [](Vector a, Vector b) { return a + b; });
+inline auto sum_of(const Vector& lanes) {
+    return folded(lanes, [](auto a, auto b) { return a + b; });
 }
 
-inline float largest_of(Floats lanes) {
-    return folded(lanes, [](Floats a, Floats b) { return a > b ? a : b; });
+template <typename Vector>
+inline float largest_of(const Vector& lanes) {
+    return folded(lanes, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Adds to each lane the products of its four unsigned bytes with four signed ones, the same in every lane.
@@ -146,14 +157,23 @@ inline Ints dot(Ints sums, Bytes weights, const int8_t* four) {
 }
 
 // e to the power of each lane, to two units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
-inline Floats exponential(Floats x) {
-    const Floats low = all(-87.0f), high = all(88.0f);
+inline Part exponential(Part x) {
+    const Part low = part_of(-87.0f), high = part_of(88.0f);
     x = x < low ? low : x;
     x = x > high ? high : x;
-    const Floats whole = to_whole(x * 1.44269504f);
-    const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    Floats sum = all(1.0f / 5040);
+    const Part whole = to_whole(x * 1.44269504f);
+    const Part rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Part sum = part_of(1.0f / 5040);
     for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = sum * rest + term;
-    const Ints power = (__builtin_convertvector(whole, Ints) + 127) << 23;
-    return sum * reinterpret_cast<Floats>(power);
+    const PartInts power = (__builtin_convertvector(whole, PartInts) + 127) << 23;
+    return sum * reinterpret_cast<Part>(power);
 }
+
+#if ARRIERO_SET != 2
+inline Floats exponential(Floats x) {
+    Part parts[LANES / PART_LANES];
+    std::memcpy(parts, &x, sizeof parts);
+    for (Part& part : parts) part = exponential(part);
+    return load<Floats>(parts);
+}
+#endif
