@@ -33,10 +33,11 @@ from ..spec.geometry import VISION, VisionSpec
 from ..spec.recipe import Override, Recipe
 from ..spec.stored_weights import WeightFile
 from ..spec.types import Progress
-from ..walk.accelerator import find_device, memory_bounded
+from ..walk.accelerator import HOST, find_device, memory_bounded
 from ..walk.numbers import Weights
-from ..walk.windows import Windows, read_windows
+from ..walk.windows import Windows, read_windows, window_length
 from .coverage import FLOOR, Coverage
+from .extent import default_windows, expected
 from .presets import check_recipe, parse_recipe
 from .report import Report, Written, write_report
 from .work import Work
@@ -50,7 +51,7 @@ def calibrate_model(
     *,
     recipe: Recipe | str,
     data: Sequence[str | Path] | NDArray[np.int64] | Windows,
-    samples: int = 128,
+    samples: int | None = None,
     window: int | None = None,
     floor: int = FLOOR,
     floor_action: Literal["fail", "fallback"] = "fail",
@@ -68,7 +69,7 @@ def calibrate_model(
         out: The model folder to write.
         recipe: A recipe, or the name of a preset: `int8`, `fp8` or `int4`.
         data: Files of text and of rows (JSONL, Parquet: see `walk.rows`), token ids [W, S], or windows of them.
-        samples: Windows at most.
+        samples: Windows at most; None takes as many as suit the model's size (`calibration.extent`).
         window: Tokens of a window; None is a chunk and a quarter of the model's attention.
         floor: Tokens that every expert must have seen.
         floor_action: What becomes of experts that saw fewer: `fail` names them all behind the last layer and keeps
@@ -95,8 +96,9 @@ def calibrate_model(
     check_free(target, force=force)
     files = find_files(source, spec.weight_files, None if weights is None else Path(weights))
     windows = _windows(source, spec, data, samples, window)
-    if windows.vision is None:
-        recipe = _without_tower(spec, recipe, notice)
+    recipe = recipe if windows.vision is not None else _without_tower(spec, recipe, notice)
+    if place == HOST and (line := expected(spec.model, recipe, windows.ids_WS, all_experts=all_experts)):
+        notice(line)
     job = _job(spec, recipe)
     with resumed_folder(target, job, force=force, kept=StarvedError) as (folder, scratch), memory_bounded(place):
         stored, data_read = Weights(files, _places(source, spec), device=place), _fingerprint(windows)
@@ -125,7 +127,7 @@ def _windows(
     source: Path,
     spec: FolderSpec,
     data: Sequence[str | Path] | NDArray[np.int64] | Windows,
-    samples: int,
+    samples: int | None,
     window: int | None,
 ) -> Windows:
     """The data as windows."""
@@ -133,6 +135,8 @@ def _windows(
         return data
     if isinstance(data, np.ndarray):
         return Windows(ids_WS=data)
+    if samples is None:
+        samples = default_windows(spec.model, window or window_length(spec.model))
     return read_windows(source, data, spec.model, samples, window, _tower(spec))
 
 

@@ -30,7 +30,7 @@ def calibrate(
     group_size: options.GroupSize = None,
     kv_cache: options.CalibratedCache = None,
     override: options.Override = None,
-    samples: options.Samples = 128,
+    samples: options.CalibrationSamples = None,
     window: options.CalibrationWindow = None,
     floor: options.Floor = 32,
     floor_action: options.FloorAction = "fail",

@@ -22,6 +22,9 @@ Threads = Annotated[
     int | None, typer.Option(help="Threads, of all ranks of a group together.", show_default="the processors allowed")
 ]
 Samples = Annotated[int, typer.Option(help="Windows of text at most.")]
+CalibrationSamples = Annotated[
+    int | None, typer.Option(help="Windows of text at most.", show_default="by the model's size, at most 128")
+]
 CheckedSamples = Annotated[int | None, typer.Option(help="Windows of text at most.", show_default="24")]
 CheckedWindow = Annotated[
     int | None, typer.Option(help="Tokens of a window.", show_default="two chunks and a quarter, at least 512")
