@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ArrieroWarning, FolderError, SessionError
-from .files.agreement import check_decoder, check_tower
+from .files.agreement import check_decoder, check_draft, check_tower
+from .files.draft_tokens import read_tokens
 from .files.folders import check_no_rank, find_files, rank_folder, read_spec
 from .files.reading import read_bytes
 from .files.trust import check_trusted
 from .files.unheeded import unheeded
 from .spec.built_engine import EngineSpec
-from .spec.folder import FolderSpec, VisionPart
+from .spec.folder import DraftPart, FolderSpec, VisionPart
 from .spec.stored_weights import Weight
 
 if TYPE_CHECKING:
     from .runtime.backends.interface import DecoderBackend, TowerBackend
+    from .runtime.draft import Draft
     from .runtime.images.tower import Tower
     from .runtime.ranks.group_decoder import GroupDecoder
     from .runtime.ranks.meeting import Meeting
@@ -89,9 +91,10 @@ def load(
     is_group, among = spec.kind == "group", (threads, moved, patience, longest)
     decoder = _open_group(path, spec, own, *among) if is_group else _open_decoder(path, spec, files, threads, longest)
     tower = None if own.vision is None else open_tower(first, own, own.vision, files, threads)
+    draft = None if own.draft is None else open_draft(first, own, own.draft, files, threads)
     if text.tokenizer is not None and text.templates:
         text.prepare_chat()
-    return Session(decoder, text, defaults, limits, tower, prefix_bytes)
+    return Session(decoder, text, defaults, limits, tower, prefix_bytes, draft)
 
 
 def _check_counts(
@@ -253,7 +256,7 @@ def _open_decoder(
     from .runtime.room import check_fits
 
     graph, weights, flags = cpu_decoder_graph(path, spec)
-    alone = dataclasses.replace(spec, model=spec.rank_model, weights=weights, vision=None)
+    alone = dataclasses.replace(spec, model=spec.rank_model, weights=weights, vision=None, draft=None)
     memory = session_memory(alone, len(graph), 0, max_seq, 1)
     what = f"{path} with one sequence of {max_seq} tokens"
     check_fits(what, memory.total - memory.mapped - memory.process, "load it with a smaller max_seq (--max-seq)")
@@ -287,6 +290,21 @@ def open_tower(path: Path, spec: FolderSpec, part: VisionPart, files: dict[str, 
     return Tower(part.spec, open_backend)
 
 
+def open_draft(path: Path, spec: FolderSpec, part: DraftPart, files: dict[str, Path], threads: int | None) -> "Draft":
+    """Opens a folder's draft, its weights mapped; the arguments are those of `open_tower`."""
+    import numpy as np
+
+    from .runtime.backends.mapped_weights import map_weights
+    from .runtime.backends.onnxruntime_draft import OnnxRuntimeDraft
+    from .runtime.draft import Draft
+
+    graph, weights, flags = cpu_draft_graph(path, spec, part)
+    count, vocabulary = part.spec.vocab_size, spec.model.vocab_size
+    tokens = None if count == vocabulary else np.array(read_tokens(path, count, vocabulary), np.int64)
+    mapped = map_weights(weights, files)
+    return Draft(backend=OnnxRuntimeDraft(graph, mapped, path, part.spec, spec.model, flags, threads), tokens=tokens)
+
+
 def cpu_decoder_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
     """Reads the decoder's graph for the CPU from a bundle, or lowers a model's.
 
@@ -300,7 +318,8 @@ def cpu_decoder_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight
 
         lowered = lower_for_cpu(path, spec)
         found = lowered.graph, lowered.weights, lowered.session
-    check_decoder(found[0], found[1], spec.rank_model, spec.cache_bits, path / spec.graph)
+    draft = None if spec.draft is None else spec.draft.spec
+    check_decoder(found[0], found[1], spec.rank_model, spec.cache_bits, path / spec.graph, draft)
     return found
 
 
@@ -314,6 +333,19 @@ def cpu_tower_graph(path: Path, spec: FolderSpec, part: VisionPart) -> tuple[byt
         lowered = lower_tower_for_cpu(path, part)
         found = lowered.graph, lowered.weights, lowered.session
     check_tower(found[0], found[1], part.spec, spec.model, path / part.graph)
+    return found
+
+
+def cpu_draft_graph(path: Path, spec: FolderSpec, part: DraftPart) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
+    """Reads the draft's graph for the CPU from a bundle, or lowers a model's; returns as `cpu_decoder_graph`."""
+    if spec.kind == "bundle":
+        found = _read_graph(path / part.graph), part.weights, part.session
+    else:
+        from .engine.cpu_lowering import lower_draft_for_cpu
+
+        lowered = lower_draft_for_cpu(path, part)
+        found = lowered.graph, lowered.weights, lowered.session
+    check_draft(found[0], found[1], part.spec, spec.model, path / part.graph)
     return found
 
 

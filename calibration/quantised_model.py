@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import CalibrationError, FolderError, StarvedError
+from ..export.draft_model import carry_draft
 from ..export.quantised_graph import quantise_graph
 from ..files.folders import SPEC, carry_files, check_no_rank, find_files, read_spec
 from ..files.output import check_apart, check_free, resumed_folder
@@ -219,6 +220,7 @@ def _finish(source: Path, spec: FolderSpec, recipe: Recipe, folder: Path, report
         quantise_graph(graph, spec.model, recipe, places, folder)
         ir.save(graph, folder / each)
     carry_files(source, folder)
+    drafts = carry_draft(source, spec, folder, places)
     written = Written(
         name=name,
         source=str(source),
@@ -233,9 +235,12 @@ def _finish(source: Path, spec: FolderSpec, recipe: Recipe, folder: Path, report
         source_hashes={
             each: hashlib.sha256(read_bytes(source / each, folder=source, most=LARGEST)).hexdigest() for each in graphs
         },
-        weight_files=tuple(
-            WeightFile(name=shard.path.name, path="", size=shard.size, identity=identity(shard.path))
-            for shard in shards
+        weight_files=(
+            *(
+                WeightFile(name=shard.path.name, path="", size=shard.size, identity=identity(shard.path))
+                for shard in shards
+            ),
+            *drafts,
         ),
         recipe=recipe,
         unmeasured=report.unmeasured,

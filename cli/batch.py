@@ -23,6 +23,7 @@ from ..spec.types import Progress
 if TYPE_CHECKING:
     from ..runtime import Generated, Session
     from ..runtime.continuation import Request
+    from ..runtime.guesses import Guessing
 
 LARGEST = 1 << 32
 """Bytes of a file of answers at most."""
@@ -156,12 +157,17 @@ def job_of(folder: Path, prompts: Path, settings: dict[str, Any]) -> str:
 
 
 def answer_all(
-    session: "Session", asked: Sequence[Asked], answers: Answers, settings: dict[str, Any], progress: Progress
+    session: "Session",
+    asked: Sequence[Asked],
+    answers: Answers,
+    settings: dict[str, Any],
+    progress: Progress,
+    guessing: "Guessing | None" = None,
 ) -> int:
     """Answers what is not answered yet. Returns the number of prompts that could not be answered."""
     waiting = [each for each in asked if each.number not in answers.done]
     for start in range(0, len(waiting), AT_ONCE):
-        for number, answer in _answered(session, waiting[start : start + AT_ONCE], settings):
+        for number, answer in _answered(session, waiting[start : start + AT_ONCE], settings, guessing):
             answers.add({"line": number, **answer})
             progress("prompts", len(answers.done), len(asked))
     failed = sum("error" in answer for answer in answers.done.values())
@@ -170,7 +176,7 @@ def answer_all(
 
 
 def _answered(
-    session: "Session", asked: Sequence[Asked], settings: dict[str, Any]
+    session: "Session", asked: Sequence[Asked], settings: dict[str, Any], guessing: "Guessing | None"
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Answers some prompts together; each comes when it is complete."""
     from ..runtime.continuation import joined
@@ -185,7 +191,7 @@ def _answered(
         except ArrieroError as error:
             yield each.number, {**_named(each), "error": str(error)}
     pieces: list[list[Generated]] = [[] for _ in requests]
-    for place, piece in stream_requests(session, requests, None):
+    for place, piece in stream_requests(session, requests, None, guessing=guessing):
         pieces[place].append(piece)
         if piece.finish is None:
             continue

@@ -52,6 +52,19 @@ Tokenizer = Annotated[
     Path | None,
     typer.Option(help="Folder to take tokenizer, chat template and preprocessor from.", show_default="CHECKPOINT"),
 ]
+Draft = Annotated[
+    Path | None, typer.Option(help="Folder of an EAGLE-3 head, which drafts tokens for the model to verify.")
+]
+
+# run, serve
+DraftTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens at most that the model's draft guesses at a time, to be verified at once; 0 is none. The text "
+        "stays the same.",
+        show_default="5 where the model has a draft",
+    ),
+]
 
 # calibrate
 CalibrationData = Annotated[

@@ -79,6 +79,7 @@ def run(
     min_new_tokens: options.MinNewTokens = None,
     seed: options.Seed = None,
     prompt_lookup: options.PromptLookup = 0,
+    draft_tokens: options.DraftTokens = None,
     stop_string: options.StopString = None,
     eos_token_id: options.EosTokenId = None,
     ignore_eos: options.IgnoreEos = False,
@@ -99,7 +100,8 @@ def run(
     """Run a model: stream the continuation of a prompt, say what is in an image, or chat."""
     given = locals()
     settings: dict[str, Any] = {name: given[name] for name in SETTINGS}
-    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "stop_strings": stop_string}
+    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "draft_tokens": draft_tokens}
+    settings |= {"stop_strings": stop_string}
     settings |= {"logprobs": top_logprobs is not None, "eos_token_id": [] if ignore_eos else eos_token_id}
     terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
@@ -189,8 +191,9 @@ def run_prompts(
     session = load(folder, **loading)
     if "max_new_tokens" not in chosen and not session.defaults.limits_length:
         chosen["max_new_tokens"] = MAX_NEW_TOKENS
+    guessing = session.guessing(None, settings["draft_tokens"])
     with terminal.progress_shown("Answering") as progress:
-        failed = answer_all(session, asked, answers, chosen, progress)
+        failed = answer_all(session, asked, answers, chosen, progress, guessing)
     seconds = time.perf_counter() - started
     if as_json:
         show_json({"file": str(output), "prompts": len(asked), "failed": failed, "seconds": round(seconds, 3)})

@@ -31,6 +31,7 @@ def serve(
     share_prefixes: options.SharePrefixes = False,
     cache_bytes: options.CacheBytes = None,
     queue: options.Queue = 128,
+    draft_tokens: options.DraftTokens = None,
     api_key_file: options.ApiKeyFile = None,
     tls_certificate: options.TlsCertificate = None,
     tls_key: options.TlsKey = None,
@@ -112,6 +113,7 @@ def settings_of(asked: SimpleNamespace) -> "ServerSettings":
         cache_bytes=None if asked.cache_bytes is None else sized("--cache-bytes", asked.cache_bytes),
         shares_prefixes=asked.share_prefixes,
         queue=at_least("--queue", asked.queue, 0),
+        draft_tokens=asked.draft_tokens,
         drain_seconds=at_least("--drain-seconds", asked.drain_seconds, 0),
         limits=limits,
     )

@@ -46,6 +46,8 @@ def show_summary(found: dict[str, Any]) -> None:
     if (vision := found.get("vision")) is not None:
         missing = "" if found["has_preprocessor"] else "; its preprocessor_config.json is missing"
         facts.add_row("vision tower", describe_vision(vision) + missing)
+    if (draft := found.get("draft")) is not None:
+        facts.add_row("draft", describe_draft(draft))
     if (memory := found.get("memory")) is not None:
         facts.add_row("memory", describe_memory(memory))
     if (engine := found.get("engine")) is not None:
@@ -76,11 +78,21 @@ def describe_memory(memory: dict[str, int]) -> str:
         "activations": "activations",
         "tower": "the vision tower from the first image on",
         "tiles": "its activations",
+        "draft": "the draft and its KV cache",
     }
     named = [f"{size(memory[part])} {what}" for part, what in parts.items() if memory[part]]
     return (
         f"{size(memory['total'])} for {memory['batch']} × {memory['max_seq']} tokens: {', '.join(named)}, "
         f"{size(memory['process'] + memory['graph'])} the process"
+    )
+
+
+def describe_draft(draft: dict[str, Any]) -> str:
+    """The head that drafts tokens, in a sentence."""
+    layers, states = draft["layers"], [str(state) for state in draft["states"]]
+    return (
+        f"EAGLE-3, {layers} layer{'s' * (layers != 1)}, hidden {draft['hidden_size']}, guesses {draft['vocab_size']:,} "
+        f"tokens from the states behind layers {', '.join(states)}"
     )
 
 

@@ -7,6 +7,7 @@ in an engine stay where the model has them.
 
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +15,18 @@ from typing import Literal
 
 from .. import __version__
 from ..errors import BuildError, FolderError
+from ..files.draft_tokens import carry_tokens
 from ..files.folders import SPEC, carry_files, check_no_rank, find_files, rank_fingerprint, rank_folder, read_spec
 from ..files.manifest import write_manifest
 from ..files.output import check_apart, check_free, copy_sparse, new_folder
 from ..files.reading import read_bytes
 from ..files.trust import remember
 from ..plugins.canonical_graph import LARGEST
-from ..spec.folder import FolderSpec
+from ..spec.draft import DRAFT_PREFIX
+from ..spec.folder import DraftPart, FolderSpec
 from ..spec.stored_weights import WeightFile
 from ..spec.types import BITS, Progress
-from .cpu_lowering import lower_for_cpu, lower_tower_for_cpu
+from .cpu_lowering import lower_draft_for_cpu, lower_for_cpu, lower_tower_for_cpu
 from .packed_weights import write_packed
 from .target import Target, parse_target
 from .tensorrt_bundle import Options, build_tensorrt
@@ -65,14 +68,13 @@ def build_bundle(
     """
     source, bundle, parsed = Path(model), Path(out), parse_target(target)
     options = options or Options()
-    if parsed.flavour == "cpu" and options != Options(weights_from=options.weights_from):
-        raise BuildError("the cpu target's graph takes any batch and length: leave the engine's options out")
-    if kv_cache not in (None, "int8", "int4"):
-        raise BuildError(f"kv_cache is {kv_cache!r}, expected int8 or int4")
-    if kv_cache and parsed.flavour != "cpu":
-        raise BuildError("kv_cache is for the cpu target: calibrate with --kv-cache int8 or fp8 for an engine's caches")
+    _check_options(parsed, options, kv_cache)
     spec = read_spec(source)
     check_no_rank(source, spec)
+    if spec.draft is not None and parsed.flavour != "cpu":
+        raise BuildError(
+            f"{source} has a draft, which engines do not run: export the model for {target} without --draft"
+        )
     if spec.kind == "bundle" or spec.target:
         raise FolderError(f"{source} is built already: give the {spec.kind.replace('bundle', 'model')} it was built of")
     check_apart(source, bundle)
@@ -89,6 +91,20 @@ def build_bundle(
             write_manifest(folder, progress)
     remember(bundle, *built)
     return bundle
+
+
+def _check_options(target: Target, options: Options, kv_cache: str | None) -> None:
+    """Refuses what does not go with the target.
+
+    Raises:
+        BuildError: Something does not.
+    """
+    if target.flavour == "cpu" and options != Options(weights_from=options.weights_from):
+        raise BuildError("the cpu target's graph takes any batch and length: leave the engine's options out")
+    if kv_cache not in (None, "int8", "int4"):
+        raise BuildError(f"kv_cache is {kv_cache!r}, expected int8 or int4")
+    if kv_cache and target.flavour != "cpu":
+        raise BuildError("kv_cache is for the cpu target: calibrate with --kv-cache int8 or fp8 for an engine's caches")
 
 
 Choices = tuple[Target, Options, bool]
@@ -138,8 +154,8 @@ def _write_bundle(source: Path, spec: FolderSpec, choices: Choices, folder: Path
 
 def _used_files(spec: FolderSpec) -> list[WeightFile]:
     """The weight files that the graphs read."""
-    tower = () if spec.vision is None else spec.vision.weights
-    used = {weight.file for weight in (*spec.weights, *tower)}
+    parts = [part.weights for part in (spec.vision, spec.draft) if part is not None]
+    used = {weight.file for weight in itertools.chain(spec.weights, *parts)}
     return [file for file in spec.weight_files if file.name in used]
 
 
@@ -155,9 +171,24 @@ def _build(
             tower = lower_tower_for_cpu(source, vision)
             (folder / vision.graph).write_bytes(tower.graph)
             vision = dataclasses.replace(vision, weights=tower.weights, session=tower.session)
-        built = dataclasses.replace(spec, target="cpu", weights=lowered.weights, session=lowered.session, vision=vision)
+        built = dataclasses.replace(
+            spec,
+            target="cpu",
+            weights=lowered.weights,
+            session=lowered.session,
+            vision=vision,
+            draft=None if spec.draft is None else _build_draft(source, spec, spec.draft, folder),
+        )
         return _with_packed(source, built, folder, options.weights_from)
     return build_tensorrt(source, spec, target, options, folder, progress)
+
+
+def _build_draft(source: Path, spec: FolderSpec, draft: DraftPart, folder: Path) -> DraftPart:
+    """Writes the draft's graph and tokens. Returns its part with their description."""
+    lowered = lower_draft_for_cpu(source, draft)
+    (folder / draft.graph).write_bytes(lowered.graph)
+    carry_tokens(source, folder, spec)
+    return dataclasses.replace(draft, weights=lowered.weights, session=lowered.session)
 
 
 def _with_packed(source: Path, spec: FolderSpec, folder: Path, moved: Path | None) -> FolderSpec:
@@ -170,8 +201,17 @@ def _with_packed(source: Path, spec: FolderSpec, folder: Path, moved: Path | Non
     placed, file = write_packed(weights, files, folder, of_rank=spec.ranks > 1)
     if vision is not None:
         vision = dataclasses.replace(vision, weights=tuple(placed[weight.name] for weight in vision.weights))
+    draft, own = spec.draft, [each for each in spec.weight_files if each.name.startswith(DRAFT_PREFIX)]
+    if draft is not None:  # its own weights stay as they are, and the embedding is the decoder's
+        names = {each.name for each in own}
+        moved_to = tuple(each if each.file in names else placed[each.name] for each in draft.weights)
+        draft = dataclasses.replace(draft, weights=moved_to)
     return dataclasses.replace(
-        spec, weights=tuple(placed[weight.name] for weight in spec.weights), vision=vision, weight_files=(file,)
+        spec,
+        weights=tuple(placed[weight.name] for weight in spec.weights),
+        vision=vision,
+        draft=draft,
+        weight_files=(file, *own),
     )
 
 

@@ -1,4 +1,4 @@
-"""A canonical graph, the decoder's or the vision tower's, lowered for ONNX Runtime's CPU, in memory.
+"""A canonical graph, the decoder's, the vision tower's or the draft's, lowered for ONNX Runtime's CPU, in memory.
 
 Enters: a model folder. Leaves: a `Lowered` graph that computes in float32 from the checkpoint's own weights, and the
 list of regions in the safetensors files that the runtime hands to it. Embedding and linears that are not quantised are
@@ -27,7 +27,7 @@ from ..plugins.linear import Linear, read_linear
 from ..plugins.moe import cpu_nodes as moe_cpu
 from ..plugins.moe import op as moe
 from ..plugins.nodes import Nodes, dims
-from ..spec.folder import FolderSpec, VisionPart
+from ..spec.folder import DraftPart, FolderSpec, VisionPart
 from ..spec.stored_weights import Weight, slot_bytes
 from ..spec.types import BITS, Stored
 from .cpu_rules import INTEGERS, Rule, panel_type, rule_of_experts, rule_of_float, rule_of_quantised
@@ -64,6 +64,11 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
 def lower_tower_for_cpu(folder: Path, vision: VisionPart) -> Lowered:
     """Lowers a model folder's vision tower; raises what `lower_for_cpu` does."""
     return _lower(folder / vision.graph, 0, 0, 0)
+
+
+def lower_draft_for_cpu(folder: Path, draft: DraftPart) -> Lowered:
+    """Lowers a model folder's draft; raises what `lower_for_cpu` does."""
+    return _lower(folder / draft.graph, 0, 0, 0)
 
 
 def _lower(path: Path, router_experts: int, cache_bits: int, rank: int) -> Lowered:

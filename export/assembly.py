@@ -33,17 +33,7 @@ class Initializers:
     def weight(self, name: str) -> ir.Value:
         """A checkpoint's tensor by its full name, which lies where the shard has it."""
         if name not in self.values:
-            file, region = self.place_of(name)
-            tensor = ir.ExternalTensor(
-                file,
-                region.offset,
-                region.size,
-                onnx_type(FLOATS_BY_CODE[region.dtype]),
-                shape=ir.Shape(region.shape),
-                name=name,
-                base_dir=Path("."),
-            )
-            self.values[name] = _initializer(name, tensor)
+            self.values[name] = _initializer(name, external_tensor(name, *self.place_of(name)))
         return self.values[name]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
@@ -51,6 +41,19 @@ class Initializers:
         if name not in self.values:
             self.values[name] = _initializer(name, ir.tensor(array, name=name))
         return self.values[name]
+
+
+def external_tensor(name: str, file: str, region: Region) -> ir.ExternalTensor:
+    """A tensor of floats that lies in a weight file."""
+    return ir.ExternalTensor(
+        file,
+        region.offset,
+        region.size,
+        onnx_type(FLOATS_BY_CODE[region.dtype]),
+        shape=ir.Shape(region.shape),
+        name=name,
+        base_dir=Path("."),
+    )
 
 
 def clone(

@@ -4,6 +4,8 @@ Leaves: an onnx-ir model in the contract's inputs and outputs, its initializers 
 place from safetensors. Nothing in it is particular to a target.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -26,6 +28,7 @@ def stitch_decoder(
     progress: Progress,
     *,
     vision: VisionSpec | None = None,
+    states: Sequence[int] = (),
 ) -> ir.Model:
     """Builds the decoder graph.
 
@@ -35,8 +38,10 @@ def stitch_decoder(
         place_of: Finds a tensor in the weight files.
         progress: Called for each layer.
         vision: Geometry of the vision tower whose features enter; None for text alone.
+        states: Hidden states that a draft reads, each by the number of layers that it has been through: they leave
+            side by side as `draft_states` [B, S, L·H]; none leave where there are none.
     """
-    return Stitcher(spec, prefix, place_of, vision).stitch(progress)
+    return Stitcher(spec, prefix, place_of, vision).stitch(progress, states)
 
 
 class Stitcher:
@@ -54,7 +59,7 @@ class Stitcher:
         """Attributes of the experts' op, in a model that has experts."""
         return moe.Attributes(top_k=self.spec.experts_per_token)
 
-    def stitch(self, progress: Progress) -> ir.Model:
+    def stitch(self, progress: Progress, states: Sequence[int]) -> ir.Model:
         """Joins the pieces in order."""
         spec = self.spec
         input_ids = ir.val("input_ids", ir.DataType.INT64, ["batch", "sequence"])
@@ -65,18 +70,21 @@ class Stitcher:
         x, nodes = self._embed(embedding, input_ids, features)
         caches: list[ir.Value] = []
         presents: list[ir.Value] = []
+        passed = [x]
         for index, layer in enumerate(spec.layers):
             progress("layers", index, len(spec.layers))
             past = self._caches(index, layer, "past")
             present = self._caches(index, layer, "present")
             x, added = self._add_layer(index, layer, x, past_lengths, past, present)
             nodes, caches, presents = nodes + added, caches + past, presents + present
+            passed.append(x)
         progress("layers", len(spec.layers), len(spec.layers))
         logits, head = self._head(x, logit_positions, embedding)
+        side, beside = self._states([passed[number] for number in states])
         graph = ir.Graph(
             [input_ids, past_lengths, logit_positions, *features, *caches],
-            [logits, *presents],
-            nodes=nodes + head,
+            [logits, *presents, *side],
+            nodes=nodes + head + beside,
             initializers=list(self.initializers.values.values()),
             opset_imports={"": OPSET, gqa.DOMAIN: gqa.VERSION},
             name="decoder",
@@ -143,6 +151,15 @@ class Stitcher:
             attributes = attention_attributes(self.spec, layer)
             self.functions[overload] = gqa_body(attributes, self.spec.head_dim, layer.rope, self.dtype, overload)
         return overload
+
+    def _states(self, states: list[ir.Value]) -> tuple[list[ir.Value], list[ir.Node]]:
+        """The hidden states that a draft reads, side by side. Returns the output, where there is one, and its node."""
+        if not states:
+            return [], []
+        nodes = Nodes("draft_states/")
+        output = ir.val("draft_states", self.dtype, ["batch", "sequence", len(states) * self.spec.hidden_size])
+        nodes.node("Concat", states, outputs=[output], attributes={"axis": -1})
+        return [output], nodes.list
 
     def _head(self, x: ir.Value, logit_positions: ir.Value, embedding: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
         """Norm and LM head of the positions asked for, in float32 at the end."""

@@ -9,8 +9,9 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -27,6 +28,8 @@ from ..spec.geometry import ModelSpec
 from ..spec.types import CODES, FLOATS, DType, Progress
 from .checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from .decoder_graph import stitch_decoder
+from .draft_head import DraftHead, open_head
+from .draft_model import write_draft
 from .group import WholeModel, notice_copied, split_folder, write_ranks
 from .placement import PlacedWeights, place_quantised, place_whole
 from .prequantised.inventory import Prequantised
@@ -50,6 +53,7 @@ def export_checkpoint(
     ep: int | None = None,
     weights: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    draft: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda phase, done, total: None,
     notice: Callable[[str], None] = lambda line: None,
@@ -66,6 +70,7 @@ def export_checkpoint(
         ep: Groups of ranks over which the experts are distributed; None is `tp`, which leaves them in place.
         weights: Folder of a model folder's weight files, where they have moved.
         tokenizer: Folder that tokenizer, chat template and preprocessor are taken from; None is the checkpoint.
+        draft: Folder of an EAGLE-3 head, which drafts tokens for the model to verify; None is without one.
         force: Whether an existing model folder at `out` is replaced.
         progress: Called with the phase, the steps done and the steps in all.
         notice: Called with each line that a person should know.
@@ -82,10 +87,7 @@ def export_checkpoint(
     _check_dtype(dtype)
     target = Path(out).absolute()
     if (Path(checkpoint) / SPEC).exists():
-        if dtype is not None or tokenizer is not None:
-            raise ExportError(
-                f"{checkpoint} is exported already: export its checkpoint with --dtype or --tokenizer, and split that"
-            )
+        _refuse_exported(checkpoint, dtype, tokenizer, draft)
         model, moved = Path(checkpoint).absolute(), None if weights is None else Path(weights)
         return split_folder(model, target, tp, ep, copy_weights, moved, force=force, progress=progress, notice=notice)
     source = find_checkpoint(checkpoint).absolute()
@@ -96,15 +98,44 @@ def export_checkpoint(
     _check_quantised(opened, dtype, notice)
     split = split_model(opened.spec, tp, ep)
     spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
+    head = _open_draft(draft, target, spec, split)
     _say(opened, small, spec.dtype, notice)
     with new_folder(target, force=force) as folder:
-        _write(opened, small, folder, split, copy_weights, _folder_spec(source, opened, spec), progress, notice)
+        _write(opened, small, head, folder, split, copy_weights, _folder_spec(source, opened, spec), progress, notice)
     return target
+
+
+def _refuse_exported(checkpoint: str | Path, *asked: str | Path | None) -> None:
+    """Refuses what is asked of a model folder that only a checkpoint can be given.
+
+    Raises:
+        ExportError: Something is.
+    """
+    if any(each is not None for each in asked):
+        raise ExportError(
+            f"{checkpoint} is exported already: export its checkpoint with --dtype, --tokenizer or --draft instead"
+        )
+
+
+def _open_draft(draft: str | Path | None, target: Path, spec: ModelSpec, split: Split) -> DraftHead | None:
+    """Opens the head that drafts for the model, where one is given.
+
+    Raises:
+        ExportError: The model is split over ranks.
+    """
+    if draft is None:
+        return None
+    if split.ranks > 1:
+        raise ExportError("a model that is split over ranks takes no draft: leave --draft out, or --tp and --ep")
+    folder = find_checkpoint(draft).absolute()
+    check_apart(folder, target)
+    return open_head(folder, spec)
 
 
 def _write(
     checkpoint: Checkpoint,
     small: Path,
+    head: DraftHead | None,
     folder: Path,
     split: Split,
     copy_weights: bool,
@@ -114,7 +145,12 @@ def _write(
 ) -> None:
     """Writes the model folder, or the group's."""
     if split.ranks == 1:
-        placement, model = _make_whole(checkpoint, folder, record.model, copy_weights, progress)
+        states = () if head is None else head.spec.states
+        placement, model = _make_whole(checkpoint, folder, record.model, copy_weights, progress, states)
+        if head is not None:
+            embedding = f"{checkpoint.prefix}model.embed_tokens.weight"
+            part = write_draft(head, record.model, embedding, placement, folder, copy_weights)
+            record = dataclasses.replace(record, draft=part)
         _write_model((checkpoint.folder, small), folder, model, placement, record)
         return
     notice_copied(_write_group(checkpoint, small, folder, split, copy_weights, record, progress), notice)
@@ -182,21 +218,27 @@ def _notice_quantised(quantised: Prequantised, notice: Callable[[str], None]) ->
 
 
 def _make_whole(
-    checkpoint: Checkpoint, folder: Path, spec: ModelSpec, copy_weights: bool, progress: Progress
+    checkpoint: Checkpoint,
+    folder: Path,
+    spec: ModelSpec,
+    copy_weights: bool,
+    progress: Progress,
+    states: Sequence[int] = (),
 ) -> tuple[PlacedWeights, ir.Model]:
     """Places the weights and builds the graph of a model that is not split."""
+    given: dict[str, Any] = {"vision": checkpoint.vision, "states": states}
     quantised = checkpoint.quantised
     if quantised is None:
         placement = place_whole(checkpoint, folder, spec.dtype, copy_weights, progress)
         place_of = placement.regions.__getitem__
-        return placement, stitch_decoder(spec, checkpoint.prefix, place_of, progress, vision=checkpoint.vision)
+        return placement, stitch_decoder(spec, checkpoint.prefix, place_of, progress, **given)
     placement = place_quantised(checkpoint, quantised, folder, copy_weights, progress)
     shapes = expected_tensors(spec, checkpoint.prefix)
 
     def place_later(name: str) -> tuple[str, Region]:
         return "", Region(CODES[spec.dtype], shapes[name], 0, 0)  # until quantise_graph gives it its place
 
-    model = stitch_decoder(spec, checkpoint.prefix, place_later, progress, vision=checkpoint.vision)
+    model = stitch_decoder(spec, checkpoint.prefix, place_later, progress, **given)
     quantise_graph(model, spec, quantised.recipe, placement.regions, folder)
     return placement, model
 

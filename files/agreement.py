@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import FolderError, shortened
+from ..spec.draft import DraftSpec
 from ..spec.folder import SPEC_NAME
 from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.stored_weights import Weight, slot_bytes
@@ -130,8 +131,15 @@ def _wrong(weight: Weight, what: str) -> FolderError:
     )
 
 
-def check_decoder(graph: bytes, weights: Sequence[Weight], model: ModelSpec, cache_bits: int, path: Path) -> None:
-    """Holds a lowered decoder's graph against its weights and the model's geometry.
+def check_decoder(
+    graph: bytes,
+    weights: Sequence[Weight],
+    model: ModelSpec,
+    cache_bits: int,
+    path: Path,
+    draft: DraftSpec | None = None,
+) -> None:
+    """Holds a lowered decoder's graph against its weights and the model's geometry, and what its draft reads of it.
 
     Raises:
         FolderError: The graph is damaged, or another model's.
@@ -143,6 +151,8 @@ def check_decoder(graph: bytes, weights: Sequence[Weight], model: ModelSpec, cac
         logits = outline.outputs.get("logits", Tensor(0, None))
         if logits.dims is None or len(logits.dims) != 3 or logits.dims[-1] != model.vocab_size:
             raise ValueError(f"logits of {shortened(logits.dims)}, the vocabulary has {model.vocab_size}")
+        if draft is not None:
+            _check_last(outline.outputs, "draft_states", len(draft.states) * model.hidden_size)
         for weight in weights:
             if weight.name.partition(":")[0].endswith("embed_tokens.weight"):
                 expected = (model.vocab_size, model.hidden_size)
@@ -150,6 +160,39 @@ def check_decoder(graph: bytes, weights: Sequence[Weight], model: ModelSpec, cac
                     raise ValueError(f"an embedding of {shortened(list(weight.shape))}, expected {list(expected)}")
     except ValueError as error:
         raise _foreign(path, error) from error
+
+
+def check_draft(graph: bytes, weights: Sequence[Weight], draft: DraftSpec, model: ModelSpec, path: Path) -> None:
+    """Holds a lowered draft's graph against its weights, its geometry and the model's.
+
+    Raises:
+        FolderError: The graph is damaged, or another draft's.
+    """
+    outline, own = _checked_outline(graph, weights, path), draft.as_model(model.max_positions)
+    try:
+        _check_caches(outline, own, 0)
+        _check_attention(outline, own)
+        width = len(draft.states) * model.hidden_size
+        for values, name, size in (
+            (outline.inputs, "draft_states", width),
+            (outline.inputs, "hidden", draft.hidden_size),
+            (outline.outputs, "next_hidden", draft.hidden_size),
+            (outline.outputs, "logits", draft.vocab_size),
+        ):
+            _check_last(values, name, size)
+        for weight in weights:
+            is_embedding = weight.name.partition(":")[0].endswith("embed_tokens.weight")
+            if is_embedding and weight.shape != (expected := (model.vocab_size, draft.hidden_size)):
+                raise ValueError(f"an embedding of {shortened(list(weight.shape))}, expected {list(expected)}")
+    except ValueError as error:
+        raise _foreign(path, error) from error
+
+
+def _check_last(values: Mapping[str, Tensor], name: str, size: int) -> None:
+    """An input or output of the graph has three dimensions, the last of this size."""
+    dims = values.get(name, Tensor(0, None)).dims
+    if dims is None or len(dims) != 3 or dims[-1] != size:
+        raise ValueError(f"{name} of {shortened(dims)}, expected {size} each")
 
 
 def check_tower(graph: bytes, weights: Sequence[Weight], vision: VisionSpec, model: ModelSpec, path: Path) -> None:

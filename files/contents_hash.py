@@ -76,7 +76,7 @@ def _of_folder(path: Path, spec: FolderSpec) -> dict[str, Any]:
     fields = {name: value for name, value in dataclasses.asdict(spec).items() if name not in PLACES}
     for file in fields["weight_files"]:
         file["path"] = ""
-    names = [spec.graph, *([spec.vision.graph] if spec.vision else [])]
+    names = [spec.graph, *(part.graph for part in (spec.vision, spec.draft) if part is not None)]
     names += [spec.engine.file] if spec.engine else []
     names += [spec.vision.engine.file] if spec.vision and spec.vision.engine else []
     files = {name: file_hash(path / name) for name in [*names, "tokenizer.json"] if name and (path / name).is_file()}

@@ -74,6 +74,8 @@ def _describe(path: Path, spec: FolderSpec, *, every_layer: bool, max_seq: int |
     }
     if spec.vision is not None:
         found["vision"] = _vision(path, spec.model, spec.vision, every_layer=every_layer)
+    if spec.draft is not None:
+        found["draft"] = asdict(spec.draft.spec)
     if spec.target == "cpu" and spec.kind == "bundle":
         found["memory"] = _memory(path, spec, max_seq, batch)
     if spec.engine is not None:
@@ -158,7 +160,8 @@ def _memory(folder: Path, spec: FolderSpec, max_seq: int | None, batch: int) -> 
     limits = Limits.of(spec.model, max_seq, batch)
     graph_size = _size(folder / spec.graph)
     tower_size = 0 if spec.vision is None or not spec.vision.graph else _size(folder / spec.vision.graph)
-    memory = session_memory(spec, graph_size, tower_size, limits.max_seq, batch)
+    draft_size = 0 if spec.draft is None else _size(folder / spec.draft.graph)
+    memory = session_memory(spec, graph_size, tower_size, limits.max_seq, batch, draft_size)
     return {"max_seq": limits.max_seq, "batch": batch, **asdict(memory), "total": memory.total}
 
 

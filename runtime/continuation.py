@@ -96,7 +96,7 @@ class Generated:
         finish: The reason of its end: an end-of-sequence token; "stop", a stop string or the end of the grammar; the
             length; or an error of this sequence among many. None where it goes on.
         reused: Tokens of the prompt that were known from an earlier one; counted in the first piece.
-        drafted: Tokens that prompt lookup guessed; counted in the first piece that they were verified for.
+        drafted: Tokens that were guessed; counted in the first piece that they were verified for.
         accepted: Drafted tokens that the model chose as well.
         error: The error that ended it; None where none did. A sequence that runs alone raises its error.
         logprobs: Log-probabilities of each new token in the model's own distribution, where they are asked for.

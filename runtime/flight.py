@@ -23,13 +23,15 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from ..errors import SessionError
 from .checks import whole
 from .continuation import Generated, Request
+from .guesses import Guessing
+from .party import Party, Pieces, failed
 from .rider import Boarding, Rider, board_together
 from .shortlist import Row
+from .speculation import guess_next
 from .step_errors import step_error
 from .token_session import TokenSession
 
@@ -40,28 +42,8 @@ PREFILL_BUDGET = 32
 """Tokens of prompts that a step reads beside decoding rows where the caller names no number. More are read faster, and
 keep the others waiting longer: `benchmarks/flight_gaps.py`."""
 
-Pieces = list[tuple[int, Generated]]
-"""Requests' numbers, each with a piece of its continuation."""
-
 Logits = Row | Exception
 """The logits [V] after a row's last token, or the error that came in their place."""
-
-
-@dataclass(slots=True)
-class Party:
-    """Requests of one prompt that have joined as one, and their numbers."""
-
-    members: list[tuple[int, Request]]
-
-    @property
-    def first(self) -> Request:
-        """The request whose prompt is read for all."""
-        return self.members[0][1]
-
-    def split(self, count: int) -> "Party":
-        """Takes the first members away. Returns them as a party."""
-        taken, self.members = self.members[:count], self.members[count:]
-        return Party(taken)
 
 
 class Flight:
@@ -75,6 +57,7 @@ class Flight:
         prefill_budget: Tokens of prompts that a step reads at most while others decode; None takes `PREFILL_BUDGET`.
             Where nobody decodes, a step reads a piece as long as the decoder takes it.
         cache_bytes: Keys and values of all rows at most; None is no limit but the rows' own length.
+        guessing: How the sequences' next tokens are guessed; None takes the model's draft, where it has one.
 
     Attributes:
         boarded: Numbers of requests that got a row, in their order, and the time by `time.perf_counter`; whoever looks
@@ -92,12 +75,15 @@ class Flight:
         positions: int | None = None,
         prefill_budget: int | None = None,
         cache_bytes: int | None = None,
+        guessing: Guessing | None = None,
     ) -> None:
         self.session = session
+        self.guessing = Guessing(draft=session.usual_draft) if guessing is None else guessing
         self.slots = min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS) if slots is None else slots
         budget = PREFILL_BUDGET if prefill_budget is None else prefill_budget
         self.prefill_budget = whole("prefill_budget", budget, "a whole number from 1 up", least=1)
-        self.state = session.start(self.slots, positions, sparse=cache_bytes is not None)
+        is_drafted, is_sparse = self.guessing.draft > 0, cache_bytes is not None
+        self.state = session.start(self.slots, positions, sparse=is_sparse, drafted=is_drafted)
         self.slots = self.state.batch
         self.cache_bytes = cache_bytes
         self.taken: dict[int, int] = {}
@@ -175,16 +161,47 @@ class Flight:
                 self.waiting.remove(party)
 
     def step(self) -> Pieces:
-        """Reads prompts into free rows, as far as the budget goes, then adds a token to every sequence.
+        """Reads prompts into free rows, as far as the budget goes, then adds a token to every sequence, or several.
 
         Returns:
-            A piece of each sequence, two of one whose prompt was read to its end. A request has ended, and left, with
+            A piece of each new token of each sequence, in order: one, those that were guessed rightly besides, and one
+            more of a sequence whose prompt was read to its end. A request has ended, and left, with
             the piece that has a `finish`. Empty while nothing but a prompt is read, or when no request is there.
         """
         pieces = self._read_prompts(self.prefill_budget if self.rows else self.session.decoder.longest)
         if self.rows:
-            pieces += self._take(0, self._decode())
+            drafts = self._guess()
+            pieces += self._verify(drafts) if any(drafts) else self._take(0, self._decode())
         return pieces
+
+    def _guess(self) -> list[list[int]]:
+        """Guesses the next tokens of each row; where that fails, none, which changes nothing but the time."""
+        riders = [rider for _, rider in self.rows]
+        if not any(rider.guesses.are_on for rider in riders):
+            return []
+        try:
+            return guess_next(self.session, self.state.rows(0, len(riders)), riders)
+        except Exception:  # of whatever kind: the model's own step says what is wrong, if it is
+            return []
+
+    def _verify(self, drafts: list[list[int]]) -> Pieces:
+        """Adds each row's last token and its guesses; they stand as far as they are right, and one token more."""
+        rows = [[rider.continuation.ids[-1], *draft] for (_, rider), draft in zip(self.rows, drafts, strict=True)]
+        try:
+            logits = self.session.verify(self.state.rows(0, len(rows)), rows)
+        except Exception:  # of whatever kind: no row has its token yet, and each is tried without guesses
+            return self._take(0, self._decode())
+        found: list[Pieces] = []
+        for row, ((number, rider), draft) in enumerate(zip(self.rows, drafts, strict=True)):
+            try:
+                pieces = rider.verify(self.state.rows(row, row + 1), draft, logits[row])
+                found.append([(number, piece) for piece in pieces])
+            except Exception as error:
+                found.append([(number, failed(step_error(error)))])
+        for row in reversed(range(len(found))):
+            if found[row][-1][1].finish is not None:
+                self._vacate(row)
+        return [piece for pieces in found for piece in pieces]
 
     def _read_prompts(self, budget: int) -> Pieces:
         """Reads prompts, in their order. Returns the first pieces of those that were read to their end."""
@@ -202,7 +219,7 @@ class Flight:
             else:
                 party, row = self._take_first(count), len(self.rows)
                 self._count(party.members, time.perf_counter())
-                self.boarding = party, Boarding(self.session, self.state.rows(row, row + 1), party.first)
+                self.boarding = party, Boarding(self.session, self.state.rows(row, row + 1), party.first, self.guessing)
                 continue
             budget -= read
             pieces += more
@@ -293,7 +310,8 @@ class Flight:
         first, started = len(self.rows), time.perf_counter()
         try:
             part = self.state.rows(first, first + len(group))
-            riders, logits_BV = board_together(self.session, part, [request for _, request in group])
+            requests = [request for _, request in group]
+            riders, logits_BV = board_together(self.session, part, requests, self.guessing)
         except Exception:  # of whatever kind: it comes again where it comes from
             self.alone |= {number for number, _ in group}
             return 0, []
@@ -355,13 +373,12 @@ class Flight:
         self.state.caches.release(self.state.first + source)
 
 
-def failed(error: Exception) -> Generated:
-    """The last piece of a sequence that an error ended."""
-    return Generated([], "", "error", error=error)
-
-
 def stream_requests(
-    session: TokenSession, requests: Sequence[Request], slots: int | None, prefill_budget: int | None = None
+    session: TokenSession,
+    requests: Sequence[Request],
+    slots: int | None,
+    prefill_budget: int | None = None,
+    guessing: Guessing | None = None,
 ) -> Iterator[tuple[int, Generated]]:
     """Runs requests through a flight until all have ended. Yields a request's place in the sequence, and a piece.
 
@@ -370,7 +387,8 @@ def stream_requests(
     if not requests:
         return
     positions = max(1, *(request.positions for request in requests))
-    flight = Flight(session, slots, positions, session.decoder.longest if prefill_budget is None else prefill_budget)
+    budget = session.decoder.longest if prefill_budget is None else prefill_budget
+    flight = Flight(session, slots, positions, budget, guessing=guessing)
     for request in requests:
         flight.join(request)
     while flight.waiting or flight.riding:

@@ -8,12 +8,13 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..spec.folder import FolderSpec
+from ..spec.folder import DraftPart, FolderSpec
 from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.stored_weights import EXPERT, Weight, slot_bytes
 from ..spec.types import BITS
 from .backends.onnxruntime_decoder import LONGEST_PIECE
 from .backends.onnxruntime_tower import TILES
+from .draft import SLACK
 from .room import cache_bytes
 
 PROCESS = 76_000_000
@@ -52,6 +53,7 @@ class Memory:
         kept: Earlier caches and activations that the allocator has not given back: between none and all, as measured.
         tower: The vision tower's weights and graph; from the first image on.
         tiles: Values that the tower computes of the tiles that it takes at once; from the first image on.
+        draft: The draft's weights, graph, keys and values; the embedding that it shares is the decoder's.
     """
 
     process: int
@@ -63,6 +65,7 @@ class Memory:
     kept: int
     tower: int = 0
     tiles: int = 0
+    draft: int = 0
 
     @property
     def total(self) -> int:
@@ -90,7 +93,9 @@ class StepReads:
         return self.shared + self.experts + self.kv_cache
 
 
-def session_memory(spec: FolderSpec, graph_size: int, tower_size: int, max_seq: int, batch: int) -> Memory:
+def session_memory(
+    spec: FolderSpec, graph_size: int, tower_size: int, max_seq: int, batch: int, draft_size: int = 0
+) -> Memory:
     """Estimates the memory of a session of a CPU bundle.
 
     Args:
@@ -99,6 +104,7 @@ def session_memory(spec: FolderSpec, graph_size: int, tower_size: int, max_seq: 
         tower_size: Bytes of the vision tower graph's file; 0 where there is none.
         max_seq: Positions that a sequence may hold.
         batch: Number of rows at once.
+        draft_size: Bytes of the draft graph's file; 0 where there is none.
     """
     model = spec.model
     mapped, converted = _held(spec.weights)
@@ -117,6 +123,7 @@ def session_memory(spec: FolderSpec, graph_size: int, tower_size: int, max_seq: 
         kept=(kv_cache + activations) * KEPT_PERCENT // 100,
         tower=sum(tower) + tower_size * PER_GRAPH_BYTE,
         tiles=0 if spec.vision is None else _tiles(spec.vision.spec),
+        draft=0 if spec.draft is None else _draft(spec, spec.draft, max_seq, batch) + draft_size * PER_GRAPH_BYTE,
     )
 
 
@@ -164,6 +171,15 @@ def _held(weights: Sequence[Weight]) -> tuple[int, int]:
     """Bytes of weights used as they lie in their files, and of those in memory of their own."""
     mapped = sum(weight.size for weight in weights if not weight.is_converted)
     return mapped, sum(weight.given_size for weight in weights if weight.is_converted)
+
+
+def _draft(spec: FolderSpec, draft: DraftPart, max_seq: int, batch: int) -> int:
+    """Bytes of the draft's own weights, and of its keys and values in float32."""
+    shared = {(weight.file, weight.offset) for weight in spec.weights}
+    own = sum(_held([weight for weight in draft.weights if (weight.file, weight.offset) not in shared]))
+    model = draft.spec.as_model(spec.model.max_positions)
+    slot = 2 * model.kv_heads * model.head_dim * BITS["float32"] // 8
+    return own + cache_bytes(model, batch, max_seq + SLACK, slot)
 
 
 def _tiles(vision: VisionSpec) -> int:

@@ -128,7 +128,7 @@ class Trail:
             for index, key in enumerate(keys):
                 state.caches.write(row + state.first, index * size, self.prefixes.blocks[key], self.reused)
             self.prefixes.touch(keys)
-        state.past_B[row] = self.reused
+        state.jump(row, self.reused)
         return self.reused
 
     def keep(self, state: State, row: int, ids: Sequence[int]) -> None:

@@ -5,7 +5,7 @@ prompts are kept in time, before the tokens of the next chunk take their slots, 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,20 +13,24 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError
 from .continuation import Continuation, Generated, Request
+from .guesses import Guesses, Guessing
 from .images.features import Features
-from .lookup import Lookup
 from .prefix import Trail
 from .shortlist import Row
 from .state import State
 from .token_session import TokenSession
 
+NONE = Guessing()
+"""No guesses."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rider:
-    """A request under way, and the blocks of its sequence that are kept."""
+    """A request under way, the blocks of its sequence that are kept, and the guesses at how it goes on."""
 
     continuation: Continuation
     trail: Trail
+    guesses: Guesses
 
     def take(self, state: State, row: int, logits_V: Row) -> Generated:
         """Chooses the next token from the logits after the last one in its row. Returns its piece."""
@@ -39,7 +43,7 @@ class Rider:
 
         Args:
             state: Its row alone, which holds the last token and the draft.
-            draft: The guessed tokens.
+            draft: The guessed tokens; there may be none.
             logits_SV: The logits after the last token and after each of the draft.
 
         Returns:
@@ -57,6 +61,7 @@ class Rider:
                 break
         accepted = sum(piece.ids == [guess] for piece, guess in zip(pieces, draft, strict=False))
         pieces[0] = dataclasses.replace(pieces[0], drafted=len(draft), accepted=accepted)
+        self.guesses.judge(len(draft), accepted)
         state.rewind([len(self.continuation.ids) - 1])
         self._keep(state, 0, pieces[-1])
         return pieces
@@ -73,10 +78,11 @@ class Boarding:
         session: The model.
         state: The row, alone; what it holds is forgotten.
         request: The request.
+        guessing: How its next tokens are guessed.
     """
 
-    def __init__(self, session: TokenSession, state: State, request: Request) -> None:
-        self.session, self.state, self.request = session, state, request
+    def __init__(self, session: TokenSession, state: State, request: Request, guessing: Guessing = NONE) -> None:
+        self.session, self.state, self.request, self.guessing = session, state, request, guessing
         self.features: list[NDArray[np.float32]] = []
         self.trail: Trail | None = None
         state.rewind([0])
@@ -120,7 +126,10 @@ class Boarding:
         assert self.trail is not None
         reused = self.trail.reused
         trails = [self.trail, *(self.trail.fork() for _ in requests[1:])]
-        return [Rider(Continuation(each, reused), trail) for each, trail in zip(requests, trails, strict=True)]
+        return [
+            Rider(Continuation(each, reused), trail, Guesses(self.guessing))
+            for each, trail in zip(requests, trails, strict=True)
+        ]
 
     def _features(self, start: int, stop: int) -> Features:
         """The image features of some of the prompt's tokens, as a session's `prefill` takes them."""
@@ -133,7 +142,7 @@ class Boarding:
 
 
 def board_together(
-    session: TokenSession, state: State, requests: Sequence[Request]
+    session: TokenSession, state: State, requests: Sequence[Request], guessing: Guessing = NONE
 ) -> tuple[list[Rider], NDArray[np.float32]]:
     """Reads the prompts of several requests without images at once, a row each; what the rows hold is forgotten.
 
@@ -141,38 +150,7 @@ def board_together(
         The requests under way, and the logits [B, V] after their prompts.
     """
     state.rewind([0] * len(requests))
-    riders = [Rider(Continuation(each), Trail(session.prefixes, scope=each.scope)) for each in requests]
+    riders = [
+        Rider(Continuation(each), Trail(session.prefixes, scope=each.scope), Guesses(guessing)) for each in requests
+    ]
     return riders, session.prefill(state, [each.prompt.ids for each in requests])
-
-
-def ride_alone(session: TokenSession, request: Request, lookup: Lookup) -> Iterator[Generated]:
-    """Continues one prompt, several tokens at a time where a draft of them is right."""
-    if request.count == 0:
-        return
-    state = session.start(1, request.positions)
-    boarding, logits_V = Boarding(session, state, request), None
-    while logits_V is None:
-        _, logits_V = boarding.read(session.decoder.longest)
-    (rider,) = boarding.riders([request])
-    pieces = [rider.take(state, 0, logits_V)]
-    yield from pieces
-    ids = rider.continuation.ids
-    while pieces[-1].finish is None:
-        draft = lookup.draft(ids, _room(session, len(ids) - 1, rider.continuation.left))
-        if session.image_token in draft:
-            draft = draft[: draft.index(session.image_token)]  # no feature comes with it
-        draft = rider.continuation.fitting(draft)
-        if draft:
-            ((_, _, logits_SV),) = session.extend(state, [[ids[-1], *draft]])
-            pieces = rider.verify(state, draft, logits_SV)
-            lookup.judge(len(draft), pieces[0].accepted)
-        else:
-            pieces = [rider.take(state, 0, session.decode_rows(state, ids[-1:])[0])]
-        yield from pieces
-
-
-def _room(session: TokenSession, past: int, left: int) -> int:
-    """Tokens of a draft at most: those that fit into one piece behind the last token, and are still wanted."""
-    chunk = session.spec.chunk
-    in_chunk = chunk - past % chunk - 1 if chunk else left  # a piece over a boundary could not be taken back
-    return min(left - 1, in_chunk, session.decoder.longest_with_logits - 1)

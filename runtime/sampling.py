@@ -4,6 +4,7 @@ The changes of `processors` first, then a grammar's mask, temperature, top-k, to
 draws the same tokens.
 """
 
+import copy
 import math
 from collections.abc import Collection, Sequence
 
@@ -115,6 +116,12 @@ class Sampler:
         if self.sampling.temperature == 0:
             return token
         return self._draw(logits_V - top, self.rng.random() if draw is None else draw)
+
+    def coming(self, count: int) -> list[float] | None:
+        """The numbers by which the next tokens will be drawn; None where they are not drawn."""
+        if self.sampling.temperature == 0:
+            return None
+        return copy.deepcopy(self.rng).random(count).tolist()
 
     def _draw(self, below_V: NDArray[np.float32], draw: float) -> int:
         """Chooses a token by a draw from 0 to 1 and the logits less the largest of them."""

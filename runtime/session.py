@@ -15,12 +15,13 @@ from .chat.settings import ChatSettings
 from .checks import whole
 from .continuation import Generated, Request, Settings, joined
 from .defaults import Defaults
+from .draft import Draft
 from .flight import stream_requests
 from .grammars.compiler import KINDS, GrammarCompiler
+from .guesses import Guessing
 from .images.tower import Tower
-from .lookup import Lookup
 from .prompt import Images, Prompt, PromptReader, Tokens, prompt_list
-from .rider import ride_alone
+from .speculation import ride_alone
 from .state import Limits
 from .text import Text
 from .token_session import TokenSession
@@ -36,6 +37,7 @@ class Session(TokenSession):
         limits: Positions and rows that the session holds at most.
         tower: The vision tower; None where the model takes no images.
         prefix_bytes: Keys and values of earlier prompts to keep for those that begin alike; 0 keeps none.
+        draft: The head that drafts tokens; None where the model has none.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class Session(TokenSession):
         limits: Limits,
         tower: Tower | None = None,
         prefix_bytes: int = 0,
+        draft: Draft | None = None,
     ) -> None:
-        super().__init__(decoder, limits, tower, prefix_bytes)
+        super().__init__(decoder, limits, tower, prefix_bytes, draft)
         self.text, self.defaults = text, defaults
         text.expect(limits.max_seq)
         self.prompt_reader = PromptReader(text, None if tower is None else tower.spec)
@@ -58,10 +61,12 @@ class Session(TokenSession):
         max_new_tokens: int | None = None,
         images: Images = (),
         prompt_lookup_num_tokens: int | None = None,
+        draft_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Generated:
         """Continues a prompt; the arguments are those of `stream`. Returns the new tokens and their text."""
-        return joined(list(self.stream(prompt, max_new_tokens, images, prompt_lookup_num_tokens, **settings)))
+        guesses = prompt_lookup_num_tokens, draft_tokens
+        return joined(list(self.stream(prompt, max_new_tokens, images, *guesses, **settings)))
 
     def stream(
         self,
@@ -69,6 +74,7 @@ class Session(TokenSession):
         max_new_tokens: int | None = None,
         images: Images = (),
         prompt_lookup_num_tokens: int | None = None,
+        draft_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Generated]:
         """Continues a prompt piece by piece.
@@ -81,6 +87,8 @@ class Session(TokenSession):
                 prompt; a text without any of these is about all of them.
             prompt_lookup_num_tokens: Tokens at most that are guessed from those that followed the same words before,
                 and verified in one piece; None or 0 is none. The continuation is the same, drawn or greedy.
+            draft_tokens: Tokens at most that the model's draft guesses where prompt lookup knows none, verified
+                likewise; 0 is none. None takes `USUAL_DRAFT` where the model has a draft.
             **settings: The choice of tokens and the ends of the text, and what belongs to messages, as `tools`; see
                 `Settings`.
 
@@ -88,8 +96,21 @@ class Session(TokenSession):
             SessionError: The prompt is empty, too long, or not in the vocabulary, an image cannot be read or has no
                 place in it, or a setting is out of range.
         """
-        drafts = whole("prompt_lookup_num_tokens", prompt_lookup_num_tokens or 0)
-        return ride_alone(self, self.request(prompt, max_new_tokens, images, **settings), Lookup(drafts))
+        guessing = self.guessing(prompt_lookup_num_tokens, draft_tokens)
+        return ride_alone(self, self.request(prompt, max_new_tokens, images, **settings), guessing)
+
+    def guessing(self, prompt_lookup_num_tokens: int | None = None, draft_tokens: int | None = None) -> Guessing:
+        """Checks how tokens are to be guessed; the arguments are those of `stream`.
+
+        Raises:
+            SessionError: A number is out of range, or a draft is asked for that the model does not have.
+        """
+        lookup = whole("prompt_lookup_num_tokens", prompt_lookup_num_tokens or 0)
+        if draft_tokens is None:
+            return Guessing(lookup=lookup, draft=self.usual_draft)
+        if whole("draft_tokens", draft_tokens) and self.draft is None:
+            raise SessionError("draft_tokens is given, and the model has no draft: export it with --draft HEAD")
+        return Guessing(lookup=lookup, draft=draft_tokens)
 
     def generate_many(
         self,
@@ -98,6 +119,8 @@ class Session(TokenSession):
         *,
         slots: int | None = None,
         prefill_budget: int | None = None,
+        prompt_lookup_num_tokens: int | None = None,
+        draft_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> list[Generated]:
         """Continues several prompts at once; the arguments are those of `stream_many`.
@@ -108,8 +131,16 @@ class Session(TokenSession):
         """
         prompts = prompt_list(prompts)
         pieces: list[list[Generated]] = [[] for _ in prompts]
-        budget = prefill_budget
-        for number, piece in self.stream_many(prompts, max_new_tokens, slots=slots, prefill_budget=budget, **settings):
+        found = self.stream_many(
+            prompts,
+            max_new_tokens,
+            slots=slots,
+            prefill_budget=prefill_budget,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            draft_tokens=draft_tokens,
+            **settings,
+        )
+        for number, piece in found:
             pieces[number].append(piece)
         return [joined(each) for each in pieces]
 
@@ -120,6 +151,8 @@ class Session(TokenSession):
         *,
         slots: int | None = None,
         prefill_budget: int | None = None,
+        prompt_lookup_num_tokens: int | None = None,
+        draft_tokens: int | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[tuple[int, Generated]]:
         """Continues several prompts at once, each as if it were alone: one that ends makes room for the next.
@@ -130,6 +163,8 @@ class Session(TokenSession):
             slots: Sequences at once; None takes `flight.DEFAULT_SLOTS`, or `max_batch` if that is less.
             prefill_budget: Tokens of prompts that a step reads at most while others decode, so that these go on; None
                 reads as the decoder takes them, which is the fastest for all together.
+            prompt_lookup_num_tokens: As in `stream`.
+            draft_tokens: As in `stream`.
             **settings: The same for all prompts, see `Settings`. Each has a sampler of its own with the same seed.
 
         Yields:
@@ -139,8 +174,9 @@ class Session(TokenSession):
         Raises:
             SessionError: As `stream` does, before anything is computed.
         """
+        guessing = self.guessing(prompt_lookup_num_tokens, draft_tokens)
         requests = [self.request(prompt, max_new_tokens, **settings) for prompt in prompt_list(prompts)]
-        return stream_requests(self, requests, slots, prefill_budget)
+        return stream_requests(self, requests, slots, prefill_budget, guessing)
 
     def request(
         self,

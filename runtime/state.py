@@ -2,14 +2,15 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import SessionError
 from ..spec.geometry import ModelSpec
-from .backends.interface import Binding, Caches, DecoderBackend
+from .backends.interface import Binding, Caches, DecoderBackend, StatesBinding
+from .draft import Draft, DraftedCaches, Followed
 
 DEFAULT_MAX_SEQ = 16384
 """Positions that a session holds where neither the caller nor a shorter context says otherwise."""
@@ -19,10 +20,27 @@ class State:
     """Sequences in progress: their caches, and the number of tokens in each row.
 
     A part of the rows (`rows`) is a state as well; `first` is the number of its first row in the caches.
+
+    Args:
+        decoder: The decoder.
+        batch: Rows.
+        positions: Tokens that each can hold.
+        sparse: Whether a row takes memory for the tokens that it holds alone.
+        draft: The draft that follows the rows, with caches of its own; None follows none.
     """
 
-    def __init__(self, decoder: DecoderBackend, batch: int, positions: int, *, sparse: bool = False) -> None:
-        self.caches: Caches = decoder.caches(batch, positions, sparse=sparse)
+    def __init__(
+        self,
+        decoder: DecoderBackend,
+        batch: int,
+        positions: int,
+        *,
+        sparse: bool = False,
+        draft: Draft | None = None,
+    ) -> None:
+        self.own: Caches = decoder.caches(batch, positions, sparse=sparse)
+        self.followed = None if draft is None else Followed(draft, batch, positions, sparse=sparse)
+        self.caches: Caches = self.own if self.followed is None else DraftedCaches(self.own, self.followed.caches)
         self.past_B = np.zeros(batch, dtype=np.int32)
         self.decoder = decoder
         self.first = 0
@@ -43,6 +61,8 @@ class State:
         """Puts one row's sequence in the place of another's."""
         self.caches.copy(self.first + source, self.first + target, int(self.past_B[source]))
         self.past_B[target] = self.past_B[source]
+        if self.followed is not None:
+            self.followed.move(self.first + source, self.first + target)
 
     def rewind(self, past_B: ArrayLike) -> None:
         """Forgets each row's tokens beyond the first `past_B`, as if they had never been added.
@@ -61,13 +81,53 @@ class State:
             raise SessionError(
                 f"rewound from {self.past_B.tolist()} to {past.tolist()} over a boundary of {chunk}: start again"
             )
+        if self.followed is not None:
+            for row, count in enumerate((self.past_B - past).tolist()):
+                self.followed.rewind(self.first + row, count)
         self.past_B[:] = past
+
+    def jump(self, row: int, past: int) -> None:
+        """Takes an empty row's first tokens as held, since their keys and values were put there."""
+        self.past_B[row] = past
+        if self.followed is not None:
+            self.followed.forget(self.first + row)
+
+    def run(
+        self,
+        rows: slice,
+        ids_BS: NDArray[np.int64],
+        positions_BR: NDArray[np.int64],
+        lengths_B: NDArray[np.int32],
+        features_MH: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Runs one piece over some rows, whose tokens are held then.
+
+        Args:
+            rows: The rows.
+            ids_BS: Token ids, right-padded.
+            positions_BR: Positions of the piece that get logits.
+            lengths_B: Number of each row's tokens.
+            features_MH: Image features of the piece's image tokens; None where it has none.
+
+        Returns:
+            Logits [B, R, V].
+        """
+        binding, past_B = self.binding(rows), self.past_B[rows]
+        if self.followed is None:
+            logits_BRV = binding.step(ids_BS, past_B, positions_BR, features_MH)
+        else:
+            with_states = cast(StatesBinding, binding)
+            logits_BRV, states_BSW = with_states.step_with_states(ids_BS, past_B, positions_BR, features_MH)
+            for row, length in enumerate(lengths_B.tolist()):
+                self.followed.add(self.first + rows.start + row, ids_BS[row, :length], states_BSW[row, :length])
+        self.past_B[rows] += lengths_B
+        return logits_BRV
 
     def binding(self, rows: slice) -> Binding:
         """The decoder bound to some rows, made once."""
         key = (self.first + rows.start, self.first + rows.stop)
         if key not in self._bindings:
-            self._bindings[key] = self.decoder.bind(self.caches, slice(*key))
+            self._bindings[key] = self.decoder.bind(self.own, slice(*key))
         return self._bindings[key]
 
 

@@ -16,6 +16,7 @@ from ..errors import SessionError, shortened
 from ..spec.geometry import ModelSpec
 from .backends.interface import DecoderBackend
 from .checks import array, is_whole, whole
+from .draft import Draft
 from .images.features import Features, RowFeatures
 from .images.tower import Tower
 from .pieces import cut
@@ -24,6 +25,9 @@ from .room import check_fits
 from .shortlist import Row
 from .state import Limits, State
 from .step_errors import one_step
+
+USUAL_DRAFT = 5
+"""Tokens that a draft guesses at most where nobody says."""
 
 
 class TokenSession:
@@ -34,12 +38,18 @@ class TokenSession:
         limits: Positions and rows that the session holds at most.
         tower: The vision tower; None where the model takes no images.
         prefix_bytes: Keys and values of earlier prompts to keep for those that begin alike; 0 keeps none.
+        draft: The head that drafts tokens; None where the model has none.
     """
 
     def __init__(
-        self, decoder: DecoderBackend, limits: Limits, tower: Tower | None = None, prefix_bytes: int = 0
+        self,
+        decoder: DecoderBackend,
+        limits: Limits,
+        tower: Tower | None = None,
+        prefix_bytes: int = 0,
+        draft: Draft | None = None,
     ) -> None:
-        self.decoder, self.tower = decoder, tower
+        self.decoder, self.tower, self.draft = decoder, tower, draft
         self.limits, self.max_seq, self.max_batch = limits, limits.max_seq, limits.max_batch
         self.lock = threading.RLock()
         self.prefixes = Prefixes(decoder.spec.chunk, prefix_bytes, self.lock)
@@ -59,7 +69,14 @@ class TokenSession:
         """Id of the token that stands for an image feature; None where the model takes no images."""
         return None if self.tower is None else self.tower.spec.image_token
 
-    def start(self, batch: int = 1, positions: int | None = None, *, sparse: bool = False) -> State:
+    @property
+    def usual_draft(self) -> int:
+        """Tokens that the model's draft guesses at most at a time where nobody says; 0 where it has none."""
+        return 0 if self.draft is None else USUAL_DRAFT
+
+    def start(
+        self, batch: int = 1, positions: int | None = None, *, sparse: bool = False, drafted: bool = False
+    ) -> State:
         """Starts sequences of no tokens.
 
         Args:
@@ -67,6 +84,7 @@ class TokenSession:
             positions: Tokens that each row can hold; None takes `max_seq`.
             sparse: Whether a row takes memory for the tokens that it holds, where the back end can do so, and not for
                 all that it could.
+            drafted: Whether the model's draft, where it has one, follows the rows, with caches of its own.
 
         Raises:
             SessionError: The session does not hold that many rows or tokens.
@@ -81,7 +99,7 @@ class TokenSession:
             limit = f"the model's context is {self.spec.max_positions}"
             raise SessionError(f"{positions} tokens are more than max_seq {self.max_seq}: load with more ({limit})")
         with self.lock:
-            return State(self.decoder, batch, positions, sparse=sparse)
+            return State(self.decoder, batch, positions, sparse=sparse, draft=self.draft if drafted else None)
 
     def prefill(self, state: State, rows: Sequence[Sequence[int]], features: Features = ()) -> NDArray[np.float32]:
         """Adds tokens to each row, at least one; the arguments are those of `extend`.
@@ -113,16 +131,43 @@ class TokenSession:
         """
         return self._run(state, rows, features, last_only=False)
 
+    def verify(self, state: State, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Adds some tokens to each row, at least one, in one step where the back end takes rows of any lengths.
+
+        Args:
+            state: The sequences; in no row do as many tokens as the longest has cross a chunk's boundary or the end of
+                its caches.
+            rows: Each row's new tokens: the newest, and those that are guessed behind it.
+
+        Returns:
+            Each row's logits [S, V] after its new tokens.
+        """
+        if len(rows) == 1 or not self.decoder.takes_ragged:
+            found: list[list[NDArray[np.float32]]] = [[] for _ in rows]
+            for row, _, logits_SV in self.extend(state, rows):
+                found[row].append(logits_SV)
+            return [np.concatenate(each) for each in found]
+        self._check_rows(state, rows)
+        lengths_B = np.array(_counts(rows), np.int32)
+        ids_BS = np.zeros((len(rows), lengths_B.max()), np.int64)
+        for row, tokens in enumerate(rows):
+            ids_BS[row, : len(tokens)] = tokens
+        positions_BR = np.broadcast_to(np.arange(ids_BS.shape[1], dtype=np.int64), ids_BS.shape)
+        with self.lock, one_step():
+            logits_BRV = state.run(slice(0, len(rows)), ids_BS, positions_BR, lengths_B)
+        return [logits_RV[:length] for logits_RV, length in zip(logits_BRV, lengths_B.tolist(), strict=True)]
+
     def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
         """Adds one token to every row. Returns the logits [B, V] after it."""
         ids_B1 = self._next_ids(state, tokens_B)
         with self.lock, one_step():
-            logits = state.binding(slice(0, len(ids_B1))).step(ids_B1, state.past_B, np.zeros_like(ids_B1))
-            state.past_B += 1
+            logits = state.run(slice(0, len(ids_B1)), ids_B1, np.zeros_like(ids_B1), np.ones_like(state.past_B))
         return logits[:, 0]
 
     def decode_rows(self, state: State, tokens_B: Sequence[int]) -> Sequence[Row]:
         """Adds one token to every row. Returns each row's logits after it, of a GPU those that a draw looks at."""
+        if state.followed is not None:
+            return list(self.decode(state, tokens_B))
         ids_B1 = self._next_ids(state, tokens_B)
         with self.lock, one_step():
             rows = state.binding(slice(0, len(ids_B1))).decode(ids_B1, state.past_B)
@@ -228,8 +273,7 @@ class TokenSession:
             )
             features_MH = given.take(piece.rows, ids_BS)
             with self.lock, one_step():
-                logits = state.binding(piece.rows).step(ids_BS, state.past_B[piece.rows], positions_BR, features_MH)
-                state.past_B[piece.rows] += lengths_B
+                logits = state.run(piece.rows, ids_BS, positions_BR, lengths_B, features_MH)
             for index, length in enumerate(piece.lengths):
                 yield first + index, done[first + index], logits[index] if last_only else logits[index, :length]
                 done[first + index] += length

@@ -16,7 +16,8 @@ from typing import Any
 
 from ..errors import ForbiddenError, shortened_text
 from ..runtime import Flight, Generated, Request, Session
-from ..runtime.flight import Pieces, failed
+from ..runtime.guesses import Guessing
+from ..runtime.party import Pieces, failed
 from .errors import RequestError, is_requests_own, lost_model, step_failed, without_folders
 from .fairness import FairQueue
 from .metrics import Metrics
@@ -36,12 +37,14 @@ class FlightSettings:
         prefill_budget: Tokens of prompts that a step reads beside decoding rows; None takes the flight's own.
         cache_bytes: Keys and values of all rows at most.
         queue: Sequences that wait at most.
+        guessing: How next tokens are guessed; None takes the model's draft, where it has one.
     """
 
     slots: int
     prefill_budget: int | None
     cache_bytes: int | None
     queue: int
+    guessing: Guessing | None = None
 
 
 @dataclass(slots=True)
@@ -146,7 +149,9 @@ class Pilot:
 
     def _open(self) -> Flight:
         settings = self.settings
-        return Flight(self.session, settings.slots, None, settings.prefill_budget, settings.cache_bytes)
+        return Flight(
+            self.session, settings.slots, None, settings.prefill_budget, settings.cache_bytes, settings.guessing
+        )
 
     def _longest(self) -> int:
         """Tokens of a sequence at most, as a row or the memory allows."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..runtime import Generated, Request
-from ..runtime.flight import failed
+from ..runtime.party import failed
 
 FINISHES = {"eos": "stop", "stop": "stop", "length": "length"}
 """Clients' reasons of an end, OpenAI's and Dynamo's, by a session's."""

@@ -73,6 +73,7 @@ class ServerSettings:
         cache_bytes: Keys and values of running sequences at most.
         shares_prefixes: Whether callers of different keys share known beginnings.
         queue: Sequences that wait at most.
+        draft_tokens: Tokens at most that the model's draft guesses at a time; None as `Session.stream` takes it.
         drain_seconds: Seconds that running requests have to end after a signal.
         limits: What a request may be at most.
     """
@@ -97,6 +98,7 @@ class ServerSettings:
     cache_bytes: int | None = None
     shares_prefixes: bool = False
     queue: int = 128
+    draft_tokens: int | None = None
     drain_seconds: float = 30.0
     limits: Limits = field(default_factory=Limits)
 
@@ -296,13 +298,18 @@ def load_for(settings: ServerSettings) -> tuple[Session, FlightSettings]:
         prefix_bytes=usual_prefix_bytes(find_room()) if prefix_bytes is None else prefix_bytes,
     )
     slots = settings.slots or min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS)
-    cache_bytes = settings.cache_bytes
+    cache_bytes, guessing = settings.cache_bytes, session.guessing(None, settings.draft_tokens)
     if cache_bytes is None:
-        row = session.start(1, None, sparse=True).caches.row_bytes(session.max_seq)
+        row = session.start(1, None, sparse=True, drafted=guessing.draft > 0).caches.row_bytes(session.max_seq)
         cache_bytes = max(row, min(slots * row, find_room().free // 2))
     queue = settings.queue
-    budget = settings.prefill_budget
-    return session, FlightSettings(slots=slots, prefill_budget=budget, cache_bytes=cache_bytes, queue=queue)
+    return session, FlightSettings(
+        slots=slots,
+        prefill_budget=settings.prefill_budget,
+        cache_bytes=cache_bytes,
+        queue=queue,
+        guessing=guessing,
+    )
 
 
 def _listen(settings: ServerSettings) -> socket.socket:

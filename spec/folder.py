@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from ..errors import FolderError, shortened, shortened_text
 from .built_engine import EngineSpec, TowerEngine
+from .draft import DraftSpec
 from .fields import decode
 from .geometry import ModelSpec, VisionSpec, share_of
 from .json_text import parse_json
@@ -55,6 +56,27 @@ class VisionPart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DraftPart:
+    """A folder's part of the head that drafts tokens.
+
+    Attributes:
+        spec: The head's geometry.
+        graph: File name of its graph.
+        weights: Tensors that the runtime hands to a bundle's graph; empty in a model.
+        session: Flags that the graph needs from its session.
+    """
+
+    spec: DraftSpec
+    graph: str = "draft.onnx"
+    weights: tuple[Weight, ...] = ()
+    session: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name("the name of the draft's graph", self.graph)
+        check_session(self.session)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FolderSpec:
     """`spec.json`: what a folder is, made from what, by which version.
 
@@ -76,6 +98,7 @@ class FolderSpec:
         session: Flags that the graph needs from its session.
         engine: A TensorRT bundle's engine.
         vision: The vision tower's part; None where the model takes text only.
+        draft: The part of the head that drafts tokens; None where there is none.
         rank: Which rank's the graph is, of a model that is split over several.
         ranks: Number of ranks.
         cache_bits: Bits of keys and values in the caches of a bundle for the CPU, 8 or 4, each group of a token's by a
@@ -102,6 +125,7 @@ class FolderSpec:
     session: dict[str, str] = field(default_factory=dict)
     engine: EngineSpec | None = None
     vision: VisionPart | None = None
+    draft: DraftPart | None = None
     rank: int = 0
     ranks: int = 1
     expert_groups: int = 1
@@ -124,6 +148,10 @@ class FolderSpec:
             raise ValueError("the decoder is an engine and the vision tower none, or the other way round")
         if vision is not None and vision.spec.image_token >= self.model.vocab_size:
             raise ValueError(f"image_token is {vision.spec.image_token} of {self.model.vocab_size} tokens")
+        if self.draft is not None:
+            self.draft.spec.check_decoder(self.model)
+            if self.kind == "group" or self.ranks > 1 or self.engine is not None:
+                raise ValueError("a draft beside ranks or an engine, neither of which has one")
         names = [file.name for file in self.weight_files]
         if len(set(names)) < len(names):
             raise ValueError("two weight files have one name")
@@ -189,7 +217,8 @@ class FolderSpec:
             ValueError: There are such.
         """
         files = {file.name for file in self.weight_files}
-        for weights in (self.weights, () if self.vision is None else self.vision.weights):
+        parts = (self.weights, *(part.weights for part in (self.vision, self.draft) if part is not None))
+        for weights in parts:
             names: set[str] = set()
             for weight in weights:
                 if weight.file not in files:

@@ -7,7 +7,7 @@ from ...files.contents_hash import file_hash
 from ...files.folders import KERNELS, find_files
 from ...files.manifest import differences
 from ...files.trust import check_trusted
-from ...loading import cpu_decoder_graph, cpu_tower_graph
+from ...loading import cpu_decoder_graph, cpu_draft_graph, cpu_tower_graph
 from ...runtime.defaults import read_defaults
 from ...runtime.room import size
 from ...runtime.text import Text
@@ -74,6 +74,8 @@ def _graph(folder: Path, spec: FolderSpec) -> str:
     cpu_decoder_graph(folder, spec)
     if spec.vision is not None and spec.vision.graph:
         cpu_tower_graph(folder, spec, spec.vision)
+    if spec.draft is not None:
+        cpu_draft_graph(folder, spec, spec.draft)
     return "operators, caches and weights are those that spec.json describes"
 
 

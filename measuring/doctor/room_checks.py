@@ -74,12 +74,12 @@ def _parts(folder: Path, spec: FolderSpec) -> list[tuple[Path, FolderSpec]]:
 
 def _of_part(folder: Path, spec: FolderSpec, slots: int, max_seq: int) -> Memory:
     """Memory of one bundle's session."""
-    tower = "" if spec.vision is None else spec.vision.graph
+    parts = ["" if part is None else part.graph for part in (spec.vision, spec.draft)]
     try:
-        sizes = [(folder / name).stat().st_size if name else 0 for name in (spec.graph, tower)]
+        graph, tower, draft = [(folder / name).stat().st_size if name else 0 for name in (spec.graph, *parts)]
     except OSError as error:
         raise FolderError(f"{error.filename}: {error.strerror}: build the bundle again") from error
-    return session_memory(spec, sizes[0], sizes[1], max_seq, slots)
+    return session_memory(spec, graph, tower, max_seq, slots, draft)
 
 
 def check_disk(spec: FolderSpec | None) -> Finding:

@@ -1,4 +1,4 @@
-"""The back ends' protocols: a decoder with caches and a step over some of their rows, and a vision tower.
+"""The back ends' protocols: a decoder with caches and a step over some of their rows, a draft, and a vision tower.
 
 A session knows these alone; ONNX Runtime on the CPU and TensorRT on a GPU stand behind them.
 """
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...spec.draft import DraftSpec
 from ...spec.geometry import ModelSpec
 from ..shortlist import Row
 
@@ -92,6 +93,64 @@ class Binding(Protocol):
         ...
 
 
+class StatesBinding(Binding, Protocol):
+    """A decoder that also gives the hidden states that a draft reads."""
+
+    def step_with_states(
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        positions_BR: NDArray[np.int64],
+        features_MH: NDArray[np.float32] | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Runs one piece as `step` does. Returns logits [B, R, V], and the states behind each token [B, S, L·H]."""
+        ...
+
+
+class DraftBinding(Protocol):
+    """A draft bound to some rows of its caches; a row's keys and values are written as a decoder's are."""
+
+    def begin(
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        last_B: NDArray[np.int64],
+        states_BSW: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Reads tokens, each beside the decoder's state of the token before it.
+
+        Args:
+            ids_BS: Token ids, right-padded.
+            past_B: Tokens in each row's cache before them.
+            last_B: Each row's last token among them, behind which it guesses.
+            states_BSW: The decoder's states [B, S, L·H].
+
+        Returns:
+            Logits [B, V'] over the draft's own tokens, and the states [B, H'] with which it goes on.
+        """
+        ...
+
+    def go_on(
+        self, ids_B: NDArray[np.int64], past_B: NDArray[np.int32], hidden_BH: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Reads a guessed token of each row beside the state that it was guessed from; returns as `begin` does."""
+        ...
+
+
+class DraftBackend(Protocol):
+    """A draft with its weights, loaded and ready to run."""
+
+    spec: DraftSpec
+
+    def caches(self, batch: int, positions: int, *, sparse: bool = False) -> Any:
+        """Makes `Caches` of this back end, as a decoder does."""
+        ...
+
+    def bind(self, caches: Any, rows: slice) -> DraftBinding:
+        """Binds some rows of caches that this back end made, for any number of steps."""
+        ...
+
+
 class DecoderBackend(Protocol):
     """A decoder with its weights, loaded and ready to run."""
 
@@ -110,6 +169,11 @@ class DecoderBackend(Protocol):
     @property
     def most(self) -> int | None:
         """Tokens of a piece of several rows at most; None is no limit."""
+        ...
+
+    @property
+    def takes_ragged(self) -> bool:
+        """Whether a piece may hold several tokens of several rows whose caches are filled to different lengths."""
         ...
 
     @property

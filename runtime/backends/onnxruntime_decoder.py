@@ -126,6 +126,7 @@ class OnnxRuntimeDecoder:
     """
 
     longest = longest_with_logits = most = LONGEST_PIECE
+    takes_ragged = True
 
     def __init__(
         self,
@@ -143,6 +144,8 @@ class OnnxRuntimeDecoder:
         self.weights = weights  # kept: the session reads the memory that these own
         self.session = open_graph(graph, weights, folder, session, threads, has_arena=False, is_rank=group is not None)
         self.takes_images = any(value.name == "image_features" for value in self.session.get_inputs())
+        states = next((value for value in self.session.get_outputs() if value.name == "draft_states"), None)
+        self.states_width = 0 if states is None else int(states.shape[2])
 
     @property
     def fault(self) -> str | None:
@@ -183,7 +186,7 @@ class OnnxRuntimeBinding:
     def __init__(self, decoder: OnnxRuntimeDecoder, caches: HostCaches, rows: slice) -> None:
         self.session, self.watched, self.watch = decoder.session, decoder.watched, decoder.watch
         self.weights = decoder.weights
-        self.vocab_size = decoder.spec.vocab_size
+        self.vocab_size, self.states_width = decoder.spec.vocab_size, decoder.states_width
         self.no_features = np.zeros((1, decoder.spec.hidden_size), np.float32) if decoder.takes_images else None
         self.io = self.session.io_binding()
         self.kept = []
@@ -205,6 +208,27 @@ class OnnxRuntimeBinding:
         features_MH: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Runs one piece; the logits are a new array, which ONNX Runtime fills in place."""
+        return self._run(ids_BS, past_B, positions_BR, features_MH, None)
+
+    def step_with_states(
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        positions_BR: NDArray[np.int64],
+        features_MH: NDArray[np.float32] | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Runs one piece; logits and states are new arrays, which ONNX Runtime fills in place."""
+        states_BSW = np.empty((*ids_BS.shape, self.states_width), np.float32)
+        return self._run(ids_BS, past_B, positions_BR, features_MH, states_BSW), states_BSW
+
+    def _run(
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        positions_BR: NDArray[np.int64],
+        features_MH: NDArray[np.float32] | None,
+        states_BSW: NDArray[np.float32] | None,
+    ) -> NDArray[np.float32]:
         inputs: dict[str, NDArray[Any]] = {"input_ids": ids_BS, "past_lengths": past_B, "logit_positions": positions_BR}
         if self.no_features is not None:
             inputs["image_features"] = self.no_features if features_MH is None else features_MH
@@ -214,6 +238,10 @@ class OnnxRuntimeBinding:
         logits_BRV = np.empty((*positions_BR.shape, self.vocab_size), dtype=np.float32)
         value = ort.OrtValue.ortvalue_from_numpy(logits_BRV)  # the same memory
         self.io.bind_ortvalue_output("logits", value)
+        if self.states_width:
+            wanted = states_BSW if states_BSW is not None else np.empty((*ids_BS.shape, self.states_width), np.float32)
+            states = ort.OrtValue.ortvalue_from_numpy(wanted)
+            self.io.bind_ortvalue_output("draft_states", states)
         for name in self.watched:
             self.io.bind_output(name, "cpu")
         self.session.run_with_iobinding(self.io)

@@ -108,6 +108,8 @@ class TensorRTDecoder:
         """Tokens of a row's piece at most where each gets logits."""
         return self.about.profiles[-1].max_logits
 
+    takes_ragged = False
+
     @property
     def most(self) -> int | None:
         """None: pieces of several rows have no limit but the profiles' own."""

@@ -83,6 +83,8 @@ class GroupDecoder:
         """Tokens of a row's piece at most where each gets logits."""
         return self.local.longest_with_logits
 
+    takes_ragged = False
+
     @property
     def most(self) -> int | None:
         """Tokens of a piece of several rows at most; None is no limit."""

@@ -10,8 +10,9 @@ import pytest
 import arriero
 from arriero.errors import SessionError
 from arriero.runtime import Session
+from arriero.runtime.guesses import Guessing
 from arriero.runtime.lookup import Lookup
-from arriero.runtime.rider import ride_alone
+from arriero.runtime.speculation import ride_alone
 
 PROMPT = [5, 6, 7, 8]
 
@@ -62,6 +63,7 @@ def test_the_tokens_before_logits_that_are_no_numbers_come_first(
 
     monkeypatch.setattr(binding, "step", spoilt)
     request = session.request(PROMPT, 10, eos_token_id=[])
-    ids, said = taken(ride_alone(session, request, Oracle(PROMPT + expected, guessed)))
+    monkeypatch.setattr("arriero.runtime.guesses.Lookup", lambda limit: Oracle(PROMPT + expected, limit))
+    ids, said = taken(ride_alone(session, request, Guessing(lookup=guessed)))
     assert ids == expected[:bad]
     assert "1 of the model's 2048 logits are no finite numbers" in said

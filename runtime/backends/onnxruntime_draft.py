@@ -1,0 +1,142 @@
+"""An EAGLE-3 head on ONNX Runtime: its graph, its KV caches, and the step that guesses the next token of some rows.
+
+Enters: tokens, the decoder's states or the head's own beside them. Leaves: logits over the head's own tokens, and the
+states with which it goes on. Its caches are those of a decoder.
+
+Shapes: L·H width of the decoder's states, H' hidden size of the head, V' its tokens.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...spec.draft import DraftSpec
+from ...spec.geometry import ModelSpec
+from ..room import cache_bytes, check_fits
+from .mapped_weights import MappedWeights
+from .onnxruntime_decoder import CACHE_DTYPES, HostCaches
+from .onnxruntime_graph import open_graph
+from .onnxruntime_package import ort
+
+
+class OnnxRuntimeDraft:
+    """A lowered draft with its weights, ready to run.
+
+    Args:
+        graph: Serialized ONNX.
+        weights: Initializers by name.
+        folder: The model's or bundle's folder.
+        spec: The head's geometry.
+        model: The decoder's.
+        session: Session configuration entries that the graph needs.
+        threads: Threads of one operator; None takes the processors that this process may use.
+
+    Raises:
+        SessionError: ONNX Runtime does not accept the graph, or there are no threads.
+    """
+
+    def __init__(
+        self,
+        graph: bytes,
+        weights: MappedWeights,
+        folder: Path,
+        spec: DraftSpec,
+        model: ModelSpec,
+        session: Mapping[str, str],
+        threads: int | None = None,
+    ) -> None:
+        self.spec, self.model = spec, spec.as_model(model.max_positions)
+        self.width = len(spec.states) * model.hidden_size
+        self.weights = weights  # kept: the session reads the memory that these own
+        self.session = open_graph(graph, weights, folder, session, threads, has_arena=False)
+
+    def caches(self, batch: int, positions: int, *, sparse: bool = False) -> HostCaches:
+        """Makes KV buffers for a batch, zeros at first, whose rows hold `positions` tokens each."""
+        cache = next(value for value in self.session.get_inputs() if value.name == "past.0.key")
+        if not sparse:
+            slot = 2 * self.model.kv_heads * cache.shape[3] * CACHE_DTYPES[cache.type][0].itemsize
+            needed = cache_bytes(self.model, batch, positions, slot)
+            what = f"the draft of a batch of {batch} rows of {positions} tokens"
+            check_fits(
+                what, needed, "start fewer rows, or of fewer tokens, or guess without the draft (draft_tokens=0)"
+            )
+        return HostCaches(self.model, batch, positions, cache.type, cache.shape[3], sparse=sparse)
+
+    def bind(self, caches: HostCaches, rows: slice) -> "OnnxRuntimeDraftBinding":
+        """Binds some rows of the caches, for any number of steps."""
+        return OnnxRuntimeDraftBinding(self, caches, rows)
+
+
+class OnnxRuntimeDraftBinding:
+    """A draft's graph bound to some rows of its caches."""
+
+    def __init__(self, draft: OnnxRuntimeDraft, caches: HostCaches, rows: slice) -> None:
+        self.session, self.spec = draft.session, draft.spec
+        batch = rows.stop - rows.start
+        self.no_states = np.zeros((batch, 1, draft.width), np.float32)
+        self.io = self.session.io_binding()
+        self.kept = []
+        for name, buffer in caches.buffers.items():
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer[rows], caches.onnx_type)
+            self.kept.append((buffer, value))
+            self.io.bind_ortvalue_input(f"past.{name}", value)
+            self.io.bind_ortvalue_output(f"present.{name}", value)
+
+    def begin(
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        last_B: NDArray[np.int64],
+        states_BSW: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Reads tokens, each beside the decoder's state of the token before it.
+
+        Args:
+            ids_BS: Token ids, right-padded.
+            past_B: Tokens in each row's cache before them.
+            last_B: Each row's last token among them, behind which it guesses.
+            states_BSW: The decoder's states [B, S, L·H].
+
+        Returns:
+            Logits [B, V'], and the head's own states [B, H'].
+        """
+        hidden_BSH = np.zeros((*ids_BS.shape, self.spec.hidden_size), np.float32)
+        return self._run(ids_BS, past_B, last_B[:, None], states_BSW, hidden_BSH)
+
+    def go_on(
+        self, ids_B: NDArray[np.int64], past_B: NDArray[np.int32], hidden_BH: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Reads a guessed token of each row beside the state that it was guessed from; returns as `begin` does."""
+        first_B1 = np.zeros((len(ids_B), 1), np.int64)
+        return self._run(ids_B[:, None], past_B, first_B1, self.no_states, hidden_BH[:, None])
+
+    def _run(
+        self,
+        ids_BS: NDArray[np.int64],
+        past_B: NDArray[np.int32],
+        last_B1: NDArray[np.int64],
+        states_BSW: NDArray[np.float32],
+        hidden_BSH: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        inputs = {
+            "input_ids": ids_BS,
+            "past_lengths": past_B,
+            "logit_positions": last_B1,
+            "draft_states": states_BSW,
+            "hidden": hidden_BSH,
+        }
+        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # alive until the step is done
+        for name, array in arrays.items():
+            self.io.bind_cpu_input(name, array)
+        logits_B1V = np.empty((len(ids_BS), 1, self.spec.vocab_size), np.float32)
+        next_B1H = np.empty((len(ids_BS), 1, self.spec.hidden_size), np.float32)
+        outputs = [
+            (name, ort.OrtValue.ortvalue_from_numpy(array))  # the same memory
+            for name, array in (("logits", logits_B1V), ("next_hidden", next_B1H))
+        ]
+        for name, value in outputs:
+            self.io.bind_ortvalue_output(name, value)
+        self.session.run_with_iobinding(self.io)
+        return logits_B1V[:, 0], next_B1H[:, 0]
