@@ -62,9 +62,11 @@ class TileSettings:
             raise FolderError(f"{found}: more pixels than {MOST_PIXELS}, or a number above {MOST_SIDE}")
         numbers = (self.rescale, *self.mean, *self.std)
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or 0 in self.std:
-            found = ", ".join(f"{name} {shortened(getattr(self, name))}" for name in ("rescale", "mean", "std"))
-            raise FolderError(f"{found}: expected numbers, std not 0")
-        object.__setattr__(self, "values_3x256", self._values())
+            raise FolderError(f"{self.numbers}: expected numbers, std not 0")
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            object.__setattr__(self, "values_3x256", self._values())
+        if not np.isfinite(self.values_3x256).all():
+            raise FolderError(f"{self.numbers}: pixels of them are no finite numbers")
         object.__setattr__(self, "runs", self._runs())
 
     @classmethod
@@ -91,6 +93,11 @@ class TileSettings:
             mean=_three(config.get("image_mean", 0.5)),
             std=_three(config.get("image_std", 0.5)),
         )
+
+    @property
+    def numbers(self) -> str:
+        """The numbers by which pixels are normalised, in words."""
+        return ", ".join(f"{name} {shortened(getattr(self, name))}" for name in ("rescale", "mean", "std"))
 
     def _values(self) -> NDArray[np.float32]:
         """Values of a pixel of 0 to 255 in each channel; each step is rounded to bf16, as Llama 4's own is."""

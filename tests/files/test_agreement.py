@@ -1,5 +1,6 @@
 """A bundle whose spec, graph and weights contradict each other: refused in a line, before anything is loaded."""
 
+import itertools
 import json
 import os
 import shutil
@@ -160,7 +161,14 @@ def with_functions(model: onnx.ModelProto) -> None:
     model.functions.add(name="f", domain="arriero")
 
 
+def with_many_nodes(model: onnx.ModelProto) -> None:
+    names = ["input_ids", *(f"again.{number}" for number in range(20000))]
+    pairs = itertools.pairwise(names)
+    model.graph.node.extend([onnx.helper.make_node("Identity", [before], [after]) for before, after in pairs])
+
+
 GRAPHS = [
+    (with_many_nodes, r"2\d{4} nodes, expected at most 9000 of such a model"),
     (with_a_loop, "the operator '.Loop', which no graph of ours has"),
     (with_weights_elsewhere, "is not among those of spec.json"),
     (with_a_constant_elsewhere, "a constant 'c' in another file"),
