@@ -159,7 +159,6 @@ class FolderSpec:
             raise ValueError(f"experts alone in {self.expert_groups} groups of {self.ranks} ranks")
         if max(self.ranks, self.expert_groups) > MOST_RANKS:
             raise ValueError(f"{shortened(self.ranks)} ranks, expected at most {MOST_RANKS}")
-        share_of(self.model, self.parts, self.ranks // self.expert_groups)  # which refuses a share of nothing
 
     @property
     def parts(self) -> int:
@@ -201,6 +200,7 @@ class FolderSpec:
             raise FolderError(f"spec.json has schema {found}, this Arriero reads {SCHEMA}: use matching versions")
         try:
             spec = typing.cast(Self, decode(cls, fields))
+            _ = spec.rank_model  # which refuses a share of nothing
             spec.check_weights()
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             said = shortened_text(str(error), 200)

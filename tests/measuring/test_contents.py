@@ -58,7 +58,7 @@ def test_a_quantised_folder_tells_its_recipe_and_its_files(tiny_model: Path, tmp
     quantised = calibrate_model(tiny_model, tmp_path / "int8", recipe="int8", data=ids, floor=0)
     bundle = build_bundle(quantised, tmp_path / "bundle", kv_cache="int8")
     found, shown = inspected(bundle)
-    assert set(found) | {"vision", "engine", "layers", "every_layer"} == documented("model, bundle")
+    assert set(found) | {"vision", "engine", "draft", "layers", "every_layer"} == documented("model, bundle")
     assert found["quantised"]["format"] == "int8"  # type: ignore[index]
     assert found["quantised"]["kv_cache"] == "int8"  # type: ignore[index]
     assert {file["state"] for file in found["files"]} == {"there"}  # type: ignore[attr-defined]
