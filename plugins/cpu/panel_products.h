@@ -7,13 +7,10 @@
 
 constexpr int AHEAD = 4096;  // bytes of weights that are asked for in advance
 
-#if ARRIERO_SET == 1 || ARRIERO_SET == 3
+#if ARRIERO_SET == 1 || ARRIERO_SET == 3 || defined(__ARM_FEATURE_DOTPROD)
 #include "narrow_products.h"
 #else
-constexpr int AT_ONCE = ARRIERO_SET == 2 ? 6 : 2;      // rows whose sums fit the registers
-constexpr int IN_ONE_PASS = ARRIERO_SET == 2 ? 8 : 2;  // rows faster in one pass, some sums in memory, than in two
-constexpr int VALUE_SIZE = 1;  // bytes of a rounded input that meets weights of 8 bits
-inline void spread(const int8_t* values, int64_t count, int8_t* to) { std::memcpy(to, values, count); }
+#include "wide_products.h"
 #endif
 
 // Puts each eight inputs in the order in which four bytes hold them: the low halves', then the high ones'.
@@ -89,55 +86,6 @@ inline void quantise(const float* x, const Matrix& matrix, float factor, float f
         rows.sums[row * blocks + block] = -matrix.middle() * sum_of(sum);
     }
 }
-
-#if ARRIERO_SET == 0 || ARRIERO_SET == 2
-// One panel for `COUNT` rows from `first` on: sums [COUNT][2].
-template <int BITS, int COUNT>
-inline void integer_panel(const Matrix& matrix, const Rows& rows, int64_t first, int64_t panel, Floats (*total)[2]) {
-    constexpr int STEP = BITS == 4 ? 8 : 4;
-    const int64_t blocks = matrix.blocks(), groups = matrix.groups, padded = matrix.padded(), size = matrix.block;
-    const uint8_t* weights = matrix.weights + panel * matrix.panel_size();
-    const int8_t* input = rows.values + first * padded;
-    const float* scales = rows.scales + first * blocks;
-    const int32_t* sums = rows.sums + first * blocks;
-    int64_t block = 0;
-    for (int64_t group = 0; group < groups; group++) {
-        Floats partial[COUNT][2] = {};
-        for (const int64_t end = block + blocks / groups; block < end; block++) {
-            Ints sum[COUNT][2];
-            for (int row = 0; row < COUNT; row++) sum[row][0] = sum[row][1] = all(sums[row * blocks + block]);
-            for (int64_t step = 0; step < size; step += STEP, weights += 128, input += STEP) {
-                __builtin_prefetch(weights + AHEAD);
-                __builtin_prefetch(weights + AHEAD + 64);
-                for (int side = 0; side < 2; side++) {
-                    const auto bytes = load<Bytes>(weights + 64 * side);
-                    if (BITS == 4) {
-                        const Bytes low = bytes & uint8_t{15};
-                        const Bytes high = reinterpret_cast<Bytes>(reinterpret_cast<Words>(bytes) >> 4) & uint8_t{15};
-                        for (int row = 0; row < COUNT; row++)
-                            sum[row][side] = dot(sum[row][side], low, input + row * padded);
-                        for (int row = 0; row < COUNT; row++)
-                            sum[row][side] = dot(sum[row][side], high, input + row * padded + 4);
-                    } else {
-                        for (int row = 0; row < COUNT; row++)
-                            sum[row][side] = dot(sum[row][side], bytes, input + row * padded);
-                    }
-                }
-            }
-            for (int row = 0; row < COUNT; row++)
-                for (int side = 0; side < 2; side++)
-                    partial[row][side] += as_floats(sum[row][side]) * scales[row * blocks + block];
-        }
-        const int64_t at = (panel * groups + group) * PANEL;
-        for (int side = 0; side < 2; side++) {
-            const int64_t place = at + side * LANES;
-            const Floats scale = matrix.has_wide_scales ? load<Floats>(static_cast<const float*>(matrix.scales) + place)
-                                                        : widen(static_cast<const uint16_t*>(matrix.scales) + place);
-            for (int row = 0; row < COUNT; row++) total[row][side] += partial[row][side] * scale;
-        }
-    }
-}
-#endif
 
 // One panel of a matrix of floats for `COUNT` rows of float32 from `first` on: sums [COUNT][2].
 template <int BITS, int COUNT>

@@ -1,4 +1,4 @@
-// Sixteen lanes of float or int32, and the product of bytes that integer matrices are made of.
+// Sixteen lanes of float or int32, and what one register holds of them.
 //
 // Included once for each instruction set, within its own namespace: the compiler makes of a vector what the set has.
 // Only where intrinsics stand, and where loops have to keep vectors in registers, matters which one that is.
@@ -114,46 +114,6 @@ inline auto sum_of(const Vector& lanes) {
 template <typename Vector>
 inline float largest_of(const Vector& lanes) {
     return folded(lanes, [](auto a, auto b) { return a > b ? a : b; });
-}
-
-// Adds to each lane the products of its four unsigned bytes with four signed ones, the same in every lane.
-inline Ints dot(Ints sums, Bytes weights, const int8_t* four) {
-    int32_t packed;
-    std::memcpy(&packed, four, sizeof packed);
-#if ARRIERO_SET == 2
-    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums),
-                                                      reinterpret_cast<__m512i>(weights), _mm512_set1_epi32(packed)));
-#elif ARRIERO_SET == 1
-    // Pairs of products would not fit 16 bits, so even and odd bytes go apart.
-    __m256i halves[2], totals[2];
-    std::memcpy(halves, &weights, sizeof halves);
-    std::memcpy(totals, &sums, sizeof totals);
-    const __m256i low = _mm256_set1_epi16(0x00FF), four_times = _mm256_set1_epi32(packed);
-    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(four_times, 8), 8), odd = _mm256_srai_epi16(four_times, 8);
-    for (int half = 0; half < 2; half++) {
-        const __m256i evens = _mm256_and_si256(halves[half], low), odds = _mm256_srli_epi16(halves[half], 8);
-        const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(evens, even), _mm256_madd_epi16(odds, odd));
-        totals[half] = _mm256_add_epi32(totals[half], both);
-    }
-    std::memcpy(&sums, totals, sizeof sums);
-    return sums;
-#elif ARRIERO_SET == 3 || defined(__ARM_FEATURE_DOTPROD)
-    // The instruction takes signed bytes: 128 is taken off the weights, and 128 times the sum of the four added back.
-    const int8x16_t quad = vreinterpretq_s8_s32(vdupq_n_s32(packed));
-    const int32x4_t back = vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), quad), 7);
-    for (int part = 0; part < 4; part++) {
-        const auto bytes = load<uint8x16_t>(reinterpret_cast<const uint8_t*>(&weights) + 16 * part);
-        const int8x16_t moved = vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(0x80)));
-        int32_t* into = reinterpret_cast<int32_t*>(&sums) + 4 * part;
-        vst1q_s32(into, vdotq_s32(vaddq_s32(vld1q_s32(into), back), moved, quad));
-    }
-    return sums;
-#else
-    const Words lanes = reinterpret_cast<Words>(weights);
-    for (int byte = 0; byte < 4; byte++)
-        sums += reinterpret_cast<Ints>((lanes >> (8 * byte)) & 0xFFu) * int32_t{four[byte]};
-    return sums;
-#endif
 }
 
 // e to the power of each lane, to two units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
