@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 LARGEST_GRAPH = 1 << 30
 """Bytes of a graph's file at most; protocol buffers end at twice this."""
 
+CpuGraph = tuple[bytes, tuple[Weight, ...], dict[str, str]]
+"""A serialized graph for the CPU, the weights that it is given, and its session's flags."""
+
 PATIENCE = 120.0
 """Seconds that the ranks of a group wait for one that is alive and does not answer."""
 
@@ -305,48 +308,36 @@ def open_draft(path: Path, spec: FolderSpec, part: DraftPart, files: dict[str, P
     return Draft(backend=OnnxRuntimeDraft(graph, mapped, path, part.spec, spec.model, flags, threads), tokens=tokens)
 
 
-def cpu_decoder_graph(path: Path, spec: FolderSpec) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
-    """Reads the decoder's graph for the CPU from a bundle, or lowers a model's.
-
-    Returns:
-        The serialized graph, the weights that it is given, and its session's flags.
-    """
-    if spec.kind == "bundle":
-        found = _read_graph(path / spec.graph), spec.weights, spec.session
-    else:
-        from .engine.cpu_lowering import lower_for_cpu
-
-        lowered = lower_for_cpu(path, spec)
-        found = lowered.graph, lowered.weights, lowered.session
+def cpu_decoder_graph(path: Path, spec: FolderSpec) -> CpuGraph:
+    """Reads the decoder's graph for the CPU from a bundle, or lowers a model's."""
+    found = _cpu_graph(path, spec, spec)
     draft = None if spec.draft is None else spec.draft.spec
     check_decoder(found[0], found[1], spec.rank_model, spec.cache_bits, path / spec.graph, draft)
     return found
 
 
-def cpu_tower_graph(path: Path, spec: FolderSpec, part: VisionPart) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
-    """Reads the vision tower's graph for the CPU from a bundle, or lowers a model's; returns as `cpu_decoder_graph`."""
-    if spec.kind == "bundle":
-        found = _read_graph(path / part.graph), part.weights, part.session
-    else:
-        from .engine.cpu_lowering import lower_tower_for_cpu
-
-        lowered = lower_tower_for_cpu(path, part)
-        found = lowered.graph, lowered.weights, lowered.session
+def cpu_tower_graph(path: Path, spec: FolderSpec, part: VisionPart) -> CpuGraph:
+    """Reads the vision tower's graph for the CPU from a bundle, or lowers a model's."""
+    found = _cpu_graph(path, spec, part)
     check_tower(found[0], found[1], part.spec, spec.model, path / part.graph)
     return found
 
 
-def cpu_draft_graph(path: Path, spec: FolderSpec, part: DraftPart) -> tuple[bytes, tuple[Weight, ...], dict[str, str]]:
-    """Reads the draft's graph for the CPU from a bundle, or lowers a model's; returns as `cpu_decoder_graph`."""
-    if spec.kind == "bundle":
-        found = _read_graph(path / part.graph), part.weights, part.session
-    else:
-        from .engine.cpu_lowering import lower_draft_for_cpu
-
-        lowered = lower_draft_for_cpu(path, part)
-        found = lowered.graph, lowered.weights, lowered.session
+def cpu_draft_graph(path: Path, spec: FolderSpec, part: DraftPart) -> CpuGraph:
+    """Reads the draft's graph for the CPU from a bundle, or lowers a model's."""
+    found = _cpu_graph(path, spec, part)
     check_draft(found[0], found[1], part.spec, spec.model, path / part.graph)
     return found
+
+
+def _cpu_graph(path: Path, spec: FolderSpec, part: FolderSpec | VisionPart | DraftPart) -> CpuGraph:
+    """A part's graph as a bundle holds it, or lowered."""
+    if spec.kind == "bundle":
+        return _read_graph(path / part.graph), part.weights, part.session
+    from .engine.cpu_lowering import lower_for_cpu, lower_part_for_cpu
+
+    lowered = lower_for_cpu(path, part) if isinstance(part, FolderSpec) else lower_part_for_cpu(path, part)
+    return lowered.graph, lowered.weights, lowered.session
 
 
 def _read_graph(path: Path) -> bytes:

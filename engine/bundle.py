@@ -26,7 +26,7 @@ from ..spec.draft import DRAFT_PREFIX
 from ..spec.folder import DraftPart, FolderSpec
 from ..spec.stored_weights import WeightFile
 from ..spec.types import BITS, Progress
-from .cpu_lowering import lower_draft_for_cpu, lower_for_cpu, lower_tower_for_cpu
+from .cpu_lowering import lower_for_cpu, lower_part_for_cpu
 from .packed_weights import write_packed
 from .target import Target, parse_target
 from .tensorrt_bundle import Options, build_tensorrt
@@ -168,7 +168,7 @@ def _build(
         (folder / spec.graph).write_bytes(lowered.graph)
         vision = spec.vision
         if vision is not None and vision.graph:
-            tower = lower_tower_for_cpu(source, vision)
+            tower = lower_part_for_cpu(source, vision)
             (folder / vision.graph).write_bytes(tower.graph)
             vision = dataclasses.replace(vision, weights=tower.weights, session=tower.session)
         built = dataclasses.replace(
@@ -185,7 +185,7 @@ def _build(
 
 def _build_draft(source: Path, spec: FolderSpec, draft: DraftPart, folder: Path) -> DraftPart:
     """Writes the draft's graph and tokens. Returns its part with their description."""
-    lowered = lower_draft_for_cpu(source, draft)
+    lowered = lower_part_for_cpu(source, draft)
     (folder / draft.graph).write_bytes(lowered.graph)
     carry_tokens(source, folder, spec)
     return dataclasses.replace(draft, weights=lowered.weights, session=lowered.session)

@@ -61,14 +61,9 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
     return _lower(folder / spec.graph, spec.model.experts, spec.cache_bits, spec.rank)
 
 
-def lower_tower_for_cpu(folder: Path, vision: VisionPart) -> Lowered:
-    """Lowers a model folder's vision tower; raises what `lower_for_cpu` does."""
-    return _lower(folder / vision.graph, 0, 0, 0)
-
-
-def lower_draft_for_cpu(folder: Path, draft: DraftPart) -> Lowered:
-    """Lowers a model folder's draft; raises what `lower_for_cpu` does."""
-    return _lower(folder / draft.graph, 0, 0, 0)
+def lower_part_for_cpu(folder: Path, part: VisionPart | DraftPart) -> Lowered:
+    """Lowers a model folder's vision tower or draft; raises what `lower_for_cpu` does."""
+    return _lower(folder / part.graph, 0, 0, 0)
 
 
 def _lower(path: Path, router_experts: int, cache_bits: int, rank: int) -> Lowered:

@@ -41,6 +41,13 @@ CACHE_DTYPES: dict[str, tuple[np.dtype[Any], int]] = {
 """numpy's type of a cache's elements, and ONNX's number of their type, by ONNX Runtime's name of it."""
 
 
+def cache_form(session: ort.InferenceSession, spec: ModelSpec) -> tuple[str, int, int]:
+    """Type of a graph's caches by ONNX Runtime's name, elements of a slot, and bytes of a token in one layer."""
+    cache = next(value for value in session.get_inputs() if value.name == "past.0.key")
+    elements = int(cache.shape[3])
+    return cache.type, elements, 2 * spec.kv_heads * elements * CACHE_DTYPES[cache.type][0].itemsize
+
+
 class HostCaches:
     """KV buffers of a batch of sequences, zeros at first: key, value [B, K, C, D] of each layer.
 
@@ -106,6 +113,17 @@ class HostCaches:
                 self.buffers[name][row, :, slots_of(chunk, start, start + values.shape[1])] = values
 
 
+def bind_caches(io: ort.IOBinding, caches: HostCaches, rows: slice) -> list[Any]:
+    """Binds some rows as a graph's caches, past and present in one buffer. Returns what must live as long as they."""
+    kept: list[Any] = []
+    for name, buffer in caches.buffers.items():
+        value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer[rows], caches.onnx_type)
+        kept.append((buffer, value))
+        io.bind_ortvalue_input(f"past.{name}", value)
+        io.bind_ortvalue_output(f"present.{name}", value)
+    return kept
+
+
 class OnnxRuntimeDecoder:
     """A lowered decoder with its weights, ready to run.
 
@@ -166,14 +184,13 @@ class OnnxRuntimeDecoder:
 
     def caches(self, batch: int, positions: int, *, sparse: bool = False) -> HostCaches:
         """Makes KV buffers for a batch, zeros at first, whose rows hold `positions` tokens each."""
-        cache = next(value for value in self.session.get_inputs() if value.name == "past.0.key")
+        kind, elements, slot = cache_form(self.session, self.spec)
         self.check_files()
-        slot = 2 * self.spec.kv_heads * cache.shape[3] * CACHE_DTYPES[cache.type][0].itemsize
         needed = 4 * batch * self.spec.vocab_size
         if not sparse:
             needed += cache_bytes(self.spec, batch, positions, slot)
         check_fits(f"a batch of {batch} rows of {positions} tokens", needed, "start fewer rows, or of fewer tokens")
-        return HostCaches(self.spec, batch, positions, cache.type, cache.shape[3], sparse=sparse)
+        return HostCaches(self.spec, batch, positions, kind, elements, sparse=sparse)
 
     def bind(self, caches: HostCaches, rows: slice) -> "OnnxRuntimeBinding":
         """Binds some rows of the caches, for any number of steps."""
@@ -189,16 +206,11 @@ class OnnxRuntimeBinding:
         self.vocab_size, self.states_width = decoder.spec.vocab_size, decoder.states_width
         self.no_features = np.zeros((1, decoder.spec.hidden_size), np.float32) if decoder.takes_images else None
         self.io = self.session.io_binding()
-        self.kept = []
+        self.kept = bind_caches(self.io, caches, rows)
         if decoder.group is not None:
             shared = ort.OrtValue.ortvalue_from_numpy(decoder.group)  # the same memory
             self.kept.append((decoder.group, shared))
             self.io.bind_ortvalue_input(GROUP_INPUT, shared)
-        for name, buffer in caches.buffers.items():
-            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer[rows], caches.onnx_type)
-            self.kept.append((buffer, value))
-            self.io.bind_ortvalue_input(f"past.{name}", value)
-            self.io.bind_ortvalue_output(f"present.{name}", value)
 
     def step(
         self,

@@ -16,7 +16,7 @@ from ...spec.draft import DraftSpec
 from ...spec.geometry import ModelSpec
 from ..room import cache_bytes, check_fits
 from .mapped_weights import MappedWeights
-from .onnxruntime_decoder import CACHE_DTYPES, HostCaches
+from .onnxruntime_decoder import HostCaches, bind_caches, cache_form
 from .onnxruntime_graph import open_graph
 from .onnxruntime_package import ort
 
@@ -54,15 +54,14 @@ class OnnxRuntimeDraft:
 
     def caches(self, batch: int, positions: int, *, sparse: bool = False) -> HostCaches:
         """Makes KV buffers for a batch, zeros at first, whose rows hold `positions` tokens each."""
-        cache = next(value for value in self.session.get_inputs() if value.name == "past.0.key")
+        kind, elements, slot = cache_form(self.session, self.model)
         if not sparse:
-            slot = 2 * self.model.kv_heads * cache.shape[3] * CACHE_DTYPES[cache.type][0].itemsize
             needed = cache_bytes(self.model, batch, positions, slot)
             what = f"the draft of a batch of {batch} rows of {positions} tokens"
             check_fits(
                 what, needed, "start fewer rows, or of fewer tokens, or guess without the draft (draft_tokens=0)"
             )
-        return HostCaches(self.model, batch, positions, cache.type, cache.shape[3], sparse=sparse)
+        return HostCaches(self.model, batch, positions, kind, elements, sparse=sparse)
 
     def bind(self, caches: HostCaches, rows: slice) -> "OnnxRuntimeDraftBinding":
         """Binds some rows of the caches, for any number of steps."""
@@ -77,12 +76,7 @@ class OnnxRuntimeDraftBinding:
         batch = rows.stop - rows.start
         self.no_states = np.zeros((batch, 1, draft.width), np.float32)
         self.io = self.session.io_binding()
-        self.kept = []
-        for name, buffer in caches.buffers.items():
-            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer[rows], caches.onnx_type)
-            self.kept.append((buffer, value))
-            self.io.bind_ortvalue_input(f"past.{name}", value)
-            self.io.bind_ortvalue_output(f"present.{name}", value)
+        self.kept = bind_caches(self.io, caches, rows)
 
     def begin(
         self,

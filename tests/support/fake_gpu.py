@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from executing_cuda import ExecutingCuda
 
-from arriero.engine.cpu_lowering import lower_for_cpu, lower_tower_for_cpu
+from arriero.engine.cpu_lowering import lower_for_cpu, lower_part_for_cpu
 from arriero.files.folders import find_files, read_spec
 from arriero.plugins.launch import Driver
 from arriero.plugins.narrow_types import NUMPY_DTYPES, narrow, widen
@@ -101,7 +101,7 @@ class FakeTower(FakeEngine):
         super().__init__(driver, dtype)
         spec = read_spec(model)
         assert spec.vision is not None
-        lowered = lower_tower_for_cpu(model, spec.vision)
+        lowered = lower_part_for_cpu(model, spec.vision)
         weights = map_weights(lowered.weights, find_files(model, spec.weight_files))
         self.tower = OnnxRuntimeTower(lowered.graph, weights, model, lowered.session, 1)
 
