@@ -261,6 +261,9 @@ CacheBytes = Annotated[
 ]
 Queue = Annotated[int, typer.Option(help="Sequences that wait at most; beyond, clients get 429 with Retry-After.")]
 ApiKeyFile = Annotated[Path | None, typer.Option(help="File of API keys, one a line.")]
+OpenMetrics = Annotated[
+    bool, typer.Option("--open-metrics", help="Ask for no key under /metrics, as routers and Prometheus read it.")
+]
 TlsCertificate = Annotated[Path | None, typer.Option(help="Certificate's file, in PEM, to speak TLS.")]
 TlsKey = Annotated[Path | None, typer.Option(help="Its key's file.")]
 CorsOrigin = Annotated[

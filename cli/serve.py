@@ -33,6 +33,7 @@ def serve(
     queue: options.Queue = 128,
     draft_tokens: options.DraftTokens = None,
     api_key_file: options.ApiKeyFile = None,
+    open_metrics: options.OpenMetrics = False,
     tls_certificate: options.TlsCertificate = None,
     tls_key: options.TlsKey = None,
     cors_origin: options.CorsOrigin = None,
@@ -99,6 +100,7 @@ def settings_of(asked: SimpleNamespace) -> "ServerSettings":
         port=asked.port,
         unix_socket=asked.unix_socket,
         api_key_file=asked.api_key_file,
+        opens_metrics=asked.open_metrics,
         tls_certificate=asked.tls_certificate,
         tls_key=asked.tls_key,
         origins=tuple(asked.cors_origin or ()),
@@ -127,7 +129,8 @@ def refuse_doors(asked: SimpleNamespace) -> None:
     """
     names = ("unix_socket", "api_key_file", "tls_certificate", "tls_key", "cors_origin", "allow_host")
     given = [name for name in names if getattr(asked, name) is not None]
-    given += [name for name, usual in (("host", "127.0.0.1"), ("port", 8000)) if getattr(asked, name) != usual]
+    usuals = (("host", "127.0.0.1"), ("port", 8000), ("open_metrics", False))
+    given += [name for name, usual in usuals if getattr(asked, name) != usual]
     if given:
         option = "--" + given[0].replace("_", "-")
         raise SessionError(f"{option} is given beside --dynamo, whose frontend listens: give it there, leave it out")

@@ -3,7 +3,7 @@
 Enters: HTTP. Leaves: HTTP. Invariant: whatever goes wrong is an answer in OpenAI's form, and no other request's.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -18,7 +18,7 @@ from starlette.routing import Route
 from .bodies import SHORT, CommonBound, read_body
 from .chat import ChatWriter, whole_chat
 from .completions import CompletionWriter, whole_completion
-from .doors import Doors
+from .doors import OPEN, Doors
 from .errors import RequestError
 from .logs import Log
 from .page import page
@@ -45,11 +45,11 @@ class Endpoints:
     Args:
         service: The model.
         log: The log.
-        has_keys: Whether API keys are asked for.
+        opened: Paths that need no API key; None where none is asked for.
     """
 
-    def __init__(self, service: Service, log: Log, has_keys: bool) -> None:
-        self.service, self.log, self.has_keys = service, log, has_keys
+    def __init__(self, service: Service, log: Log, opened: Collection[str] | None) -> None:
+        self.service, self.log, self.opened = service, log, opened
 
     async def chat(self, request: HttpRequest) -> Response:
         """A conversation to be continued."""
@@ -122,7 +122,7 @@ class Endpoints:
 
     async def openapi(self, request: HttpRequest) -> Response:
         """The description of all this."""
-        return JSONResponse(document(self.service.name, self.has_keys))
+        return JSONResponse(document(self.service.name, self.opened))
 
     async def page(self, request: HttpRequest) -> Response:
         """The chat page."""
@@ -209,7 +209,13 @@ def routes(endpoints: Endpoints) -> list[Route]:
 
 
 def make_app(
-    service: Service, log: Log, *, keys: Sequence[bytes] = (), hosts: Sequence[str] = (), origins: Sequence[str] = ()
+    service: Service,
+    log: Log,
+    *,
+    keys: Sequence[bytes] = (),
+    hosts: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    opens_metrics: bool = False,
 ) -> Starlette:
     """Makes the application.
 
@@ -219,7 +225,9 @@ def make_app(
         keys: Digests of API keys; empty asks for none.
         hosts: Names that the server is called by; empty takes any.
         origins: Origins whose pages may ask.
+        opens_metrics: Whether `/metrics` asks for no key.
     """
+    opened = (*OPEN, "/metrics") if opens_metrics else OPEN
 
     async def refuse(request: HttpRequest, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -231,7 +239,7 @@ def make_app(
         request.state.about["error"] = error.message[:300]
         return JSONResponse(error.body, error.status, error.headers)
 
-    middleware = [Middleware(Doors, keys=keys, hosts=hosts, log=log)]
+    middleware = [Middleware(Doors, keys=keys, hosts=hosts, log=log, opened=opened)]
     if origins:
         cors: dict[str, Any] = {
             "allow_methods": ["GET", "POST"],
@@ -241,5 +249,5 @@ def make_app(
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(origins), **cors))
     middleware.append(Middleware(CommonBound, most=service.limits.all_bodies_bytes, metrics=service.metrics))
     handlers: dict[Any, Any] = dict.fromkeys((HTTPException, RequestError, ClientDisconnect), refuse)
-    endpoints = Endpoints(service, log, bool(keys))
+    endpoints = Endpoints(service, log, opened if keys else None)
     return Starlette(routes=routes(endpoints), middleware=middleware, exception_handlers=handlers)

@@ -60,10 +60,13 @@ class Doors:
         keys: Digests of API keys; empty asks for none.
         hosts: Names that the server is called by; empty takes any.
         log: The log.
+        opened: Paths that need no key.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes], hosts: Collection[str], log: Log) -> None:
-        self.app, self.keys, self.hosts, self.log = app, keys, hosts, log
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[bytes], hosts: Collection[str], log: Log, opened: Collection[str] = OPEN
+    ) -> None:
+        self.app, self.keys, self.hosts, self.log, self.opened = app, keys, hosts, log, opened
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request pass, or refuses it."""
@@ -119,7 +122,7 @@ class Doors:
                 status=403,
                 code="host_not_allowed",
             )
-        if not self.keys or scope["path"] in OPEN or scope["method"] == "OPTIONS":
+        if not self.keys or scope["path"] in self.opened or scope["method"] == "OPTIONS":
             return Caller(address=address)
         kind, _, key = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()

@@ -59,6 +59,7 @@ class ServerSettings:
         port: Port; 0 takes a free one.
         unix_socket: Socket file to listen on instead.
         api_key_file: File of API keys, one a line.
+        opens_metrics: Whether `/metrics` asks for none of them.
         tls_certificate: Certificate file; TLS is spoken where there is one.
         tls_key: Its key's file.
         origins: Origins whose pages may ask.
@@ -84,6 +85,7 @@ class ServerSettings:
     port: int = 8000
     unix_socket: Path | None = None
     api_key_file: Path | None = None
+    opens_metrics: bool = False
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     origins: tuple[str, ...] = ()
@@ -126,7 +128,8 @@ def serve(settings: ServerSettings, log: Log, on_ready: Callable[[dict[str, Any]
     name = settings.name or settings.folder.resolve().name
     service = Service(name, settings.limits, shares_prefixes=settings.shares_prefixes, report=log.fault)
     hosts = (*LOCAL, *settings.hosts) if is_local and not keys and settings.unix_socket is None else ()
-    app = make_app(service, log, keys=keys, hosts=hosts, origins=settings.origins)
+    opened = settings.opens_metrics
+    app = make_app(service, log, keys=keys, hosts=hosts, origins=settings.origins, opens_metrics=opened)
     listener = _listen(settings)
     try:
         address = _address(settings, listener)

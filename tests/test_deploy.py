@@ -54,6 +54,14 @@ def test_probes_ask_for_paths_that_the_server_has() -> None:
     assert all(f'Route("{path}"' in routes for path in paths)
 
 
+def test_who_routes_by_the_gauges_reads_them_without_a_key() -> None:
+    about = read(BASE / "deployment.yaml")["spec"]["template"]["metadata"]["annotations"]
+    given = parsed(deployment()["containers"][0]["args"])
+    assert about["prometheus.io/path"] == "/metrics"
+    assert given["api_key_file"] is not None
+    assert given["open_metrics"] is True
+
+
 def test_service_and_pool_choose_the_deployment_s_pods() -> None:
     labels = read(BASE / "deployment.yaml")["spec"]["template"]["metadata"]["labels"]
     pool = read(BASE / "inference-pool.yaml")["spec"]

@@ -1,5 +1,6 @@
 """The OpenAPI document, from the dataclasses that requests are read into and answers are written from."""
 
+from collections.abc import Collection
 from typing import Any
 
 from ... import __version__
@@ -42,12 +43,12 @@ POSTED = {
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
-def document(name: str, has_keys: bool) -> dict[str, Any]:
+def document(name: str, opened: Collection[str] | None = None) -> dict[str, Any]:
     """The document of a server.
 
     Args:
         name: The model's name.
-        has_keys: Whether API keys are asked for.
+        opened: Paths that need no API key; None where none is asked for.
     """
     components: dict[str, Any] = {}
     paths = {**_posted(components), **_got(components, name)}
@@ -57,10 +58,10 @@ def document(name: str, has_keys: bool) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": dict(sorted(components.items()))},
     }
-    if has_keys:
+    if opened is not None:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         found["security"] = [{"key": []}]
-        for path in ("/health", "/ready"):
+        for path in paths.keys() & set(opened):
             paths[path]["get"]["security"] = []
     return found
 

@@ -1,9 +1,11 @@
 """Doors: who may ask, from where, how much."""
 
+import asyncio
 import base64
+import hashlib
 import subprocess
 from collections.abc import Callable
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import httpx
 import openai
 import pytest
 from PIL import Image
+
+from arriero.serving.app import make_app
+from arriero.serving.logs import Log
+from arriero.serving.service import Limits, Service
 
 BODY = {"messages": [{"role": "user", "content": "The list type"}], "max_tokens": 2}
 
@@ -45,6 +51,26 @@ def test_keys_open_the_doors_and_tenants_share_no_beginnings(serve: Callable[...
     lines = [line for line in server.log if line.get("path") == "/v1/chat/completions"]
     assert "lazy dog" in str(lines[-1]["request"])
     assert "first-key" not in str(server.log)
+
+
+def test_metrics_may_be_read_without_a_key_where_the_server_says_so() -> None:
+    statuses = {}
+    for opens in (False, True):
+        service = Service("tiny", Limits(), shares_prefixes=False, report=print)
+        app = make_app(service, Log(StringIO()), keys=[hashlib.sha256(b"key").digest()], opens_metrics=opens)
+
+        async def ask(app: Any = app) -> dict[str, int]:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+                described = (await http.get("/openapi.json", headers={"Authorization": "Bearer key"})).json()["paths"]
+                needs_key = "security" not in described["/metrics"]["get"]
+                found = {
+                    path: (await http.get(path)).status_code for path in ("/metrics", "/v1/models", "/openapi.json")
+                }
+                return {**found, "needs a key": needs_key}
+
+        statuses[opens] = asyncio.run(ask())
+    assert statuses[False] == {"/metrics": 401, "/v1/models": 401, "/openapi.json": 401, "needs a key": True}
+    assert statuses[True] == {"/metrics": 200, "/v1/models": 401, "/openapi.json": 401, "needs a key": False}
 
 
 def test_without_keys_another_site_s_name_is_refused(http: httpx.Client) -> None:
