@@ -8,7 +8,7 @@ import asyncio
 import json
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .errors import RequestError
 
@@ -76,11 +76,13 @@ class BoundedConnection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Ends a head, and begins to answer."""
+        """Ends a head, and begins to answer; the application finds its `PromptWriter` under `writer` in its state."""
         self.is_head = self.has_begun = False
         self.parts += 1
         self._unset_timer()
         super().on_headers_complete()
+        if self.cycle is not None:  # none where the connection is to become another protocol's
+            self.cycle.scope["state"]["writer"] = PromptWriter(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Takes a part of the body."""
@@ -145,6 +147,29 @@ class BoundedConnection(HttpToolsProtocol):
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+
+
+class PromptWriter:
+    """Writes parts of an answer's body with nothing to await, which saves most of what a part costs.
+
+    Args:
+        cycle: The request.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self.cycle = cycle
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an answer in chunks has begun, and its client is there and reads as fast as it is sent to."""
+        cycle = self.cycle
+        if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete:
+            return False
+        return bool(cycle.response_started and cycle.chunked_encoding)
+
+    def write(self, body: bytes) -> None:
+        """Writes a part, which is not empty."""
+        self.cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 def _too_large() -> RequestError:

@@ -7,7 +7,7 @@ are the event loop's alone, but for the numbers that the flight's thread gives t
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..runtime import Generated, Request
@@ -23,6 +23,10 @@ class Ride:
     Args:
         parties: Requests, those of one prompt together; they are numbered through.
         user: The name by which users take turns.
+
+    Attributes:
+        take_at_once: Called with a piece, not a sequence's last, while someone awaits pieces and none is there; where
+            it returns True, it has taken the piece, and nobody is woken.
     """
 
     def __init__(self, parties: Sequence[Sequence[Request]], user: str) -> None:
@@ -34,6 +38,7 @@ class Ride:
         self.prompts = {first: len(party[0].prompt.ids) for first, party in zip(firsts, parties, strict=False)}
         self.pieces: list[tuple[int, Generated]] = []
         self.timers: list[asyncio.TimerHandle] = []
+        self.take_at_once: Callable[[int, Generated], bool] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def first_token_seconds(self) -> float | None:
@@ -54,6 +59,15 @@ class Ride:
     def put(self, index: int, piece: Generated) -> None:
         """Takes a piece; the event loop alone does so."""
         if index in self.riding:
+            waiter, take = self._waiter, self.take_at_once
+            if take is not None and waiter is not None and piece.finish is None and not waiter.done():
+                try:
+                    if take(index, piece):
+                        return
+                except Exception as error:  # of whatever kind: whoever waits learns of it
+                    self._waiter = None
+                    waiter.set_exception(error)
+                    return
             if piece.finish is not None:
                 self.riding.remove(index)
             self.pieces.append((index, piece))

@@ -5,6 +5,7 @@ whoever asks learns that it is being loaded; a signal to end lets what flies lan
 """
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -240,6 +241,8 @@ class Server(uvicorn.Server):
                 raise found
             session, flight = found
             self.service.open(session, flight, loop)
+            gc.collect()
+            gc.freeze()  # what the model and the modules hold stays; no collection looks at it between tokens
         except BaseException as error:  # said when the server has ended
             self.failure, self.should_exit = error, True
             return

@@ -40,7 +40,18 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def say(pieces: Iterable[bytes], pause: float = 0.0) -> bytes:
+async def write_at_once(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the path, written with nothing to await."""
+    writer = scope["state"]["writer"]
+    assert not writer.is_open
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    assert writer.is_open
+    writer.write(scope["path"].encode())
+    await send({"type": "http.response.body", "body": b""})
+    assert not writer.is_open
+
+
+async def say(pieces: Iterable[bytes], pause: float = 0.0, app: Any = app) -> bytes:
     """Sends pieces to a server of its own. Returns all that it answers until it closes the connection."""
     config = uvicorn.Config(app, log_config=None, ws="none")
     state, loop = ServerState(), asyncio.get_running_loop()
@@ -109,3 +120,12 @@ def test_a_head_that_does_not_come_ends_its_connection(
     found = asyncio.run(say([sent[:20], sent[20:]], pause=0.01))
     assert found.startswith(answer)
     assert (b" 408 " in found) == (b"Host" in sent)
+
+
+def test_each_request_of_a_connection_is_written_to_by_its_own_writer() -> None:
+    heads = [b"POST /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number for number in range(3)]
+    last = heads[-1].replace(b"Host", b"Connection: close\r\nHost")
+    answer = asyncio.run(say([b"".join(heads[:-1]) + last], app=write_at_once))
+    assert [part.partition(b"\r\n\r\n")[2] for part in answer.split(b"HTTP/1.1 200 OK")[1:]] == [
+        b"2\r\n/%d\r\n0\r\n\r\n" % number for number in range(3)
+    ]
