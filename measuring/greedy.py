@@ -89,7 +89,10 @@ def read_greedy(bundle: Path) -> Greedy | None:
     """
     path = bundle / FILE
     try:
-        return decode(Greedy, read_json(path, remedy="build the bundle again", folder=bundle))
+        found = decode(Greedy, read_json(path, remedy="build the bundle again", folder=bundle))
+        if max(found.prompt) >= (most := read_spec(bundle).model.vocab_size):
+            raise ValueError(f"token id {max(found.prompt)} in a vocabulary of {most}")
+        return found
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

@@ -201,6 +201,7 @@ class FolderSpec:
         try:
             spec = typing.cast(Self, decode(cls, fields))
             _ = spec.rank_model  # which refuses a share of nothing
+            spec.check_target()
             spec.check_weights()
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             said = shortened_text(str(error), 200)
@@ -209,6 +210,23 @@ class FolderSpec:
             return spec
         weights = read_older(spec.model, spec.recipe, spec.target, spec.weights, spec.made_again)
         return dataclasses.replace(spec, schema=SCHEMA, weights=weights)
+
+    def check_target(self) -> None:
+        """Refuses a target that is none, or another than that of what the folder holds.
+
+        Raises:
+            ValueError: It is.
+        """
+        flavour = self.target.partition(":")[0]
+        if self.kind == "group":
+            expected: Collection[str] = ("", "cpu", "tensorrt", "tensorrt-rtx")
+        elif self.kind == "model":
+            expected = ("",)
+        else:
+            expected = ("cpu",) if self.engine is None else (self.engine.flavour,)
+        if flavour not in expected or (flavour in ("", "cpu") and self.target != flavour):
+            names = " or ".join(name or "none" for name in expected)
+            raise ValueError(f"a {self.kind}'s target is {shortened(self.target)}, expected {names}")
 
     def check_weights(self) -> None:
         """Refuses weights that are in no weight file of the list, and two of one name.

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from ...errors import FolderError
+from ...errors import FolderError, SessionError
 from ...files.contents_hash import file_hash
 from ...files.folders import KERNELS, find_files
 from ...files.manifest import differences
 from ...files.trust import check_trusted
 from ...loading import cpu_decoder_graph, cpu_draft_graph, cpu_tower_graph
+from ...runtime.chat.templates import DEFAULT
 from ...runtime.defaults import read_defaults
 from ...runtime.room import size
 from ...runtime.text import Text
@@ -99,5 +100,29 @@ def _text(folder: Path, spec: FolderSpec) -> Finding:
             "tokenizer",
             f"{folder} has no tokenizer.json, so it takes token ids alone: export with --tokenizer, and build again",
         )
+    largest = max(text.tokenizer.get_vocab().values(), default=0)
+    if largest >= spec.model.vocab_size:
+        return found(
+            "tokenizer",
+            f"{folder / 'tokenizer.json'} has a token of id {largest}, the model a vocabulary of "
+            f"{spec.model.vocab_size}: export with the model's own (--tokenizer), and build again",
+        )
+    if text.templates:
+        _try_templates(text, folder)
     chat = f"{len(text.templates)} chat template{'s' * (len(text.templates) != 1)}" if text.templates else "no chat"
     return ok("tokenizer", f"{text.tokenizer.get_vocab_size()} tokens, {chat}")
+
+
+def _try_templates(text: Text, folder: Path) -> None:
+    """Writes a question by the template that is taken unless another is asked for, and compiles the others.
+
+    Raises:
+        ArrieroError: One does not compile, or the first does not take a question.
+    """
+    for name in text.templates:
+        try:
+            text.render_chat({"role": "user", "content": "Hello"}, chat_template=name)
+        except SessionError as error:
+            if name == DEFAULT:  # one for tools or documents may refuse a plain question
+                remedy = "correct it, or export again from an intact checkpoint"
+                raise FolderError(f"{folder}: for one question: {error}: {remedy}") from error

@@ -126,7 +126,10 @@ def test_an_older_schema_is_read_where_the_folder_is_the_same() -> None:
             {"kind": "model", "target": "", "source": "/m", "source_hashes": {"decoder.onnx": "a"}},
             "calibrate '/m' again$",
         ),
-        ({"target": "tensorrt"}, "make its model anew .*arriero export.*arriero calibrate.* and build it$"),
+        (
+            {"kind": "group", "target": "tensorrt"},
+            "make its model anew .*arriero export.*arriero calibrate.* and build it$",
+        ),
         ({"recipe": Recipe(format="fp8")}, "make its model anew"),
         ({"kind": "group", "target": ""}, "export '/c' again$"),
     ],

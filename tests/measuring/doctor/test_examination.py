@@ -129,6 +129,31 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "token",
         "greedy.json: damaged",
     ),
+    "a template that is no program": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{% for message in %}"),
+        "tokenizer",
+        r"chat_template\.jinja: the chat template does not compile",
+    ),
+    "a template that refuses a question": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ raise_exception('tools only') }}"),
+        "tokenizer",
+        "for one question: .*tools only.*: correct it",
+    ),
+    "another model's tokenizer": (
+        lambda folder: edit(folder / "tokenizer.json", lambda found: found["model"]["vocab"].update(zzzz=300_000)),
+        "tokenizer",
+        "a token of id 300000, the model a vocabulary of 2048: export with",
+    ),
+    "another model's record": (
+        lambda folder: edit(folder / greedy.FILE, lambda found: found.update(prompt=[7, 300_000])),
+        "token",
+        "token id 300000 in a vocabulary of 2048",
+    ),
+    "a target that is none": (
+        lambda folder: edit(folder / SPEC, lambda spec: spec.update(target="tensorrt:sm89")),
+        "bundle",
+        "a bundle's target is 'tensorrt:sm89', expected cpu",
+    ),
     "a context that is another's": (
         lambda folder: edit(folder / SPEC, lambda spec: spec["model"].update(vocab_size=4096)),
         "graph",
