@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import SessionError
 from ..files.reading import read_bytes
@@ -21,6 +21,12 @@ from ..spec.built_engine import Binary
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "i8": 1, "u8": 1, "fp8e4nv": 1, "i32": 4, "i64": 8}
 """Sizes of the types that signatures name, in Triton's words."""
 
+
+COUNTERS = 1 << 16
+"""Counters, zeros between launches, by which the programs of a launch tell who is last; a session keeps them."""
+
+DEPENDENT_FROM = 90
+"""The compute capability from which a kernel may be launched while the one before it runs."""
 
 ALIGNMENT = 256
 """Addresses that TensorRT takes are multiples of this."""
@@ -38,6 +44,7 @@ class Kernel:
         aligned: Integer parameters that are multiples of 16 in every call. Pointers always are.
         warps: Warps a program.
         stages: Depth of the software pipeline.
+        dependent: Whether it may be launched while the kernel before it runs, for whose end it waits by itself.
     """
 
     name: str
@@ -47,6 +54,7 @@ class Kernel:
     aligned: tuple[str, ...] = ()
     warps: int = 4
     stages: int = 3
+    dependent: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +84,28 @@ CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPAB
 MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 FORMATS = {"i32": "<i4x", "i64": "<q", "fp32": "<f4x"}
 """Layouts of the numbers among a launch's arguments, eight bytes each."""
+
+
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of which one is used: that a kernel may start while the one before it in the stream runs."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+EARLY = Attribute(id=6, value=1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(Attribute)),
+        ("count", ctypes.c_uint),
+    )
 
 
 class Driver:
@@ -123,6 +153,12 @@ class Driver:
         return found.value // 1000, found.value % 1000 // 10
 
 
+class Memory(Protocol):
+    """Memory on the GPU."""
+
+    address: int
+
+
 class Kernels:
     """The kernels of a bundle, loaded into the current CUDA context.
 
@@ -130,13 +166,18 @@ class Kernels:
         driver: The driver.
         folder: Where the cubins lie.
         binaries: The kernels of this GPU's compute capability.
+        counters: Memory of COUNTERS zeros, int32, that the calls in one stream share; None where none is launched that
+            counts.
 
     Raises:
         SessionError: A cubin is missing or the driver refuses it.
     """
 
-    def __init__(self, driver: Driver, folder: Path, binaries: Iterable[Binary]) -> None:
-        self.driver = driver
+    def __init__(
+        self, driver: Driver, folder: Path, binaries: Iterable[Binary], counters: Memory | None = None
+    ) -> None:
+        self.driver, self.memory = driver, counters  # kept as long as the kernels are
+        self.counters = 0 if counters is None else counters.address
         self.binaries = {binary.kernel: binary for binary in binaries}
         self.capability = max((binary.capability for binary in self.binaries.values()), default=0)
         self.functions = {name: self._load(folder / binary.file, binary) for name, binary in self.binaries.items()}
@@ -178,11 +219,12 @@ class Packed:
         self.calls = [self._pack(kernels, launch) for launch in launches]
 
     def _pack(self, kernels: Kernels, launch: Launch) -> tuple[Any, ...]:
-        """The arguments of `cuLaunchKernel`, but for the stream: before it, and after."""
+        """The configuration of a launch that may start early, or None; what is given to the driver before and after."""
         binary = kernels.binaries.get(launch.kernel)
         if binary is None:
             raise SessionError(f"the bundle has no kernel {launch.kernel} for this GPU: build it again")
-        assert len(launch.arguments) == len(binary.parameters)
+        if len(launch.arguments) != len(binary.parameters):
+            raise SessionError(f"the bundle's kernel {launch.kernel} is another version's: build it again")
         slots = (ctypes.c_uint64 * (len(launch.arguments) + 2))()  # behind them Triton's scratch pointers, unused
         self.slots.append(slots)
         for index, (kind, argument) in enumerate(zip(binary.parameters, launch.arguments, strict=True)):
@@ -193,16 +235,24 @@ class Packed:
                 slots[index] = int.from_bytes(number, "little")
         first = ctypes.addressof(slots)
         pointers = (ctypes.c_void_p * len(slots))(*(first + 8 * index for index in range(len(slots))))
-        head = (kernels.functions[launch.kernel], *launch.grid, *(binary.threads, 1, 1), binary.shared)
-        return head, pointers
+        function, grid = kernels.functions[launch.kernel], launch.grid
+        if binary.dependent:
+            config = LaunchConfig(grid=grid, block=(binary.threads, 1, 1), shared=binary.shared, count=1)
+            config.attributes = ctypes.pointer(EARLY)
+            return config, (ctypes.byref(config), function), pointers
+        return None, (function, *grid, *(binary.threads, 1, 1), binary.shared), pointers
 
     def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
         """Puts the launches into a stream, in order; the driver has read their arguments when it returns."""
         for slots, index, name in self.places:
             slots[index] = addresses[name]
         place, call = ctypes.c_void_p(stream), self.driver.call
-        for head, pointers in self.calls:
-            call("cuLaunchKernel", *head, place, pointers, None)
+        for config, head, pointers in self.calls:
+            if config is None:
+                call("cuLaunchKernel", *head, place, pointers, None)
+            else:
+                config.stream = stream
+                call("cuLaunchKernelEx", *head, pointers, None)
 
 
 def ceil_divide(count: int, size: int) -> int:

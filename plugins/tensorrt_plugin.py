@@ -96,7 +96,7 @@ class ReadyCall:
         call = op.call(settings, tensors, kernels.capability)
         self.op, self.names = op, (*call.names, *op.outputs)
         self.scratch = placed(call.workspace(tensors), 0)
-        names = {name: name for name in (*self.names, *self.scratch)}
+        names = {name: name for name in (*self.names, *self.scratch)} | {"counters": kernels.counters}
         self.packed = Packed(kernels, call.launches(names, tensors))
 
     def enqueue(self, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int) -> None:

@@ -72,6 +72,7 @@ def compile_kernel(module: ModuleType, kernel: Kernel, capability: int) -> Compi
         attrs={(order.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "sanitize_overflow": False}
+    options["launch_pdl"] = kernel.dependent
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert built.metadata.global_scratch_size == 0
     if built.metadata.shared > SHARED[capability] * 1024:
@@ -89,6 +90,7 @@ def compile_kernel(module: ModuleType, kernel: Kernel, capability: int) -> Compi
         threads=built.metadata.num_warps * 32,
         shared=built.metadata.shared,
         sha256=hashlib.sha256(cubin).hexdigest(),
+        dependent=kernel.dependent,
     )
     return Compiled(binary=binary, cubin=cubin, ptx=built.asm["ptx"])
 

@@ -53,6 +53,7 @@ class Binary:
         threads: Threads a program.
         shared: Bytes of dynamic shared memory.
         sha256: SHA-256 of the cubin.
+        dependent: Whether it may be launched while the kernel before it runs.
     """
 
     kernel: str
@@ -63,6 +64,7 @@ class Binary:
     threads: int
     shared: int
     sha256: str
+    dependent: bool = False
 
     def __post_init__(self) -> None:
         check_name("the file of a kernel", self.file)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arriero.plugins.launch import Buffer, Kernels, Launch
+from arriero.plugins.launch import COUNTERS, Buffer, Kernels, Launch
 
 ROTATED = 160 << 20
 """Bytes that a contestant's calls read together, at least: three times an H100's L2 cache."""
@@ -94,7 +94,8 @@ class Ours:
 
 def scratch(workspace: Mapping[str, Buffer]) -> dict[str, Tensor]:
     """Buffers that a plan asks for, for calls one after another; full of NaN, so that what is not written is seen."""
-    return {name: torch.full((each.size,), 255, dtype=torch.uint8) for name, each in workspace.items()}
+    buffers = {name: torch.full((each.size,), 255, dtype=torch.uint8) for name, each in workspace.items()}
+    return buffers | {"counters": torch.zeros(COUNTERS, dtype=torch.int32)}
 
 
 def addresses(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

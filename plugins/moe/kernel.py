@@ -11,21 +11,23 @@ constants; expert numbers count from the first expert whose weights are here, an
 import triton
 import triton.language as tl
 
+from .few_kernel import down_few as down_few
+from .few_kernel import gate_and_up_few as gate_and_up_few
 from .tile import (
     add_product,
     arranged_rows,
     load_x,
     place_in_row,
+    quantised,
     scaled,
     scales_before,
+    silu,
+    step_scale,
     store_tile,
     tile_and_column,
     weights_before,
     zero,
 )
-
-ROUNDER = tl.constexpr(12582912.0)
-"""1.5 · 2^23: added to a float32 of less than 2^22 and taken away again, it leaves the nearest even integer."""
 
 
 @triton.jit
@@ -43,10 +45,13 @@ def route(
     EXPERTS: tl.constexpr,
     LOCAL: tl.constexpr,
     TOP_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """One token: its experts, and what each of them takes in, [P, H], scaled by the score and quantised."""
+    if DEPENDENT:
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1)
     token = tl.program_id(0)
     experts_E = tl.arange(0, BLOCK_E)
     logits_E = tl.load(router_logits + token * EXPERTS + experts_E, mask=experts_E < EXPERTS, other=float("-inf"))
@@ -211,89 +216,6 @@ def product(
 
 
 @triton.jit
-def few_products(
-    x,
-    x_scale,
-    weight,
-    weight_scale,
-    chosen,
-    parts,
-    pairs,
-    KIND: tl.constexpr,
-    STATIC: tl.constexpr,
-    GROUP: tl.constexpr,
-    LOCAL: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PART: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """PART rows of a weight times all pairs of one expert, float32 [parts, P, N], where all pairs fit into one tile.
-
-    The program of an expert's first pair does the work of all of its pairs, so that each weight is read once.
-    """
-    column = tl.program_id(0)
-    part = tl.program_id(1)
-    pair = tl.program_id(2)
-    rows_M = tl.arange(0, BLOCK_M)
-    experts_M = tl.load(chosen + rows_M, mask=rows_M < pairs, other=LOCAL)
-    expert = tl.load(chosen + pair)
-    inside_M = experts_M == expert
-    earlier = tl.sum((inside_M & (rows_M < pair)).to(tl.int32), axis=0)
-    if (expert == LOCAL) | (earlier > 0):
-        return
-    rows_M = tl.where(inside_M, rows_M, pair)
-    weight += weights_before(expert, KIND, DEPTH, WIDTH)
-    if KIND != "none":
-        weight_scale += scales_before(expert, GROUP, DEPTH, WIDTH)
-    total_MN = zero(KIND, BLOCK_M, BLOCK_N)
-    for start in tl.range(part * PART, tl.minimum(part * PART + PART, DEPTH), BLOCK_K):
-        x_MK = load_x(x, rows_M, start, KIND, DEPTH, BLOCK_K)
-        total_MN = add_product(
-            total_MN, x_MK, weight, weight_scale, start, column, 0, KIND, GROUP, DEPTH, WIDTH, WIDTH, BLOCK_N, BLOCK_K
-        )
-    columns_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_N = columns_N < WIDTH
-    total_MN = scaled(total_MN, x_scale, weight_scale, expert, rows_M, columns_N, inside_N, KIND, STATIC, GROUP)
-    store_tile(total_MN, parts, part * pairs + rows_M, inside_M, columns_N, inside_N, WIDTH)
-
-
-@triton.jit
-def activate(
-    parts,
-    chosen,
-    activated_scale,
-    activated,
-    activated_row_scale,
-    pairs,
-    KIND: tl.constexpr,
-    BOUND: tl.constexpr,
-    LOCAL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """One pair's up · silu(gate), or a block of it, from the parts of its products [parts, P, 2I]."""
-    pair = tl.program_id(0)
-    expert = tl.load(chosen + pair)
-    if expert == LOCAL:
-        return
-    columns_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    inside_I = columns_I < WIDTH
-    gate_I = tl.zeros([BLOCK_I], tl.float32)
-    up_I = tl.zeros([BLOCK_I], tl.float32)
-    for part in tl.static_range(PARTS):
-        row = parts + (part * pairs + pair).to(tl.int64) * (2 * WIDTH)
-        gate_I += tl.load(row + columns_I, mask=inside_I, other=0.0)
-        up_I += tl.load(row + WIDTH + columns_I, mask=inside_I, other=0.0)
-    x_I = up_I * silu(gate_I)
-    row_scale, scale = activated_row_scale, activated_scale
-    store_row(x_I, activated, row_scale, scale, pair, expert, columns_I, inside_I, KIND, BOUND, WIDTH)
-
-
-@triton.jit
 def quantise_rows(
     wide,
     chosen,
@@ -318,17 +240,15 @@ def quantise_rows(
 
 @triton.jit
 def combine(
-    parts,
+    pair_outputs,
     chosen,
     output,
-    pairs,
     LOCAL: tl.constexpr,
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One token's output, or a block of it: its experts' outputs, each in parts, added in order in float32."""
+    """One token's output, or a block of it: its experts' outputs, added in order in float32."""
     token = tl.program_id(0)
     columns_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside_H = columns_H < WIDTH
@@ -336,9 +256,8 @@ def combine(
     for choice in tl.static_range(TOP_K):
         pair = token * TOP_K + choice
         if tl.load(chosen + pair) != LOCAL:
-            for part in tl.static_range(PARTS):
-                row = parts + (part * pairs + pair).to(tl.int64) * WIDTH
-                total_H += tl.load(row + columns_H, mask=inside_H, other=0.0).to(tl.float32)
+            row = pair_outputs + pair.to(tl.int64) * WIDTH
+            total_H += tl.load(row + columns_H, mask=inside_H, other=0.0).to(tl.float32)
     tl.store(output + token.to(tl.int64) * WIDTH + columns_H, total_H.to(output.dtype.element_ty), mask=inside_H)
 
 
@@ -360,29 +279,10 @@ def store_row(
     if (KIND == "int8") or (KIND == "fp8"):
         x_N = x_N.to(tl.float32)
         if static_scale is None:
-            LARGEST: tl.constexpr = 127.0 if KIND == "int8" else 448.0
-            largest = tl.max(tl.abs(x_N), axis=0)
-            if BOUND > 0:
-                largest = tl.minimum(largest, BOUND)
-            scale = tl.where(largest == 0, 1.0, largest / LARGEST)
+            scale = step_scale(tl.max(tl.abs(x_N), axis=0), KIND, BOUND)
             tl.store(row_scale + row, scale)
         else:
             scale = tl.load(static_scale + expert)
         x_N = quantised(x_N, scale, KIND)
     places_N = row.to(tl.int64) * WIDTH + place_in_row(columns_N, KIND, WIDTH)
     tl.store(output + places_N, x_N.to(output.dtype.element_ty), mask=inside_N)
-
-
-@triton.jit
-def quantised(x, scale, KIND: tl.constexpr):
-    """Values of x / scale within the stored type's range, still in float32: whole numbers in `int8`."""
-    x = tl.div_rn(x, tl.zeros_like(x) + scale)
-    if KIND == "int8":
-        return tl.clamp(x, -128.0, 127.0) + ROUNDER - ROUNDER
-    return tl.clamp(x, -448.0, 448.0)
-
-
-@triton.jit
-def silu(x):
-    """The sigmoid-weighted linear unit."""
-    return x / (1 + tl.exp(-x))

@@ -106,7 +106,7 @@ class Geometry:
         activation = stored if self.rounded else self.dtype
         types = dict.fromkeys(("hidden", "router_logits", "output"), self.dtype)
         types |= {"gate_up": stored, "down": stored, "expert_input": activation, "activated": activation}
-        types |= dict.fromkeys(("chosen", "order", "tile_expert"), "i32")
+        types |= dict.fromkeys(("chosen", "order", "tile_expert", "counters"), "i32")
         types |= dict.fromkeys(("gate_up_parts", "down_parts"), "fp32")
         if self.kind != "none":
             types |= dict.fromkeys(("gate_up_scale", "down_scale"), "fp32")
@@ -114,6 +114,7 @@ class Geometry:
             types |= dict.fromkeys(("hidden_scale", "activated_scale"), "fp32")
         if self.dynamic:
             types |= dict.fromkeys(("input_row_scale", "activated_row_scale"), "fp32") | {"wide": self.dtype}
+            types |= dict.fromkeys(("few_wide", "few_peaks"), "fp32")
         if not self.direct:
             types["pair_outputs"] = self.dtype
         return types

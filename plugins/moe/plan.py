@@ -5,8 +5,9 @@ kernels to compile, and the launches. Invariant: these depend on the number of t
 
 There are three ways, by the number of pairs of a token and one of its experts:
 
-- *few*: all pairs fit into one tile of rows. Each chosen expert's weights are read once, cut along columns and depth,
-  so that one expert keeps the whole GPU busy; the parts are added in order.
+- *few*: all pairs fit into one tile of rows. Two launches (see `few_kernel`): routing, gate and up projection and
+  activation; down projection and the sum over a token's experts. Where activations are quantised, routing is a launch
+  of its own, which quantises each token once. Each chosen expert's weights are read once.
 - *some*: pairs are sorted by expert into tiles of few rows. For a batch of sequences that decode.
 - *many*: the same with tall tiles, that the tensor cores multiply at their full rate. For prefill.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..launch import Buffer, Kernel, Launch, ceil_divide, power_of_two
+from ..launch import COUNTERS, DEPENDENT_FROM, Buffer, Kernel, Launch, ceil_divide, power_of_two
 from .kernel_geometry import Geometry
 
 MODULE = "arriero.plugins.moe.kernel"
@@ -75,10 +76,11 @@ class Plan:
 
     def __init__(self, geometry: Geometry, capability: int, *, few: int = FEW, some: int = SOME) -> None:
         assert few <= FEW
-        self.geometry, self.few, self.some = geometry, few, some
+        self.geometry, self.some, self.dependent = geometry, some, capability >= DEPENDENT_FROM
         self.types = {name: f"*{each}" for name, each in geometry.types.items()}
         self.types |= dict.fromkeys(("first_expert", "pairs", "tiles"), "i32")
         self.tiles = tiles(geometry, capability)
+        self.few = min(few, COUNTERS // ceil_divide(2 * geometry.expert_size, self.tiles["few"].columns))
         self.parts = {weight: parts(*size, self.tiles["few"]) for weight, size in geometry.weight_sizes.items()}
         self.ways = {"few": self._few(), "some": self._sorted("some"), "many": self._sorted("many")}
         kernels = {step.kernel.name: step.kernel for way in self.ways.values() for step in way}
@@ -97,6 +99,8 @@ class Plan:
             "order": (max(count * self.tiles[way].rows for way, count in counts.items()),),
             "tile_expert": (max(counts.values()),),
             "gate_up_parts": (self.parts["gate_up"], few, 2 * g.expert_size),
+            "few_wide": (few, g.expert_size),
+            "few_peaks": (few, ceil_divide(g.expert_size, self.tiles["few"].columns // 2)),
             "wide": (pairs, g.expert_size),
             "activated": (pairs, g.expert_size),
             "activated_row_scale": (pairs,),
@@ -109,7 +113,7 @@ class Plan:
         """The launches of a call, in order.
 
         Args:
-            pointers: The op's inputs and output, and the workspace's buffers, by name.
+            pointers: The op's inputs and output, the workspace's buffers, and `counters`, by name.
             tokens: T.
         """
         if not tokens:
@@ -129,26 +133,49 @@ class Plan:
         ]
 
     def _few(self) -> list[Step]:
-        g = self.geometry
-        whole = power_of_two(g.expert_size)
-        activate = self._step(
-            "activate",
-            "activate",
-            {"parts": "gate_up_parts", **same("chosen activated_scale activated activated_row_scale pairs")},
+        g, tile = self.geometry, self.tiles["few"]
+        half = replace(tile, columns=tile.columns // 2)  # of the gate's columns, and as many of the up projection's
+        columns = {"gate_up": ceil_divide(g.expert_size, half.columns), "down": ceil_divide(g.hidden, tile.columns)}
+        activated = "few_wide" if g.dynamic else "activated"
+        shared = {"TOP_K": g.attributes.top_k, "DEPENDENT": self.dependent}
+
+        def cut(weight: str) -> dict[str, int]:
+            depth, count = g.weight_sizes[weight][0], self.parts[weight]
+            return {"DEPTH": depth, "PARTS": count, "PART": ceil_divide(depth, count * tile.depth) * tile.depth}
+
+        gate_and_up = self._step(
+            "gate_up_few",
+            "gate_and_up_few",
             {
-                **{"KIND": g.kind, "BOUND": g.bound, "LOCAL": g.local, "WIDTH": g.expert_size},
-                "PARTS": self.parts["gate_up"],
-                **{"BLOCK_I": whole if g.dynamic else BLOCK},  # a token's own scale needs its whole row
+                **{**self._operands("gate_up"), "x": "expert_input" if g.rounded else "hidden"},
+                **{name: "" if g.rounded else name for name in ("router_logits", "first_expert")},
+                **{**same("activated_scale chosen counters pairs"), "parts": "gate_up_parts"},
+                **{"activated": activated, "peaks": "few_peaks"},
             },
-            grid=lambda call: (call.pairs, 1 if g.dynamic else ceil_divide(g.expert_size, BLOCK), 1),
+            {
+                **{**self._constants(half), **shared, **cut("gate_up"), "WIDTH": g.expert_size},
+                **{"EXPERTS": g.experts, "BLOCK_E": power_of_two(g.experts)},
+            },
+            grid=lambda call: (columns["gate_up"], self.parts["gate_up"], call.pairs),
+            tile=half,
+            dependent=self.dependent and g.rounded,
         )
-        return [
-            self._route(),
-            self._few_products("gate_up"),
-            activate,
-            self._few_products("down"),
-            self._combine("combine_few", "down_parts", self.parts["down"]),
-        ]
+        down = self._step(
+            "down_few",
+            "down_few",
+            {
+                **{"activated": activated, "peaks": "few_peaks", "weight": "down", "weight_scale": "down_scale"},
+                **{"parts": "down_parts", **same("activated_scale chosen output counters pairs")},
+            },
+            {
+                **{**self._constants(tile), **shared, **cut("down"), "WIDTH": g.hidden, "BOUND": g.bound},
+                **{"PEAKS": columns["gate_up"], "BLOCK_PEAKS": power_of_two(columns["gate_up"])},
+            },
+            grid=lambda call: (columns["down"], self.parts["down"], call.pairs),
+            tile=tile,
+            dependent=self.dependent,
+        )
+        return [*([self._route()] if g.rounded else []), gate_and_up, down]
 
     def _sorted(self, way: str) -> list[Step]:
         g = self.geometry
@@ -196,7 +223,7 @@ class Plan:
             grid=lambda call: (call.tiles * ceil_divide(g.hidden, down_tile.columns), 1, 1),
             tile=down_tile,
         )
-        combine = self._combine("combine", "pair_outputs", 1)
+        combine = self._combine()
         steps = [self._route(), arrange, gate_and_up, *([quantise] if g.dynamic else []), down]
         return steps if g.direct else [*steps, combine]
 
@@ -209,30 +236,18 @@ class Plan:
             {
                 **{"KIND": g.kind, "BOUND": g.bound, "HIDDEN": g.hidden, "EXPERTS": g.experts, "LOCAL": g.local},
                 **{"TOP_K": g.attributes.top_k, "BLOCK_H": power_of_two(g.hidden), "BLOCK_E": power_of_two(g.experts)},
+                "DEPENDENT": self.dependent,
             },
             grid=lambda call: (call.tokens, 1, 1),
         )
 
-    def _few_products(self, weight: str) -> Step:
-        tile, count = self.tiles["few"], self.parts[weight]
-        depth, width = self.geometry.weight_sizes[weight]
-        part = ceil_divide(depth, count * tile.depth) * tile.depth
-        return self._step(
-            f"{weight}_few",
-            "few_products",
-            {**self._operands(weight), "chosen": "chosen", "parts": f"{weight}_parts", "pairs": "pairs"},
-            {**self._constants(tile), "DEPTH": depth, "WIDTH": width, "PART": part},
-            grid=lambda call: (ceil_divide(width, tile.columns), count, call.pairs),
-            tile=tile,
-        )
-
-    def _combine(self, name: str, source: str, count: int) -> Step:
+    def _combine(self) -> Step:
         g = self.geometry
         return self._step(
-            name,
             "combine",
-            {"parts": source, **same("chosen output pairs")},
-            {"LOCAL": g.local, "WIDTH": g.hidden, "TOP_K": g.attributes.top_k, "PARTS": count, "BLOCK_H": BLOCK},
+            "combine",
+            same("pair_outputs chosen output"),
+            {"LOCAL": g.local, "WIDTH": g.hidden, "TOP_K": g.attributes.top_k, "BLOCK_H": BLOCK},
             grid=lambda call: (call.tokens, ceil_divide(g.hidden, BLOCK), 1),
         )
 
@@ -245,6 +260,7 @@ class Plan:
         *,
         grid: Callable[[Call], tuple[int, int, int]],
         tile: Tile | None = None,
+        dependent: bool = False,
     ) -> Step:
         """A kernel from the argument of each of its parameters, in order; those that this geometry has not are None."""
         given = {parameter: name for parameter, name in names.items() if name in self.types}
@@ -255,6 +271,7 @@ class Plan:
             constants={**dict.fromkeys(names.keys() - given.keys()), **constants},
             warps=tile.warps if tile else 8,
             stages=tile.stages if tile else 1,
+            dependent=dependent,
         )
         return Step(kernel=kernel, names=tuple(given.values()), grid=grid)
 

@@ -9,6 +9,9 @@ inputs that come first in their bytes in one half, those that come second in the
 import triton
 import triton.language as tl
 
+ROUNDER = tl.constexpr(12582912.0)
+"""1.5 · 2^23: added to a float32 of less than 2^22 and taken away again, it leaves the nearest even integer."""
+
 
 @triton.jit
 def tile_and_column(tiles, columns):
@@ -188,3 +191,27 @@ def store_tile(x_MN, output, rows_M, inside_M, places_N, inside_N, WIDTH: tl.con
     """Stores those rows and columns of a tile that are inside."""
     places_MN = rows_M.to(tl.int64)[:, None] * WIDTH + places_N[None, :]
     tl.store(output + places_MN, x_MN.to(output.dtype.element_ty), mask=inside_M[:, None] & inside_N[None, :])
+
+
+@triton.jit
+def step_scale(largest, KIND: tl.constexpr, BOUND: tl.constexpr):
+    """The scale of what has such a largest magnitude; BOUND is the largest that it is chosen for, 0 is none."""
+    LARGEST: tl.constexpr = 127.0 if KIND == "int8" else 448.0
+    if BOUND > 0:
+        largest = tl.minimum(largest, BOUND)
+    return tl.where(largest == 0, 1.0, largest / LARGEST)
+
+
+@triton.jit
+def quantised(x, scale, KIND: tl.constexpr):
+    """Values of x / scale within the stored type's range, still in float32: whole numbers in `int8`."""
+    x = tl.div_rn(x, tl.zeros_like(x) + scale)
+    if KIND == "int8":
+        return tl.clamp(x, -128.0, 127.0) + ROUNDER - ROUNDER
+    return tl.clamp(x, -448.0, 448.0)
+
+
+@triton.jit
+def silu(x):
+    """The sigmoid-weighted linear unit."""
+    return x / (1 + tl.exp(-x))

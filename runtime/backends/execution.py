@@ -14,6 +14,8 @@ import numpy as np
 from ...errors import FolderError, SessionError
 from ...files.agreement import check_weights
 from ...files.mapping import map_file
+from ...plugins.launch import COUNTERS, Kernels
+from ...spec.built_engine import Binary
 from ...spec.stored_weights import Weight
 from .compiled_cache import CompiledCache
 from .device import Device, DeviceMemory, Uploads
@@ -159,6 +161,17 @@ def upload_weights(
         found[weight.name] = _upload(device, uploads, weight, files[weight.file])
     device.synchronise()
     return found
+
+
+def load_kernels(device: Device, folder: Path, binaries: Iterable[Binary]) -> Kernels:
+    """Loads the kernels of one compute capability onto the GPU, with the counters that they share.
+
+    Raises:
+        SessionError: A kernel is missing or the driver refuses it.
+    """
+    counters = DeviceMemory(device, COUNTERS * 4)
+    counters.zero()
+    return Kernels(device.driver, folder, binaries, counters)
 
 
 def accept(answer: bool, what: str) -> None:

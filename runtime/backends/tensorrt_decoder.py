@@ -30,7 +30,7 @@ from .device import Device, DeviceGraph, DeviceMemory
 from .device_caches import CachePool, DeviceCaches
 from .engine_file import check_machine, deserialise, open_version, read_built
 from .exchange import Exchange
-from .execution import Execution, accept, upload_weights
+from .execution import Execution, accept, load_kernels, upload_weights
 from .shortener import Shortener
 
 DECODE, PIECES = 0, -1
@@ -319,7 +319,7 @@ def load_decoder(
     data = read_engine(folder, about)
     trt = open_version(about)
     binaries = [each for each in about.kernels if each.capability == capability]
-    kernels = Kernels(device.driver, folder / KERNELS, binaries) if binaries else None
+    kernels = load_kernels(device, folder / KERNELS, binaries) if binaries else None
     for creator in register(trt, (GQA, MOE)).values():
         creator.kernels, creator.capabilities = kernels, (capability,)
     engine = deserialise(trt, data, folder / about.file)

@@ -57,7 +57,7 @@ def test_scratch_memory_is_enough_for_every_smaller_call(batch: int, length: int
 def test_launches_take_what_tensorrt_gives(op: Any, settings: Any, tensors: list[Tensor]) -> None:
     call = op.call(settings, tensors, 89)
     pointers = {name: 1000 + index for index, name in enumerate((*call.names, *op.outputs))}
-    pointers.update(placed(call.workspace(tensors), 1 << 20))
+    pointers.update(placed(call.workspace(tensors), 1 << 20), counters=4096)
     launches: list[Launch] = call.launches(pointers, tensors)
     kernels = {kernel.name: kernel for kernel in call.kernels}
     assert launches

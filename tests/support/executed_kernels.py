@@ -160,6 +160,7 @@ def watch_accesses() -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    change = InterpreterBuilder.create_atomic_rmw
 
     def check(pointers: Any, mask: Any) -> None:
         if not CHECKED:
@@ -178,4 +179,9 @@ def watch_accesses() -> None:
         check(pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
+    def checked_change(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return change(self, operation, pointers, value, mask, *rest)
+
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = checked_load, checked_store
+    InterpreterBuilder.create_atomic_rmw = checked_change

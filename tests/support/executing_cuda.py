@@ -294,8 +294,19 @@ class ExecutingCuda:
     def _cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> None:
         pass
 
+    def _cuLaunchKernelEx(self, pointer: Any, function: Any, pointers: Any, extra: Any) -> None:
+        config = pointer._obj
+        (early,) = config.attributes[: config.count]
+        if (early.id, early.value) != (6, 1) or self.capability < 90 or not self.kernels[number(function)].dependent:
+            raise Refusal(INVALID_VALUE)
+        self._launch(function, (*config.grid, *config.block), config.stream, pointers, extra)
+
     def _cuLaunchKernel(self, function: Any, *rest: Any) -> None:
-        *grid, threads, y, z, _, stream, pointers, extra = rest
+        *shape, _, stream, pointers, extra = rest
+        self._launch(function, shape, stream, pointers, extra)
+
+    def _launch(self, function: Any, shape: Any, stream: Any, pointers: Any, extra: Any) -> None:
+        *grid, threads, y, z = shape
         kernel = self.kernels[number(function)]
         if min(grid) < 1 or max(grid[1:]) >= 1 << 16 or (threads, y, z) != (kernel.warps * 32, 1, 1) or extra:
             raise Refusal(INVALID_VALUE)

@@ -19,10 +19,10 @@ from arriero.files.folders import find_files, read_spec
 from arriero.plugins.gqa.op import Attributes
 from arriero.plugins.gqa.plan import MODULE as GQA_MODULE
 from arriero.plugins.gqa.plan import Geometry, Plan, Schedule
-from arriero.plugins.launch import Driver, Kernels, placed, total_size
+from arriero.plugins.launch import Driver, placed, total_size
 from arriero.runtime import Flight
 from arriero.runtime.backends.device import Device, DeviceMemory
-from arriero.runtime.backends.execution import upload_weights
+from arriero.runtime.backends.execution import load_kernels, upload_weights
 from arriero.runtime.backends.tensorrt_decoder import TensorRTDecoder
 from arriero.runtime.continuation import joined
 from arriero.runtime.draws import Sampling
@@ -79,7 +79,7 @@ def load(model: Path, max_seq: int, max_batch: int, max_prefill: int) -> Stage:
         placement="experts", weight_streaming=False, weights=0, kernels=binaries,
     )  # fmt: skip
     device = Device(Driver(cuda))
-    kernels = Kernels(device.driver, folder / "kernels", binaries)
+    kernels = load_kernels(device, folder / "kernels", binaries)
     for creator in engine.creators.values():
         creator.kernels = kernels
     record = dataclasses.replace(spec, engine=about, weights=network.weights)
@@ -194,7 +194,7 @@ def far_slots() -> Any:
         cuda = ExecutingCuda(CAPABILITY)
         device = Device(Driver(cuda))
         folder = Path(mkdtemp())
-        kernels = Kernels(device.driver, folder, write_images(plan.kernels, GQA_MODULE, CAPABILITY, folder))
+        kernels = load_kernels(device, folder, write_images(plan.kernels, GQA_MODULE, CAPABILITY, folder))
         caches = [DeviceMemory(device, batch * 2 * capacity * 128) for _ in range(2)]
         arrays: dict[str, Any] = {"query": query, "key": key, "value": key * 2, "past_lengths": past}
         arrays |= dict.fromkeys(("key_scale", "value_scale"), np.full((2, 128), 0.02, np.float32))

@@ -327,6 +327,7 @@ def write_images(kernels: Iterable[Kernel], module: str, capability: int, folder
             threads=kernel.warps * 32,
             shared=0,
             sha256=hashlib.sha256(image).hexdigest(),
+            dependent=kernel.dependent,
         )
         found.append(binary)
     return found
