@@ -2,12 +2,6 @@
 //
 // Included once for each instruction set, within its own namespace, behind `vectors.h`. `matrix.h` says how slots lie.
 
-inline Floats load_some(const float* from, int64_t count) {
-    float values[LANES] = {};
-    std::memcpy(values, from, count * sizeof(float));
-    return load<Floats>(values);
-}
-
 inline float bfloat16(const uint8_t* from) {
     uint16_t half;
     std::memcpy(&half, from, sizeof half);
@@ -33,34 +27,51 @@ inline float rounded_to_bfloat16(float value, bool away) {
     return value;
 }
 
-// Up to sixteen dims from `d` on of what a slot of a cache holds, in float32. `d` is a multiple of sixteen.
+// As many signed bytes as a vector has lanes, as 32 bits; fewer of them are followed by others.
+using WideInts = int32_t __attribute__((vector_size(sizeof(Wide))));
+using WideBytes = int8_t __attribute__((vector_size(sizeof(Wide) / 4)));
+inline WideInts load_bytes(const uint8_t* from, int64_t count) {
+    WideBytes bytes = {};
+    if (count == WIDTH)
+        bytes = load<WideBytes>(from);
+    else
+        std::memcpy(&bytes, from, count);
+#if ARRIERO_SET == 2
+    return whole(bytes);
+#elif ARRIERO_SET == 1
+    long long both;
+    std::memcpy(&both, &bytes, sizeof both);
+    return reinterpret_cast<WideInts>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(both)));
+#else
+    return __builtin_convertvector(bytes, WideInts);
+#endif
+}
+
+// Some dims from `d` on, as many as a vector has lanes or the last ones, of what a slot of a cache holds, in float32.
 template <Cached CACHE>
-inline Floats load_cached(const uint8_t* slot, int64_t d, int64_t count, int64_t padded) {
+inline Wide load_cached(const uint8_t* slot, int64_t d, int64_t count, int64_t padded) {
     if (CACHE == Cached::float32) {
-        const float* from = reinterpret_cast<const float*>(slot) + d;
-        return count == LANES ? load<Floats>(from) : load_some(from, count);
+        const uint8_t* const from = slot + 4 * d;
+        return count == WIDTH ? load<Wide>(from) : widened_some<PlainFloat32>(from, count);
     }
     if (CACHE == Cached::float16) {
-        Halves halves = {};
-        std::memcpy(&halves, slot + 2 * d, 2 * count);
-        return widen_half(halves);
+        const uint8_t* const from = slot + 2 * d;
+        return count == WIDTH ? PlainFloat16::widened(from) : widened_some<PlainFloat16>(from, count);
     }
     if (CACHE == Cached::groups4) {
         const uint8_t* of_group = slot + padded / 2 + d / GROUP * 4;
-        const Ints both = whole(load<Small>(slot + d / GROUP * LANES));
-        return as_floats((d % GROUP ? both >> 4 : both) & 15) * bfloat16(of_group) + bfloat16(of_group + 2);
+        const WideInts both = load_bytes(slot + d / GROUP * LANES + d % LANES, WIDTH);
+        const WideInts values = (both >> (d % GROUP < LANES ? 0 : 4)) & 15;
+        return __builtin_convertvector(values, Wide) * bfloat16(of_group) + bfloat16(of_group + 2);
     }
-    Small bytes = {};
-    if (count == LANES)
-        bytes = load<Small>(slot + d);
-    else
-        std::memcpy(&bytes, slot + d, count);
-    if (CACHE == Cached::groups8) return as_floats(whole(bytes)) * bfloat16(slot + padded + d / GROUP * 2);
-    if (CACHE == Cached::int8) return as_floats(whole(bytes));
+    const WideInts values = load_bytes(slot + d, count);
+    if (CACHE == Cached::groups8)
+        return __builtin_convertvector(values, Wide) * bfloat16(slot + padded + d / GROUP * 2);
+    if (CACHE == Cached::int8) return __builtin_convertvector(values, Wide);
     // E4M3's exponent and mantissa at their places in a float32, and the exponents' biases, 7 and 127, made even.
-    const Words bits = reinterpret_cast<Words>(whole(bytes));
-    const Floats values = bits_as_floats((bits & 0x7Fu) << 20 | (bits & 0x80000000u)) * 0x1p120f;
-    return (bits & 0x7Fu) == 0x7Fu ? all(NAN) : values;
+    const WideWords bits = reinterpret_cast<WideWords>(values);
+    const Wide made = reinterpret_cast<Wide>((bits & 0x7Fu) << 20 | (bits & 0x80000000u)) * 0x1p120f;
+    return (bits & 0x7Fu) == 0x7Fu ? Wide{} + NAN : made;
 }
 
 // The bits of the nearest value of a float with `MANTISSA` bits of mantissa, ties to even.

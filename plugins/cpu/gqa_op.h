@@ -5,7 +5,8 @@
 
 #include "products.h"
 
-constexpr int64_t TILE_ROWS = 64;  // queries that a thread takes through a head's cache together
+constexpr int64_t TILE_ROWS = 192;  // queries that a thread takes through a head's cache together
+constexpr int64_t ENOUGH_TILES = 16;  // that keep all threads busy
 
 // One op for each type of cache: ONNX Runtime wants to know what an output's type is.
 template <ort::Type CACHE>
@@ -48,16 +49,57 @@ struct GroupedQueryAttention {
         own.queries = buffers().queries.take<float>(product({own.batch, own.length, query.shape[2]}));
         call.in_parallel(own.batch * own.length,
                          [&](int64_t token) { kernels().enter(own, token / own.length, token % own.length); });
-        const int64_t at_once = std::max<int64_t>(1, TILE_ROWS / (own.heads / own.kv_heads));
-        const int64_t tiles = divided_up(own.length, at_once);
-        call.in_parallel(own.batch * own.kv_heads * tiles, [&](int64_t unit) {
-            const int64_t first = unit % tiles * at_once, head = unit / tiles % own.kv_heads,
-                          row = unit / tiles / own.kv_heads;
-            kernels().attend(own, row, head, first, std::min(at_once, own.length - first), buffers().attention);
-        });
+        attend(call, own);
     }
 
    private:
+    // All tiles, each on a thread of its own, or, where they are few and long, each of their spans.
+    static void attend(const Call& call, const Attention& own) {
+        const int64_t each = own.heads / own.kv_heads, at_once = std::max<int64_t>(1, TILE_ROWS / each);
+        const int64_t tiles = divided_up(own.length, at_once), count = product({own.batch, own.kv_heads, tiles});
+        const auto tile_of = [&](int64_t unit) {
+            const int64_t first = unit % tiles * at_once;
+            return Tile{unit / tiles / own.kv_heads, unit / tiles % own.kv_heads, first,
+                        std::min(at_once, own.length - first)};
+        };
+        if (count >= ENOUGH_TILES || each > TILE_ROWS) return whole_tiles(call, own, count, tile_of);
+        std::vector<std::pair<int64_t, int64_t>> spans;  // a tile and one of its spans
+        for (int64_t unit = 0; unit < count; unit++)
+            for (int64_t span = 0; span < tile_of(unit).spans(own); span++) spans.emplace_back(unit, span);
+        const int64_t most = static_cast<int64_t>(spans.size()), size = tile_of(0).state_size(own);
+        if (most == count) return whole_tiles(call, own, count, tile_of);
+        float* const states = buffers().states.take<float>(product({most, size}));
+        call.in_parallel(most, [&](int64_t index) {
+            const auto [unit, span] = spans[index];
+            kernels().attend_span(own, tile_of(unit), span, states + index * size, buffers().attention);
+        });
+        for (int64_t index = 0, first = 0; index < most; index++) {
+            const auto [unit, span] = spans[index];
+            if (span == 0)
+                first = index;
+            else
+                kernels().join_span(own, tile_of(unit), span, states + first * size, states + index * size);
+            if (index + 1 == most || spans[index + 1].second == 0)
+                kernels().finish(own, tile_of(unit), states + first * size);
+        }
+    }
+
+    template <typename TileOf>
+    static void whole_tiles(const Call& call, const Attention& own, int64_t count, const TileOf& tile_of) {
+        call.in_parallel(count, [&](int64_t unit) {
+            const Tile tile = tile_of(unit);
+            AttentionSpace& space = buffers().attention;
+            const int64_t size = tile.state_size(own);
+            float* const state = space.state.take<float>(2 * size);
+            kernels().attend_span(own, tile, 0, state, space);
+            for (int64_t span = 1; span < tile.spans(own); span++) {
+                kernels().attend_span(own, tile, span, state + size, space);
+                kernels().join_span(own, tile, span, state, state + size);
+            }
+            kernels().finish(own, tile, state);
+        });
+    }
+
     // The call's inputs, all of which are known to fit: each that is given, and its shape, type and lengths.
     Attention checked(const Call& call, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache) const {
         const Tensor key = call.input(1), value = call.input(2), past = call.input(5), inv_freq = call.input(6),

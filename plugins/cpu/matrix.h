@@ -9,6 +9,7 @@
 
 constexpr int64_t PANEL = 32;  // outputs of a panel
 constexpr int64_t BLOCK = 32;  // inputs that a row rounds by one scale, at most
+constexpr int64_t LINE = 64;  // bytes of a cache line
 
 inline int64_t divided_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
@@ -123,6 +124,7 @@ struct Attention {
     float scale, qk_norm_eps, temperature_scale, temperature_floor;
 
     int64_t slot(int64_t row) const { return chunk ? past[row] % chunk : past[row]; }
+    int64_t padded_dims() const { return divided_up(head_dim, 16) * 16; }
 
     // Bytes of a head's key or value.
     int64_t slot_size() const {
@@ -137,19 +139,34 @@ struct Attention {
     }
 };
 
-// Memory that a thread's calls share, as large as the largest has needed.
+constexpr int64_t SPAN = 1024;  // slots that a thread may attend to apart from others, a whole number of blocks
+
+// Queries of some tokens that share a key head, of one row.
+struct Tile {
+    int64_t row, head, first, count;
+
+    int64_t rows(const Attention& call) const { return count * (call.heads / call.kv_heads); }
+    // Slots that the last of them sees.
+    int64_t filled(const Attention& call) const { return call.slot(row) + first + count; }
+    int64_t spans(const Attention& call) const { return divided_up(filled(call), SPAN); }
+    // Floats of the sums over some slots, with each row's largest score and total.
+    int64_t state_size(const Attention& call) const { return rows(call) * (call.padded_dims() + 2); }
+};
+
+// Memory that a thread's calls share, as large as the largest has needed. It begins with a line of the cache, so that
+// no vector lies in two.
 struct Buffer {
     std::vector<uint8_t> bytes;
 
     template <typename Value>
     Value* take(int64_t count) {
-        bytes.resize(std::max<size_t>(bytes.size(), count * sizeof(Value)));
-        return reinterpret_cast<Value*>(bytes.data());
+        bytes.resize(std::max<size_t>(bytes.size(), count * sizeof(Value) + LINE));
+        return reinterpret_cast<Value*>((reinterpret_cast<uintptr_t>(bytes.data()) + LINE - 1) / LINE * LINE);
     }
 };
 
 struct AttentionSpace {
-    Buffer columns, values, scores, sums, rows;
+    Buffer columns, values, scores, rows, state;
 };
 
 // The kernels that an instruction set has.
@@ -165,5 +182,7 @@ struct Kernels {
                              float* space);
     void (*activate)(const float* from, int64_t width, float* to);
     void (*enter)(const Attention&, int64_t row, int64_t step);
-    void (*attend)(const Attention&, int64_t row, int64_t head, int64_t first, int64_t count, AttentionSpace&);
+    void (*attend_span)(const Attention&, const Tile&, int64_t span, float* state, AttentionSpace&);
+    void (*join_span)(const Attention&, const Tile&, int64_t span, float* state, float* later);
+    void (*finish)(const Attention&, const Tile&, float* state);
 };

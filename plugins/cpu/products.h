@@ -25,7 +25,7 @@ struct RowBuffers {
 
 struct Buffers {
     RowBuffers inputs, activated;
-    Buffer activations, outputs, queries, turned, strip, rows, gates;
+    Buffer activations, outputs, queries, states, turned, strip, rows, gates;
     AttentionSpace attention;
 };
 

@@ -6,7 +6,9 @@
 #include "turned_products.h"
 #include "stacked_products.h"
 #include "caches.h"
+#include "attention_products.h"
 #include "attention.h"
 
-constexpr Kernels KERNELS = {
-    VALUE_SIZE, FEW, TALL, turned_inputs, quantise, multiply, turn_rows, multiply_plain, multiply_stacked, activate, enter, attend};
+constexpr Kernels KERNELS = {VALUE_SIZE,     FEW,       TALL,           turned_inputs,    quantise,
+                             multiply,       turn_rows, multiply_plain, multiply_stacked, activate,
+                             enter,          attend_span, join_span,    finish};

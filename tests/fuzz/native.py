@@ -29,6 +29,7 @@ SETS = ["avx512", "any"]
 UNDEFINED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 TABLES = [
     "tests/plugins/cpu/test_kernels.py",
+    "tests/plugins/cpu/test_attention.py",
     "tests/plugins/test_gqa.py",
     "tests/plugins/test_moe.py",
     "tests/plugins/cpu/test_hostile_graphs.py",

@@ -224,7 +224,7 @@ def test_matrices_of_another_size_are_refused() -> None:
 @pytest.mark.parametrize("instructions", ["avx2", "any"])
 def test_other_processors_compute_the_same(instructions: str) -> None:
     """The tests of the kernels once more, with fewer instructions."""
-    files = [str(Path(__file__).parent / name) for name in ("test_kernels.py", "../test_gqa.py")]
+    files = [str(Path(__file__).parent / name) for name in ("test_kernels.py", "test_attention.py", "../test_gqa.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files]
     command += ["-k", "not by_torch and not by_function and not by_native"]
     environment = {**os.environ, "ARRIERO_INSTRUCTION_SET": instructions}
