@@ -239,7 +239,8 @@ Slots = Annotated[
     int | None, typer.Option(help="Sequences at once; more wait.", show_default="16, or an engine's limit")
 ]
 PrefillBudget = Annotated[
-    int | None, typer.Option(help="Tokens of prompts that a step reads while others decode.", show_default="32")
+    int | None,
+    typer.Option(help="Tokens of prompts that a step reads while others decode.", show_default="32, more in a burst"),
 ]
 PrefixBytes = Annotated[
     str | None,

@@ -28,7 +28,7 @@ from ..errors import SessionError
 from .checks import whole
 from .continuation import Generated, Request
 from .guesses import Guessing
-from .party import Party, Pieces, failed
+from .party import Party, Pieces, failed, usual_budget
 from .rider import Boarding, Rider, board_together
 from .shortlist import Row
 from .speculation import guess_next
@@ -38,10 +38,7 @@ from .token_session import TokenSession
 DEFAULT_SLOTS = 8
 """Sequences at once where the caller names no number."""
 
-PREFILL_BUDGET = 32
-"""Tokens of prompts that a step reads beside decoding rows where the caller names no number. More are read faster, and
-keep the others waiting longer: `benchmarks/flight_gaps.py`."""
-
+ABOVE_0 = "a whole number from 1 up"
 Logits = Row | Exception
 """The logits [V] after a row's last token, or the error that came in their place."""
 
@@ -54,7 +51,8 @@ class Flight:
         slots: Sequences that have a row at once; more wait in a queue. None takes `DEFAULT_SLOTS`, or `max_batch` if
             that is less.
         positions: Tokens that each sequence may have; None takes the session's `max_seq`.
-        prefill_budget: Tokens of prompts that a step reads at most while others decode; None takes `PREFILL_BUDGET`.
+        prefill_budget: Tokens of prompts that a step reads at most while others decode; None takes
+            `usual_budget`.
             Where nobody decodes, a step reads a piece as long as the decoder takes it.
         cache_bytes: Keys and values of all rows at most; None is no limit but the rows' own length.
         guessing: How the sequences' next tokens are guessed; None takes the model's draft, where it has one.
@@ -80,8 +78,8 @@ class Flight:
         self.session = session
         self.guessing = Guessing(draft=session.usual_draft) if guessing is None else guessing
         self.slots = min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS) if slots is None else slots
-        budget = PREFILL_BUDGET if prefill_budget is None else prefill_budget
-        self.prefill_budget = whole("prefill_budget", budget, "a whole number from 1 up", least=1)
+        given = None if prefill_budget is None else whole("prefill_budget", prefill_budget, ABOVE_0, least=1)
+        self.prefill_budget = given
         is_drafted, is_sparse = self.guessing.draft > 0, cache_bytes is not None
         self.state = session.start(self.slots, positions, sparse=is_sparse, drafted=is_drafted)
         self.slots = self.state.batch
@@ -168,11 +166,18 @@ class Flight:
             more of a sequence whose prompt was read to its end. A request has ended, and left, with
             the piece that has a `finish`. Empty while nothing but a prompt is read, or when no request is there.
         """
-        pieces = self._read_prompts(self.prefill_budget if self.rows else self.session.decoder.longest)
+        pieces = self._read_prompts(self._budget())
         if self.rows:
             drafts = self._guess()
             pieces += self._verify(drafts) if any(drafts) else self._take(0, self._decode())
         return pieces
+
+    def _budget(self) -> int:
+        """Tokens of prompts that this step reads."""
+        if not self.rows:
+            return self.session.decoder.longest
+        coming = min(self.slots, self.riding + sum(len(party.members) for party in self.waiting)) - len(self.rows)
+        return self.prefill_budget or usual_budget(coming, len(self.rows))
 
     def _guess(self) -> list[list[int]]:
         """Guesses the next tokens of each row; where that fails, none, which changes nothing but the time."""

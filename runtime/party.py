@@ -1,11 +1,19 @@
 """Requests that join a flight as one, and what a flight gives of them.
 
-Enters: requests of one prompt, with their numbers. Leaves: parts of them, as rows are free; and pieces by number.
+Enters: requests of one prompt, with their numbers. Leaves: parts of them, as rows are free; tokens of prompts that a
+step reads; and pieces by number.
 """
 
 from dataclasses import dataclass
 
 from .continuation import Generated, Request
+
+PREFILL_BUDGET = 32
+"""Tokens of prompts that a step reads beside decoding rows. More are read faster, and keep the others waiting longer:
+`benchmarks/flight_gaps.py`."""
+
+MOST_BUDGETS = 8
+"""Times that many, where many more wait for a first token than decode."""
 
 Pieces = list[tuple[int, Generated]]
 """Requests' numbers, each with a piece of its continuation."""
@@ -26,6 +34,16 @@ class Party:
         """Takes the first members away. Returns them as a party."""
         taken, self.members = self.members[:count], self.members[count:]
         return Party(taken)
+
+
+def usual_budget(coming: int, decoding: int) -> int:
+    """Tokens of prompts that a step reads beside decoding rows: more where more sequences wait for a first token.
+
+    Args:
+        coming: Sequences that have rows, or get one, and have no token yet.
+        decoding: Those that decode, one at least.
+    """
+    return PREFILL_BUDGET * min(MOST_BUDGETS, max(1, coming // decoding))
 
 
 def failed(error: Exception) -> Generated:

@@ -167,6 +167,28 @@ def test_a_long_prompt_keeps_no_one_waiting(session: Session, monkeypatch: pytes
     assert [piece.ids[0] for piece in got[first]] == waiting.ids[2 : 2 + len(got[first])]
 
 
+@pytest.mark.parametrize(("decoding", "coming", "most"), [(1, 1, 32), (1, 3, 96), (2, 4, 64), (3, 2, 32), (1, 20, 256)])
+def test_more_of_the_prompts_is_read_where_more_wait_than_decode(
+    session: Session, monkeypatch: pytest.MonkeyPatch, decoding: int, coming: int, most: int
+) -> None:
+    flight, read, whole = Flight(session, slots=decoding + coming), [0], session.prefill
+
+    def counted(state: State, rows: Any, *more: Any) -> Any:
+        read[-1] += sum(len(row) for row in rows)
+        return whole(state, rows, *more)
+
+    monkeypatch.setattr(session, "prefill", counted)
+    for _ in range(decoding):
+        flight.join(session.request("The", 9, **GREEDY))
+    flight.step()
+    assert len(flight.rows) == decoding
+    prompt, read[-1] = [7] * 70, 0
+    for _ in range(coming):
+        flight.join(session.request(prompt, 1, **GREEDY))
+    flight.step()
+    assert read[-1] == min(most, coming * len(prompt))
+
+
 def test_a_request_leaves_while_its_prompt_is_read(session: Session) -> None:
     flight = Flight(session, slots=3, prefill_budget=10)
     staying = flight.join(session.request("The list type", 30, **GREEDY))
