@@ -4,6 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MAKEFLAGS += --jobs=2 # the C++ compiler works beside pip
+# Tests' processes: two share a processor, so that one works while the other waits for a server of its own.
+PROCESSORS := $(shell nproc 2>/dev/null || echo 2)
+WORKERS ?= $(shell echo $$(( $(PROCESSORS) > 1 ? 4 : 2 )))
 unexport PYTHONDONTWRITEBYTECODE # .venv comes without bytecode: the first process to import a module keeps it
 
 .PHONY: help demo test gpu gpu-scenes server check docs deploy format fuzz fuzz-files fuzz-ops sanitize lock wheels clean
@@ -16,7 +19,7 @@ demo: .venv/.demo .venv/.built  ## the tiny Llama 4, from its checkpoint to text
 	$(BIN)/python examples/demo.py
 
 test: .venv/.test .venv/.built  ## all tests
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 gpu: .venv/.test .venv/.built  ## on a machine with a card: all its tests and speeds, one JSON, one table
 	$(BIN)/python benchmarks/card.py
