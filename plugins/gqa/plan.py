@@ -3,14 +3,14 @@
 Enters: a layer's geometry, the GPU's compute capability, and a call's shapes. Leaves: `Kernel`s to compile, `Buffer`s
 to provide, `Launch`es to put into a stream. Invariant: all of it hangs on shapes alone, never on what tensors hold.
 
-A call is three steps (see `kernel`): `prepare` writes the cache and the prepared queries, `attend` attends, and
-`combine` joins the splits of `attend` where there are few queries over many slots, as in decoding. There splits are
-what fills the GPU (flash-decoding: Dao, Haziza, Massa, Sizov 2023).
+A call over one token a row is a single launch (see `decode_kernel`). Others are three steps (see `kernel`): `prepare`
+writes the cache and the prepared queries, `attend` attends, and `combine` joins the splits of `attend` where there are
+few queries over many slots. There splits are what fills the GPU (flash-decoding: Dao, Haziza, Massa, Sizov 2023).
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ...errors import BuildError
@@ -87,8 +87,9 @@ class Tile:
     warps: int
 
 
-Form = Literal["few", "some", "many"]
-"""Specialisations of `attend` by how many queries a kv head has: `few` and `some` are split, `many` is not."""
+Form = Literal["one", "few", "some", "many"]
+"""Ways of a call by how many queries a kv head has. `one` is a token's own, in one launch; the others are
+specialisations of `attend`, of which `few` and `some` are split, `many` is not."""
 
 
 def tiles(capability: int, quantised: bool) -> dict[Form, Tile]:
@@ -97,11 +98,12 @@ def tiles(capability: int, quantised: bool) -> dict[Form, Tile]:
     Quantised keys and values pass through registers on their way to the tensor cores, so their steps are smaller.
     """
     few = Tile(rows=16, slots=64, warps=4)
+    forms: dict[Form, Tile] = {"one": replace(few, warps=8), "few": few}  # it prepares and joins besides
     if capability // 10 in (9, 10):  # 227 KB of shared memory, from which wgmma and tcgen05 read keys and values
         many = Tile(rows=128, slots=64 if quantised else 128, warps=8)
-        return {"few": few, "some": Tile(rows=64, slots=64, warps=4), "many": many}
+        return {**forms, "some": Tile(rows=64, slots=64, warps=4), "many": many}
     many = Tile(rows=128, slots=32 if quantised else 64, warps=8)
-    return {"few": few, "some": Tile(rows=64, slots=32, warps=4), "many": many}
+    return {**forms, "some": Tile(rows=64, slots=32, warps=4), "many": many}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +140,8 @@ class Plan:
         self.tiles = tiles(capability, geometry.cache != "none")
         self._parts = {
             "prepare": self._prepare(),
-            **{f"attend_{form}": self._attend(form) for form in self.tiles},
+            **{f"attend_{form}": self._attend(form) for form in self.tiles if form != "one"},
+            "decode": self._decode(),
             "combine": self._combine(),
         }
 
@@ -156,7 +159,7 @@ class Plan:
         rows = length * self.geometry.group
         if rows > self.tiles["few"].rows and heads * ceil_divide(rows, self.tiles["many"].rows) >= PROGRAMS // 2:
             return Schedule(form="many")
-        form: Form = "few" if rows <= self.tiles["few"].rows else "some"
+        form: Form = "some" if rows > self.tiles["few"].rows else "one" if length == 1 else "few"
         programs = heads * ceil_divide(rows, self.tiles[form].rows)
         splits = min(max(PROGRAMS // programs, 1), MOST_SPLITS, max(capacity // LEAST_SLOTS, 1))
         return Schedule(form="many") if form == "some" and splits == 1 else Schedule(form=form, splits=splits)
@@ -172,7 +175,9 @@ class Plan:
         """
         geometry, schedule = self.geometry, schedule or self.schedule(batch, length, capacity)
         heads, rows = geometry.attributes.kv_heads, length * geometry.group
-        buffers = {"queries": Buffer(dtype=geometry.dtype, shape=(batch, heads, rows, geometry.head_dim))}
+        buffers = {}
+        if schedule.form != "one":
+            buffers["queries"] = Buffer(dtype=geometry.dtype, shape=(batch, heads, rows, geometry.head_dim))
         if schedule.form != "many":
             logs = (batch, heads, schedule.splits, rows)
             buffers["partial"] = Buffer(dtype="fp32", shape=(*logs, geometry.head_dim))
@@ -206,7 +211,7 @@ class Plan:
         """The launches of a call, in order.
 
         Args:
-            pointers: The op's inputs and `output` by name, and the workspace's. Caches are written in place.
+            pointers: The op's inputs, `output`, `counters` and the workspace's, by name. Caches are written in place.
             batch: Rows (B).
             length: Tokens of the padded piece (S).
             capacity: Slots of the cache (C).
@@ -226,11 +231,15 @@ class Plan:
             "scale": a.scale * math.log2(math.e) / FOLD[self.geometry.cache],
             "splits": schedule.splits,
         }
-        grids = {
-            "prepare": ceil_divide(length, STEPS),
-            f"attend_{schedule.form}": ceil_divide(rows, self.tiles[schedule.form].rows) * schedule.splits,
-        }
-        if schedule.form != "many":
+        grids = (
+            {"decode": schedule.splits}
+            if schedule.form == "one"
+            else {
+                "prepare": ceil_divide(length, STEPS),
+                f"attend_{schedule.form}": ceil_divide(rows, self.tiles[schedule.form].rows) * schedule.splits,
+            }
+        )
+        if schedule.form in ("few", "some"):
             grids["combine"] = rows
         return [
             Launch(
@@ -247,32 +256,19 @@ class Plan:
         words = ["gqa", part, g.dtype, f"{a.heads}x{a.kv_heads}x{g.head_dim}"]
         if part != "combine" and g.cache != "none":
             words.append(g.cache)
-        if part == "prepare":
+        if part in ("prepare", "decode"):
             flags = {"rope": g.rope, "norm": a.qk_norm_eps, "temperature": a.temperature_scale}
             words += [word for word, flag in flags.items() if flag]
         return "_".join(words)
 
     def _prepare(self) -> Kernel:
-        g, a = self.geometry, self.geometry.attributes
         signature, constants = typed(
-            **dict.fromkeys(("query", "key", "value"), self._activations),
-            **dict.fromkeys(("key_cache", "value_cache"), self._cache),
-            past_lengths="*i32",
-            inv_freq="*fp32" if g.rope else None,
-            key_scale=self._scales,
-            value_scale=self._scales,
+            **self._tensors,
             queries=self._activations,
             **dict.fromkeys(("length", "capacity", "chunk"), "i32"),
             **dict.fromkeys(("eps", "temperature_scale", "temperature_floor"), "fp32"),
         )
-        constants |= {
-            "NORM": bool(a.qk_norm_eps),
-            "TEMPERATURE": bool(a.temperature_scale),
-            "LARGEST": LARGEST[g.cache],
-            "FOLD": FOLD[g.cache],
-            "STEPS": STEPS,
-            "PAIRS": self._block_dim // 2,
-        }
+        constants |= {**self._flags, "STEPS": STEPS, "PAIRS": self._block_dim // 2}
         return Kernel(
             name=self._name("prepare"), function="prepare", signature=signature, constants=constants | self._heads
         )
@@ -300,6 +296,31 @@ class Plan:
             stages=STAGES,
         )
 
+    def _decode(self) -> Kernel:
+        tile, group = self.tiles["one"], power_of_two(self.geometry.group)
+        signature, constants = typed(
+            **self._tensors,
+            output=self._activations,
+            **dict.fromkeys(("partial", "partial_log"), "*fp32"),
+            counters="*i32",
+            **dict.fromkeys(("capacity", "chunk"), "i32"),
+            **dict.fromkeys(("eps", "temperature_scale", "temperature_floor", "scale"), "fp32"),
+            splits="i32",
+        )
+        constants |= {
+            **self._flags,
+            **{"BLOCK_M": tile.rows, "BLOCK_N": tile.slots, "BLOCK_D": self._block_dim, "BLOCK_GROUP": group},
+            **{"BLOCK_SPLITS": max(128 // group, 4), "MOST_SPLITS": MOST_SPLITS},
+        }
+        return Kernel(
+            name=self._name("decode"),
+            function="decode",
+            signature=signature,
+            constants=constants | self._heads,
+            warps=tile.warps,
+            stages=STAGES,
+        )
+
     def _combine(self) -> Kernel:
         signature, constants = typed(
             **dict.fromkeys(("partial", "partial_log"), "*fp32"),
@@ -310,6 +331,25 @@ class Plan:
         return Kernel(
             name=self._name("combine"), function="combine", signature=signature, constants=constants | self._heads
         )
+
+    @property
+    def _tensors(self) -> dict[str, str | None]:
+        """Types of the op's inputs."""
+        return {
+            **dict.fromkeys(("query", "key", "value"), self._activations),
+            **dict.fromkeys(("key_cache", "value_cache"), self._cache),
+            "past_lengths": "*i32",
+            "inv_freq": "*fp32" if self.geometry.rope else None,
+            **dict.fromkeys(("key_scale", "value_scale"), self._scales),
+        }
+
+    @property
+    def _flags(self) -> dict[str, Any]:
+        g, a = self.geometry, self.geometry.attributes
+        return {
+            **{"NORM": bool(a.qk_norm_eps), "TEMPERATURE": bool(a.temperature_scale)},
+            **{"LARGEST": LARGEST[g.cache], "FOLD": FOLD[g.cache]},
+        }
 
     @property
     def _activations(self) -> str:

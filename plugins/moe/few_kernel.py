@@ -11,6 +11,7 @@ between launches, since that program leaves them so.
 import triton
 import triton.language as tl
 
+from ..last_program import is_last
 from .tile import (
     add_product,
     load_x,
@@ -281,16 +282,3 @@ def rescaled(total_MN, scale_M, weight_scale, columns_N, inside_N, KIND: tl.cons
     if (KIND == "int8") or (KIND == "fp8"):
         total_MN *= scale_M[:, None]
     return total_MN
-
-
-@triton.jit
-def is_last(counter, count):
-    """Whether this program is the last of `count` that ask, all of whose stores it then sees. The counter is 0 again.
-
-    A barrier comes before the counting, since the atomic's thread speaks for the others of its program.
-    """
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
-    if last:
-        tl.store(counter, 0)
-    return last

@@ -182,7 +182,7 @@ def drawn(model: str, ids: Sequence[int], seeds: int, **how: Any) -> Any:
     return shortened, whole
 
 
-def far_slots() -> Any:
+def far_slots(form: Any) -> Any:
     """The attention kernels over caches of 10 M positions, and over small ones: outputs and what was written."""
     found = []
     attributes = Attributes(heads=4, kv_heads=2, scale=0.1, qk_norm_eps=1e-5)
@@ -209,10 +209,10 @@ def far_slots() -> Any:
                 device.upload(memory.address + place, early)
         pointers = {name: memory.address for name, memory in held.items()}
         pointers |= {"key_cache": caches[0].address, "value_cache": caches[1].address}
-        buffers = plan.workspace(batch, 1, capacity, Schedule(form="few", splits=2))
+        buffers = plan.workspace(batch, 1, capacity, Schedule(form=form, splits=2))
         scratch = DeviceMemory(device, total_size(buffers))
-        pointers |= placed(buffers, scratch.address)
-        for launch in plan.launches(pointers, batch, 1, capacity, Schedule(form="few", splits=2)):
+        pointers |= placed(buffers, scratch.address) | {"counters": kernels.counters}
+        for launch in plan.launches(pointers, batch, 1, capacity, Schedule(form=form, splits=2)):
             kernels.launch(launch, device.stream)
         output, slot = np.zeros_like(query), np.zeros((len(places), 2, 128), np.int8)
         device.download(held["output"].address, output)

@@ -9,12 +9,22 @@ from triton_interpreter import Interpreter
 from arriero.plugins.gqa.cases import Case
 from arriero.plugins.gqa.meaning import grouped_query_attention
 from arriero.plugins.gqa.plan import MODULE, Geometry, Plan, Schedule
+from arriero.plugins.launch import COUNTERS
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 
 FORMS = (Schedule(form="few", splits=3), Schedule(form="some", splits=2), Schedule(form="many"))
 """Every form of `attend`, for calls too small to get it from the plan."""
+
+ONE = Schedule(form="one", splits=3)
+"""The way of a token a row."""
+
+
+def forms_of(case: Case) -> tuple[Schedule, ...]:
+    """The forms that a case can take."""
+    return (ONE, *FORMS) if case.length == 1 else FORMS
+
 
 DTYPES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
 """Numpy's types by the plan's names; in the interpreter, `fp32` is the kernels' arithmetic without their rounding."""
@@ -46,7 +56,12 @@ def shapes_of(case: Case) -> tuple[int, int, int]:
 
 
 def interpret(
-    interpreter: Interpreter, case: Case, inputs: Arrays, dtype: str, schedule: Schedule | None = None
+    interpreter: Interpreter,
+    case: Case,
+    inputs: Arrays,
+    dtype: str,
+    schedule: Schedule | None = None,
+    order: int | None = None,
 ) -> Arrays:
     """Output and caches as the kernels leave them, in float64; what they must write is NaN before."""
     plan = Plan(geometry_of(case, "bf16" if dtype == "fp32" else dtype), 90)
@@ -54,9 +69,13 @@ def interpret(
     arrays = {
         **inputs,
         "output": np.full_like(inputs["query"], np.nan),
-        "queries": np.full(buffers.pop("queries").shape, np.nan, DTYPES[dtype]),
-        **{name: np.full(buffer.shape, np.nan, np.float32) for name, buffer in buffers.items()},
+        "counters": np.zeros(COUNTERS, np.int32),
+        **{
+            name: np.full(buffer.shape, np.nan, DTYPES[dtype] if name == "queries" else np.float32)
+            for name, buffer in buffers.items()
+        },
     }
     launches = plan.launches({name: name for name in arrays}, *shapes_of(case), schedule)
-    after = interpreter.run(MODULE, plan.kernels, launches, arrays)
+    after = interpreter.run(MODULE, plan.kernels, launches, arrays, order)
+    assert not after["counters"].any(), "the next launch would take these for its own"
     return {name: after[name].astype(np.float64) for name in ("output", "key_cache", "value_cache")}

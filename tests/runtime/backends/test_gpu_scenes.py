@@ -65,6 +65,7 @@ def test_a_step_with_a_graph_is_a_few_calls_and_allocates_nothing(gpu: Gpu, mode
     assert allocated == 0
 
 
-def test_attention_finds_slots_beyond_32_bits(gpu: Gpu) -> None:
-    near, far = gpu.run("far_slots")
+@pytest.mark.parametrize("form", ["one", "few"])
+def test_attention_finds_slots_beyond_32_bits(gpu: Gpu, form: str) -> None:
+    near, far = gpu.run("far_slots", form=form)
     np.testing.assert_array_equal(near, far)
