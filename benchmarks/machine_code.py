@@ -1,4 +1,4 @@
-"""The experts' kernels by their machine code: the main loop's instructions, what a program uses, and a predicted time.
+"""The kernels by their machine code: the main loop's instructions, what a program uses, and a predicted time.
 
 Every product of the experts is compiled for each GPU at Llama 4's sizes. Per step of its main loop: instructions a warp
 by kind, and bytes that a program reads. The prediction is for an H100 and no measurement. A kernel takes at least what
@@ -10,7 +10,8 @@ to the times in `docs/measured.md`, of kernels that read weights [K, N]; how far
     python benchmarks/machine_code.py [--capabilities 80 90] [--json FILE]
     python benchmarks/machine_code.py --capabilities 90 --fit 1 2 500    # predict with another tree's fit
 
-Triton alone is needed, and no GPU. Other work on the machine does no harm.
+Attention has a model and a fit of its own, in `support/attention_code.py`. Triton alone is needed, and no GPU. Other
+work on the machine does no harm.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from support import attention_code
 from support.sass import KINDS, MachineCode, read
 
 from arriero.plugins import triton_compiler as kernels
@@ -253,7 +255,17 @@ def main() -> None:
         found = list(products(capability))
         console.print(code_table(capability, found))
         said[str(capability)] = [asdict(each) for each in found]
+        heads = list(attention_code.attending(capability))
+        console.print(attention_code.code_table(capability, heads))
+        said[f"{capability}, attention"] = [asdict(each) for each in heads]
         if capability == 90:
+            weights = attention_code.fit_to(heads)
+            console.print(attention_code.time_table(heads, weights))
+            off = np.exp(np.abs(attention_code.ratios(heads, weights)))
+            console.print(
+                f"Predictions, no measurements: {weights[0]:.2g} µs a launch, weights {weights[1]:.3g} and "
+                f"{weights[2]:.3g}; off by a factor of {np.median(off):.2f} in the median, {off.max():.2f} at most."
+            )
             calls = calls_of(found)
             fit = tuple(arguments.fit) if arguments.fit else fit_to(calls)
             off = np.exp(np.abs(ratios(calls, fit)))

@@ -25,6 +25,7 @@ from ..plugins.gqa import op as gqa
 from ..plugins.launch import ALIGNMENT, round_up
 from ..plugins.moe import op as moe
 from ..plugins.moe.body import write_body as write_moe_body
+from ..plugins.moe.kernel_geometry import group_of
 from ..plugins.nodes import Nodes, dims, number
 from ..plugins.tensorrt_plugin import NAMESPACE, VERSION
 from ..spec.built_engine import CacheInput
@@ -252,6 +253,10 @@ class _TensorrtLowering:
         dtype = _dtype(_present(inputs, 0))
         self.ways[name] = "plugin" if dtype in PLUGIN_DTYPES else "function"
         if self.ways[name] == "plugin":
+            if attributes.quantisation == "int4":
+                group_of(
+                    [(dims(weight)[2], dims(scale)[2]) for weight, scale in zip(inputs[2:4], inputs[4:6], strict=True)]
+                )
             settings = _plugin_attributes(attributes)
             nodes.node(moe.NAME, _given(inputs), outputs=outputs, domain=moe.DOMAIN, attributes=settings)
             return

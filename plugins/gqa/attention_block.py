@@ -1,4 +1,4 @@
-"""What the Triton kernels of grouped-query attention are made of: rotation, norm, rounding, a block of slots.
+"""Parts of the Triton kernels of grouped-query attention: rotation, norm, rounding, a block of slots.
 
 Invariant: queries and keys are rounded as the op's body rounds them, whichever kernel prepares them. Names are as in
 `kernel`.

@@ -125,6 +125,8 @@ QUANTISED_CASES = (
     Case(name="fp8, static, one token", attributes=FP8, tokens=1, experts=4, static=True),
     Case(name="fp8, two experts a token", attributes=FP8_TOP_2, tokens=33, experts=8, static=True),
     Case(name="int4, one token", attributes=INT4, tokens=1, experts=8, hidden=64, expert_size=32, group=32),
+    Case(name="int4, groups of 8", attributes=INT4, tokens=5, experts=4, hidden=48, expert_size=24, group=8),
+    Case(name="int4, a group of one", attributes=INT4, tokens=5, experts=4, hidden=32, expert_size=64, group=32),
     Case(name="int4, groups of 32", attributes=INT4, tokens=70, experts=8, hidden=64, expert_size=96, group=32),
     Case(name="int4, groups of 64", attributes=INT4_TOP_2, tokens=20, experts=4, hidden=128, expert_size=64, group=64),
     Case(name="int4, groups of 128", attributes=INT4, tokens=20, experts=4, hidden=256, expert_size=128, group=128),

@@ -5,14 +5,40 @@ Invariant: two geometries of one `name` need the same kernels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from ...errors import BuildError
 
 if TYPE_CHECKING:
     from .op import Attributes
 
 STORED = {"int8": "i8", "fp8": "fp8e4nv", "int4": "u8"}
 """Triton's types of stored weights; two of `int4` lie in a byte, as ONNX packs them."""
+
+
+LEAST_GROUP = 8
+"""Fewest inputs that share a scale; ranks that cut groups leave no fewer."""
+
+
+def group_of(weights: Sequence[tuple[int, int]]) -> int:
+    """Inputs that share a scale in `int4`, from weights' depths and scales an output; 0 where all of an output do.
+
+    Raises:
+        BuildError: There is no kernel for it.
+    """
+    if all(scales == 1 for _, scales in weights):
+        return 0
+    groups = {depth // scales if depth % scales == 0 else 0 for depth, scales in weights}
+    (group, *others) = sorted(groups)
+    if others or group < LEAST_GROUP or group & (group - 1):
+        found = " and ".join(f"{scales} scales for {depth} inputs" for depth, scales in weights)
+        raise BuildError(
+            f"int4 experts have {found}: the GPU kernels take one group size, a power of two from {LEAST_GROUP} on; "
+            "calibrate with --group-size 32, 64 or 128, or split over fewer ranks"
+        )
+    return group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +54,7 @@ class Geometry:
         first_expert: The router's number of the first of them.
         attributes: The op's attributes.
         dtype: `bf16` or `fp16`, of the tokens; of the weights too, where these are not quantised.
-        group: Inputs of a weight that share a scale in `int4`, a power of two from 16 on; 0 is all of them.
+        group: Inputs of a weight that share a scale in `int4`, a power of two from 8 on; 0 is all of them.
         static: Whether the activation scales are given.
     """
 
@@ -51,7 +77,7 @@ class Geometry:
             assert self.hidden % 2 == self.expert_size % 2 == 0, "a byte's two weights are of one column"
         if self.group:
             assert self.kind == "int4"
-            assert self.group >= 16
+            assert self.group >= LEAST_GROUP
             assert self.group & (self.group - 1) == 0
             assert self.hidden % self.group == self.expert_size % self.group == 0
 

@@ -6,7 +6,7 @@ from typing import Any
 from ..launch import Buffer, Launch
 from ..tensorrt_plugin import PluginOp, Tensor
 from . import op
-from .kernel_geometry import Geometry
+from .kernel_geometry import Geometry, group_of
 from .op import Attributes
 from .plan import MODULE, Plan
 
@@ -35,8 +35,9 @@ class Call:
         self.names = inputs_of(attributes, len(tensors))
         hidden, router_logits, gate_up, down, *scales = tensors
         quantised, group = attributes.quantisation != "none", 0
-        if attributes.quantisation == "int4" and scales[0].shape[2] > 1:
-            group = gate_up.shape[2] // scales[0].shape[2]
+        if attributes.quantisation == "int4":
+            weights = ((gate_up.shape[2], scales[0].shape[2]), (down.shape[2], scales[1].shape[2]))
+            group = group_of(weights)
         geometry = Geometry(
             hidden=hidden.shape[1],
             expert_size=down.shape[2 if quantised else 1],

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.engine.tensorrt_library import open_library
-from arriero.errors import SessionError
+from arriero.errors import BuildError, SessionError
 from arriero.plugins.gqa.op import Attributes as GqaAttributes
 from arriero.plugins.gqa.plugin import PLUGIN as GQA
 from arriero.plugins.gqa.plugin import Settings
@@ -67,6 +67,29 @@ def test_launches_take_what_tensorrt_gives(op: Any, settings: Any, tensors: list
         assert max(launch.grid[1:]) < 1 << 16  # CUDA's limit
         for (name, kind), argument in zip(kernels[launch.kernel].signature.items(), launch.arguments, strict=True):
             assert isinstance(argument, float if kind == "fp32" else int), name
+
+
+def int4_experts(hidden: int, size: int, gate_up_scales: int, down_scales: int) -> list[Tensor]:
+    tokens, logits = (Tensor(dtype="bf16", shape=(3, width)) for width in (hidden, 8))
+    gate_up, down = (Tensor(dtype="i4", shape=shape) for shape in ((8, 2 * size, hidden), (8, hidden, size)))
+    scales = ((8, 2 * size, gate_up_scales), (8, hidden, down_scales))
+    return [tokens, logits, gate_up, down, *(Tensor(dtype="fp32", shape=shape) for shape in scales)]
+
+
+def test_an_int4_layers_groups_are_those_of_both_weights() -> None:
+    attributes = Attributes(top_k=1, quantisation="int4")
+    for sizes, group in (
+        ((256, 128, 2, 1), 128),
+        ((128, 256, 1, 2), 128),
+        ((128, 64, 1, 1), 0),
+        ((128, 64, 16, 8), 8),
+    ):
+        assert MOE.call(attributes, int4_experts(*sizes), 89).plan.geometry.group == group  # type: ignore[attr-defined]
+    for sizes in ((128, 96, 1, 3), (128, 64, 4, 1), (96, 96, 4, 4), (64, 64, 16, 16)):
+        with pytest.raises(
+            BuildError, match="the GPU kernels take one group size, a power of two from 8 on; calibrate"
+        ):
+            MOE.call(attributes, int4_experts(*sizes), 89)
 
 
 @pytest.mark.parametrize(
