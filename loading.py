@@ -311,15 +311,14 @@ def open_draft(path: Path, spec: FolderSpec, part: DraftPart, files: dict[str, P
 def cpu_decoder_graph(path: Path, spec: FolderSpec) -> CpuGraph:
     """Reads the decoder's graph for the CPU from a bundle, or lowers a model's."""
     found = _cpu_graph(path, spec, spec)
-    draft = None if spec.draft is None else spec.draft.spec
-    check_decoder(found[0], found[1], spec.rank_model, spec.cache_bits, path / spec.graph, draft)
+    check_decoder(found[0], found[1], spec, path / spec.graph)
     return found
 
 
 def cpu_tower_graph(path: Path, spec: FolderSpec, part: VisionPart) -> CpuGraph:
     """Reads the vision tower's graph for the CPU from a bundle, or lowers a model's."""
     found = _cpu_graph(path, spec, part)
-    check_tower(found[0], found[1], part.spec, spec.model, path / part.graph)
+    check_tower(found[0], found[1], spec, path / part.graph)
     return found
 
 

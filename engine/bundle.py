@@ -15,6 +15,7 @@ from typing import Literal
 
 from .. import __version__
 from ..errors import BuildError, FolderError
+from ..files.agreement import check_decoder, check_draft, check_tower
 from ..files.draft_tokens import carry_tokens
 from ..files.folders import SPEC, carry_files, check_no_rank, find_files, rank_fingerprint, rank_folder, read_spec
 from ..files.manifest import write_manifest
@@ -179,8 +180,19 @@ def _build(
             vision=vision,
             draft=None if spec.draft is None else _build_draft(source, spec, spec.draft, folder),
         )
+        _check_graphs(source, folder, lowered.graph, built)
         return _with_packed(source, built, folder, options.weights_from)
     return build_tensorrt(source, spec, target, options, folder, progress)
+
+
+def _check_graphs(source: Path, folder: Path, graph: bytes, built: FolderSpec) -> None:
+    """Refuses graphs that compute something else than the model's spec says; errors name the model's."""
+    check_decoder(graph, built.weights, built, source / built.graph)
+    if (vision := built.vision) is not None and vision.graph:
+        check_tower((folder / vision.graph).read_bytes(), vision.weights, built, source / vision.graph)
+    if (draft := built.draft) is not None:
+        content = (folder / draft.graph).read_bytes()
+        check_draft(content, draft.weights, draft.spec, built.model, source / draft.graph)
 
 
 def _build_draft(source: Path, spec: FolderSpec, draft: DraftPart, folder: Path) -> DraftPart:

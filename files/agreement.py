@@ -11,51 +11,23 @@ from pathlib import Path
 
 from ..errors import FolderError, shortened
 from ..spec.draft import DraftSpec
-from ..spec.folder import SPEC_NAME
-from ..spec.geometry import ModelSpec, VisionSpec
+from ..spec.folder import SPEC_NAME, FolderSpec
+from ..spec.geometry import ModelSpec
 from ..spec.stored_weights import Weight, slot_bytes
 from ..spec.types import CODES, TYPES
+from .decoder_agreement import FEATURES, GROUP, check_decoder_nodes
+from .draft_agreement import check_draft_nodes
 from .onnx_outline import Outline, Tensor, read_outline
 from .safetensors import Region, Shard, open_shard
+from .tower_agreement import PIXELS, check_tower_nodes
 
 PART = re.compile(r"(.+)\[(\d{1,6})\]")
 """The name of one expert's part of a stack."""
-
-OPS: Mapping[str, frozenset[str]] = {
-    "": frozenset(
-        {
-            *("Abs", "Add", "Attention", "Cast", "Concat", "Constant", "Cos", "CumSum", "DequantizeLinear", "Div"),
-            *("Equal", "Expand", "Floor", "Gather", "GatherND", "Gelu", "Greater", "Identity", "If"),
-            *(
-                "LayerNormalization",
-                "LessOrEqual",
-                "Log",
-                "MatMul",
-                "Max",
-                "Mean",
-                "Min",
-                "Mod",
-                "Mul",
-                "NonZero",
-                "OneHot",
-            ),
-            *("Pad", "QuantizeLinear", "Range", "ReduceMax", "ReduceSum", "Reshape", "RMSNormalization"),
-            *("RotaryEmbedding", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Split"),
-            *("Squeeze", "Sub", "Sum", "TensorScatter", "TopK", "Transpose", "Unsqueeze", "Where"),
-        }
-    ),
-    "com.microsoft": frozenset({"FusedMatMul"}),
-    "arriero.cpu": frozenset(
-        {"AllReduce", "GroupedQueryAttention", "Linear", "MoeDispatch", "PlainLinear", "PlainMoeDispatch"}
-    ),
-}
-"""Operators by domain that a lowered graph may have: none loops, and none reads or writes a file."""
 
 NODES, NODES_OF_LAYER, NODES_OF_EXPERT = 1000, 200, 100
 """Nodes of a decoder's graph at most: besides its layers', of each layer, and of each expert of a layer. Ours have 8,
 115 and 61 where they have most, in FP8 with dynamic activations."""
 
-FEATURES, PIXELS, GROUP = "image_features", "pixels", "group"
 CACHE = re.compile(r"(past|present)\.(\d{1,5})\.(key|value)")
 
 
@@ -135,34 +107,23 @@ def _wrong(weight: Weight, what: str) -> FolderError:
     )
 
 
-def check_decoder(
-    graph: bytes,
-    weights: Sequence[Weight],
-    model: ModelSpec,
-    cache_bits: int,
-    path: Path,
-    draft: DraftSpec | None = None,
-) -> None:
-    """Holds a lowered decoder's graph against its weights and the model's geometry, and what its draft reads of it.
+def check_decoder(graph: bytes, weights: Sequence[Weight], spec: FolderSpec, path: Path) -> None:
+    """Holds a lowered decoder's graph against its weights and all that the spec says of it.
 
     Raises:
         FolderError: The graph is damaged, or another model's.
     """
-    outline = _checked_outline(graph, weights, path)
+    outline, model = _checked_outline(graph, weights, path), spec.rank_model
     try:
-        _check_caches(outline, model, cache_bits)
+        _check_caches(outline, model, spec.cache_bits)
         _check_attention(outline, model)
         logits = outline.outputs.get("logits", Tensor(0, None))
         if logits.dims is None or len(logits.dims) != 3 or logits.dims[-1] != model.vocab_size:
             raise ValueError(f"logits of {shortened(logits.dims)}, the vocabulary has {model.vocab_size}")
-        if draft is not None:
-            _check_last(outline.outputs, "draft_states", len(draft.states) * model.hidden_size)
-        for weight in weights:
-            if weight.name.partition(":")[0].endswith("embed_tokens.weight"):
-                expected = (model.vocab_size, model.hidden_size)
-                if weight.shape != expected:
-                    raise ValueError(f"an embedding of {shortened(list(weight.shape))}, expected {list(expected)}")
-    except ValueError as error:
+        if spec.draft is not None:
+            _check_last(outline.outputs, "draft_states", len(spec.draft.spec.states) * model.hidden_size)
+        check_decoder_nodes(outline, weights, spec)
+    except (ValueError, ArithmeticError) as error:
         raise _foreign(path, error) from error
 
 
@@ -184,11 +145,8 @@ def check_draft(graph: bytes, weights: Sequence[Weight], draft: DraftSpec, model
             (outline.outputs, "logits", draft.vocab_size),
         ):
             _check_last(values, name, size)
-        for weight in weights:
-            is_embedding = weight.name.partition(":")[0].endswith("embed_tokens.weight")
-            if is_embedding and weight.shape != (expected := (model.vocab_size, draft.hidden_size)):
-                raise ValueError(f"an embedding of {shortened(list(weight.shape))}, expected {list(expected)}")
-    except ValueError as error:
+        check_draft_nodes(outline, weights, draft, model)
+    except (ValueError, ArithmeticError) as error:
         raise _foreign(path, error) from error
 
 
@@ -199,20 +157,26 @@ def _check_last(values: Mapping[str, Tensor], name: str, size: int) -> None:
         raise ValueError(f"{name} of {shortened(dims)}, expected {size} each")
 
 
-def check_tower(graph: bytes, weights: Sequence[Weight], vision: VisionSpec, model: ModelSpec, path: Path) -> None:
+def check_tower(graph: bytes, weights: Sequence[Weight], spec: FolderSpec, path: Path) -> None:
     """Holds a lowered vision tower's graph against its weights and geometry.
 
     Raises:
         FolderError: The graph is damaged, or another tower's.
     """
-    outline = _checked_outline(graph, weights, path)
+    outline, hidden = _checked_outline(graph, weights, path), spec.model.hidden_size
+    assert spec.vision is not None
+    vision = spec.vision.spec
     sides = {
         "pixels": (outline.inputs.get(PIXELS, Tensor(0, None)), (3, vision.image_size, vision.image_size)),
-        "image features": (outline.outputs.get(FEATURES, Tensor(0, None)), (model.hidden_size,)),
+        "image features": (outline.outputs.get(FEATURES, Tensor(0, None)), (hidden,)),
     }
-    for name, (found, expected) in sides.items():
-        if found.dims is None or found.dims[1:] != expected:
-            raise _foreign(path, ValueError(f"{name} of {shortened(found.dims)}, expected {list(expected)} each"))
+    try:
+        for name, (found, expected) in sides.items():
+            if found.dims is None or found.dims[1:] != expected:
+                raise ValueError(f"{name} of {shortened(found.dims)}, expected {list(expected)} each")
+        check_tower_nodes(outline, weights, vision, hidden, spec.recipe)
+    except (ValueError, ArithmeticError) as error:
+        raise _foreign(path, error) from error
 
 
 def _foreign(path: Path, error: Exception) -> FolderError:
@@ -224,8 +188,6 @@ def _checked_outline(graph: bytes, weights: Sequence[Weight], path: Path) -> Out
     try:
         outline = read_outline(graph)
         for node in outline.nodes:
-            if node.op not in OPS.get("" if node.domain == "ai.onnx" else node.domain, ()):
-                raise ValueError(f"the operator {shortened(f'{node.domain}.{node.op}')}, which no graph of ours has")
             if node.op == "AllReduce" and (node.inputs[1:] != (GROUP,) or not _is_given(outline, GROUP)):
                 raise ValueError("an AllReduce over other memory than the graph's input 'group'")
         given = {weight.name: weight for weight in weights}
@@ -282,11 +244,9 @@ def _check_attention(outline: Outline, model: ModelSpec) -> None:
     for number, (node, layer) in enumerate(zip(nodes, model.layers, strict=True)):
         expected = {"heads": model.heads, "kv_heads": model.kv_heads, "chunk": layer.chunk}
         for name, value in expected.items():
-            if node.numbers.get(name, 0) != value:
-                raise ValueError(f"layer {number} has {name} {node.numbers.get(name, 0)}, spec.json {value}")
+            if (found := node.attributes.get(name, 0)) != value:
+                raise ValueError(f"layer {number} has {name} {shortened(found)}, spec.json {value}")
     for node in outline.nodes:
-        chosen = node.numbers.get("top_k", 0) if node.op.endswith("MoeDispatch") else model.experts_per_token
-        if node.op == "TopK" and len(node.inputs) > 1:
-            chosen = outline.constants.get(node.inputs[1], 0)
+        chosen = node.attributes.get("top_k", 0) if node.op.endswith("MoeDispatch") else model.experts_per_token
         if chosen != model.experts_per_token:
-            raise ValueError(f"{chosen} experts a token, spec.json {model.experts_per_token}")
+            raise ValueError(f"{shortened(chosen)} experts a token, spec.json {model.experts_per_token}")

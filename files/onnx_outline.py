@@ -1,11 +1,14 @@
-"""The outline of an ONNX graph, read from its bytes without trust and without onnx: inputs, outputs, weights, ops.
+"""The outline of an ONNX graph, read from its bytes without trust and without onnx: inputs, outputs, weights, nodes.
 
 Enters: a serialized model. Leaves: an `Outline`, or a `ValueError` where the bytes are no such thing, or where the
-graph holds what no graph of Arriero's does: loops, functions, weights outside where the runtime supplies them. The
-numbers are those of ONNX's protocol buffer. Standard library only.
+graph holds what no graph of Arriero's does: functions, weights of inner graphs, a message twice where only one can be.
+The numbers are those of ONNX's protocol buffer. Standard library only.
 """
 
-from collections.abc import Iterator
+import struct
+import sys
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import shortened
@@ -16,11 +19,17 @@ Dim = int | str
 Field = tuple[int, int | memoryview]
 """A field's number and value."""
 
-INT64 = 7
-"""ONNX's number of the type."""
+FLOAT, INT32, INT64 = 1, 6, 7
+"""ONNX's numbers of types."""
+
+FORMS = {FLOAT: "f", INT32: "i", INT64: "q"}
+"""Forms of their elements, as `struct` names them."""
 
 DEEPEST = 4
 """Graphs within graphs at most."""
+
+LONGEST_CONSTANT = 64
+"""Bytes of a constant that is told by its elements; a longer one is like no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +40,44 @@ class Tensor:
         dtype: ONNX's number of the type.
         dims: Dimensions; None where they are not said.
         location: File that its data are said to lie in; empty where they lie in the graph.
+        data: Its bytes, where they lie in the graph.
     """
 
     dtype: int
     dims: tuple[Dim, ...] | None
     location: str = ""
+    data: bytes | memoryview = field(default=b"", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A small tensor told by its type, dimensions and elements."""
+
+    dtype: int
+    dims: tuple[Dim, ...]
+    elements: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """An inner graph, told by its outputs, each a name or a constant."""
+
+    outputs: tuple[str | Constant, ...]
+
+
+Value = int | float | bytes | tuple[int, ...] | tuple[float, ...] | Constant | Branch | None
+"""An attribute's value; None of what no attribute of ours is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node: its domain, operator, whole-number attributes and inputs."""
+    """A node: its domain, operator, attributes, and the names of its inputs and outputs."""
 
     domain: str
     op: str
-    numbers: dict[str, int]
+    attributes: Mapping[str, Value]
     inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -56,15 +88,15 @@ class Outline:
         inputs: Inputs by name.
         outputs: Outputs by name.
         weights: Initializers by name.
-        nodes: Nodes in order, those of inner graphs after the node that holds them.
-        constants: One whole number each, by name, of those that hold no more.
+        nodes: Nodes in order, those of inner graphs before the node that holds them.
+        opsets: Versions of the sets of operators, by domain.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
-    constants: dict[str, int] = field(default_factory=dict)
+    opsets: dict[str, int] = field(default_factory=dict)
 
 
 def read_outline(data: bytes) -> Outline:
@@ -73,36 +105,49 @@ def read_outline(data: bytes) -> Outline:
     Raises:
         ValueError: It is damaged, or holds what no graph of Arriero's does.
     """
-    outline = Outline()
-    graphs = [_part(value) for number, value in _fields(memoryview(data)) if _is_graph(number)]
+    outline, graphs = Outline(), list[memoryview]()
+    for number, value in _fields(memoryview(data)):
+        if number in (20, 25):
+            raise ValueError("functions or training in a graph that has none")
+        if number == 7:
+            graphs.append(_part(value))
+        elif number == 8:
+            domain, version = "", 0
+            for key, said in _fields(_part(value)):
+                domain = _text(said) if key == 1 else domain
+                version = said if key == 2 and isinstance(said, int) else version
+            outline.opsets[plain_domain(domain)] = version
     if len(graphs) != 1:
         raise ValueError(f"{len(graphs)} graphs in one file")
     _read_graph(graphs[0], outline, 0)
     return outline
 
 
-def _is_graph(number: int) -> bool:
-    if number in (20, 25):
-        raise ValueError("functions or training in a graph that has none")
-    return number == 7
+def plain_domain(domain: str) -> str:
+    """A domain, the standard one by its shorter name."""
+    return "" if domain == "ai.onnx" else domain
 
 
-def _read_graph(data: memoryview, outline: Outline, depth: int) -> None:
+def _read_graph(data: memoryview, outline: Outline, depth: int) -> Branch:
     if depth > DEEPEST:
         raise ValueError(f"graphs within graphs, more than {DEEPEST} deep")
+    outputs: dict[str, Tensor] = {}
     for number, value in _fields(data):
         if number == 1:
-            _read_node(_part(value), outline, depth)
+            outline.nodes.append(_read_node(_part(value), outline, depth))
         elif number == 5:
             name, tensor = _tensor(_part(value))
-            if depth and tensor.location:
-                raise ValueError(f"a weight of an inner graph, {shortened(name)}, in another file")
-            _add(outline.weights if not depth else {}, name, tensor)
-        elif number in (11, 12) and not depth:
+            if depth:
+                raise ValueError(f"a weight of an inner graph, {shortened(name)}")
+            _add(outline.weights, name, tensor)
+        elif number in (11, 12):
             name, tensor = _value_info(_part(value))
-            _add(outline.inputs if number == 11 else outline.outputs, name, tensor)
+            _add(outputs if number == 12 else outline.inputs if not depth else {}, name, tensor)
         elif number == 15:
             raise ValueError("a sparse weight")
+    if not depth:
+        outline.outputs = outputs
+    return Branch(tuple(outputs))
 
 
 def _add(found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
@@ -111,9 +156,9 @@ def _add(found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     found[name] = tensor
 
 
-def _read_node(data: memoryview, outline: Outline, depth: int) -> None:
-    domain, op, numbers, inner = "", "", {}, []
-    inputs, outputs, constant = list[str](), list[str](), None
+def _read_node(data: memoryview, outline: Outline, depth: int) -> Node:
+    domain, op, inputs, outputs = "", "", list[str](), list[str]()
+    attributes: dict[str, Value] = {}
     for number, value in _fields(data):
         if number in (1, 2):
             (inputs if number == 1 else outputs).append(_text(value))
@@ -122,52 +167,84 @@ def _read_node(data: memoryview, outline: Outline, depth: int) -> None:
         elif number == 7:
             domain = _text(value)
         elif number == 5:
-            name, whole, graphs, held = _attribute(_part(value))
-            constant = held if name == "value" else constant
-            inner += graphs
-            if whole is not None:
-                numbers[name] = whole
-    outline.nodes.append(Node(domain, op, numbers, tuple(inputs)))
-    if op == "Constant" and outputs and constant is not None:
-        outline.constants[outputs[0]] = constant
-    for graph in inner:
-        _read_graph(graph, outline, depth + 1)
+            name, found = _attribute(_part(value), outline, depth)
+            if name in attributes:
+                raise ValueError(f"the attribute {shortened(name)} is there twice")
+            attributes[name] = found
+    while inputs and not inputs[-1]:
+        inputs.pop()
+    return Node(plain_domain(domain), op, attributes, tuple(inputs), tuple(outputs))
 
 
-def _attribute(data: memoryview) -> tuple[str, int | None, list[memoryview], int | None]:
-    """An attribute's name, its whole number if it is one, the graphs in it, and the one number of a tensor in it."""
-    name, whole, graphs, held = "", None, [], None
+def _attribute(data: memoryview, outline: Outline, depth: int) -> tuple[str, Value]:
+    """An attribute's name and value, which its type chooses among its fields."""
+    name, kind, number_of = "", 0, dict[int, Value]()
+    ints, floats = list[int](), list[float]()
     for number, value in _fields(data):
         if number == 1:
             name = _text(value)
+        elif number == 20 and isinstance(value, int):
+            kind = value
+        elif number == 2 and not isinstance(value, int):
+            number_of[1] = struct.unpack("<f", value)[0] if len(value) == 4 else None
         elif number == 3 and isinstance(value, int):
-            whole = value - (1 << 64) if value >> 63 else value
-        elif number in (5, 10):
-            inner, tensor = _tensor(_part(value))
-            if tensor.location:
-                raise ValueError(f"a constant {shortened(inner)} in another file")
-            held = _one_number(_part(value), tensor)
-        elif number in (6, 11):
-            graphs.append(_part(value))
-        elif number in (22, 23):
-            raise ValueError("a sparse constant")
-    return name, whole, graphs, held
+            number_of[2] = _signed(value)
+        elif number == 4 and not isinstance(value, int):
+            number_of[3] = bytes(value)
+        elif number in (5, 6):
+            if number - 1 in number_of:
+                raise ValueError(f"the attribute {shortened(name)} has two values")
+            number_of[number - 1] = (
+                _constant(_part(value)) if number == 5 else _read_graph(_part(value), outline, depth + 1)
+            )
+        elif number == 7 and not isinstance(value, int):
+            floats += _array("f", value)
+        elif number == 8:
+            ints += [_signed(each) for each in ([value] if isinstance(value, int) else _varints(value))]
+        elif number in (10, 11, 21, 22, 23):
+            raise ValueError("an attribute of several tensors or graphs, a sparse one, or one of a function")
+    return name, {**number_of, 6: tuple(floats), 7: tuple(ints)}.get(kind)
 
 
-def _one_number(data: memoryview, tensor: Tensor) -> int | None:
-    """The number of a tensor of one 64-bit whole number, as bytes or as a field; None of any other."""
-    if tensor.dtype != INT64 or tensor.dims not in ((), (1,)):
+def _constant(data: memoryview) -> Constant | None:
+    """A constant, where it is small."""
+    name, tensor = _tensor(data)
+    if tensor.location:
+        raise ValueError(f"a constant {shortened(name)} in another file")
+    if tensor.dtype not in FORMS or len(tensor.data) > LONGEST_CONSTANT:
         return None
-    for number, value in _fields(data):
-        if number == 9 and not isinstance(value, int) and len(value) == 8:
-            return int.from_bytes(value, "little", signed=True)
-        if number == 7:
-            return value if isinstance(value, int) else next(_varints(value), None)
-    return None
+    return Constant(tensor.dtype, tensor.dims or (), tuple(_array(FORMS[tensor.dtype], tensor.data)))
+
+
+def floats_of(tensor: Tensor) -> list[float]:
+    """The elements of a float32 tensor that lies in the graph.
+
+    Raises:
+        ValueError: It is another, or damaged.
+    """
+    if tensor.dtype != FLOAT or tensor.location:
+        raise ValueError("a tensor of another type or in another file")
+    return _array("f", tensor.data)
+
+
+def _array(form: str, data: bytes | memoryview) -> list[float]:
+    """Numbers that lie one behind another, the least significant byte first."""
+    if len(data) % struct.calcsize(f"<{form}"):
+        raise ValueError("the graph's file is damaged")
+    found: array[float] = array(form, bytes(data))
+    if sys.byteorder != "little":
+        found.byteswap()
+    return found.tolist()
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
 
 
 def _tensor(data: memoryview) -> tuple[str, Tensor]:
     name, dtype, dims, location, is_outside = "", 0, list[Dim](), "", False
+    raw: bytes | memoryview = b""
+    elements = bytearray()
     for number, value in _fields(data):
         if number == 1:
             dims += [value] if isinstance(value, int) else _varints(value)
@@ -175,6 +252,17 @@ def _tensor(data: memoryview) -> tuple[str, Tensor]:
             dtype = value
         elif number == 8:
             name = _text(value)
+        elif number == 4 and not isinstance(value, int):
+            elements += value
+        elif number in (5, 7):
+            some = [value] if isinstance(value, int) else list(_varints(value))
+            elements += b"".join(
+                (each & (1 << 64) - 1).to_bytes(8, "little")[: 8 if number == 7 else 4] for each in some
+            )
+        elif number == 9:
+            raw = _part(value)
+        elif number == 3:
+            raise ValueError("a part of a tensor")
         elif number == 13:
             entry = {key: _text(text) for key, text in _fields(_part(value)) if key in (1, 2)}
             if entry.get(1) == "location":
@@ -183,7 +271,8 @@ def _tensor(data: memoryview) -> tuple[str, Tensor]:
             is_outside = value == 1
     if any(isinstance(size, int) and not 0 <= size < 1 << 48 for size in dims):
         raise ValueError(f"the weight {shortened(name)} has the shape {shortened(dims)}")
-    return name, Tensor(dtype, tuple(dims), location or "an unnamed file" if is_outside else "")
+    place = location or "an unnamed file" if is_outside else ""
+    return name, Tensor(dtype, tuple(dims), place, raw if len(raw) else bytes(elements))
 
 
 def _value_info(data: memoryview) -> tuple[str, Tensor]:
@@ -219,15 +308,22 @@ def _fields(data: memoryview) -> Iterator[Field]:
     """The fields of a message: numbers, and the bytes of what has a length."""
     at, end = 0, len(data)
     while at < end:
-        key, at = _varint(data, at)
+        key = data[at]
+        at += 1
+        if key > 127:
+            key, at = _varint(data, at - 1)
         kind = key & 7
-        if kind == 0:
+        if kind == 2 and at < end and data[at] < 128:
+            size: int | None = data[at]
+            at += 1
+        elif kind == 2:
+            size, at = _varint(data, at)
+        elif kind == 0:
             value, at = _varint(data, at)
             yield key >> 3, value
             continue
-        size = {1: 8, 5: 4}.get(kind)
-        if kind == 2:
-            size, at = _varint(data, at)
+        else:
+            size = {1: 8, 5: 4}.get(kind)
         if size is None or size > end - at:
             raise ValueError("the graph's file is damaged")
         yield key >> 3, data[at : at + size]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..errors import shortened
 from .geometry import MOST_LAYERS, LayerSpec, ModelSpec, RopeScaling
-from .sizes import check_sizes
+from .sizes import check_positive, check_sizes
 from .types import DType
 
 DRAFT_PREFIX = "draft-"
@@ -61,6 +61,7 @@ class DraftSpec:
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab_size", "hidden_size", "heads", "kv_heads", "head_dim", "mlp_size"))
         check_sizes(self, ("layers",), 1, MOST_LAYERS)
+        check_positive(self, ("rope_theta",))
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError("the draft's sizes do not fit together")
         in_range = all(0 <= state <= MOST_LAYERS for state in self.states)

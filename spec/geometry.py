@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from ..errors import shortened
 from .fields import decode
-from .sizes import MOST, check_sizes
+from .sizes import MOST, check_positive, check_sizes
 from .types import DType
 
 VISION = ("vision_model.", "multi_modal_projector.")
@@ -37,6 +37,9 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_positions: int
+
+    def __post_init__(self) -> None:
+        check_positive(self, self.__slots__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +106,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab_size", "hidden_size", "heads", "kv_heads", "head_dim", "max_positions"))
         check_sizes(self, ("experts", "experts_per_token", "expert_size", "dense_size"), 0)
+        check_positive(self, ("rope_theta", "temperature_floor"))
         if self.heads % self.kv_heads or self.head_dim % 2 or not 0 < len(self.layers) <= MOST_LAYERS:
             raise ValueError("the model's sizes do not fit together")
         chunks = {layer.chunk for layer in self.layers} - {0}
@@ -159,6 +163,7 @@ class VisionSpec:
         check_sizes(self, ("hidden_size", "layers", "heads", "mlp_size", "adapter_size"))
         check_sizes(self, ("image_size", "patch_size", "shuffle"), 1, 2**16)
         check_sizes(self, ("image_token",), 0)
+        check_positive(self, ("rope_theta",))
         if (
             not self.grid
             or self.hidden_size % self.heads

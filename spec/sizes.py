@@ -47,6 +47,18 @@ def check_sizes(owner: Any, names: Iterable[str], least: int = 1, most: int = MO
             raise ValueError(f"{name} is {shortened(value)}, expected {least} to {most}")
 
 
+def check_positive(owner: Any, names: Iterable[str]) -> None:
+    """Refuses numbers of a dataclass that are not above 0.
+
+    Raises:
+        ValueError: One is not; it is named.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if not value > 0:
+            raise ValueError(f"{name} is {shortened(value)}, expected a number above 0")
+
+
 def check_shape(what: str, shape: tuple[int, ...]) -> None:
     """Refuses dimensions that no tensor has.
 

@@ -324,6 +324,13 @@ def quantised_tiny(tiny_model: Path, texts: tuple[Path, Path], once: MakeOnce) -
 
 
 @pytest.fixture
+def unheld_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that compute something else than their specs say are loaded, which they are not elsewhere."""
+    for name in ("check_decoder", "check_tower"):
+        monkeypatch.setattr(f"arriero.loading.{name}", lambda *_: None)
+
+
+@pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A small random checkpoint in two shards with an index, free to be damaged."""
     folder = tmp_path / "checkpoint"

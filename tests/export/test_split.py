@@ -72,6 +72,7 @@ def differences(whole: arriero.runtime.Session, merged: arriero.runtime.Session)
     return found
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 @pytest.mark.parametrize(("kind", "layouts"), [("scout", [(2, 2), (4, 2)]), ("maverick", [(4, 1), (4, 4)])])
 def test_the_ranks_together_give_the_logits_of_the_whole(
     kind: str, layouts: list[tuple[int, int]], exported: Callable[..., Path], tmp_path: Path
@@ -82,6 +83,7 @@ def test_the_ranks_together_give_the_logits_of_the_whole(
         assert max(differences(whole, merged)) < 1e-5, (tp, ep)
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 def test_the_ranks_graphs_mean_the_same_in_standard_operators(
     scout: Path, exported: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -110,6 +112,7 @@ def tied(make_llama4: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     return folder / "checkpoint", export_checkpoint(folder / "checkpoint", folder / "whole")
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 def test_a_split_of_the_experts_alone_is_the_whole_to_the_bit(
     exported: Callable[..., Path], maverick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +144,7 @@ def test_a_model_is_not_exported_again_or_converted(exported: Callable[..., Path
         export_checkpoint(whole, tmp_path / "out", tp=2, dtype="float16")
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 @pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"copy_weights": True}], ids=str)
 def test_weights_that_are_converted_or_copied_are_split_alike(
     tied: tuple[Path, Path], tmp_path: Path, options: dict[str, Any]

@@ -130,6 +130,7 @@ def test_q_scales_permuted_against_q_weights_are_named(
     assert location.blame.why == "its scales stand in another order than its rows"
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 def test_an_inputs_scale_is_found(quantised_tiny: Callable[[Recipe], Path], tiny_model: Path, tmp_path: Path) -> None:
     """The scale lies in the graph too, where it is not changed: the weights are right, the product is not."""
     recipe = int8(activations="static", smoothing="none")
@@ -148,6 +149,7 @@ def test_an_inputs_scale_is_found(quantised_tiny: Callable[[Recipe], Path], tiny
     assert "the scale of its input" in location.blame.why
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 def test_the_router_score_on_the_output_is_named(bundle: Path, tiny: Path, tmp_path: Path) -> None:
     location = found(changed_graph(bundle, tmp_path / "bad", score_on_output(3)), tiny)
     assert location.blame is not None
@@ -156,6 +158,7 @@ def test_the_router_score_on_the_output_is_named(bundle: Path, tiny: Path, tmp_p
     assert location.blame.why == "it multiplies the experts' output, not their input"
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 def test_a_dropped_shared_expert_is_named(bundle: Path, tiny: Path, tmp_path: Path) -> None:
     location = found(changed_graph(bundle, tmp_path / "bad", without_shared_expert(5)), tiny)
     assert location.blame is not None
@@ -173,12 +176,14 @@ def test_a_chunk_boundary_off_by_one_shows_in_long_contexts_only(tiny: Path, tmp
     assert found(bad, tiny, IDS[:, :120]).blame is None
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 def test_missing_temperature_tuning_is_named(tiny_model: Path, tiny: Path, tmp_path: Path) -> None:
     location = found(changed_graph(tiny_model, tmp_path / "bad", without_temperature(7)), tiny)
     assert location.blame is not None
     assert (location.layer, location.blame.name, location.blame.attribute) == (7, ATTENTION.format(7), "temperature")
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 def test_a_rope_of_the_wrong_layout_is_named(bundle: Path, tiny: Path, tmp_path: Path) -> None:
     location = found(changed_graph(bundle, tmp_path / "bad", rope_over_halves(2)), tiny)
     assert location.blame is not None

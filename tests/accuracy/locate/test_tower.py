@@ -205,6 +205,7 @@ GRAPHS = {
 }
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 @pytest.mark.parametrize("fault", GRAPHS)
 def test_a_mistake_in_what_is_computed_is_named(
     model: Path, checkpoint: Path, windows: Windows, tmp_path: Path, fault: str
@@ -214,6 +215,7 @@ def test_a_mistake_in_what_is_computed_is_named(
     assert named(found(bad, checkpoint, windows)) == expected
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 def test_a_bias_that_a_bundle_does_not_add_is_named(
     model: Path, checkpoint: Path, windows: Windows, tmp_path: Path
 ) -> None:

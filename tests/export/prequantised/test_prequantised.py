@@ -211,6 +211,7 @@ def test_it_is_not_converted(fp8: Path, tmp_path: Path) -> None:
         export_checkpoint(fp8, tmp_path / "model", dtype="bfloat16")
 
 
+@pytest.mark.usefixtures("unheld_graphs")
 @pytest.mark.parametrize(("kind", "tp", "ep"), [("int4", 2, 1), ("fp8", 2, 2)])
 def test_it_is_split_over_ranks_with_its_scales(
     kind: str, tp: int, ep: int, request: pytest.FixtureRequest, tmp_path: Path
