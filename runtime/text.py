@@ -6,8 +6,7 @@ file is refused when it is read; a missing one only when it is needed.
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -15,13 +14,14 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from tokenizers.pre_tokenizers import ByteLevel
 
-from ..errors import FolderError, SessionError, shortened, shortened_text
+from ..errors import FolderError, SessionError, shortened
 from ..files.folders import read_json
 from ..files.reading import read_bytes
 from .chat.messages import Message, read_messages
 from .chat.settings import ChatSettings, read_chat
 from .chat.special_tokens import complete_tokenizer
 from .chat.templates import DEFAULT, ChatTemplate, choose_template, read_templates
+from .panics import damaged, may_panic, panics_refused, try_tokenizer
 from .tokenizer_bounds import check_text, growth_of
 from .tokenizing import encode
 
@@ -50,7 +50,7 @@ class Text:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.expected = 0
+        self.expected, self.may_panic = 0, False
         path = folder / "tokenizer.json"
         self.tokenizer: Tokenizer | None = None
         self.most_characters = MOST_CHARACTERS
@@ -60,10 +60,12 @@ class Text:
         self.config = read_json(folder / "tokenizer_config.json")
         self.special_tokens: dict[str, str] = {}
         if self.tokenizer is not None:
-            with _panics_refused(folder):
+            with panics_refused(folder, quiet=True):
                 self.special_tokens = complete_tokenizer(self.tokenizer, folder, self.config)
                 self.tokenizer.no_truncation()  # a saved training setting would cut prompts without a word
                 self.tokenizer.no_padding()
+                self.may_panic = may_panic(self.tokenizer)
+                try_tokenizer(self.tokenizer)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer puts one.
@@ -73,13 +75,13 @@ class Text:
             special_tokens: Whether the tokenizer adds its own (BOS).
         """
         tokenizer, text = self._tokenizer(), self._checked(text)
-        with _panics_refused(self.folder):
+        with panics_refused(self.folder, quiet=self.may_panic):
             ids: list[int] = encode(tokenizer, text, special_tokens=special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        with _panics_refused(self.folder):
+        with panics_refused(self.folder, quiet=self.may_panic):
             text: str = self._tokenizer().decode(list(ids), skip_special_tokens=True)
         return text
 
@@ -108,7 +110,7 @@ class Text:
         with one_budget():
             writer = self._writer(messages, settings)
             text = self._checked(writer.text)
-            with _panics_refused(self.folder):
+            with panics_refused(self.folder, quiet=self.may_panic):
                 sanitizes = writer.chat.sanitizes
                 ids = self._control_tokens.encode(writer) if sanitizes else self.encode(text, special_tokens=False)
         if self._has_processor and ids[:1] != (start := self.encode("")[:1]):  # as `transformers`' processors do
@@ -141,10 +143,10 @@ class Text:
         tokenizer, decoder = self.tokenizer, DecodeStream(skip_special_tokens=True)
         if tokenizer is None:
             return lambda token: ""
-        folder = self.folder
+        folder, may_panic = self.folder, self.may_panic
 
         def step(token: int) -> str:
-            with _panics_refused(folder):
+            with panics_refused(folder, quiet=may_panic):
                 return decoder.step(tokenizer, token) or ""
 
         return step
@@ -224,13 +226,13 @@ def _read_tokenizer(path: Path) -> tuple[Tokenizer, int]:
         FolderError: The file is damaged, or a part of it makes too much of a text.
     """
     content = read_bytes(path, folder=path.parent)
-    with _panics_refused(path.parent):
+    with panics_refused(path.parent, quiet=True):
         try:
             check_text(content)
             tokenizer = Tokenizer.from_buffer(content)
             return tokenizer, growth_of(tokenizer)
         except Exception as error:  # the tokenizers library raises plain Exception
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
 
 
 def longest_of_bytes(tokenizer: Tokenizer) -> int | None:
@@ -245,20 +247,3 @@ def longest_of_bytes(tokenizer: Tokenizer) -> int | None:
     if tokenizer.normalizer is not None or takes_spaces or not vocabulary.keys() >= set(ByteLevel.alphabet()):
         return None
     return max(map(len, vocabulary))
-
-
-@contextmanager
-def _panics_refused(folder: Path) -> Iterator[None]:
-    """Refuses a tokenizer that breaks the library's own assumptions: a plain `Exception`, or none of Python's."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error) is not Exception and isinstance(
-            error, Exception | KeyboardInterrupt | SystemExit | GeneratorExit
-        ):
-            raise
-        raise _damaged(folder / "tokenizer.json", error) from error
-
-
-def _damaged(path: Path, error: BaseException) -> FolderError:
-    return FolderError(f"{path}: damaged ({shortened_text(str(error), 150)}): export again from an intact checkpoint")
