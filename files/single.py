@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import FolderError
-from .output import reason
+from .output import reason, remove_leftovers
 from .reading import open_regular
 
 
@@ -51,13 +51,17 @@ def write_file(path: Path, content: bytes) -> None:
 def new_file(path: Path) -> Iterator[Path]:
     """Yields the path of a file to write, which becomes `path` when the block ends without an error.
 
+    What a killed writer of the same file left beside it goes.
+
     Raises:
         FolderError: It cannot be written.
     """
     path = path.absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:100]}.") as folder:
+        remove_leftovers(path)
+        start = f".{path.name[:100]}.{os.getpid()}."
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=start, suffix=".partial") as folder:
             temporary = Path(folder) / path.name
             yield temporary
             temporary.replace(path)

@@ -76,6 +76,15 @@ def test_a_group_is_packed_and_runs(tiny: Path, tmp_path: Path) -> None:
     assert len(arriero.load(folder, max_seq=64, threads=2).generate([1, 5, 7], max_new_tokens=2).ids) == 2
 
 
+def test_what_a_killed_writer_left_goes_with_the_next(bundle: Path, tmp_path: Path) -> None:
+    left, others = tmp_path / f".b.arriero.{2**22 + 7}.ab_1.partial", tmp_path / f".c.arriero.{2**22 + 7}.ab_1.partial"
+    for folder in (left, others):
+        folder.mkdir()
+        (folder / "b.arriero").write_bytes(bytes(100))
+    pack_bundle(bundle, tmp_path / "b.arriero")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, "b.arriero"]
+
+
 def test_what_is_no_bundle_is_not_packed(tiny_model: Path, bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="built for no machine yet: pack what `arriero build` makes"):
         pack_bundle(tiny_model, tmp_path / "x")

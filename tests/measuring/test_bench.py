@@ -78,6 +78,8 @@ def test_the_table_shows_a_line_a_case(found: dict[str, Any], capsys: pytest.Cap
         ({"prefill": [4096], "decode_tokens": 1}, "a prompt of 4096 tokens and 1 decoded ones are more than"),
         ({"prefill": [0]}, r"prefill is \[0\]"),
         ({"batch": []}, r"batch \[\]"),
+        ({"prefill": [100], "batch": [10**20]}, r"a batch of 1\d{20} rows of .* tokens takes .* of memory"),
+        ({"prefill": [100], "batch": [10**7]}, "a batch of 10000000 rows of .* tokens takes .* of memory"),
         ({"decode_tokens": 0}, "decode_tokens is 0, expected 1 to 4095"),
         ({"runs": 0}, "runs is 0"),
         ({"threads": 0}, "threads is 0"),
