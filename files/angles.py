@@ -1,4 +1,4 @@
-"""RoPE's angles as a spec has them, told in the precision that a graph holds them in. Standard library only."""
+"""RoPE's angles as a spec has them, held against a graph's in its own precision. Standard library only."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -43,7 +43,7 @@ DEFAULTS: Mapping[tuple[str, str], Value] = {
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a node computes: its operator, inputs and attributes."""
+    """A node's computation: its operator, inputs and attributes."""
 
     domain: str
     op: str

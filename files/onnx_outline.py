@@ -29,7 +29,7 @@ DEEPEST = 4
 """Graphs within graphs at most."""
 
 LONGEST_CONSTANT = 64
-"""Bytes of a constant that is told by its elements; a longer one is like no other."""
+"""Bytes of a constant that is known by its elements; a longer one is like no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A small tensor told by its type, dimensions and elements."""
+    """A small tensor: its type, dimensions and elements."""
 
     dtype: int
     dims: tuple[Dim, ...]
@@ -60,7 +60,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """An inner graph, told by its outputs, each a name or a constant."""
+    """An inner graph: its outputs, each a name or a constant."""
 
     outputs: tuple[str | Constant, ...]
 

@@ -186,7 +186,7 @@ class Products:
         return find("Where", find("Equal", scale, number(0)), number(1), scale)
 
     def experts(self, x: Ref, logits: Ref, plain: str, held: Experts) -> str:
-        """What a layer's routed experts add to each token.
+        """Sums of what a layer's routed experts add to each token.
 
         Args:
             x: Tokens [T, H].

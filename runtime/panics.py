@@ -80,7 +80,7 @@ def damaged(path: Path, error: BaseException) -> FolderError:
 
 
 class _Caught:
-    """What is written to file descriptor 2 while some thread is within; it comes out when the last one leaves."""
+    """Text that is written to file descriptor 2 while a thread is within; it comes out when the last one leaves."""
 
     def __init__(self) -> None:
         self.lock, self.inside = threading.Lock(), 0
