@@ -148,7 +148,7 @@ class Followers:
             except BlockingIOError as error:
                 raise LostRankError(index + 1, "does not answer") from error
             except (OSError, ValueError) as error:
-                raise self._lost(index + 1) from error
+                raise self.lost(index + 1) from error
 
     def receive(self, *, patience: float | None = None) -> list[Any]:
         """Each follower's answer.
@@ -166,7 +166,7 @@ class Followers:
                     raise LostRankError(index + 1, "does not answer")
                 kind, value = channel.recv()
             except (EOFError, OSError) as error:
-                raise self._lost(index + 1) from error
+                raise self.lost(index + 1) from error
             if kind == "failed":
                 raise LostRankError(index + 1, f"has failed: {value}")
             found.append(value)
@@ -174,15 +174,23 @@ class Followers:
 
     def last_words(self) -> tuple[int, str] | None:
         """The failure that a follower has reported, and its rank, if one has."""
-        for index, channel in enumerate(self.channels):
-            with contextlib.suppress(EOFError, OSError):
-                while channel.poll(0):
-                    kind, value = channel.recv()
-                    if kind == "failed":
-                        return index + 1, str(value)
+        for rank in range(1, len(self.channels) + 1):
+            if (words := self.words_of(rank, 0)) is not None:
+                return rank, words
         return None
 
-    def _lost(self, rank: int) -> "LostRankError":
+    def words_of(self, rank: int, seconds: float = GRACE) -> str | None:
+        """The failure that a follower reports within some time; None where it says nothing."""
+        channel = self.channels[rank - 1]
+        with contextlib.suppress(EOFError, OSError):
+            while channel.poll(seconds):
+                kind, value = channel.recv()
+                if kind == "failed":
+                    return str(value)
+        return None
+
+    def lost(self, rank: int) -> "LostRankError":
+        """The error of a follower that has ended."""
         process = self.processes[rank - 1]
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)

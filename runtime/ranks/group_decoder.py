@@ -23,7 +23,7 @@ from ..backends.interface import Binding, Caches, DecoderBackend, Slots
 from ..shortlist import Row
 from .followers import Followers, LostRankError
 from .meeting import Meeting
-from .segment import Segment
+from .segment import ENDED, FAILED, SAID, Segment
 
 Result = TypeVar("Result")
 AGAIN = "the group has ended, load it again"
@@ -93,8 +93,10 @@ class GroupDecoder:
     @property
     def fault(self) -> str | None:
         """Why the group has ended; None while it has not."""
-        if self.failure is None and (fault := self.meeting.fault) is not None:
-            return f"{self.group}: {fault}; {AGAIN}"
+        if self.failure is None and (fault := self.meeting.segment.fault) is not None:
+            why, rank = fault  # nothing is waited for: whoever asks has other things to do
+            is_gone = rank and why == ENDED and self.followers.processes[rank - 1].poll() is not None
+            return f"{self.group}: rank {rank} {self.followers.how_ended(rank) if is_gone else SAID[why]}; {AGAIN}"
         return self.failure
 
     @property
@@ -159,15 +161,23 @@ class GroupDecoder:
             raise SessionError(self.failure) from error
 
     def _reason(self, error: BaseException) -> str:
-        """The rank that is to blame, and for what."""
-        if isinstance(error, LostRankError):
+        """The rank that is to blame, and for what: the first that ended the group, whoever fails in its wake."""
+        fault = self.meeting.segment.fault
+        if isinstance(error, LostRankError) and (fault is None or fault[1] == error.rank):
             return str(error)
+        if fault is not None:
+            return self._said(*fault)
         if (told := self.followers.last_words()) is not None:
             return f"rank {told[0]} has failed: {told[1]}"
-        for rank, process in enumerate(self.followers.processes, start=1):
-            if process.poll() is not None:
-                return f"rank {rank} {self.followers.how_ended(rank)}"
-        return self.meeting.fault or f"rank 0 has failed: {shortened_text(str(error))}"
+        return f"rank 0 has failed: {shortened_text(str(error))}"
+
+    def _said(self, why: int, rank: int) -> str:
+        """A fault of the group in words; of a follower that has ended or failed, how it did."""
+        if rank and why == ENDED:
+            return str(self.followers.lost(rank))
+        if rank and why == FAILED and (words := self.followers.words_of(rank)) is not None:
+            return f"rank {rank} has failed: {words}"
+        return f"rank {rank} {SAID[why]}"
 
 
 class GroupCaches:

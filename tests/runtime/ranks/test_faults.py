@@ -33,8 +33,15 @@ def groups(make_llama4: Callable[..., Any], tmp_path_factory: pytest.TempPathFac
     return made
 
 
+@pytest.fixture(scope="module")
+def four(groups: list[Path]) -> Path:
+    """A bundle of four ranks, an expert each."""
+    group = export_checkpoint(groups[0].parent / "model-0", groups[0].parent / "group", tp=1, ep=4)
+    return build_bundle(group, groups[0].parent / "four")
+
+
 def load(group: Path, patience: float = 60) -> tuple[arriero.runtime.Session, GroupDecoder]:
-    session = arriero.load(group, max_seq=64, threads=2, patience=patience)
+    session = arriero.load(group, max_seq=64, threads=4, patience=patience)
     assert isinstance(session.decoder, GroupDecoder)
     session.logits([[5, 6, 7]])
     return session, session.decoder
@@ -68,11 +75,12 @@ def test_a_rank_that_dies_ends_the_group(groups: list[Path]) -> None:
     while session.fault is None:  # without a step
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert session.fault == f"{groups[0]}: rank 1 has ended; the group has ended, load it again"
+    said = f"{groups[0]}: rank 1 was ended by SIGKILL; the group has ended, load it again"
+    assert session.fault == said
     with pytest.raises(SessionError) as error:
         use_up(session)
     assert session.fault == str(error.value)
-    assert str(error.value) == f"{groups[0]}: rank 1 was ended by SIGKILL; the group has ended, load it again"
+    assert str(error.value) == said
     with pytest.raises(SessionError, match="rank 1 was ended by SIGKILL"):
         session.generate([5, 6], max_new_tokens=2)
     assert_gone(decoder.processes)
@@ -86,6 +94,18 @@ def test_a_rank_that_hangs_ends_the_group(groups: list[Path]) -> None:
     with pytest.raises(SessionError, match="rank 1 does not answer; the group has ended, load it again"):
         session.logits([[5, 6, 7]])
     assert_gone(decoder.processes)
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSTOP, "not answer")])
+def test_the_rank_that_was_first_is_named_not_those_that_failed_in_its_wake(
+    four: Path, number: signal.Signals, said: str
+) -> None:
+    for rank in (1, 3):
+        session, decoder = load(four, patience=1)
+        os.kill(decoder.processes[rank - 1], number)
+        with pytest.raises(SessionError, match=f"four: rank {rank} .*{said}; the group has ended, load it again$"):
+            use_up(session)
+        assert_gone(decoder.processes)
 
 
 def test_a_rank_that_fails_says_why(groups: list[Path]) -> None:
