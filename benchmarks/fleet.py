@@ -1,12 +1,13 @@
 """Many replicas by simulation: two real ones are driven by conversations, a model is fitted, and it goes on to 64.
 
-    python benchmarks/fleet.py BUNDLE [--json FILE] [--conversations 40]
+    python benchmarks/fleet.py BUNDLE [--json FILE] [--conversations 30] [--times 1]
 
 The trace is synthetic (`support/fleet_model.py`): conversations of several turns about shared system prompts. Real
 servers (`arriero serve`, one thread each) answer it at several loads, one replica and two; the costs of a step are
 fitted to what was seen, held against a load that was not fitted, and the error is told. Then 2, 4, 16 and 64 replicas
 at the same load a replica, routed at random, in turn, and to the replica that knows most of a prompt's beginning. A
 real replica shares its cores with the others and with the client; a model's has its own. The figures are of the bundle.
+`--times` multiplies the conversations a second of all loads, for a machine or bundle that they leave idle.
 """
 
 import argparse
@@ -157,10 +158,10 @@ def compared(found: dict[str, float], model: dict[str, float]) -> dict[str, floa
     return {key: value for name in JUDGED for key, value in ((name, found[name]), (f"{name}, model", model[name]))}
 
 
-def measured(bundle: Path, count: int) -> list[dict[str, Any]]:
+def measured(bundle: Path, count: int, times: float) -> list[dict[str, Any]]:
     """Runs of real replicas: the fitted loads, the held one, and the held one routed in the other ways."""
-    runs = [(replicas, rate, "prefix") for replicas, rate in (*FITTED, HELD)]
-    runs += [(*HELD, way) for way in WAYS if way != "prefix"]
+    runs = [(replicas, rate * times, "prefix") for replicas, rate in (*FITTED, HELD)]
+    runs += [(HELD[0], HELD[1] * times, way) for way in WAYS if way != "prefix"]
     return [
         {"replicas": replicas, "rate": rate, "seed": seed, "conversations": count, "way": way}
         | real(bundle, replicas, Traffic(rate=rate, conversations=count, seed=seed), way)
@@ -172,13 +173,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--conversations", type=int, default=30, help="of each real load")
+    parser.add_argument("--times", type=float, default=1.0, help="as many conversations a second")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seen", type=Path, help="an earlier --json, whose real figures are fitted anew")
     arguments = parser.parse_args()
     ratio, capacity = shape(arguments.bundle)
     how = {"slots": SLOTS, "capacity": capacity, "tokens_a_word": ratio}
     was = json.loads(arguments.seen.read_text()) if arguments.seen else None
-    seen = was["seen"] if was else measured(arguments.bundle, arguments.conversations)
+    seen = was["seen"] if was else measured(arguments.bundle, arguments.conversations, arguments.times)
     traffic = [Traffic(rate=each["rate"], conversations=each["conversations"], seed=each["seed"]) for each in seen]
     fits = [(each["replicas"], one, each) for each, one in zip(seen, traffic, strict=True)][: len(FITTED)]
     costs, how["capacity"] = fitted(fits, how)
@@ -194,7 +196,7 @@ def main() -> None:
     show("real and modelled", rows)
     fleets = []
     for replicas in COUNTS:
-        one = Traffic(rate=EACH * replicas, conversations=40 * replicas, seed=9)
+        one = Traffic(rate=EACH * arguments.times * replicas, conversations=40 * replicas, seed=9)
         for way in WAYS:
             fleets.append({"replicas": replicas, "way": way, **simulate(one, replicas, way, costs, **how)})
     show("simulated", fleets)

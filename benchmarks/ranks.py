@@ -1,6 +1,6 @@
 """Ranks on one machine: tokens of a group beside the whole model's, its speed beside one process, and full-size tables.
 
-    python benchmarks/ranks.py [--parts tokens,ways,speed,sizes] [--threads 2] [--json FILE]
+    python benchmarks/ranks.py [--parts tokens,ways,speed,sizes] [--threads 2] [--model FOLDER] [--json FILE]
 
 `tokens` splits the tiny Llama 4 three ways in three formats, and counts over held-out text where the likeliest token
 differs, and by how much the whole model liked it better than the next where it did. Beside them stands the whole model
@@ -8,8 +8,9 @@ against itself with its embeddings moved by a unit in the last place, where rout
 what parted sums do.
 `ways` asks the tiny Llama 4 that sees, split as often, about text and pictures: alone, in a flight, by `arriero run`,
 behind `arriero serve`, and under `check`.
-`speed` decodes and prefills as one process with all threads and as two ranks that share them, in turns. `sizes` splits
-sparse full-size models in FP8, Scout over 2 ranks and Maverick over 8, and shows what `arriero inspect` says of them.
+`speed` decodes and prefills as one process with all threads and as two ranks that share them, in turns, with `--model`
+a model of one's own in place of the tiny Llama 4. `sizes` splits sparse full-size models in FP8, Scout over 2 ranks and
+Maverick over 8, and shows what `arriero inspect` says of them.
 """
 
 import argparse
@@ -244,6 +245,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--threads", type=int, default=max(2, processors()))
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--model", type=Path, help="a model folder whose speed is timed")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     chosen = arguments.parts.split(",")
@@ -252,7 +254,8 @@ def main() -> None:
         folder = Path(scratch)
         if {"tokens", "speed"} & set(chosen):
             text = held_out(folder)
-            pairs = groups(folder, models(TINY, folder, [text]))
+            own = arguments.model
+            pairs = groups(folder, models(TINY, folder, [text]) if own is None else {own.name: own})
             parts: dict[str, Callable[[], list[Row]]] = {
                 "tokens": lambda: token_rows(pairs, text, arguments.threads),
                 "jolts": lambda: jolt_rows({kind: whole for (kind, _), (whole, _) in pairs.items()}, text),
