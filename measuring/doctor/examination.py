@@ -3,6 +3,7 @@
 Enters: a bundle, or nothing but this machine. Leaves: findings. Nothing is changed, and no look ends the others.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ...spec.types import Progress
 from ..greedy import compare_greedy, compute_greedy, open_for_greedy, read_greedy
 from .file_checks import check_files, check_hashes, check_small_files, check_trust
 from .finding import Finding, found, ok, seen, unchecked
-from .gpu_checks import check_bare_gpu, check_gpu
+from .gpu_checks import check_bare_gpu, check_gpu, check_nccl
 from .processor_checks import check_processor, check_thread_count
 from .room_checks import check_disk, check_memory, check_port
 
@@ -78,8 +79,11 @@ def examine(
         prefix = f"rank {number} " if spec.kind == "group" else ""
         findings += check_files(path, part, plan.weights, prefix)
         if part.engine is not None:
-            findings += check_gpu(path, part, open_driver, number)
+            looks = check_gpu(path, part, open_driver, number)
+            findings += [dataclasses.replace(each, check=f"{prefix}{each.check}") for each in looks]
             findings.append(check_trust(path, part, prefix))
+    if own.engine is not None and spec.kind == "group":
+        findings.append(check_nccl())
     findings += check_processor(own)
     if own.engine is None:
         findings.append(check_thread_count(plan.threads))

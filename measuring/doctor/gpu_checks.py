@@ -8,6 +8,7 @@ from ...errors import SessionError
 from ...plugins.launch import Driver
 from ...runtime.backends.device import Device
 from ...runtime.backends.engine_file import check_machine, open_version
+from ...runtime.ranks.nccl import Nccl
 from ...runtime.room import size
 from ...spec.built_engine import FP8_FROM, EngineSpec
 from ...spec.folder import FolderSpec
@@ -66,6 +67,16 @@ def check_bare_gpu(open_driver: Callable[[], Driver]) -> Finding:
         return f"{each or 'none'}; the driver serves CUDA {major}.{minor}"
 
     return seen("GPU", look)
+
+
+def check_nccl() -> Finding:
+    """Looks for the library through which the ranks of engines meet."""
+
+    def look() -> str:
+        Nccl()
+        return "its library loads"
+
+    return seen("NCCL", look)
 
 
 def _types(spec: FolderSpec, engine: EngineSpec, capability: int) -> Finding:

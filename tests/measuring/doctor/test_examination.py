@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from arriero.cli.app import app
 from arriero.engine import build_bundle
 from arriero.errors import SessionError
-from arriero.files.folders import SPEC, read_spec
+from arriero.files.folders import SPEC, rank_fingerprint, read_spec
 from arriero.files.machine_memory import Room
 from arriero.files.manifest import MANIFEST
 from arriero.files.packing import pack_bundle, unpack_bundle
@@ -25,6 +25,7 @@ from arriero.measuring.doctor.examination import Plan, examine
 from arriero.measuring.doctor.finding import Finding
 from arriero.plugins.cpu import library
 from arriero.plugins.launch import Driver
+from arriero.runtime.ranks import nccl
 from arriero.spec.built_engine import CacheInput, EngineSpec, Profile
 
 FREE = Plan(port=0, threads=1)
@@ -268,6 +269,25 @@ def test_an_engine_of_another_gpu_driver_or_size_is_found(good: Path, tmp_path: 
     assert "--max-batch" in wrong(folder, driver=lambda: FakeDriver(87, size=1000))["GPU memory"]
     found = look(folder, driver=lambda: FakeDriver(87))
     assert {found[name].state for name in ("driver", "GPU", "types", "GPU memory")} == {"ok"}
+
+
+def test_a_group_of_engines_is_looked_at_rank_by_rank_and_for_nccl(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, hashes = tmp_path / "group", []
+    group.mkdir()
+    for rank in (0, 1):
+        folder = engine_bundle(good, group / f"rank-{rank}")
+        own = dataclasses.replace(read_spec(folder), rank=rank, ranks=2)
+        (folder / SPEC).write_text(own.to_json())
+        hashes.append(rank_fingerprint(folder))
+    spec = dataclasses.replace(own, kind="group", rank=0, engine=None, rank_hashes=tuple(hashes))
+    (group / SPEC).write_text(spec.to_json())
+    monkeypatch.setattr(nccl, "_places", lambda: iter(["libnowhere.so"]))
+    found = look(group, driver=lambda: FakeDriver(87))
+    assert found["rank 0 GPU"].state == "ok"
+    assert found["NCCL"].state == "found"
+    assert "pip install nvidia-nccl-cu13" in found["NCCL"].text
 
 
 def test_fp8_on_a_jetson_orin_is_refused(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
