@@ -123,8 +123,7 @@ class Linears:
         self.records.append(record)
         self.emit(f"{unit}.weight", laid_out(product, choice))
         scale_NG = product.weight.scale_NG
-        is_int4 = choice.format == "int4"
-        self.emit(f"{unit}.weight_scale", scale_NG.to(dtype) if is_int4 else scale_NG[:, 0].contiguous())
+        self.emit(f"{unit}.weight_scale", scale_NG.to(dtype) if choice.group_size else scale_NG[:, 0].contiguous())
         if product.input_scale is not None:
             self.emit(f"{unit}.input_scale", torch.tensor(product.input_scale))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from ..errors import CalibrationError
-from ..spec.choice import choose, units
+from ..spec.choice import choose, is_grouped_int8, units
 from ..spec.geometry import ModelSpec, VisionSpec
 from ..spec.recipe import Format, Override, Recipe
 
@@ -76,7 +76,10 @@ def parse_recipe(name: str, changes: Mapping[str, object], overrides: Sequence[s
 
 
 APPLIES: dict[str, tuple[str, Callable[[Recipe, Sequence[Format]], bool]]] = {
-    "group_size": ("groups are int4's alone", lambda recipe, formats: "int4" in formats),
+    "group_size": (
+        "groups are int4's, and of 32 int8's: choose 32",
+        lambda recipe, formats: "int4" in formats or is_grouped_int8(recipe),
+    ),
     "percentile": (
         "it is the clip's of that name: add --clip percentile",
         lambda recipe, formats: "percentile" in (recipe.clip, *(each.clip for each in recipe.overrides)),
@@ -134,7 +137,7 @@ def check_recipe(recipe: Recipe, spec: ModelSpec, vision: VisionSpec | None = No
         if choice.format == "fp8" and choice.clip == "entropy":
             raise CalibrationError(f"{name}: clip 'entropy' counts int8's levels: choose absmax, percentile or mse")
         sizes = (inputs, spec.expert_size) if name.endswith(".experts") else (inputs,)
-        for size in sizes if choice.format == "int4" else ():
+        for size in sizes if choice.group_size else ():
             _check_group(name, choice.group_size, size)
 
 

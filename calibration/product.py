@@ -119,7 +119,7 @@ class ProductInput:
         """A linear of this input, for the search of the smoothing's strength."""
 
         def quantise(rows_RK: Tensor, moved_NK: Tensor, exponents_K: Tensor) -> Tensor:
-            group = choice.group_size if choice.format == "int4" else moved_NK.shape[1]
+            group = choice.group_size or moved_NK.shape[1]
             scales_NG = choose_scales(moved_NK, choice.format, group, "absmax")
             rounded = round_nearest(moved_NK, scales_NG, choice.format)
             return fake_quantise(rows_RK, choice.format, self.scale(choice, exponents_K)) @ rounded.wide().T
@@ -140,11 +140,11 @@ def quantise_product(
         weight: The weight, moved by the exponents chosen for its input and for the next.
         source: Its input.
         choice: The recipe's choice for it.
-        dtype: The type that holds an int4 weight's scales.
+        dtype: The type that can hold the scales of groups.
     """
     statistics, exponents_K = source.statistics, source.exponents_K
-    is_int4, clip = choice.format == "int4", source.recipe.weight_clip
-    group, held = (choice.group_size, dtype) if is_int4 else (weight.shape[1], torch.float32)
+    clip = source.recipe.weight_clip
+    group, held = (choice.group_size, dtype) if choice.group_size else (weight.shape[1], torch.float32)
     corrections = source.corrections() if choice.rounding == "gptq" else None
     if corrections is None:
         rounded = choose_and_round(weight, choice.format, group, clip, held)

@@ -23,6 +23,7 @@ from ..files.output import check_apart, check_free, copy_sparse, new_folder
 from ..files.reading import read_bytes
 from ..files.trust import remember
 from ..plugins.canonical_graph import LARGEST
+from ..spec.choice import INT8_GROUP, is_grouped_int8
 from ..spec.draft import DRAFT_PREFIX
 from ..spec.folder import DraftPart, FolderSpec
 from ..spec.stored_weights import WeightFile
@@ -75,6 +76,11 @@ def build_bundle(
     if spec.draft is not None and parsed.flavour != "cpu":
         raise BuildError(
             f"{source} has a draft, which engines do not run: export the model for {target} without --draft"
+        )
+    if spec.recipe is not None and is_grouped_int8(spec.recipe) and parsed.flavour != "cpu":
+        raise BuildError(
+            f"{source} has int8 weights in groups of {INT8_GROUP} inputs, which CPUs alone take: calibrate for {target} "
+            "without --group-size"
         )
     if spec.kind == "bundle" or spec.target:
         raise FolderError(f"{source} is built already: give the {spec.kind.replace('bundle', 'model')} it was built of")

@@ -247,7 +247,8 @@ class _CpuLowering:
             in_part = count < self.router_experts
             moe_cpu.lower(nodes, *tokens, experts, hidden, output, settings, in_part=in_part)
             return
-        chosen_in = sources[0].dtype if kind == "int4" else None  # rule 7 from here on
+        has_groups = kind == "int4" or dims(scales[0])[-1] > 1  # rule 7 from here on
+        chosen_in = sources[0].dtype if has_groups else None
         into, back = (
             dataclasses.replace(
                 self._panels(weights[part], scales[part], kind, chosen_in=chosen_in, interleaved=not part),
@@ -310,6 +311,8 @@ def absorbed(product: ir.Node) -> list[ir.Node]:
         if node is not None and node.op_type in ("Transpose", "DequantizeLinear", "QuantizeLinear"):
             found.append(node)
             pending += node.inputs[:1] if node.op_type != "QuantizeLinear" else []
+            scale = node.inputs[1].producer() if node.op_type == "DequantizeLinear" and node.inputs[1] else None
+            found += [scale] if scale is not None and scale.op_type == "Cast" else []  # of groups of int8
     return found
 
 

@@ -9,7 +9,8 @@
 Weights are [N, K] as in a checkpoint, with a scale for each output channel, or for each block of its inputs. In int8
 and fp8 the scales and the product are float32, which TensorRT makes an Int8 or FP8 GEMM with a float32 epilogue; with
 scales in bfloat16 it would quantise activations in bfloat16. In int4 the scales have the graph's type, as TensorRT's
-weight-only kernels demand.
+weight-only kernels demand. Blocks of int8 have scales of the graph's type too, with a Cast behind them, and are for
+CPUs alone.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Linear:
         x: The input, quantised or in `int4` multiplied as it is.
         x_scale: Its scale; None in `int4`.
         weight: The stored weight [N, K], an initializer.
-        weight_scale: [N], or [N, K / block] in `int4`.
+        weight_scale: [N], or [N, K / block] of groups.
         own_scale: The scale that each token has of its own, which `x` is divided by and the product multiplied; None
             where there is none.
     """
@@ -131,17 +132,28 @@ def write_linear(
         dtype: The graph's type.
     """
     if kind == "int4":
-        assert weight.shape is not None
-        assert weight_scale.shape is not None
-        block = weight.shape.numpy()[1] // weight_scale.shape.numpy()[1]
-        wide = nodes.DequantizeLinear(weight, weight_scale, axis=1, block_size=block)
+        wide = nodes.DequantizeLinear(weight, weight_scale, axis=1, block_size=_block(weight, weight_scale))
         nodes.node("MatMul", [x, nodes.Transpose(wide, perm=[1, 0])], outputs=[output])
         return
-    wide = nodes.DequantizeLinear(weight, weight_scale, axis=0)
+    assert weight_scale.shape is not None
+    if len(weight_scale.shape) == 2:
+        assert weight_scale.dtype is not None
+        scale = cast(nodes, weight_scale, weight_scale.dtype, FLOAT)
+        wide = nodes.DequantizeLinear(weight, scale, axis=1, block_size=_block(weight, weight_scale))
+    else:
+        wide = nodes.DequantizeLinear(weight, weight_scale, axis=0)
     product = nodes.MatMul(x, nodes.Transpose(wide, perm=[1, 0]))
     if x_token_scale is not None:
         product = nodes.Mul(product, x_token_scale)
     nodes.node("Cast", [product], outputs=[output], attributes={"to": dtype})
+
+
+def _block(weight: ir.Value, weight_scale: ir.Value) -> int:
+    """Inputs that share a scale."""
+    assert weight.shape is not None
+    assert weight_scale.shape is not None
+    inputs, blocks = weight.shape.numpy()[1], weight_scale.shape.numpy()[1]
+    return int(inputs // blocks)
 
 
 def read_linear(product: ir.Node) -> Linear | None:
@@ -154,6 +166,8 @@ def read_linear(product: ir.Node) -> Linear | None:
     if dequantise is None or x is None:
         return None
     weight, weight_scale = dequantise.inputs[:2]
+    if widened := _producer(weight_scale, "Cast"):
+        weight_scale = widened.inputs[0]
     if weight is None or weight_scale is None or weight.dtype not in KINDS:
         return None
     kind = KINDS[weight.dtype]

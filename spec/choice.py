@@ -13,6 +13,9 @@ from fnmatch import fnmatchcase
 from .geometry import VISION, VISION_LAYERS, ModelSpec, VisionSpec
 from .recipe import Format, Recipe
 
+INT8_GROUP = 32
+"""Inputs that share a scale where int8 weights are in groups."""
+
 KEPT = ("router", "lm_head")
 """Last names of units that stay in high precision unless asked."""
 
@@ -24,7 +27,7 @@ PROJECTOR = "multi_modal_projector.linear_1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """A recipe's choice for one unit; the fields are those of `spec.Recipe`."""
+    """A recipe's choice for one unit; the fields are those of `spec.Recipe`, and a `group_size` of 0 is all inputs."""
 
     format: Format
     activations: str
@@ -92,4 +95,10 @@ def choose(recipe: Recipe, name: str) -> Choice:
             choice = dataclasses.replace(
                 choice, **{field: value for field, value in given.items() if value is not None}
             )
-    return choice
+    has_groups = choice.format == "int4" or (choice.format == "int8" and is_grouped_int8(recipe))
+    return choice if has_groups else dataclasses.replace(choice, group_size=0)
+
+
+def is_grouped_int8(recipe: Recipe) -> bool:
+    """Whether a recipe's int8 weights have a scale for each `INT8_GROUP` inputs, which CPUs alone take."""
+    return recipe.format == "int8" and recipe.group_size == INT8_GROUP

@@ -17,7 +17,7 @@ class Override:
         format: How these weights are stored.
         activations: One scale a tensor, or one a token.
         clip: How the largest activation that is represented is chosen.
-        group_size: Rows of a weight that share a scale in `int4`.
+        group_size: Inputs of an output that share a scale in `int4`.
         rounding: To the nearest value, or with GPTQ's correction.
     """
 
@@ -42,7 +42,7 @@ class Recipe:
         smoothing: Method that moves difficult channels from activations into weights before rounding.
         strength: Strength of the smoothing, 0 to 1; None searches it for each group of linears with a common input.
         rounding: To the nearest value, or with GPTQ's correction of what is rounded later.
-        group_size: Rows of a weight that share a scale in `int4`.
+        group_size: Inputs of an output that share a scale in `int4`; 32 of an `int8` recipe's too, and otherwise all.
         kv_cache: How keys and values are stored.
         activation_bound: The largest magnitude that a token's own scale is chosen for: larger ones are clipped; 0 is
             none.

@@ -1,5 +1,6 @@
 """A recipe in words, for reports and for `inspect`."""
 
+from .choice import INT8_GROUP, is_grouped_int8
 from .recipe import Override, Recipe
 
 NAMES = {"int8": "INT8", "fp8": "FP8", "int4": "INT4", "none": "as stored"}
@@ -21,7 +22,8 @@ def in_words(recipe: Recipe | None) -> str:
     else:
         clip = CLIPS[recipe.clip].format(percentile=recipe.percentile)
         scale = "a scale a token" if recipe.activations == "dynamic" else f"one scale a tensor, {clip}"
-        parts = [f"{name} weights, a scale an output channel", f"{name} activations, {scale}"]
+        weights = f"in groups of {INT8_GROUP} inputs" if is_grouped_int8(recipe) else "a scale an output channel"
+        parts = [f"{name} weights, {weights}", f"{name} activations, {scale}"]
     if recipe.weight_clip == "mse":
         parts.append("weights' scales of least squared error")
     if recipe.smoothing != "none":

@@ -186,7 +186,7 @@ def product_error(
 def rounding_error(x_RK: NDArray[np.float32], weight_NK: NDArray[np.float32], choice: Choice) -> float:
     """The relative error of a product whose weight, and whose input where the choice says so, are rounded."""
     kind, size = choice.format, weight_NK.shape[1]
-    group = choice.group_size if kind == "int4" else size
+    group = choice.group_size or size
     blocks_NGB = weight_NK.reshape(len(weight_NK), size // group, group)
     scale_NG1 = np.abs(blocks_NGB).max(-1, keepdims=True) / LARGEST[kind]
     scale_NG1[scale_NG1 == 0] = 1.0

@@ -47,6 +47,7 @@ ENTRIES = (
     Entry(engine="llama", form="q4_0", bits=4),
     Entry(engine="llama", form="q4_k_m", bits=4),
     Entry(engine="arriero", form="int8", bits=8),
+    Entry(engine="arriero", form="int8-32", bits=8),
     Entry(engine="llama", form="q8_0", bits=8),
     Entry(engine="arriero", form="bfloat16", bits=16),
     Entry(engine="llama", form="bf16", bits=16),
@@ -129,8 +130,10 @@ class Workshop:
         source = self._model("bfloat16")
         say(f"rounding to {form}")
         ids_WS = np.random.default_rng(0).integers(0, self.config["vocab_size"], (1, 64))
-        head = Override(pattern="lm_head", format=form)  # type: ignore[arg-type]
-        recipe = Recipe(format=form, activations="dynamic", group_size=self.group, overrides=(head,))  # type: ignore[arg-type]
+        stored, _, group = form.partition("-")
+        size = self.group if stored == "int4" else int(group or 64)
+        head = Override(pattern="lm_head", format=stored)  # type: ignore[arg-type]
+        recipe = Recipe(format=stored, activations="dynamic", group_size=size, overrides=(head,))  # type: ignore[arg-type]
         return calibrate_model(source, path, recipe=recipe, data=ids_WS, floor=0)
 
     def _gguf(self, form: str) -> Path:

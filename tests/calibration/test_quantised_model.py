@@ -19,7 +19,7 @@ import arriero
 from arriero.calibration import calibrate_model, fp8, int4, int8
 from arriero.calibration.presets import check_applies, parse_recipe
 from arriero.engine import build_bundle
-from arriero.errors import CalibrationError, CheckpointError, DataError, FolderError
+from arriero.errors import BuildError, CalibrationError, CheckpointError, DataError, FolderError
 from arriero.export import export_checkpoint
 from arriero.files.folders import read_spec
 from arriero.spec.recipe import Override, Recipe
@@ -44,9 +44,12 @@ def off(model: Path, other: Path) -> float:
     return float(np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2)))
 
 
+HEAD = Override(pattern="lm_head", format="int8")
 RECIPES = {
     "int8": (int8(), 0.03),
     "int8 static": (int8(activations="static", clip="percentile", percentile=100.0), 0.05),
+    "int8 in groups": (int8(group_size=32), 0.03),
+    "int8 in groups, static": (int8(group_size=32, activations="static", overrides=(HEAD,)), 0.05),
     "fp8": (fp8(), 0.12),
     "fp8 dynamic": (fp8(activations="dynamic", rounding="nearest"), 0.12),
     "int4": (int4(group_size=32), 0.25),
@@ -80,6 +83,22 @@ def test_a_quantised_model_is_whole_checked_and_near_the_original(model: Path, t
     bundle = build_bundle(quantised, tmp_path / "bundle")
     assert np.array_equal(arriero.load(bundle).logits(IDS[:1]), arriero.load(quantised).logits(IDS[:1]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "quantised"]
+
+
+def test_int8_in_groups_is_nearer_has_narrow_scales_and_is_for_cpus(model: Path, tmp_path: Path) -> None:
+    whole, groups = (
+        calibrate_model(model, tmp_path / name, recipe=int8(smoothing="none", **changes), data=IDS, floor=0)
+        for name, changes in (("whole", {}), ("groups", {"group_size": 32}))
+    )
+    assert off(model, groups) < off(model, whole)
+    scales = {name: t for path in groups.glob("*.safetensors") for name, t in load_file(path).items() if "_scale" in name}
+    assert {tensor.dtype for name, tensor in scales.items() if "experts" not in name} == {torch.bfloat16}
+    assert scales["layers.0.self_attn.q_proj.weight_scale"].shape[1] == 64 // 32
+    bundle = read_spec(build_bundle(groups, tmp_path / "bundle"))
+    made = {weight.convert for weight in bundle.weights if weight.layout == "scales"}
+    assert made == {"bfloat16"}
+    with pytest.raises(BuildError, match=r"groups has int8 weights in groups of 32 inputs, which CPUs alone take: .*"):
+        build_bundle(groups, tmp_path / "engine", target="tensorrt-rtx:sm89")
 
 
 def test_every_weight_is_reported(model: Path, tmp_path: Path) -> None:
@@ -190,7 +209,9 @@ def test_what_does_not_fit_is_refused(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("int8", {"group_size": 32}, "--group-size does not apply to this int8 recipe, groups are int4's alone"),
+        ("int8", {"group_size": 32}, ""),
+        ("int8", {"group_size": 64}, "--group-size does not apply to this int8 recipe, .* of 32 int8's: choose 32"),
+        ("fp8", {"group_size": 32}, "--group-size does not apply to this fp8 recipe"),
         ("int4", {"group_size": 32}, ""),
         ("fp8", {"percentile": 99.0}, "--percentile does not apply .* add --clip percentile"),
         ("fp8", {"percentile": 99.0, "clip": "percentile"}, ""),

@@ -59,7 +59,7 @@ def drawn(bits: int, size: tuple[int, int], groups: int, seed: int = 0) -> tuple
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integers_are_multiplied_as_float64_does(bits: int, size: tuple[int, int], tokens: int) -> None:
     inputs, _ = size
-    for group in (0, 8, 16, 32, 64) if bits == 4 else (0,):
+    for group in (0, 8, 16, 32, 64) if bits == 4 else (0, 32, 64):
         if group and inputs % group:
             continue
         stored, scale = drawn(bits, size, inputs // group if group else 1)
@@ -144,7 +144,7 @@ def test_a_static_scale_rounds_as_quantize_linear_does(bits: int) -> None:
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (8, 0), (16, 0)])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (8, 0), (8, 32), (16, 0)])
 def test_a_row_is_computed_alike_whatever_stands_beside_it(bits: int, group: int) -> None:
     inputs = 256
     stored, scale = drawn(min(bits, 8), (inputs, 100), inputs // group if group else 1)
