@@ -85,7 +85,9 @@ Strength = Annotated[float | None, typer.Option(help="Strength of the smoothing,
 Rounding = Annotated[str | None, typer.Option(help="nearest or gptq.", show_default="the recipe's")]
 GroupSize = Annotated[
     int | None,
-    typer.Option(help="Inputs that share a scale: 32, 64 or 128 of int4; 32 of int8, for CPUs.", show_default="64; all"),
+    typer.Option(
+        help="Inputs that share a scale: 32, 64 or 128 of int4; 32 of int8, for CPUs.", show_default="64; all"
+    ),
 ]
 CalibratedCache = Annotated[str | None, typer.Option(help="int8 or fp8: quantise keys and values.")]
 Override = Annotated[

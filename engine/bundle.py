@@ -73,15 +73,7 @@ def build_bundle(
     _check_options(parsed, options, kv_cache)
     spec = read_spec(source)
     check_no_rank(source, spec)
-    if spec.draft is not None and parsed.flavour != "cpu":
-        raise BuildError(
-            f"{source} has a draft, which engines do not run: export the model for {target} without --draft"
-        )
-    if spec.recipe is not None and is_grouped_int8(spec.recipe) and parsed.flavour != "cpu":
-        raise BuildError(
-            f"{source} has int8 weights in groups of {INT8_GROUP} inputs, which CPUs alone take: calibrate for {target} "
-            "without --group-size"
-        )
+    _check_target(source, spec, parsed, target)
     if spec.kind == "bundle" or spec.target:
         raise FolderError(f"{source} is built already: give the {spec.kind.replace('bundle', 'model')} it was built of")
     check_apart(source, bundle)
@@ -98,6 +90,23 @@ def build_bundle(
             write_manifest(folder, progress)
     remember(bundle, *built)
     return bundle
+
+
+def _check_target(source: Path, spec: FolderSpec, target: Target, text: str) -> None:
+    """Refuses what engines do not run.
+
+    Raises:
+        BuildError: A model has such a thing, and the target is an engine.
+    """
+    if target.flavour == "cpu":
+        return
+    if spec.draft is not None:
+        raise BuildError(f"{source} has a draft, which engines do not run: export the model for {text} without --draft")
+    if spec.recipe is not None and is_grouped_int8(spec.recipe):
+        raise BuildError(
+            f"{source} has int8 weights in groups of {INT8_GROUP} inputs, which CPUs alone take: calibrate "
+            f"without --group-size for {text}"
+        )
 
 
 def _check_options(target: Target, options: Options, kv_cache: str | None) -> None:

@@ -91,9 +91,11 @@ def test_int8_in_groups_is_nearer_has_narrow_scales_and_is_for_cpus(model: Path,
         for name, changes in (("whole", {}), ("groups", {"group_size": 32}))
     )
     assert off(model, groups) < off(model, whole)
-    scales = {name: t for path in groups.glob("*.safetensors") for name, t in load_file(path).items() if "_scale" in name}
+    scales = {
+        name: t for path in groups.glob("*.safetensors") for name, t in load_file(path).items() if "_scale" in name
+    }
     assert {tensor.dtype for name, tensor in scales.items() if "experts" not in name} == {torch.bfloat16}
-    assert scales["layers.0.self_attn.q_proj.weight_scale"].shape[1] == 64 // 32
+    assert {tensor.shape[-1] for name, tensor in scales.items() if "q_proj" in name} == {64 // 32}
     bundle = read_spec(build_bundle(groups, tmp_path / "bundle"))
     made = {weight.convert for weight in bundle.weights if weight.layout == "scales"}
     assert made == {"bfloat16"}
