@@ -122,6 +122,7 @@ class _TensorrtLowering:
     caches: list[CacheInput] = field(default_factory=list)
     dtypes: set[ir.DataType] = field(default_factory=set)
     sums: dict[str, int] = field(default_factory=dict)
+    replaced: set[ir.Node] = field(default_factory=set)
 
     def lower(self) -> ir.Graph:
         """Lowers node by node, in order."""
@@ -138,7 +139,7 @@ class _TensorrtLowering:
         return ir.Graph(
             self.inputs,
             [self._value(value) for value in self.source.outputs],
-            nodes=written,
+            nodes=[node for node in written if node not in self.replaced],
             initializers=list(self.initializers.values()),
             opset_imports={**self.source.opset_imports, gqa.DOMAIN: gqa.VERSION, gqa_native.DOMAIN: 1},
             name=self.source.name,
@@ -237,10 +238,29 @@ class _TensorrtLowering:
         self.ways[name] = way
         if way == "plugin":
             rope = len(inputs) > 6 and inputs[6] is not None
-            settings = _plugin_attributes(attributes, rope=int(rope))
-            nodes.node(gqa.NAME, _given(inputs), outputs=outputs, domain=gqa.DOMAIN, attributes=settings)
+            given = _given(inputs)
+            if (projection := self._fused(nodes, given[:3])) is not None:
+                given[:3] = [projection] * 3
+            width = 0 if projection is None else attributes.heads * head_dim
+            settings = _plugin_attributes(attributes, rope=int(rope), width=width)
+            nodes.node(gqa.NAME, given, outputs=outputs, domain=gqa.DOMAIN, attributes=settings)
         else:
             gqa_native.lower(nodes, _given(inputs), outputs, attributes, head_dim, dtype)
+
+    def _fused(self, nodes: Nodes, projected: list[ir.Value]) -> ir.Value | None:
+        """One product in place of the three that make query, key and value, so that no layer copies its parts.
+
+        None where their weights are not 16-bit ones inside the engine, which are joined when it is built.
+        """
+        products = [node for value in projected if (node := value.producer()) is not None and node.op_type == "MatMul"]
+        turned = [node.inputs[1].producer() for node in products if node.inputs[1] is not None]
+        weights = [node.inputs[0] for node in turned if node is not None and node.op_type == "Transpose"]
+        inside = [value for value in weights if value is not None and f"{value.name}" in self.initializers]
+        if len(inside) < 3 or len({node.inputs[0] for node in products}) > 1:
+            return None
+        self.replaced.update(products)
+        joined = nodes.Concat(*(_present(node.inputs, 1) for node in products), axis=1)
+        return nodes.MatMul(_present(products[0].inputs, 0), joined)
 
     def _lower_experts(
         self,

@@ -70,6 +70,7 @@ class PluginOp:
         accepts: Whether the op takes inputs of these types.
         call: Makes the plan.
         kernels: Full name of the module of the Triton functions; not imported here.
+        width: The last dimension of the first output where it is not the input's; 0 where it is.
     """
 
     name: str
@@ -80,6 +81,7 @@ class PluginOp:
     accepts: Callable[[Any, Sequence[str]], bool]
     call: Callable[[Any, Sequence[Tensor], int], Call]
     kernels: str
+    width: Callable[[Any], int] = lambda settings: 0
 
 
 class ReadyCall:
@@ -238,7 +240,10 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
             return [types[index] for index in op.like]
 
         def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], exprs: Any) -> list[Any]:
-            return [trt.DimsExprs(inputs[index]) for index in op.like]
+            shapes = [trt.DimsExprs(inputs[index]) for index in op.like]
+            if width := op.width(self.settings):
+                shapes[0][len(shapes[0]) - 1] = exprs.constant(width)
+            return shapes
 
         def get_aliased_input(self, output: int) -> int:
             return op.in_place[output]

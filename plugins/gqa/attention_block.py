@@ -14,6 +14,17 @@ ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
+def behind_queries(
+    key, value, FUSED: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """Where keys and values begin: given a projection of all three, behind a token's queries."""
+    if FUSED:
+        return key + KV_HEADS * GROUP * HEAD_DIM, value + KV_HEADS * (GROUP + 1) * HEAD_DIM
+    else:
+        return key, value
+
+
+@triton.jit
 def first_slot(past, chunk):
     """The slot of a row's first new token."""
     return tl.where(chunk > 0, past % tl.maximum(chunk, 1), past)

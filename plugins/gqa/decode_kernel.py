@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..last_program import is_last
-from .attention_block import attend_block, first_slot, quantise, turn, turn_and_norm
+from .attention_block import attend_block, behind_queries, first_slot, quantise, turn, turn_and_norm
 
 
 @triton.jit
@@ -41,6 +41,7 @@ def decode(
     TEMPERATURE: tl.constexpr,
     LARGEST: tl.constexpr,
     FOLD: tl.constexpr,
+    FUSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -80,7 +81,10 @@ def decode(
         key_step = tl.load(key_scale + places, mask=dim < HEAD_DIM, other=1.0)[None]
         value_step = tl.load(value_scale + places, mask=dim < HEAD_DIM, other=1.0)[None]
 
-    places = ((head * GROUP + member) * HEAD_DIM)[:, None, None] + dim[None]
+    HEADS: tl.constexpr = KV_HEADS * (GROUP + 2) if FUSED else KV_HEADS * GROUP
+    KEYS: tl.constexpr = HEADS if FUSED else KV_HEADS
+    new_keys, new_values = behind_queries(key, value, FUSED, KV_HEADS, GROUP, HEAD_DIM)
+    places = ((row * HEADS + kv_head * GROUP + member) * HEAD_DIM)[:, None, None] + dim[None]
     x = turn_and_norm(tl.load(query + places, mask=inside, other=0.0), sine, cosine, eps, rounded, HEAD_DIM, NORM)
     if TEMPERATURE:
         ahead = tl.floor(tl.div_rn((past + 1).to(tl.float32), temperature_floor))
@@ -91,11 +95,13 @@ def decode(
 
     cached = head * capacity * HEAD_DIM
     if (start <= slot) & (slot < end):
-        new = (head * HEAD_DIM + dim)[None]
+        new = ((row * KEYS + kv_head) * HEAD_DIM + dim)[None]
         stored = (cached + slot.to(tl.int64) * HEAD_DIM + dim)[None]
         whole = (dim < HEAD_DIM)[None]
-        new_key = turn_and_norm(tl.load(key + new, mask=whole, other=0.0), sine, cosine, eps, rounded, HEAD_DIM, NORM)
-        new_value = tl.load(value + new, mask=whole, other=0.0).to(tl.float32)
+        new_key = turn_and_norm(
+            tl.load(new_keys + new, mask=whole, other=0.0), sine, cosine, eps, rounded, HEAD_DIM, NORM
+        )
+        new_value = tl.load(new_values + new, mask=whole, other=0.0).to(tl.float32)
         if LARGEST:
             new_key = quantise(new_key, key_step, LARGEST)
             new_value = quantise(new_value, value_step, LARGEST)

@@ -15,7 +15,7 @@ head's queries is head m mod GROUP at step m div GROUP, so that all of them shar
 import triton
 import triton.language as tl
 
-from .attention_block import attend_block, first_slot, load_rows, quantise, turn, turn_and_norm
+from .attention_block import attend_block, behind_queries, first_slot, load_rows, quantise, turn, turn_and_norm
 from .decode_kernel import decode as decode
 
 
@@ -44,6 +44,7 @@ def prepare(
     TEMPERATURE: tl.constexpr,
     LARGEST: tl.constexpr,
     FOLD: tl.constexpr,
+    FUSED: tl.constexpr,
     STEPS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -61,6 +62,9 @@ def prepare(
     past = tl.load(past_lengths + row)
     position = past + step
     token = row * length + step
+    HEADS: tl.constexpr = KV_HEADS * (GROUP + 2) if FUSED else KV_HEADS * GROUP
+    KEYS: tl.constexpr = HEADS if FUSED else KV_HEADS
+    keys, values = behind_queries(key, value, FUSED, KV_HEADS, GROUP, HEAD_DIM)
 
     dim = tl.arange(0, PAIRS)[:, None] * 2 + tl.arange(0, 2)[None, :]
     inside = (step < length)[:, None, None] & (dim < HEAD_DIM)[None]
@@ -79,7 +83,7 @@ def prepare(
     rounded: tl.constexpr = tl.float32 if LARGEST else dtype
     for member in tl.static_range(GROUP):
         head = kv_head * GROUP + member
-        places = (token * (KV_HEADS * GROUP) + head)[:, None, None] * HEAD_DIM + dim[None]
+        places = (token * HEADS + head)[:, None, None] * HEAD_DIM + dim[None]
         x = turn_and_norm(tl.load(query + places, mask=inside, other=0.0), sine, cosine, eps, rounded, HEAD_DIM, NORM)
         if TEMPERATURE:
             ahead = tl.floor(tl.div_rn((position + 1).to(tl.float32), temperature_floor))
@@ -92,9 +96,9 @@ def prepare(
 
     slot = first_slot(past, chunk) + step
     slots = ((row * KV_HEADS + kv_head) * capacity + slot)[:, None, None] * HEAD_DIM + dim[None]
-    places = (token * KV_HEADS + kv_head)[:, None, None] * HEAD_DIM + dim[None]
-    new_key = turn_and_norm(tl.load(key + places, mask=inside, other=0.0), sine, cosine, eps, rounded, HEAD_DIM, NORM)
-    new_value = tl.load(value + places, mask=inside, other=0.0).to(tl.float32)
+    places = (token * KEYS + kv_head)[:, None, None] * HEAD_DIM + dim[None]
+    new_key = turn_and_norm(tl.load(keys + places, mask=inside, other=0.0), sine, cosine, eps, rounded, HEAD_DIM, NORM)
+    new_value = tl.load(values + places, mask=inside, other=0.0).to(tl.float32)
     if LARGEST:
         new_key = quantise(new_key, key_step, LARGEST)
         new_value = quantise(new_value, value_step, LARGEST)

@@ -59,6 +59,7 @@ class Geometry:
         rope: Whether the node has `inv_freq`.
         dtype: Type of query, key, value and output, and of caches that are not quantised.
         cache: How the caches are quantised.
+        fused: Whether query, key and value are each given the projection [B, S, (Q+2K)·D] of all three.
     """
 
     attributes: Attributes
@@ -66,6 +67,7 @@ class Geometry:
     rope: bool
     dtype: Literal["bf16", "fp16"]
     cache: Literal["none", "int8", "fp8"] = "none"
+    fused: bool = False
 
     def __post_init__(self) -> None:
         assert self.head_dim % 2 == 0
@@ -257,7 +259,7 @@ class Plan:
         if part != "combine" and g.cache != "none":
             words.append(g.cache)
         if part in ("prepare", "decode"):
-            flags = {"rope": g.rope, "norm": a.qk_norm_eps, "temperature": a.temperature_scale}
+            flags = {"fused": g.fused, "rope": g.rope, "norm": a.qk_norm_eps, "temperature": a.temperature_scale}
             words += [word for word, flag in flags.items() if flag]
         return "_".join(words)
 
@@ -348,7 +350,7 @@ class Plan:
         g, a = self.geometry, self.geometry.attributes
         return {
             **{"NORM": bool(a.qk_norm_eps), "TEMPERATURE": bool(a.temperature_scale)},
-            **{"LARGEST": LARGEST[g.cache], "FOLD": FOLD[g.cache]},
+            **{"LARGEST": LARGEST[g.cache], "FOLD": FOLD[g.cache], "FUSED": g.fused},
         }
 
     @property

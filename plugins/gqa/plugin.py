@@ -23,9 +23,11 @@ class Settings(Attributes):
 
     Attributes:
         rope: 1 where queries and keys are rotated.
+        width: Q·D where query, key and value are each given the projection [B, S, (Q+2K)·D] of all three; else 0.
     """
 
     rope: int
+    width: int = 0
 
 
 def inputs_of(settings: Settings, count: int) -> tuple[str, ...]:
@@ -55,6 +57,7 @@ class Call:
             rope=bool(settings.rope),
             dtype=query.dtype,  # type: ignore[arg-type]
             cache=CACHES.get(key_cache.dtype, "none"),  # type: ignore[arg-type]
+            fused=settings.width > 0,
         )
         self.plan = Plan(geometry, capability)
         self.kernels = self.plan.kernels
@@ -86,4 +89,5 @@ PLUGIN = PluginOp(
     accepts=accepts,
     call=Call,
     kernels=MODULE,
+    width=lambda settings: settings.width,
 )

@@ -52,7 +52,7 @@ def test_both_ops_become_plugins(plugin_bundle: Path) -> None:
     engine, layers = engine_of(plugin_bundle), layers_of(plugin_bundle)
     assert (engine.attention, engine.experts, engine.placement) == ("plugin", "plugin", "experts")
     for op, count in (("GroupedQueryAttention", 8), ("MoeDispatch", 4)):
-        plugins = [layer for layer in layers if any(node.endswith(f"{op}_0") for node in layer["nodes"])]  # type: ignore[attr-defined]
+        plugins = [layer for layer in layers if any(f"/{op}_" in node for node in layer["nodes"])]  # type: ignore[attr-defined]
         assert len(plugins) == 2 * count  # a layer of each profile
         assert {layer["kind"] for layer in plugins} <= {"PluginV3", "custom_layer"}
         assert {layer["outputs"][0]["dtype"] for layer in plugins} == {"BFloat16"}  # type: ignore[index]
@@ -87,10 +87,20 @@ def test_float16_goes_through_the_plugins_too(half_model: Path, tmp_path: Path) 
     assert {each["dtype"] for layer in gemms for each in layer["outputs"]} == {"Half"}  # type: ignore[attr-defined]
 
 
-def test_projections_of_one_input_are_fused_where_weights_are_inside(plugin_bundle: Path) -> None:
-    gemms = [layer for layer in layers_of(plugin_bundle) if layer["kind"] == "gemm"]
-    fused = [layer for layer in gemms if sum("_proj" in str(node) for node in layer["nodes"]) >= 3]  # type: ignore[attr-defined]
-    assert len(fused) == 2 * 8
+def test_attention_takes_the_fused_projection_so_that_no_layer_copies_its_parts(plugin_bundle: Path) -> None:
+    layers = layers_of(plugin_bundle)
+    fused = [layer for layer in layers if "GroupedQueryAttention/MatMul" in str(layer["nodes"])]
+    assert [(layer["kind"], layer["inputs"][1]["dims"]) for layer in fused] == [("gemm", [192, 320])] * 2 * 8  # type: ignore[index]
+    copies = [layer for layer in layers if str(layer["tactic"]).startswith("__myl_Resh_")]
+    assert len(copies) == 2 * 8  # the residual's, one a layer, into which the output projection is added
+
+
+def test_projections_stay_apart_where_their_weights_are_inputs(tiny_model: Path) -> None:
+    choices = Choices(gqa=None, placement="outside", max_seq=512)
+    network = lower_for_tensorrt(tiny_model, read_spec(tiny_model), choices)
+    attention = [node for node in onnx.load_from_string(network.graph).graph.node if "GroupedQuery" in node.op_type]
+    assert all(len(set(node.input[:3])) == 3 for node in attention)
+    assert {each.i for node in attention for each in node.attribute if each.name == "width"} == {0}
 
 
 def test_a_bundle_holds_what_it_says(plugin_bundle: Path) -> None:

@@ -132,6 +132,14 @@ def test_angles_are_exact_at_the_last_position_of_scout(interpreter: Interpreter
         assert max(worst_differences(found, meaning_of(far, inputs)).values()) < 3e-6
 
 
+@pytest.mark.parametrize("name", ["later piece, chunked", "decode, full, ragged"])
+def test_a_projection_of_all_three_gives_the_same_bits(interpreter: Interpreter, name: str) -> None:
+    case = named(name)
+    inputs, schedule = inputs_of(case, "bf16"), ONE if case.length == 1 else MANY
+    apart, fused = (interpret(interpreter, case, inputs, "bf16", schedule, fused=each) for each in (False, True))
+    assert all(np.array_equal(apart[each], fused[each]) for each in apart)
+
+
 @pytest.mark.parametrize("splits", [1, 7])
 @pytest.mark.parametrize("case", [LONG_CASES[1], LONG_CASES[5]], ids=lambda case: case.name)
 def test_it_does_not_matter_which_split_is_the_last(interpreter: Interpreter, case: Case, splits: int) -> None:

@@ -130,5 +130,5 @@ def test_a_plugin_is_the_same_after_it_was_serialised(op: Any, settings: Any, mo
         assert getattr(again.settings, name) == pytest.approx(getattr(settings, name))
 
 
-def test_gqas_attributes_are_the_ops_and_rope() -> None:
-    assert set(Settings.__dataclass_fields__) == set(GqaAttributes.__dataclass_fields__) | {"rope"}
+def test_gqas_attributes_are_the_ops_and_what_its_inputs_are() -> None:
+    assert set(Settings.__dataclass_fields__) == set(GqaAttributes.__dataclass_fields__) | {"rope", "width"}

@@ -1,5 +1,6 @@
 """Calls of grouped-query attention's kernels over the op's cases, for tests and for the table of kernels."""
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -62,9 +63,11 @@ def interpret(
     dtype: str,
     schedule: Schedule | None = None,
     order: int | None = None,
+    *,
+    fused: bool = False,
 ) -> Arrays:
     """Output and caches as the kernels leave them, in float64; what they must write is NaN before."""
-    plan = Plan(geometry_of(case, "bf16" if dtype == "fp32" else dtype), 90)
+    plan = Plan(replace(geometry_of(case, "bf16" if dtype == "fp32" else dtype), fused=fused), 90)
     buffers = plan.workspace(*shapes_of(case), schedule)
     arrays = {
         **inputs,
@@ -75,6 +78,9 @@ def interpret(
             for name, buffer in buffers.items()
         },
     }
+    if fused:
+        arrays["query"] = np.concatenate([arrays.pop(name) for name in ("query", "key", "value")], 2)
+        arrays |= dict.fromkeys(("key", "value"), arrays["query"])
     launches = plan.launches({name: name for name in arrays}, *shapes_of(case), schedule)
     after = interpreter.run(MODULE, plan.kernels, launches, arrays, order)
     assert not after["counters"].any(), "the next launch would take these for its own"

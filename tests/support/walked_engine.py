@@ -144,6 +144,8 @@ class WalkedEngine:
         for node in self.graph.node:
             if node.op_type in PLUGINS:
                 made = [np.zeros(*found[node.input[index]]) for index in PLUGINS[node.op_type].like[: len(node.output)]]
+                if width := PLUGINS[node.op_type].width(self.built[node.name].settings):
+                    made[0] = made[0][..., :width]
             else:
                 made = self.compute(node, [values[name] for name in node.input])
             for name, each in zip(node.output, made, strict=True):
