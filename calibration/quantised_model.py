@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import CalibrationError, FolderError, StarvedError
-from ..export.draft_model import carry_draft
 from ..export.quantised_graph import quantise_graph
 from ..files.folders import SPEC, carry_files, check_no_rank, find_files, read_spec
 from ..files.output import check_apart, check_free, resumed_folder
@@ -38,6 +37,7 @@ from ..walk.accelerator import HOST, find_device, memory_bounded
 from ..walk.numbers import Weights
 from ..walk.windows import Windows, read_windows, window_length
 from .coverage import FLOOR, Coverage
+from .draft import quantise_draft
 from .extent import default_windows, expected
 from .presets import check_recipe, parse_recipe
 from .report import Report, Written, write_report
@@ -104,7 +104,7 @@ def calibrate_model(
     with resumed_folder(target, job, force=force, kept=StarvedError) as (folder, scratch), memory_bounded(place):
         stored, data_read = Weights(files, _places(source, spec), device=place), _fingerprint(windows)
         work = Work(spec.model, _tower(spec), recipe, coverage, stored, windows, folder, scratch, data_read)
-        _finish(source, spec, recipe, folder, work.run(progress, notice), target.name)
+        _finish(source, spec, recipe, folder, files, work.run(progress, notice), target.name)
     return target
 
 
@@ -210,7 +210,15 @@ def _fingerprint(windows: Windows) -> str:
     return digest.hexdigest()
 
 
-def _finish(source: Path, spec: FolderSpec, recipe: Recipe, folder: Path, report: Report, name: str) -> None:
+def _finish(
+    source: Path,
+    spec: FolderSpec,
+    recipe: Recipe,
+    folder: Path,
+    files: Mapping[str, Path],
+    report: Report,
+    name: str,
+) -> None:
     """Writes the graphs, the report, the tokenizer and, last, the spec."""
     shards = [open_shard(path) for path in sorted(folder.glob("*.safetensors"))]
     places = {name: (shard.path.name, region) for shard in shards for name, region in shard.tensors.items()}
@@ -220,7 +228,7 @@ def _finish(source: Path, spec: FolderSpec, recipe: Recipe, folder: Path, report
         quantise_graph(graph, spec.model, recipe, places, folder)
         ir.save(graph, folder / each)
     carry_files(source, folder)
-    drafts = carry_draft(source, spec, folder, places)
+    draft, drafts = quantise_draft(source, spec, recipe, folder, files, places)
     written = Written(
         name=name,
         source=str(source),
@@ -242,6 +250,7 @@ def _finish(source: Path, spec: FolderSpec, recipe: Recipe, folder: Path, report
             ),
             *drafts,
         ),
+        draft=draft,
         recipe=recipe,
         unmeasured=report.unmeasured,
         tools={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir")},

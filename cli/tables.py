@@ -92,7 +92,8 @@ def describe_draft(draft: dict[str, Any]) -> str:
     layers, states = draft["layers"], [str(state) for state in draft["states"]]
     return (
         f"EAGLE-3, {layers} layer{'s' * (layers != 1)}, hidden {draft['hidden_size']}, guesses {draft['vocab_size']:,} "
-        f"tokens from the states behind layers {', '.join(states)}"
+        f"tokens from the states behind layers {', '.join(states)}; linears in "
+        f"{draft['dtype'] if draft['format'] == 'none' else draft['format']}"
     )
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,10 +26,10 @@ from ..plugins.canonical_graph import LARGEST
 from ..spec.choice import INT8_GROUP, is_grouped_int8
 from ..spec.draft import DRAFT_PREFIX
 from ..spec.folder import DraftPart, FolderSpec
-from ..spec.stored_weights import WeightFile
+from ..spec.stored_weights import Weight, WeightFile
 from ..spec.types import BITS, Progress
 from .cpu_lowering import lower_for_cpu, lower_part_for_cpu
-from .packed_weights import write_packed
+from .packed_weights import FILE, write_packed
 from .target import Target, parse_target
 from .tensorrt_bundle import Options, build_tensorrt
 
@@ -222,24 +222,56 @@ def _with_packed(source: Path, spec: FolderSpec, folder: Path, moved: Path | Non
     """Writes the weights in panels, where there are any. Returns the spec with the new places."""
     vision = spec.vision
     weights = (*spec.weights, *(() if vision is None else vision.weights))
-    if not any(weight.layout != "rows" for weight in weights):
+    if not _has_panels(weights):
         return spec
     files = find_files(source, spec.weight_files, moved, option="--weights-from")
     placed, file = write_packed(weights, files, folder, of_rank=spec.ranks > 1)
     if vision is not None:
         vision = dataclasses.replace(vision, weights=tuple(placed[weight.name] for weight in vision.weights))
-    draft, own = spec.draft, [each for each in spec.weight_files if each.name.startswith(DRAFT_PREFIX)]
-    if draft is not None:  # its own weights stay as they are, and the embedding is the decoder's
-        names = {each.name for each in own}
-        moved_to = tuple(each if each.file in names else placed[each.name] for each in draft.weights)
-        draft = dataclasses.replace(draft, weights=moved_to)
+    draft, drafts = spec.draft, list[WeightFile]()
+    if draft is not None:
+        draft, drafts = _packed_draft(draft, spec.weight_files, placed, files, folder)
     return dataclasses.replace(
         spec,
         weights=tuple(placed[weight.name] for weight in spec.weights),
         vision=vision,
         draft=draft,
-        weight_files=(file, *own),
+        weight_files=(file, *drafts),
     )
+
+
+def _has_panels(weights: Iterable[Weight]) -> bool:
+    """Whether some of the weights are to lie in panels."""
+    return any(weight.layout != "rows" for weight in weights)
+
+
+def _packed_draft(
+    draft: DraftPart,
+    weight_files: Sequence[WeightFile],
+    decoder: Mapping[str, Weight],
+    files: Mapping[str, Path],
+    folder: Path,
+) -> tuple[DraftPart, list[WeightFile]]:
+    """A draft beside a decoder in panels: its own weights in panels too where it has any, else left where they are.
+
+    Args:
+        draft: The draft.
+        weight_files: The model's weight files.
+        decoder: The decoder's weights in their new places, by name; the draft may read its embedding.
+        files: Where the model's weight files are.
+        folder: The bundle.
+
+    Returns:
+        The draft with the new places, and its own weight files.
+    """
+    own = [weight for weight in draft.weights if weight.file.startswith(DRAFT_PREFIX)]
+    drafts = [file for file in weight_files if file.name.startswith(DRAFT_PREFIX)]
+    placed = {weight.name: weight for weight in own}
+    if _has_panels(own):
+        placed, file = write_packed(own, files, folder, name=f"{DRAFT_PREFIX}{FILE}")
+        drafts = [file]
+    weights = tuple(placed[each.name] if each.name in placed else decoder[each.name] for each in draft.weights)
+    return dataclasses.replace(draft, weights=weights), drafts
 
 
 def _place(file: WeightFile, source: Path, folder: Path, moved: Path | None, copies: bool) -> WeightFile:

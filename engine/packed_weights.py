@@ -24,7 +24,7 @@ FILE = "weights.safetensors"
 
 
 def write_packed(
-    weights: Sequence[Weight], files: Mapping[str, Path], folder: Path, *, of_rank: bool = False
+    weights: Sequence[Weight], files: Mapping[str, Path], folder: Path, *, name: str = FILE, of_rank: bool = False
 ) -> tuple[dict[str, Weight], WeightFile]:
     """Writes a graph's weights.
 
@@ -32,6 +32,7 @@ def write_packed(
         weights: The weights.
         files: The model's weight files, by name.
         folder: Where the file is written.
+        name: The file's name.
         of_rank: Whether they are one rank's, as in `check_weights`.
 
     Returns:
@@ -42,14 +43,14 @@ def write_packed(
     header = encode_header({weight.name: (_type(weight), _shape(weight)) for weight in ordered})
     placed, offset = {}, len(header)
     for weight in ordered:
-        moved = dataclasses.replace(weight, file=FILE, offset=offset, is_made=weight.layout != "rows")
+        moved = dataclasses.replace(weight, file=name, offset=offset, is_made=weight.layout != "rows")
         placed[weight.name], offset = moved, offset + moved.size
-    path = folder / FILE
+    path = folder / name
     with path.open("xb") as file:
         file.write(header)
         for data in _written(ordered, files):
             file.write(data.reshape(-1).view(np.uint8).data)
-    return placed, WeightFile(name=FILE, path="", size=offset, identity=identity(path))
+    return placed, WeightFile(name=name, path="", size=offset, identity=identity(path))
 
 
 def _order(weight: Weight) -> int:

@@ -9,12 +9,12 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..errors import ExportError
-from ..files.draft_tokens import carry_tokens, write_tokens
+from ..files.draft_tokens import write_tokens
 from ..files.output import copy_sparse
 from ..files.safetensors import Region, identity
 from ..plugins.canonical_graph import read_graph
 from ..spec.draft import DRAFT_PREFIX
-from ..spec.folder import DraftPart, FolderSpec
+from ..spec.folder import DraftPart
 from ..spec.geometry import ModelSpec
 from ..spec.stored_weights import WeightFile
 from .assembly import external_tensor
@@ -73,31 +73,22 @@ def _place(
     return {name: (f"{DRAFT_PREFIX}{tensor.shard.path.name}", tensor.region) for name, tensor in head.tensors.values()}
 
 
-def carry_draft(
-    source: Path, spec: FolderSpec, folder: Path, places: Mapping[str, tuple[str, Region]]
-) -> list[WeightFile]:
-    """Writes a model's draft into the folder of a model that was made from it, whose decoder's weights lie elsewhere.
+def read_draft(source: Path, part: DraftPart, places: Mapping[str, tuple[str, Region]]) -> ir.Model:
+    """Reads a model's draft for a model that was made from it, whose decoder's weights lie elsewhere.
 
     Args:
         source: The model.
-        spec: Its spec.
-        folder: The new folder.
+        part: Its draft.
         places: File and region of the new decoder's weights.
-
-    Returns:
-        The head's weight files, which stay where they are, or are copied where they lay in the model's folder.
     """
-    if spec.draft is None:
-        return []
-    model = read_graph(source / spec.draft.graph)
+    model = read_graph(source / part.graph)
     for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and not str(tensor.location).startswith(DRAFT_PREFIX):
+        if isinstance(value.const_value, ir.ExternalTensor) and not is_own(value):
             value.const_value = external_tensor(str(value.name), *places[str(value.name)])
-    ir.save(model, folder / spec.draft.graph)
-    carry_tokens(source, folder, spec)
-    own = [file for file in spec.weight_files if file.name.startswith(DRAFT_PREFIX)]
-    for file in own:
-        if not file.path:
-            copy_sparse(source / file.name, folder / file.name)
-    return own
+    return model
+
+
+def is_own(value: ir.Value) -> bool:
+    """Whether an initializer of a draft's graph is the head's own, and not the decoder's."""
+    tensor = value.const_value
+    return isinstance(tensor, ir.ExternalTensor) and str(tensor.location).startswith(DRAFT_PREFIX)

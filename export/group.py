@@ -69,6 +69,8 @@ def split_folder(
         what = f"rank {spec.rank} of {spec.ranks}" if spec.ranks > 1 and spec.kind == "model" else f"a {spec.kind}"
         raise FolderError(f"{source} is {what}: give a model folder that is whole, or the checkpoint")
     split = split_model(spec.model, tp, ep)
+    if spec.draft is not None:
+        raise ExportError(f"{source} has a draft, which ranks do not run: export its checkpoint without --draft")
     if split.ranks == 1:
         raise ExportError(f"{source} is exported already: give --tp or --ep to split it, or a checkpoint to export")
     check_apart(source, target)

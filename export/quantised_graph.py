@@ -1,4 +1,4 @@
-"""A canonical graph, the decoder's or the vision tower's, made that of a quantised model.
+"""A canonical graph, the decoder's, the vision tower's or the draft's, made that of a quantised model.
 
 Enters: the graph as it is before quantising, and where each tensor of the quantised model lies. Leaves: the same graph
 with quantised linears (as `plugins.linear` writes them), experts and caches, its initializers in those places.
@@ -20,6 +20,7 @@ from ..plugins.moe import op as moe
 from ..plugins.moe.body import body as moe_body
 from ..plugins.nodes import Nodes, onnx_type
 from ..spec.choice import Choice, choose
+from ..spec.draft import DraftSpec
 from ..spec.geometry import ModelSpec
 from ..spec.recipe import Recipe
 from ..spec.types import CODES, MODEL_TYPES
@@ -31,8 +32,8 @@ Places = Mapping[str, tuple[str, Region]]
 """The file and region of each tensor, by its full name."""
 
 
-def quantise_graph(model: ir.Model, spec: ModelSpec, recipe: Recipe, places: Places, folder: Path) -> None:
-    """Rewrites a decoder's or a vision tower's graph in place.
+def quantise_graph(model: ir.Model, spec: ModelSpec | DraftSpec, recipe: Recipe, places: Places, folder: Path) -> None:
+    """Rewrites a decoder's, a vision tower's or a draft's graph in place.
 
     Args:
         model: The graph.
@@ -47,7 +48,9 @@ def quantise_graph(model: ir.Model, spec: ModelSpec, recipe: Recipe, places: Pla
 class _Rewriting:
     """The graph under change."""
 
-    def __init__(self, model: ir.Model, spec: ModelSpec, recipe: Recipe, places: Places, folder: Path) -> None:
+    def __init__(
+        self, model: ir.Model, spec: ModelSpec | DraftSpec, recipe: Recipe, places: Places, folder: Path
+    ) -> None:
         self.folder = folder
         self.model, self.graph, self.recipe, self.places = model, model.graph, recipe, places
         self.dtype = onnx_type(spec.dtype)

@@ -75,7 +75,7 @@ def _describe(path: Path, spec: FolderSpec, *, every_layer: bool, max_seq: int |
     if spec.vision is not None:
         found["vision"] = _vision(path, spec.model, spec.vision, every_layer=every_layer)
     if spec.draft is not None:
-        found["draft"] = asdict(spec.draft.spec)
+        found["draft"] = asdict(spec.draft.spec) | {"format": spec.draft.format}
     if spec.target == "cpu" and spec.kind == "bundle":
         found["memory"] = _memory(path, spec, max_seq, batch)
     if spec.engine is not None:

@@ -174,11 +174,12 @@ def _held(weights: Sequence[Weight]) -> tuple[int, int]:
 
 
 def _draft(spec: FolderSpec, draft: DraftPart, max_seq: int, batch: int) -> int:
-    """Bytes of the draft's own weights, and of its keys and values in float32."""
+    """Bytes of the draft's own weights, and of its keys and values."""
     shared = {(weight.file, weight.offset) for weight in spec.weights}
     own = sum(_held([weight for weight in draft.weights if (weight.file, weight.offset) not in shared]))
     model = draft.spec.as_model(spec.model.max_positions)
-    slot = 2 * model.kv_heads * model.head_dim * BITS["float32"] // 8
+    is_narrow = draft.spec.dtype != "float32" and any(weight.layout == "panels" for weight in draft.weights)
+    slot = 2 * model.kv_heads * model.head_dim * BITS["float16" if is_narrow else "float32"] // 8
     return own + cache_bytes(model, batch, max_seq + SLACK, slot)
 
 

@@ -14,7 +14,7 @@ from .fields import decode
 from .geometry import ModelSpec, VisionSpec, share_of
 from .json_text import parse_json
 from .older_schema import BUILD_AGAIN, read_older
-from .recipe import Recipe
+from .recipe import Format, Recipe
 from .sizes import check_name
 from .stored_weights import Weight, WeightFile
 
@@ -62,12 +62,14 @@ class DraftPart:
     Attributes:
         spec: The head's geometry.
         graph: File name of its graph.
+        format: How its linears are stored.
         weights: Tensors that the runtime hands to a bundle's graph; empty in a model.
         session: Flags that the graph needs from its session.
     """
 
     spec: DraftSpec
     graph: str = "draft.onnx"
+    format: Format = "none"
     weights: tuple[Weight, ...] = ()
     session: dict[str, str] = field(default_factory=dict)
 

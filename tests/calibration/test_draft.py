@@ -1,4 +1,4 @@
-"""A model's draft goes along when the model is quantised and built, and the text stays that without it."""
+"""A model's draft is quantised and built with the model, and the text stays that without it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +14,7 @@ from arriero.calibration import calibrate_model
 from arriero.engine import build_bundle
 from arriero.errors import BuildError
 from arriero.export import export_checkpoint
+from arriero.files.folders import read_spec
 from arriero.measuring.summary import summarise
 
 GREEDY: dict[str, Any] = {"temperature": 0, "eos_token_id": []}
@@ -31,13 +32,19 @@ def drafted(make_llama4: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize(("recipe", "caches"), [("int8", None), ("int4", "int8")])
-def test_a_quantised_model_keeps_its_draft(
+def test_a_quantised_model_has_its_draft_quantised(
     recipe: str, caches: Any, drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("arriero.runtime.speculation.LEAST_TRUST", 0.0)
     ids_WS = np.random.default_rng(0).integers(3, 24, (4, 32))
     model = calibrate_model(drafted, tmp_path / "model", recipe=recipe, data=ids_WS, floor=0)
     bundle = build_bundle(model, tmp_path / "bundle", target="cpu", kv_cache=caches)
+    part = read_spec(bundle).draft
+    assert part is not None
+    assert part.format == recipe
+    stored = {weight.name: weight.convert for weight in part.weights if weight.layout == "panels"}
+    apart = {"layers.0.mlp.down_proj.weight:panels"} if recipe == "int4" else set()  # groups do not divide its inputs
+    assert {name for name, kind in stored.items() if kind != f"u{recipe}"} == apart
     session = arriero.load(bundle, max_seq=100)
     plain = session.generate_many(PROMPTS, 60, draft_tokens=0, **GREEDY)
     found = session.generate_many(PROMPTS, 60, draft_tokens=3, **GREEDY)

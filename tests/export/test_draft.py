@@ -221,6 +221,10 @@ def test_ranks_take_no_draft(base: Path, tmp_path: Path) -> None:
     folder = write_head(made(1, {}, {}), tmp_path / "head", STATES)
     with pytest.raises(ExportError, match="takes no draft: leave --draft out"):
         export_checkpoint(base, tmp_path / "model", draft=folder, tp=2)
+    model = export_checkpoint(base, tmp_path / "model", draft=folder)
+    with pytest.raises(ExportError, match="has a draft, which ranks do not run: export its checkpoint without --draft"):
+        export_checkpoint(model, tmp_path / "group", tp=2)
+    assert not (tmp_path / "group").exists()
 
 
 HOSTILE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
