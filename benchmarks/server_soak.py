@@ -15,6 +15,7 @@ import random
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def pool_of(session: arriero.runtime.Session) -> list[tuple[list[dict[str, str]]
         )
         messages = [{"role": "user", "content": words + str(number % 5)}]
         count = 4 + 5 * (number % 8)
-        found.append((messages, count, session.generate(messages, count, do_sample=False).text))
+        found.append((messages, count, session.generate(messages, count, do_sample=False, draft_tokens=0).text))
     return found
 
 
@@ -95,8 +96,12 @@ async def aenumerate(stream: Any) -> Any:
 
 async def soak(
     server: ServerProcess, pool: list[Any], seconds: float, clients: int, seed: int
-) -> tuple[Counter[str], list[int]]:
-    """Lets clients ask until the time is over, then ends the server under them."""
+) -> tuple[Counter[str], list[int], str]:
+    """Lets clients ask until the time is over, then ends the server under them.
+
+    Returns:
+        What came of the requests, the server's memory, and its counts of guesses.
+    """
     found: Counter[str] = Counter()
     memory: list[int] = []
     end = time.monotonic() + seconds
@@ -111,6 +116,8 @@ async def soak(
                     await asyncio.sleep(rng.random())
 
     await asyncio.gather(*(live(number) for number in range(clients)))
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        guesses = [line.decode() for line in answer if line.startswith(b"vllm:spec_decode")]
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         begun = asyncio.Semaphore(0)
         last = [asyncio.create_task(finish(client, server.model, each, found, begun)) for each in pool[:8]]
@@ -120,7 +127,7 @@ async def soak(
         ending.start()
         await asyncio.gather(*last)
     ending.join()
-    return found, memory
+    return found, memory, " ".join(line.rpartition("{")[0] + line.rpartition("}")[2].rstrip() for line in guesses)
 
 
 async def finish(client: AsyncOpenAI, model: str, asked: Any, found: Counter[str], begun: asyncio.Semaphore) -> None:
@@ -156,12 +163,12 @@ def main() -> None:
         "8M",
     )
     with ServerProcess(asked.folder, *options, "--prefix-bytes", "4M") as server:
-        found, memory = asyncio.run(soak(server, pool, asked.minutes * 60, asked.clients, asked.seed))
+        found, memory, guesses = asyncio.run(soak(server, pool, asked.minutes * 60, asked.clients, asked.seed))
         code = server.process.wait()
     quarter = len(memory) // 4
     early, late = (sorted(each)[len(each) // 2] for each in (memory[quarter : 2 * quarter], memory[-quarter:]))
     faults = [line for line in server.log if line["event"] in ("fault", "text")]
-    print(json.dumps(dict(found)))
+    print(json.dumps(dict(found)), guesses)
     print(f"exit code {code}, memory {late / 1e6:.1f} MB, growth {(late - early) / 1e6:+.2f} MB, faults {faults[:3]}")
     fine = {"asked", "same", "left", "refused", "full", "landed"}
     sys.exit(bool(set(found) - fine or code or faults or late - early > GROWTH * late or found["landed"] != 8))

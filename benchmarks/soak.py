@@ -11,9 +11,12 @@ each other that the rounding of a product over another number of rows decides. I
 comes out when the logits of the sequence alone are changed by 1e-4 at random; ties are counted, all else is wrong.
 
     python benchmarks/soak.py [--minutes 10] [--sequences 2000] [--slots 8] [--threads 2] [--riders 2] [--model MODEL]
+
+With a head (`--draft examples/tiny-llama4-draft`, or a model that has one) flights guess tokens and verify them.
 """
 
 import argparse
+import dataclasses
 import gc
 import sys
 import tempfile
@@ -54,6 +57,8 @@ class Found:
     refused: int = 0
     tokens: int = 0
     reused: int = 0
+    drafted: int = 0
+    accepted: int = 0
     ties: int = 0
     wrong: list[str] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
@@ -97,6 +102,9 @@ class FailingBinding:
 
     def step(self, *arguments: Any) -> Any:
         return self._run(self.binding.step, arguments)
+
+    def step_with_states(self, *arguments: Any) -> Any:
+        return self._run(self.binding.step_with_states, arguments)
 
     def decode(self, *arguments: Any) -> Any:
         return self._run(self.binding.decode, arguments)
@@ -269,9 +277,9 @@ class Ride:
                     self.soak.found.wrong.append("what must be refused was taken")
 
     def _compare_begun(self, index: int, pieces: list[Generated]) -> None:
-        ids = joined([piece for piece in pieces if piece.finish != "error"]).ids
-        expected = Generated(self.soak.alone[index].ids[: len(ids)], "", None)
-        self._compare(index, Generated(ids, "", None), expected)
+        begun = joined([piece for piece in pieces if piece.finish != "error"])
+        expected = Generated(self.soak.alone[index].ids[: len(begun.ids)], "", None)
+        self._compare(index, dataclasses.replace(begun, text="", finish=None), expected)
 
     def _compare(self, index: int, together: Generated, alone: Generated) -> None:
         compare(self.soak.plain, self.soak.pool[index], together, alone, self.soak.found)
@@ -306,7 +314,8 @@ def soak(
     sessions = []
     for bytes_kept in (keeping.prefixes.limit, 0):
         decoder: Any = FailingDecoder(plain.decoder, failing)
-        session = Session(decoder, plain.text, plain.defaults, plain.limits, prefix_bytes=bytes_kept)
+        parts = (decoder, plain.text, plain.defaults, plain.limits)
+        session = Session(*parts, prefix_bytes=bytes_kept, draft=plain.draft)
         session.lock = plain.lock  # they share its decoder
         sessions.append(session)
     rides = [Ride(shared, session, number) for number, session in enumerate(sessions * riders)]
@@ -322,6 +331,7 @@ def compare(plain: Session, request: Request, together: Generated, alone: Genera
     """Takes down whether an output is as it is alone."""
     found.tokens += len(together.ids)
     found.reused += together.reused
+    found.drafted, found.accepted = found.drafted + together.drafted, found.accepted + together.accepted
     if together == alone:
         return
     pairs = zip(together.ids, alone.ids, strict=False)
@@ -346,9 +356,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--riders", type=int, default=2)
     parser.add_argument("--model", type=Path, help="Model or bundle folder; the tiny Llama 4 where none is given.")
+    parser.add_argument("--draft", type=Path, help="An EAGLE-3 head of the tiny Llama 4.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model or export_checkpoint(TINY, Path(folder) / "model")
+        model = arguments.model or export_checkpoint(TINY, Path(folder) / "model", draft=arguments.draft)
         plain = arriero.load(model, max_seq=512, threads=arguments.threads)
         keeping = Session(plain.decoder, plain.text, plain.defaults, plain.limits, prefix_bytes=PREFIX_BYTES)
         started = time.perf_counter()
@@ -357,6 +368,7 @@ def main() -> None:
     minutes = (time.perf_counter() - started) / 60
     print(f"{found.sequences} sequences, {found.called_off} called off, {found.tokens} tokens in {minutes:.1f} minutes")
     print(f"{found.failed} ended by a step without memory, {found.refused} refused, {found.lost} lost")
+    print(f"{found.accepted} of {found.drafted} guesses right")
     print(f"{found.reused} tokens of prompts reused, {found.ties} ties decided otherwise, {len(found.wrong)} wrong")
     print(f"memory {found.memory[-1] / 1e6:.1f} MB, growth {found.growth / 1e6:+.2f} MB")
     for line in found.wrong[:10]:

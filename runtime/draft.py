@@ -5,8 +5,10 @@ the decoder to verify. The head reads a token beside the state of the token befo
 until the token after it is known. Invariant: in each row, tokens that the head has read and states that wait are
 together as many as the decoder holds, counted from where the head began to follow.
 
-Where the head loses its place, behind a beginning that is known from another sequence, say, it begins anew there: its
-positions count from its own beginning, which changes nothing, since only distances count.
+Where the head loses its place, behind tokens that are taken back after it has read them, say, it begins anew there: its
+positions count from its own beginning, which changes nothing, since only distances count. Of a beginning that is kept
+for other sequences its own keys and values are kept too, where it has read the sequence from the first token on. The
+last of these may stand beside another token than the other sequence's: that is a guess a little worse, and no text.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +24,9 @@ WAITING = 32
 
 LONGEST_DRAFT = 16
 """Tokens of a draft at most, whatever a caller allows."""
+
+DRAFT = "draft."
+"""Beginning of the names of a draft's slots beside a decoder's."""
 
 SLACK = 2 * WAITING
 """Positions of the head's caches beyond those of a row: for pads beside other rows' tokens, and for guesses."""
@@ -40,15 +45,15 @@ class Draft:
 
 
 class DraftedCaches:
-    """A decoder's caches and its draft's, counted and moved together; contents are read and written of the decoder's.
+    """A decoder's caches and its draft's, counted, moved, read and written together.
 
     Args:
         own: The decoder's.
-        draft: The draft's.
+        followed: The draft's rows.
     """
 
-    def __init__(self, own: Caches, draft: Caches) -> None:
-        self.own, self.draft = own, draft
+    def __init__(self, own: Caches, followed: "Followed") -> None:
+        self.own, self.followed, self.draft = own, followed, followed.caches
         self.batch, self.positions = own.batch, own.positions
 
     def copy(self, source: int, target: int, past: int) -> None:
@@ -57,12 +62,17 @@ class DraftedCaches:
         self.draft.copy(source, target, past)
 
     def read(self, row: int, start: int, stop: int) -> Slots:
-        """Copies the decoder's contents of some positions of one chunk in a row."""
-        return self.own.read(row, start, stop)
+        """Copies some positions of one chunk in a row, the draft's where it has read the row from its beginning."""
+        slots = dict(self.own.read(row, start, stop))
+        if self.followed.is_whole(row):
+            slots |= {DRAFT + name: each for name, each in self.draft.read(row, start, stop).items()}
+        return slots
 
     def write(self, row: int, start: int, slots: Slots, past: int) -> None:
         """Puts back what `read` gave."""
-        self.own.write(row, start, slots, past)
+        self.own.write(row, start, own_slots(slots), past)
+        drafted = {name.removeprefix(DRAFT): each for name, each in slots.items() if name.startswith(DRAFT)}
+        self.draft.write(row, start, drafted, past)
 
     def row_bytes(self, tokens: int) -> int:
         """Bytes that a row takes at most while it holds this number of tokens."""
@@ -72,6 +82,16 @@ class DraftedCaches:
         """Gives back the memory of a row that nobody has."""
         self.own.release(row)
         self.draft.release(row)
+
+
+def own_slots(slots: Slots) -> Slots:
+    """The decoder's own among slots that were read beside a draft's."""
+    return {name: each for name, each in slots.items() if not name.startswith(DRAFT)}
+
+
+def holds_draft(slots: Slots) -> bool:
+    """Whether a draft's slots are among these."""
+    return any(name.startswith(DRAFT) for name in slots)
 
 
 class Followed:
@@ -88,6 +108,7 @@ class Followed:
         self.backend = draft.backend
         self.caches = draft.backend.caches(batch, positions + SLACK, sparse=sparse)
         self.read_B = np.zeros(batch, np.int32)
+        self.began_B = np.zeros(batch, np.int32)  # the decoder's token where each began to follow
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.states: list[list[NDArray[np.float32]]] = [[] for _ in range(batch)]
         self._bindings: dict[tuple[int, int], DraftBinding] = {}
@@ -103,18 +124,30 @@ class Followed:
         """Forgets a row's last tokens, or all where one that follows what is kept has been read."""
         kept = len(self.tokens[row]) - count
         if count and (kept < 0 or (kept == 0 and self.read_B[row])):
-            self.forget(row)
+            self.forget(row, int(self.began_B[row] + self.read_B[row]) + kept)
         elif count:
             states_SW = np.concatenate(self.states[row])[:kept]
             self.tokens[row], self.states[row] = self.tokens[row][:kept], [states_SW] if kept else []
 
-    def forget(self, row: int) -> None:
-        """Begins anew: what the row holds was never seen."""
-        self.read_B[row], self.tokens[row], self.states[row] = 0, [], []
+    def forget(self, row: int, past: int) -> None:
+        """Begins anew in a row that holds `past` tokens, which were never seen."""
+        self.read_B[row], self.began_B[row], self.tokens[row], self.states[row] = 0, past, [], []
+
+    def resume(self, row: int, past: int) -> None:
+        """Takes a row's first `past` tokens as read, since the draft's keys and values of them were put there."""
+        self.read_B[row], self.began_B[row], self.tokens[row], self.states[row] = past, 0, [], []
+
+    def is_whole(self, row: int) -> bool:
+        """Whether the draft follows a row from its first token on; all of it that can be read is read then."""
+        if self.began_B[row]:
+            return False
+        if len(self.tokens[row]) > 1:
+            self._catch_up(row)
+        return True
 
     def move(self, source: int, target: int) -> None:
         """Puts one row's place into another's; the caches move with the decoder's."""
-        self.read_B[target] = self.read_B[source]
+        self.read_B[target], self.began_B[target] = self.read_B[source], self.began_B[source]
         self.tokens[target], self.states[target] = list(self.tokens[source]), list(self.states[source])
 
     def propose(self, first: int, newest: Sequence[int], wanted: Sequence[int], choose: Choice) -> list[list[int]]:

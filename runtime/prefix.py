@@ -125,10 +125,8 @@ class Trail:
             keys = keys[: self.prefixes.find(keys)]
             size = self.prefixes.block
             self.reused = len(keys) * size
-            for index, key in enumerate(keys):
-                state.caches.write(row + state.first, index * size, self.prefixes.blocks[key], self.reused)
+            state.restore(row, [self.prefixes.blocks[key] for key in keys], size)
             self.prefixes.touch(keys)
-        state.jump(row, self.reused)
         return self.reused
 
     def keep(self, state: State, row: int, ids: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """Sequences in progress, and the limits of a session that holds them."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -9,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import SessionError
 from ..spec.geometry import ModelSpec
-from .backends.interface import Binding, Caches, DecoderBackend, StatesBinding
-from .draft import Draft, DraftedCaches, Followed
+from .backends.interface import Binding, Caches, DecoderBackend, Slots, StatesBinding
+from .draft import Draft, DraftedCaches, Followed, holds_draft, own_slots
 
 DEFAULT_MAX_SEQ = 16384
 """Positions that a session holds where neither the caller nor a shorter context says otherwise."""
@@ -40,7 +41,7 @@ class State:
     ) -> None:
         self.own: Caches = decoder.caches(batch, positions, sparse=sparse)
         self.followed = None if draft is None else Followed(draft, batch, positions, sparse=sparse)
-        self.caches: Caches = self.own if self.followed is None else DraftedCaches(self.own, self.followed.caches)
+        self.caches: Caches = self.own if self.followed is None else DraftedCaches(self.own, self.followed)
         self.past_B = np.zeros(batch, dtype=np.int32)
         self.decoder = decoder
         self.first = 0
@@ -86,11 +87,22 @@ class State:
                 self.followed.rewind(self.first + row, count)
         self.past_B[:] = past
 
-    def jump(self, row: int, past: int) -> None:
-        """Takes an empty row's first tokens as held, since their keys and values were put there."""
+    def restore(self, row: int, blocks: Sequence[Slots], size: int) -> None:
+        """Puts contents of the caches, as they were read, into an empty row, which holds these tokens then.
+
+        Args:
+            row: The row.
+            blocks: Contents of `size` positions each, from the first on.
+            size: Positions of a block.
+        """
+        past, first = len(blocks) * size, self.first + row
+        for index, slots in enumerate(blocks):
+            found = own_slots(slots) if self.followed is None else slots
+            self.caches.write(first, index * size, found, past)
         self.past_B[row] = past
         if self.followed is not None:
-            self.followed.forget(self.first + row)
+            begin = self.followed.resume if all(map(holds_draft, blocks)) else self.followed.forget
+            begin(first, past)
 
     def run(
         self,

@@ -142,7 +142,7 @@ class TokenSession:
         Returns:
             Each row's logits [S, V] after its new tokens.
         """
-        if len(rows) == 1 or not self.decoder.takes_ragged:
+        if not self.decoder.takes_ragged:
             found: list[list[NDArray[np.float32]]] = [[] for _ in rows]
             for row, _, logits_SV in self.extend(state, rows):
                 found[row].append(logits_SV)

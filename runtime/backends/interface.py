@@ -133,7 +133,11 @@ class DraftBinding(Protocol):
     def go_on(
         self, ids_B: NDArray[np.int64], past_B: NDArray[np.int32], hidden_BH: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Reads a guessed token of each row beside the state that it was guessed from; returns as `begin` does."""
+        """Reads a guessed token of each row beside the state that it was guessed from.
+
+        Returns:
+            What `begin` returns, until the next call of this.
+        """
         ...
 
 

@@ -73,10 +73,9 @@ class OnnxRuntimeDraftBinding:
 
     def __init__(self, draft: OnnxRuntimeDraft, caches: HostCaches, rows: slice) -> None:
         self.session, self.spec = draft.session, draft.spec
-        batch = rows.stop - rows.start
-        self.no_states = np.zeros((batch, 1, draft.width), np.float32)
         self.io = self.session.io_binding()
         self.kept = bind_caches(self.io, caches, rows)
+        self.further = FurtherStep(draft, caches, rows)
 
     def begin(
         self,
@@ -102,9 +101,12 @@ class OnnxRuntimeDraftBinding:
     def go_on(
         self, ids_B: NDArray[np.int64], past_B: NDArray[np.int32], hidden_BH: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Reads a guessed token of each row beside the state that it was guessed from; returns as `begin` does."""
-        first_B1 = np.zeros((len(ids_B), 1), np.int64)
-        return self._run(ids_B[:, None], past_B, first_B1, self.no_states, hidden_BH[:, None])
+        """Reads a guessed token of each row beside the state that it was guessed from.
+
+        Returns:
+            What `begin` returns, until the next call of this.
+        """
+        return self.further.run(ids_B, past_B, hidden_BH)
 
     def _run(
         self,
@@ -134,3 +136,43 @@ class OnnxRuntimeDraftBinding:
             self.io.bind_ortvalue_output(name, value)
         self.session.run_with_iobinding(self.io)
         return logits_B1V[:, 0], next_B1H[:, 0]
+
+
+class FurtherStep:
+    """A step of one token in each of some rows, whose memory is bound once: what most of a draft's steps are.
+
+    Args:
+        draft: The draft.
+        caches: Its caches.
+        rows: The rows.
+    """
+
+    def __init__(self, draft: OnnxRuntimeDraft, caches: HostCaches, rows: slice) -> None:
+        batch, spec = rows.stop - rows.start, draft.spec
+        self.session, self.io = draft.session, draft.session.io_binding()
+        self.ids_B1, self.past_B = np.zeros((batch, 1), np.int64), np.zeros(batch, np.int32)
+        self.hidden_B1H = np.zeros((batch, 1, spec.hidden_size), np.float32)
+        self.logits_B1V = np.zeros((batch, 1, spec.vocab_size), np.float32)
+        self.next_B1H = np.zeros_like(self.hidden_B1H)
+        inputs = {
+            "input_ids": self.ids_B1,
+            "past_lengths": self.past_B,
+            "logit_positions": np.zeros((batch, 1), np.int64),
+            "draft_states": np.zeros((batch, 1, draft.width), np.float32),
+            "hidden": self.hidden_B1H,
+        }
+        self.kept = bind_caches(self.io, caches, rows)
+        for name, array in inputs.items():
+            self.kept.append((array, value := ort.OrtValue.ortvalue_from_numpy(array)))  # the same memory
+            self.io.bind_ortvalue_input(name, value)
+        for name, array in (("logits", self.logits_B1V), ("next_hidden", self.next_B1H)):
+            self.kept.append((array, value := ort.OrtValue.ortvalue_from_numpy(array)))
+            self.io.bind_ortvalue_output(name, value)
+
+    def run(
+        self, ids_B: NDArray[np.int64], past_B: NDArray[np.int32], hidden_BH: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Reads a token of each row beside a state. Returns logits and the next states, in its own memory."""
+        self.ids_B1[:, 0], self.past_B[:], self.hidden_B1H[:, 0] = ids_B, past_B, hidden_BH
+        self.session.run_with_iobinding(self.io)
+        return self.logits_B1V[:, 0], self.next_B1H[:, 0]

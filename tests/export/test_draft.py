@@ -78,7 +78,7 @@ def test_a_head_computes_what_transformers_computes(form: str, base: Path, tmp_p
     found, past_B = [logits_BV[0]], np.array([9, 5], np.int32)
     for token in further:
         logits_BV, hidden_BH = binding.go_on(np.array([token, 7]), past_B, hidden_BH)
-        found, past_B = [*found, logits_BV[0]], past_B + 1
+        found, past_B = [*found, logits_BV[0].copy()], past_B + 1
     np.testing.assert_allclose(np.stack(found), expected.numpy(), atol=1e-5)
     shorter = reference.chain(ids[:5], states_SW[:5], [7] * 4)
     np.testing.assert_allclose(logits_BV[1], shorter[-1].numpy(), atol=1e-5)

@@ -18,6 +18,7 @@ from arriero.export import export_checkpoint
 from arriero.runtime import Flight, Session
 from arriero.runtime.draft import WAITING, Followed
 from arriero.runtime.guesses import Guesses, Guessing
+from arriero.runtime.rider import Boarding
 
 VOCABULARY = 24
 GREEDY: dict[str, Any] = {"temperature": 0, "eos_token_id": []}
@@ -124,6 +125,36 @@ def test_known_beginnings_change_nothing(model: Path, session: Session) -> None:
         assert found == plain
     assert found.reused > 0
     assert found.accepted > 0
+
+
+@pytest.mark.usefixtures("trusting")
+def test_known_beginnings_keep_what_the_draft_has_read(model: Path) -> None:
+    keeping, ids = arriero.load(model, max_seq=160, prefix_bytes=1 << 24), prompts(1)[0] * 3
+    twice = []
+    for _ in range(2):
+        state = keeping.start(1, 160, drafted=True)
+        boarding = Boarding(keeping, state, keeping.request(ids, 5))
+        while boarding.left:
+            boarding.read(keeping.decoder.longest)
+        assert state.followed is not None
+        assert state.followed.is_whole(0)
+        assert state.followed.read_B[0] == len(ids) - 1
+        twice.append(state.followed.caches.read(0, 0, len(ids) - 1)["0.key"])
+    assert boarding.trail is not None
+    assert boarding.trail.reused > 16
+    apart = np.abs(twice[0] - twice[1]).max((0, 2)) > 1e-5
+    assert set(np.flatnonzero(apart) % 16) <= {15}  # whose next token was not known when its chunk was kept
+
+
+@pytest.mark.usefixtures("trusting")
+def test_beginnings_that_no_draft_has_read_have_it_begin_behind_them(model: Path) -> None:
+    keeping, ids = arriero.load(model, max_seq=160, prefix_bytes=1 << 24), prompts(1)[0] * 3
+    plain = keeping.generate(ids, 40, draft_tokens=0, **GREEDY)
+    found = keeping.generate(ids, 40, draft_tokens=4, **GREEDY)
+    assert found.reused > 16
+    assert found == plain
+    again = keeping.generate(ids, 40, draft_tokens=0, **GREEDY)
+    assert again == plain
 
 
 def chi_squared(counts_V: NDArray[np.int64], expected_V: NDArray[np.float64]) -> float:
