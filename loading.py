@@ -325,7 +325,7 @@ def cpu_tower_graph(path: Path, spec: FolderSpec, part: VisionPart) -> CpuGraph:
 def cpu_draft_graph(path: Path, spec: FolderSpec, part: DraftPart) -> CpuGraph:
     """Reads the draft's graph for the CPU from a bundle, or lowers a model's."""
     found = _cpu_graph(path, spec, part)
-    check_draft(found[0], found[1], part.spec, spec.model, path / part.graph)
+    check_draft(found[0], found[1], part, spec.model, path / part.graph)
     return found
 
 

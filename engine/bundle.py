@@ -207,7 +207,7 @@ def _check_graphs(source: Path, folder: Path, graph: bytes, built: FolderSpec) -
         check_tower((folder / vision.graph).read_bytes(), vision.weights, built, source / vision.graph)
     if (draft := built.draft) is not None:
         content = (folder / draft.graph).read_bytes()
-        check_draft(content, draft.weights, draft.spec, built.model, source / draft.graph)
+        check_draft(content, draft.weights, draft, built.model, source / draft.graph)
 
 
 def _build_draft(source: Path, spec: FolderSpec, draft: DraftPart, folder: Path) -> DraftPart:

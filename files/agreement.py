@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import FolderError, shortened
-from ..spec.draft import DraftSpec
-from ..spec.folder import SPEC_NAME, FolderSpec
+from ..spec.folder import SPEC_NAME, DraftPart, FolderSpec
 from ..spec.geometry import ModelSpec
 from ..spec.stored_weights import Weight, slot_bytes
 from ..spec.types import CODES, TYPES
@@ -127,13 +126,14 @@ def check_decoder(graph: bytes, weights: Sequence[Weight], spec: FolderSpec, pat
         raise _foreign(path, error) from error
 
 
-def check_draft(graph: bytes, weights: Sequence[Weight], draft: DraftSpec, model: ModelSpec, path: Path) -> None:
+def check_draft(graph: bytes, weights: Sequence[Weight], part: DraftPart, model: ModelSpec, path: Path) -> None:
     """Holds a lowered draft's graph against its weights, its geometry and the model's.
 
     Raises:
         FolderError: The graph is damaged, or another draft's.
     """
-    outline, own = _checked_outline(graph, weights, path), draft.as_model(model.max_positions)
+    outline, draft = _checked_outline(graph, weights, path), part.spec
+    own = draft.as_model(model.max_positions)
     try:
         _check_caches(outline, own, 0)
         _check_attention(outline, own)
@@ -145,7 +145,7 @@ def check_draft(graph: bytes, weights: Sequence[Weight], draft: DraftSpec, model
             (outline.outputs, "logits", draft.vocab_size),
         ):
             _check_last(values, name, size)
-        check_draft_nodes(outline, weights, draft, model)
+        check_draft_nodes(outline, weights, part, model)
     except (ValueError, ArithmeticError) as error:
         raise _foreign(path, error) from error
 

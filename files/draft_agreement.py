@@ -5,17 +5,20 @@ that of `export/draft_graph`, whose graphs these are.
 """
 
 from collections.abc import Sequence
+from glob import escape
 
-from ..spec.draft import DraftSpec
+from ..spec.folder import DraftPart
 from ..spec.geometry import ModelSpec
+from ..spec.recipe import Format, Override, Recipe
 from ..spec.stored_weights import Weight
+from ..spec.types import FLOATS
 from .computation import Computation, Ref, ints
 from .decoder_agreement import check_outputs, frequencies
 from .onnx_outline import Outline
-from .products import CPU, Products
+from .products import CPU, Products, plain_name
 
 
-def check_draft_nodes(outline: Outline, weights: Sequence[Weight], draft: DraftSpec, model: ModelSpec) -> None:
+def check_draft_nodes(outline: Outline, weights: Sequence[Weight], draft: DraftPart, model: ModelSpec) -> None:
     """Finds each node that the spec's head has, and no other.
 
     Raises:
@@ -24,12 +27,29 @@ def check_draft_nodes(outline: Outline, weights: Sequence[Weight], draft: DraftS
     _Head(Computation(outline), weights, draft, model).check()
 
 
+def _recipe(form: Format, weights: Sequence[Weight]) -> Recipe | None:
+    """The head's recipe: each linear in the one format or, where groups do not divide its inputs, as it was.
+
+    Raises:
+        ValueError: None is in that format.
+    """
+    if form == "none":
+        return None
+    units = {plain_name(weight.name).removesuffix(".weight"): weight.dtype for weight in weights}
+    if form not in units.values():
+        raise ValueError(f"no weight is {form}, as spec.json's draft is")
+    overrides = [
+        Override(pattern=escape(unit), format="none" if dtype in FLOATS else form) for unit, dtype in units.items()
+    ]
+    return Recipe(format=form, activations="dynamic", overrides=tuple(overrides))
+
+
 class _Head:
     """The head that the spec describes."""
 
-    def __init__(self, nodes: Computation, weights: Sequence[Weight], draft: DraftSpec, model: ModelSpec) -> None:
-        self.nodes, self.find, self.draft, self.model = nodes, nodes.find, draft, model
-        self.products = Products(nodes, weights, None)
+    def __init__(self, nodes: Computation, weights: Sequence[Weight], draft: DraftPart, model: ModelSpec) -> None:
+        self.nodes, self.find, self.draft, self.model = nodes, nodes.find, draft.spec, model
+        self.products = Products(nodes, weights, _recipe(draft.format, weights))
         self.names = {_plain(name): name for name in self.products.names}
 
     def check(self) -> None:

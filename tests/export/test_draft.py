@@ -228,6 +228,7 @@ def test_ranks_take_no_draft(base: Path, tmp_path: Path) -> None:
 
 
 HOSTILE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda draft: draft.update(format="int8"), "no weight is int8, as spec.json's draft is"),
     (lambda draft: draft.update(graph="../decoder.onnx"), "expected a plain file name"),
     (lambda draft: draft.update(session={"session.optimized_model_filepath": "/x"}), "which no graph needs"),
     (lambda draft: draft["spec"].update(states=[1, 2, 9]), "states behind layer 9 of 4"),
