@@ -8,6 +8,7 @@ itself by this machine's address (DNS rebinding).
 import hashlib
 import hmac
 import re
+import ssl
 import time
 import uuid
 from collections.abc import Collection, Sequence
@@ -19,7 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import SessionError
-from ..files.reading import read_text
+from ..files.reading import read_bytes, read_text
 from .errors import RequestError, of_session
 from .logs import Log
 from .service import Caller
@@ -29,6 +30,13 @@ OPEN = ("/", "/health", "/ready")
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 REMEDY = "give a file with a key in each line"
+PEM = "give the path of a certificate and of its key, in PEM"
+LARGEST_PEM = 1 << 20
+"""Bytes of a certificate's or key's file at most."""
+
+LONGEST_KEY = 1024
+"""Characters of an API key at most."""
+
 LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]", "")
 
 
@@ -48,7 +56,36 @@ def read_keys(path: Path) -> list[bytes]:
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise SessionError(f"{path}: holds no keys: write one in each line, or leave --api-key-file out")
+    if any(len(key) > LONGEST_KEY or not key.isprintable() for key in keys):
+        raise SessionError(f"{path}: keys have 1 to {LONGEST_KEY} printable characters: {REMEDY}")
     return [hashlib.sha256(key.encode()).digest() for key in keys]
+
+
+def check_certificate(certificate: Path | None, key: Path | None) -> None:
+    """Refuses files that no TLS can be spoken with, before the server reads them.
+
+    Args:
+        certificate: The certificate in PEM, or None where no TLS is spoken.
+        key: Its key; None where the certificate's file holds it.
+
+    Raises:
+        SessionError: One is damaged, too large, of the other's kind, or asks for a password.
+    """
+    if certificate is None:
+        if key is not None:
+            raise SessionError("--tls-key is given without --tls-certificate: give both")
+        return
+    for path in (certificate, key):
+        if path is not None and not path.is_file():
+            raise SessionError(f"{path} is not a file: {PEM}")
+        if path is not None:
+            read_bytes(path, SessionError, PEM, most=LARGEST_PEM)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        files = certificate if key is None else f"{certificate} and {key}"
+        said = getattr(error, "reason", None) or "the key has a password"
+        raise SessionError(f"{files}: no certificate and its key ({said}): {PEM}, without a password") from error
 
 
 class Doors:

@@ -28,7 +28,7 @@ from ..loading import load
 from ..runtime import Session
 from ..runtime.room import usual_prefix_bytes
 from .app import make_app
-from .doors import LOCAL, read_keys
+from .doors import LOCAL, check_certificate, read_keys
 from .errors import RequestError
 from .logs import Handler, Log
 from .pilot import FlightSettings
@@ -120,11 +120,7 @@ def serve(settings: ServerSettings, log: Log, on_ready: Callable[[dict[str, Any]
     warnings.showwarning = lambda message, *_: log.write("warning", "warning", message=" ".join(str(message).split()))
     sys.setswitchinterval(SWITCH)
     keys = [] if settings.api_key_file is None else read_keys(settings.api_key_file)
-    for path in (settings.tls_certificate, settings.tls_key):
-        if path is not None and not path.is_file():
-            raise SessionError(f"{path} is not a file: give the path of a certificate and of its key, in PEM")
-    if settings.tls_key is not None and settings.tls_certificate is None:
-        raise SessionError("--tls-key is given without --tls-certificate: give both")
+    check_certificate(settings.tls_certificate, settings.tls_key)
     is_local = settings.unix_socket is not None or settings.host in LOCAL
     name = settings.name or settings.folder.resolve().name
     service = Service(name, settings.limits, shares_prefixes=settings.shares_prefixes, report=log.fault)
