@@ -60,8 +60,9 @@ def _stored(name: str, tensor: ir.ExternalTensor, recipe: Recipe) -> Tensors:
     if name.startswith(("vision_model.", "multi_modal_projector.")):
         return plain
     if ".experts." in name:
-        experts, _, outputs = shape
-        return {name: (CODES["fp8"], shape), f"{name}_scale": ("F32", (experts, 1, outputs))}
+        experts, inputs, outputs = shape  # quantised ones lie [E, N, K]
+        stored = (experts, outputs, inputs)
+        return {name: (CODES["fp8"], stored), f"{name}_scale": ("F32", (experts, outputs, 1))}
     if len(shape) == 2 and "embed_tokens" not in name and choose(recipe, short_name(name)).format == "fp8":
         return {name: (CODES["fp8"], shape), f"{name}_scale": ("F32", shape[:1])}
     return plain
