@@ -28,8 +28,8 @@ FULL = Attributes(**SIZES, temperature_scale=0.1, temperature_floor=8192.0)  # t
 FULL_CAPACITY = 32768 + 128
 CACHES = {"bf16": ("none", 2), "int8": ("int8", 1), "FP8": ("fp8", 1)}
 MULTIPROCESSORS, CLOCK, MEMORY, PRODUCTS, SCHEDULERS, SPECIAL = 132, 1.755e9, 3.0e12, 2048, 4, 16
-"""An H100's, as in `machine_code`, but for the bytes read a second, which are what 32 rows of the measured decoding read;
-and special functions a cycle of a multiprocessor."""
+"""An H100's, as in `machine_code`, but for the bytes read a second, which are what 32 rows of the measured decoding
+read; and special functions a cycle of a multiprocessor."""
 
 MEASURED = {
     (1, 1024, 1): (13.2, 14.7, 15.0),
