@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from ..errors import SessionError, shortened
 
+BEYOND = 10**100
+"""No number of anything that is counted, nor of a float that stands for one."""
+
 
 def refuse(name: str, value: Any, expected: str) -> NoReturn:
     """Raises the error for a value that cannot be taken."""
@@ -20,9 +23,9 @@ def refuse(name: str, value: Any, expected: str) -> NoReturn:
 
 
 def whole(name: str, value: Any, expected: str = "a whole number from 0 up", *, least: int = 0) -> int:
-    """A whole number; 50.0 is one, True and "50" are none."""
+    """A whole number; 50.0 is one, True, "50" and 1e308 are none."""
     taken = _integer(value)
-    if taken is None or taken < least:
+    if taken is None or not least <= taken < BEYOND:
         refuse(name, value, expected)
     return taken
 

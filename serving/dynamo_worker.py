@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import SessionError
+from ..files.reading import read_bytes
 from ..runtime import Generated, Request, Session
 from .dynamo_requests import Asked, chunk, read_request, usage
 from .errors import RequestError, of_session
@@ -337,7 +338,7 @@ def write_card(folder: Path, session: Session) -> Path:
         "max_position_embeddings": session.max_seq,
         "eos_token_id": list(session.defaults.eos_token_ids),
     }
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+    files = {name: read_bytes(folder / name, folder=folder) for name in FILES if (folder / name).exists()}
     files["config.json"] = json.dumps(config, indent=1).encode()
     digest = hashlib.sha256(b"".join(name.encode() + hashlib.sha256(files[name]).digest() for name in sorted(files)))
     cards = Path(tempfile.gettempdir()) / f"arriero-dynamo-{os.getuid()}"
