@@ -4,6 +4,7 @@ Enters: a path. Leaves: bytes, text or JSON. Invariant: no pipe, device or folde
 read, and what a folder holds is not read through a link that leads out of it, but into a hub's cache.
 """
 
+import io
 import os
 import re
 import stat
@@ -41,10 +42,20 @@ def open_regular(path: Path) -> BinaryIO:
         raise OSError(0, str(error), str(path)) from error
     try:
         _check_regular(os.fstat(descriptor).st_mode, path)  # it may be another by now
-        return os.fdopen(descriptor, "rb")
+        return io.BufferedReader(_Unwaiting(descriptor, "rb"))
     except BaseException:
         os.close(descriptor)
         raise
+
+
+class _Unwaiting(io.FileIO):
+    """A file that ends where it would wait, as the kernel's log does behind its last line."""
+
+    def readinto(self, buffer: Any, /) -> int:
+        return super().readinto(buffer) or 0
+
+    def readall(self) -> bytes:
+        return super().readall() or b""
 
 
 def _check_regular(mode: int, path: Path) -> None:

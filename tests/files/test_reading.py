@@ -9,7 +9,7 @@ import pytest
 
 from arriero.errors import CheckpointError, FolderError
 from arriero.files.folders import LONGEST_SPEC, SPEC, carry_files, read_json, read_spec
-from arriero.files.reading import SMALL
+from arriero.files.reading import SMALL, open_regular
 from arriero.files.safetensors import open_shard
 from arriero.runtime.text import Text
 from arriero.spec.json_text import DEEPEST, parse_json
@@ -134,3 +134,15 @@ def test_a_hubs_links_to_its_blobs_are_carried(tmp_path: Path) -> None:
     (snapshot / "generation_config.json").symlink_to("/etc/hostname")
     with pytest.raises(CheckpointError, match="is a link out of its folder"):
         carry_files(snapshot, target)
+
+
+def test_a_file_of_the_systems_that_waits_ends_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = os.pipe()  # stands for /proc/kmsg, a regular file that waits for more
+    os.set_blocking(first, False)
+    os.write(second, b"so far")
+    (tmp_path / "log").touch()
+    monkeypatch.setattr("arriero.files.reading._check_regular", lambda mode, path: None)
+    monkeypatch.setattr("arriero.files.reading.os.open", lambda path, flags: first)
+    with open_regular(tmp_path / "log") as file:
+        assert (file.read(100), file.read(100), file.read()) == (b"so far", b"", b"")
+    os.close(second)
