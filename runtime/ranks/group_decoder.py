@@ -157,6 +157,7 @@ class GroupDecoder:
             return found + self.followers.receive(patience=self.followers.patience) if answers else found
         except BaseException as error:
             self.failure = f"{self.group}: {self._reason(error)}; {AGAIN}"
+            self.meeting.abort()  # where this thread learns of it first, nobody else does
             self.followers.kill()
             raise SessionError(self.failure) from error
 

@@ -69,6 +69,10 @@ class Meeting:
     def end(self, why: int, rank: int) -> None:
         """Ends the group, and what a GPU waits for."""
         self.segment.end(why, rank)
+        self.abort()
+
+    def abort(self) -> None:
+        """Ends what a GPU waits for."""
         if self.communicator is not None:
             with contextlib.suppress(SessionError):
                 self.communicator.abort()

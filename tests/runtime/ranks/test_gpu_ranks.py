@@ -108,7 +108,8 @@ def test_engines_of_two_ranks_have_a_collective_for_each_sum(built: Built) -> No
     assert [rank["engine"]["capabilities"] for rank in found["each"]] == [[89, 120]] * 2
 
 
-def test_ranks_on_gpus_give_the_models_logits_and_end_together(built: Built, library: Any) -> None:
+@pytest.mark.parametrize("is_heard", [True, False], ids=["heard of by who watches", "by who sends"])
+def test_ranks_on_gpus_give_the_models_logits_and_end_together(built: Built, library: Any, is_heard: bool) -> None:
     model, group, bundle = built
     segment = Segment.create(2, patience=60)
     segment.join(0)
@@ -116,13 +117,13 @@ def test_ranks_on_gpus_give_the_models_logits_and_end_together(built: Built, lib
     meeting.communicator = Communicator(Nccl(library), meeting.identifier, 2, 0)
     aborted = library.count_aborted()
     settings = [{"model": str(group), "bundle": str(bundle), "rank": 1, "segment": segment.descriptor}]
-    capsule = meeting.communicator.capsule()
+    capsule, lost = meeting.communicator.capsule(), meeting.lost if is_heard else lambda rank: None
     decoder = GroupDecoder(
         bundle,
         read_spec(bundle).model,
         splits_caches=True,
         cores=None,
-        start=lambda: Followers(bundle, settings, [segment.descriptor], 60, meeting.lost, meeting.silent, BOOT),
+        start=lambda: Followers(bundle, settings, [segment.descriptor], 60, lost, meeting.silent, BOOT),
         open_local=lambda: open_rank(group, bundle, meeting, capsule),
         meeting=meeting,
     )
