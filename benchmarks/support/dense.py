@@ -9,6 +9,8 @@ import numpy as np
 
 from arriero.export.checkpoint import expected_tensors, open_checkpoint
 from arriero.export.config import model_spec
+from arriero.export.draft_config import draft_spec
+from arriero.export.draft_head import head_tensors
 
 from .sparse import MAVERICK, SCOUT, SHARED
 
@@ -81,13 +83,54 @@ def write_random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0,
 
     With a `pool` each piece begins at random in that many drawn numbers: a checkpoint of many GB takes no minutes.
     """
+    return _write(config, expected_tensors(model_spec(config)), folder, seed, pool)
+
+
+HEAD_TOKENS = 8000
+"""Tokens that a random head guesses among."""
+
+
+def write_random_head(config: dict[str, Any], folder: Path, seed: int = 1) -> int:
+    """Writes an EAGLE-3 head of one layer, of the model's widths and its embedding. Returns its parameters."""
+    model, layers = model_spec(config), len(model_spec(config).layers)
+    taken = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    layer = {name: config[name] for name in taken} | {
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "intermediate_size": config["intermediate_size_mlp"],
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    }
+    own = {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "draft_vocab_size": HEAD_TOKENS,
+        "eagle_aux_hidden_state_layer_ids": [2, layers // 2, layers - 3],
+        "transformer_layer_config": layer,
+    }
+    spec = draft_spec(own, model, "bfloat16")
+    return _write(own, head_tensors(spec, model.hidden_size), folder, seed, 0, tokens=HEAD_TOKENS)
+
+
+def _write(
+    config: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    folder: Path,
+    seed: int,
+    pool: int,
+    tokens: int = 0,
+) -> int:
+    """Writes a folder of random tensors; with `tokens` the first so many of a model's, which a head guesses among."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    shapes = expected_tensors(model_spec(config))
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * 2
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    if tokens:
+        header["d2t"] = {"dtype": "I64", "shape": [tokens], "data_offsets": [end, end + 8 * tokens]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     rng = np.random.default_rng(seed)
@@ -106,6 +149,7 @@ def write_random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0,
                     piece = np.ones(count, dtype=np.float32)
                 file.write((piece.view(np.uint32) >> 16).astype(np.uint16).tobytes())
                 left -= count
+        file.write(bytes(8 * tokens))
     return sum(map(math.prod, shapes.values()))
 
 

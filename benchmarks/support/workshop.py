@@ -18,7 +18,7 @@ from arriero.measuring.timing import Stream
 from arriero.spec.recipe import Override, Recipe
 
 from .contenders import Task
-from .dense import write_random_checkpoint
+from .dense import write_random_checkpoint, write_random_head
 from .tokenizer import write_tokenizer
 
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15, "bf16": 32, "f32": 0}
@@ -47,7 +47,6 @@ ENTRIES = (
     Entry(engine="llama", form="q4_0", bits=4),
     Entry(engine="llama", form="q4_k_m", bits=4),
     Entry(engine="arriero", form="int8", bits=8),
-    Entry(engine="arriero", form="int8-32", bits=8),
     Entry(engine="llama", form="q8_0", bits=8),
     Entry(engine="arriero", form="bfloat16", bits=16),
     Entry(engine="llama", form="bf16", bits=16),
@@ -69,10 +68,18 @@ class Workshop:
         config: The checkpoint's.
         group: Weights that share an int4 scale.
         quantiser: llama.cpp's program `llama-quantize`; None takes its function from `llama-cpp-python`.
+        drafted: Whether our models have an EAGLE-3 head, random as they are.
     """
 
     def __init__(
-        self, folder: Path, bundles: Path, config: dict[str, Any], group: int, quantiser: Path | None = None
+        self,
+        folder: Path,
+        bundles: Path,
+        config: dict[str, Any],
+        group: int,
+        quantiser: Path | None = None,
+        *,
+        drafted: bool = False,
     ) -> None:
         self.folder, self.bundles, self.config, self.group = folder, bundles, config, group
         self.quantiser = quantiser
@@ -82,6 +89,9 @@ class Workshop:
             say("writing the checkpoint")
             write_random_checkpoint(config, self.checkpoint)
             write_tokenizer(self.checkpoint, config["vocab_size"])
+        self.head = folder / "head" if drafted else None
+        if self.head is not None and not self.head.exists():
+            write_random_head(config, self.head)
 
     def make(self, entry: Entry) -> Path:
         """The folder or file that a contender loads."""
@@ -118,22 +128,21 @@ class Workshop:
 
     def _model(self, form: str) -> Path:
         name = f"model-int4-{self.group}" if form == "int4" else f"model-{form}"
+        name += "" if self.head is None else "-drafted"
         if (path := self.folder / name).exists():
             return path
         if form in ("bfloat16", "float32"):
             from arriero.export import export_checkpoint
 
             say(f"exporting {form}")
-            return export_checkpoint(self.checkpoint, path, dtype=form)
+            return export_checkpoint(self.checkpoint, path, dtype=form, draft=self.head)
         from arriero.calibration import calibrate_model
 
         source = self._model("bfloat16")
         say(f"rounding to {form}")
         ids_WS = np.random.default_rng(0).integers(0, self.config["vocab_size"], (1, 64))
-        stored, _, group = form.partition("-")
-        size = self.group if stored == "int4" else int(group or 64)
-        head = Override(pattern="lm_head", format=stored)  # type: ignore[arg-type]
-        recipe = Recipe(format=stored, activations="dynamic", group_size=size, overrides=(head,))  # type: ignore[arg-type]
+        head = Override(pattern="lm_head", format=form)  # type: ignore[arg-type]
+        recipe = Recipe(format=form, activations="dynamic", group_size=self.group, overrides=(head,))  # type: ignore[arg-type]
         return calibrate_model(source, path, recipe=recipe, data=ids_WS, floor=0)
 
     def _gguf(self, form: str) -> Path:
