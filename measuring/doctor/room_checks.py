@@ -1,9 +1,11 @@
 """Memory that a CPU bundle will take beside the limits of machine and container, disks, and the server's port."""
 
+import bisect
 import dataclasses
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +54,8 @@ PRESENT = 60_000_000
 
 def _remedy(needed: Callable[[int, int], int], slots: int, longest: int, room: Room) -> str:
     """The settings nearest to those asked for that fit."""
-    rows = next((rows for rows in range(slots, 0, -1) if needed(rows, longest) <= room.free), None)
+    fits = bisect.bisect(range(1, min(slots, sys.maxsize) + 1), room.free, key=lambda rows: needed(rows, longest))
+    rows = fits or None
     if rows is not None:
         return f"serve it with --slots {rows}"
     length = longest
