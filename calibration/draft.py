@@ -17,7 +17,7 @@ from ..export.draft_model import is_own, read_draft
 from ..export.quantised_graph import Places, quantise_graph, short_name
 from ..files.draft_tokens import carry_tokens
 from ..files.safetensors import identity, open_shard
-from ..spec.choice import choose
+from ..spec.choice import choose, is_grouped_int8
 from ..spec.draft import DRAFT_PREFIX
 from ..spec.folder import DraftPart, FolderSpec
 from ..spec.recipe import Override, Recipe
@@ -73,12 +73,12 @@ def _places(graph: ir.Graph) -> dict[str, tuple[str, int]]:
 
 def _recipe(recipe: Recipe, graph: ir.Graph) -> Recipe:
     """The draft's recipe: the decoder's format, a scale a token; what its groups do not divide stays as it is."""
-    overrides = []
+    overrides, has_groups = [], recipe.format == "int4" or is_grouped_int8(recipe)
     for node in graph:
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         if weight is None or weight.shape is None or not weight.is_initializer():
             continue
-        is_apart = recipe.format == "int4" and int(str(weight.shape[1])) % recipe.group_size
+        is_apart = has_groups and int(str(weight.shape[1])) % recipe.group_size
         overrides.append(Override(pattern=short_name(str(weight.name)), format="none" if is_apart else recipe.format))
     return Recipe(format=recipe.format, activations="dynamic", group_size=recipe.group_size, overrides=tuple(overrides))
 
@@ -89,11 +89,11 @@ def _stored(name: str, weight: Tensor, recipe: Recipe) -> dict[str, Tensor]:
     choice = choose(recipe, short_name(name))
     if not named or choice.format == "none":
         return {name: weight}
-    is_int4, wide_NK = choice.format == "int4", weight.float()
-    group, dtype = (choice.group_size, weight.dtype) if is_int4 else (wide_NK.shape[1], torch.float32)
+    size, wide_NK = choice.group_size, weight.float()
+    group, dtype = (size, weight.dtype) if size else (wide_NK.shape[1], torch.float32)
     scale_NG = choose_scales(wide_NK, choice.format, group, recipe.weight_clip, dtype)
     values_NK = round_nearest(wide_NK, scale_NG, choice.format).values_NK
     return {
-        name: pack_int4(values_NK) if is_int4 else values_NK,
-        f"{name}_scale": scale_NG.to(dtype) if is_int4 else scale_NG[:, 0].contiguous(),
+        name: pack_int4(values_NK) if choice.format == "int4" else values_NK,
+        f"{name}_scale": scale_NG.to(dtype) if size else scale_NG[:, 0].contiguous(),
     }

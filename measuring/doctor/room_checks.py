@@ -54,9 +54,8 @@ PRESENT = 60_000_000
 
 def _remedy(needed: Callable[[int, int], int], slots: int, longest: int, room: Room) -> str:
     """The settings nearest to those asked for that fit."""
-    fits = bisect.bisect(range(1, min(slots, sys.maxsize) + 1), room.free, key=lambda rows: needed(rows, longest))
-    rows = fits or None
-    if rows is not None:
+    rows = bisect.bisect(range(1, min(slots, sys.maxsize) + 1), room.free, key=lambda rows: needed(rows, longest))
+    if rows:
         return f"serve it with --slots {rows}"
     length = longest
     while length > 1:

@@ -14,12 +14,14 @@ import triton.language as tl
 from ..last_program import is_last
 from .tile import (
     add_product,
+    let_next_start,
     load_x,
     place_in_row,
     quantised,
     scales_before,
     silu,
     step_scale,
+    wait_for_earlier,
     weights_before,
     zero,
 )
@@ -64,9 +66,9 @@ def gate_and_up_few(
     """
     ROUNDED: tl.constexpr = (KIND == "int8") or (KIND == "fp8")
     if DEPENDENT:
-        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1)
+        let_next_start()
         if ROUNDED:
-            tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)
+            wait_for_earlier()
     column = tl.program_id(0)
     part = tl.program_id(1)
     pair = tl.program_id(2)
@@ -170,7 +172,7 @@ def down_few(
     A token's experts are added in their order, each in its parts' order, in float32.
     """
     if DEPENDENT:
-        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)
+        wait_for_earlier()
     column = tl.program_id(0)
     part = tl.program_id(1)
     pair = tl.program_id(2)

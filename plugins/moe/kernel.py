@@ -16,6 +16,7 @@ from .few_kernel import gate_and_up_few as gate_and_up_few
 from .tile import (
     add_product,
     arranged_rows,
+    let_next_start,
     load_x,
     place_in_row,
     quantised,
@@ -51,7 +52,7 @@ def route(
 ):
     """One token: its experts, and what each of them takes in, [P, H], scaled by the score and quantised."""
     if DEPENDENT:
-        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1)
+        let_next_start()
     token = tl.program_id(0)
     experts_E = tl.arange(0, BLOCK_E)
     logits_E = tl.load(router_logits + token * EXPERTS + experts_E, mask=experts_E < EXPERTS, other=float("-inf"))

@@ -215,3 +215,15 @@ def quantised(x, scale, KIND: tl.constexpr):
 def silu(x):
     """The sigmoid-weighted linear unit."""
     return x / (1 + tl.exp(-x))
+
+
+@triton.jit
+def let_next_start():
+    """Lets the next launch of the stream start before this one ends, where it was asked to."""
+    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1)
+
+
+@triton.jit
+def wait_for_earlier():
+    """Waits until the launch before has ended, and what it wrote is seen."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)

@@ -10,12 +10,13 @@ import torch
 from eagle_reference import Reference, head_config, write_head
 
 import arriero
-from arriero.calibration import calibrate_model
+from arriero.calibration import calibrate_model, int4, int8
 from arriero.engine import build_bundle
 from arriero.errors import BuildError
 from arriero.export import export_checkpoint
 from arriero.files.folders import read_spec
 from arriero.measuring.summary import summarise
+from arriero.spec.recipe import Recipe
 
 GREEDY: dict[str, Any] = {"temperature": 0, "eos_token_id": []}
 PROMPTS = [[5, 9, 8, 12], [4] * 20, [7]]
@@ -31,9 +32,13 @@ def drafted(make_llama4: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
     return export_checkpoint(folder / "checkpoint", folder / "model", draft=head)
 
 
-@pytest.mark.parametrize(("recipe", "caches"), [("int8", None), ("int4", "int8")])
+@pytest.mark.parametrize(
+    ("recipe", "caches"),
+    [(int8(), None), (int4(), "int8"), (int8(group_size=32), None)],
+    ids=["int8", "int4", "int8 in groups"],
+)
 def test_a_quantised_model_has_its_draft_quantised(
-    recipe: str, caches: Any, drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, caches: Any, drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("arriero.runtime.speculation.LEAST_TRUST", 0.0)
     ids_WS = np.random.default_rng(0).integers(3, 24, (4, 32))
@@ -41,10 +46,11 @@ def test_a_quantised_model_has_its_draft_quantised(
     bundle = build_bundle(model, tmp_path / "bundle", target="cpu", kv_cache=caches)
     part = read_spec(bundle).draft
     assert part is not None
-    assert part.format == recipe
+    assert part.format == recipe.format
     stored = {weight.name: weight.convert for weight in part.weights if weight.layout == "panels"}
-    apart = {"layers.0.mlp.down_proj.weight:panels"} if recipe == "int4" else set()  # groups do not divide its inputs
-    assert {name for name, kind in stored.items() if kind != f"u{recipe}"} == apart
+    has_groups = recipe.format == "int4" or recipe.group_size == 32
+    apart = {"layers.0.mlp.down_proj.weight:panels"} if has_groups else set()  # groups do not divide its inputs
+    assert {name for name, kind in stored.items() if kind != f"u{recipe.format}"} == apart
     session = arriero.load(bundle, max_seq=100)
     plain = session.generate_many(PROMPTS, 60, draft_tokens=0, **GREEDY)
     found = session.generate_many(PROMPTS, 60, draft_tokens=3, **GREEDY)
