@@ -180,6 +180,9 @@ class _TensorrtLowering:
         match node.domain, node.op_type:
             case "", "Attention":
                 self._lower_patches(nodes, node, outputs)
+            case "", "Add" if _adds_attention(node):
+                wide = nodes.Add(*(nodes.Cast(value, to=ir.DataType.FLOAT) for value in _given(inputs)))
+                nodes.node("Cast", [wide], outputs=outputs, attributes={"to": _dtype(outputs[0])})
             case "", _:
                 nodes.node(node.op_type, inputs, outputs=outputs, attributes=attributes)
             case gqa.DOMAIN, gqa.NAME:
@@ -307,6 +310,21 @@ class _TensorrtLowering:
             name = f"{value.name}".removeprefix("past.")
             self.caches.append(CacheInput(name=name, shape=shape, dtype=STORED[_dtype(value)]))
         return ir.Shape(["batch", *shape])
+
+
+def _adds_attention(node: ir.Node) -> bool:
+    """Whether a node adds attention's projection to the residual in 16 bits.
+
+    TensorRT-RTX would add within the product, into a copy of the residual. Added in float32, which gives the same 16
+    bits, the sum is a part of the norm that follows, and nothing is copied.
+    """
+    product = _present(node.inputs, 1).producer()
+    if product is None or product.op_type != "MatMul" or node.outputs[0].dtype not in PLUGIN_DTYPES:
+        return False
+    source: ir.Node | None = product
+    while source is not None and source.op_type != gqa.NAME and (source is product or source.op_type != "MatMul"):
+        source = source.inputs[0].producer() if source.inputs and source.inputs[0] is not None else None
+    return source is not None and source.op_type == gqa.NAME
 
 
 def _cache_of(value: ir.Value) -> int | None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -91,8 +93,23 @@ def test_attention_takes_the_fused_projection_so_that_no_layer_copies_its_parts(
     layers = layers_of(plugin_bundle)
     fused = [layer for layer in layers if "GroupedQueryAttention/MatMul" in str(layer["nodes"])]
     assert [(layer["kind"], layer["inputs"][1]["dims"]) for layer in fused] == [("gemm", [192, 320])] * 2 * 8  # type: ignore[index]
-    copies = [layer for layer in layers if str(layer["tactic"]).startswith("__myl_Resh_")]
-    assert len(copies) == 2 * 8  # the residual's, one a layer, into which the output projection is added
+    assert not [layer for layer in layers if str(layer["tactic"]).startswith("__myl_Resh_")]  # nor the residual
+
+
+def test_the_residual_takes_attentions_projection_in_float32_which_gives_the_same_bits(tiny_model: Path) -> None:
+    choices = Choices(gqa=None, placement="experts", max_seq=512)
+    graph = onnx.load_from_string(lower_for_tensorrt(tiny_model, read_spec(tiny_model), choices).graph).graph
+    made = {name: node for node in graph.node for name in node.output}
+    sums = [node for node in graph.node if node.op_type == "Add" and made[node.input[1]].op_type == "Cast"]
+    assert len(sums) == 8
+    for node in sums:
+        product = made[made[node.input[1]].input[0]]
+        assert product.op_type == "MatMul"
+        assert made[product.input[0]].op_type == "GroupedQueryAttention"
+    pairs = np.random.default_rng(0).standard_normal((2, 1 << 20)).astype(ml_dtypes.bfloat16)
+    pairs[0] *= np.float32(2.0) ** np.arange(-20, 20, dtype=np.float32).repeat(1 << 15)[: 1 << 20]
+    wide = pairs.astype(np.float64).sum(axis=0)  # exact for these exponents: one rounding
+    assert (pairs.astype(np.float32).sum(axis=0).astype(ml_dtypes.bfloat16) == wide.astype(ml_dtypes.bfloat16)).all()
 
 
 def test_projections_stay_apart_where_their_weights_are_inputs(tiny_model: Path) -> None:
