@@ -1,8 +1,8 @@
 """The cost of a JSON schema: tokens a second of 8 sequences with and without, and the time of a mask.
 
-Runs take turns. A mask is computed beside the model's step, so that a step pays for taking it and little more; the
-masks' own times are those of a vocabulary of 2,048 and of one as large as Llama 4's, 202,048: syllables, words, numbers
-and signs, or the tokens of a tiktoken file.
+Runs take turns. A mask that takes long is computed beside the model's step, so that a step pays for taking it and
+little more; the masks' own times are those of a vocabulary of 2,048 and of one as large as Llama 4's, 202,048:
+syllables, words, numbers and signs, or the tokens of a tiktoken file.
 
     python benchmarks/grammar_cost.py [FOLDER] [--rows 8] [--tokens 200] [--runs 5] [--ranks o200k_base.tiktoken]
 
@@ -43,8 +43,7 @@ ITEM = {
 SCHEMA = {"type": "array", "items": ITEM, "minItems": 200}
 """Longer than any run."""
 
-BEGIN = 0
-"""`<|begin_of_text|>`: a token that ends a sequence, and never comes."""
+PROMPT = "Items: "
 
 
 class Tokens(Vocabulary):
@@ -102,10 +101,19 @@ def mask_times(tokens: Sequence[bytes], steps: int = 3000) -> dict[str, float]:
 
 
 def rate(session: Session, rows: int, tokens: int, clock: Callable[[], float], **settings: Any) -> float:
-    """Tokens a second of several sequences in flight."""
+    """Tokens a second of several sequences in flight, all of them as long as they may be."""
     started = clock()
-    found = session.generate_many(["Items: "] * rows, tokens, slots=rows, eos_token_id=BEGIN, **settings)
-    return sum(len(each.ids) for each in found) / (clock() - started)
+    found = session.generate_many([PROMPT] * rows, tokens, slots=rows, **settings)
+    seconds = clock() - started
+    assert all(len(each.ids) == tokens for each in found)  # else they stand for less than the prompts beside them
+    return rows * tokens / seconds
+
+
+def unused_end(session: Session, tokens: int, choices: Sequence[dict[str, Any]]) -> int:
+    """A token that may end a sequence, as one has, and that no free one comes to."""
+    found = {token for each in choices for token in session.generate(PROMPT, tokens, eos_token_id=[], **each).ids}
+    special = session.text.tokenizer.get_added_tokens_decoder()
+    return next(token for token in special if token not in found)
 
 
 def main() -> None:
@@ -125,11 +133,13 @@ def main() -> None:
         session = arriero.load(folder, max_seq=options.tokens + 64, threads=options.threads)
         shapes: dict[str, dict[str, Any]] = {"free": {}, "JSON schema": {"json_schema": SCHEMA}}
         table = Table("", "tokens/s", "least", "most", "of the free one's")
-        for name, choice in {"greedy": {"temperature": 0}, "drawn": {"temperature": 1.0, "seed": 1}}.items():
+        choices: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0}, "drawn": {"temperature": 1.0, "seed": 1}}
+        end = unused_end(session, options.tokens, list(choices.values()))
+        for name, choice in choices.items():
             rates: dict[str, list[float]] = {shape: [] for shape in shapes}
             for run in range(options.runs + 1):
                 for shape, grammar in shapes.items():
-                    found = rate(session, options.rows, options.tokens, clock, **choice, **grammar)
+                    found = rate(session, options.rows, options.tokens, clock, eos_token_id=end, **choice, **grammar)
                     rates[shape] += [found] if run else []  # the first warms up
             pairs = zip(rates["JSON schema"], rates["free"], strict=True)
             shares = {"free": 1.0, "JSON schema": median(with_one / without for with_one, without in pairs)}

@@ -16,6 +16,7 @@ import arriero
 from arriero.errors import SessionError
 from arriero.runtime import Session
 from arriero.runtime.flight import Flight
+from arriero.runtime.grammars import guide
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -107,6 +108,13 @@ def test_log_probabilities_are_the_models_own(session: Session) -> None:
     assert found.logprobs[0].token not in [token for token, _ in found.logprobs[0].top]
 
 
+@pytest.fixture(params=[-1.0, guide.LONG], ids=["masks beside the step", "masks when asked for"])
+def masks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks that are computed by a thread of their own, however quick they are, and as they are without a test."""
+    monkeypatch.setattr(guide, "LONG", request.param)
+
+
+@pytest.mark.usefixtures("masks")
 def test_many_follow_their_grammar_as_each_alone(session: Session) -> None:
     prompts = ["The list", "A", "Numbers are", "def f"]
     settings: dict[str, Any] = {**DRAWN, "seed": 9, "json_schema": SCHEMA}
@@ -116,6 +124,7 @@ def test_many_follow_their_grammar_as_each_alone(session: Session) -> None:
         jsonschema.validate(json.loads(each.text), SCHEMA)
 
 
+@pytest.mark.usefixtures("masks")
 def test_a_flight_holds_sequences_with_and_without_grammars(session: Session) -> None:
     flight, texts = Flight(session, 4), dict[int, str]()
     asked: list[dict[str, Any]] = [
@@ -158,6 +167,7 @@ def test_processors_and_filters_work_within_the_grammar(session: Session) -> Non
     assert len({tuple(ids[at : at + 3]) for at in range(len(ids) - 2)}) == len(ids) - 2
 
 
+@pytest.mark.usefixtures("masks")
 def test_threads_follow_their_grammars_side_by_side(session: Session) -> None:
     found: dict[int, str] = {}
 
@@ -172,14 +182,15 @@ def test_threads_follow_their_grammars_side_by_side(session: Session) -> None:
     assert {number: len(text) for number, text in found.items()} == {0: 5, 1: 6, 2: 7, 3: 8}
 
 
-def test_the_thread_of_masks_ends_with_its_session(tiny_model: Path) -> None:
-    def masks() -> Iterator[threading.Thread]:
+def test_the_thread_of_masks_ends_with_its_session(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads() -> Iterator[threading.Thread]:
         return (thread for thread in threading.enumerate() if thread.name == "masks")
 
-    before = set(masks())
+    monkeypatch.setattr(guide, "LONG", -1.0)
+    before = set(threads())
     other = arriero.load(tiny_model, max_seq=40)
     other.generate("Hello", regex="[a-z]{9}")
-    (thread,) = set(masks()) - before
+    (thread,) = set(threads()) - before
     del other
     gc.collect()
     thread.join(10)
