@@ -27,6 +27,7 @@ from ..spec.folder import FolderSpec, VisionPart
 from ..spec.fused_layers import read_layers
 from ..spec.types import Progress
 from .builder import Built, build_engine
+from .model_agreement import check_model
 from .profiles import Shapes, decoder_profiles, decoder_shapes, tower_shapes
 from .target import Target, check_dtypes
 from .tensorrt_library import cuda_version, open_library
@@ -131,7 +132,7 @@ def prepare(source: Path, spec: FolderSpec, target: Target, options: Options) ->
 
     Raises:
         BuildError: The target cannot run the model.
-        FolderError: A weight file is missing or has changed.
+        FolderError: A weight file is missing or has changed, or a graph computes something else than the spec says.
     """
     trt = open_library(target.flavour)
     target = _resolved(trt, target)
@@ -141,6 +142,8 @@ def prepare(source: Path, spec: FolderSpec, target: Target, options: Options) ->
     tower = None
     if spec.vision is not None and spec.vision.graph:
         tower = lower_tower_for_tensorrt(source, spec, spec.vision, placement)
+    files = find_files(source, spec.weight_files, options.weights_from, option="--weights-from")
+    check_model(source, spec, files)
     check_dtypes(target, network.dtypes | (tower.dtypes if tower else frozenset()))
     creators = register(trt, OPS)
     for creator in creators.values():
@@ -159,7 +162,7 @@ def prepare(source: Path, spec: FolderSpec, target: Target, options: Options) ->
         max_seq=max_seq,
         max_tiles=options.max_tiles or DEFAULT_MAX_TILES,
         creators=creators,
-        files=find_files(source, spec.weight_files, options.weights_from, option="--weights-from"),
+        files=files,
     )
 
 

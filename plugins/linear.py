@@ -199,3 +199,50 @@ def _own_scale(x: ir.Value, product: ir.Value) -> ir.Value | None:
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op_type else None
+
+
+def is_as_written(product: ir.Node, linear: Linear, dtype: ir.DataType, bound: float = 0.0) -> bool:
+    """Whether all nodes that lead to a quantised product are those that `write_input` and `write_linear` write.
+
+    Args:
+        product: The MatMul.
+        linear: What `read_linear` has read of it.
+        dtype: The graph's type.
+        bound: As in `token_scale`.
+    """
+    nodes, x, own_scale = Nodes(""), linear.x, None
+    if linear.own_scale is not None:
+        widened = _producer(linear.unscaled, "Cast")
+        source = linear.unscaled if dtype == FLOAT or widened is None else widened.inputs[0]
+        if source is None:
+            return False
+        x, own_scale = write_input(nodes, source, None, linear.kind, dtype, bound)
+    elif linear.kind != "int4":
+        x, own_scale = write_input(nodes, linear.x, linear.x_scale, linear.kind, dtype)
+    write_linear(nodes, x, own_scale, linear.weight, linear.weight_scale, ir.Value(), linear.kind, dtype)
+    written = next(node for node in nodes.list if node.op_type == "MatMul")
+    return all(map(_is_alike, product.inputs, written.inputs))
+
+
+def _is_alike(one: ir.Value | None, other: ir.Value | None) -> bool:
+    """Whether two values are computed by the same nodes from the same values."""
+    if one is other:
+        return True
+    makers = [None if value is None else value.producer() for value in (one, other)]
+    first, second = makers
+    if first is None or second is None:
+        return False
+    return (
+        (first.domain, first.op_type, len(first.inputs)) == (second.domain, second.op_type, len(second.inputs))
+        and _settings(first) == _settings(second)
+        and all(map(_is_alike, first.inputs, second.inputs))
+    )
+
+
+def _settings(node: ir.Node) -> dict[str, object]:
+    """A node's attributes, tensors by their type, shape and bytes."""
+    return {
+        name: (value.dtype, tuple(value.shape), value.tobytes()) if isinstance(value, ir.TensorProtocol) else value
+        for name, attribute in node.attributes.items()
+        for value in [attribute.value]
+    }
