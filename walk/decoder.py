@@ -90,9 +90,13 @@ class LayerWalk:
         """One of the layer's tensors in float32."""
         return self.weights.wide(self.prefix + name, index)
 
-    def stored(self, name: str, index: int) -> Tensor:
-        """A part of one of the layer's stacked tensors, on the device, of the type that it is stored in."""
+    def stored(self, name: str, index: int | None = None) -> Tensor:
+        """One of the layer's tensors, or a part of a stacked one, on the device, of the type that it is stored in."""
         return self.weights.stored(self.prefix + name, index).to(self.weights.device)
+
+    def linear(self, unit: str) -> Tensor:
+        """The weight [N, K] of one of the layer's linears, for `project`."""
+        return self.weights.factor(f"{self.prefix}{unit}.weight")
 
     def run(self, x: Hidden, observe: Observe = ignore) -> None:
         """All of the steps."""
@@ -101,7 +105,8 @@ class LayerWalk:
         if self.layer.experts:
             for expert in range(self.spec.experts):
                 gate_up, down = (
-                    self.weight(f"feed_forward.experts.{name}_proj", expert) for name in ("gate_up", "down")
+                    self.weights.factor(f"{self.prefix}feed_forward.experts.{name}_proj", expert)
+                    for name in ("gate_up", "down")
                 )
                 self.feed_expert(expert, gate_up, down, observe)
 
@@ -112,7 +117,7 @@ class LayerWalk:
         """
         norm = self.weight("input_layernorm.weight")
         query_weight, key_weight, value_weight, output_weight = (
-            self.weight(f"self_attn.{name}_proj.weight") for name in "qkvo"
+            self.linear(f"self_attn.{name}_proj") for name in "qkvo"
         )
         inv_freq = inverse_frequencies(self.spec).to(self.weights.device) if self.layer.rope else None
         attributes = attention_attributes(self.spec, self.layer)
@@ -122,30 +127,30 @@ class LayerWalk:
             normed_WSH = rms_norm(hidden_WSH, norm, self.spec.norm_eps)
             observe("attention_input", normed_WSH.flatten(0, 1))
             attended_WSN, keys_WSN, values_WSN = attend_in_chunks(
-                linear(normed_WSH, query_weight),
-                linear(normed_WSH, key_weight),
-                linear(normed_WSH, value_weight),
+                project(normed_WSH, query_weight),
+                project(normed_WSH, key_weight),
+                project(normed_WSH, value_weight),
                 inv_freq,
                 attributes,
             )
             for name, tensor in (("keys", keys_WSN), ("values", values_WSN), ("attention_output", attended_WSN)):
                 observe(name, tensor.flatten(0, 1))
-            self.attended[start : start + at_once] = to_host(hidden_WSH + linear(attended_WSN, output_weight))
+            self.attended[start : start + at_once] = to_host(hidden_WSH + project(attended_WSN, output_weight))
 
     def feed(self, observe: Observe = ignore) -> None:
         """The dense feed-forward, or the shared expert and the router, with the residual."""
         name = "feed_forward.shared_expert." if self.layer.experts else "feed_forward."
-        gate, up, down = (self.weight(f"{name}{part}_proj.weight") for part in ("gate", "up", "down"))
-        router = self.weight("feed_forward.router.weight") if self.layer.experts else None
+        gate, up, down = (self.linear(f"{name}{part}_proj") for part in ("gate", "up", "down"))
+        router = self.linear("feed_forward.router") if self.layer.experts else None
         router_logits = []
         out_TH = self.out.reshape(-1, self.spec.hidden_size)
         for start, hidden_NH, normed_NH in self._normed_tokens():
             observe("feed_input", normed_NH)
-            activated_NI = linear(normed_NH, up) * silu(linear(normed_NH, gate))
+            activated_NI = project(normed_NH, up) * silu(project(normed_NH, gate))
             observe("down_input", activated_NI)
-            out_TH[start : start + len(hidden_NH)] = to_host(hidden_NH + linear(activated_NI, down))
+            out_TH[start : start + len(hidden_NH)] = to_host(hidden_NH + project(activated_NI, down))
             if router is not None:
-                router_logits.append(linear(normed_NH, router).to(HOST))
+                router_logits.append(project(normed_NH, router).to(HOST))
         if router is not None:
             self.router_logits_TE = torch.cat(router_logits)
 
@@ -203,10 +208,15 @@ def walk_layer(spec: ModelSpec, index: int, weights: Weights, x: Hidden, observe
     return walk.out
 
 
+def project(x: Tensor, weight_MK: Tensor) -> Tensor:
+    """A linear of states [..., K], its weight of any float type: [..., M]."""
+    return multiply(x.flatten(0, -2), weight_MK.T).unflatten(0, x.shape[:-1])
+
+
 def multiply(x_NK: Tensor, weight_KM: Tensor) -> Tensor:
     """A product in float32 with a weight of any float type, which is widened some columns at a time [N, M].
 
-    Few rows take less time than memory for a whole widened weight of an expert, which the system must clear.
+    Few rows take less time than memory for a whole widened weight, which the system must clear.
     """
     out_NM = torch.empty(len(x_NK), weight_KM.shape[1], device=x_NK.device)
     for start in range(0, weight_KM.shape[1], COLUMNS):

@@ -132,6 +132,10 @@ class Weights:
         """A tensor in float32, exactly as stored, on the device."""
         return self.stored(name, index).to(self.device).float()
 
+    def factor(self, name: str, index: int | None = None) -> Tensor:
+        """A product's weight on the device, of any float type: as it is stored, which takes no second memory."""
+        return self.stored(name, index).to(self.device)
+
     def place(self, array: NDArray[np.float32]) -> Tensor:
         """An array as a tensor on the device."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -208,6 +212,10 @@ class FolderWeights(Weights):
         scale_NG = scale.view(len(values_NK), -1)
         wide_NK = values_NK * scale_NG.repeat_interleave(values_NK.shape[1] // scale_NG.shape[1], dim=1)
         return wide_NK if index is None else wide_NK.T
+
+    def factor(self, name: str, index: int | None = None) -> Tensor:
+        """A product's weight in float32: quantised ones must be multiplied by their scales."""
+        return self.wide(name, index)
 
     def _numbers(self, name: str, path: Path, values: np.ndarray) -> Tensor:
         """Widened values as a tensor.

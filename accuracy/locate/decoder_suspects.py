@@ -286,6 +286,10 @@ class HalfSplit(Weights):
         super().__init__({}, device=weights.device)
         self.weights, self.head_dim = weights, head_dim
 
+    def factor(self, name: str, index: int | None = None) -> Tensor:
+        """A product's weight as `wide` makes it."""
+        return self.wide(name, index)
+
     def wide(self, name: str, index: int | None = None) -> Tensor:
         """A tensor in float32."""
         weight = self.weights.wide(name, index)
