@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import AccuracyError, CheckpointError, printable
-from ..files.output import reason, remove_leftovers
+from ..files.output import reason, remove_leftovers, unwritable
 from ..files.reading import open_regular
 from ..files.safetensors import PointerError, encode_header, open_shard
 from ..spec.fields import decode
@@ -162,8 +162,10 @@ def check_replaceable(path: Path, force: bool) -> None:
     """Refuses to write over a file, unless it is a golden one and `force` allows it.
 
     Raises:
-        AccuracyError: Something else is there.
+        AccuracyError: Something else is there, or nothing can be written there.
     """
+    if (why := unwritable(path.absolute().parent)) is not None:
+        raise AccuracyError(f"{path}: cannot be written ({why}): choose another output")
     if not os.path.lexists(path):
         return
     if not _begins_as_golden(path):

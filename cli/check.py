@@ -75,12 +75,13 @@ def check_outputs(output: Path | None, history: Path | None, *, force: bool) -> 
     """Refuses, before anything is computed, a report that cannot be written, and a history that cannot be read."""
     from ..files.drawing import check_drawable
     from ..files.output import check_free
-    from ..pages.history import read_history
+    from ..pages.history import check_appendable, read_history
 
     if output is not None:
         check_drawable()
         check_free(output, force=force, mark="verdict.json")
     if history is not None:
+        check_appendable(history)
         read_history(history, missing_ok=True)
 
 

@@ -127,15 +127,38 @@ def reason(error: OSError, *places: Path) -> str:
 
 
 def check_free(out: Path, *, force: bool, mark: str = SPEC) -> None:
-    """Refuses an output that exists, unless `force` allows to replace it and it is one of Arriero's or empty."""
+    """Refuses an output that exists, unless `force` allows to replace it and it is one of Arriero's or empty.
+
+    Raises:
+        FolderError: It may not be replaced, or nothing can be written where it is to be.
+    """
+    if (why := unwritable(out.absolute().parent)) is not None:
+        raise FolderError(f"{out}: cannot be created ({why}): choose another output")
     if not os.path.lexists(out):
         return
     if out.is_symlink():
         raise FolderError(f"{out} is a symlink, which is not replaced: remove it, or give the folder it points to")
+    if os.path.ismount(out):
+        raise FolderError(f"{out} is a mount point, which is not replaced: choose an output in it")
     if not out.is_dir() or (any(out.iterdir()) and not (out / mark).exists()):
         raise FolderError(f"{out} exists and is no folder of Arriero's: it is not replaced, choose another output")
     if not force:
         raise FolderError(f"{out} exists: choose another output, or --force to replace it")
+
+
+def unwritable(folder: Path) -> str | None:
+    """The system's words for why nothing can be made in a folder, or in the nearest one that exists; None where it can.
+
+    What takes long is not begun for an output that cannot be written. Nothing is made to find out.
+    """
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        return os.strerror(errno.ENOTDIR)
+    if os.access(folder, os.W_OK | os.X_OK):
+        return None
+    is_mounted_so = hasattr(os, "statvfs") and os.statvfs(folder).f_flag & os.ST_RDONLY
+    return os.strerror(errno.EROFS if is_mounted_so else errno.EACCES)
 
 
 def replace_folder(new: Path, out: Path) -> None:
@@ -150,7 +173,17 @@ def replace_folder(new: Path, out: Path) -> None:
     except BaseException:
         old.rename(out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, one that its owner may not write to as well."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir() and not folder.is_symlink():
+        with contextlib.suppress(OSError):
+            for path, _, _ in os.walk(folder):
+                Path(path).chmod(0o700)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_leftovers(out: Path) -> None:
@@ -162,7 +195,7 @@ def remove_leftovers(out: Path) -> None:
         if match[2] == "replaced" and not os.path.lexists(out):
             leftover.rename(out)
         else:
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove_folder(leftover)
 
 
 def check_apart(source: Path, out: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import FolderError
-from .output import reason, remove_leftovers
+from .output import reason, remove_leftovers, unwritable
 from .reading import open_regular
 
 
@@ -20,8 +20,10 @@ def check_writable(path: Path, *, force: bool, start: bytes) -> None:
         start: First bytes of a file of this kind.
 
     Raises:
-        FolderError: It may not be replaced.
+        FolderError: It may not be replaced, or nothing can be written where it is to be.
     """
+    if (why := unwritable(path.absolute().parent)) is not None:
+        raise FolderError(f"{path}: writing failed ({why}): choose another output")
     if not os.path.lexists(path):
         return
     if path.is_dir():

@@ -4,6 +4,7 @@ Enters: the fields of verdicts. Leaves: `Run`s in the order of their lines. Runs
 reference have the same names and the candidate the same profile of limits.
 """
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 from ..errors import AccuracyError, printable, shortened
 from ..files.fields import check_fields
+from ..files.output import unwritable
 from ..files.reading import open_regular, read_text
 from ..spec.json_text import parse_json
 
@@ -99,6 +101,20 @@ def append_run(path: str | Path, verdict: Mapping[str, Any]) -> None:
             os.close(number)
     except OSError as error:
         raise AccuracyError(f"{path}: {error.strerror or error}: give another file with --history") from error
+
+
+def check_appendable(path: Path) -> None:
+    """Refuses a history that no line can be appended to.
+
+    Raises:
+        AccuracyError: The file cannot be written, or there is none and none can be made.
+    """
+    exists = os.path.lexists(path)
+    why = None if exists else unwritable(path.absolute().parent)
+    if exists and not os.access(path, os.W_OK):
+        why = os.strerror(errno.EACCES)
+    if why is not None:
+        raise AccuracyError(f"{path}: {why}: give another file with --history")
 
 
 def _missing_end(path: Path) -> bytes:

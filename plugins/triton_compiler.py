@@ -4,11 +4,13 @@ Enters: a `launch.Kernel` and the module whose Triton function it names. Leaves:
 says how to launch it.
 """
 
+import contextlib
 import hashlib
 import inspect
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..errors import BuildError
+from ..files.output import unwritable
 from ..spec.built_engine import Binary
 from .launch import Kernel
 
@@ -73,7 +76,8 @@ def compile_kernel(module: ModuleType, kernel: Kernel, capability: int) -> Compi
     )
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "sanitize_overflow": False}
     options["launch_pdl"] = kernel.dependent
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with _cache():
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert built.metadata.global_scratch_size == 0
     if built.metadata.shared > SHARED[capability] * 1024:
         raise BuildError(
@@ -93,6 +97,17 @@ def compile_kernel(module: ModuleType, kernel: Kernel, capability: int) -> Compi
         dependent=kernel.dependent,
     )
     return Compiled(binary=binary, cubin=cubin, ptx=built.asm["ptx"])
+
+
+@contextlib.contextmanager
+def _cache() -> Iterator[None]:
+    """Triton's cache of what it has compiled is a temporary folder where its own cannot be written."""
+    if unwritable(Path(triton.knobs.cache.dir)) is None:
+        yield
+        return
+    with triton.knobs.cache.scope(), tempfile.TemporaryDirectory(prefix="arriero-triton-") as folder:
+        triton.knobs.cache.dir = folder
+        yield
 
 
 def usage(compiled: Compiled) -> Usage:

@@ -147,3 +147,75 @@ def test_a_folder_of_another_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FolderError, match="is a checkpoint: make a model of it"):
         read_spec(tmp_path)
+
+
+UNPRIVILEGED = """
+import ctypes, os, sys
+from pathlib import Path
+
+if os.geteuid() == 0 and "AGAIN" not in os.environ:
+    for capability in (1, 2):  # those by which root writes where nobody may, which what it runs next has no more
+        ctypes.CDLL(None).prctl(24, capability)
+    os.environ["AGAIN"] = "1"
+    os.execv(sys.executable, sys.orig_argv)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's capabilities")
+def test_an_output_in_a_folder_that_is_only_read_is_refused_before_any_work(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (locked / "runs.jsonl").write_text("")
+    (locked / "runs.jsonl").chmod(0o444)
+    locked.chmod(0o555)
+    checks = """
+from arriero.accuracy.golden import check_replaceable
+from arriero.errors import ArrieroError
+from arriero.files.output import check_free
+from arriero.files.single import check_writable
+from arriero.pages.history import check_appendable
+
+locked = Path(sys.argv[1])
+for check in (
+    lambda: check_free(locked / "a" / "bundle", force=False),
+    lambda: check_writable(locked / "page.html", force=False, start=b""),
+    lambda: check_replaceable(locked / "golden.safetensors", force=False),
+    lambda: check_appendable(locked / "runs.jsonl"),
+    lambda: check_appendable(locked / "more.jsonl"),
+    lambda: check_free(locked / "runs.jsonl" / "bundle", force=False),
+):
+    try:
+        check()
+    except ArrieroError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", UNPRIVILEGED + checks, str(locked)], capture_output=True, text=True, check=True
+    )
+    locked.chmod(0o755)
+    assert done.stdout.replace(str(locked), "…").splitlines() == [
+        "…/a/bundle: cannot be created (Permission denied): choose another output",
+        "…/page.html: writing failed (Permission denied): choose another output",
+        "…/golden.safetensors: cannot be written (Permission denied): choose another output",
+        "…/runs.jsonl: Permission denied: give another file with --history",
+        "…/more.jsonl: Permission denied: give another file with --history",
+        "…/runs.jsonl/bundle: cannot be created (Not a directory): choose another output",
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's capabilities")
+def test_a_folder_that_is_only_read_leaves_nothing_when_it_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "inner").mkdir(parents=True)
+    for name in (SPEC, "inner/weights"):
+        (out / name).write_text("{}")
+    for folder in (out / "inner", out):
+        folder.chmod(0o555)
+    replace = """
+from arriero.files.output import new_folder
+with new_folder(Path(sys.argv[1]), force=True) as folder:
+    (folder / "spec.json").write_text("new")
+"""
+    subprocess.run([sys.executable, "-c", UNPRIVILEGED + replace, str(out)], check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / SPEC).read_text() == "new"
