@@ -93,10 +93,11 @@ def moe_kernels(capability: int) -> Iterator[Kernel]:
     for kind in ("none", "int8", "fp8", "int4"):
         if kind == "fp8" and capability < 89:
             continue  # no E4M3 there
+        scale = "bf16" if kind == "int4" else "fp32"
         attributes = moe_op.Attributes(top_k=1, quantisation=kind)  # type: ignore[arg-type]
         group = 128 if kind == "int4" else 0
         sizes = {"hidden": 5120, "expert_size": 8192, "experts": 16}
-        yield from moe_plan.Plan(Geometry(**sizes, attributes=attributes, group=group), capability).kernels
+        yield from moe_plan.Plan(Geometry(**sizes, attributes=attributes, group=group, scale=scale), capability).kernels
 
 
 def moe_errors(interpreter: Interpreter) -> Iterator[Error]:

@@ -35,9 +35,11 @@ from arriero.plugins.moe.kernel_geometry import Geometry
 from arriero.plugins.moe.op import Attributes
 from arriero.plugins.moe.plan import FEW, SOME, Plan, Tile
 
-HIDDEN, EXPERT_SIZE, GROUP = 5120, 8192, 128
+HIDDEN, EXPERT_SIZE = 5120, 8192
 FORMATS = {"bf16": "none", "int8": "int8", "FP8": "fp8", "int4": "int4"}
 WEIGHT_BYTES = {"bf16": 2.0, "int8": 1.0, "FP8": 1.0, "int4": 0.5}
+"""Bytes of a weight; in int4 those of its share of a scale come on top."""
+SCALE_BYTES = {"bf16": 2, "fp32": 4}
 TOKEN_BYTES = {"bf16": 2, "int8": 1, "FP8": 1, "int4": 2}
 
 MEASURED = {
@@ -74,6 +76,7 @@ class Product:
         tile: Its tile.
         code: Its machine code.
         parts: Parts into which the depth is cut.
+        scale_bytes: Bytes of a weight's share of a scale.
     """
 
     format: str
@@ -85,11 +88,17 @@ class Product:
     tile: Tile
     code: MachineCode
     parts: int = 1
+    scale_bytes: float = 0.0
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes that are read of each weight."""
+        return WEIGHT_BYTES[self.format] + self.scale_bytes
 
     @property
     def step_bytes(self) -> float:
         """Bytes that a program reads at a step."""
-        return self.tile.depth * (self.tile.rows * TOKEN_BYTES[self.format] + self.columns * WEIGHT_BYTES[self.format])
+        return self.tile.depth * (self.tile.rows * TOKEN_BYTES[self.format] + self.columns * self.weight_bytes)
 
     @property
     def cycles(self) -> tuple[float, float, float]:
@@ -105,8 +114,10 @@ class Product:
         return max(tensor, issue, cache), float(accesses), 1 / code.resident if code.loop.get("to shared") else 0.0
 
 
-def products(capability: int, formats: Sequence[str] = tuple(FORMATS)) -> Iterator[Product]:
-    """Every product of the experts on one kind of GPU; of the formats that it has."""
+def products(
+    capability: int, formats: Sequence[str] = tuple(FORMATS), group: int = 128, scale: str = "bf16"
+) -> Iterator[Product]:
+    """Every product of the experts on one kind of GPU; of the formats that it has, int4 in groups with such scales."""
     for name in formats:
         if name == "FP8" and capability < 89:
             continue
@@ -116,7 +127,8 @@ def products(capability: int, formats: Sequence[str] = tuple(FORMATS)) -> Iterat
             expert_size=EXPERT_SIZE,
             experts=16,
             attributes=Attributes(top_k=1, quantisation=kind),  # type: ignore[arg-type]
-            group=GROUP if kind == "int4" else 0,
+            group=group if kind == "int4" else 0,
+            scale=scale if kind == "int4" else "fp32",
         )
         plan = Plan(geometry, capability)
         for each in plan.kernels:
@@ -136,6 +148,7 @@ def products(capability: int, formats: Sequence[str] = tuple(FORMATS)) -> Iterat
                 tile=tile,
                 code=read(kernels.compile_kernel(module, each, capability)),
                 parts=plan.parts[weight] if way == "few" else 1,
+                scale_bytes=SCALE_BYTES[scale] / group if kind == "int4" else 0.0,
             )
 
 
@@ -163,7 +176,7 @@ def limits(product: Product, experts: int, tokens: int) -> Limits:
     """The limits of one kernel in a call."""
     tiles, busy = tiles_of(experts, tokens, product)
     steps = tiles * math.ceil(product.width / product.columns) * math.ceil(product.depth / product.tile.depth)
-    memory = busy * product.depth * product.width * WEIGHT_BYTES[product.format] / MEMORY
+    memory = busy * product.depth * product.width * product.weight_bytes / MEMORY
     largest, accesses, waits = (steps / MULTIPROCESSORS * each / CLOCK for each in product.cycles)
     return memory, (largest, accesses, waits)
 
@@ -247,12 +260,14 @@ def time_table(found: dict[tuple[int, int, str], list[tuple[float, float, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capabilities", type=int, nargs="*", default=[80, 89, 90, 100, 120])
+    parser.add_argument("--group", type=int, default=128, help="inputs that share a scale in int4")
+    parser.add_argument("--scales", choices=SCALE_BYTES, default="bf16", help="type of such scales")
     parser.add_argument("--fit", type=float, nargs=3, help="the three weights, of the tree that was measured")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     console, said = Console(width=200), {}
     for capability in arguments.capabilities:
-        found = list(products(capability))
+        found = list(products(capability, group=arguments.group, scale=arguments.scales))
         console.print(code_table(capability, found))
         said[str(capability)] = [asdict(each) for each in found]
         heads = list(attention_code.attending(capability))

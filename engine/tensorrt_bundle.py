@@ -138,7 +138,8 @@ def prepare(source: Path, spec: FolderSpec, target: Target, options: Options) ->
     target = _resolved(trt, target)
     max_seq = _max_seq(spec, options)
     placement: Placement = options.weights or "experts"
-    network = lower_for_tensorrt(source, spec, Choices(gqa=options.gqa, placement=placement, max_seq=max_seq))
+    files = find_files(source, spec.weight_files, options.weights_from, option="--weights-from")
+    network = lower_for_tensorrt(source, spec, Choices(gqa=options.gqa, placement=placement, max_seq=max_seq), files)
     tower = None
     if spec.vision is not None and spec.vision.graph:
         tower = lower_tower_for_tensorrt(source, spec, spec.vision, placement)

@@ -33,6 +33,7 @@ from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
 from ..spec.stored_weights import Weight
 from ..spec.types import BITS
+from .narrow_scales import narrow_scales, narrowed
 from .supply import STORED
 
 Way = Literal["plugin", "native", "function"]
@@ -78,23 +79,31 @@ class Network:
     sums: Mapping[str, int] = field(default_factory=dict)
 
 
-def lower_for_tensorrt(folder: Path, spec: FolderSpec, choices: Choices) -> Network:
+def lower_for_tensorrt(
+    folder: Path, spec: FolderSpec, choices: Choices, files: Mapping[str, Path] | None = None
+) -> Network:
     """Lowers a model folder's decoder.
+
+    Args:
+        folder: The model folder.
+        spec: Its spec.
+        choices: Choices about the network.
+        files: Paths of the weight files by name, to find what needs fewer bits than it is stored in; None leaves all.
 
     Raises:
         BuildError: The graph is damaged, or a choice does not fit it.
     """
-    return _lower(folder / spec.graph, spec.rank_model, choices)
+    return _lower(folder / spec.graph, spec.rank_model, choices, files or {})
 
 
 def lower_tower_for_tensorrt(folder: Path, spec: FolderSpec, vision: VisionPart, placement: Placement) -> Network:
     """Lowers a model folder's vision tower; raises what `lower_for_tensorrt` does."""
-    return _lower(folder / vision.graph, spec.model, Choices(gqa=None, placement=placement, max_seq=0))
+    return _lower(folder / vision.graph, spec.model, Choices(gqa=None, placement=placement, max_seq=0), {})
 
 
-def _lower(path: Path, spec: ModelSpec, choices: Choices) -> Network:
+def _lower(path: Path, spec: ModelSpec, choices: Choices, files: Mapping[str, Path]) -> Network:
     model = read_graph(path)
-    lowering = _TensorrtLowering(model.graph, spec, choices)
+    lowering = _TensorrtLowering(model.graph, spec, choices, files)
     graph = lowering.lower()
     lowered = ir.Model(graph, ir_version=model.ir_version, producer_name="arriero")
     return Network(
@@ -114,6 +123,7 @@ class _TensorrtLowering:
     source: ir.Graph
     spec: ModelSpec
     choices: Choices
+    files: Mapping[str, Path]
     mapped: dict[ir.Value, ir.Value] = field(default_factory=dict)
     inputs: list[ir.Value] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -126,11 +136,13 @@ class _TensorrtLowering:
 
     def lower(self) -> ir.Graph:
         """Lowers node by node, in order."""
+        # What is inside TensorRT reads from the files, as it is stored.
+        narrow = {} if self.choices.placement == "inside" else narrow_scales(self.source, self.files)
         experts = self._expert_weights()
         for value in self.source.inputs:
             self.inputs.append(self._value(value))
         for value in self.source.initializers.values():
-            self._place(value, is_expert=value in experts)
+            self._place(value, is_expert=value in experts, dtype=narrow.get(value))
         written: list[ir.Node] = []
         for node in self.source:
             nodes = Nodes(f"{node.name}/")
@@ -146,31 +158,40 @@ class _TensorrtLowering:
         )
 
     def _expert_weights(self) -> set[ir.Value]:
-        """The initializers that only custom ops read as experts' weights."""
+        """The initializers that only custom ops read as experts' weights and their scales."""
         layers = (node for node in self.source if node.op_type == moe.NAME)
-        return {value for node in layers for value in node.inputs[2:4] if value is not None and value.is_initializer()}
+        return {value for node in layers for value in node.inputs[2:6] if value is not None and value.is_initializer()}
 
-    def _place(self, value: ir.Value, *, is_expert: bool) -> None:
-        """Puts a weight into the engine or among the network's inputs."""
+    def _place(self, value: ir.Value, *, is_expert: bool, dtype: ir.DataType | None = None) -> None:
+        """Puts a weight into the engine or among the network's inputs, groups' scales turned to a 16-bit `dtype`."""
         tensor = value.const_value
         assert tensor is not None
         self.dtypes.add(tensor.dtype)
         outside = self.choices.placement == "outside" or (self.choices.placement == "experts" and is_expert)
         if not outside or not isinstance(tensor, ir.ExternalTensor) or (tensor.length or 0) < SMALL:
-            new = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=tensor)
+            if dtype is not None:
+                tensor = narrowed(tensor, self.files, dtype)
+            new = ir.Value(
+                name=value.name,
+                shape=ir.Shape(tensor.shape.numpy()),
+                type=ir.TensorType(tensor.dtype),
+                const_value=tensor,
+            )
             self.initializers[f"{value.name}"] = new
         else:
-            new = ir.Value(name=value.name, shape=value.shape, type=value.type)
-            self.inputs.append(new)
-            dtype = STORED[tensor.dtype]
-            self.weights[f"{value.name}"] = Weight(
+            weight = self.weights[f"{value.name}"] = Weight(
                 name=f"{value.name}",
                 file=str(tensor.location),
                 offset=tensor.offset or 0,
                 shape=tensor.shape.numpy(),
-                dtype=dtype,
-                convert=dtype,
+                dtype=STORED[tensor.dtype],
+                convert=STORED[dtype or tensor.dtype],
+                layout="rows" if dtype is None else "groups",
+                stacked=dtype is not None,
             )
+            kind = ir.TensorType(dtype or tensor.dtype)
+            new = ir.Value(name=value.name, shape=ir.Shape(weight.given_shape), type=kind)
+            self.inputs.append(new)
         self.mapped[value] = new
 
     def _lower_node(self, nodes: Nodes, node: ir.Node) -> None:
@@ -277,9 +298,9 @@ class _TensorrtLowering:
         self.ways[name] = "plugin" if dtype in PLUGIN_DTYPES else "function"
         if self.ways[name] == "plugin":
             if attributes.quantisation == "int4":
-                group_of(
-                    [(dims(weight)[2], dims(scale)[2]) for weight, scale in zip(inputs[2:4], inputs[4:6], strict=True)]
-                )
+                axis = 2 if _dtype(_present(inputs, 4)) == ir.DataType.FLOAT else 1  # in 16 bits they are turned
+                pairs = zip(inputs[2:4], inputs[4:6], strict=True)
+                group_of([(dims(weight)[2], dims(scale)[axis]) for weight, scale in pairs])
             settings = _plugin_attributes(attributes)
             nodes.node(moe.NAME, _given(inputs), outputs=outputs, domain=moe.DOMAIN, attributes=settings)
             return

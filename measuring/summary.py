@@ -185,7 +185,7 @@ def _vision(folder: Path, model: ModelSpec, vision: VisionPart, *, every_layer: 
     engine = vision.engine
     if engine is None:
         return found
-    outside = sum(weight.size for weight in vision.weights)
+    outside = sum(weight.given_size for weight in vision.weights)
     of_a_tile = 3 * spec.image_size**2 * 4 + spec.features * model.hidden_size * BITS[model.dtype] // 8
     layers = _read_layers(folder / TOWER_LAYERS)
     found["engine"] = {
@@ -205,7 +205,7 @@ def _vision(folder: Path, model: ModelSpec, vision: VisionPart, *, every_layer: 
 
 def _engine(folder: Path, spec: FolderSpec, engine: EngineSpec) -> dict[str, Any]:
     row = sum(cache.row_size for cache in engine.caches)
-    outside = sum(weight.size for weight in spec.weights)
+    outside = sum(weight.given_size for weight in spec.weights)
     file = folder / engine.file
     return {
         "flavour": engine.flavour,

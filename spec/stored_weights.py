@@ -55,7 +55,8 @@ class Weight:
         convert: Type the graph wants; equal to `dtype` where the file's bytes are used as they lie. `uint4` is `int4`
             plus 8, `uint8` is `int8` plus 128.
         layout: How the graph wants it: in `rows`, as it is stored; in `panels` of 32 outputs, those of the CPU's own
-            kernels, a matrix; or as the `scales` of such panels.
+            kernels, a matrix; as the `scales` of such panels; or in `groups`, scales [E, N, groups] turned to
+            [E, groups, N].
         stacked: Whether it is all experts' [E, N, K], a matrix for each; others in panels are [N, K].
         interleaved: Whether a panel is 16 of a matrix's first half of outputs, and the same 16 of the second.
         is_made: Whether the file holds it as the graph is given it; `dtype` and `shape` say what it was made from.
@@ -67,7 +68,7 @@ class Weight:
     shape: tuple[int, ...]
     dtype: Stored
     convert: Stored
-    layout: Literal["rows", "panels", "scales"] = "rows"
+    layout: Literal["rows", "panels", "scales", "groups"] = "rows"
     stacked: bool = False
     interleaved: bool = False
     is_made: bool = False
@@ -76,8 +77,9 @@ class Weight:
         check_name(f"the file of weight {shortened(self.name)}", self.file)
         check_shape(f"weight {shortened(self.name)}", self.shape)
         check_sizes(self, ("offset",), 0, 2**53)
-        least = {"rows": 0, "panels": 2, "scales": 1}[self.layout]
-        if len(self.shape) < least or (self.stacked and len(self.shape) != 3):
+        least = {"rows": 0, "panels": 2, "scales": 1, "groups": 3}[self.layout]
+        is_stacked = self.stacked or self.layout == "groups"
+        if len(self.shape) < least or (is_stacked and not (self.stacked and len(self.shape) == 3)):
             raise ValueError(f"weight {shortened(self.name)} has the shape {list(self.shape)}, no {self.layout}")
 
     @property
@@ -103,6 +105,8 @@ class Weight:
         """Dimensions as the graph is given them, of panels those of bytes."""
         if self.layout == "rows":
             return self.shape
+        if self.layout == "groups":
+            return self.shape[0], self.shape[2], self.shape[1]
         experts = self.shape[:1] if self.stacked else ()
         if self.layout == "scales":
             return (*experts, self.panels, self.matrix[1], PANEL)
@@ -112,7 +116,7 @@ class Weight:
     @property
     def given_size(self) -> int:
         """Bytes as the graph is given it."""
-        return math.prod(self.given_shape) * (1 if self.layout == "panels" else BITS[self.convert] // 8)
+        return math.prod(self.given_shape) * (8 if self.layout == "panels" else BITS[self.convert]) // 8
 
     @property
     def is_converted(self) -> bool:

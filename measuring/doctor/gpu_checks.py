@@ -103,7 +103,7 @@ def types_of(spec: FolderSpec, engine: EngineSpec) -> set[str]:
 
 def gpu_bytes(spec: FolderSpec, engine: EngineSpec) -> int:
     """Bytes of the GPU's memory that a session takes with all of its rows; weights that stream are left out."""
-    outside = sum(weight.size for weight in spec.weights)
+    outside = sum(weight.given_size for weight in spec.weights)
     inside = 0 if engine.weight_streaming else engine.weights
     rows = max(profile.max_batch for profile in engine.profiles)
     caches = rows * sum(cache.row_size for cache in engine.caches)
@@ -111,7 +111,7 @@ def gpu_bytes(spec: FolderSpec, engine: EngineSpec) -> int:
     total = outside + inside + caches + logits + max(profile.activations for profile in engine.profiles)
     if spec.vision is not None and spec.vision.engine is not None:
         tower = spec.vision.engine
-        total += tower.weights + tower.activations + sum(weight.size for weight in spec.vision.weights)
+        total += tower.weights + tower.activations + sum(weight.given_size for weight in spec.vision.weights)
     return total
 
 

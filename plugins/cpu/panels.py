@@ -1,4 +1,4 @@
-"""Stored weights in the type and layout in which a graph for a CPU is given them.
+"""Stored weights in the type and layout in which a graph is given them.
 
 Enters: the bytes of one region of a weight file. Leaves: an array. What a kernel takes as it is stored is a view of
 those bytes; everything else is made here.
@@ -22,7 +22,7 @@ def lay_out(data: Bytes, weight: Weight) -> np.ndarray:
     if weight.layout == "rows":
         values = stored if weight.dtype == weight.convert else widen(stored, weight.dtype)
         return values.reshape(weight.given_shape)
-    arrange = _panels if weight.layout == "panels" else _panel_scales
+    arrange = {"panels": _panels, "scales": _panel_scales, "groups": _turned}[weight.layout]
     if not weight.stacked:
         return arrange(stored.reshape(weight.matrix[0], -1), weight)
     made = None
@@ -53,6 +53,13 @@ def _panel_scales(scales: np.ndarray, weight: Weight) -> np.ndarray:
         wide = scales if weight.dtype == "float32" else widen(scales, weight.dtype)
         scales = narrow(wide, weight.convert)
     return np.ascontiguousarray(_by_panel(scales, weight).swapaxes(1, 2))
+
+
+def _turned(scales: np.ndarray, weight: Weight) -> np.ndarray:
+    """Scales [N, groups] as [groups, N], in the type wanted."""
+    turned = np.ascontiguousarray(scales.T)
+    wide = turned if weight.dtype == "float32" else widen(turned, weight.dtype)
+    return narrow(wide, weight.convert)
 
 
 def _by_panel(rows: np.ndarray, weight: Weight) -> np.ndarray:

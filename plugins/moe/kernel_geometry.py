@@ -55,6 +55,7 @@ class Geometry:
         attributes: The op's attributes.
         dtype: `bf16` or `fp16`, of the tokens; of the weights too, where these are not quantised.
         group: Inputs of a weight that share a scale in `int4`, a power of two from 8 on; 0 is all of them.
+        scale: Type of groups' scales: `fp32`, which lie [E, N, K / group], or the tokens', which lie [E, K / group, N].
         static: Whether the activation scales are given.
     """
 
@@ -66,6 +67,7 @@ class Geometry:
     attributes: Attributes
     dtype: str = "bf16"
     group: int = 0
+    scale: str = "fp32"
     static: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ class Geometry:
         assert self.rounded or not self.static
         if self.kind == "int4":
             assert self.hidden % 2 == self.expert_size % 2 == 0, "a byte's two weights are of one column"
+        assert self.scale in ("fp32", self.dtype if self.group else "fp32")
         if self.group:
             assert self.kind == "int4"
             assert self.group >= LEAST_GROUP
@@ -85,6 +88,8 @@ class Geometry:
     def name(self) -> str:
         """Name that tells this geometry's kernels from those of others in a bundle."""
         scales = f"g{self.group}" if self.kind == "int4" else "static" if self.static else ""
+        if self.scale != "fp32":
+            scales += self.scale
         if self.bound:
             scales = f"to{self.bound:g}"
         experts = f"{self.local}of{self.experts}k{self.attributes.top_k}"
@@ -135,7 +140,7 @@ class Geometry:
         types |= dict.fromkeys(("chosen", "order", "tile_expert", "counters"), "i32")
         types |= dict.fromkeys(("gate_up_parts", "down_parts"), "fp32")
         if self.kind != "none":
-            types |= dict.fromkeys(("gate_up_scale", "down_scale"), "fp32")
+            types |= dict.fromkeys(("gate_up_scale", "down_scale"), self.scale)
         if self.static:
             types |= dict.fromkeys(("hidden_scale", "activated_scale"), "fp32")
         if self.dynamic:

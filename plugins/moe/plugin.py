@@ -20,11 +20,12 @@ def inputs_of(attributes: Attributes, count: int) -> tuple[str, ...]:
 
 
 def accepts(attributes: Attributes, types: Sequence[str]) -> bool:
-    """Whether the kernels take inputs of these types; later inputs may be missing."""
+    """Whether the kernels take inputs of these types; later ones may be missing. int4 scales may be as tokens."""
     if types[0] not in ("bf16", "fp16"):
         return False
     weights = STORED.get(attributes.quantisation, types[0])
-    expected = (types[0], types[0], weights, weights, *["fp32"] * 4)
+    narrow = attributes.quantisation == "int4" and len(types) > 4 and types[4] == types[0]
+    expected = (types[0], types[0], weights, weights, *[types[0] if narrow else "fp32"] * 2, "fp32", "fp32")
     return all(found == wanted for found, wanted in zip(types, expected, strict=False))
 
 
@@ -36,8 +37,10 @@ class Call:
         hidden, router_logits, gate_up, down, *scales = tensors
         quantised, group = attributes.quantisation != "none", 0
         if attributes.quantisation == "int4":
-            weights = ((gate_up.shape[2], scales[0].shape[2]), (down.shape[2], scales[1].shape[2]))
-            group = group_of(weights)
+            axis = 2 if scales[0].dtype == "fp32" else 1  # in 16 bits they are turned
+            group = group_of(
+                [(each.shape[2], scale.shape[axis]) for each, scale in zip(tensors[2:4], scales[:2], strict=True)]
+            )
         geometry = Geometry(
             hidden=hidden.shape[1],
             expert_size=down.shape[2 if quantised else 1],
@@ -47,6 +50,7 @@ class Call:
             attributes=attributes,
             dtype=hidden.dtype,
             group=group,
+            scale=scales[0].dtype if group else "fp32",
             static=len(scales) == 4,
         )
         self.plan = Plan(geometry, capability)

@@ -41,7 +41,7 @@ def weights_before(expert, KIND: tl.constexpr, DEPTH: tl.constexpr, N: tl.conste
 
 @triton.jit
 def scales_before(expert, GROUP: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr):
-    """Scales that lie before an expert's [N, K / group]."""
+    """Scales that lie before an expert's [N, K / group], or [K / group, N] in 16 bits."""
     return expert.to(tl.int64) * ((DEPTH // GROUP if GROUP else 1) * N)
 
 
@@ -110,7 +110,7 @@ def add_product(
 ):
     """Adds x · weight over one step of K, the columns being WIDTH of STRIDE from `shift` on.
 
-    The integers of `int4` are exact in the model's type; a group's scale multiplies its float32 product.
+    The integers of `int4` are exact in the model's type; a group's scale, in either, multiplies its float32 product.
     """
     PACK: tl.constexpr = 2 if KIND == "int4" else 1
     depths_K = depths_of(start, KIND, BLOCK_K)
@@ -138,9 +138,12 @@ def add_product(
         else:
             product_MN = tl.dot(first_MK, integers(weight_KN, first_MK.dtype))
             product_MN = tl.dot(second_MK, integers(weight_KN >> 4, first_MK.dtype), product_MN)
-            places_N = (shift + columns_N) * (DEPTH // GROUP) + start // GROUP
+            if weight_scale.dtype.element_ty == tl.float32:
+                places_N = (shift + columns_N) * (DEPTH // GROUP) + start // GROUP
+            else:
+                places_N = start // GROUP * STRIDE + shift + columns_N
             scale_N = tl.load(weight_scale + places_N, mask=columns_N < WIDTH, other=0.0)
-            return total_MN + product_MN * scale_N[None, :]
+            return total_MN + product_MN * scale_N.to(tl.float32)[None, :]
     else:
         return tl.dot(x_MK, weight_KN, total_MN)
 

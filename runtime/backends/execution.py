@@ -14,6 +14,7 @@ import numpy as np
 from ...errors import FolderError, SessionError
 from ...files.agreement import check_weights
 from ...files.mapping import map_file
+from ...plugins.cpu.panels import lay_out
 from ...plugins.launch import COUNTERS, Kernels
 from ...spec.built_engine import Binary
 from ...spec.stored_weights import Weight
@@ -181,12 +182,19 @@ def accept(answer: bool, what: str) -> None:
 
 
 def _upload(device: Device, uploads: Uploads, weight: Weight, path: Path) -> DeviceMemory:
-    """Sends a weight to the GPU from its mapped file."""
-    memory = DeviceMemory(device, weight.size)
+    """Sends a weight to the GPU from its mapped file, in the layout wanted."""
+    memory = DeviceMemory(device, weight.given_size)
     with map_file(path) as mapped:
         if weight.offset + weight.size > len(mapped):
             raise FolderError(f"spec.json puts {weight.name!r} outside {path}: build the bundle again")
         region = np.frombuffer(mapped, np.uint8, weight.size, weight.offset)
-        uploads.send(memory.address, region)
-        del region
+        given = region
+        if weight.layout != "rows" or weight.convert != weight.dtype:
+            given = np.ascontiguousarray(lay_out(region, weight)).reshape(-1).view(np.uint8)
+        if len(given) != memory.size:
+            raise FolderError(
+                f"spec.json wants {weight.name!r} in {weight.convert}, which no engine takes: build again"
+            )
+        uploads.send(memory.address, given)
+        del region, given
     return memory

@@ -49,6 +49,8 @@ def test_products_and_experts_have_the_recipes_type(
     experts = [layer for layer in layers if any("MoeDispatch" in node for node in layer["nodes"])]
     assert len(experts) == 2 * 4
     assert all([each["dtype"] for each in layer["inputs"][2:4]] == [name, name] for layer in experts)
+    scales = "BFloat16" if name == "Int4" else "Float"
+    assert all([each["dtype"] for each in layer["inputs"][4:6]] == [scales] * 2 for layer in experts)
 
     engine = read_spec(bundle).engine
     assert engine is not None

@@ -59,6 +59,20 @@ def test_the_kernels_of_quantised_experts_equal_the_meaning(interpreter: Interpr
     assert error.max() < 3e-2  # what lies on the border of two steps may fall to either side in float32
 
 
+@pytest.mark.parametrize("name", ["int4, one token", "int4, groups of 8", "int4, groups of 64"])
+def test_scales_of_groups_may_have_the_tokens_type(interpreter: Interpreter, name: str) -> None:
+    case = next(case for case in QUANTISED_CASES if case.name == name)
+    inputs = inputs_of(case, np.float16)
+    for name in ("gate_up_scale", "down_scale"):
+        inputs[name] = inputs[name].astype(np.float16).astype(np.float32)
+    turned = {name: inputs[name].astype(np.float16).swapaxes(1, 2).copy() for name in ("gate_up_scale", "down_scale")}
+    expected = moe_dispatch(**inputs, attributes=case.attributes)
+    for way in ways_of(case):
+        plan = plan_of(case, way, "fp16", scale="fp16")
+        assert {kernel.signature.get("weight_scale") for kernel in plan.kernels} <= {"*fp16", None}
+        assert distance(interpret(interpreter, plan, inputs | turned), expected) < 1e-3
+
+
 @pytest.mark.parametrize(("dtype", "most"), [("bf16", 1e-2), ("fp16", 1e-3)])
 @pytest.mark.parametrize(
     "name", ["few tokens", "two experts a token", "int4, one token", "int4, groups of 64", "fp8, static"]

@@ -104,6 +104,11 @@ def test_an_int4_layers_groups_are_those_of_both_weights() -> None:
         (MOE, Attributes(top_k=1, quantisation="int8"), ["bf16", "bf16", "i8", "i8", "fp32", "fp32"], True),
         (MOE, Attributes(top_k=1, quantisation="int8"), ["bf16"] * 4, False),
         (MOE, Attributes(top_k=1, quantisation="fp8"), ["fp16", "fp16", "fp8e4nv"], True),
+        (MOE, Attributes(top_k=1, quantisation="int8"), ["bf16", "bf16", "i8", "i8", "bf16", "bf16"], False),
+        (MOE, Attributes(top_k=1, quantisation="int4"), ["bf16", "bf16", "i4", "i4", "fp32", "fp32"], True),
+        (MOE, Attributes(top_k=1, quantisation="int4"), ["bf16", "bf16", "i4", "i4", "bf16", "bf16"], True),
+        (MOE, Attributes(top_k=1, quantisation="int4"), ["bf16", "bf16", "i4", "i4", "bf16", "fp32"], False),
+        (MOE, Attributes(top_k=1, quantisation="int4"), ["bf16", "bf16", "i4", "i4", "fp16", "fp16"], False),
     ],
 )
 def test_types_that_the_kernels_do_not_take_are_refused(

@@ -27,7 +27,8 @@ RECIPES = {
 def make_model(name: str, folder: Path, llama4: Callable[..., Any]) -> Path:
     """Exports a model of two layers, one chunked and one full, and quantises it; `llama4` is `conftest`'s."""
     experts = {"num_local_experts": 2, "num_experts_per_tok": 2}  # a tie between experts cannot change a row
-    made = llama4(num_hidden_layers=2, no_rope_layers=[1, 0], intermediate_size=32, dtype=torch.bfloat16, **experts)
+    sizes = {"hidden_size": 64 if name == "int4" else 32, "intermediate_size": 32}  # groups of 32: two, and one
+    made = llama4(num_hidden_layers=2, no_rope_layers=[1, 0], dtype=torch.bfloat16, **sizes, **experts)
     made.save_pretrained(folder / "checkpoint")
     model = export_checkpoint(
         folder / "checkpoint", folder / "model", dtype="float16" if name == "fp16" else "bfloat16"

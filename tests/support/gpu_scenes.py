@@ -64,12 +64,12 @@ def stage(model: str, max_seq: int = 64, max_batch: int = 4, max_prefill: int = 
 
 def load(model: Path, max_seq: int, max_batch: int, max_prefill: int) -> Stage:
     spec, trt = read_spec(model), open_library("tensorrt-rtx")
-    network = lower_for_tensorrt(model, spec, Choices(gqa=None, placement="experts", max_seq=max_seq))
+    files, folder = find_files(model, spec.weight_files), Path(mkdtemp())
+    network = lower_for_tensorrt(model, spec, Choices(gqa=None, placement="experts", max_seq=max_seq), files)
     assert set(network.ways.values()) == {"plugin"}
     profiles = decoder_profiles(network.caches, max_batch, max_prefill)
     shapes = [decoder_shapes(spec, profile, network.caches) for profile in profiles]
     cuda = ExecutingCuda(CAPABILITY)
-    files, folder = find_files(model, spec.weight_files), Path(mkdtemp())
     engine = WalkedEngine(trt, cuda, network.graph, files, shapes, CAPABILITY)
     binaries = engine.plan(CAPABILITY, folder / "kernels", spec.model.vocab_size)
     about = EngineSpec(
