@@ -6,7 +6,7 @@ in words, so that each model can be asked with tools.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import SessionError, shortened
@@ -36,7 +36,7 @@ def template_messages(
     Raises:
         RequestError: An image cannot be read, or there are too many.
     """
-    count = sum(isinstance(part, ImagePart) for each in messages for part in _parts(each))
+    count = sum(_are_images(messages))
     if count > most_images:
         raise RequestError(f"messages has {count} images, this server takes at most {most_images}", "messages")
     turns = [_turn(message, index, template, fetch) for index, message in enumerate(messages)]
@@ -56,6 +56,15 @@ TOOLS_IN_WORDS = (
     '[name(argument="value"), name(argument=1)]; their results come back to you. Functions, as JSON schemas:\n'
 )
 """Introduction of tools in the words of a system message."""
+
+
+def has_images(messages: Sequence[Message]) -> bool:
+    """Whether there is an image in some messages."""
+    return any(_are_images(messages))
+
+
+def _are_images(messages: Sequence[Message]) -> Iterator[bool]:
+    return (isinstance(part, ImagePart) for each in messages for part in _parts(each))
 
 
 def _parts(message: Message) -> Sequence[Any]:

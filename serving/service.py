@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import ArrieroError, SessionError
 from ..runtime import Request, Session
 from ..runtime.grammars.compiler import prepare
-from .conversation import template_messages
+from .conversation import has_images, template_messages
 from .errors import RequestError, is_requests_own, lost_model, of_session
 from .metrics import Metrics
 from .pilot import FlightSettings, Pilot
@@ -178,6 +178,7 @@ class Service:
     async def chat(self, request: ChatRequest, caller: Caller, *, long: bool = False) -> Ride:
         """Lets a conversation on board; a long one is made ready beside others."""
         long = long or request.response_format is not None or request.tool_choice not in (None, "auto", "none")
+        long = long or has_images(request.messages)  # a few bytes may be a picture of seconds
         return await self._board(self._chat_parties, request, caller, long)
 
     async def complete(self, request: CompletionRequest, caller: Caller, *, long: bool = False) -> Ride:

@@ -7,9 +7,10 @@ anything is decoded, so memory is bounded by a few times four bytes a pixel, of 
 import os
 import re
 import stat
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ START_OF_SCAN = b"\xff\xda"
 
 SLOW, MAX_SLOW = ("bmp_rle", "ppm", "ppm_plain"), 1 << 22
 """Pillow's decoders that are written in Python, and pixels at most that these are given: 3 s."""
+
+WHOLE, MAX_WHOLE = ("WEBP", "AVIF"), 1 << 25
+"""Formats that Pillow decodes in one piece, while no other thread of Python's runs, and pixels at most: 0.5 s."""
+
+LARGE = 1 << 25
+"""Pixels from which on images are decoded one after another, whoever asks for them: memory is bounded by one's."""
 
 MAX_SIDE = 65535
 """The largest side, a JPEG's. A resize keeps numbers for each pixel of a side, whatever the area."""
@@ -154,9 +161,15 @@ def _check_effort(image: Image.Image, name: str) -> None:
     """Refuses what takes far longer to decode than others of its size.
 
     Raises:
-        SessionError: It is a JPEG that draws each pixel again and again, or is decoded by Python and large.
+        SessionError: It is a JPEG that draws each pixel again and again, or large and decoded by Python or in one
+            piece.
     """
     pixels = image.width * image.height
+    if pixels > MAX_WHOLE and image.format in WHOLE:
+        raise SessionError(
+            f"{name}: {image.width} × {image.height} pixels as {image.format}, which is decoded in one piece, expected "
+            f"at most {MAX_WHOLE}: scale it down, or save it as a PNG"
+        )
     decoders = {tile[0] for tile in getattr(image, "tile", ())}
     if pixels > MAX_SLOW and not decoders.isdisjoint(SLOW):
         raise SessionError(
@@ -188,6 +201,16 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
             f"{name}: {width} × {height} pixels, expected at most {MAX_PIXELS} in all and {MAX_SIDE} a side: "
             "scale it down"
         )
+    with _one_large if width * height > LARGE else nullcontext():
+        return _upright(image, name)
+
+
+_one_large = threading.Lock()
+"""Held while a large image is decoded."""
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    """Decodes an image whose size is known to be right."""
     try:
         image.load()
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:

@@ -3,6 +3,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pictures import drawn, noise, photo_path
 from PIL import Image, ImageOps
 
 from arriero.errors import SessionError
+from arriero.runtime.images import sources
 from arriero.runtime.images.sources import MAX_BYTES, ImageSource, read_image
 
 SCENE = drawn(60, 40)
@@ -198,6 +200,12 @@ PALETTE = bytes(range(256)) * 4
 RLE = b"BM" + (1078).to_bytes(4, "little") + bytes(4) + (1078).to_bytes(4, "little") + (40).to_bytes(4, "little")
 RLE += (3000).to_bytes(4, "little") * 2 + b"\1\0\x08\0\1" + bytes(23) + PALETTE
 
+
+def plain(side: int, form: str, **options: Any) -> bytes:
+    """A square of one colour in some bytes."""
+    return encoded(Image.new("RGB", (side, side)), form, **options)
+
+
 SLOW: dict[str, tuple[Callable[[], bytes], str]] = {
     "scans of a small JPEG": (lambda: scanned_again(16, 16, 200), r"20\d scans of 16 × 16 pixels, expected at most 12"),
     "scans of a large JPEG": (lambda: scanned_again(8000, 8000, 30), r"3\d scans of 8000 × 8000 pixels, expected"),
@@ -205,6 +213,8 @@ SLOW: dict[str, tuple[Callable[[], bytes], str]] = {
     "many comments": (lambda: b"P2\n" + b"#\n" * 9_000_000 + b"1 1 255 7", "no pixels in its first 65536 bytes"),
     "numbers as text": (lambda: b"P3 3000 3000 255 " + b"1 " * 27_000_000, "3000 × 3000 pixels as PPM in a form that"),
     "an odd depth": (lambda: b"P6 3000 3000 99 " + bytes(27_000_000), "3000 × 3000 pixels as PPM in a form that is"),
+    "WebP of one colour": (lambda: plain(7000, "WEBP", lossless=True), "7000 × 7000 pixels as WEBP, which is decoded"),
+    "AVIF of one colour": (lambda: plain(7000, "AVIF", speed=10), "7000 × 7000 pixels as AVIF, which is decoded"),
     "runs of one pixel": (lambda: RLE + b"\1\7" * 9_000_000, "3000 × 3000 pixels as BMP in a form that is read slowly"),
 }
 
@@ -217,6 +227,25 @@ def test_an_image_that_takes_far_longer_than_others_is_refused(name: str) -> Non
     with pytest.raises(SessionError, match=said):
         read_image(data)
     assert time.process_time() - started < 3
+
+
+def test_large_images_are_decoded_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LARGE", 1000)
+    at_once, most, load = [0], [0], Image.Image.load
+
+    def slow_load(self: Image.Image) -> Any:
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        time.sleep(0.05)
+        at_once[0] -= 1
+        return load(self)
+
+    monkeypatch.setattr(Image.Image, "load", slow_load)
+    for side, expected in ((40, 1), (10, 4)):
+        most[0] = 0
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(read_image, [Image.new("RGB", (side, side)) for _ in range(4)]))
+        assert most[0] == expected
 
 
 def test_slow_forms_of_a_usual_size_are_read() -> None:
