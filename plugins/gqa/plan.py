@@ -97,12 +97,14 @@ specialisations of `attend`, of which `few` and `some` are split, `many` is not.
 def tiles(capability: int, quantised: bool) -> dict[Form, Tile]:
     """The tiles of `attend` on one compute capability: what fits its shared memory and registers with nothing spilled.
 
-    Quantised keys and values pass through registers on their way to the tensor cores, so their steps are smaller.
+    Quantised keys and values pass through registers on their way to the tensor cores, so their steps are smaller. Each
+    warp converts them for itself, so a token's own program has no more warps where four have registers enough.
     """
     few = Tile(rows=16, slots=64, warps=4)
     forms: dict[Form, Tile] = {"one": replace(few, warps=8), "few": few}  # it prepares and joins besides
     if capability // 10 in (9, 10):  # 227 KB of shared memory, from which wgmma and tcgen05 read keys and values
         many = Tile(rows=128, slots=64 if quantised else 128, warps=8)
+        forms["one"] = replace(few, warps=4 if quantised else 8)
         return {**forms, "some": Tile(rows=64, slots=64, warps=4), "many": many}
     many = Tile(rows=128, slots=32 if quantised else 64, warps=8)
     return {**forms, "some": Tile(rows=64, slots=32, warps=4), "many": many}
