@@ -243,7 +243,9 @@ Slots = Annotated[
 ]
 PrefillBudget = Annotated[
     int | None,
-    typer.Option(help="Tokens of prompts that a step reads while others decode.", show_default="32, more in a burst"),
+    typer.Option(
+        help="Tokens of prompts that a step reads while others decode.", show_default="32 or less, more in a burst"
+    ),
 ]
 PrefixBytes = Annotated[
     str | None,

@@ -28,6 +28,7 @@ from ..errors import SessionError
 from .checks import whole
 from .continuation import Generated, Request
 from .guesses import Guessing
+from .pace import Pace
 from .party import Party, Pieces, failed, usual_budget
 from .rider import Boarding, Rider, board_together
 from .shortlist import Row
@@ -51,8 +52,7 @@ class Flight:
         slots: Sequences that have a row at once; more wait in a queue. None takes `DEFAULT_SLOTS`, or `max_batch` if
             that is less.
         positions: Tokens that each sequence may have; None takes the session's `max_seq`.
-        prefill_budget: Tokens of prompts that a step reads at most while others decode; None takes
-            `usual_budget`.
+        prefill_budget: Tokens of prompts that a step reads at most while others decode; None takes `usual_budget`.
             Where nobody decodes, a step reads a piece as long as the decoder takes it.
         cache_bytes: Keys and values of all rows at most; None is no limit but the rows' own length.
         guessing: How the sequences' next tokens are guessed; None takes the model's draft, where it has one.
@@ -80,8 +80,8 @@ class Flight:
         self.slots = min(DEFAULT_SLOTS, session.max_batch or DEFAULT_SLOTS) if slots is None else slots
         given = None if prefill_budget is None else whole("prefill_budget", prefill_budget, ABOVE_0, least=1)
         self.prefill_budget = given
-        is_drafted, is_sparse = self.guessing.draft > 0, cache_bytes is not None
-        self.state = session.start(self.slots, positions, sparse=is_sparse, drafted=is_drafted)
+        is_sparse, self.pace = cache_bytes is not None, Pace()
+        self.state = session.start(self.slots, positions, sparse=is_sparse, drafted=self.guessing.draft > 0)
         self.slots = self.state.batch
         self.cache_bytes = cache_bytes
         self.taken: dict[int, int] = {}
@@ -169,7 +169,7 @@ class Flight:
         pieces = self._read_prompts(self._budget())
         if self.rows:
             drafts = self._guess()
-            pieces += self._verify(drafts) if any(drafts) else self._take(0, self._decode())
+            pieces += self._verify(drafts) if any(drafts) else self._take(0, self.pace.of_step(self._decode))
         return pieces
 
     def _budget(self) -> int:
@@ -177,7 +177,7 @@ class Flight:
         if not self.rows:
             return self.session.decoder.longest
         coming = min(self.slots, self.riding + sum(len(party.members) for party in self.waiting)) - len(self.rows)
-        return self.prefill_budget or usual_budget(coming, len(self.rows))
+        return self.prefill_budget or usual_budget(coming, len(self.rows), self.pace)
 
     def _guess(self) -> list[list[int]]:
         """Guesses the next tokens of each row; where that fails, none, which changes nothing but the time."""
@@ -270,7 +270,7 @@ class Flight:
     def _read_on(self, party: Party, boarding: Boarding, budget: int) -> tuple[int, Pieces]:
         """Reads on in the prompt that is being read. Returns the tokens read, and the first pieces at its end."""
         try:
-            read, logits_V = boarding.read(budget)
+            read, logits_V = self.pace.of_piece(boarding, budget) if self.rows else boarding.read(budget)
             riders = [] if logits_V is None else boarding.riders([request for _, request in party.members])
         except Exception as error:  # of whatever kind: it is this prompt's, and the others go on
             self._end_boarding()

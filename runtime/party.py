@@ -7,10 +7,11 @@ step reads; and pieces by number.
 from dataclasses import dataclass
 
 from .continuation import Generated, Request
+from .pace import Pace
 
 PREFILL_BUDGET = 32
-"""Tokens of prompts that a step reads beside decoding rows. More are read faster, and keep the others waiting longer:
-`benchmarks/flight_gaps.py`."""
+"""Tokens of prompts that a step reads beside decoding rows at most. More are read faster, and keep the others waiting
+longer: `benchmarks/flight_gaps.py`."""
 
 MOST_BUDGETS = 8
 """Times that many, where many more wait for a first token than decode."""
@@ -36,14 +37,17 @@ class Party:
         return Party(taken)
 
 
-def usual_budget(coming: int, decoding: int) -> int:
+def usual_budget(coming: int, decoding: int, pace: Pace) -> int:
     """Tokens of prompts that a step reads beside decoding rows: more where more sequences wait for a first token.
 
     Args:
         coming: Sequences that have rows, or get one, and have no token yet.
         decoding: Those that decode, one at least.
+        pace: The time of steps, by which a step reads less where most decode.
     """
-    return PREFILL_BUDGET * min(MOST_BUDGETS, max(1, coming // decoding))
+    if coming < decoding:
+        return pace.piece(PREFILL_BUDGET)
+    return PREFILL_BUDGET * min(MOST_BUDGETS, coming // decoding)
 
 
 def failed(error: Exception) -> Generated:
