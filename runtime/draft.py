@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from .backends.interface import Caches, DraftBackend, DraftBinding, Slots
 
 WAITING = 32
-"""States of a row that wait at most; more are read at once."""
+"""States of a row that wait at most. More of a prompt are read at once; more of single tokens, after none of which a
+guess was asked for, are not worth it, and the head begins anew among them."""
 
 LONGEST_DRAFT = 16
 """Tokens of a draft at most, whatever a caller allows."""
@@ -31,9 +32,9 @@ DRAFT = "draft."
 SLACK = 2 * WAITING
 """Positions of the head's caches beyond those of a row: for pads beside other rows' tokens, and for guesses."""
 
-Choice = Callable[[int, int, NDArray[np.float32]], int | None]
+Choice = Callable[[int, int, NDArray[np.float32]], tuple[int | None, bool]]
 """A function that chooses a guess: of a row, at a step from 0 on, from the head's logits [V']. It returns one of the
-model's tokens, or None where none is to be trusted."""
+model's tokens, or None where none is to be trusted; and whether a guess behind it is worth its step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +118,11 @@ class Followed:
         """Takes tokens that the decoder has read, and its states behind each of them [S, L·H]."""
         self.tokens[row] += tokens.tolist()
         self.states[row].append(states_SW.copy())
-        if len(self.tokens[row]) > WAITING:
+        if len(self.tokens[row]) <= WAITING:
+            return
+        if len(tokens) == 1:
+            self._skip(row)
+        else:
             self._catch_up(row)
 
     def rewind(self, row: int, count: int) -> None:
@@ -174,13 +179,11 @@ class Followed:
         while True:
             ids_B = np.zeros(len(newest), np.int64)
             for row in list(going):
-                token = choose(row, step, logits_BV[row])
-                if token is None:
-                    going.remove(row)
-                    continue
-                ids_B[row] = token
-                drafts[row].append(token)
-                if len(drafts[row]) == wanted[row]:
+                token, goes_on = choose(row, step, logits_BV[row])
+                if token is not None:
+                    ids_B[row] = token
+                    drafts[row].append(token)
+                if token is None or not goes_on or len(drafts[row]) == wanted[row]:
                     going.remove(row)
             if not going:
                 return drafts
@@ -207,6 +210,14 @@ class Followed:
             self.read_B[first + row] += waiting[row]
             self.tokens[first + row], self.states[first + row] = [], []
         return found
+
+    def _skip(self, row: int) -> None:
+        """Leaves out the older half of what waits, and all before, in a row that is not asked for guesses."""
+        kept = WAITING // 2
+        states_SW = np.concatenate(self.states[row])[-kept:]
+        tokens = self.tokens[row][-kept:]
+        self.forget(row, int(self.began_B[row] + self.read_B[row]) + len(self.tokens[row]) - kept)
+        self.tokens[row], self.states[row] = tokens, [states_SW]
 
     def _catch_up(self, row: int) -> None:
         """Reads all that waits in a row but the newest state, whose next token is not known."""

@@ -127,7 +127,7 @@ class Boarding:
         reused = self.trail.reused
         trails = [self.trail, *(self.trail.fork() for _ in requests[1:])]
         return [
-            Rider(Continuation(each, reused), trail, Guesses(self.guessing))
+            Rider(Continuation(each, reused), trail, Guesses(self.guessing, self.session.draft_cost))
             for each, trail in zip(requests, trails, strict=True)
         ]
 
@@ -151,6 +151,11 @@ def board_together(
     """
     state.rewind([0] * len(requests))
     riders = [
-        Rider(Continuation(each), Trail(session.prefixes, scope=each.scope), Guesses(guessing)) for each in requests
+        Rider(
+            Continuation(each),
+            Trail(session.prefixes, scope=each.scope),
+            Guesses(guessing, session.draft_cost),
+        )
+        for each in requests
     ]
     return riders, session.prefill(state, [each.prompt.ids for each in requests])

@@ -24,7 +24,7 @@ from .state import State
 from .token_session import TokenSession
 
 LEAST_TRUST = 0.25
-"""Probability that a greedy draft must have from end to end, in the draft's own eyes; what falls below is not verified.
+"""Probability that a draft must have from end to end, in the draft's own eyes; what falls below is not verified.
 
 A token more in the piece that is verified costs about a fifth of a step.
 """
@@ -44,7 +44,7 @@ def guess_next(session: TokenSession, state: State, riders: Sequence[Rider]) -> 
         found = rider.guesses.lookup.draft(rider.continuation.ids, own)
         drafts.append(found)
         rider.guesses.by_draft = not found
-        wanted.append(0 if found or state.followed is None else max(0, rider.guesses.ask_draft(own)))
+        wanted.append(0 if found or state.followed is None else rider.guesses.ask_draft(own))
     if state.followed is not None and session.draft is not None and any(wanted):
         newest = [rider.continuation.ids[-1] for rider in riders]
         chooser = Chooser(session.draft, riders, wanted)
@@ -69,19 +69,24 @@ class Chooser:
         self.sampling = [sampler.sampling for sampler in samplers]
         self.draws = [sampler.coming(count) for sampler, count in zip(samplers, counts, strict=True)]
         self.trust = [1.0] * len(samplers)
+        self.least = [rider.guesses.least_trust for rider in riders]
 
-    def choose(self, row: int, step: int, logits_V: NDArray[np.float32]) -> int | None:
-        """A guess at a row's token `step` after its newest; None where the draft does not trust itself."""
+    def choose(self, row: int, step: int, logits_V: NDArray[np.float32]) -> tuple[int | None, bool]:
+        """A guess at a row's token `step` after its newest, None where the draft does not trust itself.
+
+        Returns:
+            The guess, and whether the draft trusts it enough to go on behind it.
+        """
         draws = self.draws[row]
-        if draws is None:
-            token = int(logits_V.argmax())
-            with np.errstate(over="ignore"):
-                self.trust[row] /= float(np.exp(logits_V - logits_V[token]).sum())
-            if not self.trust[row] >= LEAST_TRUST:  # or no number
-                return None
-        else:
-            token = drawn(logits_V, self.sampling[row], draws[step])
-        return token if self.tokens is None else int(self.tokens[token])
+        token, temperature = int(logits_V.argmax()), 1.0
+        if draws is not None:
+            token, temperature = drawn(logits_V, self.sampling[row], draws[step]), self.sampling[row].temperature
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.trust[row] /= float(np.exp((logits_V - logits_V[token]) / temperature).sum())
+        if not self.trust[row] >= LEAST_TRUST:  # or no number
+            return None, False
+        guess = token if self.tokens is None else int(self.tokens[token])
+        return guess, self.trust[row] >= self.least[row]
 
 
 def drawn(logits_V: NDArray[np.float32], sampling: Sampling, draw: float) -> int:

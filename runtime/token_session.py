@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import SessionError, shortened
 from ..spec.geometry import ModelSpec
+from ..spec.parameters import count_parameters
 from .backends.interface import DecoderBackend
 from .checks import array, is_whole, whole
 from .draft import Draft
@@ -73,6 +74,18 @@ class TokenSession:
     def usual_draft(self) -> int:
         """Tokens that the model's draft guesses at most at a time where nobody says; 0 where it has none."""
         return 0 if self.draft is None else USUAL_DRAFT
+
+    @property
+    def draft_cost(self) -> float:
+        """A step of the model's draft in steps of the model, by the parameters that each reads; 0 where it has none.
+
+        The head's embedding, which it does not multiply by, is counted in place of the products that its first layer
+        has more than a Llama's.
+        """
+        if self.draft is None:
+            return 0.0
+        head = self.draft.backend.spec.as_model(self.spec.max_positions)
+        return count_parameters(head)[1] / count_parameters(self.spec)[1]
 
     def start(
         self, batch: int = 1, positions: int | None = None, *, sparse: bool = False, drafted: bool = False

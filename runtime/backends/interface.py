@@ -126,7 +126,8 @@ class DraftBinding(Protocol):
             states_BSW: The decoder's states [B, S, L·H].
 
         Returns:
-            Logits [B, V'] over the draft's own tokens, and the states [B, H'] with which it goes on.
+            Logits [B, V'] over the draft's own tokens, and the states [B, H'] with which it goes on; until the next
+            call of this.
         """
         ...
 

@@ -20,6 +20,9 @@ from .onnxruntime_decoder import HostCaches, bind_caches, cache_form
 from .onnxruntime_graph import open_graph
 from .onnxruntime_package import ort
 
+KEPT = 8
+"""Tokens of a row at most whose step's memory is kept for the next one."""
+
 
 class OnnxRuntimeDraft:
     """A lowered draft with its weights, ready to run.
@@ -72,10 +75,8 @@ class OnnxRuntimeDraftBinding:
     """A draft's graph bound to some rows of its caches."""
 
     def __init__(self, draft: OnnxRuntimeDraft, caches: HostCaches, rows: slice) -> None:
-        self.session, self.spec = draft.session, draft.spec
-        self.io = self.session.io_binding()
-        self.kept = bind_caches(self.io, caches, rows)
-        self.further = FurtherStep(draft, caches, rows)
+        self.draft, self.caches, self.rows = draft, caches, rows
+        self.steps: dict[int, DraftStep] = {}
 
     def begin(
         self,
@@ -93,10 +94,11 @@ class OnnxRuntimeDraftBinding:
             states_BSW: The decoder's states [B, S, L·H].
 
         Returns:
-            Logits [B, V'], and the head's own states [B, H'].
+            Logits [B, V'], and the head's own states [B, H']; until the next call of this.
         """
-        hidden_BSH = np.zeros((*ids_BS.shape, self.spec.hidden_size), np.float32)
-        return self._run(ids_BS, past_B, last_B[:, None], states_BSW, hidden_BSH)
+        step = self._step(ids_BS.shape[1])
+        step.ids_BS[:], step.states_BSW[:], step.last_B1[:, 0] = ids_BS, states_BSW, last_B
+        return step.run(past_B)
 
     def go_on(
         self, ids_B: NDArray[np.int64], past_B: NDArray[np.int32], hidden_BH: NDArray[np.float32]
@@ -106,60 +108,47 @@ class OnnxRuntimeDraftBinding:
         Returns:
             What `begin` returns, until the next call of this.
         """
-        return self.further.run(ids_B, past_B, hidden_BH)
+        step = self._step(0)
+        step.ids_BS[:, 0], step.hidden_BSH[:, 0] = ids_B, hidden_BH
+        return step.run(past_B)
 
-    def _run(
-        self,
-        ids_BS: NDArray[np.int64],
-        past_B: NDArray[np.int32],
-        last_B1: NDArray[np.int64],
-        states_BSW: NDArray[np.float32],
-        hidden_BSH: NDArray[np.float32],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        inputs = {
-            "input_ids": ids_BS,
-            "past_lengths": past_B,
-            "logit_positions": last_B1,
-            "draft_states": states_BSW,
-            "hidden": hidden_BSH,
-        }
-        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # alive until the step is done
-        for name, array in arrays.items():
-            self.io.bind_cpu_input(name, array)
-        logits_B1V = np.empty((len(ids_BS), 1, self.spec.vocab_size), np.float32)
-        next_B1H = np.empty((len(ids_BS), 1, self.spec.hidden_size), np.float32)
-        outputs = [
-            (name, ort.OrtValue.ortvalue_from_numpy(array))  # the same memory
-            for name, array in (("logits", logits_B1V), ("next_hidden", next_B1H))
-        ]
-        for name, value in outputs:
-            self.io.bind_ortvalue_output(name, value)
-        self.session.run_with_iobinding(self.io)
-        return logits_B1V[:, 0], next_B1H[:, 0]
+    def _step(self, length: int) -> "DraftStep":
+        """A step over this number of tokens of each row, or with 0 over a guess; that of few tokens is made once."""
+        found = self.steps.get(length)
+        if found is None:
+            found = DraftStep(self.draft, self.caches, self.rows, max(1, length))
+            if length <= KEPT:
+                self.steps[length] = found
+        return found
 
 
-class FurtherStep:
-    """A step of one token in each of some rows, whose memory is bound once: what most of a draft's steps are.
+class DraftStep:
+    """A step over some tokens of each of some rows, whose memory is bound once: most steps are of few tokens.
+
+    Either the decoder's states or the head's own are set; the others stay zeros.
 
     Args:
         draft: The draft.
         caches: Its caches.
         rows: The rows.
+        length: Tokens of each row (S).
     """
 
-    def __init__(self, draft: OnnxRuntimeDraft, caches: HostCaches, rows: slice) -> None:
+    def __init__(self, draft: OnnxRuntimeDraft, caches: HostCaches, rows: slice, length: int) -> None:
         batch, spec = rows.stop - rows.start, draft.spec
         self.session, self.io = draft.session, draft.session.io_binding()
-        self.ids_B1, self.past_B = np.zeros((batch, 1), np.int64), np.zeros(batch, np.int32)
-        self.hidden_B1H = np.zeros((batch, 1, spec.hidden_size), np.float32)
+        self.ids_BS, self.past_B = np.zeros((batch, length), np.int64), np.zeros(batch, np.int32)
+        self.last_B1 = np.zeros((batch, 1), np.int64)
+        self.states_BSW = np.zeros((batch, length, draft.width), np.float32)
+        self.hidden_BSH = np.zeros((batch, length, spec.hidden_size), np.float32)
         self.logits_B1V = np.zeros((batch, 1, spec.vocab_size), np.float32)
-        self.next_B1H = np.zeros_like(self.hidden_B1H)
+        self.next_B1H = np.zeros((batch, 1, spec.hidden_size), np.float32)
         inputs = {
-            "input_ids": self.ids_B1,
+            "input_ids": self.ids_BS,
             "past_lengths": self.past_B,
-            "logit_positions": np.zeros((batch, 1), np.int64),
-            "draft_states": np.zeros((batch, 1, draft.width), np.float32),
-            "hidden": self.hidden_B1H,
+            "logit_positions": self.last_B1,
+            "draft_states": self.states_BSW,
+            "hidden": self.hidden_BSH,
         }
         self.kept = bind_caches(self.io, caches, rows)
         for name, array in inputs.items():
@@ -169,10 +158,8 @@ class FurtherStep:
             self.kept.append((array, value := ort.OrtValue.ortvalue_from_numpy(array)))
             self.io.bind_ortvalue_output(name, value)
 
-    def run(
-        self, ids_B: NDArray[np.int64], past_B: NDArray[np.int32], hidden_BH: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Reads a token of each row beside a state. Returns logits and the next states, in its own memory."""
-        self.ids_B1[:, 0], self.past_B[:], self.hidden_B1H[:, 0] = ids_B, past_B, hidden_BH
+    def run(self, past_B: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Runs it behind the tokens that each row has read. Returns logits and the next states, in its own memory."""
+        self.past_B[:] = past_B
         self.session.run_with_iobinding(self.io)
         return self.logits_B1V[:, 0], self.next_B1H[:, 0]

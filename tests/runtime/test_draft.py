@@ -17,7 +17,7 @@ from arriero.errors import SessionError
 from arriero.export import export_checkpoint
 from arriero.runtime import Flight, Session
 from arriero.runtime.draft import WAITING, Followed
-from arriero.runtime.guesses import Guesses, Guessing
+from arriero.runtime.guesses import VERIFYING, Guesses, Guessing
 from arriero.runtime.rider import Boarding
 
 VOCABULARY = 24
@@ -49,6 +49,7 @@ def session(model: Path) -> Session:
 @pytest.fixture
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts that are verified however little they trust themselves, and asked however often they were wrong."""
+    monkeypatch.setattr(Guesses, "least_trust", 0.0)
     monkeypatch.setattr("arriero.runtime.speculation.LEAST_TRUST", 0.0)
     monkeypatch.setattr("arriero.runtime.guesses.LONGEST_PAUSE", 0)
 
@@ -191,6 +192,7 @@ def test_drawn_tokens_have_the_models_distribution(session: Session) -> None:
     assert chi_squared(counts_V, draws * second_V) < 49.7
 
 
+@pytest.mark.usefixtures("trusting")
 def test_guesses_are_drawn_as_the_tokens_are(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft that knows the model's own logits is right whatever is drawn."""
     prompt, settings = prompts(1)[0], WAYS["drawn by filters"] | {"repetition_penalty": 1.0}
@@ -202,7 +204,7 @@ def test_guesses_are_drawn_as_the_tokens_are(session: Session, monkeypatch: pyte
         place = len(prompt) + seen[0]
         choose.__self__.tokens = None  # the model's own
         logits = [known[place + step] for step in range(wanted[0]) if place + step in known]
-        return [[choose(0, step, each) for step, each in enumerate(logits)]]
+        return [[choose(0, step, each)[0] for step, each in enumerate(logits)]]
 
     seen = [0]
     monkeypatch.setattr(Followed, "propose", propose)
@@ -221,12 +223,15 @@ def test_states_that_wait_are_read_before_they_are_many(session: Session) -> Non
     assert state.followed is not None
     session.prefill(state, [[5] * 50, [6] * 3])
     assert state.followed.read_B[0] > 0
-    for _ in range(WAITING):
+    for _ in range(WAITING + 3):
         session.decode(state, [7, 8])
         waiting = [len(each) for each in state.followed.tokens]
         assert max(waiting) <= WAITING
-        assert (state.followed.read_B + waiting).tolist() == state.past_B.tolist()
+        held = state.followed.began_B + state.followed.read_B + waiting
+        assert held.tolist() == state.past_B.tolist()
         assert waiting == [sum(map(len, each)) for each in state.followed.states]
+    assert (state.followed.began_B > 0).all()  # nobody asked for guesses
+    assert not state.followed.is_whole(0)
 
 
 def test_a_row_that_is_rewound_among_what_was_read_begins_anew(session: Session) -> None:
@@ -271,13 +276,35 @@ def test_as_many_are_guessed_as_are_right() -> None:
 
 
 def test_a_draft_that_is_never_right_is_asked_seldom() -> None:
-    guesses, asked = Guesses(Guessing(draft=4)), 0
+    guesses, asked = Guesses(Guessing(draft=4), cost=0.2), 0
     for _ in range(400):
         if count := guesses.ask_draft(10):
             guesses.by_draft = True
             guesses.judge(count, 0)
             asked += 1
     assert asked < 20
+
+
+@pytest.mark.parametrize(("cost", "right"), [(0.3, 0.0), (0.3, 0.3), (0.05, 0.1)])
+def test_a_draft_that_does_not_pay_costs_little_and_one_that_pays_is_not_left(cost: float, right: float) -> None:
+    """By its own account; a draft that trusts none of its guesses is asked in vain."""
+    guesses, rng, spent = Guesses(Guessing(draft=4), cost), np.random.default_rng(0), 0.0
+    for step in range(1000):
+        if count := guesses.ask_draft(10):
+            guesses.by_draft = True
+            verified = count if step % 2 else 0
+            accepted = int(np.logical_and.accumulate(rng.random(verified) < right).sum())
+            guesses.judge(verified, accepted)
+            spent += cost * max(1, verified) + VERIFYING * verified - accepted
+    assert spent < 0.03 * 1000
+    guesses = Guesses(Guessing(draft=4), cost / 3)
+    guesses.by_draft = True
+    asked = 0
+    for _ in range(1000):
+        count = guesses.ask_draft(10)
+        guesses.judge(count, int(np.logical_and.accumulate(rng.random(count) < 0.7).sum()))
+        asked += count > 0
+    assert asked > 900
 
 
 def test_a_models_draft_is_used_unless_nobody_wants_it(session: Session, model: Path) -> None:
