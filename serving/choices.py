@@ -3,7 +3,6 @@
 Enters: pieces of a ride. Leaves: what each adds. Invariant: a stream and a whole answer are made of the same additions.
 """
 
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ..runtime import Generated
 from ..runtime.logprobs import TokenLogprobs
 from .errors import RequestError, of_session
+from .logs import new_number
 from .protocol.answers import Usage
 from .rides import FINISHES, Ride
 from .tools import ToolCallReader
@@ -157,4 +157,4 @@ def usage_of(ride: Ride, choices: Sequence[Choice]) -> Usage:
 
 def new_id(prefix: str) -> str:
     """A name that no other answer has."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    return f"{prefix}-{new_number()}"

@@ -5,12 +5,12 @@ all of them each time; a server without keys on this machine's own address answe
 itself by this machine's address (DNS rebinding).
 """
 
+import asyncio
 import hashlib
 import hmac
 import re
 import ssl
 import time
-import uuid
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import SessionError
 from ..files.reading import read_bytes, read_text
-from .errors import RequestError, of_session
-from .logs import Log
+from .errors import RequestError, of_session, stopped
+from .logs import Log, new_number
 from .service import Caller
 
 OPEN = ("/", "/health", "/ready")
@@ -113,7 +113,7 @@ class Doors:
         headers, started = Headers(scope=scope), time.perf_counter()
         about: dict[str, Any] = {}
         given = headers.get("x-request-id", "")
-        number = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        number = given if REQUEST_ID.fullmatch(given) else new_number()
         status = 0
 
         async def send_on(message: Message) -> None:
@@ -132,6 +132,10 @@ class Doors:
         else:
             try:
                 await self.app(scope, receive, send_on)
+            except asyncio.CancelledError:  # the server ends at once
+                if not status:
+                    await JSONResponse(stopped().body, stopped().status)(scope, receive, send_on)
+                raise
             except Exception as error:  # of whatever kind: it ends this request alone
                 self.log.fault(error)
                 if not status:

@@ -110,6 +110,11 @@ def step_failed(error: Exception) -> RequestError:
     return RequestError(f"the server failed at it ({kind}; its log says more): ask again", status=500)
 
 
+def stopped() -> RequestError:
+    """The end of a request that was under way when the server ended."""
+    return RequestError("the server has stopped: ask again", status=503, code="stopped")
+
+
 def lost_model(reason: str) -> RequestError:
     """The refusal of a request where the model is lost for good."""
     return RequestError(f"the model is lost ({reason}): start the server again", status=503, code="model_lost")

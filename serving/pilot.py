@@ -24,6 +24,9 @@ from .metrics import Metrics
 from .rides import FINISHES, Ride
 
 MOST_RETRY_SECONDS = 60
+MOST_STEP_SECONDS = 5.0
+"""Seconds that the step under way has to end when the server ends."""
+
 MOST_FAILURES = 3
 """Sequences that ended with no fault of their own, and no other between them, after which a new flight is tried."""
 
@@ -98,11 +101,16 @@ class Pilot:
         """Starts the thread."""
         self.thread.start()
 
-    def stop(self) -> None:
-        """Ends the thread after the step that it is in; rides on board get no more pieces."""
+    def stop(self) -> bool:
+        """Ends the thread after the step that it is in; rides on board get no more pieces.
+
+        Returns:
+            Whether it has ended: a step that hangs is waited for as long as `MOST_STEP_SECONDS`.
+        """
         self.inbox.put(("stop", None))
         if self.thread.is_alive():
-            self.thread.join()
+            self.thread.join(MOST_STEP_SECONDS)
+        return not self.thread.is_alive()
 
     @property
     def fault(self) -> str | None:
@@ -313,27 +321,32 @@ class Pilot:
             timeline.boarded = boarded
             self.waiting -= 1
             metrics.queue_time.observe(boarded - timeline.joined)
+        gaps, tokens = dict[float, int](), 0
         for ride, index, piece in batch.pieces:
             timeline = ride.timelines[index]
             if piece.ids:
                 timeline.tokens += len(piece.ids)
                 if timeline.first:
-                    metrics.inter_token.observe(now - timeline.last)
+                    gaps[timeline.last] = gaps.get(timeline.last, 0) + 1  # nearly all of a step have one
                 else:
                     timeline.first = now
                     metrics.first_token.observe(now - timeline.joined)
                     metrics.prefill_time.observe(now - timeline.boarded)
-                    if tokens := ride.prompts.get(index):
-                        metrics.count_prompt(tokens, piece.reused)
+                    if prompt := ride.prompts.get(index):
+                        metrics.count_prompt(prompt, piece.reused)
                 timeline.last = now
-                metrics.generation_tokens += len(piece.ids)
-                metrics.drafted += piece.drafted
-                metrics.accepted += piece.accepted
+                tokens += len(piece.ids)
+                if piece.drafted:
+                    metrics.drafted += piece.drafted
+                    metrics.accepted += piece.accepted
             if piece.finish is not None:
                 self._ended(ride, index, piece, now)
             ride.put(index, piece)
             if not ride.riding:
                 self.rides.discard(ride)
+        for last, count in gaps.items():
+            metrics.inter_token.observe(now - last, count)
+        metrics.generation_tokens += tokens
         metrics.cache_usage = batch.used
         self._gauge()
 

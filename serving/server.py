@@ -29,7 +29,7 @@ from ..runtime import Session
 from ..runtime.room import usual_prefix_bytes
 from .app import make_app
 from .doors import LOCAL, check_certificate, read_keys
-from .errors import RequestError
+from .errors import stopped
 from .logs import Handler, Log
 from .pilot import FlightSettings
 from .service import Limits, Service
@@ -138,7 +138,8 @@ def serve(settings: ServerSettings, log: Log, on_ready: Callable[[dict[str, Any]
         server.run(sockets=[listener])
     finally:
         listener.close()
-        service.close()
+        if not service.close():
+            server.leave("a step was still under way")
         if settings.unix_socket is not None:
             settings.unix_socket.unlink(missing_ok=True)
     if server.failure is not None:
@@ -188,13 +189,13 @@ class Server(uvicorn.Server):
         was_loading, self.service.state = self.service.state == "loading", "draining"
         self.manager.say("STOPPING=1")
         if was_loading:
-            self.loop.call_soon_threadsafe(self._leave)
+            self.loop.call_soon_threadsafe(self.leave, "the model was still being loaded")
         else:
             self.loop.call_soon_threadsafe(self._begin, self._drain)
 
-    def _leave(self) -> None:
-        """Ends the process at once: libraries that a thread loads a model with don't bear the interpreter's end."""
-        self.log.write("stopped", message="the model was still being loaded")
+    def leave(self, reason: str) -> None:
+        """Ends the process at once: libraries that a thread is in don't bear the interpreter's end."""
+        self.log.write("stopped", message=reason)
         if self.settings.unix_socket is not None:
             self.settings.unix_socket.unlink(missing_ok=True)
         sys.stdout.flush()
@@ -264,7 +265,7 @@ class Server(uvicorn.Server):
         while self.service.active and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(POLL)
         if self.service.active:
-            error = RequestError("the server has stopped: ask again", status=503, code="stopped")
+            error = stopped()
             for ride in list(self.service.pilot.rides):
                 self.service.pilot.cancel(ride, error)
         self.should_exit = True

@@ -108,12 +108,11 @@ class Service:
         if self.state == "loading":
             self.state = "ready"
 
-    def close(self) -> None:
-        """Ends the pilot and the workers."""
-        if self._pilot is not None:
-            self._pilot.stop()
+    def close(self) -> bool:
+        """Ends the pilot and the workers. Returns whether the pilot has ended, whose step may hang."""
         for workers in (self.workers, self.slow_workers):
             workers.shutdown(wait=False, cancel_futures=True)
+        return self._pilot is None or self._pilot.stop()
 
     @property
     def session(self) -> Session:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..runtime import Generated
-from .errors import RequestError, of_session
+from .errors import RequestError, of_session, stopped
 from .rides import Ride
 from .service import Service
 
@@ -141,6 +141,9 @@ class EventStream(Response):
             body = self.writer.end()
         except RequestError as error:
             body += self.writer.fail(error)
+        except asyncio.CancelledError:  # the server ends at once
+            await send({"type": "http.response.body", "body": body + self.writer.fail(stopped()), "more_body": False})
+            raise
         except Exception as error:  # of whatever kind: this stream's, said in its own way
             self.service.report(error)
             body += self.writer.fail(of_session(error))

@@ -64,25 +64,24 @@ def read(cls: type[T], value: Any, where: str = "") -> T:
             path = _join(where, shortened(name, 40).strip("'\""))
             raise RequestError(f"{path} is not a field that this server knows: leave it out", path)
     given: dict[str, Any] = {}
-    for field in dataclasses.fields(typing.cast(Any, cls)):
-        if field.name in value:
-            given[field.name] = take(known[field.name], value[field.name], _join(where, field.name))
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            path = _join(where, field.name)
+    for name, is_needed in _fields(typing.cast(Any, cls)):
+        if name in value:
+            given[name] = take(known[name], value[name], _join(where, name))
+        elif is_needed:
+            path = _join(where, name)
             raise RequestError(f"{path} is missing: give it", path)
     return cls(**given)
 
 
 def take(annotation: Any, value: Any, where: str) -> Any:
     """Reads a value as an annotation says."""
-    annotation, marks = _unwrap(annotation)
+    annotation, marks, origin, arguments, is_object = _parts(annotation)
     if annotation is Any:
         return value
     if annotation is None or annotation is types.NoneType:
         return None if value is None else refuse(where, value, "null")
-    if dataclasses.is_dataclass(annotation):
+    if is_object:
         return read(typing.cast(Any, annotation), value, where)
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         for each in arguments:
             if type(each) is type(value) and each == value:
@@ -163,6 +162,21 @@ def plain(value: Any) -> Any:
 def _annotations(cls: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@cache
+def _fields(cls: type[Any]) -> tuple[tuple[str, bool], ...]:
+    """The names of a dataclass's fields, and whether each must be given."""
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(cls)
+    return tuple((each.name, each.default is missing and each.default_factory is missing) for each in fields)
+
+
+@cache
+def _parts(annotation: Any) -> tuple[Any, tuple[Any, ...], Any, tuple[Any, ...], bool]:
+    """An annotation without its marks, these, its origin and arguments, and whether it is a dataclass."""
+    inner, marks = _unwrap(annotation)
+    return inner, marks, typing.get_origin(inner), typing.get_args(inner), dataclasses.is_dataclass(inner)
 
 
 def _unwrap(annotation: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -116,6 +116,48 @@ def test_what_has_not_ended_in_time_is_ended_with_an_error(serve: Callable[..., 
     assert server.end() == 0
 
 
+HANGING = """
+import itertools, threading
+from arriero.cli.app import app
+from arriero.runtime import Flight
+step, count = Flight.step, itertools.count()
+Flight.step = lambda flight: step(flight) if next(count) < 6 else threading.Event().wait()
+app()
+"""
+"""A server whose seventh step never ends."""
+
+
+def test_a_second_signal_ends_a_step_that_hangs_and_all_who_wait_learn_so(bundle: Path) -> None:
+    command = [sys.executable, "-c", HANGING, "serve", str(bundle), "--threads", "1", "--port", "0", "--json"]
+    process = subprocess.Popen([*command, "--quiet"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    url = json.loads(process.stdout.readline())["address"]
+    answers: dict[bool, httpx.Response] = {}
+
+    def wait(*, streams: bool) -> None:
+        body = {"messages": ASKED, "max_tokens": 400, "stream": streams, **ENDLESS}
+        answers[streams] = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+
+    asking = [threading.Thread(target=wait, kwargs={"streams": streams}) for streams in (True, False)]
+    for each in asking:
+        each.start()
+    while not re.search(r"vllm:generation_tokens_total\S* [1-9]", httpx.get(f"{url}/metrics").text):
+        time.sleep(0.02)
+    time.sleep(0.5)  # by then it hangs
+    process.terminate()
+    while httpx.get(f"{url}/ready").json()["status"] != "draining":
+        time.sleep(0.01)
+    process.terminate()
+    for each in asking:
+        each.join(30)
+    assert process.wait(30) == 0
+    assert answers[False].status_code == 503
+    assert answers[False].json()["error"]["code"] == "stopped"
+    events = answers[True].text.strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "stopped"
+
+
 def test_what_cannot_be_served_is_said_in_one_line(bundle: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
