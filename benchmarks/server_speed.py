@@ -7,6 +7,9 @@ a JSON schema stand beside unbound ones, and the time until a server is ready be
 token. Rounds of both alternate, so that a busy machine weighs on both.
 
     python benchmarks/server_speed.py BUNDLE [--streams 8] [--tokens 128] [--threads 2] [--rounds 3]
+    python benchmarks/server_speed.py BUNDLE --gaps-only --prompt-tokens 32000 --gap-seconds 60
+
+The second looks at the gaps alone, and no longer than a minute: a prompt of 32,000 tokens is read in several.
 """
 
 import argparse
@@ -17,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,6 +30,7 @@ from support.server import ServerProcess
 
 import arriero
 from arriero.runtime import Flight, Session
+from arriero.runtime.defaults import read_defaults
 
 CHAT = "/v1/chat/completions"
 Bias: TypeAlias = dict[int, float]
@@ -39,8 +42,8 @@ ENDLESS = {"type": "string", "minLength": 100_000}
 PROMPT_TOKENS = 3500
 """Tokens of the long prompt, where no other number is asked for: what the tiny Llama 4 holds."""
 
-LEAST_READ = 24
-"""Tokens of a prompt that a step reads beside others at least, some less than its budget."""
+LEAST_READ = 8
+"""Tokens of a prompt that a step reads beside others at least."""
 
 PROMPT = "The list type is a mutable sequence. It"
 
@@ -62,17 +65,22 @@ class Load:
     gaps: list[float] = field(default_factory=list)
 
 
-async def stream(host: str, port: int, body: dict[str, Any], path: str = "/v1/completions") -> list[float]:
-    """Asks for a stream. Returns the moments of its pieces, the request's first."""
+async def stream(
+    host: str, port: int, body: dict[str, Any], path: str = "/v1/completions", into: list[float] | None = None
+) -> list[float]:
+    """Asks for a stream. Returns the moments of its pieces, the request's first; they may be put into a given list."""
     reader, writer = await asyncio.open_connection(host, port)
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    moments = [time.perf_counter()]
+    moments = [] if into is None else into
+    moments.append(time.perf_counter())
     writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    while line := await reader.readline():
-        if line.startswith(b"data: {"):
-            moments.append(time.perf_counter())
-    writer.close()
+    try:
+        while line := await reader.readline():
+            if line.startswith(b"data: {"):
+                moments.append(time.perf_counter())
+    finally:
+        writer.close()
     return moments
 
 
@@ -101,15 +109,41 @@ async def load(server: ServerProcess, bias: Bias, streams: int, count: int) -> L
     return found
 
 
-async def gaps_beside(server: ServerProcess, bias: Bias, streams: int, prompt: list[int]) -> tuple[list[float], float]:
-    """Gaps between the tokens of streams while a long prompt is read beside them, and the seconds that this takes."""
+async def gaps_beside(
+    server: ServerProcess, bias: Bias, streams: int, prompt: list[int], seconds: float | None
+) -> tuple[list[float], float | None]:
+    """Gaps between the tokens of streams while a long prompt is read beside them.
+
+    Args:
+        server: The server.
+        bias: What keeps the streams from ending.
+        streams: Their number.
+        prompt: The long prompt.
+        seconds: The time to look at the gaps for; None is until the prompt is read.
+
+    Returns:
+        The gaps, and the seconds that the prompt was read in; None where that was not waited for.
+    """
     host, port = server.url.removeprefix("http://").rsplit(":", 1)
     count = len(prompt) // LEAST_READ  # no stream ends before the prompt is read
-    asked = [stream(host, int(port), body_of(bias, count, number)) for number in range(streams)]
-    *moments, read = await asyncio.gather(*asked, _later(lambda: stream(host, int(port), body_of(bias, 1, 0, prompt))))
-    assert all(each[-1] > read[1] for each in moments)
-    within = [[each for each in own if read[0] <= each <= read[1]] for own in moments]
-    return [after - before for own in within for before, after in itertools.pairwise(own)], read[1] - read[0]
+    own: list[list[float]] = [[] for _ in range(streams)]
+    asked = [
+        asyncio.create_task(stream(host, int(port), body_of(bias, count, number), into=moments))
+        for number, moments in enumerate(own)
+    ]
+    while not all(len(moments) > 2 for moments in own):
+        await asyncio.sleep(0.01)
+    read: list[float] = []
+    reading = asyncio.create_task(stream(host, int(port), body_of(bias, 1, 0, prompt), into=read))
+    await asyncio.wait([reading], timeout=seconds)
+    end = read[1] if reading.done() else time.perf_counter()
+    assert not any(each.done() for each in asked)
+    for each in (reading, *asked):
+        each.cancel()
+    await asyncio.gather(reading, *asked, return_exceptions=True)
+    within = [[each for each in moments if read[0] <= each <= end] for moments in own]
+    found = [after - before for moments in within for before, after in itertools.pairwise(moments)]
+    return found, end - read[0] if len(read) > 1 else None
 
 
 async def chat_load(server: ServerProcess, bias: Bias, streams: int, count: int, *, bound: bool) -> Load:
@@ -143,9 +177,16 @@ def start_seconds(folder: Path, threads: int) -> tuple[float, float]:
     return ready, first
 
 
-async def _later(ask: Callable[[], Awaitable[list[float]]]) -> list[float]:
-    await asyncio.sleep(0.3)
-    return await ask()
+def measure_gaps(server: ServerProcess, bias: Bias, size: tuple[int, int], asked: Any) -> list[tuple[str, str]]:
+    """Gaps undisturbed and beside a long prompt, as rows of the table."""
+    prompt = [5 + each % 1000 for each in range(asked.prompt_tokens)]
+    calm = sorted(asyncio.run(load(server, bias, *size)).gaps)
+    disturbed, seconds = asyncio.run(gaps_beside(server, bias, size[0], prompt, asked.gap_seconds))
+    both = (("undisturbed", calm), (f"beside a prompt of {len(prompt)}", sorted(disturbed)))
+    p99 = [gaps[int(0.99 * len(gaps))] for _, gaps in both]
+    rows = [(f"p99 between tokens, {name}, ms", f"{each * 1e3:.1f}") for (name, _), each in zip(both, p99, strict=True)]
+    rows.append(("their ratio", f"{p99[1] / p99[0]:.2f}"))
+    return [*rows, ("that prompt was read in, s", "not waited for" if seconds is None else f"{seconds:.1f}")]
 
 
 def fly(session: Session, bias: Bias, streams: int, count: int) -> Load:
@@ -162,6 +203,44 @@ def fly(session: Session, bias: Bias, streams: int, count: int) -> Load:
     return Load(time.perf_counter() - started, 0.0, list(first.values()))
 
 
+def measure_cost(server: ServerProcess, bias: Bias, size: tuple[int, int], asked: Any) -> list[tuple[str, str]]:
+    """What the server adds to the flight, and a schema to an answer, as rows of the table."""
+    session = arriero.load(asked.folder, threads=asked.threads)
+    asyncio.run(chat_load(server, bias, 1, 2, bound=True))  # compiles the schema
+    fly(session, bias, 1, 8)
+    pairs: list[tuple[Load, Load]] = []
+    singles: list[tuple[Load, Load]] = []
+    for _ in range(asked.rounds):
+        pairs.append((asyncio.run(load(server, bias, *size)), fly(session, bias, *size)))
+        singles += [(asyncio.run(load(server, bias, 1, 2)), fly(session, bias, 1, 2)) for _ in range(5)]
+    shaped = [
+        [asyncio.run(chat_load(server, bias, *size, bound=bound)).seconds for bound in (False, True)]
+        for _ in range(asked.rounds)
+    ]
+    total = size[0] * size[1]
+    served, flown = (statistics.median(total / each[side].seconds for each in pairs) for side in (0, 1))
+    ratio = statistics.median(flight.seconds / server.seconds for server, flight in pairs)
+    added = statistics.median(server.firsts[0] - flight.firsts[0] for server, flight in singles)
+    cost = sum(server.cpu for server, _ in pairs) / (total * len(pairs))
+    slower = statistics.median(bound / free - 1 for free, bound in shaped)
+    return [
+        ("tokens a second, served", f"{served:.0f}"),
+        ("tokens a second, the same flight from Python", f"{flown:.0f}"),
+        ("their ratio, the median of rounds", f"{ratio:.1%}"),
+        ("added to the first token, ms", f"{added * 1e3:.2f}"),
+        ("processor time beside the step, µs a token", f"{cost * 1e6:.0f}"),
+        ("slower where a JSON schema binds the answers", f"{slower:.1%}"),
+    ]
+
+
+def show(title: str, rows: list[tuple[str, str]]) -> None:
+    """Prints what was found."""
+    table = Table("", "", title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a server adds to its flight.")
     parser.add_argument("folder", type=Path)
@@ -170,52 +249,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
+    parser.add_argument("--gaps-only", action="store_true", help="Nothing but the gaps beside a long prompt.")
+    parser.add_argument("--gap-seconds", type=float, help="Look at these gaps no longer than this.")
     asked = parser.parse_args()
     max_seq = asked.prompt_tokens + 64 if asked.prompt_tokens > PROMPT_TOKENS else None
-    session = arriero.load(asked.folder, threads=asked.threads, max_seq=max_seq)
-    bias = dict.fromkeys(session.defaults.eos_token_ids, -100.0)  # an answer's length alone ends it
-    size = asked.streams, asked.tokens
-    total = asked.streams * asked.tokens
-    pairs: list[tuple[Load, Load]] = []
-    singles: list[tuple[Load, Load]] = []
+    size, title = (
+        (asked.streams, asked.tokens),
+        f"{asked.folder.name}, {asked.streams} streams of {asked.tokens} tokens",
+    )
     options = ("--threads", str(asked.threads), "--slots", str(asked.streams + 1), "--prefix-bytes", "0", "--quiet")
     options += () if max_seq is None else ("--max-seq", str(max_seq))
+    bias = dict.fromkeys(read_defaults(asked.folder).eos_token_ids, -100.0)  # an answer's length alone ends it
     with ServerProcess(asked.folder, *options) as server:
         asyncio.run(load(server, bias, 1, 8))
-        asyncio.run(chat_load(server, bias, 1, 2, bound=True))  # compiles the schema
-        fly(session, bias, 1, 8)
-        for _ in range(asked.rounds):
-            pairs.append((asyncio.run(load(server, bias, *size)), fly(session, bias, *size)))
-            singles += [(asyncio.run(load(server, bias, 1, 2)), fly(session, bias, 1, 2)) for _ in range(5)]
-        long = [5 + each % 1000 for each in range(min(asked.prompt_tokens, session.max_seq - 8))]
-        shaped = [
-            [asyncio.run(chat_load(server, bias, *size, bound=bound)).seconds for bound in (False, True)]
-            for _ in range(asked.rounds)
-        ]
-        calm = sorted(asyncio.run(load(server, bias, *size)).gaps)
-        disturbed, reading = asyncio.run(gaps_beside(server, bias, asked.streams, long))
-        disturbed.sort()
+        rows = [] if asked.gaps_only else measure_cost(server, bias, size, asked)
+        rows += measure_gaps(server, bias, size, asked)
         assert server.end() == 0
-    starts = [start_seconds(asked.folder, asked.threads) for _ in range(asked.rounds)]
-    served, flown = (statistics.median(total / each[side].seconds for each in pairs) for side in (0, 1))
-    ratio = statistics.median(flight.seconds / server.seconds for server, flight in pairs)
-    added = statistics.median(server.firsts[0] - flight.firsts[0] for server, flight in singles)
-    cost = sum(server.cpu for server, _ in pairs) / (total * len(pairs))
-    table = Table("", "", title=f"{asked.folder.name}, {asked.streams} streams of {asked.tokens} tokens")
-    table.add_row("tokens a second, served", f"{served:.0f}")
-    table.add_row("tokens a second, the same flight from Python", f"{flown:.0f}")
-    table.add_row("their ratio, the median of rounds", f"{ratio:.1%}")
-    table.add_row("added to the first token, ms", f"{added * 1e3:.2f}")
-    table.add_row("processor time beside the step, µs a token", f"{cost * 1e6:.0f}")
-    slower = statistics.median(bound / free - 1 for free, bound in shaped)
-    table.add_row("slower where a JSON schema binds the answers", f"{slower:.1%}")
-    for name, gaps in (("undisturbed", calm), (f"beside a prompt of {len(long)}", disturbed)):
-        table.add_row(f"p99 between tokens, {name}, ms", f"{gaps[int(0.99 * len(gaps))] * 1e3:.1f}")
-    table.add_row("that prompt was read in, s", f"{reading:.1f}")
-    ready, first = (statistics.median(each[side] for each in starts) for side in (0, 1))
-    table.add_row("ready after, s", f"{ready:.2f}")
-    table.add_row("`arriero run`'s first token after, s", f"{first:.2f}")
-    Console().print(table)
+    if not asked.gaps_only:
+        starts = [start_seconds(asked.folder, asked.threads) for _ in range(asked.rounds)]
+        ready, first = (statistics.median(each[side] for each in starts) for side in (0, 1))
+        rows += [("ready after, s", f"{ready:.2f}"), ("`arriero run`'s first token after, s", f"{first:.2f}")]
+    show(title, rows)
 
 
 if __name__ == "__main__":
