@@ -110,12 +110,15 @@ def activations(node: onnx.NodeProto, shapes: dict[str, Any]) -> list[tuple[str,
     match node.op_type:
         case "Linear":
             return [(node.input[0], (1, 0, inputs(node.input[1])))]
-        case "PlainLinear":
+        case "PlainLinear" | "Fp8Linear":
             return [(node.input[0], (1, 0, shapes[node.input[1]][1][1]))]
         case "MoeDispatch":
             return [(node.input[0], (0, inputs(node.input[2]))), (node.input[1], (0, given["experts"]))]
         case "PlainMoeDispatch":
             held, _, size = shapes[node.input[3]][1]
+            return [(node.input[0], (0, size)), (node.input[1], (0, held))]
+        case "Fp8MoeDispatch":
+            held, _, size = shapes[node.input[2]][1]
             return [(node.input[0], (0, size)), (node.input[1], (0, held))]
         case "GroupedQueryAttention" if not given["cache_bits"]:
             sizes = [count * shapes[node.input[3]][1][-1] for count in (given["heads"], *[given["kv_heads"]] * 2)]

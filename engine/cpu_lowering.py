@@ -1,9 +1,9 @@
 """A canonical graph, the decoder's, the vision tower's or the draft's, lowered for ONNX Runtime's CPU, in memory.
 
 Enters: a model folder. Leaves: a `Lowered` graph that computes in float32 from the checkpoint's own weights, and the
-list of regions in the safetensors files that the runtime hands to it. Embedding and linears that are not quantised are
-used as they lie in the file, int8 and int4 weights in the panels of the CPU's own kernels; others are widened when they
-are loaded. The table in `cpu_rules` says how each linear is lowered; the branches here name its rules.
+list of regions in the safetensors files that the runtime hands to it. Embedding, linears that are not quantised and
+FP8 weights are used as they lie in the file, int8 and int4 weights in the panels of the CPU's own kernels; others are
+widened when they are loaded. The table in `cpu_rules` says how each linear is lowered; branches here name its rules.
 """
 
 import dataclasses
@@ -18,13 +18,11 @@ from ..plugins.all_reduce import cpu_nodes as all_reduce_cpu
 from ..plugins.all_reduce import op as all_reduce
 from ..plugins.canonical_graph import read_graph
 from ..plugins.cpu import kernel_nodes as kernels
-from ..plugins.cpu.float_products import MICROSOFT, Matrix, multiply_rounded, round_fp8
-from ..plugins.cpu.kernel_nodes import Panels
+from ..plugins.cpu.kernel_nodes import Fp8, Panels
 from ..plugins.cpu.library import DOMAIN
 from ..plugins.gqa import cpu_nodes as gqa_cpu
 from ..plugins.gqa import op as gqa
 from ..plugins.linear import Linear, read_linear
-from ..plugins.moe import cpu_nodes as moe_cpu
 from ..plugins.moe import op as moe
 from ..plugins.nodes import Nodes, dims
 from ..spec.folder import DraftPart, FolderSpec, VisionPart
@@ -58,18 +56,18 @@ def lower_for_cpu(folder: Path, spec: FolderSpec) -> Lowered:
     Raises:
         BuildError: The graph is damaged or holds an op that has no lowering.
     """
-    return _lower(folder / spec.graph, spec.model.experts, spec.cache_bits, spec.rank)
+    return _lower(folder / spec.graph, spec.cache_bits, spec.rank)
 
 
 def lower_part_for_cpu(folder: Path, part: VisionPart | DraftPart) -> Lowered:
     """Lowers a model folder's vision tower or draft; raises what `lower_for_cpu` does."""
-    return _lower(folder / part.graph, 0, 0, 0)
+    return _lower(folder / part.graph, 0, 0)
 
 
-def _lower(path: Path, router_experts: int, cache_bits: int, rank: int) -> Lowered:
+def _lower(path: Path, cache_bits: int, rank: int) -> Lowered:
     model = read_graph(path)
     try:
-        lowering = _CpuLowering(model.graph, router_experts, cache_bits, rank)
+        lowering = _CpuLowering(model.graph, cache_bits, rank)
         lowered = ir.Model(lowering.lower(), ir_version=model.ir_version, producer_name="arriero")
         graph = ir.to_proto(lowered).SerializeToString()
     except ArrieroError:
@@ -87,15 +85,15 @@ def _lower(path: Path, router_experts: int, cache_bits: int, rank: int) -> Lower
 class _CpuLowering:
     """The new graph under construction; values keep their names, floats become float32."""
 
-    def __init__(self, source: ir.Graph, router_experts: int, cache_bits: int, rank: int) -> None:
-        self.source, self.router_experts, self.cache_bits = source, router_experts, cache_bits
+    def __init__(self, source: ir.Graph, cache_bits: int, rank: int) -> None:
+        self.source, self.cache_bits = source, cache_bits
         self.rank, self.group = rank, all_reduce_cpu.group_input()
         self.supply = Supply()
         self.mapped: dict[ir.Value, ir.Value] = {}
         self.linears = {node: linear for node in source if (linear := read_linear(node)) is not None}
         self.absorbed = {node for product in self.linears for node in absorbed(product)}
         for linear in self.linears.values():
-            if rule_of_quantised(linear) is Rule.INT8_OWN_SCALES:
+            if linear.own_scale is not None:
                 self.absorbed |= set(linear.scaling)
         kinds = {linear.kind for linear in self.linears.values()}
         kinds |= {node.attributes["quantisation"].value for node in source if node.op_type == moe.NAME}
@@ -104,7 +102,6 @@ class _CpuLowering:
             if node.op_type == gqa.NAME and (self.has_panels or cache_bits):
                 caches = [value for value in (*node.inputs[3:5], *node.outputs[1:3]) if value is not None]
                 self.mapped |= {value: _narrow_cache(value, cache_bits) for value in caches}
-        self.rounded: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     def lower(self) -> ir.Graph:
         """Lowers node by node, in order."""
@@ -121,7 +118,7 @@ class _CpuLowering:
             [self._value(value) for value in self.source.outputs],
             nodes=written,
             initializers=list(self.supply.initializers.values()),
-            opset_imports={**self.source.opset_imports, MICROSOFT: 1, **_own_domain(written)},
+            opset_imports={**self.source.opset_imports, **_own_domain(written)},
             name=self.source.name,
         )
 
@@ -171,7 +168,7 @@ class _CpuLowering:
             case Rule.INT4:  # rule 3
                 self._multiply_panels(nodes, linear, linear.x, None, product.outputs[0])
             case Rule.FP8:  # rule 4
-                self.mapped[product.outputs[0]] = self._fp8_product(nodes, linear)
+                self._multiply_fp8(nodes, linear, product)
 
     def _multiply_panels(
         self, nodes: Nodes, linear: Linear, source: ir.Value, x_scale: ir.Value | None, output: ir.Value
@@ -191,14 +188,19 @@ class _CpuLowering:
         else:  # rule 6
             kernels.multiply_plain(nodes, x, self.supply.stored(weight), output)
 
-    def _fp8_product(self, nodes: Nodes, linear: Linear) -> ir.Value:
-        """The product of rule 4; an input that several linears read is rounded once."""
-        assert linear.x_scale is not None
-        x_scale, key = self._input(linear.x_scale), (linear.x, linear.x_scale)
-        if key not in self.rounded:
-            self.rounded[key] = round_fp8(nodes, self._input(linear.x), x_scale)
-        weight, scale = self.supply.part(linear.weight), self.supply.widened(linear.weight_scale)
-        return multiply_rounded(nodes, self.rounded[key], x_scale, Matrix(weight=weight, scale=scale))
+    def _multiply_fp8(self, nodes: Nodes, linear: Linear, product: ir.Node) -> None:
+        """The product of rule 4; of a token's own scale the kernel does the multiplication behind the product too."""
+        weight, scale = self.supply.stored(linear.weight), self.supply.widened(linear.weight_scale)
+        output, source, x_scale, bound = product.outputs[0], linear.x, None, 0.0
+        if linear.own_scale is None:
+            assert linear.x_scale is not None
+            x_scale = self._input(linear.x_scale)
+        else:
+            scaled = output.consumers()[0]
+            self.absorbed.add(scaled)
+            output, source, bound = scaled.outputs[0], linear.unscaled, linear.bound
+        matrix = Fp8(weight=weight, scale=scale, input_scale=x_scale, bound=bound)
+        kernels.multiply_fp8(nodes, self._input(source), matrix, self._value(output))
 
     def _panels(
         self,
@@ -241,11 +243,17 @@ class _CpuLowering:
             gate_up, down = (self.supply.stored(weight) for weight in weights)
             kernels.dispatch_plain(nodes, *tokens, gate_up, down, output, settings)
             return
-        count, hidden, width = dims(weights[1])
+        count, _, width = dims(weights[1])
         if rule is Rule.FP8_EXPERTS:  # rule 8
-            experts = self._experts(sources[2:], settings)
-            in_part = count < self.router_experts
-            moe_cpu.lower(nodes, *tokens, experts, hidden, output, settings, in_part=in_part)
+            pair = [
+                Fp8(
+                    weight=self.supply.stored(weights[part]),
+                    scale=self.supply.widened(scales[part], stacked=True),
+                    input_scale=self.supply.widened(statics[part]) if statics else None,
+                )
+                for part in range(2)
+            ]
+            kernels.dispatch_fp8(nodes, *tokens, pair[0], pair[1], output, settings)
             return
         has_groups = kind == "int4" or dims(scales[0])[-1] > 1  # rule 7 from here on
         chosen_in = sources[0].dtype if has_groups else None
@@ -257,23 +265,6 @@ class _CpuLowering:
             for part in range(2)
         )
         kernels.dispatch(nodes, *tokens, into, back, output, settings, experts=count, width=width)
-
-    def _experts(self, sources: list[ir.Value], settings: moe.Attributes) -> list[tuple[Matrix, Matrix]]:
-        """Each expert's two matrices of rule 8, from the op's weights and scales."""
-        weights, scales, input_scales = sources[:2], sources[2:4], sources[4:]
-        experts = []
-        for index in range(dims(weights[0])[0]):
-            pair = [
-                Matrix(
-                    weight=self.supply.part(weights[part], index),
-                    scale=self.supply.part(scales[part], index, shape=(dims(weights[part])[1],)),
-                    input_scale=self.supply.part(input_scales[part], index) if input_scales else None,
-                    input_bound=settings.activation_bound,
-                )
-                for part in range(2)
-            ]
-            experts.append((pair[0], pair[1]))
-        return experts
 
     def _value(self, value: ir.Value) -> ir.Value:
         """The new graph's value for one of the old graph's."""

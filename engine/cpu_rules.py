@@ -7,11 +7,11 @@ carries out. Invariant: each linear has exactly one rule.
     1     int8                   a token's own    kernel `Linear`, blocks of 32 inputs  panels, 8 bits
     2     int8                   static           kernel `Linear`, the static scale     panels, 8 bits
     3     int4                   none             kernel `Linear`, blocks of 32 inputs  panels, 4 bits
-    4     fp8                    either           `QuantizeLinear`, `FusedMatMul`       rows, widened to float32
+    4     fp8                    either           kernel `Fp8Linear`                    rows, as it is stored
     5     a float, panels        none             kernel `Linear`                       panels, bfloat16 or float32
     6     a float, no panels     none             kernel `PlainLinear`                  rows, as it is stored
     7     experts, int8 or int4  any              kernel `MoeDispatch`                  panels, 8 or 4 bits
-    8     experts, fp8           either           an `If` an expert, `FusedMatMul`      rows, widened to float32
+    8     experts, fp8           either           kernel `Fp8MoeDispatch`               rows, as they are stored
     9     experts, a float       none             kernel `PlainMoeDispatch`             rows, as they are stored
 
 A graph's weights lie in panels where any of them is int8 or int4 (rules 1 to 3 and 7): the bundle then has a file of
@@ -40,7 +40,7 @@ class Rule(Enum):
     INT4 = 3
     """The kernel rounds activations to int8, each 32 inputs (or fewer, within a group) by their own scale."""
     FP8 = 4
-    """Activations and weights are the float32 values that E4M3 stands for; a token's own scale stays in the graph."""
+    """The kernel rounds activations to E4M3 by the graph's static scale, or a token's own, whose nodes go."""
     FLOAT_IN_PANELS = 5
     """bfloat16 stays bfloat16 in panels, other floats become float32; activations are float32."""
     FLOAT_IN_ROWS = 6
@@ -48,7 +48,7 @@ class Rule(Enum):
     INTEGER_EXPERTS = 7
     """One node for all experts; activations are rounded as in rules 1 to 3."""
     FP8_EXPERTS = 8
-    """Only the branches of experts that have tokens are computed, as in rule 4."""
+    """One node for all experts, stacked [E, N, K] as in the file; activations are rounded as in rule 4."""
     FLOAT_EXPERTS = 9
     """One node for all experts, stacked [E, K, N] as in the file; those that no token chose are not read."""
 

@@ -29,48 +29,24 @@ class Supply:
         self.weights: dict[str, Weight] = {}
         self.initializers: dict[str, ir.Value] = {}
 
-    def widened(self, source: ir.Value) -> ir.Value:
-        """A weight in float32, or a small constant as it is."""
+    def widened(self, source: ir.Value, *, stacked: bool = False) -> ir.Value:
+        """A weight in float32, or all experts', or a small constant as it is."""
         tensor = source.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            return self._region(f"{source.name}", tensor, 0, tensor.shape.numpy(), "float32")
+            return self._region(f"{source.name}", tensor, tensor.shape.numpy(), "float32", stacked=stacked)
         name = f"{source.name}"
         if name not in self.initializers:
             self.initializers[name] = ir.Value(name=name, shape=source.shape, type=source.type, const_value=tensor)
         return self.initializers[name]
 
     def stored(self, source: ir.Value) -> ir.Value:
-        """A weight, or all experts' [E, K, N], in the type it is stored in."""
+        """A weight, or all experts', in the type it is stored in."""
         tensor = source.const_value
         assert isinstance(tensor, ir.ExternalTensor)
-        dtype = DTYPES[tensor.dtype]
+        dtype = STORED[tensor.dtype]
         name = f"{source.name}" if dtype == "float32" else f"{source.name}:{dtype}"
         shape = tensor.shape.numpy()
-        return self._region(name, tensor, 0, shape, dtype, stacked=len(shape) == 3)
-
-    def part(
-        self,
-        source: ir.Value,
-        index: int | None = None,
-        *,
-        shape: tuple[int, ...] | None = None,
-    ) -> ir.Value:
-        """A weight in float32, or one expert's part of a stacked one.
-
-        Args:
-            source: The weight.
-            index: The part's number; None is the whole.
-            shape: Shape to read it in; None is its own.
-        """
-        tensor = source.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            return self._small_part(source, index)
-        own = tensor.shape.numpy()
-        name, start = f"{source.name}", 0
-        if index is not None:
-            count, *rest = own
-            name, start, own = f"{name}[{index}]", int(tensor.nbytes // count * index), tuple(rest)
-        return self._region(name, tensor, start, own if shape is None else shape, "float32")
+        return self._region(name, tensor, shape, dtype, stacked=len(shape) == 3)
 
     def panels(self, source: ir.Value, *, convert: Stored, interleaved: bool = False) -> ir.Value:
         """A matrix [N, K], or all experts' [E, N, K], in the panels of the CPU's own kernels."""
@@ -93,37 +69,22 @@ class Supply:
         assert isinstance(tensor, ir.ExternalTensor)
         shape = tensor.shape.numpy()
         how = {"layout": layout, "stacked": len(shape) == 3, "interleaved": interleaved}
-        return self._region(name, tensor, 0, shape, convert, **how)
-
-    def _small_part(self, source: ir.Value, index: int | None) -> ir.Value:
-        """A constant that lies in the graph itself, or a part of it."""
-        if index is None:
-            return self.widened(source)
-        name, tensor = f"{source.name}[{index}]", source.const_value
-        assert tensor is not None
-        if name not in self.initializers:
-            part = ir.tensor(tensor.numpy()[index], name=name)
-            kind = ir.TensorType(part.dtype)
-            self.initializers[name] = ir.Value(
-                name=name, shape=ir.Shape(part.shape.numpy()), type=kind, const_value=part
-            )
-        return self.initializers[name]
+        return self._region(name, tensor, shape, convert, **how)
 
     def _region(
         self,
         name: str,
         tensor: ir.ExternalTensor,
-        start: int,
         shape: tuple[int, ...],
         convert: Stored,
         **layout: Any,
     ) -> ir.Value:
-        """The initializer, laid out so, for a part of a weight that begins `start` bytes into it."""
+        """The initializer, laid out so, for a weight."""
         if name not in self.weights:
             weight = Weight(
                 name=name,
                 file=str(tensor.location),
-                offset=(tensor.offset or 0) + start,
+                offset=tensor.offset or 0,
                 shape=shape,
                 dtype=STORED[tensor.dtype],
                 convert=convert,

@@ -14,17 +14,15 @@ from ..spec.choice import choose
 from ..spec.recipe import Recipe
 from ..spec.stored_weights import Weight
 from ..spec.types import BITS
-from .computation import Computation, Ref, ints, number, whole
-from .onnx_outline import FLOAT, INT64, Branch, Constant
+from .computation import Computation, Ref
+from .onnx_outline import FLOAT
 
-CPU, MICROSOFT = "arriero.cpu", "com.microsoft"
-FP8, LARGEST_FP8 = 17, 448.0
-"""ONNX's number of E4M3, and its largest value."""
+CPU = "arriero.cpu"
 
 Shape = tuple[int, ...]
 
 READ = {
-    "rows": ("float32", "float16", "bfloat16"),
+    "rows": ("float32", "float16", "bfloat16", "fp8"),
     "panels": ("float32", "bfloat16", "uint8", "uint4"),
     "scales": ("float32", "bfloat16"),
 }
@@ -117,7 +115,7 @@ class Products:
             return self._panels(x, self._only(plain, shape, panels), plain, shape)
         name = self.weight(plain, shape)
         if self.given[name].dtype == "fp8":
-            return self.fp8(x, name, f"{plain}_scale", plain)
+            return self._fp8(x, name, plain)
         self._check_format(plain, name, "none")
         return self.nodes.find("PlainLinear", x, name, domain=CPU)
 
@@ -155,35 +153,13 @@ class Products:
             raise ValueError(f"{shortened(value)} is no scale of activations")
         return str(value)
 
-    def fp8(self, x: Ref, name: str, scale_name: str, unit: str) -> str:
+    def _fp8(self, x: Ref, name: str, plain: str) -> str:
         """The product of an E4M3 matrix; the activations' scale is static, or each token's own."""
-        scale = self.weight(scale_name, self.given[name].shape[:1])
-        rounded = self.nodes.reader(name, "FusedMatMul", 1).inputs[0]
-        maker = self.nodes.maker.get(rounded) if isinstance(rounded, str) else None
-        if maker is None or maker.op != "QuantizeLinear" or len(maker.inputs) != 2:
-            raise ValueError(f"the product of {shortened(name)} is of activations that are not rounded")
-        is_own = isinstance(maker.inputs[1], Constant)
-        self._check_format(unit, name, "dynamic" if is_own else "static")
-        if is_own:
-            own = self._token_scale(x)
-            product = self._rounded_product(self.nodes.find("Div", x, own), name, scale, number(1))
-            return self.nodes.find("Mul", product, own)
-        return self._rounded_product(x, name, scale, self._static(maker.inputs[1], ()))
-
-    def _rounded_product(self, x: Ref, name: str, scale: str, x_scale: Ref) -> str:
-        """The product of activations rounded to E4M3 by a scale."""
-        rounded = self.nodes.find("QuantizeLinear", x, x_scale, output_dtype=FP8)
-        product = self.nodes.find("FusedMatMul", rounded, name, domain=MICROSOFT, transB=1)
-        return self.nodes.find("Mul", self.nodes.find("Mul", product, scale), x_scale)
-
-    def _token_scale(self, x: Ref) -> str:
-        """Each token's own scale of its activations."""
-        find = self.nodes.find
-        largest = find("ReduceMax", find("Abs", x), ints(-1), keepdims=1)
-        if self.bound:
-            largest = find("Min", largest, number(self.bound))
-        scale = find("Div", largest, number(LARGEST_FP8))
-        return find("Where", find("Equal", scale, number(0)), number(1), scale)
+        inputs: list[Ref] = [x, name, self.weight(f"{plain}_scale", self.given[name].shape[:1])]
+        statics = [self._static(each, ()) for each in self.nodes.reader(name, "Fp8Linear", 1).inputs[3:]]
+        self._check_format(plain, name, "static" if statics else "dynamic")
+        bound = 0.0 if statics else self.bound
+        return self.nodes.find("Fp8Linear", *inputs, *statics, domain=CPU, bound=bound)
 
     def experts(self, x: Ref, logits: Ref, plain: str, held: Experts) -> str:
         """Sums of what a layer's routed experts add to each token.
@@ -196,11 +172,12 @@ class Products:
         """
         gate_up, down = (f"{plain}.{part}_proj" for part in ("gate_up", "down"))
         count, hidden, width = held.count, held.hidden, held.width
-        if f"{gate_up}[0]" in self.names:
-            return _Branches(self, x, logits, (gate_up, down), held).find()
-        if {self.given[name].layout for name in self._named(gate_up)} == {"panels"}:
-            shapes = (count, 2 * width, hidden), (count, hidden, width)
+        found = {(self.given[name].layout, self.given[name].dtype) for name in self._named(gate_up)}
+        shapes = (count, 2 * width, hidden), (count, hidden, width)
+        if {layout for layout, _ in found} == {"panels"}:
             return self._panel_experts(x, logits, plain, shapes, held)
+        if found == {("rows", "fp8")}:
+            return self._fp8_experts(x, logits, plain, shapes, held)
         names = self.weight(gate_up, (count, hidden, 2 * width)), self.weight(down, (count, width, hidden))
         for name in names:
             self._check_format(plain, name, "none")
@@ -238,61 +215,18 @@ class Products:
             width=held.width,
         )
 
-
-class _Branches:
-    """Experts in E4M3: a branch each, for the tokens that chose it."""
-
-    def __init__(self, products: Products, x: Ref, logits: Ref, plain: tuple[str, str], held: Experts) -> None:
-        self.products, self.nodes, self.x, self.plain, self.held = products, products.nodes, x, plain, held
-        chosen, experts = self.nodes.find_all("TopK", logits, ints(held.top_k), axis=1)[:2]
-        self.scores, self.experts = self.nodes.find("Sigmoid", chosen), experts
-
-    def find(self) -> str:
-        """The output."""
-        nodes, find, count, first = self.nodes, self.nodes.find, self.held.count, self.held.first
-        last, top_k = first + count, self.held.top_k
-        hot = find("OneHot", self.experts, whole(last), ints(0, 1))
-        busy = find("Greater", find("ReduceSum", hot, ints(0, 1), keepdims=0), whole(0))
-        if first:
-            busy = find("Slice", busy, ints(first), ints(last), ints(0))
-        each = nodes.find_all("Split", busy, num_outputs=count) if count > 1 else (busy,)
-        idle = Branch((Constant(INT64, (0, 1), ()), Constant(FLOAT, (0, self.held.hidden), ())))
-        pairs = [
-            nodes.find_all("If", each[index], then_branch=Branch(self._expert(index)), else_branch=idle)
-            for index in range(count)
-        ]
-        places = find("Concat", *(pair[0] for pair in pairs), axis=0)
-        unordered = find("Concat", *(pair[1] for pair in pairs), axis=0)
-        blank = unordered
-        if count < self.held.all_experts:
-            blank = find("Expand", number(0), find("Mul", find("Shape", self.x), ints(top_k, 1)))
-        scattered = find("ScatterND", blank, places, unordered)
-        if top_k == 1:
-            return scattered
-        shaped = find("Reshape", scattered, ints(-1, top_k, self.held.hidden))
-        return find("ReduceSum", shaped, ints(1), keepdims=0)
-
-    def _expert(self, index: int) -> tuple[str, str]:
-        """The places and outputs of an expert that has tokens."""
-        find = self.nodes.find
-        chosen = find("Equal", self.experts, whole(self.held.first + index))
-        pairs = find("Transpose", find("NonZero", chosen), perm=(1, 0))
-        tokens = find("Slice", pairs, ints(0), ints(1), ints(1))
-        choices = find("Slice", pairs, ints(1), ints(2), ints(1))
-        places = find("Add", find("Mul", tokens, whole(self.held.top_k)), choices)
-        scores = find("Unsqueeze", find("GatherND", self.scores, pairs), ints(1))
-        given = find("Mul", find("GatherND", self.x, tokens), scores)
-        hidden, width = self.held.hidden, self.held.width
-        both = self._product(given, 0, index, (2 * width, hidden))
-        gate, up = self.nodes.find_all("Split", both, axis=1, num_outputs=2)[:2]
-        activated = find("Mul", up, find("Mul", gate, find("Sigmoid", gate)))
-        return places, self._product(activated, 1, index, (hidden, width))
-
-    def _product(self, x: Ref, part: int, index: int, shape: Shape) -> str:
-        """The product of one expert's matrix."""
-        plain = self.plain[part]
-        name = self.products.weight(f"{plain}[{index}]", shape)
-        return self.products.fp8(x, name, f"{plain}_scale[{index}]", plain.rpartition(".")[0])
+    def _fp8_experts(self, x: Ref, logits: Ref, unit: str, shapes: tuple[Shape, Shape], held: Experts) -> str:
+        """Experts in E4M3, one node for all."""
+        inputs: list[Ref] = [x, logits]
+        for part, shape in zip(("gate_up", "down"), shapes, strict=True):
+            plain = f"{unit}.{part}_proj"
+            inputs += [self.weight(plain, shape), self.weight(f"{plain}_scale", (*shape[:2], 1))]
+        found = self.nodes.reader(str(inputs[2]), "Fp8MoeDispatch", 2)
+        statics = [self._static(each, (held.count,)) for each in found.inputs[6:]]
+        for name in (str(inputs[2]), str(inputs[4])):
+            self._check_format(unit, name, "static" if statics else "dynamic")
+        settings = {"top_k": held.top_k, "first_expert": held.first, "bound": 0.0 if statics else self.bound}
+        return self.nodes.find("Fp8MoeDispatch", *inputs, *statics, domain=CPU, **settings)
 
 
 def plain_name(name: str) -> str:

@@ -56,6 +56,14 @@ class Linear:
         return value
 
     @property
+    def bound(self) -> float:
+        """The largest magnitude that the tokens' own scales are chosen for; 0 is none."""
+        for node in self.scaling:
+            if node.op_type == "Min" and (limit := node.inputs[1]) is not None and limit.const_value is not None:
+                return float(limit.const_value.numpy())
+        return 0.0
+
+    @property
     def scaling(self) -> list[ir.Node]:
         """The nodes that compute the tokens' own scales and divide by them: those behind `unscaled`."""
         pending, found = [self.x], list[ir.Node]()

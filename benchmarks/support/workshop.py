@@ -47,6 +47,8 @@ ENTRIES = (
     Entry(engine="llama", form="q4_0", bits=4),
     Entry(engine="llama", form="q4_k_m", bits=4),
     Entry(engine="arriero", form="int8", bits=8),
+    Entry(engine="arriero", form="int8-32", bits=8),
+    Entry(engine="arriero", form="fp8", bits=8),
     Entry(engine="llama", form="q8_0", bits=8),
     Entry(engine="arriero", form="bfloat16", bits=16),
     Entry(engine="llama", form="bf16", bits=16),
@@ -141,8 +143,10 @@ class Workshop:
         source = self._model("bfloat16")
         say(f"rounding to {form}")
         ids_WS = np.random.default_rng(0).integers(0, self.config["vocab_size"], (1, 64))
-        head = Override(pattern="lm_head", format=form)  # type: ignore[arg-type]
-        recipe = Recipe(format=form, activations="dynamic", group_size=self.group, overrides=(head,))  # type: ignore[arg-type]
+        kind, _, group = form.partition("-")
+        head = Override(pattern="lm_head", format=kind)  # type: ignore[arg-type]
+        size = int(group) if group else self.group if kind == "int4" else 64  # of int8 64 is none
+        recipe = Recipe(format=kind, activations="dynamic", group_size=size, overrides=(head,))  # type: ignore[arg-type]
         return calibrate_model(source, path, recipe=recipe, data=ids_WS, floor=0)
 
     def _gguf(self, form: str) -> Path:

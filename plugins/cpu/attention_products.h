@@ -7,11 +7,9 @@
 // ready in memory once. Both add up the same products in the same order, so they agree bit by bit.
 //
 // While a block is computed, the next one is asked for, keys beside keys and values beside values: a processor that
-// waits for its own reading in front of each block would compute half the time. It goes to the second cache, since the
-// requests that the first can have under way are few.
+// waits for its own reading in front of each block would compute half the time.
 
 constexpr int64_t SLOTS = 64;  // slots of a block
-constexpr int NEAR = 2;  // the second cache, for a compiler
 constexpr int SCORED = ARRIERO_SET == 2 ? 6 : 3;  // rows that meet turned keys at once
 
 // As many vectors as each has lanes, as columns.

@@ -28,8 +28,6 @@ inline float rounded_to_bfloat16(float value, bool away) {
 }
 
 // As many signed bytes as a vector has lanes, as 32 bits; fewer of them are followed by others.
-using WideInts = int32_t __attribute__((vector_size(sizeof(Wide))));
-using WideBytes = int8_t __attribute__((vector_size(sizeof(Wide) / 4)));
 inline WideInts load_bytes(const uint8_t* from, int64_t count) {
     WideBytes bytes = {};
     if (count == WIDTH)
@@ -64,14 +62,14 @@ inline Wide load_cached(const uint8_t* slot, int64_t d, int64_t count, int64_t p
         const WideInts values = (both >> (d % GROUP < LANES ? 0 : 4)) & 15;
         return __builtin_convertvector(values, Wide) * bfloat16(of_group) + bfloat16(of_group + 2);
     }
+    if (CACHE == Cached::e4m3) {
+        const uint8_t* const from = slot + d;
+        return (count == WIDTH ? PlainE4m3::widened(from) : widened_some<PlainE4m3>(from, count)) * PlainE4m3::FACTOR;
+    }
     const WideInts values = load_bytes(slot + d, count);
     if (CACHE == Cached::groups8)
         return __builtin_convertvector(values, Wide) * bfloat16(slot + padded + d / GROUP * 2);
-    if (CACHE == Cached::int8) return __builtin_convertvector(values, Wide);
-    // E4M3's exponent and mantissa at their places in a float32, and the exponents' biases, 7 and 127, made even.
-    const WideWords bits = reinterpret_cast<WideWords>(values);
-    const Wide made = reinterpret_cast<Wide>((bits & 0x7Fu) << 20 | (bits & 0x80000000u)) * 0x1p120f;
-    return (bits & 0x7Fu) == 0x7Fu ? Wide{} + NAN : made;
+    return __builtin_convertvector(values, Wide);
 }
 
 // The bits of the nearest value of a float with `MANTISSA` bits of mantissa, ties to even.

@@ -1,7 +1,8 @@
-"""Nodes of the two ops of products in `library.cpp`, and the matrices that they take.
+"""Nodes of the ops of products in `library.cpp`, and the matrices that they take.
 
-Activations are rounded to int8, 32 inputs of a row by their own largest magnitude, or all by a static scale; integers
-are multiplied as integers. That is finer than a scale a token, and a row is computed alike whatever stands beside it.
+For integers activations are rounded to int8, 32 inputs of a row by their own largest magnitude, or all by a static
+scale; integers are multiplied as integers. That is finer than a scale a token. For E4M3 they are rounded to E4M3 by the
+model's own scales. A row is computed alike whatever stands beside it.
 """
 
 from collections.abc import Mapping
@@ -38,6 +39,23 @@ class Panels:
     input_scale: ir.Value | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8:
+    """A matrix, or all experts' matrices of one kind, in E4M3 as it lies.
+
+    Attributes:
+        weight: [.., N, K].
+        scale: float32 [N], of experts [E, N, 1].
+        input_scale: Static scale of the inputs, float32, of experts [E]; None rounds a token by its own.
+        bound: The largest magnitude that such a scale is chosen for; 0 is none.
+    """
+
+    weight: ir.Value
+    scale: ir.Value
+    input_scale: ir.Value | None = None
+    bound: float = 0.0
+
+
 def multiply(nodes: Nodes, x: ir.Value, matrix: Panels, count: int, product: ir.Value) -> None:
     """Writes float32 x [..., K] times a matrix of `count` outputs.
 
@@ -62,6 +80,19 @@ def multiply_plain(nodes: Nodes, x: ir.Value, weight: ir.Value, product: ir.Valu
         product: The value to produce, [..., N].
     """
     _node(nodes, "PlainLinear", [x, weight], {}, product)
+
+
+def multiply_fp8(nodes: Nodes, x: ir.Value, matrix: Fp8, product: ir.Value) -> None:
+    """Writes x [..., K], rounded to E4M3, times a matrix of E4M3 as it lies.
+
+    Args:
+        nodes: Where the node goes.
+        x: The activations, float32.
+        matrix: The matrix [N, K].
+        product: The value to produce, [..., N].
+    """
+    inputs = [x, matrix.weight, matrix.scale, matrix.input_scale]
+    _node(nodes, "Fp8Linear", inputs, {"bound": matrix.bound}, product)
 
 
 def dispatch(
@@ -125,6 +156,35 @@ def dispatch_plain(
     """
     settings = {"top_k": attributes.top_k, "first_expert": attributes.first_expert}
     _node(nodes, "PlainMoeDispatch", [hidden, router_logits, gate_up, down], settings, output)
+
+
+def dispatch_fp8(
+    nodes: Nodes,
+    hidden: ir.Value,
+    router_logits: ir.Value,
+    gate_up: Fp8,
+    down: Fp8,
+    output: ir.Value,
+    attributes: Attributes,
+) -> None:
+    """Writes the node of one layer of experts in E4M3 as they lie; those that no token chose are not read.
+
+    Args:
+        nodes: Where the node goes.
+        hidden: [T, H].
+        router_logits: [T, E].
+        gate_up: [E, 2I, H].
+        down: [E, H, I].
+        output: The value to produce, [T, H].
+        attributes: The canonical op's attributes.
+    """
+    settings = {
+        "top_k": attributes.top_k,
+        "first_expert": attributes.first_expert,
+        "bound": attributes.activation_bound,
+    }
+    inputs = [hidden, router_logits, gate_up.weight, gate_up.scale, down.weight, down.scale]
+    _node(nodes, "Fp8MoeDispatch", [*inputs, gate_up.input_scale, down.input_scale], settings, output)
 
 
 def _node(

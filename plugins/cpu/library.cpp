@@ -8,6 +8,8 @@
 // writes any of it.
 
 #include "all_reduce_op.h"
+#include "fp8_linear_op.h"
+#include "fp8_moe_op.h"
 #include "gqa_op.h"
 #include "linear_op.h"
 #include "moe_op.h"
@@ -92,6 +94,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
         ort::Domain* domain = nullptr;  // lives as long as the process, like the ops
         runtime.check(interface->create_domain("arriero.cpu", &domain));
         runtime.check(interface->add_to_domain(domain, described<AllReduce>()));
+        runtime.check(interface->add_to_domain(domain, described<Fp8Linear>()));
+        runtime.check(interface->add_to_domain(domain, described<Fp8MoeDispatch>()));
         runtime.check(interface->add_to_domain(domain, described<Linear>()));
         runtime.check(interface->add_to_domain(domain, described<MoeDispatch>()));
         runtime.check(interface->add_to_domain(domain, described<PlainLinear>()));

@@ -42,8 +42,8 @@ struct Matrix {
     }
 };
 
-// Types of floats that checkpoints hold matrices in.
-enum class Plain { float32, float16, bfloat16 };
+// Types of floats that checkpoints hold matrices in. Of E4M3 two inputs may count as one, a pair.
+enum class Plain { float32, float16, bfloat16, e4m3, e4m3_pairs };
 
 // A matrix of floats as checkpoints hold it, [N, K], at any address.
 struct PlainMatrix {
@@ -51,7 +51,7 @@ struct PlainMatrix {
     int64_t inputs, outputs;
     Plain type;
 
-    int64_t size() const { return inputs * outputs * (type == Plain::float32 ? 4 : 2); }
+    int64_t size() const { return inputs * outputs * (type == Plain::float32 ? 4 : type == Plain::e4m3 ? 1 : 2); }
 };
 
 constexpr int64_t STRIP = 96;     // outputs of such a matrix that many rows are multiplied with at once
@@ -66,6 +66,12 @@ struct PlainInput {
 
     // The row that a tile begins with.
     int64_t tile(int64_t index) const { return count * index / tiles; }
+};
+
+// Activations that are rounded to E4M3 by a static scale, or, where `fixed` is 0, a row by its own largest magnitude, or
+// by the bound if that is smaller; a bound of 0 is none.
+struct Fp8Scale {
+    float fixed, bound;
 };
 
 // Rows of float32 for a matrix of floats that lies as [K, N], and the rows that their products are; without places each
@@ -169,6 +175,12 @@ struct AttentionSpace {
     Buffer columns, values, scores, rows, state;
 };
 
+// Kernels for pairs of E4M3, for an even number of inputs; null where there are none.
+struct PairKernels {
+    float (*round_fp8)(const float* x, int64_t inputs, float factor, const Fp8Scale&, float* to);
+    void (*multiply_plain)(const PlainMatrix&, const PlainInput&, int64_t first, int64_t last, float* to, float* space);
+};
+
 // The kernels that an instruction set has.
 struct Kernels {
     int64_t value_size;  // bytes of a rounded input that meets weights of 8 bits
@@ -181,6 +193,8 @@ struct Kernels {
     void (*multiply_stacked)(const PlainMatrix&, const StackedInput&, int64_t first, int64_t last, float* to,
                              float* space);
     void (*activate)(const float* from, int64_t width, float* to);
+    float (*round_fp8)(const float* x, int64_t inputs, float factor, const Fp8Scale&, float* to);
+    PairKernels pairs;
     void (*enter)(const Attention&, int64_t row, int64_t step);
     void (*attend_span)(const Attention&, const Tile&, int64_t span, float* state, AttentionSpace&);
     void (*join_span)(const Attention&, const Tile&, int64_t span, float* state, float* later);

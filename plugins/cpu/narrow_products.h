@@ -24,7 +24,7 @@ inline void add_block(std::integral_constant<int, 8>, const uint8_t* weights, co
     for (int64_t step = 0; step < inputs; step += 4, weights += 128, input += 8) {
         __m256i evens[PARTS], odds[PARTS];
         for (int part = 0; part < PARTS; part++) {
-            if (part % 2 == 0) __builtin_prefetch(weights + AHEAD + 32 * part);
+            if (part % 2 == 0) __builtin_prefetch(weights + AHEAD + 32 * part, 0, NEAR);
             const auto bytes = load<__m256i>(weights + 32 * part);
             evens[part] = _mm256_and_si256(bytes, low), odds[part] = _mm256_srli_epi16(bytes, 8);
         }
@@ -51,7 +51,7 @@ inline void add_block(std::integral_constant<int, 4>, const uint8_t* weights, co
     for (int64_t step = 0; step < inputs; step += 8, weights += 128, input += 8) {
         __m256i firsts[PARTS], seconds[PARTS];
         for (int part = 0; part < PARTS; part++) {
-            if (part % 2 == 0) __builtin_prefetch(weights + AHEAD + 32 * part);
+            if (part % 2 == 0) __builtin_prefetch(weights + AHEAD + 32 * part, 0, NEAR);
             const auto bytes = load<__m256i>(weights + 32 * part);
             firsts[part] = _mm256_and_si256(bytes, low);
             seconds[part] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
@@ -95,8 +95,8 @@ inline void add_block(std::integral_constant<int, 8>, const uint8_t* weights, co
         int8x8_t values[COUNT];
         for (int row = 0; row < COUNT; row++) values[row] = vld1_s8(input + row * row_size);
         for (int part = 0; part < PARTS; part++) {
-            if (part % 4 == 0) __builtin_prefetch(weights + AHEAD + 16 * part);
-            if (part % 4 == 0) __builtin_prefetch(weights + AHEAD + 128 + 16 * part);
+            if (part % 4 == 0) __builtin_prefetch(weights + AHEAD + 16 * part, 0, NEAR);
+            if (part % 4 == 0) __builtin_prefetch(weights + AHEAD + 128 + 16 * part, 0, NEAR);
             const uint8x16_t turn = vdupq_n_u8(0x80);
             const int8x16_t first = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(weights + 16 * part), turn));
             const int8x16_t second = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(weights + 128 + 16 * part), turn));
@@ -116,7 +116,7 @@ inline void add_block(std::integral_constant<int, 4>, const uint8_t* weights, co
         int8x8_t values[COUNT];
         for (int row = 0; row < COUNT; row++) values[row] = vld1_s8(input + row * row_size);
         for (int part = 0; part < PARTS; part++) {
-            if (part % 4 == 0) __builtin_prefetch(weights + AHEAD + 16 * part);
+            if (part % 4 == 0) __builtin_prefetch(weights + AHEAD + 16 * part, 0, NEAR);
             const uint8x16_t bytes = vld1q_u8(weights + 16 * part);
             const int8x16_t first = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
             const int8x16_t second = vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4));

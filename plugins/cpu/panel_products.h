@@ -94,8 +94,8 @@ inline void float_panel(const Matrix& matrix, const Rows& rows, int64_t first, i
     const uint8_t* weights = matrix.weights + panel * matrix.panel_size();
     const float* input = rows.floats + first * inputs;
     for (int64_t i = 0; i < inputs; i += 32 / BITS, weights += 128) {
-        __builtin_prefetch(weights + AHEAD);
-        __builtin_prefetch(weights + AHEAD + 64);
+        __builtin_prefetch(weights + AHEAD, 0, NEAR);
+        __builtin_prefetch(weights + AHEAD + 64, 0, NEAR);
         const bool has_second = i + 1 < inputs;
         for (int side = 0; side < 2; side++) {
             if (BITS == 32) {

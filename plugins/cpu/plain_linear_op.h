@@ -25,6 +25,6 @@ struct PlainLinear {
         float* to = call.output(shape);
         int64_t count = 1;
         for (size_t i = 0; i + 1 < x.shape.rank; i++) count = product({count, x.shape[i]});
-        if (count && matrix.outputs) multiply_plain(call, matrix, from, count, to);
+        if (count && matrix.outputs) multiply_plain(call, {{matrix, 0, count}}, from, to, [](auto&&...) {});
     }
 };

@@ -16,6 +16,8 @@ using Wide = float __attribute__((vector_size(32)));
 using WideWords = uint32_t __attribute__((vector_size(32)));
 using WideHalves = uint16_t __attribute__((vector_size(16)));
 #endif
+using WideInts = int32_t __attribute__((vector_size(sizeof(Wide))));
+using WideBytes = int8_t __attribute__((vector_size(sizeof(Wide) / 4)));
 using Four = float __attribute__((vector_size(16)));
 
 constexpr int64_t WIDTH = sizeof(Wide) / sizeof(float);
@@ -25,12 +27,19 @@ constexpr int64_t FEW = 8;  // rows for which weights are widened on the way, on
 // Outputs of a tile of so many rows.
 constexpr int across(int rows) { return ARRIERO_SET == 0 ? 2 : ARRIERO_SET == 2 || rows < 3 ? 4 : 3; }
 
-struct PlainFloat32 {
+// Sums of products of floats.
+struct OfFloats {
+    static Wide everywhere(float value) { return value - Wide{}; }
+    static Wide added(Wide sums, Wide x, Wide weights) { return sums + x * weights; }
+    using Sums = OfFloats;
+};
+
+struct PlainFloat32 : OfFloats {
     static constexpr int64_t SIZE = 4;
     static Wide widened(const void* from) { return load<Wide>(from); }
 };
 
-struct PlainFloat16 {
+struct PlainFloat16 : OfFloats {
     static constexpr int64_t SIZE = 2;
     static Wide widened(const void* from) {
 #if ARRIERO_SET == 2
@@ -43,7 +52,7 @@ struct PlainFloat16 {
     }
 };
 
-struct PlainBfloat16 {
+struct PlainBfloat16 : OfFloats {
     static constexpr int64_t SIZE = 2;
     static Wide widened(const void* from) {
 #if ARRIERO_SET == 2
@@ -115,7 +124,7 @@ inline void plain_step(const PlainRows& of, int64_t k, const float* x, int64_t x
     for (int n = 0; n < ACROSS; n++) weights[n] = Stored::widened(of.weights + n * of.row + k * Stored::SIZE);
     for (int row = 0; row < ROWS; row++) {
         const Wide of_x = load<Wide>(x + row * x_row + k);
-        for (int n = 0; n < ACROSS; n++) sums[row][n] += of_x * weights[n];
+        for (int n = 0; n < ACROSS; n++) sums[row][n] = Stored::added(sums[row][n], of_x, weights[n]);
     }
 }
 
@@ -129,7 +138,7 @@ __attribute__((noinline)) void plain_tile(const PlainRows& of, const float* x, i
         for (int n = 0; n < ACROSS; n++) sums[row][n] = Wide{};
     int64_t k = 0;
     for (; k + LINE_INPUTS <= stretch.inputs; k += LINE_INPUTS) {
-        for (int n = 0; n < ACROSS; n++) __builtin_prefetch(of.weights + n * of.row + k * Stored::SIZE + of.ahead);
+        for (int n = 0; n < ACROSS; n++) __builtin_prefetch(of.weights + n * of.row + k * Stored::SIZE + of.ahead, 0, NEAR);
 #pragma GCC unroll 4
         for (int64_t i = 0; i < LINE_INPUTS; i += WIDTH) plain_step<Stored, ROWS, ACROSS>(of, k + i, x, x_row, sums);
     }
@@ -137,9 +146,10 @@ __attribute__((noinline)) void plain_tile(const PlainRows& of, const float* x, i
     if (const int64_t left = stretch.inputs - k)
         for (int n = 0; n < ACROSS; n++) {
             const Wide some = widened_some<Stored>(of.weights + n * of.row + k * Stored::SIZE, left);
-            for (int row = 0; row < ROWS; row++)
-                sums[row][n] +=
-                    widened_some<PlainFloat32>(reinterpret_cast<const uint8_t*>(x + row * x_row + k), left) * some;
+            for (int row = 0; row < ROWS; row++) {
+                const auto* const from = reinterpret_cast<const uint8_t*>(x + row * x_row + k);
+                sums[row][n] = Stored::added(sums[row][n], widened_some<PlainFloat32>(from, left), some);
+            }
         }
     for (int row = 0; row < ROWS; row++) {
         const auto sum = [&](int n) { return sums[row][n < ACROSS ? n : 0]; };

@@ -76,29 +76,69 @@ void multiply(const Call& call, const std::vector<Product>& products, const Rows
 constexpr int64_t LEAST_UNITS = 16;  // strips, or parts of them, that keep threads evenly busy
 constexpr int64_t LEAST_ROWS = 32;   // rows that are worth turning a strip for
 
-// Multiplies rows [count, K] with a matrix of floats as it lies.
-inline void multiply_plain(const Call& call, const PlainMatrix& matrix, const float* rows, int64_t count, float* to) {
-    PlainInput x{rows, nullptr, count, 1, 0, 1};
-    if (count > kernels().few) {
-        const int64_t inputs = matrix.inputs, turned = kernels().turned_inputs(inputs);
-        x.tiles = divided_up(count, kernels().tall);
-        x.turned = buffers().turned.take<float>(product({count, turned}));
-        call.in_parallel(x.tiles, [&](int64_t tile) {
-            const int64_t row = x.tile(tile);
-            kernels().turn_rows(rows + row * inputs, x.tile(tile + 1) - row, inputs, x.turned + row * turned);
-        });
+// A matrix of floats as it lies, and the rows that it is multiplied with.
+struct PlainProduct {
+    PlainMatrix matrix;
+    int64_t first, last;
+};
+
+// Multiplies rows [., K] with matrices of one shape, all at once; each row has one, and what it makes is a row of `to`.
+// Behind a part of a product, `finish(product, first row, last row, first output, last output)` is called.
+template <typename Finish>
+void multiply_plain(const Call& call, const std::vector<PlainProduct>& products, const float* rows, float* to,
+                    const Finish& finish) {
+    const PlainMatrix& shape = products[0].matrix;
+    const int64_t inputs = shape.inputs, turned = kernels().turned_inputs(inputs);
+    const auto multiply = shape.type == Plain::e4m3_pairs ? kernels().pairs.multiply_plain : kernels().multiply_plain;
+    struct Part {
+        int64_t product, first, last;  // outputs
+        PlainInput x;
+    };
+    struct Turn {
+        int64_t product, tile;
+    };
+    std::vector<PlainInput> x;
+    std::vector<Turn> turns;
+    std::vector<Part> parts;
+    float* space = nullptr;
+    for (const PlainProduct& of : products)
+        if (of.last - of.first > kernels().few && !space)
+            space = buffers().turned.take<float>(product({products.back().last, turned}));
+    const int64_t strips = divided_up(shape.outputs, STRIP);
+    for (const PlainProduct& of : products) {
+        const auto index = static_cast<int64_t>(x.size());
+        const int64_t count = of.last - of.first;
+        x.push_back({rows + of.first * inputs, nullptr, count, 1, 0, 1});
+        PlainInput& own = x.back();
+        if (count > kernels().few) {
+            own.tiles = divided_up(count, kernels().tall);
+            own.turned = space + of.first * turned;
+            for (int64_t tile = 0; tile < own.tiles; tile++) turns.push_back({index, tile});
+        }
+        const int64_t most = own.turned ? divided_up(count, LEAST_ROWS) : 1;
+        const int64_t beside = std::clamp<int64_t>(LEAST_UNITS / strips, 1, std::min(most, own.tiles));
+        const int64_t cost = shape.size() / beside * ((count + 3) / 4);
+        const int64_t slices = std::clamp<int64_t>(cost / SLICE, 1, std::min(SLICES, strips));
+        for (int64_t part = 0; part < beside; part++)
+            for (int64_t slice = 0; slice < slices; slice++) {
+                PlainInput some = own;
+                some.first = own.tiles * part / beside, some.last = own.tiles * (part + 1) / beside;
+                const int64_t last = strips * (slice + 1) / slices * STRIP;
+                parts.push_back({index, strips * slice / slices * STRIP, std::min(last, shape.outputs), some});
+            }
     }
-    const int64_t strips = divided_up(matrix.outputs, STRIP), most = x.turned ? divided_up(count, LEAST_ROWS) : 1;
-    const int64_t parts = std::clamp<int64_t>(LEAST_UNITS / strips, 1, std::min(most, x.tiles));
-    const int64_t cost = matrix.size() / parts * ((count + 3) / 4);
-    const int64_t slices = std::clamp<int64_t>(cost / SLICE, 1, std::min(SLICES, strips));
-    call.in_parallel(slices * parts, [&](int64_t unit) {
-        const int64_t slice = unit % slices, part = unit / slices;
-        const int64_t first = strips * slice / slices * STRIP, last = strips * (slice + 1) / slices * STRIP;
-        PlainInput own = x;
-        own.first = x.tiles * part / parts, own.last = x.tiles * (part + 1) / parts;
-        float* const space = x.turned ? buffers().strip.take<float>(STRIP * (STRETCH + 16)) : nullptr;
-        kernels().multiply_plain(matrix, own, first, std::min(last, matrix.outputs), to, space);
+    const auto turn = [&](int64_t unit) {
+        const PlainInput& own = x[turns[unit].product];
+        const int64_t row = own.tile(turns[unit].tile), last = own.tile(turns[unit].tile + 1);
+        kernels().turn_rows(own.rows + row * inputs, last - row, inputs, own.turned + row * turned);
+    };
+    if (!turns.empty()) call.in_parallel(static_cast<int64_t>(turns.size()), turn);
+    call.in_parallel(static_cast<int64_t>(parts.size()), [&](int64_t unit) {
+        const auto& [index, first, last, some] = parts[unit];
+        const PlainProduct& of = products[index];
+        float* const strip = some.turned ? buffers().strip.take<float>(STRIP * (STRETCH + 16)) : nullptr;
+        multiply(of.matrix, some, first, last, to + of.first * shape.outputs, strip);
+        finish(of, of.first + some.tile(some.first), of.first + some.tile(some.last), first, last);
     });
 }
 

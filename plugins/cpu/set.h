@@ -4,6 +4,7 @@
 #include "panel_products.h"
 #include "plain_products.h"
 #include "turned_products.h"
+#include "fp8_products.h"
 #include "stacked_products.h"
 #include "caches.h"
 #include "attention_products.h"
@@ -11,4 +12,5 @@
 
 constexpr Kernels KERNELS = {VALUE_SIZE,     FEW,       TALL,           turned_inputs,    quantise,
                              multiply,       turn_rows, multiply_plain, multiply_stacked, activate,
-                             enter,          attend_span, join_span,    finish};
+                             round_fp8,      {},        enter,          attend_span,      join_span,
+                             finish};

@@ -22,25 +22,43 @@ inline void store_lanes(float* to, Wide values, int64_t count) {
     if (count > 0) std::memcpy(to, &values, count * sizeof(float));
 }
 
-// Some inputs' products with their weights, onto few rows' sums [rows, outputs].
+// Some inputs' products with their weights, for ACROSS vectors of outputs from `n` on, onto few rows' sums [rows, outputs].
+template <typename Stored, int COUNT, int ACROSS>
+inline void add_vectors_of(const uint8_t* weights, int64_t weight_row, int64_t outputs, const StackedInput& x, int64_t k,
+                           bool is_first, float* sums, int64_t n) {
+    const int64_t left = outputs - n;
+    Wide of[COUNT][ACROSS];
+    for (int i = 0; i < COUNT; i++) {
+        const uint8_t* const from = weights + i * weight_row + n * Stored::SIZE;
+        for (int64_t at = n * Stored::SIZE % LINE ? LINE : 0; at < ACROSS * WIDTH * Stored::SIZE; at += LINE)
+            __builtin_prefetch(from + COUNT * weight_row + at, 0, NEAR);
+        for (int part = 0; part < ACROSS; part++)
+            of[i][part] = ACROSS > 1 || left >= WIDTH ? Stored::widened(from + part * WIDTH * Stored::SIZE)
+                                                      : widened_some<Stored>(from, left);
+    }
+    for (int64_t row = 0; row < x.count; row++) {
+        const float* const inputs = x.rows + row * x.stride + k;
+        float* const place = sums + row * outputs + n;
+        Wide sum[ACROSS] = {};
+        if (!is_first)
+            for (int part = 0; part < ACROSS; part++)
+                sum[part] = ACROSS > 1 ? load<Wide>(place + part * WIDTH) : load_lanes(place, left);
+        for (int i = 0; i < COUNT; i++)
+            for (int part = 0; part < ACROSS; part++) sum[part] += (inputs[i] - Wide{}) * of[i][part];
+        for (int part = 0; part < ACROSS; part++) store_lanes(place + part * WIDTH, sum[part], ACROSS > 1 ? WIDTH : left);
+    }
+}
+
+// And for all outputs.
 template <typename Stored, int COUNT>
 inline void add_inputs(const uint8_t* weights, int64_t weight_row, int64_t outputs, const StackedInput& x, int64_t k,
                        bool is_first, float* sums) {
-    for (int64_t n = 0; n < outputs; n += WIDTH) {
-        const int64_t left = outputs - n;
-        Wide of[COUNT];
-        for (int i = 0; i < COUNT; i++) {
-            const uint8_t* const from = weights + i * weight_row + n * Stored::SIZE;
-            of[i] = left >= WIDTH ? Stored::widened(from) : widened_some<Stored>(from, left);
-        }
-        for (int64_t row = 0; row < x.count; row++) {
-            const float* const inputs = x.rows + row * x.stride + k;
-            float* const place = sums + row * outputs + n;
-            Wide sum = is_first ? Wide{} : load_lanes(place, left);
-            for (int i = 0; i < COUNT; i++) sum += (inputs[i] - Wide{}) * of[i];
-            store_lanes(place, sum, left);
-        }
-    }
+    constexpr int ACROSS = ARRIERO_SET == 2 ? 2 : 1;  // vectors of which as many inputs' weights fit the registers
+    int64_t n = 0;
+    for (; ACROSS > 1 && n + ACROSS * WIDTH <= outputs; n += ACROSS * WIDTH)
+        add_vectors_of<Stored, COUNT, ACROSS>(weights, weight_row, outputs, x, k, is_first, sums, n);
+    for (; n < outputs; n += WIDTH)
+        add_vectors_of<Stored, COUNT, 1>(weights, weight_row, outputs, x, k, is_first, sums, n);
 }
 
 // Few rows times the outputs from `first` to `last`.
@@ -131,6 +149,7 @@ inline void multiply_stacked(const PlainMatrix& matrix, const StackedInput& x, i
         case Plain::float32: return multiply_stack<PlainFloat32>(matrix, x, first, last, to, space);
         case Plain::float16: return multiply_stack<PlainFloat16>(matrix, x, first, last, to, space);
         case Plain::bfloat16: return multiply_stack<PlainBfloat16>(matrix, x, first, last, to, space);
+        default: return;  // no others lie so
     }
 }
 static_assert(DEEP * BROAD <= BLOCK_FLOATS && FEW * OUTPUTS_AT_ONCE <= BLOCK_FLOATS, "what is on its way has its room");

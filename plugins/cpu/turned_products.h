@@ -84,28 +84,29 @@ inline void turn_weights(const uint8_t* weights, int64_t weight_row, int64_t out
 }
 
 // One run's sums.
-template <int64_t ROWS>
+template <typename Sums, int64_t ROWS>
 inline void turned_run(const float* x, const float* weights, int64_t steps, Wide (*made)[2]) {
     Wide sums[ROWS][2];
     for (int64_t row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = Wide{};
     for (int64_t step = 0; step < steps; step++, x += ROWS, weights += COLUMNS) {
         const Wide sides[2] = {load<Wide>(weights), load<Wide>(weights + WIDTH)};
         for (int64_t row = 0; row < ROWS; row++)
-            for (int side = 0; side < 2; side++) sums[row][side] += (x[row] - Wide{}) * sides[side];
+            for (int side = 0; side < 2; side++)
+                sums[row][side] = Sums::added(sums[row][side], Sums::everywhere(x[row]), sides[side]);
     }
     for (int64_t row = 0; row < ROWS; row++)
         for (int side = 0; side < 2; side++) store(&made[row][side], sums[row][side]);
 }
 
 // One tile of products.
-template <int64_t ROWS>
+template <typename Sums, int64_t ROWS>
 __attribute__((noinline)) void turned_tile(const float* x, const float* weights, const Stretch& stretch,
                                            int64_t outputs, float* to, int64_t to_row) {
     const int64_t steps = divided_up(stretch.inputs, WIDTH);
     Wide of[4][ROWS][2], all[ROWS][2];
     for (int64_t quarter = 0; quarter < WIDTH / 4; quarter++) {
         for (Wide(*const run)[2] : {of[0], of[1], of[2], of[3]}) {
-            turned_run<ROWS>(x, weights, steps, run);
+            turned_run<Sums, ROWS>(x, weights, steps, run);
             x += steps * ROWS, weights += run_size(steps);
         }
 #pragma GCC unroll 2
@@ -123,11 +124,11 @@ __attribute__((noinline)) void turned_tile(const float* x, const float* weights,
 }
 
 // One tile of so many rows, TALL at most.
-template <int64_t ROWS = TALL>
+template <typename Sums, int64_t ROWS = TALL>
 inline void turned_tile_of(int64_t rows, const float* x, const float* weights, const Stretch& stretch, int64_t outputs,
                            float* to, int64_t to_row) {
-    if (rows == ROWS) return turned_tile<ROWS>(x, weights, stretch, outputs, to, to_row);
-    if constexpr (ROWS > 1) turned_tile_of<ROWS - 1>(rows, x, weights, stretch, outputs, to, to_row);
+    if (rows == ROWS) return turned_tile<Sums, ROWS>(x, weights, stretch, outputs, to, to_row);
+    if constexpr (ROWS > 1) turned_tile_of<Sums, ROWS - 1>(rows, x, weights, stretch, outputs, to, to_row);
 }
 
 // Rows that have been turned times the outputs from `first` to `last`. `space` is for STRIP * (STRETCH + LANES) floats.
@@ -146,8 +147,8 @@ inline void multiply_turned(const PlainMatrix& matrix, const PlainInput& x, int6
                 const float* turned = x.turned + from * turned_inputs(inputs) + k * rows;
                 float* const place = to + from * matrix.outputs + first;
                 for (int64_t n = 0; n < outputs; n += COLUMNS)
-                    turned_tile_of(rows, turned, space + n / COLUMNS * tile, stretch, std::min(COLUMNS, outputs - n),
-                                   place + n, matrix.outputs);
+                    turned_tile_of<typename Stored::Sums>(rows, turned, space + n / COLUMNS * tile, stretch,
+                                                          std::min(COLUMNS, outputs - n), place + n, matrix.outputs);
             }
         }
 }
@@ -157,13 +158,4 @@ inline void multiply_stored(const PlainMatrix& matrix, const PlainInput& x, int6
                             float* space) {
     if (x.turned) return multiply_turned<Stored>(matrix, x, first, last, to, space);
     multiply_few<Stored>(matrix, x.rows, x.count, first, last, to);
-}
-
-inline void multiply_plain(const PlainMatrix& matrix, const PlainInput& x, int64_t first, int64_t last, float* to,
-                           float* space) {
-    switch (matrix.type) {
-        case Plain::float32: return multiply_stored<PlainFloat32>(matrix, x, first, last, to, space);
-        case Plain::float16: return multiply_stored<PlainFloat16>(matrix, x, first, last, to, space);
-        case Plain::bfloat16: return multiply_stored<PlainBfloat16>(matrix, x, first, last, to, space);
-    }
 }

@@ -5,6 +5,10 @@
 
 constexpr int64_t LANES = 16;
 
+// Where what is read next is asked to: the second cache, for a compiler. The requests that the first can have under way
+// are few, and memory would wait for them.
+constexpr int NEAR = 2;
+
 using Floats = float __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));

@@ -39,8 +39,8 @@ inline void integer_panel(const Matrix& matrix, const Rows& rows, int64_t first,
             Ints sum[COUNT][2];
             for (int row = 0; row < COUNT; row++) sum[row][0] = sum[row][1] = all(sums[row * blocks + block]);
             for (int64_t step = 0; step < size; step += STEP, weights += 128, input += STEP) {
-                __builtin_prefetch(weights + AHEAD);
-                __builtin_prefetch(weights + AHEAD + 64);
+                __builtin_prefetch(weights + AHEAD, 0, NEAR);
+                __builtin_prefetch(weights + AHEAD + 64, 0, NEAR);
                 for (int side = 0; side < 2; side++) {
                     const auto bytes = load<Bytes>(weights + 64 * side);
                     if (BITS == 4) {

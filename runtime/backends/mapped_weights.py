@@ -1,8 +1,8 @@
 """Weight files mapped into memory, and handed to a session by name.
 
 A tensor whose stored type and layout the graph takes is a view of the mapped file: its pages are read when they are
-used and belong to the page cache. Others are converted in memory of their own (floats and E4M3 widened to float32,
-matrices of integers laid out in panels), and the pages they came from are released.
+used and belong to the page cache. Others are converted in memory of their own (floats widened to float32, matrices of
+integers laid out in panels), and the pages they came from are released.
 """
 
 import mmap
@@ -22,7 +22,7 @@ from ...spec.stored_weights import Weight
 from .onnxruntime_package import ort
 from .pages import Region, exchange_pages
 
-ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "uint8": 2}
+ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "fp8": 17, "uint8": 2}
 
 
 class MappedWeights(dict[str, ort.OrtValue]):

@@ -11,7 +11,6 @@ import pytest
 from custom_ops import in_panels, initializer, run_graph
 
 from arriero.plugins.cpu import kernel_nodes as kernels
-from arriero.plugins.cpu.float_products import Matrix, multiply
 from arriero.plugins.linear import read_linear, write_input, write_linear
 from arriero.plugins.nodes import OPSET, Nodes
 from arriero.plugins.quantisation import LARGEST, fake_quantise, quantise
@@ -83,13 +82,13 @@ def test_the_cpus_product_means_the_same(kind: str, static: bool) -> None:
     value, y = ir.val("x", FLOAT, ["batch", "sequence", INPUTS]), ir.val("y", FLOAT, ["batch", "sequence", OUTPUTS])
     nodes = Nodes()
     if kind == "fp8":
-        matrix = Matrix(
-            weight=initializer("weight", stored.astype(np.float32)),
+        matrix = kernels.Fp8(
+            weight=initializer("weight", stored),
             scale=initializer("scale", scale[:, 0]),
             input_scale=initializer("x_scale", x_scale) if static else None,
         )
         given = [each for each in (matrix.weight, matrix.scale, matrix.input_scale) if each is not None]
-        nodes.node("Identity", [multiply(nodes, value, matrix)], outputs=[y])
+        kernels.multiply_fp8(nodes, value, matrix, y)
     else:
         bits, group = (4, BLOCK) if kind == "int4" else (8, 0)
         panels = in_panels(stored.astype(np.int8), scale, bits, group, x_scale=x_scale if static else None)

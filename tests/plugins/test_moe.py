@@ -15,8 +15,6 @@ from custom_ops import in_panels, initializer, run_graph
 
 from arriero.plugins import schemas
 from arriero.plugins.cpu import kernel_nodes as kernels
-from arriero.plugins.cpu.float_products import Matrix
-from arriero.plugins.moe import cpu_nodes as cpu
 from arriero.plugins.moe import op
 from arriero.plugins.moe.body import body
 from arriero.plugins.moe.cases import CASES, QUANTISED_CASES, Case
@@ -67,21 +65,6 @@ def by_function(case: Case) -> Array:
     )
 
 
-def by_cpu_lowering(case: Case) -> Array:
-    arrays = case.inputs()
-    inputs = [ir.val(name, ir.DataType.FLOAT, arrays[name].shape) for name in ("hidden", "router_logits")]
-    output = ir.val("output", ir.DataType.FLOAT, [None, None])
-    experts = [
-        tuple(matrix(case, arrays, name, index) for name in ("gate_up", "down")) for index in range(case.weights)
-    ]
-    nodes = Nodes()
-    in_part = case.held is not None
-    cpu.lower(nodes, *inputs, experts, case.hidden, output, case.attributes, in_part=in_part)  # type: ignore[arg-type]
-    given = [value for pair in experts for part in pair for value in (part.weight, part.scale, part.input_scale)]
-    weights = [value for value in given if value is not None]
-    return run(graph_of(inputs, output, nodes.list, initializers=weights), case, [])
-
-
 def by_cpu_kernels(case: Case) -> Array:
     arrays = case.inputs()
     inputs = [ir.val(name, ir.DataType.FLOAT, arrays[name].shape) for name in ("hidden", "router_logits")]
@@ -92,6 +75,11 @@ def by_cpu_kernels(case: Case) -> Array:
         weights = [initializer(name, arrays[name]) for name in ("gate_up", "down")]
         kernels.dispatch_plain(nodes, *inputs, *weights, output, case.attributes)
         return run_graph(inputs, output, nodes, weights, feeds)
+    if case.attributes.quantisation == "fp8":
+        pair = [matrix(case, arrays, name) for name in ("gate_up", "down")]
+        kernels.dispatch_fp8(nodes, *inputs, pair[0], pair[1], output, case.attributes)
+        given = [value for part in pair for value in (part.weight, part.scale, part.input_scale) if value is not None]
+        return run_graph(inputs, output, nodes, given, feeds)
     bits = 4 if case.attributes.quantisation == "int4" else 8
     parts = []
     for name, scale in (("gate_up", "hidden_scale"), ("down", "activated_scale")):
@@ -105,15 +93,14 @@ def by_cpu_kernels(case: Case) -> Array:
     return run_graph(inputs, output, nodes, given, feeds)
 
 
-def matrix(case: Case, arrays: dict[str, Array], name: str, index: int) -> Matrix:
-    """One expert's matrix in the layout that the CPU's products in float32 take."""
-    weight = arrays[name][index]
+def matrix(case: Case, arrays: dict[str, Array], name: str) -> kernels.Fp8:
+    """All experts' matrices of one kind as the CPU's kernel takes them."""
     x = "hidden_scale" if name == "gate_up" else "activated_scale"
-    return Matrix(
-        weight=initializer(f"{name}.{index}", weight.astype(np.float32)),
-        scale=initializer(f"{name}_scale.{index}", arrays[f"{name}_scale"][index][:, 0]),
-        input_scale=initializer(f"{x}.{index}", arrays[x][index]) if case.static else None,
-        input_bound=case.attributes.activation_bound,
+    return kernels.Fp8(
+        weight=initializer(name, arrays[name]),
+        scale=initializer(f"{name}_scale", arrays[f"{name}_scale"]),
+        input_scale=initializer(x, arrays[x]) if case.static else None,
+        bound=case.attributes.activation_bound,
     )
 
 
@@ -141,7 +128,7 @@ FP8_CASES = [case for case in QUANTISED_CASES if case.attributes.quantisation ==
 
 @pytest.mark.parametrize(
     ("implementation", "case"),
-    [(by_function, case) for case in QUANTISED_CASES] + [(by_cpu_lowering, case) for case in FP8_CASES],
+    [(by_function, case) for case in QUANTISED_CASES] + [(by_cpu_kernels, case) for case in FP8_CASES],
     ids=lambda each: each.__name__ if callable(each) else each.name,
 )
 def test_an_implementation_of_quantised_experts_equals_the_meaning(
@@ -202,9 +189,9 @@ def agrees(found: Array, expected: Array) -> bool:
 def test_a_tokens_experts_are_added_without_a_race() -> None:
     case = next(case for case in CASES if case.name == "two experts, many wide tokens")
     case = dataclasses.replace(case, attributes=dataclasses.replace(case.attributes, quantisation="fp8"))
-    first = by_cpu_lowering(case)
+    first = by_cpu_kernels(case)
     for _ in range(5):
-        assert np.abs(by_cpu_lowering(case) - first).max() < 1e-5
+        assert np.array_equal(by_cpu_kernels(case), first)
 
 
 def test_the_score_scales_the_expert_input_and_not_its_output() -> None:

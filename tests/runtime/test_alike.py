@@ -18,6 +18,7 @@ RECIPES: dict[str, Recipe | None] = {
     "int8 static": int8(activations="static"),
     "int8, int8 caches": int8(kv_cache="int8"),
     "int4": int4(group_size=32),
+    "fp8": Recipe(format="fp8", activations="dynamic"),
 }
 IDS = np.random.default_rng(0).integers(3, 2000, (3, 200))
 FREE: dict[str, Any] = {"eos_token_id": [], "temperature": 0, "max_new_tokens": 60}

@@ -21,6 +21,8 @@ from op_calls import (
     attention,
     drawn,
     experts,
+    fp8_experts,
+    fp8_linear,
     linear,
     plain_experts,
     plain_linear,
@@ -190,7 +192,7 @@ def changes_of(call: OpCall) -> Iterator[Change]:
         yield from (set_attribute(name, word) for word in WORDS)
         yield from (set_attribute(name, value) for value in (1.0, "8", [8]))
         yield drop_attribute(name)
-    for name in FLOATS if call.op == "GroupedQueryAttention" else ():
+    for name in FLOATS.get(call.op, ()):
         yield from (set_attribute(name, number) for number in (*NUMBERS, *WILD_NUMBERS))
         yield from (set_attribute(name, 1), drop_attribute(name))
     for name in INPUTS[call.op]:
@@ -216,7 +218,8 @@ def bases() -> list[OpCall]:
     made = [linear(rng, bits) for bits in (4, 8, 16, 32)] + [experts(rng, bits) for bits in (4, 8)]
     made += [attention(rng, cache) for cache in CACHES] + [all_reduce(rng) for _ in range(2)]
     made += [plain_linear(rng, dtype) for dtype in (np.float32, np.float16, BFLOAT16)]
-    return made + [plain_experts(rng, dtype) for dtype in (np.float32, BFLOAT16)]
+    made += [plain_experts(rng, dtype) for dtype in (np.float32, BFLOAT16)]
+    return [*made, fp8_linear(rng), fp8_experts(rng)]
 
 
 def table(thinned: int = 1) -> Iterator[OpCall]:

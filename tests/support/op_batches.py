@@ -21,7 +21,17 @@ import onnxruntime as ort
 from hostile_calls import random_call, table
 from onnx import TensorProto, helper
 from op_calls import Array, OpCall
-from op_meanings import all_reduce, attention_faults, experts, fits, linear, plain_experts, plain_linear
+from op_meanings import (
+    all_reduce,
+    attention_faults,
+    experts,
+    fits,
+    fp8_experts,
+    fp8_linear,
+    linear,
+    plain_experts,
+    plain_linear,
+)
 
 from arriero.plugins.cpu.library import DOMAIN, library
 
@@ -32,7 +42,7 @@ GUARD = 64
 """Bytes on each side of a tensor that nothing may write."""
 ALIGNED = 128
 """Bytes that a tensor's address is a multiple of, as memory that ranks share must be."""
-SAID = re.compile(r"arriero\.cpu (AllReduce|Linear|PlainLinear|MoeDispatch|PlainMoeDispatch|GroupedQueryAttention): .*")
+SAID = re.compile(r"arriero\.cpu (AllReduce|(Plain|Fp8)?Linear|(Plain|Fp8)?MoeDispatch|GroupedQueryAttention): .*")
 
 
 def calls(kind: str, first: int, last: int) -> Sequence[OpCall]:
@@ -86,13 +96,15 @@ def run(call: OpCall) -> str:
         pasts = [call.tensors[name] for name in ("key_cache", "value_cache")]
         return attention_faults(call, outputs[0], outputs[1:], pasts) or "right"  # type: ignore[arg-type]
     meanings = {"AllReduce": all_reduce, "Linear": linear, "PlainLinear": plain_linear, "MoeDispatch": experts}
-    meanings["PlainMoeDispatch"] = plain_experts
+    meanings |= {"PlainMoeDispatch": plain_experts, "Fp8Linear": fp8_linear, "Fp8MoeDispatch": fp8_experts}
     expected = meanings[call.op](call)
     if outputs[0].shape != expected.shape:
         return f"the shape is {outputs[0].shape}, not {expected.shape}"
     error = np.abs(outputs[0] - expected)
     # A value on the border of two steps falls to either side, which a later product carries on.
-    allowed = (0.05 if call.op == "MoeDispatch" else 1e-5) * max(1.0, np.abs(expected).max(initial=0))
+    allowed = (0.05 if call.op in ("MoeDispatch", "Fp8MoeDispatch") else 1e-5) * max(
+        1.0, np.abs(expected).max(initial=0)
+    )
     return "right" if bool(np.all(error <= allowed)) else f"off by {error.max():.3g} of {np.abs(expected).max():.3g}"
 
 

@@ -28,6 +28,7 @@ INPUTS = {
         "activated_scale",
     ),
     "PlainMoeDispatch": ("hidden", "router_logits", "gate_up", "down"),
+    "Fp8Linear": ("x", "weight", "scale", "x_scale"),
     "GroupedQueryAttention": (
         "query",
         "key",
@@ -40,9 +41,11 @@ INPUTS = {
         "value_scale",
     ),
 }
+INPUTS["Fp8MoeDispatch"] = INPUTS["MoeDispatch"]
+PRODUCTS = ("Linear", "PlainLinear", "Fp8Linear", "MoeDispatch", "PlainMoeDispatch", "Fp8MoeDispatch")
 OUTPUTS = (
     {"AllReduce": ("total",)}
-    | dict.fromkeys(("Linear", "PlainLinear", "MoeDispatch", "PlainMoeDispatch"), ("output",))
+    | dict.fromkeys(PRODUCTS, ("output",))
     | {"GroupedQueryAttention": ("output", "present_key", "present_value")}
 )
 LINE_OF = "<IIiIQQ"
@@ -184,6 +187,53 @@ def plain_experts(rng: Rng, dtype: Any = None) -> OpCall:
     )
 
 
+def e4m3(rng: Rng, *shape: int) -> Array:
+    """Numbers in E4M3, of each size and sign."""
+    bits = rng.integers(0, 127, shape, dtype=np.uint8) | rng.integers(0, 2, shape, dtype=np.uint8) << 7
+    return bits.view(E4M3)
+
+
+def fp8_linear(rng: Rng) -> OpCall:
+    inputs = int(rng.integers(1, 130) if rng.random() < 0.8 else rng.integers(500, 2200))
+    outputs = int(rng.integers(1, 100))
+    front = tuple(int(size) for size in rng.integers(0 if rng.random() < 0.1 else 1, 9, int(rng.integers(0, 3))))
+    static = np.array(np.float32(rng.uniform(0.001, 0.01))) if rng.random() < 0.4 else None
+    return OpCall(
+        op="Fp8Linear",
+        attributes={"bound": float(rng.choice([0, 1.5]))},
+        tensors={
+            "x": normal(rng, *front, inputs),
+            "weight": e4m3(rng, outputs, inputs),
+            "scale": rng.uniform(0.001, 0.003, outputs).astype(np.float32),
+            "x_scale": static if static is None or rng.random() < 0.5 else static.reshape(1),
+        },
+    )
+
+
+def fp8_experts(rng: Rng) -> OpCall:
+    hidden, width = (int(rng.integers(1, 80) if rng.random() < 0.8 else rng.integers(250, 600)) for _ in range(2))
+    routed, tokens = int(rng.integers(1, 10)), int(rng.integers(0 if rng.random() < 0.1 else 1, 40))
+    held = int(rng.integers(1, routed + 1)) if rng.random() < 0.5 else routed
+    statics = [rng.uniform(0.001, 0.01, held).astype(np.float32) if rng.random() < 0.4 else None for _ in range(2)]
+    tensors = [
+        normal(rng, tokens, hidden),
+        normal(rng, tokens, routed),
+        e4m3(rng, held, 2 * width, hidden),
+        (rng.uniform(0.005, 0.015, (held, 2 * width, 1)) / hidden**0.5).astype(np.float32),
+        e4m3(rng, held, hidden, width),
+        (rng.uniform(0.005, 0.015, (held, hidden, 1)) / width**0.5).astype(np.float32),
+    ]
+    return OpCall(
+        op="Fp8MoeDispatch",
+        attributes={
+            "top_k": int(rng.integers(1, routed + 1)) if rng.random() < 0.5 else 1,
+            "first_expert": int(rng.integers(0, routed - held + 1)),
+            "bound": float(rng.choice([0, 1.5])),
+        },
+        tensors=dict(zip(INPUTS["Fp8MoeDispatch"], [*tensors, *statics], strict=True)),
+    )
+
+
 def attention(rng: Rng, cache: str | None = None) -> OpCall:
     cache = cache or str(rng.choice(CACHES))
     kv_heads, batch = int(rng.integers(1, 4)), int(rng.integers(0 if rng.random() < 0.1 else 1, 4))
@@ -267,9 +317,11 @@ DRAWN = {
     "MoeDispatch": experts,
     "PlainMoeDispatch": plain_experts,
     "GroupedQueryAttention": attention,
+    "Fp8Linear": fp8_linear,
+    "Fp8MoeDispatch": fp8_experts,
 }
 
 
 def drawn(rng: Rng) -> OpCall:
     """A call that fits."""
-    return DRAWN[str(rng.choice(list(DRAWN), p=[0.1, 0.15, 0.1, 0.15, 0.1, 0.4]))](rng)
+    return DRAWN[str(rng.choice(list(DRAWN), p=[0.1, 0.1, 0.1, 0.1, 0.1, 0.3, 0.1, 0.1]))](rng)

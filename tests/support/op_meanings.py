@@ -25,6 +25,8 @@ INTEGERS = {
     "PlainLinear": (),
     "MoeDispatch": ("bits", "group", "down_group", "top_k", "first_expert", "experts", "width"),
     "PlainMoeDispatch": ("top_k", "first_expert"),
+    "Fp8Linear": (),
+    "Fp8MoeDispatch": ("top_k", "first_expert"),
     "GroupedQueryAttention": ("heads", "kv_heads", "chunk", "cache_bits"),
 }
 ALIGNED = (
@@ -41,17 +43,24 @@ ALIGNED = (
     "value",
 )
 ALIGNED += ("past_lengths", "inv_freq", "key_scale", "value_scale")  # the others are read byte by byte
-FLOATS = ("scale", "qk_norm_eps", "temperature_scale", "temperature_floor")
+OF_FP8 = ("scale", "gate_up_scale", "down_scale")
+"""Scales that the ops of E4M3 read as numbers."""
+FLOATS = {
+    "GroupedQueryAttention": ("scale", "qk_norm_eps", "temperature_scale", "temperature_floor"),
+    "Fp8Linear": ("bound",),
+    "Fp8MoeDispatch": ("bound",),
+}
 
 
 def fits(call: OpCall) -> bool:
     """Whether the call has a meaning."""
     a = call.attributes
-    integers, floats = INTEGERS[call.op], FLOATS if call.op == "GroupedQueryAttention" else ()
+    integers, floats = INTEGERS[call.op], FLOATS.get(call.op, ())
     if any(type(a.get(name)) is not int for name in integers) or any(type(a.get(name)) is not float for name in floats):
         return False
     moved = call.given(call.misaligned)
-    if call.misaligned in ALIGNED and moved is not None and moved.size:
+    aligned = ALIGNED + (OF_FP8 if call.op.startswith("Fp8") else ())
+    if call.misaligned in aligned and moved is not None and moved.size:
         return False
     if "" in call.outputs or any(a[name] < 0 for name in integers):
         return False
@@ -61,6 +70,8 @@ def fits(call: OpCall) -> bool:
         "PlainLinear": _plain_linear_fits,
         "MoeDispatch": _experts_fit,
         "PlainMoeDispatch": _plain_experts_fit,
+        "Fp8Linear": _fp8_linear_fits,
+        "Fp8MoeDispatch": _fp8_experts_fit,
     }
     return rules.get(call.op, _attention_fits)(call)
 
@@ -191,6 +202,36 @@ def _plain_experts_fit(call: OpCall) -> bool:
     return all(any(is_tensor(call.given(name), dtype, shape) for dtype in types) for name, shape in shapes.items())
 
 
+def _fp8_linear_fits(call: OpCall) -> bool:
+    x, weight, static, bound = *(call.given(name) for name in ("x", "weight", "x_scale")), call.attributes["bound"]
+    if x is None or x.dtype != np.float32 or not 1 <= x.ndim <= 8 or x.shape[-1] == 0:
+        return False
+    if not np.isfinite(bound) or bound < 0 or weight is None or not is_tensor(weight, E4M3, (None, x.shape[-1])):
+        return False
+    shaped = static is None or is_tensor(static, np.float32, ()) or is_tensor(static, np.float32, (1,))
+    is_sound = shaped and (static is None or _are_positive(static))
+    return is_sound and is_tensor(call.given("scale"), np.float32, weight.shape[:1])
+
+
+def _fp8_experts_fit(call: OpCall) -> bool:
+    a, hidden, logits, down = call.attributes, *(call.given(name) for name in ("hidden", "router_logits", "down"))
+    if hidden is None or not is_tensor(hidden, np.float32, (None, None)) or hidden.shape[1] == 0:
+        return False
+    if down is None or down.ndim != 3 or 0 in down.shape or not np.isfinite(a["bound"]) or a["bound"] < 0:
+        return False
+    if logits is None or not is_tensor(logits, np.float32, (hidden.shape[0], None)):
+        return False
+    (held, _, width), size = down.shape, hidden.shape[1]
+    if not 1 <= a["top_k"] <= logits.shape[1] or a["first_expert"] + held > logits.shape[1]:
+        return False
+    shapes = {"gate_up": (held, 2 * width, size), "down": (held, size, width)}
+    return (
+        all(is_tensor(call.given(name), E4M3, shape) for name, shape in shapes.items())
+        and all(is_tensor(call.given(f"{name}_scale"), np.float32, (*shape[:2], 1)) for name, shape in shapes.items())
+        and all(_are_scales(call.given(name), held) for name in ("hidden_scale", "activated_scale"))
+    )
+
+
 def cache_of(call: OpCall) -> str | None:
     """The form of a call's caches; None where they have none that is known."""
     key, value, bits = call.given("key_cache"), call.given("value_cache"), call.attributes["cache_bits"]
@@ -209,7 +250,7 @@ def slot_size(cache: str, dim: int) -> int:
 def _attention_fits(call: OpCall) -> bool:
     a, query, cache = call.attributes, call.given("query"), cache_of(call)
     heads, kv_heads = a["heads"], a["kv_heads"]
-    if min(heads, kv_heads) < 1 or heads % kv_heads or not all(np.isfinite(a[name]) for name in FLOATS):
+    if min(heads, kv_heads) < 1 or heads % kv_heads or not all(np.isfinite(a[name]) for name in FLOATS[call.op]):
         return False
     if a["qk_norm_eps"] < 0 or a["temperature_floor"] <= 0 or cache is None:
         return False
@@ -317,6 +358,47 @@ def experts(call: OpCall) -> Array:
 def plain_experts(call: OpCall) -> Array:
     arrays = {name: array.astype(np.float64) for name, array in call.tensors.items() if array is not None}
     return moe_dispatch(**arrays, attributes=Attributes(**call.attributes))
+
+
+def rounded_fp8(x_TK: Array, static: Array | None, bound: float) -> Array:
+    """Rows in E4M3, by a static scale or each by its own, divided in float32 as the op's contract has them."""
+    most = np.abs(x_TK).max(-1, keepdims=True)
+    own = np.float32(np.minimum(most, np.float32(bound)) if bound else most) / np.float32(448)
+    scale = np.where(own == 0, np.float32(1), own) if static is None else static.reshape(-1)[:1]
+    divided = x_TK.astype(np.float32) / scale.astype(np.float32)
+    made: Array = quantise(divided, 1.0, "fp8").astype(np.float64) * scale
+    return made
+
+
+def fp8_linear(call: OpCall) -> Array:
+    x, weight, scale = (call.given(name) for name in ("x", "weight", "scale"))
+    assert x is not None
+    assert weight is not None
+    assert scale is not None
+    rows = rounded_fp8(x.reshape(-1, x.shape[-1]), call.given("x_scale"), call.attributes["bound"])
+    made: Array = rows @ (weight.astype(np.float64) * scale[:, None]).T
+    return made.reshape(*x.shape[:-1], len(weight))
+
+
+def fp8_experts(call: OpCall) -> Array:
+    a, t = call.attributes, call.tensors
+    hidden, logits = t["hidden"].astype(np.float64), t["router_logits"].astype(np.float64)  # type: ignore[union-attr]
+    output = np.zeros_like(hidden)
+
+    def times(x_K: Array, expert: int, name: str, static: str) -> Array:
+        weight, scale, own = t[name], t[f"{name}_scale"], t.get(static)
+        assert weight is not None
+        assert scale is not None
+        matrix = weight[expert].astype(np.float64) * scale[expert]
+        return (rounded_fp8(x_K[None], None if own is None else own[expert : expert + 1], a["bound"]) @ matrix.T)[0]
+
+    for token, chosen in zip(*chosen_experts(logits, a["top_k"]), strict=True):
+        expert = int(chosen) - a["first_expert"]
+        if not 0 <= expert < len(t["down"]):  # type: ignore[arg-type]
+            continue
+        gate, up = np.split(times(hidden[token] * sigmoid(logits[token, chosen]), expert, "gate_up", "hidden_scale"), 2)
+        output[token] += times(up * silu(gate), expert, "down", "activated_scale")
+    return output
 
 
 def widened(stored: Array, cache: str, dim: int, scale_KD: Array | None) -> Array:

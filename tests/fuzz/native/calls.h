@@ -121,6 +121,34 @@ struct Draw {
         return drawn;
     }
 
+    // A matrix of E4M3 as checkpoints hold it; rows, inputs and outputs on both sides of what is taken at once.
+    Drawn fp8_linear(const ort::CustomOp* op) {
+        Drawn drawn{op, {}, {}};
+        const int64_t inputs = between(0, 3) ? between(1, 90) : between(500, 2200), outputs = between(0, 110);
+        const int64_t rows = between(0, 3) ? between(0, 9) : between(10, 80);
+        drawn.info.numbers = {{"bound", coin() ? 1.5f : 0}};
+        drawn.inputs = {{ort::Type::float32, {rows, inputs}},
+                        {ort::Type::e4m3, {outputs, inputs}},
+                        {ort::Type::float32, {outputs}},
+                        {coin() ? ort::Type::float32 : ort::Type::any, {}}};
+        if (coin()) drawn.inputs[0].second.insert(drawn.inputs[0].second.begin(), between(0, 3));
+        return drawn;
+    }
+
+    // Experts of E4M3 as stacked checkpoints hold them.
+    Drawn fp8_experts(const ort::CustomOp* op) {
+        Drawn drawn{op, {}, {}};
+        const int64_t size = between(0, 3) ? between(1, 70) : between(250, 600), width = between(1, 50);
+        const int64_t routed = between(1, 9), held = between(1, routed), tokens = between(0, 60);
+        drawn.info.integers = {{"top_k", between(1, routed)}, {"first_expert", between(0, routed - held)}};
+        drawn.info.numbers = {{"bound", coin() ? 1.5f : 0}};
+        drawn.inputs = {{ort::Type::float32, {tokens, size}},        {ort::Type::float32, {tokens, routed}},
+                        {ort::Type::e4m3, {held, 2 * width, size}},  {ort::Type::float32, {held, 2 * width, 1}},
+                        {ort::Type::e4m3, {held, size, width}},      {ort::Type::float32, {held, size, 1}}};
+        for (int i = 0; i < 2; i++) drawn.inputs.push_back({coin() ? ort::Type::float32 : ort::Type::any, {held}});
+        return drawn;
+    }
+
     Drawn sum(const ort::CustomOp* op) {
         Drawn drawn{op, {}, {}};
         const int64_t ranks = between(1, 4), capacity = between(1, 600), turns = between(1, 3);
@@ -143,6 +171,8 @@ struct Draw {
         if (name == "MoeDispatch") return experts(op);
         if (name == "PlainLinear") return plain_linear(op);
         if (name == "PlainMoeDispatch") return plain_experts(op);
+        if (name == "Fp8Linear") return fp8_linear(op);
+        if (name == "Fp8MoeDispatch") return fp8_experts(op);
         if (name == "GroupedQueryAttention") return attention(op);
         throw std::logic_error("no calls of the op " + name + " are drawn");
     }

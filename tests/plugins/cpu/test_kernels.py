@@ -13,7 +13,15 @@ import onnx_ir as ir
 import pytest
 from custom_ops import in_panels, initializer, run_graph
 
-from arriero.plugins.cpu.kernel_nodes import dispatch, dispatch_plain, multiply, multiply_plain
+from arriero.plugins.cpu.kernel_nodes import (
+    Fp8,
+    dispatch,
+    dispatch_fp8,
+    dispatch_plain,
+    multiply,
+    multiply_fp8,
+    multiply_plain,
+)
 from arriero.plugins.moe.meaning import moe_dispatch
 from arriero.plugins.moe.op import Attributes
 from arriero.plugins.nodes import Nodes
@@ -107,6 +115,86 @@ def test_a_row_of_a_plain_product_knows_of_no_other(dtype: type) -> None:
     assert np.array_equal(narrow[::6], alone[:, 17:20])
     x[75] = np.nan
     assert np.array_equal(np.flatnonzero(~np.isfinite(plain_product(x, weight)).all(1)), [75])
+
+
+def fp8_product(x: Array, weight: Array, scale: Array, bound: float = 0.0) -> Array:
+    """The op's product of rows [T, K], rounded by their own scales, with a matrix [N, K] of E4M3."""
+    value, y, nodes = ir.val("x", FLOAT, ["tokens", x.shape[1]]), ir.val("y", FLOAT, ["tokens", len(weight)]), Nodes()
+    given = [initializer("weight", weight), initializer("scale", scale)]
+    multiply_fp8(nodes, value, Fp8(weight=given[0], scale=given[1], bound=bound), y)
+    return run_graph([value], y, nodes, given, {"x": x})
+
+
+def drawn_fp8(rng: np.random.Generator, *shape: int) -> Array:
+    """Numbers in E4M3, of each size and sign."""
+    bits = rng.integers(0, 127, shape, dtype=np.uint8) | rng.integers(0, 2, shape, dtype=np.uint8) << 7
+    return bits.view(ml_dtypes.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (40, 33), (64, 96), (530, 50), (2100, 100)], ids=str)
+def test_fp8_numbers_are_multiplied_as_float64_does(size: tuple[int, int]) -> None:
+    inputs, outputs = size
+    rng = np.random.default_rng(0)
+    weight, scale = drawn_fp8(rng, outputs, inputs), rng.uniform(0.5, 1.5, outputs).astype(np.float32)
+    for tokens in (1, 2, 3, 5, 8, 9, 40):
+        x = drawn_fp8(rng, tokens, inputs).astype(np.float32)
+        x[:, 0] = 448  # so that each row's own scale is 1, and rounding changes nothing
+        expected = x.astype(np.float64) @ (weight.astype(np.float64) * scale[:, None]).T
+        size_of_sums = np.abs(x).astype(np.float64) @ np.abs(weight.astype(np.float64) * scale[:, None]).T
+        assert np.all(np.abs(fp8_product(x, weight, scale) - expected) < 1e-6 * size_of_sums)
+
+
+def test_fp8_activations_are_rounded_to_the_nearest_even_and_saturate() -> None:
+    every = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    middles = (every[1:] + every[:-1]) / 2  # ties
+    x = np.concatenate([every, middles, np.nextafter(middles, 0), np.nextafter(middles, 500), -middles, [448]])
+    x = x.astype(np.float32)
+    rows = np.diag(x)
+    rows[:, -1] = 448  # so that each row's own scale is 1
+    weight, scale = np.eye(len(x)).astype(ml_dtypes.float8_e4m3fn), np.ones(len(x), np.float32)
+    expected = x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert np.array_equal(np.diag(fp8_product(rows, weight, scale)), expected)
+    weight, beyond = np.ones((1, 2), ml_dtypes.float8_e4m3fn), np.array([[3.0, 0.75]], np.float32)
+    assert fp8_product(beyond, weight, scale[:1], bound=1.5) == 2.25
+
+
+def test_a_row_of_an_fp8_product_knows_of_no_other() -> None:
+    rng = np.random.default_rng(1)
+    for inputs in (2070, 333):
+        weight, scale = drawn_fp8(rng, 101, inputs), rng.uniform(0.5, 1.5, 101).astype(np.float32)
+        x = rng.standard_normal((90, inputs)).astype(np.float32)
+        alone = np.concatenate([fp8_product(x[row : row + 1], weight, scale) for row in range(0, 90, 6)])
+        assert np.array_equal(fp8_product(x, weight, scale)[::6], alone)
+        for count in range(2, 14):
+            assert np.array_equal(fp8_product(x[:count], weight, scale)[::6], alone[: -(-count // 6)])
+        assert np.array_equal(fp8_product(x, weight[17:20], scale[17:20])[::6], alone[:, 17:20])
+        x[75, 3] = np.nan
+        assert np.array_equal(np.flatnonzero(~np.isfinite(fp8_product(x, weight, scale)).all(1)), [75])
+
+
+def fp8_experts(hidden: Array, logits: Array, parts: list[Array], top_k: int) -> Array:
+    """The op's output for stacked experts of E4M3; the parts are gate and up, their scales, down and its own."""
+    inputs = [ir.val(name, FLOAT, array.shape) for name, array in (("hidden", hidden), ("logits", logits))]
+    given = [initializer(f"part{index}", part) for index, part in enumerate(parts)]
+    pair = [Fp8(weight=given[index], scale=given[index + 1]) for index in (0, 2)]
+    y, nodes = ir.val("y", FLOAT, hidden.shape), Nodes()
+    dispatch_fp8(nodes, *inputs, pair[0], pair[1], y, Attributes(top_k=top_k, quantisation="fp8"))
+    return run_graph(inputs, y, nodes, given, {"hidden": hidden, "logits": logits})
+
+
+def test_a_token_of_fp8_experts_knows_of_no_other() -> None:
+    rng = np.random.default_rng(2)
+    shapes = [(3, 1046, 300), (3, 300, 523)]
+    parts = []
+    for shape in shapes:
+        parts += [drawn_fp8(rng, *shape), (rng.uniform(0.5, 1.5, (*shape[:2], 1)) / 2000).astype(np.float32)]
+    hidden = rng.standard_normal((45, 300)).astype(np.float32)
+    logits = rng.standard_normal((45, 3)).astype(np.float32)
+    logits[:30, 1] += 9  # one expert has many tokens, the others few
+    whole = fp8_experts(hidden, logits, parts, 2)
+    for first, last in itertools.pairwise((0, 1, 2, 5, 14, 31, 45)):
+        some = slice(first, last)
+        assert np.array_equal(fp8_experts(hidden[some], logits[some], parts, 2), whole[some])
 
 
 def plain_experts(hidden: Array, logits: Array, gate_up: Array, down: Array, **settings: int) -> Array:
@@ -221,12 +309,13 @@ def test_matrices_of_another_size_are_refused() -> None:
 
 
 @pytest.mark.skipif("ARRIERO_INSTRUCTION_SET" in os.environ, reason="runs itself")
-@pytest.mark.parametrize("instructions", ["avx2", "any"])
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "any"])
 def test_other_processors_compute_the_same(instructions: str) -> None:
     """The tests of the kernels once more, with fewer instructions."""
     files = [str(Path(__file__).parent / name) for name in ("test_kernels.py", "test_attention.py", "../test_gqa.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files]
-    command += ["-k", "not by_torch and not by_function and not by_native"]
+    few = "fp8" if instructions == "avx512" else "not by_torch and not by_function and not by_native"
+    command += ["-k", few]
     environment = {**os.environ, "ARRIERO_INSTRUCTION_SET": instructions}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stdout[-3000:]
