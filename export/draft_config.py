@@ -126,7 +126,8 @@ def _spec(fields: Fields, layers: Fields, states: list[int], model: ModelSpec, d
     theta, scaling = _rope(layers)
     if (read := fields.get("target_hidden_size")) is not None and read != model.hidden_size:
         fields.refuse("target_hidden_size", f"{model.hidden_size}, the model's hidden size")
-    if any(kind != "full_attention" for kind in layers.get("layer_types") or ()):
+    kinds = layers.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         layers.refuse("layer_types", "'full_attention' alone")
     norms: tuple[tuple[str, Literal["whole", "each"]], ...] = (("norm_before_fc", "whole"), ("fc_norm", "each"))
     asked = [kind for name, kind in norms if fields.flag(name, False)]
@@ -159,9 +160,8 @@ def _spec(fields: Fields, layers: Fields, states: list[int], model: ModelSpec, d
 
 def _rope(layers: Fields) -> tuple[float, RopeScaling | None]:
     """RoPE's base, Llama's where none is given, and its scaling."""
-    given = any(
-        "rope_theta" in (layers.get(name) or {}) for name in ("rope_parameters", "rope_scaling")
-    )  # an object's base goes before the one beside it
+    objects = [layers.get(name) for name in ("rope_parameters", "rope_scaling")]
+    given = any(isinstance(each, dict) and "rope_theta" in each for each in objects)  # before the one beside it
     values = layers.values if given or "rope_theta" in layers.values else {**layers.values, "rope_theta": 10000.0}
     longest = layers.count("max_position_embeddings", 2048)
     return text_rope(Fields(values, layers.place), longest)

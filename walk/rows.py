@@ -49,6 +49,10 @@ IMAGE = "<image>"
 FORMS = "messages, conversations (ShareGPT), prompt and completion, or text"
 LARGEST = 1 << 28
 """Bytes of a file of text or JSON lines at most."""
+
+FACTOR = 64
+"""Bytes of values for each byte of a Parquet file at most, above `LARGEST`: one text may stand for many rows."""
+
 BATCH = 256
 """Rows of a Parquet file that are read at once."""
 
@@ -129,13 +133,34 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if start.read(len(POINTER)) == POINTER:
                 raise DataError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
         with path.open("rb") as whole, parquet.ParquetFile(whole) as file:  # pyarrow takes no path that is not UTF-8
-            for batch in file.iter_batches(batch_size=BATCH):
+            most = max(LARGEST, FACTOR * path.stat().st_size)
+            for batch in file.iter_batches(batch_size=_batch(file.metadata)):
                 for row in batch.to_pylist():
                     number += 1
+                    most -= _size(row)
+                    if most < 0:
+                        raise DataError(f"{path}: far more data than its size holds: give another file with --data")
                     yield f"{path}, row {number}", _without_nulls(row)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, ArithmeticError, pyarrow.ArrowException) as error:  # names that are no UTF-8, years
         why = error.strerror if isinstance(error, OSError) and error.strerror else "no Parquet file, or damaged"
         raise DataError(f"{path}: {why}: give another file with --data") from error
+
+
+def _batch(metadata: Any) -> int:
+    """Rows of a Parquet file to read at once, so that one text that stands in each of them is not held so often."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    sizes = [
+        max((group.column(index).total_uncompressed_size for group in groups), default=0)
+        for index in range(metadata.num_columns)
+    ]
+    return max(1, min(BATCH, LARGEST // max(1, sum(sizes))))
+
+
+def _size(value: Any) -> int:
+    """Bytes of a row's texts and images, and some for each other value."""
+    if isinstance(value, dict | list):
+        return 8 + sum(map(_size, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str | bytes) else 8
 
 
 def _without_nulls(value: Any) -> Any:

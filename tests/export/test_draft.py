@@ -155,6 +155,8 @@ OF_LAYERS: list[tuple[dict[str, Any], str]] = [
     ({"sliding_window": 128}, "transformer_layer_config.sliding_window is 128, expected None"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is .* expected of type 'default' or 'llama3'"),
+    ({"rope_scaling": 8}, "rope_scaling is 8, expected"),
+    ({"layer_types": 8}, "layer_types is 8, expected 'full_attention' alone"),
     ({"mystery": 1}, "'mystery' is a field of a draft that is not known"),
 ]
 

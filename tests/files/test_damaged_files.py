@@ -27,5 +27,17 @@ def test_damaged_files_are_taken_or_refused_in_a_line(base: Path) -> None:
 
 
 def test_good_files_are_taken(base: Path) -> None:
-    for name in ("safetensors", "config.json", "index", "layers.json", "spec.json of an engine", "image.png"):
+    for name in (
+        "safetensors",
+        "config.json",
+        "index",
+        "layers.json",
+        "spec.json of an engine",
+        "image.png",
+        "rows",
+        "limits",
+        "a draft's config.json",
+        "prompts",
+        "keys",
+    ):
         assert outcome(KINDS[name], base / KINDS[name].base, None) == "taken", name

@@ -2,9 +2,10 @@
 
     PYTHONPATH=tests/support python tests/fuzz/files.py [--cases 10000] [--seed 0] [--batch 500]
 
-Kinds of files come by turns: specs, graphs, configurations, tokenizers, templates, weights' headers, golden files,
-data and images. A batch runs in a process of its own. What a session computes of a bundle with a damaged `spec.json`
-must be what it computes of the good one. Counts are printed by kind, and each trouble with its seed and number.
+Kinds of files come by turns: specs, graphs, configurations, drafts, tokenizers, templates, weights' headers, golden
+files, limits, keys, data and images. A batch runs in a process of its own. What a session computes of a bundle with a
+damaged `spec.json` must be what it computes of the good one. Counts are printed by kind, and each trouble with its seed
+and number.
 """
 
 import argparse

@@ -16,17 +16,23 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow
 from mutations import mutated, mutated_header, put_no_file
 from op_batches import peak_memory
 from PIL import Image
+from pyarrow import parquet
 
 import arriero
 from arriero.accuracy.golden import read_golden
+from arriero.accuracy.limits import read_limits
+from arriero.cli.batch import read_prompts
 from arriero.engine.cpu_lowering import lower_for_cpu
 from arriero.errors import ArrieroError
 from arriero.export.checkpoint import open_checkpoint
+from arriero.export.draft_head import open_head
 from arriero.files.folders import carry_files, read_spec
 from arriero.files.safetensors import open_shard
 from arriero.files.unheeded import unheeded
@@ -36,9 +42,11 @@ from arriero.runtime.defaults import read_defaults
 from arriero.runtime.images.sources import read_image
 from arriero.runtime.images.tiles import read_tile_settings
 from arriero.runtime.text import Text
+from arriero.serving.doors import read_keys
 from arriero.walk.conversations import read_conversations
-from arriero.walk.rows import read_utf8
+from arriero.walk.rows import read_rows, read_utf8, said_in
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = [5, 9, 40, 7, 300]
 SAID = [
     {"role": "system", "content": "Be brief."},
@@ -136,12 +144,27 @@ KINDS = {
     "layers.json": Kind("engine", "layers.json", lambda folder: summarise(folder)),
     "spec.json of an engine": Kind("engine", "spec.json", lambda folder: summarise(folder)),
     "jsonl": Kind("text", "talk.jsonl", jsonl_of),
+    "a draft's config.json": Kind("head", "config.json", lambda folder: head_of(folder)),
+    "a draft's safetensors": Kind("head", "model.safetensors", lambda folder: head_of(folder)),
+    "limits": Kind("files", "limits.toml", lambda folder: read_limits(folder / "limits.toml")),
+    "prompts": Kind("files", "prompts.jsonl", lambda folder: read_prompts(folder / "prompts.jsonl")),
+    "keys": Kind("files", "keys.txt", lambda folder: read_keys(folder / "keys.txt")),
+    "rows": Kind("files", "rows.parquet", lambda folder: [said_in(row, at) for at, row in parquet_of(folder)]),
     "text": Kind("text", "plain.txt", lambda folder: Text(folder).encode(read_utf8(folder / "plain.txt"))),
     **{
         f"image.{form}": Kind("files", f"image.{form}", lambda folder, form=form: read_image(folder / f"image.{form}"))
         for form in ("png", "jpeg", "gif", "tiff", "webp", "bmp", "ppm")
     },
 }
+
+
+def head_of(folder: Path) -> None:
+    """Opens a draft's head beside the spec of the model that it drafts for."""
+    open_head(folder, read_spec(folder).model)
+
+
+def parquet_of(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    return list(read_rows(folder / "rows.parquet"))
 
 
 def tiles_of(folder: Path) -> object:
@@ -164,7 +187,7 @@ def write_bases(out: Path, model: Path, bundle: Path, seeing: Path, checkpoint: 
         shutil.copytree(source, out / name, ignore=shutil.ignore_patterns("*.py", "*.safetensors"))
         for path in source.glob("*.safetensors"):
             os.link(path, out / name / path.name)
-    text, files, engine = (out / name for name in ("text", "files", "engine"))
+    text, files, engine, head = (out / name for name in ("text", "files", "engine", "head"))
     for folder in (text, files, engine):
         folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
@@ -186,6 +209,14 @@ def write_bases(out: Path, model: Path, bundle: Path, seeing: Path, checkpoint: 
     shutil.copy(golden, files / "golden.safetensors") if golden else shutil.copy(
         files / "w.safetensors", files / "golden.safetensors"
     )
+    (files / "limits.toml").write_text("[every]\nflips = 0.05\n[int8]\nkl = 0.02\ntop1 = 0.95\n")
+    (files / "prompts.jsonl").write_text('{"prompt": "Hi", "id": 4}\n' + json.dumps({"messages": SAID}))
+    (files / "keys.txt").write_text("sk-one-of-them\nsk-another\n")
+    parquet.write_table(pyarrow.table({"messages": [SAID[3:]] * 3, "text": ["a", "b", "c"]}), files / "rows.parquet")
+    head.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(EXAMPLES / "tiny-llama4-draft" / name, head / name)
+    shutil.copy(model / "spec.json", head / "spec.json")
     spec = json.loads((bundle / "spec.json").read_text())
     spec |= {"graph": "", "target": "tensorrt-rtx:sm89", "weights": [], "weight_files": [], "session": {}}
     spec["engine"] = ENGINE

@@ -13,6 +13,7 @@ from arriero.errors import DataError
 from arriero.runtime.images.placeholders import ImagePrompts
 from arriero.runtime.text import Text
 from arriero.walk.conversations import Conversation, read_conversations
+from arriero.walk.rows import read_rows
 
 USER, ASSISTANT = {"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A lake."}
 EQUAL = {
@@ -135,6 +136,31 @@ def test_damaged_parquet_and_folders_are_refused(tiny: Path, tmp_path: Path) -> 
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(DataError, match="is a folder: give the files in it"):
         read_conversations(tmp_path / "folder.jsonl", Text(tiny), None)
+
+
+def test_parquet_of_a_few_bytes_and_endless_rows_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    indices = pyarrow.array(np.zeros(2000, np.int32))
+    texts = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["a b " * 100_000]))
+    for name, column in (("dictionary", texts), ("plain", texts.cast(pyarrow.string()))):
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(pyarrow.table({"text": column}), path, compression="zstd")
+        assert path.stat().st_size < 10_000
+        with pytest.raises(DataError, match="far more data than its size holds"):
+            list(read_rows(path))
+
+
+def test_parquet_whose_names_are_no_text_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"wordy": ["a"]}), tmp_path / "rows.parquet")
+    content = (tmp_path / "rows.parquet").read_bytes()
+    (tmp_path / "rows.parquet").write_bytes(content.replace(b"wordy", b"\xec\xec\xec\xec\xec"))
+    with pytest.raises(DataError, match="no Parquet file, or damaged"):
+        list(read_rows(tmp_path / "rows.parquet"))
 
 
 def test_parquet_without_its_library_names_the_extra() -> None:
