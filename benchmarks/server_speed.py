@@ -56,13 +56,11 @@ class Load:
         seconds: From the first request to the last token.
         cpu: Processor time of the thread that speaks with the clients.
         firsts: Seconds to each stream's first token.
-        gaps: Seconds between tokens.
     """
 
     seconds: float
     cpu: float
     firsts: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
 
 
 async def stream(
@@ -105,34 +103,35 @@ async def load(server: ServerProcess, bias: Bias, streams: int, count: int) -> L
     found = Load(time.perf_counter() - started, server.cpu_seconds() - cpu)
     for each in moments:
         found.firsts.append(each[1] - each[0])
-        found.gaps += [after - before for before, after in itertools.pairwise(each[1:])]
     return found
 
 
 async def gaps_beside(
-    server: ServerProcess, bias: Bias, streams: int, prompt: list[int], seconds: float | None
-) -> tuple[list[float], float | None]:
-    """Gaps between the tokens of streams while a long prompt is read beside them.
+    server: ServerProcess, bias: Bias, size: tuple[int, int], prompt: list[int], seconds: float | None
+) -> tuple[list[float], list[float], float | None]:
+    """Gaps between the tokens of streams, alone and then while a long prompt is read beside them.
 
     Args:
         server: The server.
         bias: What keeps the streams from ending.
-        streams: Their number.
+        size: Their number, and tokens of each before the prompt comes.
         prompt: The long prompt.
-        seconds: The time to look at the gaps for; None is until the prompt is read.
+        seconds: The time to look at the gaps beside it for; None is until it is read.
 
     Returns:
-        The gaps, and the seconds that the prompt was read in; None where that was not waited for.
+        The gaps alone, those beside the prompt, and the seconds that it was read in; None where that was not waited for.
     """
     host, port = server.url.removeprefix("http://").rsplit(":", 1)
-    count = len(prompt) // LEAST_READ  # no stream ends before the prompt is read
+    streams, tokens = size
+    count = len(prompt) // LEAST_READ + 2 * tokens  # no stream ends before the prompt is read
     own: list[list[float]] = [[] for _ in range(streams)]
     asked = [
         asyncio.create_task(stream(host, int(port), body_of(bias, count, number), into=moments))
         for number, moments in enumerate(own)
     ]
-    while not all(len(moments) > 2 for moments in own):
+    while not all(len(moments) > tokens for moments in own):
         await asyncio.sleep(0.01)
+    begun = max(moments[2] for moments in own)  # from then on nobody joins
     read: list[float] = []
     reading = asyncio.create_task(stream(host, int(port), body_of(bias, 1, 0, prompt), into=read))
     await asyncio.wait([reading], timeout=seconds)
@@ -141,9 +140,14 @@ async def gaps_beside(
     for each in (reading, *asked):
         each.cancel()
     await asyncio.gather(reading, *asked, return_exceptions=True)
-    within = [[each for each in moments if read[0] <= each <= end] for moments in own]
-    found = [after - before for moments in within for before, after in itertools.pairwise(moments)]
-    return found, end - read[0] if len(read) > 1 else None
+    alone, beside = gaps_within(own, begun, read[0]), gaps_within(own, read[0], end)
+    return alone, beside, end - read[0] if len(read) > 1 else None
+
+
+def gaps_within(own: list[list[float]], start: float, end: float) -> list[float]:
+    """The gaps between each stream's moments from one time to another, from short to long."""
+    within = [[each for each in moments if start <= each <= end] for moments in own]
+    return sorted(after - before for moments in within for before, after in itertools.pairwise(moments))
 
 
 async def chat_load(server: ServerProcess, bias: Bias, streams: int, count: int, *, bound: bool) -> Load:
@@ -180,9 +184,8 @@ def start_seconds(folder: Path, threads: int) -> tuple[float, float]:
 def measure_gaps(server: ServerProcess, bias: Bias, size: tuple[int, int], asked: Any) -> list[tuple[str, str]]:
     """Gaps undisturbed and beside a long prompt, as rows of the table."""
     prompt = [5 + each % 1000 for each in range(asked.prompt_tokens)]
-    calm = sorted(asyncio.run(load(server, bias, *size)).gaps)
-    disturbed, seconds = asyncio.run(gaps_beside(server, bias, size[0], prompt, asked.gap_seconds))
-    both = (("undisturbed", calm), (f"beside a prompt of {len(prompt)}", sorted(disturbed)))
+    calm, disturbed, seconds = asyncio.run(gaps_beside(server, bias, size, prompt, asked.gap_seconds))
+    both = (("undisturbed", calm), (f"beside a prompt of {len(prompt)}", disturbed))
     p99 = [gaps[int(0.99 * len(gaps))] for _, gaps in both]
     rows = [(f"p99 between tokens, {name}, ms", f"{each * 1e3:.1f}") for (name, _), each in zip(both, p99, strict=True)]
     rows.append(("their ratio", f"{p99[1] / p99[0]:.2f}"))
