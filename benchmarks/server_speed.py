@@ -119,7 +119,7 @@ async def gaps_beside(
         seconds: The time to look at the gaps beside it for; None is until it is read.
 
     Returns:
-        The gaps alone, those beside the prompt, and the seconds that it was read in; None where that was not waited for.
+        The gaps alone, those beside the prompt, and the seconds that it was read in; None where that was not awaited.
     """
     host, port = server.url.removeprefix("http://").rsplit(":", 1)
     streams, tokens = size

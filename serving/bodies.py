@@ -63,11 +63,13 @@ async def read_body(request: HttpRequest, most: int) -> bytearray:
         most: Bytes of its body at most.
 
     Raises:
-        RequestError: It is of another type, too large, or too slow.
+        RequestError: It is of another type, compressed, too large, or too slow.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(f"the body is {kind[:60] or 'of no type'}: send application/json", status=415)
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise RequestError(f"the body is in {coding[:60] or 'no coding'}: send it as it is", status=415)
     body = bytearray()
     if (length := request.headers.get("content-length", "0")).isdigit() and int(length[:20]) > most:
         raise _too_large(most)

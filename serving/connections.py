@@ -83,6 +83,8 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not None:  # none where the connection is to become another protocol's
             self.cycle.scope["state"]["writer"] = PromptWriter(self.cycle)
+            if self.cycle.scope["http_version"] == "1.0":  # which knows no chunks: an answer ends with its connection
+                self.cycle.chunked_encoding, self.cycle.expected_content_length = False, _AnyLength()
 
     def on_body(self, body: bytes) -> None:
         """Takes a part of the body."""
@@ -147,6 +149,21 @@ class BoundedConnection(HttpToolsProtocol):
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+
+
+class _AnyLength(int):
+    """The length of an answer that is not known: uvicorn subtracts what it writes, and expects 0 in the end."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+    def __sub__(self, other: int) -> "_AnyLength":
+        return self
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
 
 
 class PromptWriter:

@@ -26,7 +26,7 @@ ERRORS = {
     404: "There is no such model.",
     408: "The head or the body did not come in time.",
     413: "The body is too large.",
-    415: "The body is no JSON by its type.",
+    415: "The body is no JSON by its type, or compressed.",
     429: "As many requests wait, or bytes of requests are under way, as may: `Retry-After` says when to come again.",
     431: "The head is too large.",
     500: "The request failed.",

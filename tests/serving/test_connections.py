@@ -51,6 +51,14 @@ async def write_at_once(scope: Any, receive: Any, send: Any) -> None:
     assert not writer.is_open
 
 
+async def write_in_parts(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with two parts, whose length it does not tell."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"one", "more_body": True})
+    assert scope["state"]["writer"].is_open == (scope["http_version"] == "1.1")
+    await send({"type": "http.response.body", "body": b"two"})
+
+
 async def say(pieces: Iterable[bytes], pause: float = 0.0, app: Any = app) -> bytes:
     """Sends pieces to a server of its own. Returns all that it answers until it closes the connection."""
     config = uvicorn.Config(app, log_config=None, ws="none")
@@ -129,3 +137,15 @@ def test_each_request_of_a_connection_is_written_to_by_its_own_writer() -> None:
     assert [part.partition(b"\r\n\r\n")[2] for part in answer.split(b"HTTP/1.1 200 OK")[1:]] == [
         b"2\r\n/%d\r\n0\r\n\r\n" % number for number in range(3)
     ]
+
+
+@pytest.mark.parametrize("answers", [app, write_in_parts])
+def test_http_1_0_is_answered_without_chunks(answers: Any) -> None:
+    old = asyncio.run(say([b"POST / HTTP/1.0\r\nContent-Length: 2\r\n\r\n{}"], app=answers))
+    head, _, body = old.partition(b"\r\n\r\n")
+    assert status(old) == 200
+    assert b"chunked" not in head
+    assert b"connection: close" in head
+    assert body == (b"[1, 2]" if answers is app else b"onetwo")
+    new = asyncio.run(say([HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}"], app=answers))
+    assert (b"chunked" in new) == (answers is write_in_parts)

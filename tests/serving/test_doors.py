@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import hashlib
 import subprocess
 from collections.abc import Callable
@@ -84,7 +85,11 @@ def test_what_is_no_request_is_refused_in_openai_s_form(http: httpx.Client) -> N
     path = "/v1/chat/completions"
     json_type = {"content-type": "application/json"}
     answers = {
-        415: [http.post(path, content=b"{}", headers={"content-type": "text/plain"}), http.post(path)],
+        415: [
+            http.post(path, content=b"{}", headers={"content-type": "text/plain"}),
+            http.post(path),
+            http.post(path, content=gzip.compress(b"{}"), headers={**json_type, "content-encoding": "gzip"}),
+        ],
         400: [
             http.post(path, content=content, headers=json_type)
             for content in (
