@@ -1,6 +1,9 @@
 """Every precision in every way over a GPU that is not there: the scenes of which the tests play a sample.
 
-python benchmarks/gpu_scenes.py [--only bf16 …]
+    python benchmarks/gpu_scenes.py [--only bf16 …]
+    python benchmarks/gpu_scenes.py --cost 48    # what a step of so many layers costs the host
+
+The cost is the processor's time of the session and the plugins: kernels, driver and TensorRT are left out.
 """
 
 import argparse
@@ -27,7 +30,13 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description="Tokens over the executing driver beside the CPU's.")
     parser.add_argument("--only", nargs="*", default=list(BOUNDS), choices=list(BOUNDS))
-    names = parser.parse_args().only
+    parser.add_argument(
+        "--cost", type=int, metavar="LAYERS", help="the host's share of a step over 8 rows, and no scenes"
+    )
+    arguments = parser.parse_args()
+    if arguments.cost:
+        return tell_cost(arguments.cost)
+    names = arguments.only
     shown, wrong, gpu = Table("precision", "way", "graphs", "tokens", "clear", "equal of these"), 0, Gpu()
     ids = np.random.default_rng(0).integers(3, VOCABULARY - 3, (3, 30)).tolist()
     prompts = [[*ids[0][:7] * 3], ids[1], ids[2][:9], [*ids[0][:7] * 3]]
@@ -49,6 +58,21 @@ def main() -> int:
     gpu.close()
     Console().print(shown)
     return int(wrong > 0)
+
+
+def tell_cost(layers: int, batch: int = 8) -> int:
+    from conftest import llama4
+    from gpu_models import make_layers
+
+    gpu = Gpu()
+    with TemporaryDirectory() as folder:
+        model = make_layers(layers, Path(folder), llama4)
+        cost = gpu.run("shape_cost", model=str(model), batch=batch, steps=40)
+    gpu.close()
+    calls, seconds, changed, plugins, all_calls, allocated = cost
+    print(f"with a graph: {calls:g} driver calls, {seconds * 1e3:.2f} ms, {allocated} allocations in 40 steps")
+    print(f"after a change of shape: {all_calls} driver calls, {changed * 1e3:.2f} ms, of plugins {plugins * 1e3:.2f}")
+    return 0
 
 
 if __name__ == "__main__":

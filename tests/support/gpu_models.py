@@ -24,6 +24,14 @@ RECIPES = {
 }
 
 
+def make_layers(count: int, folder: Path, llama4: Callable[..., Any]) -> Path:
+    """Exports a model of many layers, each with experts, every fourth of full attention."""
+    kinds = [int((layer + 1) % 4 > 0) for layer in range(count)]
+    made = llama4(num_hidden_layers=count, no_rope_layers=kinds, intermediate_size=32, dtype=torch.bfloat16)
+    made.save_pretrained(folder / "checkpoint")
+    return export_checkpoint(folder / "checkpoint", folder / "model")
+
+
 def make_model(name: str, folder: Path, llama4: Callable[..., Any]) -> Path:
     """Exports a model of two layers, one chunked and one full, and quantises it; `llama4` is `conftest`'s."""
     experts = {"num_local_experts": 2, "num_experts_per_tok": 2}  # a tie between experts cannot change a row
