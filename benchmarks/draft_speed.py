@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 import arriero
 from arriero.engine import build_bundle
 from arriero.export import export_checkpoint
-from arriero.runtime import Session
+from arriero.runtime import Session, guesses, speculation
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY, HEAD = EXAMPLES / "tiny-llama4", EXAMPLES / "tiny-llama4-draft"
@@ -91,15 +91,27 @@ def decode(session: Session, prompt: list[int], count: int, **settings: Any) -> 
     return found
 
 
-def tiny_rows(session: Session, texts: dict[str, list[list[int]]], count: int, most: int, rounds: int) -> list[Any]:
-    """A record of each text and way: tokens a step, and tokens a second with and without the head."""
+def tiny_rows(
+    session: Session, texts: dict[str, list[list[int]]], count: int, most: int, rounds: int, lookup: int
+) -> list[Any]:
+    """A record of each text and way: tokens a step, and tokens a second with and without guesses."""
     found = []
     for (name, asked), (way, settings) in itertools.product(texts.items(), WAYS.items()):
         rates: dict[int, list[float]] = {0: [], most: []}
         for _ in range(rounds):
             seconds, new, steps = dict.fromkeys(rates, 0.0), 0, 0
             for prompt in asked:
-                both = {tokens: decode(session, prompt, count, draft_tokens=tokens, **settings) for tokens in rates}
+                both = {
+                    tokens: decode(
+                        session,
+                        prompt,
+                        count,
+                        draft_tokens=tokens,
+                        prompt_lookup_num_tokens=lookup if tokens else 0,
+                        **settings,
+                    )
+                    for tokens in rates
+                }
                 assert both[0].ids == both[most].ids, "a text is another with the head"
                 new, steps = new + len(both[0].ids) - 1, steps + both[most].steps
                 for tokens, each in both.items():
@@ -155,6 +167,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--draft-tokens", type=int, default=5)
+    parser.add_argument("--lookup", type=int, default=0, help="tokens guessed by prompt lookup, beside the head")
+    parser.add_argument(
+        "--every-guess", action="store_true", help="verify guesses that the head does not trust as well"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--head", type=Path, default=HEAD)
@@ -168,6 +184,9 @@ def main() -> None:
     if arguments.cpu_time:
         global CLOCK
         CLOCK = time.process_time
+    if arguments.every_guess:
+        speculation.LEAST_TRUST, guesses.LONGEST_PAUSE = 0.0, 0
+        guesses.Guesses.least_trust = 0.0  # type: ignore[assignment, method-assign]
     count, most, rounds = arguments.tokens, arguments.draft_tokens, arguments.rounds
     texts = {
         "held-out documents": prompts(held_out_text(), arguments.prompts),
@@ -177,7 +196,7 @@ def main() -> None:
         model = export_checkpoint(TINY, Path(name) / "model", draft=arguments.head)
         bundle = build_bundle(model, Path(name) / "bundle")
         session = arriero.load(bundle, max_seq=PROMPT + count, threads=arguments.threads)
-        found = tiny_rows(session, texts, count, most, rounds)
+        found = tiny_rows(session, texts, count, most, rounds, arguments.lookup)
         asked = texts["held-out documents"][:8]
         steps = [recorded(session, prompt, count, draft_tokens=most, **GREEDY)[1] for prompt in asked]
         steps = [each for each in steps if each]

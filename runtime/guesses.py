@@ -43,11 +43,12 @@ class Guesses:
     Args:
         guessing: The limits.
         cost: A step of the draft, in steps of the model.
+        asking: The work beside it whenever the draft is asked, likewise.
     """
 
-    def __init__(self, guessing: Guessing, cost: float = 0.0) -> None:
+    def __init__(self, guessing: Guessing, cost: float = 0.0, asking: float = 0.0) -> None:
         self.lookup = Lookup(guessing.lookup)
-        self.limit, self.cost = guessing.draft, cost
+        self.limit, self.cost, self.asking = guessing.draft, cost, asking
         self.length = min(self.limit, 3)
         self.account, self.pause, self.next_pause = START, 0, PAUSE
         self.by_draft = False
@@ -62,6 +63,10 @@ class Guesses:
         """Whether there may be any."""
         return self.lookup.limit > 0 or self.limit > 0
 
+    def rests(self) -> bool:
+        """Whether nothing guesses at present."""
+        return self.pause > 0 and not self.lookup.limit
+
     def ask_draft(self, room: int) -> int:
         """Tokens that the draft is asked for, `room` of them at most; none while it pauses."""
         if self.pause:
@@ -69,7 +74,7 @@ class Guesses:
             return 0
         count = max(0, min(self.length, room))
         if count:
-            self._book(-self.cost)
+            self._book(-self.cost - self.asking)
         return count
 
     def judge(self, drafted: int, accepted: int) -> None:

@@ -127,7 +127,7 @@ class Boarding:
         reused = self.trail.reused
         trails = [self.trail, *(self.trail.fork() for _ in requests[1:])]
         return [
-            Rider(Continuation(each, reused), trail, Guesses(self.guessing, self.session.draft_cost))
+            Rider(Continuation(each, reused), trail, Guesses(self.guessing, *self.session.draft_costs))
             for each, trail in zip(requests, trails, strict=True)
         ]
 
@@ -154,7 +154,7 @@ def board_together(
         Rider(
             Continuation(each),
             Trail(session.prefixes, scope=each.scope),
-            Guesses(guessing, session.draft_cost),
+            Guesses(guessing, *session.draft_costs),
         )
         for each in requests
     ]

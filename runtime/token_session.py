@@ -27,6 +27,9 @@ from .shortlist import Row
 from .state import Limits, State
 from .step_errors import one_step
 
+ASKING = 1_000_000
+"""Parameters that a model reads in the time that the session takes to ask a draft and to verify its guesses."""
+
 USUAL_DRAFT = 5
 """Tokens that a draft guesses at most where nobody says."""
 
@@ -76,16 +79,16 @@ class TokenSession:
         return 0 if self.draft is None else USUAL_DRAFT
 
     @property
-    def draft_cost(self) -> float:
-        """A step of the model's draft in steps of the model, by the parameters that each reads; 0 where it has none.
+    def draft_costs(self) -> tuple[float, float]:
+        """A step of the model's draft, and asking for one, in steps of the model; 0 where it has none.
 
-        The head's embedding, which it does not multiply by, is counted in place of the products that its first layer
-        has more than a Llama's.
+        By the parameters that each reads. The head's embedding, which it does not multiply by, is counted in place of
+        the products that its first layer has more than a Llama's.
         """
         if self.draft is None:
-            return 0.0
-        head = self.draft.backend.spec.as_model(self.spec.max_positions)
-        return count_parameters(head)[1] / count_parameters(self.spec)[1]
+            return 0.0, 0.0
+        head, active = self.draft.backend.spec.as_model(self.spec.max_positions), count_parameters(self.spec)[1]
+        return count_parameters(head)[1] / active, ASKING / active
 
     def start(
         self, batch: int = 1, positions: int | None = None, *, sparse: bool = False, drafted: bool = False

@@ -77,7 +77,7 @@ class Head(nn.Module):
         Returns:
             For each step the logits [R, S - first - step, V'].
         """
-        x = self.fc(self.input_norm(states))
+        x = self.fc(self.input_norm(states)).float()  # the sums of a layer stay of float32
         layer: Layer = self.layers[0]
         length, found, own = states.shape[1], list[Tensor](), list[tuple[Tensor, Tensor]]()
         keys, values = self._keys(layer, layer.read(embedded, x), 0)

@@ -21,7 +21,10 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return arriero.load(build_bundle(model, folder / "bundle"), max_seq=256)
 
 
-def test_the_head_is_right_about_prose_that_it_never_saw(session: Session) -> None:
+def test_the_head_is_right_about_prose_that_it_never_saw(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arriero.runtime.speculation.LEAST_TRUST", 0.0)  # every guess is verified
+    monkeypatch.setattr("arriero.runtime.guesses.LONGEST_PAUSE", 0)
+    monkeypatch.setattr("arriero.runtime.guesses.Guesses.least_trust", 0.0)
     text = (TINY / "unseen.txt").read_text("utf-8")
     accepted = steps = 0
     for start in range(0, 8000, 2000):
@@ -29,10 +32,10 @@ def test_the_head_is_right_about_prose_that_it_never_saw(session: Session) -> No
         found = session.generate(text[start : start + 250], 60, temperature=0)
         assert found == plain
         accepted, steps = accepted + found.accepted, steps + len(found.ids) - 1 - found.accepted
-    assert (accepted + steps) / steps > 1.2
+    assert (accepted + steps) / steps > 1.5
 
 
 def test_the_head_is_small_and_says_how_it_was_made() -> None:
     record = json.loads((HEAD / "training.json").read_text())
-    assert (HEAD / "model.safetensors").stat().st_size <= 2 << 20
-    assert record["right_by_step_on_rows_kept_apart"][0] > 0.4
+    assert (HEAD / "model.safetensors").stat().st_size <= 2_000_000
+    assert record["chains_right_up_to_each_step_on_rows_kept_apart"][0] > 0.5
