@@ -59,8 +59,9 @@ class Linear:
     def bound(self) -> float:
         """The largest magnitude that the tokens' own scales are chosen for; 0 is none."""
         for node in self.scaling:
-            if node.op_type == "Min" and (limit := node.inputs[1]) is not None and limit.const_value is not None:
-                return float(limit.const_value.numpy())
+            limit = node.inputs[1] if node.op_type == "Min" else None
+            if limit is not None and (tensor := ir.convenience.get_const_tensor(limit)) is not None:
+                return float(tensor.numpy())
         return 0.0
 
     @property
