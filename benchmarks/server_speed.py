@@ -207,7 +207,7 @@ def fly(session: Session, bias: Bias, streams: int, count: int) -> Load:
 
 
 def measure_cost(server: ServerProcess, bias: Bias, size: tuple[int, int], asked: Any) -> list[tuple[str, str]]:
-    """What the server adds to the flight, and a schema to an answer, as rows of the table."""
+    """Times the server beside its flight, and answers bound by a schema beside free ones. Returns rows of the table."""
     session = arriero.load(asked.folder, threads=asked.threads)
     asyncio.run(chat_load(server, bias, 1, 2, bound=True))  # compiles the schema
     fly(session, bias, 1, 8)

@@ -79,7 +79,7 @@ class LayerQuantiser:
         attended = linears.input("attention_output", spec.heads * spec.head_dim, [f"{name}o_proj"])
         keys, values = (linears.input(part, kv_size, []) for part in ("keys", "values"))
         self.walk.attend(x, observer(source, attended, keys, values))
-        query, key, value, output = (self.walk.stored(f"{name}{part}_proj.weight") for part in "qkvo")
+        query, key, value, output = (self.walk.factor(f"{name}{part}_proj.weight") for part in "qkvo")
         projections = {f"{name}{part}_proj": weight for part, weight in zip("qkv", (query, key, value), strict=True)}
         linears.smooth(source, linears.readers(source, projections))
         linears.smooth(attended, linears.readers(attended, {f"{name}o_proj": output}), self._share_over_group)
@@ -105,9 +105,9 @@ class LayerQuantiser:
         source = linears.input("feed_input", spec.hidden_size, [gate_name, up_name, *router])
         activated = linears.input("down_input", spec.expert_size if has_experts else spec.dense_size, [down_name])
         self.walk.feed(observer(source, activated))
-        gate, up, down = (self.walk.stored(f"{unit}.weight") for unit in (gate_name, up_name, down_name))
+        gate, up, down = (self.walk.factor(f"{unit}.weight") for unit in (gate_name, up_name, down_name))
         weights = {gate_name: gate, up_name: up}
-        weights |= {unit: self.walk.stored(f"{unit}.weight") for unit in router}
+        weights |= {unit: self.walk.factor(f"{unit}.weight") for unit in router}
         readers = linears.readers(source, weights)
         if has_experts:
             self._count_tokens()
@@ -141,7 +141,7 @@ class LayerQuantiser:
             source = self.linears.input("expert_input", self.spec.hidden_size, ["feed_forward.experts"])
             if len(tokens_N):
                 source.statistics.update(next(self.walk.expert_inputs(expert, tokens_N))[1])
-                weight_HN = self.walk.stored("feed_forward.experts.gate_up_proj", expert)
+                weight_HN = self.walk.factor("feed_forward.experts.gate_up_proj", expert)
                 readers.append(source.reader(weight_HN.T, choice))
         return readers
 

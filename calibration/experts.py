@@ -66,7 +66,7 @@ class ExpertQuantiser:
     def _quantise(self, expert: int, feed_input: ProductInput, down_input: ProductInput) -> None:
         linears, choice = self.linears, self.linears.choice(UNIT)
         dtype = linears.weights.stored(f"{linears.prefix}input_layernorm.weight").dtype
-        gate_up, down = (self.walk.stored(f"{UNIT}.{part}_proj", expert) for part in ("gate_up", "down"))
+        gate_up, down = (self.walk.factor(f"{UNIT}.{part}_proj", expert) for part in ("gate_up", "down"))
         source, activated = self._inputs(expert)
         observe = observer(source, activated) if choice.format != "none" else lambda name, x: None
         self.walk.feed_expert(expert, gate_up, down, observe, all_tokens=self.all_experts)

@@ -90,13 +90,9 @@ class LayerWalk:
         """One of the layer's tensors in float32."""
         return self.weights.wide(self.prefix + name, index)
 
-    def stored(self, name: str, index: int | None = None) -> Tensor:
-        """One of the layer's tensors, or a part of a stacked one, on the device, of the type that it is stored in."""
-        return self.weights.stored(self.prefix + name, index).to(self.weights.device)
-
-    def linear(self, unit: str) -> Tensor:
-        """The weight [N, K] of one of the layer's linears, for `project`."""
-        return self.weights.factor(f"{self.prefix}{unit}.weight")
+    def factor(self, name: str, index: int | None = None) -> Tensor:
+        """One of the layer's weights, or a part of a stacked one, on the device, as `Weights.factor` has it."""
+        return self.weights.factor(self.prefix + name, index)
 
     def run(self, x: Hidden, observe: Observe = ignore) -> None:
         """All of the steps."""
@@ -105,8 +101,7 @@ class LayerWalk:
         if self.layer.experts:
             for expert in range(self.spec.experts):
                 gate_up, down = (
-                    self.weights.factor(f"{self.prefix}feed_forward.experts.{name}_proj", expert)
-                    for name in ("gate_up", "down")
+                    self.factor(f"feed_forward.experts.{name}_proj", expert) for name in ("gate_up", "down")
                 )
                 self.feed_expert(expert, gate_up, down, observe)
 
@@ -117,7 +112,7 @@ class LayerWalk:
         """
         norm = self.weight("input_layernorm.weight")
         query_weight, key_weight, value_weight, output_weight = (
-            self.linear(f"self_attn.{name}_proj") for name in "qkvo"
+            self.factor(f"self_attn.{name}_proj.weight") for name in "qkvo"
         )
         inv_freq = inverse_frequencies(self.spec).to(self.weights.device) if self.layer.rope else None
         attributes = attention_attributes(self.spec, self.layer)
@@ -140,8 +135,8 @@ class LayerWalk:
     def feed(self, observe: Observe = ignore) -> None:
         """The dense feed-forward, or the shared expert and the router, with the residual."""
         name = "feed_forward.shared_expert." if self.layer.experts else "feed_forward."
-        gate, up, down = (self.linear(f"{name}{part}_proj") for part in ("gate", "up", "down"))
-        router = self.linear("feed_forward.router") if self.layer.experts else None
+        gate, up, down = (self.factor(f"{name}{part}_proj.weight") for part in ("gate", "up", "down"))
+        router = self.factor("feed_forward.router.weight") if self.layer.experts else None
         router_logits = []
         out_TH = self.out.reshape(-1, self.spec.hidden_size)
         for start, hidden_NH, normed_NH in self._normed_tokens():

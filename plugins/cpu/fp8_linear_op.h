@@ -19,25 +19,20 @@ struct Fp8Linear {
 
     void compute(const Call& call) const {
         const Tensor x = call.input(0), weight = call.input(1), scale = call.input(2), x_scale = call.input(3);
-        const float* from = x.floats();
-        if (x.shape.rank == 0 || x.shape.back() == 0)
-            x.refuse("has the shape " + written(x.shape.dims, x.shape.rank) + ", whose last dimension must not be 0");
-        const int64_t inputs = x.shape.back();
+        const LinearInput given(x);
+        const int64_t inputs = given.inputs;
         weight.expect({-1, inputs});
         const int64_t outputs = weight.shape[0];
         const Fp8Matrix matrix(weight, scale, outputs, inputs, 0);
         if (x_scale.is_given && x_scale.shape.rank) x_scale.expect({1});
         const float* fixed = static_scales(x_scale, 1);
-        Shape shape = x.shape;
-        shape.back() = outputs;
-        float* to = call.output(shape);
-        int64_t count = 1;
-        for (size_t i = 0; i + 1 < x.shape.rank; i++) count = product({count, x.shape[i]});
+        float* to = call.output(given.with(outputs));
+        const int64_t count = given.count();
         if (count == 0 || outputs == 0) return;
         float* const rows = buffers().rows.take<float>(product({count, matrix.row()}));
         float* const scales = buffers().gates.take<float>(count);
         for_rows(call, count, [&](int64_t row) {
-            scales[row] = matrix.round(from + row * inputs, 1, {fixed ? *fixed : 0, bound}, rows + row * matrix.row());
+            scales[row] = matrix.round(given.from + row * inputs, 1, {fixed ? *fixed : 0, bound}, rows + row * matrix.row());
         });
         multiply_plain(call, {{matrix.matrix, 0, count}}, rows, to,
                        [&](const PlainProduct&, int64_t first_row, int64_t last_row, int64_t first, int64_t last) {

@@ -32,8 +32,7 @@ struct Fp8MoeDispatch {
         const int64_t tokens = hidden.shape[0], size = hidden.shape[1];
         down.expect({-1, size, -1});
         const int64_t experts = down.shape[0], width = down.shape[2];
-        if (experts == 0 || width == 0)
-            down.refuse("has the shape " + written(down.shape.dims, 3) + ", and needs experts and their features");
+        Routing::check_held(down);
         const Routing routing{top_k, first_expert, experts};
         const int64_t routed = routing.checked(logits, tokens);
         for (const Tensor* scale : {&hidden_scale, &activated_scale})

@@ -125,8 +125,7 @@ def dispatch(
         "bits": gate_up.bits,
         "group": gate_up.group,
         "down_group": down.group,
-        "top_k": attributes.top_k,
-        "first_expert": attributes.first_expert,
+        **_routing(attributes),
         "experts": experts,
         "width": width,
     }
@@ -154,8 +153,7 @@ def dispatch_plain(
         output: The value to produce, [T, H].
         attributes: The canonical op's attributes.
     """
-    settings = {"top_k": attributes.top_k, "first_expert": attributes.first_expert}
-    _node(nodes, "PlainMoeDispatch", [hidden, router_logits, gate_up, down], settings, output)
+    _node(nodes, "PlainMoeDispatch", [hidden, router_logits, gate_up, down], _routing(attributes), output)
 
 
 def dispatch_fp8(
@@ -178,13 +176,14 @@ def dispatch_fp8(
         output: The value to produce, [T, H].
         attributes: The canonical op's attributes.
     """
-    settings = {
-        "top_k": attributes.top_k,
-        "first_expert": attributes.first_expert,
-        "bound": attributes.activation_bound,
-    }
+    settings = {**_routing(attributes), "bound": attributes.activation_bound}
     inputs = [hidden, router_logits, gate_up.weight, gate_up.scale, down.weight, down.scale]
     _node(nodes, "Fp8MoeDispatch", [*inputs, gate_up.input_scale, down.input_scale], settings, output)
+
+
+def _routing(attributes: Attributes) -> dict[str, Any]:
+    """Which experts a token chooses, as all three ops of experts have it."""
+    return {"top_k": attributes.top_k, "first_expert": attributes.first_expert}
 
 
 def _node(

@@ -23,27 +23,22 @@ struct Linear {
 
     void compute(const Call& call) const {
         const Tensor x = call.input(0), weight = call.input(1), scale = call.input(2), x_scale = call.input(3);
-        const float* from = x.floats();
-        if (x.shape.rank == 0 || x.shape.back() == 0)
-            x.refuse("has the shape " + written(x.shape.dims, x.shape.rank) + ", whose last dimension must not be 0");
-        const int64_t inputs = x.shape.back();
+        const LinearInput given(x);
+        const int64_t inputs = given.inputs;
         const Matrix matrix = matrix_of({weight, scale, bits, group}, inputs, outputs);
         if (bits >= 16)
             for (const Tensor* tensor : {&scale, &x_scale})
                 if (tensor->is_given) tensor->refuse("is given, and weights that are floats have none");
         if (x_scale.is_given && x_scale.shape.rank) x_scale.expect({1});
         const float* fixed = static_scales(x_scale, 1);
-        Shape shape = x.shape;
-        shape.back() = outputs;
-        float* to = call.output(shape);
-        int64_t count = 1;
-        for (size_t i = 0; i + 1 < x.shape.rank; i++) count = product({count, x.shape[i]});
+        float* to = call.output(given.with(outputs));
+        const int64_t count = given.count();
         if (count == 0) return;
-        Rows rows{nullptr, nullptr, nullptr, from};
+        Rows rows{nullptr, nullptr, nullptr, given.from};
         if (bits < 16) {
             rows = buffers().inputs.take(count, matrix);
             for_rows(call, count, [&](int64_t row) {
-                kernels().quantise(from + row * inputs, matrix, 1, fixed ? *fixed : 0, rows, row);
+                kernels().quantise(given.from + row * inputs, matrix, 1, fixed ? *fixed : 0, rows, row);
             });
         }
         multiply(call, {{matrix, 0, count}}, rows, {to, outputs, nullptr, false});

@@ -16,15 +16,10 @@ struct PlainLinear {
 
     void compute(const Call& call) const {
         const Tensor x = call.input(0), weight = call.input(1);
-        const float* from = x.floats();
-        if (x.shape.rank == 0 || x.shape.back() == 0)
-            x.refuse("has the shape " + written(x.shape.dims, x.shape.rank) + ", whose last dimension must not be 0");
-        const PlainMatrix matrix = plain_matrix_of(weight, x.shape.back());
-        Shape shape = x.shape;
-        shape.back() = matrix.outputs;
-        float* to = call.output(shape);
-        int64_t count = 1;
-        for (size_t i = 0; i + 1 < x.shape.rank; i++) count = product({count, x.shape[i]});
-        if (count && matrix.outputs) multiply_plain(call, {{matrix, 0, count}}, from, to, [](auto&&...) {});
+        const LinearInput given(x);
+        const PlainMatrix matrix = plain_matrix_of(weight, given.inputs);
+        float* to = call.output(given.with(matrix.outputs));
+        const int64_t count = given.count();
+        if (count && matrix.outputs) multiply_plain(call, {{matrix, 0, count}}, given.from, to, [](auto&&...) {});
     }
 };

@@ -28,8 +28,7 @@ struct PlainMoeDispatch {
         const int64_t tokens = hidden.shape[0], size = hidden.shape[1];
         down.expect({-1, -1, size});
         const int64_t experts = down.shape[0], width = down.shape[1];
-        if (experts == 0 || width == 0)
-            down.refuse("has the shape " + written(down.shape.dims, 3) + ", and needs experts and their features");
+        Routing::check_held(down);
         gate_up.expect({experts, size, product({2, width})});
         layer.routing = {top_k, first_expert, experts};
         layer.routed = layer.routing.checked(logits, tokens);

@@ -13,6 +13,33 @@ constexpr int64_t SLICES = 64;  // slices of one product at most
 constexpr int64_t ROWS_BYTES = 192 * 1024;  // bytes of rows that a thread takes through its panels: they stay in L2
 constexpr float LEAST_SCALE = 1e-30f;  // below it a row counts as one of zeros
 
+// What a linear takes in, [..., K]: rows of K numbers.
+struct LinearInput {
+    const float* from;
+    Shape shape;
+    int64_t inputs;
+
+    // Refuses what is no float32, or has no inputs.
+    explicit LinearInput(const Tensor& x) : from(x.floats()), shape(x.shape) {
+        if (shape.rank == 0 || shape.back() == 0)
+            x.refuse("has the shape " + written(shape.dims, shape.rank) + ", whose last dimension must not be 0");
+        inputs = shape.back();
+    }
+
+    // The shape of what the linear makes, [..., N].
+    Shape with(int64_t outputs) const {
+        Shape made = shape;
+        made.back() = outputs;
+        return made;
+    }
+
+    int64_t count() const {
+        int64_t rows = 1;
+        for (size_t i = 0; i + 1 < shape.rank; i++) rows = product({rows, shape[i]});
+        return rows;
+    }
+};
+
 struct RowBuffers {
     Buffer values, scales, sums;
 

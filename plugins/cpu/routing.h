@@ -30,6 +30,13 @@ struct Routing {
             hidden.refuse("has the shape " + written(hidden.shape.dims, 2) + ", and needs features");
     }
 
+    // Refuses the last matrices of experts, of three dimensions, where there are no experts or no features.
+    static void check_held(const Tensor& down) {
+        for (size_t i = 0; i < 3; i++)
+            if (down.shape[i] == 0)
+                down.refuse("has the shape " + written(down.shape.dims, 3) + ", and needs experts and their features");
+    }
+
     // Whether each token has one choice, and all experts are here: its row is that choice's.
     bool is_direct(int64_t routed) const { return top_k == 1 && experts == routed; }
 

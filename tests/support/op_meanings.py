@@ -186,17 +186,24 @@ def _experts_fit(call: OpCall) -> bool:
     )
 
 
-def _plain_experts_fit(call: OpCall) -> bool:
+def _held_experts(call: OpCall) -> tuple[tuple[int, ...], int] | None:
+    """The shape of the last matrices of experts that lie as stored, and H; None where their tokens' ways do not fit."""
     a, hidden, logits, down = call.attributes, *(call.given(name) for name in ("hidden", "router_logits", "down"))
     if hidden is None or not is_tensor(hidden, np.float32, (None, None)) or hidden.shape[1] == 0:
-        return False
+        return None
     if down is None or down.ndim != 3 or 0 in down.shape:
-        return False
+        return None
     if logits is None or not is_tensor(logits, np.float32, (hidden.shape[0], None)):
+        return None
+    if not 1 <= a["top_k"] <= logits.shape[1] or a["first_expert"] + len(down) > logits.shape[1]:
+        return None
+    return down.shape, hidden.shape[1]
+
+
+def _plain_experts_fit(call: OpCall) -> bool:
+    if (found := _held_experts(call)) is None:
         return False
-    (held, width, _), size = down.shape, hidden.shape[1]
-    if not 1 <= a["top_k"] <= logits.shape[1] or a["first_expert"] + held > logits.shape[1]:
-        return False
+    (held, width, _), size = found
     shapes = {"gate_up": (held, size, 2 * width), "down": (held, width, size)}
     types = (np.float32, np.float16, BFLOAT16)
     return all(any(is_tensor(call.given(name), dtype, shape) for dtype in types) for name, shape in shapes.items())
@@ -214,16 +221,10 @@ def _fp8_linear_fits(call: OpCall) -> bool:
 
 
 def _fp8_experts_fit(call: OpCall) -> bool:
-    a, hidden, logits, down = call.attributes, *(call.given(name) for name in ("hidden", "router_logits", "down"))
-    if hidden is None or not is_tensor(hidden, np.float32, (None, None)) or hidden.shape[1] == 0:
+    found, bound = _held_experts(call), call.attributes["bound"]
+    if found is None or not np.isfinite(bound) or bound < 0:
         return False
-    if down is None or down.ndim != 3 or 0 in down.shape or not np.isfinite(a["bound"]) or a["bound"] < 0:
-        return False
-    if logits is None or not is_tensor(logits, np.float32, (hidden.shape[0], None)):
-        return False
-    (held, _, width), size = down.shape, hidden.shape[1]
-    if not 1 <= a["top_k"] <= logits.shape[1] or a["first_expert"] + held > logits.shape[1]:
-        return False
+    (held, _, width), size = found
     shapes = {"gate_up": (held, 2 * width, size), "down": (held, size, width)}
     return (
         all(is_tensor(call.given(name), E4M3, shape) for name, shape in shapes.items())
