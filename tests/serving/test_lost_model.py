@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Scene:
         self.service = Service("tiny", Limits(), shares_prefixes=False, report=log.fault)
         transport = httpx.ASGITransport(make_app(self.service, log))
         self.http = httpx.AsyncClient(transport=transport, base_url="http://localhost")
+        self.is_held, self.gate = threading.Event(), threading.Event()
 
     def run(self, act: Callable[["Scene"], Coroutine[Any, Any, None]]) -> None:
         async def whole() -> None:
@@ -46,14 +48,27 @@ class Scene:
         try:
             asyncio.run(whole())
         finally:
+            self.gate.set()
             self.service.close()
 
     async def ask(self, **settings: Any) -> httpx.Response:
         return await self.http.post("/v1/completions", json={**BODY, **settings})
 
-    async def flying(self, count: int) -> None:
-        while self.service.metrics.generation_tokens < count:
-            await asyncio.sleep(0.005)
+    async def fly(self, count: int) -> list["asyncio.Task[httpx.Response]"]:
+        """Asks for answers. Returns once all are asked for, and a step with all rows waits for the gate."""
+        step = self.session.decode_rows
+
+        def hold(*given: Any, **named: Any) -> Any:
+            pilot = self.service.pilot
+            if len(pilot.flight.rows) == SETTINGS.slots and pilot.active == count:
+                self.is_held.set()
+                self.gate.wait(60)
+            return step(*given, **named)
+
+        self.session.decode_rows = hold  # type: ignore[method-assign]
+        asked = [asyncio.create_task(self.ask()) for _ in range(count)]
+        await asyncio.to_thread(self.is_held.wait, 60)
+        return asked
 
     def faults(self) -> list[dict[str, Any]]:
         return [line for line in map(json.loads, self.lines.getvalue().splitlines()) if line["event"] == "fault"]
@@ -86,14 +101,14 @@ def test_who_is_on_board_and_who_waits_end_with_the_model(
     scene: Scene, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def act(scene: Scene) -> None:
-        asked = [asyncio.create_task(scene.ask()) for _ in range(4)]  # two wait for a row
-        await scene.flying(4)
+        asked = await scene.fly(4)  # two wait for a row
         if part == "state":  # as where a sequence that ends cannot be moved
             monkeypatch.setattr(scene.service.pilot.flight, "step", fail)
         else:
             monkeypatch.setattr(type(scene.session.decoder), "fault", INSIDE)
             monkeypatch.setattr(scene.session, "decode_rows", fail)
         monkeypatch.setattr(scene.session, "start", fail)
+        scene.gate.set()
         for answer in await asyncio.gather(*asked):
             assert answer.status_code == 503, answer.text
             assert answer.json()["error"]["code"] == "model_lost"
@@ -119,10 +134,12 @@ def test_a_step_that_fails_for_all_ends_them_and_a_new_flight_takes_the_next(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def act(scene: Scene) -> None:
-        asked = [asyncio.create_task(scene.ask()) for _ in range(2)]
-        await scene.flying(4)
+        asked = await scene.fly(2)
         monkeypatch.setattr(scene.service.pilot.flight, "leave", fail)  # whoever leaves, leaves rows in no known state
         asked[0].cancel()
+        while scene.service.pilot.inbox.empty():  # the pilot, which is in a step, is not told yet
+            await asyncio.sleep(0.001)
+        scene.gate.set()
         assert (await asked[1]).status_code == 500
         assert (await scene.ask(max_tokens=3)).status_code == 200
         assert (await scene.http.get("/health")).status_code == 200
