@@ -9,6 +9,7 @@ The cost is the processor's time of the session and the plugins: kernels, driver
 import argparse
 import itertools
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,26 +37,35 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.cost:
         return tell_cost(arguments.cost)
-    names = arguments.only
-    shown, wrong, gpu = Table("precision", "way", "graphs", "tokens", "clear", "equal of these"), 0, Gpu()
+    wrong, gpu = 0, Gpu()
     ids = np.random.default_rng(0).integers(3, VOCABULARY - 3, (3, 30)).tolist()
     prompts = [[*ids[0][:7] * 3], ids[1], ids[2][:9], [*ids[0][:7] * 3]]
+    rows: list[tuple[str, ...]] = []
+
+    def tell(*row: str) -> None:
+        rows.append(row)
+        print(*row, f"{time.perf_counter() - started:.0f} s", sep=", ", flush=True)
+
+    started = time.perf_counter()
     with TemporaryDirectory() as folder:
-        for name in names:
+        for name in arguments.only:
             model = str(make_model(name, Path(folder) / name, llama4))
             for way, graphs in itertools.product(WAYS, (True, False)):
                 given = {"model": model, "graphs": graphs}
                 found, _, _ = gpu.run("texts", prompts=prompts, new=10, way=way, **given)
-                rows = gpu.run("judged", prompts=prompts, found=found, **given)
-                clear = [behind == 0 for apart, behind in rows if apart > 2 * BOUNDS[name]]
+                judged = gpu.run("judged", prompts=prompts, found=found, **given)
+                clear = [behind == 0 for apart, behind in judged if apart > 2 * BOUNDS[name]]
                 wrong += len(clear) - sum(clear)
-                counts = (str(len(rows)), f"{len(clear) / len(rows):.1%}", f"{np.mean(clear):.1%}")
-                shown.add_row(name, way, "on" if graphs else "off", *counts)
+                counts = (str(len(judged)), f"{len(clear) / len(judged):.1%}", f"{np.mean(clear):.1%}")
+                tell(name, way, "on" if graphs else "off", *counts)
             shortened, whole = gpu.run("drawn", model=model, ids=ids[0][:5], seeds=20)
             wrong += shortened != whole
             same = np.mean([a == b for a, b in zip(shortened, whole, strict=True)])
-            shown.add_row(name, "drawn from shortlists", "on", str(len(whole)), "", f"{same:.1%}")
+            tell(name, "drawn from shortlists", "on", str(len(whole)), "", f"{same:.1%}")
     gpu.close()
+    shown = Table("precision", "way", "graphs", "tokens", "clear", "equal of these")
+    for row in rows:
+        shown.add_row(*row)
     Console().print(shown)
     return int(wrong > 0)
 

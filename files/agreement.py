@@ -20,12 +20,8 @@ from .onnx_outline import Outline, Tensor, read_outline
 from .safetensors import Region, Shard, open_shard
 from .tower_agreement import PIXELS, check_tower_nodes
 
-PART = re.compile(r"(.+)\[(\d{1,6})\]")
-"""The name of one expert's part of a stack."""
-
-NODES, NODES_OF_LAYER, NODES_OF_EXPERT = 1000, 200, 100
-"""Nodes of a decoder's graph at most: besides its layers', of each layer, and of each expert of a layer. Ours have 8,
-115 and 61 where they have most, in FP8 with dynamic activations."""
+NODES, NODES_OF_LAYER = 1000, 200
+"""Nodes of a decoder's graph at most: besides its layers', and of each layer. Of each layer ours have some 40."""
 
 CACHE = re.compile(r"(past|present)\.(\d{1,5})\.(key|value)")
 
@@ -51,21 +47,19 @@ def check_weights(weights: Iterable[Weight], files: Mapping[str, Path], *, of_ra
 
 
 def _check_weight(weight: Weight, tensors: Mapping[str, Region], *, of_rank: bool) -> None:
-    region, start, shape = _find(weight, tensors)
-    dtype, expected = CODES[weight.dtype], weight.shape
+    region, dtype, expected = _find(weight, tensors), CODES[weight.dtype], weight.shape
     if weight.is_made:
         dtype, expected = CODES["uint8" if weight.layout == "panels" else weight.convert], weight.given_shape
     elif weight.dtype in ("int4", "uint4") and expected:
         expected = (*expected[:-1], expected[-1] // 2)
     if region.dtype != dtype:
         raise _wrong(weight, f"is {dtype}, its file has it as {region.dtype}")
-    if of_rank and (_is_portion(weight, expected, region) if start is None else _is_expert(weight, expected, region)):
+    if of_rank and _is_portion(weight, expected, region):
         return
-    if shape != expected and (start is None or math.prod(shape) != math.prod(expected)):
-        raise _wrong(weight, f"has the shape {shortened(list(expected))}, in its file {shortened(list(shape))}")
-    place = region.offset + (start or 0)
-    if weight.offset != place:
-        raise _wrong(weight, f"lies at {weight.offset}, in its file at {place}")
+    if region.shape != expected:
+        raise _wrong(weight, f"has the shape {shortened(list(expected))}, in its file {shortened(list(region.shape))}")
+    if weight.offset != region.offset:
+        raise _wrong(weight, f"lies at {weight.offset}, in its file at {region.offset}")
 
 
 def _is_portion(weight: Weight, shape: tuple[int, ...], whole: Region) -> bool:
@@ -80,22 +74,11 @@ def _is_portion(weight: Weight, shape: tuple[int, ...], whole: Region) -> bool:
     return shape[axis + 1 :] == whole.shape[axis + 1 :] and 0 <= start <= end <= whole.size and start % row == 0
 
 
-def _is_expert(weight: Weight, shape: tuple[int, ...], whole: Region) -> bool:
-    """Whether a weight is one of a stack's experts, whichever: a rank numbers its own."""
-    size, start = whole.size // whole.shape[0], weight.offset - whole.offset
-    return math.prod(shape) == math.prod(whole.shape[1:]) and 0 <= start < whole.size and start % size == 0
-
-
-def _find(weight: Weight, tensors: Mapping[str, Region]) -> tuple[Region, int | None, tuple[int, ...]]:
-    """A weight's tensor in its file; of a part of a stack where it begins; and the shape there."""
-    stem = weight.name.partition(":")[0]
-    for name in (weight.name, stem):
+def _find(weight: Weight, tensors: Mapping[str, Region]) -> Region:
+    """A weight's tensor in its file."""
+    for name in (weight.name, weight.name.partition(":")[0]):
         if name in tensors:
-            return tensors[name], None, tensors[name].shape
-    if (match := PART.fullmatch(stem)) and (region := tensors.get(match[1])) and region.shape:
-        count, index = region.shape[0], int(match[2])
-        if index < count:
-            return region, region.size // count * index, region.shape[1:]
+            return tensors[name]
     raise _wrong(weight, "is not in its file")
 
 
@@ -235,7 +218,7 @@ def _check_caches(outline: Outline, model: ModelSpec, cache_bits: int) -> None:
 
 def _check_attention(outline: Outline, model: ModelSpec) -> None:
     """Each layer's attention has the geometry's heads and chunk, and no more nodes are there than layers need."""
-    most = NODES + len(model.layers) * (NODES_OF_LAYER + NODES_OF_EXPERT * model.experts)
+    most = NODES + len(model.layers) * NODES_OF_LAYER
     if len(outline.nodes) > most:
         raise ValueError(f"{len(outline.nodes)} nodes, expected at most {most} of such a model")
     nodes = [node for node in outline.nodes if node.op == "GroupedQueryAttention"]

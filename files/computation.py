@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import shortened
-from .onnx_outline import FLOAT, INT32, INT64, Branch, Constant, Node, Outline, Value
+from .onnx_outline import FLOAT, INT32, INT64, Constant, Node, Outline, Value
 
 Ref = str | Constant
 """A value: its name, or a constant's elements."""
@@ -92,8 +92,7 @@ class Computation:
         if len(node.inputs) == len(node.outputs) == 1 and _changes_nothing(node):
             self.same[node.outputs[0]] = self.ref(node.inputs[0])
             return
-        named = {name: self._value(value) for name, value in node.attributes.items()}
-        key = _key(node.domain, node.op, tuple(map(self.ref, node.inputs)), named)
+        key = _key(node.domain, node.op, tuple(map(self.ref, node.inputs)), node.attributes)
         known = self.made.get(key)
         if known is not None and len(known) >= len(node.outputs):
             self.same |= dict(zip(node.outputs, known, strict=False))
@@ -105,12 +104,6 @@ class Computation:
             self.maker[name] = key
         for each in {each for each in key.inputs if isinstance(each, str)}:
             self.readers.setdefault(each, []).append(key)
-
-    def _value(self, value: Value) -> Value:
-        """An attribute's value, a branch by what its outputs are."""
-        if isinstance(value, Branch):
-            return Branch(tuple(self.ref(each) if isinstance(each, str) else each for each in value.outputs))
-        return value
 
     def find(self, op: str, *inputs: Ref, domain: str = "", **attributes: Value) -> str:
         """The output of the node that computes this.

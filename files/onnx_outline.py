@@ -1,7 +1,7 @@
 """The outline of an ONNX graph, read from its bytes without trust and without onnx: inputs, outputs, weights, nodes.
 
 Enters: a serialized model. Leaves: an `Outline`, or a `ValueError` where the bytes are no such thing, or where the
-graph holds what no graph of Arriero's does: functions, weights of inner graphs, a message twice where only one can be.
+graph holds what no graph of Arriero's does: functions, inner graphs, a message twice where only one can be.
 The numbers are those of ONNX's protocol buffer. Standard library only.
 """
 
@@ -24,9 +24,6 @@ FLOAT, INT32, INT64 = 1, 6, 7
 
 FORMS = {FLOAT: "f", INT32: "i", INT64: "q"}
 """Forms of their elements, as `struct` names them."""
-
-DEEPEST = 4
-"""Graphs within graphs at most."""
 
 LONGEST_CONSTANT = 64
 """Bytes of a constant that is known by its elements; a longer one is like no other."""
@@ -58,14 +55,7 @@ class Constant:
     elements: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """An inner graph: its outputs, each a name or a constant."""
-
-    outputs: tuple[str | Constant, ...]
-
-
-Value = int | float | bytes | tuple[int, ...] | tuple[float, ...] | Constant | Branch | None
+Value = int | float | bytes | tuple[int, ...] | tuple[float, ...] | Constant | None
 """An attribute's value; None of what no attribute of ours is."""
 
 
@@ -88,7 +78,7 @@ class Outline:
         inputs: Inputs by name.
         outputs: Outputs by name.
         weights: Initializers by name.
-        nodes: Nodes in order, those of inner graphs before the node that holds them.
+        nodes: Nodes in order.
         opsets: Versions of the sets of operators, by domain.
     """
 
@@ -119,7 +109,7 @@ def read_outline(data: bytes) -> Outline:
             outline.opsets[plain_domain(domain)] = version
     if len(graphs) != 1:
         raise ValueError(f"{len(graphs)} graphs in one file")
-    _read_graph(graphs[0], outline, 0)
+    _read_graph(graphs[0], outline)
     return outline
 
 
@@ -128,26 +118,16 @@ def plain_domain(domain: str) -> str:
     return "" if domain == "ai.onnx" else domain
 
 
-def _read_graph(data: memoryview, outline: Outline, depth: int) -> Branch:
-    if depth > DEEPEST:
-        raise ValueError(f"graphs within graphs, more than {DEEPEST} deep")
-    outputs: dict[str, Tensor] = {}
+def _read_graph(data: memoryview, outline: Outline) -> None:
     for number, value in _fields(data):
         if number == 1:
-            outline.nodes.append(_read_node(_part(value), outline, depth))
+            outline.nodes.append(_read_node(_part(value)))
         elif number == 5:
-            name, tensor = _tensor(_part(value))
-            if depth:
-                raise ValueError(f"a weight of an inner graph, {shortened(name)}")
-            _add(outline.weights, name, tensor)
+            _add(outline.weights, *_tensor(_part(value)))
         elif number in (11, 12):
-            name, tensor = _value_info(_part(value))
-            _add(outputs if number == 12 else outline.inputs if not depth else {}, name, tensor)
+            _add(outline.inputs if number == 11 else outline.outputs, *_value_info(_part(value)))
         elif number == 15:
             raise ValueError("a sparse weight")
-    if not depth:
-        outline.outputs = outputs
-    return Branch(tuple(outputs))
 
 
 def _add(found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
@@ -156,7 +136,7 @@ def _add(found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     found[name] = tensor
 
 
-def _read_node(data: memoryview, outline: Outline, depth: int) -> Node:
+def _read_node(data: memoryview) -> Node:
     domain, op, inputs, outputs = "", "", list[str](), list[str]()
     attributes: dict[str, Value] = {}
     for number, value in _fields(data):
@@ -167,7 +147,7 @@ def _read_node(data: memoryview, outline: Outline, depth: int) -> Node:
         elif number == 7:
             domain = _text(value)
         elif number == 5:
-            name, found = _attribute(_part(value), outline, depth)
+            name, found = _attribute(_part(value))
             if name in attributes:
                 raise ValueError(f"the attribute {shortened(name)} is there twice")
             attributes[name] = found
@@ -176,7 +156,7 @@ def _read_node(data: memoryview, outline: Outline, depth: int) -> Node:
     return Node(plain_domain(domain), op, attributes, tuple(inputs), tuple(outputs))
 
 
-def _attribute(data: memoryview, outline: Outline, depth: int) -> tuple[str, Value]:
+def _attribute(data: memoryview) -> tuple[str, Value]:
     """An attribute's name and value, which its type chooses among its fields."""
     name, kind, number_of = "", 0, dict[int, Value]()
     ints, floats = list[int](), list[float]()
@@ -191,18 +171,16 @@ def _attribute(data: memoryview, outline: Outline, depth: int) -> tuple[str, Val
             number_of[2] = _signed(value)
         elif number == 4 and not isinstance(value, int):
             number_of[3] = bytes(value)
-        elif number in (5, 6):
-            if number - 1 in number_of:
+        elif number == 5:
+            if 4 in number_of:
                 raise ValueError(f"the attribute {shortened(name)} has two values")
-            number_of[number - 1] = (
-                _constant(_part(value)) if number == 5 else _read_graph(_part(value), outline, depth + 1)
-            )
+            number_of[4] = _constant(_part(value))
         elif number == 7 and not isinstance(value, int):
             floats += _array("f", value)
         elif number == 8:
             ints += [_signed(each) for each in ([value] if isinstance(value, int) else _varints(value))]
-        elif number in (10, 11, 21, 22, 23):
-            raise ValueError("an attribute of several tensors or graphs, a sparse one, or one of a function")
+        elif number in (6, 10, 11, 21, 22, 23):
+            raise ValueError("an attribute of a graph, of several tensors, a sparse one, or one of a function")
     return name, {**number_of, 6: tuple(floats), 7: tuple(ints)}.get(kind)
 
 
