@@ -36,7 +36,11 @@ from tokenizers import Tokenizer
 import arriero
 from arriero.engine import build_bundle
 from arriero.export import export_checkpoint
-from arriero.runtime import Session, guesses, speculation
+from arriero.runtime import Session, speculation
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+
+from free_drafts import FreeDrafts
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY, HEAD = EXAMPLES / "tiny-llama4", EXAMPLES / "tiny-llama4-draft"
@@ -45,6 +49,8 @@ sys.path.insert(0, str(TINY))
 from corpus import held_out_text  # noqa: E402
 
 PROMPT = 64
+LARGER = 0.05, 0.23
+"""A step of the head and a token more to verify, in steps of the model whose guesses are replayed."""
 CLOCK = time.perf_counter
 GREEDY: dict[str, Any] = {"temperature": 0}
 WAYS: dict[str, dict[str, Any]] = {
@@ -135,6 +141,7 @@ def tiny_rows(
 def replay_row(bundle: Path, steps: list[list[Asked]], count: int, most: int, threads: int, rounds: int) -> Any:
     """A record of a bundle whose steps are replayed."""
     session = arriero.load(bundle, max_seq=1024, threads=threads)
+    session.costs = FreeDrafts()
     rng = np.random.default_rng(0)
     asked = [rng.integers(7, session.spec.vocab_size, PROMPT).tolist() for _ in steps]
     free: dict[str, Any] = {"draft_tokens": 0, "temperature": 0, "eos_token_id": []}
@@ -185,8 +192,7 @@ def main() -> None:
         global CLOCK
         CLOCK = time.process_time
     if arguments.every_guess:
-        speculation.LEAST_TRUST, guesses.LONGEST_PAUSE = 0.0, 0
-        guesses.Guesses.least_trust = 0.0  # type: ignore[assignment, method-assign]
+        speculation.LEAST_TRUST = 0.0
     count, most, rounds = arguments.tokens, arguments.draft_tokens, arguments.rounds
     texts = {
         "held-out documents": prompts(held_out_text(), arguments.prompts),
@@ -196,7 +202,9 @@ def main() -> None:
         model = export_checkpoint(TINY, Path(name) / "model", draft=arguments.head)
         bundle = build_bundle(model, Path(name) / "bundle")
         session = arriero.load(bundle, max_seq=PROMPT + count, threads=arguments.threads)
+        session.costs = FreeDrafts() if arguments.every_guess else session.costs
         found = tiny_rows(session, texts, count, most, rounds, arguments.lookup)
+        session.costs = FreeDrafts(*LARGER)
         asked = texts["held-out documents"][:8]
         steps = [recorded(session, prompt, count, draft_tokens=most, **GREEDY)[1] for prompt in asked]
         steps = [each for each in steps if each]

@@ -35,6 +35,10 @@ from arriero.export import export_checkpoint
 from arriero.runtime import Flight, Generated, Request, Session
 from arriero.runtime.continuation import Continuation, joined
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+
+from free_drafts import FreeDrafts
+
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama4"
 TEXT = TINY / "train.py"
 POOL, LONGEST = 60, 60
@@ -316,7 +320,7 @@ def soak(
         decoder: Any = FailingDecoder(plain.decoder, failing)
         parts = (decoder, plain.text, plain.defaults, plain.limits)
         session = Session(*parts, prefix_bytes=bytes_kept, draft=plain.draft)
-        session.lock = plain.lock  # they share its decoder
+        session.lock, session.costs = plain.lock, FreeDrafts()  # they share its decoder
         sessions.append(session)
     rides = [Ride(shared, session, number) for number, session in enumerate(sessions * riders)]
     threads = [threading.Thread(target=ride.run) for ride in rides]

@@ -110,12 +110,25 @@ class Followed:
         self.caches = draft.backend.caches(batch, positions + SLACK, sparse=sparse)
         self.read_B = np.zeros(batch, np.int32)
         self.began_B = np.zeros(batch, np.int32)  # the decoder's token where each began to follow
+        self.is_idle = [False] * batch
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.states: list[list[NDArray[np.float32]]] = [[] for _ in range(batch)]
         self._bindings: dict[tuple[int, int], DraftBinding] = {}
 
+    def heed(self, row: int, past: int | np.int32, is_wanted: bool) -> None:
+        """Leaves a row alone that holds `past` tokens, or follows it, again from here on."""
+        if is_wanted == self.is_idle[row]:
+            self.is_idle[row] = not is_wanted
+            self.forget(row, past)
+
+    def follows(self, first: int, count: int) -> bool:
+        """Whether any of some rows is followed."""
+        return not all(self.is_idle[first : first + count])
+
     def add(self, row: int, tokens: NDArray[np.int64], states_SW: NDArray[np.float32]) -> None:
         """Takes tokens that the decoder has read, and its states behind each of them [S, L·H]."""
+        if self.is_idle[row]:
+            return
         self.tokens[row] += tokens.tolist()
         self.states[row].append(states_SW.copy())
         if len(self.tokens[row]) <= WAITING:
@@ -128,13 +141,15 @@ class Followed:
     def rewind(self, row: int, count: int) -> None:
         """Forgets a row's last tokens, or all where one that follows what is kept has been read."""
         kept = len(self.tokens[row]) - count
+        if self.is_idle[row]:
+            return
         if count and (kept < 0 or (kept == 0 and self.read_B[row])):
             self.forget(row, int(self.began_B[row] + self.read_B[row]) + kept)
         elif count:
             states_SW = np.concatenate(self.states[row])[:kept]
             self.tokens[row], self.states[row] = self.tokens[row][:kept], [states_SW] if kept else []
 
-    def forget(self, row: int, past: int) -> None:
+    def forget(self, row: int, past: int | np.int32) -> None:
         """Begins anew in a row that holds `past` tokens, which were never seen."""
         self.read_B[row], self.began_B[row], self.tokens[row], self.states[row] = 0, past, [], []
 
@@ -144,7 +159,7 @@ class Followed:
 
     def is_whole(self, row: int) -> bool:
         """Whether the draft follows a row from its first token on; all of it that can be read is read then."""
-        if self.began_B[row]:
+        if self.is_idle[row] or self.began_B[row]:
             return False
         if len(self.tokens[row]) > 1:
             self._catch_up(row)
@@ -153,6 +168,7 @@ class Followed:
     def move(self, source: int, target: int) -> None:
         """Puts one row's place into another's; the caches move with the decoder's."""
         self.read_B[target], self.began_B[target] = self.read_B[source], self.began_B[source]
+        self.is_idle[target] = self.is_idle[source]
         self.tokens[target], self.states[target] = list(self.tokens[source]), list(self.states[source])
 
     def propose(self, first: int, newest: Sequence[int], wanted: Sequence[int], choose: Choice) -> list[list[int]]:

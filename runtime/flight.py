@@ -32,7 +32,7 @@ from .pace import Pace
 from .party import Party, Pieces, failed, usual_budget
 from .rider import Boarding, Rider, board_together
 from .shortlist import Row
-from .speculation import guess_next
+from .speculation import guess_next, settle
 from .step_errors import step_error
 from .token_session import TokenSession
 
@@ -168,8 +168,10 @@ class Flight:
         """
         pieces = self._read_prompts(self._budget())
         if self.rows:
-            drafts = self._guess()
+            started, riders = time.perf_counter(), [rider for _, rider in self.rows]
+            drafts = self._guess(riders)
             pieces += self._verify(drafts) if any(drafts) else self._take(0, self.pace.of_step(self._decode))
+            settle(self.session.costs, riders, time.perf_counter() - started, with_guesses=any(drafts))
         return pieces
 
     def _budget(self) -> int:
@@ -179,9 +181,8 @@ class Flight:
         coming = min(self.slots, self.riding + sum(len(party.members) for party in self.waiting)) - len(self.rows)
         return self.prefill_budget or usual_budget(coming, len(self.rows), self.pace)
 
-    def _guess(self) -> list[list[int]]:
+    def _guess(self, riders: list[Rider]) -> list[list[int]]:
         """Guesses the next tokens of each row; where that fails, none, which changes nothing but the time."""
-        riders = [rider for _, rider in self.rows]
         if not any(rider.guesses.are_on for rider in riders):
             return []
         try:

@@ -85,7 +85,7 @@ class Boarding:
         self.session, self.state, self.request, self.guessing = session, state, request, guessing
         self.features: list[NDArray[np.float32]] = []
         self.trail: Trail | None = None
-        state.rewind([0])
+        _begin(session, state, [request])
 
     @property
     def left(self) -> int:
@@ -127,7 +127,7 @@ class Boarding:
         reused = self.trail.reused
         trails = [self.trail, *(self.trail.fork() for _ in requests[1:])]
         return [
-            Rider(Continuation(each, reused), trail, Guesses(self.guessing, *self.session.draft_costs))
+            Rider(Continuation(each, reused), trail, _guesses(self.session, each, self.guessing))
             for each, trail in zip(requests, trails, strict=True)
         ]
 
@@ -149,13 +149,26 @@ def board_together(
     Returns:
         The requests under way, and the logits [B, V] after their prompts.
     """
-    state.rewind([0] * len(requests))
+    _begin(session, state, requests)
     riders = [
         Rider(
             Continuation(each),
             Trail(session.prefixes, scope=each.scope),
-            Guesses(guessing, *session.draft_costs),
+            _guesses(session, each, guessing),
         )
         for each in requests
     ]
     return riders, session.prefill(state, [each.prompt.ids for each in requests])
+
+
+def _begin(session: TokenSession, state: State, requests: Sequence[Request]) -> None:
+    """Forgets what rows hold; the draft follows those of requests for which it may be asked."""
+    state.rewind([0] * len(requests))
+    if state.followed is not None:
+        for row, request in enumerate(requests):
+            rest = session.costs.rests[request.sampling.temperature > 0]
+            state.followed.heed(state.first + row, 0, not rest.is_given_up)
+
+
+def _guesses(session: TokenSession, request: Request, guessing: Guessing) -> Guesses:
+    return Guesses(guessing, session.costs, is_drawn=request.sampling.temperature > 0)

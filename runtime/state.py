@@ -52,6 +52,11 @@ class State:
         """Number of rows."""
         return len(self.past_B)
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether a draft follows any row at present."""
+        return self.followed is not None and self.followed.follows(self.first, self.batch)
+
     def rows(self, start: int, stop: int) -> "State":
         """A state of some of the rows, one after another, over the same caches and lengths."""
         part = copy.copy(self)
@@ -125,7 +130,7 @@ class State:
             Logits [B, R, V].
         """
         binding, past_B = self.binding(rows), self.past_B[rows]
-        if self.followed is None:
+        if self.followed is None or not self.followed.follows(self.first + rows.start, len(ids_BS)):
             logits_BRV = binding.step(ids_BS, past_B, positions_BR, features_MH)
         else:
             with_states = cast(StatesBinding, binding)

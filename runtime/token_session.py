@@ -8,6 +8,7 @@ A `State` belongs to one thread at a time.
 
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,7 @@ from ..spec.parameters import count_parameters
 from .backends.interface import DecoderBackend
 from .checks import array, is_whole, whole
 from .draft import Draft
+from .draft_costs import DraftCosts
 from .images.features import Features, RowFeatures
 from .images.tower import Tower
 from .pieces import cut
@@ -26,9 +28,6 @@ from .room import check_fits
 from .shortlist import Row
 from .state import Limits, State
 from .step_errors import one_step
-
-ASKING = 1_000_000
-"""Parameters that a model reads in the time that the session takes to ask a draft and to verify its guesses."""
 
 USUAL_DRAFT = 5
 """Tokens that a draft guesses at most where nobody says."""
@@ -56,6 +55,7 @@ class TokenSession:
         self.decoder, self.tower, self.draft = decoder, tower, draft
         self.limits, self.max_seq, self.max_batch = limits, limits.max_seq, limits.max_batch
         self.lock = threading.RLock()
+        self.costs = DraftCosts(0.0 if draft is None else share_of_step(draft, decoder.spec))
         self.prefixes = Prefixes(decoder.spec.chunk, prefix_bytes, self.lock)
 
     @property
@@ -77,18 +77,6 @@ class TokenSession:
     def usual_draft(self) -> int:
         """Tokens that the model's draft guesses at most at a time where nobody says; 0 where it has none."""
         return 0 if self.draft is None else USUAL_DRAFT
-
-    @property
-    def draft_costs(self) -> tuple[float, float]:
-        """A step of the model's draft, and asking for one, in steps of the model; 0 where it has none.
-
-        By the parameters that each reads. The head's embedding, which it does not multiply by, is counted in place of
-        the products that its first layer has more than a Llama's.
-        """
-        if self.draft is None:
-            return 0.0, 0.0
-        head, active = self.draft.backend.spec.as_model(self.spec.max_positions), count_parameters(self.spec)[1]
-        return count_parameters(head)[1] / active, ASKING / active
 
     def start(
         self, batch: int = 1, positions: int | None = None, *, sparse: bool = False, drafted: bool = False
@@ -169,8 +157,9 @@ class TokenSession:
         for row, tokens in enumerate(rows):
             ids_BS[row, : len(tokens)] = tokens
         positions_BR = np.broadcast_to(np.arange(ids_BS.shape[1], dtype=np.int64), ids_BS.shape)
+        run = partial(state.run, slice(0, len(rows)), ids_BS, positions_BR, lengths_B)
         with self.lock, one_step():
-            logits_BRV = state.run(slice(0, len(rows)), ids_BS, positions_BR, lengths_B)
+            logits_BRV = self.costs.of_tokens(len(rows), int(lengths_B.sum()) - len(rows), run)
         return [logits_RV[:length] for logits_RV, length in zip(logits_BRV, lengths_B.tolist(), strict=True)]
 
     def decode(self, state: State, tokens_B: Sequence[int]) -> NDArray[np.float32]:
@@ -182,8 +171,13 @@ class TokenSession:
 
     def decode_rows(self, state: State, tokens_B: Sequence[int]) -> Sequence[Row]:
         """Adds one token to every row. Returns each row's logits after it, of a GPU those that a draw looks at."""
-        if state.followed is not None:
-            return list(self.decode(state, tokens_B))
+        if state.followed is None:
+            return self._decode_rows(state, tokens_B)
+        decode = self.decode if state.is_followed else self._decode_rows
+        with self.lock:
+            return list(self.costs.of_tokens(len(tokens_B), 0, partial(decode, state, tokens_B)))
+
+    def _decode_rows(self, state: State, tokens_B: Sequence[int]) -> Sequence[Row]:
         ids_B1 = self._next_ids(state, tokens_B)
         with self.lock, one_step():
             rows = state.binding(slice(0, len(ids_B1))).decode(ids_B1, state.past_B)
@@ -314,6 +308,16 @@ class TokenSession:
         if outside := [token for token in (ids_S.min(), ids_S.max()) if not 0 <= token < self.spec.vocab_size]:
             said = shortened(int(outside[0]))
             raise SessionError(f"token id {said} is outside the vocabulary of {self.spec.vocab_size}")
+
+
+def share_of_step(draft: Draft, spec: ModelSpec) -> float:
+    """A draft's step in steps of the model, by the parameters that each reads, as long as none was timed.
+
+    The head's embedding, which it does not multiply by, is counted in place of the products that its first layer has
+    more than a Llama's.
+    """
+    head = draft.backend.spec.as_model(spec.max_positions)
+    return count_parameters(head)[1] / count_parameters(spec)[1]
 
 
 def _counts(rows: Sequence[Sequence[int]]) -> list[int]:

@@ -45,10 +45,10 @@ def recorded(session: Session, prompt: Sequence[int], count: int, **settings: An
             super().__init__(*given)
             steps.append(Asked())
 
-        def choose(self, row: int, step: int, logits_V: NDArray[np.float32]) -> int | None:
-            token = super().choose(row, step, logits_V)
+        def choose(self, row: int, step: int, logits_V: NDArray[np.float32]) -> tuple[int | None, bool]:
+            token, goes_on = super().choose(row, step, logits_V)
             steps[-1].drafted += token is not None
-            return token
+            return token, goes_on
 
     with choosing(Recorder):
         for piece in session.stream(list(prompt), count, **settings):
@@ -74,17 +74,17 @@ def replayed(session: Session, prompt: Sequence[int], text: Sequence[int], steps
     left = itertools.cycle(steps)
 
     class Replay(Chooser):
-        def __init__(self, draft: Any, riders: Any, counts: Any) -> None:
-            super().__init__(draft, riders, counts)
+        def __init__(self, model: Session, riders: Any, counts: Any) -> None:
+            super().__init__(model, riders, counts)
             self.place = len(riders[0].continuation.ids) - len(prompt)
             self.now = next(left)
 
-        def choose(self, row: int, step: int, logits_V: NDArray[np.float32]) -> int | None:
+        def choose(self, row: int, step: int, logits_V: NDArray[np.float32]) -> tuple[int | None, bool]:
             super().choose(row, step, logits_V)
             if step == self.now.drafted:
-                return None
+                return None, False
             right = int(text[self.place + step])
-            return right if step < self.now.accepted else (right + 1) % session.spec.vocab_size
+            return right if step < self.now.accepted else (right + 1) % session.spec.vocab_size, True
 
     with choosing(Replay):
         found = session.generate(

@@ -205,6 +205,7 @@ class OnnxRuntimeBinding:
         self.weights = decoder.weights
         self.vocab_size, self.states_width = decoder.spec.vocab_size, decoder.states_width
         self.no_features = np.zeros((1, decoder.spec.hidden_size), np.float32) if decoder.takes_images else None
+        self.unread: Any = None
         self.io = self.session.io_binding()
         self.kept = bind_caches(self.io, caches, rows)
         if decoder.group is not None:
@@ -251,8 +252,7 @@ class OnnxRuntimeBinding:
         value = ort.OrtValue.ortvalue_from_numpy(logits_BRV)  # the same memory
         self.io.bind_ortvalue_output("logits", value)
         if self.states_width:
-            wanted = states_BSW if states_BSW is not None else np.empty((*ids_BS.shape, self.states_width), np.float32)
-            states = ort.OrtValue.ortvalue_from_numpy(wanted)
+            states = self._unread(ids_BS.shape) if states_BSW is None else ort.OrtValue.ortvalue_from_numpy(states_BSW)
             self.io.bind_ortvalue_output("draft_states", states)
         for name in self.watched:
             self.io.bind_output(name, "cpu")
@@ -263,6 +263,12 @@ class OnnxRuntimeBinding:
             watched = (value.numpy() for value in self.io.get_outputs()[-len(self.watched) :])
             self.watch(dict(zip(self.watched, watched, strict=True)))
         return logits_BRV
+
+    def _unread(self, shape: tuple[int, ...]) -> Any:
+        """Memory for states that nobody reads, kept for the next piece of as many tokens."""
+        if self.unread is None or self.unread.shape()[:2] != list(shape):
+            self.unread = ort.OrtValue.ortvalue_from_shape_and_type([*shape, self.states_width], np.float32)
+        return self.unread
 
     def decode(self, ids_B1: NDArray[np.int64], past_B: NDArray[np.int32]) -> Sequence[NDArray[np.float32]]:
         """Runs a token of each row. Returns each row's logits after it."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from free_drafts import FreeDrafts
 
 import arriero
 from arriero.engine import build_bundle
@@ -18,13 +19,13 @@ TINY, HEAD = EXAMPLES / "tiny-llama4", EXAMPLES / "tiny-llama4-draft"
 def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     folder = tmp_path_factory.mktemp("drafted")
     model = export_checkpoint(TINY, folder / "model", draft=HEAD)
-    return arriero.load(build_bundle(model, folder / "bundle"), max_seq=256)
+    session = arriero.load(build_bundle(model, folder / "bundle"), max_seq=256)
+    session.costs = FreeDrafts()
+    return session
 
 
 def test_the_head_is_right_about_prose_that_it_never_saw(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("arriero.runtime.speculation.LEAST_TRUST", 0.0)  # every guess is verified
-    monkeypatch.setattr("arriero.runtime.guesses.LONGEST_PAUSE", 0)
-    monkeypatch.setattr("arriero.runtime.guesses.Guesses.least_trust", 0.0)
     text = (TINY / "unseen.txt").read_text("utf-8")
     accepted = steps = 0
     for start in range(0, 8000, 2000):

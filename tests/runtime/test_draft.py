@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from eagle_reference import Reference, head_config, write_head
+from free_drafts import FreeDrafts
 from numpy.typing import NDArray
 
 import arriero
@@ -17,7 +18,7 @@ from arriero.errors import SessionError
 from arriero.export import export_checkpoint
 from arriero.runtime import Flight, Session
 from arriero.runtime.draft import WAITING, Followed
-from arriero.runtime.guesses import VERIFYING, Guesses, Guessing
+from arriero.runtime.guesses import Guessing
 from arriero.runtime.rider import Boarding
 
 VOCABULARY = 24
@@ -41,17 +42,22 @@ def model(make_llama4: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
     return export_checkpoint(folder / "checkpoint", folder / "model", draft=head)
 
 
+def load(folder: Path, **settings: Any) -> Session:
+    """A session whose draft is asked whatever it costs."""
+    session = arriero.load(folder, max_seq=160, **settings)
+    session.costs = FreeDrafts()
+    return session
+
+
 @pytest.fixture(scope="module")
 def session(model: Path) -> Session:
-    return arriero.load(model, max_seq=160)
+    return load(model)
 
 
 @pytest.fixture
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts that are verified however little they trust themselves, and asked however often they were wrong."""
-    monkeypatch.setattr(Guesses, "least_trust", 0.0)
+    """Drafts that are verified however little they trust themselves."""
     monkeypatch.setattr("arriero.runtime.speculation.LEAST_TRUST", 0.0)
-    monkeypatch.setattr("arriero.runtime.guesses.LONGEST_PAUSE", 0)
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -118,7 +124,7 @@ def test_a_text_may_fill_the_session(session: Session) -> None:
 
 @pytest.mark.usefixtures("trusting")
 def test_known_beginnings_change_nothing(model: Path, session: Session) -> None:
-    keeping = arriero.load(model, max_seq=160, prefix_bytes=1 << 24)
+    keeping = load(model, prefix_bytes=1 << 24)
     prompt = np.random.default_rng(3).integers(3, VOCABULARY, 70).tolist()
     for turn in (prompt, [*prompt, 8, 9, 10]):
         plain = session.generate(turn, 60, draft_tokens=0, **GREEDY)
@@ -130,7 +136,7 @@ def test_known_beginnings_change_nothing(model: Path, session: Session) -> None:
 
 @pytest.mark.usefixtures("trusting")
 def test_known_beginnings_keep_what_the_draft_has_read(model: Path) -> None:
-    keeping, ids = arriero.load(model, max_seq=160, prefix_bytes=1 << 24), prompts(1)[0] * 3
+    keeping, ids = load(model, prefix_bytes=1 << 24), prompts(1)[0] * 3
     twice = []
     for _ in range(2):
         state = keeping.start(1, 160, drafted=True)
@@ -149,7 +155,7 @@ def test_known_beginnings_keep_what_the_draft_has_read(model: Path) -> None:
 
 @pytest.mark.usefixtures("trusting")
 def test_beginnings_that_no_draft_has_read_have_it_begin_behind_them(model: Path) -> None:
-    keeping, ids = arriero.load(model, max_seq=160, prefix_bytes=1 << 24), prompts(1)[0] * 3
+    keeping, ids = load(model, prefix_bytes=1 << 24), prompts(1)[0] * 3
     plain = keeping.generate(ids, 40, draft_tokens=0, **GREEDY)
     found = keeping.generate(ids, 40, draft_tokens=4, **GREEDY)
     assert found.reused > 16
@@ -265,46 +271,22 @@ def test_a_verification_that_fails_is_done_without_guesses(session: Session, mon
     assert session.generate_many(prompts(3), 30, draft_tokens=3, **GREEDY) == plain
 
 
-def test_as_many_are_guessed_as_are_right() -> None:
-    guesses = Guesses(Guessing(draft=6))
-    guesses.by_draft = True
-    lengths = []
-    for drafted, accepted in ((3, 3), (4, 4), (5, 1), (2, 2), (4, 0)):
-        guesses.judge(drafted, accepted)
-        lengths.append(guesses.length)
-    assert lengths == [4, 5, 3, 3, 2]
-
-
-def test_a_draft_that_is_never_right_is_asked_seldom() -> None:
-    guesses, asked = Guesses(Guessing(draft=4), cost=0.2), 0
-    for _ in range(400):
-        if count := guesses.ask_draft(10):
-            guesses.by_draft = True
-            guesses.judge(count, 0)
-            asked += 1
-    assert asked < 20
-
-
-@pytest.mark.parametrize(("cost", "right"), [(0.3, 0.0), (0.3, 0.3), (0.05, 0.1)])
-def test_a_draft_that_does_not_pay_costs_little_and_one_that_pays_is_not_left(cost: float, right: float) -> None:
-    """By its own account; a draft that trusts none of its guesses is asked in vain."""
-    guesses, rng, spent = Guesses(Guessing(draft=4), cost), np.random.default_rng(0), 0.0
-    for step in range(1000):
-        if count := guesses.ask_draft(10):
-            guesses.by_draft = True
-            verified = count if step % 2 else 0
-            accepted = int(np.logical_and.accumulate(rng.random(verified) < right).sum())
-            guesses.judge(verified, accepted)
-            spent += cost * max(1, verified) + VERIFYING * verified - accepted
-    assert spent < 0.03 * 1000
-    guesses = Guesses(Guessing(draft=4), cost / 3)
-    guesses.by_draft = True
-    asked = 0
-    for _ in range(1000):
-        count = guesses.ask_draft(10)
-        guesses.judge(count, int(np.logical_and.accumulate(rng.random(count) < 0.7).sum()))
-        asked += count > 0
-    assert asked > 900
+def test_a_row_that_is_left_alone_is_followed_from_where_it_is_wanted_again(session: Session) -> None:
+    state, (prompt,) = session.start(1, 64, drafted=True), prompts(1)
+    followed = state.followed
+    assert followed is not None
+    session.prefill(state, [prompt])
+    followed.heed(0, int(state.past_B[0]), is_wanted=False)
+    assert not state.is_followed
+    assert not followed.is_whole(0)
+    for token in prompt[:3]:
+        session.decode_rows(state, [token])
+    assert not followed.tokens[0]
+    followed.heed(0, int(state.past_B[0]), is_wanted=True)
+    session.decode_rows(state, [prompt[3]])
+    assert followed.tokens[0] == [prompt[3]]
+    assert int(followed.began_B[0]) == len(prompt) + 3
+    assert followed.propose(0, [prompt[4]], [2], lambda row, step, logits_V: (5, True)) == [[5, 5]]
 
 
 def test_a_models_draft_is_used_unless_nobody_wants_it(session: Session, model: Path) -> None:
@@ -328,7 +310,7 @@ def test_a_bundle_has_the_draft_in_it(model: Path, session: Session, tmp_path: P
     spec = json.loads((bundle / "spec.json").read_text())
     assert {file["path"] for file in spec["weight_files"]} == {""}
     prompt = prompts(1)[0]
-    built = arriero.load(bundle, max_seq=160)
+    built = load(bundle)
     assert built.generate(prompt, 60, draft_tokens=4, **GREEDY) == session.generate(prompt, 60, **GREEDY)
 
 
