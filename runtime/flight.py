@@ -183,10 +183,9 @@ class Flight:
 
     def _guess(self, riders: list[Rider]) -> list[list[int]]:
         """Guesses the next tokens of each row; where that fails, none, which changes nothing but the time."""
-        if not any(rider.guesses.are_on for rider in riders):
-            return []
         try:
-            return guess_next(self.session, self.state.rows(0, len(riders)), riders)
+            state = self.state.rows(0, len(riders))
+            return guess_next(self.session, state, riders) if any(rider.guesses.are_on for rider in riders) else []
         except Exception:  # of whatever kind: the model's own step says what is wrong, if it is
             return []
 
