@@ -1,4 +1,4 @@
-"""What a draft's guesses cost in a session, by the clock, and whether those of late were worth it.
+"""The cost of a draft's guesses in a session, by the clock, and whether those of late were worth it.
 
 Enters: the times of steps with guesses and without. Leaves: costs in steps of the model, of one row among those that
 step together: what one row's guesses cost, all wait for. Invariant: what is told changes nothing but how often guesses
@@ -45,7 +45,7 @@ others compute on the machine as well."""
 
 
 class DraftCosts:
-    """What guesses cost, in steps of the model.
+    """The cost of guesses, in steps of the model.
 
     Args:
         going_on: A step of the draft, before one was timed.
