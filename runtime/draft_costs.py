@@ -1,7 +1,7 @@
 """The cost of a draft's guesses in a session, by the clock, and whether those of late were worth it.
 
 Enters: the times of steps with guesses and without. Leaves: costs in steps of the model, of one row among those that
-step together: what one row's guesses cost, all wait for. Invariant: what is told changes nothing but how often guesses
+step together: what one row's guesses cost, all wait for. Invariant: these costs change nothing but how often guesses
 are asked for.
 """
 
@@ -75,7 +75,7 @@ class DraftCosts:
         return min(seconds / plain - 1, MOST) if plain else None
 
     def of_tokens(self, rows: int, guesses: int, run: Callable[[], T]) -> T:
-        """Has the model read a token of each of some rows, and so many guesses besides; takes down the time."""
+        """Has the model read a token of each of some rows, and guesses besides; takes down the time."""
         started = time.perf_counter()
         found = run()
         self._seen["run", rows, guesses].append(time.perf_counter() - started)
