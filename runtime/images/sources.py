@@ -53,6 +53,10 @@ WHOLE, MAX_WHOLE = ("WEBP", "AVIF"), 1 << 25
 LARGE = 1 << 25
 """Pixels from which on images are decoded one after another, whoever asks for them: memory is bounded by one's."""
 
+STRIP = 1 << 20
+"""Pixels that are converted at once: Pillow lets no other thread of Python's run while it lays some modes over white
+or takes them out of their colour space. 30 ms."""
+
 MAX_SIDE = 65535
 """The largest side, a JPEG's. A resize keeps numbers for each pixel of a side, whatever the area."""
 
@@ -147,7 +151,8 @@ def _check_start(file: Path | BytesIO, name: str) -> None:
         SessionError: It does.
     """
     if isinstance(file, BytesIO):
-        start = file.getbuffer()[: LONGEST_START + 1].tobytes()
+        start = file.read(LONGEST_START + 1)  # its buffer would be a copy of all of it
+        file.seek(0)
     else:
         with open_regular(file) as opened:
             start = opened.read(LONGEST_START + 1)
@@ -219,14 +224,25 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
             raise SessionError(f"{name}: floating-point pixels, expected 8 or 16 bits a channel: convert it")
         if image.mode == "I" or image.mode.startswith("I;16"):
             image = _high_byte(image, name)
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image if image.mode == "RGB" else image.convert("RGB")
+        is_clear = "A" in image.getbands() or image.info.get("transparency") is not None
+        return _convert(image, is_clear) if is_clear or image.mode != "RGB" else image
     except SessionError:
         raise
     except Exception as error:  # each format's decoder fails in its own ways
         raise SessionError(f"{name}: damaged ({error}): give an intact image") from error
+
+
+def _convert(image: Image.Image, is_clear: bool) -> Image.Image:
+    """An image in RGB, over white where it is clear. It is taken in strips, between which other threads may run."""
+    whole = Image.new("RGB", image.size)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if is_clear:
+            strip = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        whole.paste(strip.convert("RGB"), (0, top))
+    return whole
 
 
 def _high_byte(image: Image.Image, name: str) -> Image.Image:

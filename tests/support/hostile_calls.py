@@ -218,7 +218,7 @@ def bases() -> list[OpCall]:
     made = [linear(rng, bits) for bits in (4, 8, 16, 32)] + [experts(rng, bits) for bits in (4, 8)]
     made += [attention(rng, cache) for cache in CACHES] + [all_reduce(rng) for _ in range(2)]
     made += [plain_linear(rng, dtype) for dtype in (np.float32, np.float16, BFLOAT16)]
-    made += [plain_experts(rng, dtype) for dtype in (np.float32, BFLOAT16)]
+    made += [plain_experts(rng, dtype) for dtype in (np.float32, np.float16, BFLOAT16)]
     return [*made, fp8_linear(rng), fp8_experts(rng)]
 
 

@@ -1,6 +1,8 @@
 import os
 import re
+import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -246,6 +248,58 @@ def test_large_images_are_decoded_one_after_another(monkeypatch: pytest.MonkeyPa
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(read_image, [Image.new("RGB", (side, side)) for _ in range(4)]))
         assert most[0] == expected
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "CMYK", "LAB", "P", "RGB", "L"])
+def test_images_are_converted_in_strips_as_pillow_converts_them_whole(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strip of two rows and one of the row that is left; of modes without an alpha one colour is clear."""
+    monkeypatch.setattr(sources, "STRIP", 150)
+    image = Image.new("LAB", (60, 41), (90, 140, 60)) if mode == "LAB" else drawn(60, 41).convert(mode)
+    if image.getbands()[-1] == "A":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    elif mode in ("P", "RGB", "L"):
+        image.info["transparency"] = image.getpixel((0, 0))
+    expected = image.convert("RGB")
+    if image.has_transparency_data:
+        clear = image.convert("RGBA")
+        expected = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+        assert not same(image.convert("RGB"), expected)
+    assert same(read_image(image), expected)
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="times of threads are of Linux")
+def test_other_threads_run_while_a_large_clear_image_is_read() -> None:
+    """Processor time that the reading thread takes between two moments of another's."""
+    clock, gaps, image = (
+        time.pthread_getcpuclockid(threading.get_ident()),
+        [0.0],
+        Image.new("RGBA", (5000, 5000), (9, 9, 9, 99)),
+    )
+    has_ended = threading.Event()
+
+    def watch() -> None:
+        last = time.clock_gettime(clock)
+        while not has_ended.wait(0.001):
+            now = time.clock_gettime(clock)
+            gaps.append(now - last)
+            last = now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    read_image(image)
+    has_ended.set()
+    watcher.join()
+    assert max(gaps) < 0.1
+
+
+def test_bytes_of_an_image_are_not_copied() -> None:
+    data = encoded(SCENE, "PPM") + bytes(1 << 24)
+    tracemalloc.start()
+    with sources._opened(BytesIO(data), "it"):
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
 
 
 def test_slow_forms_of_a_usual_size_are_read() -> None:
