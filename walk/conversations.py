@@ -11,7 +11,7 @@ Paths are relative to the file. `tools`, `documents` and `chat_template_kwargs` 
 (`ChatSettings`). As in a session, control tokens are the chat template's alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ from .rows import read_rows, said_in
 BESIDE = ("tools", "documents", "chat_template_kwargs")
 """Keys of a line that are settings of its conversation."""
 
+OVERHEAD = 256
+"""Bytes that a conversation and each of its images take beside tokens and an image's file, about."""
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -44,9 +47,15 @@ class Conversation:
     ids_S: NDArray[np.int64]
     images: tuple[ImageSource, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes, about."""
+        held = sum(len(image) for image in self.images if isinstance(image, str | bytes))
+        return OVERHEAD * (1 + len(self.images)) + self.ids_S.nbytes + held
 
-def read_conversations(path: Path, text: Text, prompts: ImagePrompts | None) -> list[Conversation]:
-    """Reads a file of rows; a text begins as the tokenizer begins one.
+
+def read_conversations(path: Path, text: Text, prompts: ImagePrompts | None) -> Iterator[Conversation]:
+    """Reads a file of rows, one after another; a text begins as the tokenizer begins one.
 
     Args:
         path: The file.
@@ -56,25 +65,24 @@ def read_conversations(path: Path, text: Text, prompts: ImagePrompts | None) -> 
     Raises:
         DataError: The file or a line cannot be read, or a conversation is none that the model takes.
     """
-    found = []
     for where, row in read_rows(path):
         said = said_in(row, where)
-        if isinstance(said, str):
-            found.append(Conversation(np.array(text.encode(said), np.int64), ()))
-            continue
+        images: tuple[ImageSource, ...] = ()
         settings: Any = {name: row[name] for name in BESIDE if name in row}
         try:
-            messages, images = _read(said, row, where, path.parent)
-            if images and prompts is None:
-                raise DataError(f"{where} has an image, the model takes text only: leave it out")
-            ids = text.encode_chat(messages, **settings)
+            if isinstance(said, str):
+                ids = text.encode(said)
+            else:
+                messages, images = _read(said, row, where, path.parent)
+                if images and prompts is None:
+                    raise DataError(f"{where} has an image, the model takes text only: leave it out")
+                ids = text.encode_chat(messages, **settings)
             if prompts is not None and images:
                 pictures = (read_image(image) for image in images)
                 ids = prompts.expand(ids, [choose_grid(each.height, each.width, prompts.settings) for each in pictures])
         except (SessionError, FolderError) as error:
             raise DataError(f"{where}: {error}") from error
-        found.append(Conversation(np.array(ids, np.int64), images))
-    return found
+        yield Conversation(np.array(ids, np.int64), images)
 
 
 def cut_images(images: Sequence[ImageSource], prompts: ImagePrompts) -> NDArray[np.float16]:

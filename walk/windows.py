@@ -6,6 +6,7 @@ follow. Windows are longer than the model's attention chunk where there is enoug
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError, FolderError, SessionError
 from ..files.folders import SPEC
-from ..runtime.images.placeholders import ImagePrompts
+from ..runtime.images.placeholders import START, ImagePrompts
 from ..runtime.images.sources import ImageSource
 from ..runtime.text import Text
 from ..spec.geometry import ModelSpec, VisionSpec
@@ -25,6 +26,17 @@ from .rows import is_rows, read_utf8
 SHORTEST_WINDOW = 512
 FEWEST_TOKENS = 256
 """With fewer tokens nothing can be said about any channel."""
+
+MOST_KEPT = 1 << 30
+"""Bytes of tokens and of images, as their files have them, that all data have at most."""
+
+MOST_CHARACTERS = 1 << 22
+"""Characters of a row at most: tokenising takes 150 bytes of memory for each."""
+
+PIECE = 1 << 20
+"""Characters of a text file that are tokenised at once, up to the end of a word."""
+
+END = re.compile(r"(?<=\w)(?= \w)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,27 +139,65 @@ def read_windows(
         raise DataError(f"window is {window}, expected 2 to {spec.max_positions} tokens")
     text = _text_of(folder)
     paths = [Path(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
-    chats = [path for path in paths if is_rows(path)]
-    ids: list[int] = []
-    for path in paths:
-        if path not in chats:
-            ids += text.encode(_text(path), special_tokens=False)
-    prompts = _prompts(text) if chats and vision is not None else None
-    talks = [talk for path in chats for talk in read_conversations(path, text, prompts)]
+    prompts = _prompts(text) if vision is not None and any(map(is_rows, paths)) else None
+    ids_S, talks = _read_all(paths, text, prompts)
     said = sum(len(talk.ids_S) for talk in talks)
-    if len(ids) + said < FEWEST_TOKENS:
-        raise DataError(f"the data has {len(ids) + said} tokens, expected at least {FEWEST_TOKENS}: give more --data")
-    largest = max([*ids, *(int(talk.ids_S.max()) for talk in talks)])
+    if len(ids_S) + said < FEWEST_TOKENS:
+        raise DataError(f"the data has {len(ids_S) + said} tokens, expected at least {FEWEST_TOKENS}: give more --data")
+    largest = max(int(each.max(initial=0)) for each in (ids_S, *(talk.ids_S for talk in talks)))
     if largest >= spec.vocab_size:
         raise DataError(f"the tokenizer makes id {largest}, the vocabulary has {spec.vocab_size}")
-    start = text.encode("")
-    length = min(window or window_length(spec), *([len(start) + len(ids)] if ids else []), *([said] if said else []))
+    start = np.array(text.encode(""), np.int64)
+    length = min(
+        window or window_length(spec), *([len(start) + len(ids_S)] if len(ids_S) else []), *([said] if said else [])
+    )
     step = length - len(start)
-    places = range(0, len(ids) - step + 1, step) if ids else ()
-    cut: list[Cut] = [(np.array(start + ids[at : at + step]), ()) for at in places]
+    places = range(0, len(ids_S) - step + 1, step) if len(ids_S) else ()
+    cut: list[Cut] = [(np.concatenate([start, ids_S[at : at + step]]), ()) for at in places]
     cut += _pack(talks, length)
     chosen = np.unique(np.linspace(0, len(cut) - 1, min(samples, len(cut))).round().astype(np.int64))
     return _with_images([cut[at] for at in chosen], vision, prompts)
+
+
+def _read_all(
+    paths: Sequence[Path], text: Text, prompts: ImagePrompts | None
+) -> tuple[NDArray[np.int64], list[Conversation]]:
+    """The tokens of all text files, and the conversations and texts of all rows.
+
+    Raises:
+        DataError: A file cannot be read, or they are too much together.
+    """
+    text.most_characters = min(text.most_characters, MOST_CHARACTERS)
+    kept, pieces, talks = 0, [np.zeros(0, np.int64)], list[Conversation]()
+
+    def keep(size: int, path: Path) -> None:
+        nonlocal kept
+        kept += size
+        if kept > MOST_KEPT:
+            of = f", of {len(paths)} files" if len(paths) > 1 else ""
+            raise DataError(
+                f"{path}: up to here the data has {kept} bytes of tokens and images{of}, expected {MOST_KEPT} at "
+                "most: give fewer or smaller files with --data"
+            )
+
+    for path in paths:
+        for piece in () if is_rows(path) else _pieces(_text(path)):
+            pieces.append(np.array(text.encode(piece, special_tokens=False), np.int64))
+            keep(pieces[-1].nbytes, path)
+        for talk in read_conversations(path, text, prompts) if is_rows(path) else ():
+            talks.append(talk)
+            keep(talk.nbytes, path)
+    return np.concatenate(pieces), talks
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in parts that are tokenised one after another: whole words, or a piece of one that is far longer."""
+    at = 0
+    while at < len(text):
+        word = END.search(text, at + PIECE, at + 2 * PIECE)
+        end = word.end() if word is not None else at + PIECE
+        yield text[at:end]
+        at = end
 
 
 Cut = tuple[NDArray[np.int64], tuple[ImageSource, ...]]
@@ -180,7 +230,9 @@ def _with_images(cut: Sequence[Cut], vision: VisionSpec | None, prompts: ImagePr
     ids_WS = np.stack([ids_S for ids_S, _ in cut]).astype(np.int64)
     if prompts is None or not any(images for _, images in cut):
         return Windows(ids_WS=ids_WS)
-    tiles = [cut_images(images, prompts) if images else np.zeros((0,), np.float16) for _, images in cut]
+    begin = prompts.ids[START]
+    begun = [images[: np.count_nonzero(ids_S == begin)] for ids_S, images in cut]
+    tiles = [cut_images(images, prompts) if images else np.zeros((0,), np.float16) for images in begun]
     return Windows(
         ids_WS=ids_WS,
         is_image_WS=np.isin(ids_WS, list(prompts.ids.values())),

@@ -112,7 +112,7 @@ def chat_of(folder: Path) -> None:
 
 
 def jsonl_of(folder: Path) -> None:
-    read_conversations(folder / "talk.jsonl", Text(folder), None)
+    list(read_conversations(folder / "talk.jsonl", Text(folder), None))
 
 
 def carried_of(folder: Path) -> None:

@@ -27,7 +27,7 @@ EQUAL = {
 def read(folder: Path, rows: list[object], tmp_path: Path, prompts: ImagePrompts | None = None) -> list[Conversation]:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), "utf-8")
-    return read_conversations(path, Text(folder), prompts)
+    return list(read_conversations(path, Text(folder), prompts))
 
 
 def test_a_conversation_is_the_same_in_every_form(tiny: Path, tmp_path: Path) -> None:
@@ -94,11 +94,11 @@ def test_parquet_is_read_as_jsonl(multimodal_checkpoint: Path, tmp_path: Path) -
     rows = [{**EQUAL["messages"], "images": []}, {"messages": [USER], "images": ["small.png"]}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     expected = read(multimodal_checkpoint, list(rows), tmp_path, prompts)
-    found = read_conversations(tmp_path / "rows.parquet", text, prompts)
+    found = list(read_conversations(tmp_path / "rows.parquet", text, prompts))
     assert [talk.ids_S.tolist() for talk in found] == [talk.ids_S.tolist() for talk in expected]
     embedded = [{"messages": [USER], "images": [{"bytes": (tmp_path / "small.png").read_bytes(), "path": None}]}]
     parquet.write_table(pyarrow.Table.from_pylist(embedded), tmp_path / "embedded.parquet")
-    (inside,) = read_conversations(tmp_path / "embedded.parquet", text, prompts)
+    (inside,) = list(read_conversations(tmp_path / "embedded.parquet", text, prompts))
     assert np.array_equal(inside.ids_S, expected[1].ids_S)
 
 
@@ -132,10 +132,10 @@ def test_damaged_parquet_and_folders_are_refused(tiny: Path, tmp_path: Path) -> 
     pytest.importorskip("pyarrow")
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(DataError, match="no Parquet file, or damaged"):
-        read_conversations(tmp_path / "rows.parquet", Text(tiny), None)
+        list(read_conversations(tmp_path / "rows.parquet", Text(tiny), None))
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(DataError, match="is a folder: give the files in it"):
-        read_conversations(tmp_path / "folder.jsonl", Text(tiny), None)
+        list(read_conversations(tmp_path / "folder.jsonl", Text(tiny), None))
 
 
 def test_parquet_of_a_few_bytes_and_endless_rows_is_refused(tmp_path: Path) -> None:

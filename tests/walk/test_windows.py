@@ -15,6 +15,7 @@ from arriero.export.checkpoint import open_checkpoint
 from arriero.runtime.images.placeholders import ImagePrompts
 from arriero.runtime.prompt import PromptReader
 from arriero.runtime.text import Text
+from arriero.walk import windows
 from arriero.walk.conversations import cut_images, read_conversations
 from arriero.walk.windows import Windows, read_windows
 
@@ -123,7 +124,7 @@ def test_a_line_is_read_as_a_session_reads_it(multimodal_checkpoint: Path, write
     lines = [{"messages": [{"role": "user", "content": [*part, said]}]} for part in parts]
     lines.append({"messages": [{"role": "user", "content": [{"type": "image"}, said]}], "images": ["small.png"]})  # type: ignore[dict-item]
     lines.append({"messages": [{"role": "user", "content": [said]}], "images": ["small.png"]})  # type: ignore[dict-item]
-    found = read_conversations(write(lines), text, prompts)
+    found = list(read_conversations(write(lines), text, prompts))
     reader = PromptReader(text, open_checkpoint(multimodal_checkpoint).vision)
     tokens = reader.read(lines[2]["messages"])
     for conversation in found:
@@ -143,3 +144,50 @@ def test_tools_and_calls_without_content_are_read(tiny: Path, write: Write) -> N
     (folder / "chat_template.jinja").write_text(template)
     (found,) = read_conversations(write([line]), Text(folder), None)
     assert found.ids_S.tolist() == Text(folder).encode('[{"name": "f"}]' * 2, special_tokens=False)
+
+
+def test_long_texts_are_tokenised_in_pieces_to_the_same_tokens(
+    tiny: Path, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces end with words; one that is far longer is cut."""
+    whole = windows_of(tiny, [texts[0]], window=64)
+    monkeypatch.setattr(windows, "PIECE", 1500)
+    assert len(list(windows._pieces(texts[0].read_text()))) > 10
+    assert np.array_equal(windows_of(tiny, [texts[0]], window=64).ids_WS, whole.ids_WS)
+    assert [len(piece) for piece in windows._pieces("a" * 3500)] == [1500, 1500, 500]
+
+
+def test_data_that_is_too_much_in_all_is_refused(
+    tiny: Path, write: Write, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write([asked("What?", "That.")] * 40)
+    alone = windows_of(tiny, [texts[0]]), windows_of(tiny, [rows])
+    tokens = len(Text(tiny).encode(texts[0].read_text(), special_tokens=False))
+    monkeypatch.setattr(windows, "MOST_KEPT", 8 * tokens + 300)
+    windows_of(tiny, [texts[0]])
+    said = (
+        r"talks.jsonl: up to here the data has \d+ bytes of tokens and images, of 2 files, expected \d+ at most: give"
+    )
+    with pytest.raises(DataError, match=said):
+        windows_of(tiny, [texts[0], rows])
+    monkeypatch.setattr(windows, "MOST_KEPT", 5000)
+    with pytest.raises(DataError, match=r"up to here the data has \d+ bytes of tokens and images, expected 5000"):
+        windows_of(tiny, [rows])
+    assert all(len(each.ids_WS) for each in alone)
+
+
+def test_a_row_that_is_too_long_is_refused(tiny: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "MOST_CHARACTERS", 500)
+    for long in ({"text": "a b " * 200}, asked("a b " * 200, "c")):
+        with pytest.raises(
+            DataError, match=r"line 2: the text has \d+ characters, 500 are read at once at most: shorten"
+        ):
+            windows_of(tiny, [write([{"text": "fine"}, long])])
+
+
+def test_images_behind_a_windows_end_are_not_cut_into_tiles(multimodal_checkpoint: Path, write: Write) -> None:
+    line = {"messages": [{"role": "user", "content": [{"type": "image", "path": "small.png"}] * 60}]}
+    found = windows_of(multimodal_checkpoint, [write([line] * 3)], window=128)
+    begun = (found.ids_WS == ImagePrompts(Text(multimodal_checkpoint)).ids["<|image_start|>"]).sum(1)
+    assert found.tiles_W.tolist() == begun.tolist()
+    assert 0 < begun.max() < 60
