@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,35 @@ from arriero.spec.recipe import Recipe
 
 SECONDS = 120
 
+HELD = """
+import sys, time
+from pathlib import Path
+from arriero.cli.app import app
+from arriero.runtime import Flight
+step, gate = Flight.step, Path(sys.argv.pop(1))
+def step_where_open(flight):
+    if not gate.exists():
+        return step(flight)
+    time.sleep(0.002)
+    return flight._read_prompts(flight.session.decoder.longest)
+Flight.step = step_where_open
+app()
+"""
+"""A server whose sequences get a first token, and no second while a file is there."""
+
 
 class Served:
-    """A server's process."""
+    """A server's process.
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "arriero", "serve", str(folder), "--threads", "1", "--port", "0", "--json"]
+    Args:
+        folder: Bundle folder.
+        *options: More of its options.
+        gate: A file that holds its sequences while it is there.
+    """
+
+    def __init__(self, folder: Path, *options: str, gate: Path | None = None) -> None:
+        python = ["-m", "arriero"] if gate is None else ["-c", HELD, str(gate)]
+        command = [sys.executable, *python, "serve", str(folder), "--threads", "1", "--port", "0", "--json"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -44,6 +69,20 @@ class Served:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(json.loads(line) if line.startswith("{") else {"event": "text", "text": line})
+
+    def gauge(self, name: str) -> float:
+        """A metric's value."""
+        text = httpx.get(f"{self.url}/metrics", timeout=SECONDS).text
+        found = re.search(rf"^vllm:{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
+        assert found, text
+        return float(found[1])
+
+    def await_gauge(self, name: str, value: float) -> None:
+        """Waits until a metric has a value."""
+        end = time.monotonic() + SECONDS
+        while (found := self.gauge(name)) != value:
+            assert time.monotonic() < end, (name, found)
+            time.sleep(0.02)
 
     def client(self, key: str = "none") -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
@@ -87,8 +126,8 @@ def serve(bundle: Path) -> Iterator[Callable[..., Served]]:
     """Starts servers of a test's own."""
     servers: list[Served] = []
 
-    def start(*options: str, folder: Path | None = None) -> Served:
-        servers.append(Served(folder or bundle, *options))
+    def start(*options: str, folder: Path | None = None, gate: Path | None = None) -> Served:
+        servers.append(Served(folder or bundle, *options, gate=gate))
         return servers[-1]
 
     yield start
@@ -96,6 +135,14 @@ def serve(bundle: Path) -> Iterator[Callable[..., Served]]:
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """A file, there from the beginning, that holds a server's sequences."""
+    path = tmp_path / "gate"
+    path.touch()
+    return path
 
 
 @pytest.fixture

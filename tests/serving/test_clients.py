@@ -1,8 +1,9 @@
 """OpenAI's own client against a server's process."""
 
 import json
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -194,18 +195,18 @@ def test_a_field_that_is_not_heeded_is_refused_by_name(client: OpenAI, settings:
     assert len(caught.value.message) < 500
 
 
-def test_a_client_that_leaves_frees_its_row(served: Any, client: OpenAI, http: httpx.Client) -> None:
-    streams = [chat(client, stream=True, max_tokens=900, extra_body=ENDLESS) for _ in range(8)]
+def test_a_client_that_leaves_frees_its_row(serve: Callable[..., Any], gate: Path) -> None:
+    server = serve("--slots", "8", "--max-seq", "1024", "--model-name", "tiny", gate=gate)
+    streams = [chat(server.client(), stream=True, max_tokens=900, extra_body=ENDLESS) for _ in range(8)]
     for stream in streams:
         next(iter(stream))
         stream.close()
-    end = time.monotonic() + 20
-    while 'num_requests_running{model_name="tiny"} 0.0' not in (text := http.get("/metrics").text):
-        assert time.monotonic() < end, text
-        time.sleep(0.05)
-    assert 'num_requests_waiting{model_name="tiny"} 0.0' in text
-    assert 'kv_cache_usage_perc{model_name="tiny"} 0.0' in text
-    assert chat(client, max_tokens=2).usage.completion_tokens == 2
+    server.await_gauge("num_requests_running", 0)
+    assert server.gauge("num_requests_waiting") == server.gauge("kv_cache_usage_perc") == 0
+    assert server.gauge("generation_tokens_total") == len(streams)
+    gate.unlink()
+    assert chat(server.client(), max_tokens=2).usage.completion_tokens == 2
+    assert server.end() == 0
 
 
 def test_tokens_and_texts_are_exchanged(http: httpx.Client, session: Session) -> None:

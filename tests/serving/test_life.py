@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from arriero.cli.app import app
 
-LONG: dict[str, Any] = {"max_tokens": 400, "stream": True, "extra_body": ENDLESS}
+LONG: dict[str, Any] = {"max_tokens": 40, "stream": True, "extra_body": ENDLESS}
 ASKED: list[Any] = [{"role": "user", "content": "The list type"}]
 
 
@@ -29,9 +29,9 @@ def ask(server: Any, **settings: Any) -> Any:
     return client.chat.completions.create(**{"model": server.about["model"], "messages": ASKED, **settings})
 
 
-def test_a_full_queue_is_429_with_a_time_to_come_again(serve: Callable[..., Any]) -> None:
-    server = serve("--slots", "1", "--queue", "1", "--max-seq", "4096", "--first-token-seconds", "2")
-    first = ask(server, **{**LONG, "max_tokens": 4000})
+def test_a_full_queue_is_429_with_a_time_to_come_again(serve: Callable[..., Any], gate: Path) -> None:
+    server = serve("--slots", "1", "--queue", "1", "--max-seq", "512", "--first-token-seconds", "5", gate=gate)
+    first = ask(server, **LONG)
     next(iter(first))
     failures: list[Exception] = []
 
@@ -43,15 +43,14 @@ def test_a_full_queue_is_429_with_a_time_to_come_again(serve: Callable[..., Any]
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    with server.http() as http:
-        while not re.search(r"num_requests_waiting\S* 1", http.get("/metrics").text):
-            time.sleep(0.02)
+    server.await_gauge("num_requests_waiting", 1)
     with pytest.raises(openai.RateLimitError) as caught:
         ask(server, max_tokens=1)
     assert int(caught.value.response.headers["retry-after"]) >= 1
     waiting.join()
     assert [error.status_code for error in failures] == [504]  # type: ignore[attr-defined]
     first.close()
+    gate.unlink()
     assert ask(server, max_tokens=2, messages=ASKED).usage.completion_tokens <= 2
     assert server.end() == 0
 
@@ -85,9 +84,9 @@ def test_a_signal_while_the_model_is_loaded_ends_with_zero(bundle: Path) -> None
     assert not {"library", "fault"} & set(said)
 
 
-def test_a_signal_lets_answers_end_and_takes_no_more(serve: Callable[..., Any]) -> None:
-    server = serve("--slots", "2", "--max-seq", "4096", "--total-seconds", "60")
-    stream = ask(server, **{**LONG, "max_tokens": 1500})
+def test_a_signal_lets_answers_end_and_takes_no_more(serve: Callable[..., Any], gate: Path) -> None:
+    server = serve("--slots", "2", "--max-seq", "512", "--total-seconds", "60", gate=gate)
+    stream = ask(server, **LONG)
     parts = iter(stream)
     next(parts)
     code: list[int] = []
@@ -100,31 +99,33 @@ def test_a_signal_lets_answers_end_and_takes_no_more(serve: Callable[..., Any]) 
         refused = http.post("/v1/chat/completions", json={"messages": ASKED})
         assert refused.status_code == 503
         assert refused.headers["retry-after"]
+    gate.unlink()
     rest = list(parts)
     ending.join()
     assert rest[-1].choices[0].finish_reason == "length"
     assert code == [0]
 
 
-def test_what_has_not_ended_in_time_is_ended_with_an_error(serve: Callable[..., Any]) -> None:
-    server = serve("--slots", "2", "--max-seq", "4096", "--drain-seconds", "0.2")
-    parts = iter(ask(server, **{**LONG, "max_tokens": 4000}))
+def test_what_has_not_ended_in_time_is_ended_with_an_error(serve: Callable[..., Any], gate: Path) -> None:
+    server = serve("--slots", "2", "--max-seq", "512", "--drain-seconds", "0.2", gate=gate)
+    parts = iter(ask(server, **LONG))
     next(parts)
     threading.Thread(target=server.end).start()
     with pytest.raises(openai.APIError, match="stopped"):
         list(parts)
+    gate.unlink()
     assert server.end() == 0
 
 
 HANGING = """
-import itertools, threading
+import threading
 from arriero.cli.app import app
 from arriero.runtime import Flight
-step, count = Flight.step, itertools.count()
-Flight.step = lambda flight: step(flight) if next(count) < 6 else threading.Event().wait()
+step = Flight.step
+Flight.step = lambda flight: step(flight) if len(flight.rows) < 2 else threading.Event().wait()
 app()
 """
-"""A server whose seventh step never ends."""
+"""A server whose step with two rows never ends."""
 
 
 def test_a_second_signal_ends_a_step_that_hangs_and_all_who_wait_learn_so(bundle: Path) -> None:
@@ -135,15 +136,14 @@ def test_a_second_signal_ends_a_step_that_hangs_and_all_who_wait_learn_so(bundle
     answers: dict[bool, httpx.Response] = {}
 
     def wait(*, streams: bool) -> None:
-        body = {"messages": ASKED, "max_tokens": 400, "stream": streams, **ENDLESS}
+        body = {"messages": ASKED, "max_tokens": 800, "stream": streams, **ENDLESS}
         answers[streams] = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
 
     asking = [threading.Thread(target=wait, kwargs={"streams": streams}) for streams in (True, False)]
     for each in asking:
         each.start()
-    while not re.search(r"vllm:generation_tokens_total\S* [1-9]", httpx.get(f"{url}/metrics").text):
+    while not re.search(r"vllm:num_requests_running\S* 2", httpx.get(f"{url}/metrics").text):
         time.sleep(0.02)
-    time.sleep(0.5)  # by then it hangs
     process.terminate()
     while httpx.get(f"{url}/ready").json()["status"] != "draining":
         time.sleep(0.01)
