@@ -159,20 +159,22 @@ class Flight:
                 self.waiting.remove(party)
 
     def step(self) -> Pieces:
-        """Reads prompts into free rows, as far as the budget goes, then adds a token to every sequence, or several.
+        """Adds a token to every sequence, or several, then reads prompts into free rows, as far as the budget goes.
+
+        A prompt's first token is given as soon as it is read: no step of the others stands between.
 
         Returns:
-            A piece of each new token of each sequence, in order: one, those that were guessed rightly besides, and one
-            more of a sequence whose prompt was read to its end. A request has ended, and left, with
-            the piece that has a `finish`. Empty while nothing but a prompt is read, or when no request is there.
+            A piece of each new token of each sequence, in order: one, and those that were guessed rightly besides. A
+            request has ended, and left, with the piece that has a `finish`. Empty while nothing but a prompt is read,
+            or when no request is there.
         """
-        pieces = self._read_prompts(self._budget())
+        pieces: Pieces = []
         if self.rows:
             started, riders = time.perf_counter(), [rider for _, rider in self.rows]
             drafts = self._guess(riders)
-            pieces += self._verify(drafts) if any(drafts) else self._take(0, self.pace.of_step(self._decode))
+            pieces = self._verify(drafts) if any(drafts) else self._take(0, self.pace.of_step(self._decode))
             settle(self.session.costs, riders, time.perf_counter() - started, with_guesses=any(drafts))
-        return pieces
+        return pieces + self._read_prompts(self._budget())
 
     def _budget(self) -> int:
         """Tokens of prompts that this step reads."""

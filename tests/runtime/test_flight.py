@@ -115,6 +115,21 @@ def test_short_prompts_are_read_together(session: Session, monkeypatch: pytest.M
     assert read == [[20, 30, 25], [100], [3], [2]]  # 128 is a chunk
 
 
+def test_a_first_token_waits_for_no_step_of_others(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, decode = [0], session.decode_rows
+
+    def counted(*given: Any) -> Any:
+        steps[0] += 1
+        return decode(*given)
+
+    monkeypatch.setattr(session, "decode_rows", counted)
+    flight = Flight(session, slots=3)
+    for riding, prompts in enumerate((["The list type"], ["Return the", "import"])):
+        numbers = [flight.join(session.request(prompt, 9, temperature=0, **FREE)) for prompt in prompts]
+        assert [number for number, _ in flight.step()][riding:] == numbers
+        assert steps[0] == riding  # what rode before had its step first
+
+
 def test_images_ride_along(multimodal_model: Path) -> None:
     session = arriero.load(multimodal_model, max_seq=200)
     rng = np.random.default_rng(0)
