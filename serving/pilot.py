@@ -21,11 +21,15 @@ from ..runtime.party import Pieces, failed
 from .errors import RequestError, is_requests_own, lost_model, step_failed, without_folders
 from .fairness import FairQueue
 from .metrics import Metrics
-from .rides import FINISHES, Ride
+from .rides import FINISHES, Countdown, Ride
 
 MOST_RETRY_SECONDS = 60
 MOST_STEP_SECONDS = 5.0
 """Seconds that the step under way has to end when the server ends."""
+
+WAIT_SHARE, LEAST_WAIT, MOST_WAIT = 0.2, 0.0005, 0.002
+"""Of a step's time, and in seconds, what the next step waits for first tokens to be on their way to clients: with all
+processors computing, they would leave late, and once a sequence that costs the others little."""
 
 MOST_FAILURES = 3
 """Sequences that ended with no fault of their own, and no other between them, after which a new flight is tried."""
@@ -58,6 +62,7 @@ class Batch:
     pieces: list[tuple[Ride, int, Generated]] = field(default_factory=list)
     used: float = 0.0
     time: float = 0.0
+    written: Countdown | None = None
 
 
 Entry = tuple[Ride, int, Sequence[Request]]
@@ -233,8 +238,14 @@ class Pilot:
 
     def _hand_over(self, batch: Batch) -> None:
         batch.used, batch.time = self._used, time.perf_counter()
+        wait = min(MOST_WAIT, WAIT_SHARE * self.flight.pace.step) if self.lost is None else 0.0
+        firsts = {ride for ride, index, _ in batch.pieces if not ride.timelines[index].first}
+        if firsts and wait >= LEAST_WAIT:
+            batch.written = Countdown(firsts)
         if batch.pieces or batch.boarded:
             self._call(self._deliver, batch)
+        if batch.written is not None:
+            batch.written.event.wait(wait)
 
     def _obey(self, command: str, ride: Ride) -> None:
         """Lets a ride join or leave."""
@@ -316,6 +327,8 @@ class Pilot:
     def _deliver(self, batch: Batch) -> None:
         """Hands pieces to their rides, in the event loop."""
         metrics, now = self.metrics, batch.time
+        if batch.written is not None:
+            batch.written.begin()
         for ride, index, boarded in batch.boarded:
             timeline = ride.timelines[index]
             timeline.boarded = boarded

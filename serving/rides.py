@@ -5,9 +5,11 @@ are the event loop's alone, but for the numbers that the flight's thread gives t
 """
 
 import asyncio
+import functools
 import itertools
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..runtime import Generated, Request
@@ -25,6 +27,7 @@ class Ride:
         user: The name by which users take turns.
 
     Attributes:
+        when_taken: Called once, when whoever awaits pieces has taken, and dealt with, those that are there.
         take_at_once: Called with a piece, not a sequence's last, while someone awaits pieces and none is there; where
             it returns True, it has taken the piece, and nobody is woken.
     """
@@ -38,6 +41,7 @@ class Ride:
         self.prompts = {first: len(party[0].prompt.ids) for first, party in zip(firsts, parties, strict=False)}
         self.pieces: list[tuple[int, Generated]] = []
         self.timers: list[asyncio.TimerHandle] = []
+        self.when_taken: Callable[[], None] | None = None
         self.take_at_once: Callable[[int, Generated], bool] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -49,6 +53,9 @@ class Ride:
     async def next(self) -> list[tuple[int, Generated]]:
         """Waits for pieces. Returns all that are there, each with its sequence's number; none once all have ended."""
         while not self.pieces:
+            taken, self.when_taken = self.when_taken, None
+            if taken is not None:
+                taken()
             if not self.riding:
                 return []
             self._waiter = asyncio.get_running_loop().create_future()
@@ -87,6 +94,28 @@ class Ride:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+
+class Countdown:
+    """Lets a thread wait until several rides' pieces have been dealt with in another.
+
+    Args:
+        rides: The rides.
+    """
+
+    def __init__(self, rides: Iterable[Ride]) -> None:
+        self.left = set(rides)
+        self.event = threading.Event()
+
+    def begin(self) -> None:
+        """Looks out for each ride, in the event loop."""
+        for ride in self.left:
+            ride.when_taken = functools.partial(self._count, ride)
+
+    def _count(self, ride: Ride) -> None:
+        self.left.discard(ride)
+        if not self.left:
+            self.event.set()
 
 
 @dataclass(slots=True)

@@ -8,9 +8,9 @@ import asyncio
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -29,6 +29,8 @@ from .rides import Ride
 from .texts import TokenTexts
 
 T = TypeVar("T")
+BRIEF = 1000
+"""Characters or tokens of a prompt that takes less than handing it to a thread and back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,8 +168,14 @@ class Service:
             long: Whether it may take seconds, and is not to stand before what takes milliseconds.
         """
         workers = self.slow_workers if long else self.workers
-        try:
+        with self._refusing():
             return await asyncio.get_running_loop().run_in_executor(workers, function, *arguments)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Makes refusals of errors of sessions."""
+        try:
+            yield
         except (ArrieroError, RequestError) as error:
             if not is_requests_own(error):
                 self.report(error)
@@ -181,8 +189,9 @@ class Service:
         return await self._board(self._chat_parties, request, caller, long)
 
     async def complete(self, request: CompletionRequest, caller: Caller, *, long: bool = False) -> Ride:
-        """Lets prompts on board; long ones are made ready beside others."""
-        return await self._board(self._completion_parties, request, caller, long)
+        """Lets prompts on board; long ones are made ready beside others, and brief ones at once."""
+        brief = all(len(prompt) <= BRIEF for prompt in request.prompts)
+        return await self._board(self._completion_parties, request, caller, long, brief=brief)
 
     def cancel(self, ride: Ride) -> None:
         """Ends a ride that nobody waits for any more."""
@@ -197,7 +206,15 @@ class Service:
             messages, tools, self.template, self.limits.images, lambda url: fetch_image(url, hosts)
         )
 
-    async def _board(self, make: Callable[..., list[list[Request]]], request: Any, caller: Caller, long: bool) -> Ride:
+    async def _board(
+        self,
+        make: Callable[..., list[list[Request]]],
+        request: Any,
+        caller: Caller,
+        long: bool,
+        *,
+        brief: bool = False,
+    ) -> Ride:
         self.check_model(request.model)
         session, pilot = self.session, self.pilot
         most, count = (
@@ -208,7 +225,11 @@ class Service:
             raise RequestError(f"{count} continuations are asked for, this server takes at most {most} at once", "n")
         self._refuse_load(pilot.check_queue)
         long = long or not (request.grammar is None and request.regex is None)  # which is compiled
-        parties = await self.work(make, session, request, self._scope(caller), long=long)
+        if brief and not long and count == 1:
+            with self._refusing():
+                parties = make(session, request, self._scope(caller))
+        else:
+            parties = await self.work(make, session, request, self._scope(caller), long=long)
         self.session  # noqa: B018 # it may drain by now
         ride = Ride(parties, f"{caller.tenant.hex() or caller.address}/{request.asker}")
         self._refuse_load(pilot.submit, ride)

@@ -124,7 +124,8 @@ class EventStream(Response):
         try:
             while not riding:
                 try:
-                    pieces = await asyncio.wait_for(next_pieces(), PATIENCE)
+                    async with asyncio.timeout(PATIENCE):  # `wait_for` makes a task of it, which comes a turn later
+                        pieces = await next_pieces()
                     break
                 except TimeoutError:
                     await send({"type": "http.response.body", "body": body + KEEP_ALIVE, "more_body": True})
@@ -165,7 +166,8 @@ async def stream(service: Service, ride: Ride, writer: Writer) -> EventStream:
         RequestError: An error came first.
     """
     try:
-        first = await asyncio.wait_for(ride.next(), PATIENCE)
+        async with asyncio.timeout(PATIENCE):
+            first = await ride.next()
     except TimeoutError:
         first = []
     except BaseException:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,13 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from arriero.runtime import Generated
+from arriero.runtime.pace import Pace
+from arriero.serving import pilot
 from arriero.serving.connections import PromptWriter
 from arriero.serving.errors import RequestError
+from arriero.serving.metrics import Metrics
 from arriero.serving.rides import Ride
-from arriero.serving.streams import EventStream
+from arriero.serving.streams import EventStream, stream
 
 
 class Transport:
@@ -78,6 +82,12 @@ class Connection:
         self.ride = Ride([party], "someone")
         self.faults: list[BaseException] = []
         self.service: Any = SimpleNamespace(cancel=lambda ride: None, report=self.faults.append)
+
+    async def stream(self) -> None:
+        """Opens the stream when a first piece is there, and sends it."""
+        answer = await stream(self.service, self.ride, Writer())
+        scope: Any = self.cycle.scope
+        await answer(scope, self.cycle.receive, self.cycle.send)
 
     async def open(self) -> "asyncio.Task[None]":
         """Begins the stream with a first piece."""
@@ -153,6 +163,33 @@ def test_a_piece_that_cannot_be_written_ends_its_stream_alone() -> None:
         await task
         assert connection.body() == "<afailed"
         assert [str(each) for each in connection.faults] == ["broken"]
+
+    asyncio.run(go())
+
+
+def test_the_step_after_a_first_token_waits_until_that_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pilot, "MOST_WAIT", 60.0)
+
+    async def go() -> None:
+        settings = pilot.FlightSettings(slots=2, prefill_budget=None, cache_bytes=None, queue=2)
+        flown = pilot.Pilot.__new__(pilot.Pilot)
+        flown.loop, flown.metrics, flown.settings = asyncio.get_running_loop(), Metrics("tiny"), settings
+        flown.flight, flown.lost = SimpleNamespace(pace=Pace(step=300.0), used=0.0), None  # type: ignore[assignment]
+        flown.waiting = flown.active = 2
+        connections = Connection(), Connection()
+        tasks = [asyncio.create_task(each.stream()) for each in connections]
+
+        def step(text: str) -> list[str]:
+            flown._hand_over(pilot.Batch(pieces=[(each.ride, 0, Generated([1], text, None)) for each in connections]))
+            return [each.body() for each in connections]
+
+        flown.loop.call_soon(time.sleep, 0.2)  # the loop is busy
+        assert await asyncio.to_thread(step, "a") == ["<a", "<a"]
+        await asyncio.to_thread(step, "b")  # of a second token nobody waits
+        for each in connections:
+            each.put("c", "stop")
+        await asyncio.gather(*tasks)
+        assert [each.body() for each in connections] == ["<abc>", "<abc>"]
 
     asyncio.run(go())
 
