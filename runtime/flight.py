@@ -161,12 +161,10 @@ class Flight:
     def step(self) -> Pieces:
         """Adds a token to every sequence, or several, then reads prompts into free rows, as far as the budget goes.
 
-        A prompt's first token is given as soon as it is read: no step of the others stands between.
-
         Returns:
             A piece of each new token of each sequence, in order: one, and those that were guessed rightly besides. A
-            request has ended, and left, with the piece that has a `finish`. Empty while nothing but a prompt is read,
-            or when no request is there.
+            prompt's first comes as soon as it is read. A request has ended, and left, with the piece that has a
+            `finish`. Empty while nothing but a prompt is read, or when no request is there.
         """
         pieces: Pieces = []
         if self.rows:
