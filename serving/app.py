@@ -29,7 +29,7 @@ from .protocol.long_json import read_json
 from .protocol.openapi import document
 from .protocol.reading import plain, read
 from .protocol.responses import ResponseRequest
-from .responses import ResponseWriter, as_chat, whole_response
+from .responses import ResponseWriter, as_chat, own_fields, whole_response
 from .rides import Ride
 from .service import Service
 from .streams import Writer, stream, watched
@@ -66,7 +66,8 @@ class Endpoints:
     async def respond(self, request: HttpRequest) -> Response:
         """A conversation of items to be continued."""
         asked = await self._read(request, ResponseRequest)
-        ride = await self.service.chat(as_chat(asked), request.state.caller, long=request.state.is_long)
+        with own_fields():
+            ride = await self.service.chat(as_chat(asked), request.state.caller, long=request.state.is_long)
         return await self._answer(request, asked, ride, whole_response, ResponseWriter)
 
     async def models(self, request: HttpRequest) -> Response:
@@ -96,7 +97,7 @@ class Endpoints:
             if len(asked.tokens) > (most := max(session.max_seq, MOST_TOKENS)):
                 raise RequestError(f"tokens has {len(asked.tokens)} ids, this server writes {most} at most", "tokens")
             if asked.tokens:
-                session.check_ids(asked.tokens)
+                self.service.check_ids(asked.tokens, "tokens")
             return self.service.texts.whole(asked.tokens, special=True)
 
         return JSONResponse(plain(DetokenizeAnswer(prompt=await self.service.work(write, long=request.state.is_long))))

@@ -36,7 +36,7 @@ def template_messages(
     Raises:
         RequestError: An image cannot be read, or there are too many.
     """
-    count = sum(_are_images(messages))
+    count = len(list(image_fields(messages)))
     if count > most_images:
         raise RequestError(f"messages has {count} images, this server takes at most {most_images}", "messages")
     turns = [_turn(message, index, template, fetch) for index, message in enumerate(messages)]
@@ -58,13 +58,12 @@ TOOLS_IN_WORDS = (
 """Introduction of tools in the words of a system message."""
 
 
-def has_images(messages: Sequence[Message]) -> bool:
-    """Whether there is an image in some messages."""
-    return any(_are_images(messages))
-
-
-def _are_images(messages: Sequence[Message]) -> Iterator[bool]:
-    return (isinstance(part, ImagePart) for each in messages for part in _parts(each))
+def image_fields(messages: Sequence[Message]) -> Iterator[str]:
+    """The fields that hold images."""
+    for index, message in enumerate(messages):
+        for place, part in enumerate(_parts(message)):
+            if isinstance(part, ImagePart):
+                yield f"messages[{index}].content[{place}]"
 
 
 def _parts(message: Message) -> Sequence[Any]:
@@ -75,6 +74,8 @@ def _turn(message: Message, index: int, template: str, fetch: Fetch) -> dict[str
     """One message for a template."""
     where = f"messages[{index}].content"
     if isinstance(message, AssistantMessage):
+        if message.content is None and message.refusal is None and not message.tool_calls:
+            raise RequestError(f"{where} is missing: give it, or tool_calls", where)
         return _answer(message, template)
     content: Any = message.content
     if isinstance(content, list):
@@ -129,7 +130,7 @@ def _part(part: Any, where: str, fetch: Fetch) -> dict[str, Any]:
     url = part.image_url.url
     try:
         data = read_data_url(url, where) if url[:5].lower() == "data:" else fetch(url)
-    except SessionError as error:
+    except (SessionError, RequestError) as error:
         raise RequestError(str(error), f"{where}.image_url") from error
     return {"type": "image", "image": data}
 

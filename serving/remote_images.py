@@ -37,7 +37,7 @@ def fetch_image(url: str, hosts: Collection[str]) -> bytes:
         if isinstance(found, bytes):
             return found
         url = found
-    raise RequestError(f"the image at {shortened(url)} is redirected too often: give its own address", "image_url")
+    raise RequestError(f"the image at {shortened(url)} is redirected too often: give its own address")
 
 
 def _get(url: str, hosts: Collection[str], deadline: float) -> bytes | str:
@@ -114,4 +114,4 @@ class _Pinned(http.client.HTTPConnection):
 
 
 def _refused(url: str, why: str) -> RequestError:
-    return RequestError(f"the image at {shortened(url)} is refused: {why}: give a data: URL", "image_url")
+    return RequestError(f"the image at {shortened(url)} is refused: {why}: give a data: URL")

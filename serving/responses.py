@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..runtime import Generated
@@ -34,25 +36,32 @@ FIELDS = {"response_format": "text.format", "max_tokens": "max_output_tokens", "
 """Fields of this interface by those of a chat's."""
 
 
+@contextmanager
+def own_fields() -> Iterator[None]:
+    """Names this interface's fields in refusals that name those of a chat."""
+    try:
+        yield
+    except RequestError as error:
+        own = FIELDS.get(re.split(r"[\[.]", error.param or "")[0], error.param)
+        raise RequestError(error.message, own, status=error.status, code=error.code, headers=error.headers) from error
+
+
 def as_chat(request: ResponseRequest) -> chat.ChatRequest:
     """A request as one for `/v1/chat/completions`.
 
     Raises:
         RequestError: Its items do not make a conversation, or fields contradict each other.
     """
-    try:
-        return chat.ChatRequest(
-            messages=_messages(request),
-            max_completion_tokens=request.max_output_tokens,
-            logprobs=True if request.include else None,
-            top_logprobs=request.top_logprobs if request.include else None,
-            response_format=_format(request),
-            tools=[_tool(tool) for tool in request.tools or ()] or None,
-            tool_choice=_choice(request.tool_choice),
-            **{name: getattr(request, name) for name in (*SAME, *SHARED)},
-        )
-    except RequestError as error:
-        raise RequestError(error.message, FIELDS.get(error.param or "", error.param), code=error.code) from error
+    return chat.ChatRequest(
+        messages=_messages(request),
+        max_completion_tokens=request.max_output_tokens,
+        logprobs=True if request.include else None,
+        top_logprobs=request.top_logprobs if request.include else None,
+        response_format=_format(request),
+        tools=[_tool(tool) for tool in request.tools or ()] or None,
+        tool_choice=_choice(request.tool_choice),
+        **{name: getattr(request, name) for name in (*SAME, *SHARED)},
+    )
 
 
 SHARED = ("model", "parallel_tool_calls", "seed", "stop", "stream", "user", "safety_identifier", "prompt_cache_key")

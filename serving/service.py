@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import ArrieroError, SessionError
 from ..runtime import Request, Session
 from ..runtime.grammars.compiler import prepare
-from .conversation import has_images, template_messages
+from .conversation import image_fields, template_messages
 from .errors import RequestError, is_requests_own, lost_model, of_session
 from .metrics import Metrics
 from .pilot import FlightSettings, Pilot
@@ -185,7 +185,7 @@ class Service:
     async def chat(self, request: ChatRequest, caller: Caller, *, long: bool = False) -> Ride:
         """Lets a conversation on board; a long one is made ready beside others."""
         long = long or request.response_format is not None or request.tool_choice not in (None, "auto", "none")
-        long = long or has_images(request.messages)  # a few bytes may be a picture of seconds
+        long = long or any(image_fields(request.messages))  # a few bytes may be a picture of seconds
         return await self._board(self._chat_parties, request, caller, long)
 
     async def complete(self, request: CompletionRequest, caller: Caller, *, long: bool = False) -> Ride:
@@ -202,9 +202,19 @@ class Service:
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
         """A request's messages and tools for the chat template, images read."""
         hosts = self.limits.image_hosts
-        return template_messages(
+        found = template_messages(
             messages, tools, self.template, self.limits.images, lambda url: fetch_image(url, hosts)
         )
+        if self.session.tower is None and (field := next(image_fields(messages), None)) is not None:
+            raise RequestError(f"{self.name}: the model takes text only, leave the images out", field)
+        return found
+
+    def check_ids(self, ids: Sequence[int], field: str) -> None:
+        """Refuses token ids of a field that the vocabulary does not have."""
+        try:
+            self.session.check_ids(ids)
+        except SessionError as error:
+            raise RequestError(str(error), field) from error
 
     async def _board(
         self,
@@ -294,6 +304,9 @@ class Service:
         if request.logprobs is not None:
             settings |= {"logprobs": True, "top_logprobs": request.logprobs}
         most = DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
+        for prompt in request.prompts:
+            if not isinstance(prompt, str):
+                self.check_ids(prompt, "prompt")
         return [
             self._party(session, prompt, most, settings, request, request.n or 1, scope) for prompt in request.prompts
         ]
@@ -310,6 +323,7 @@ class Service:
     ) -> list[Request]:
         """The requests of one prompt, checked."""
         limit, longest = self.limits.new_tokens, self.pilot.longest
+        field, too_long = "messages" if isinstance(request, ChatRequest) else "prompt", "context_length_exceeded"
         if limit is not None and most is not None and most > limit:
             raise RequestError(f"max_tokens is {most}, this server gives at most {limit}", "max_tokens")
         try:
@@ -317,19 +331,16 @@ class Service:
         except SessionError as error:
             if request.grammar is None and str(error).startswith("grammar "):  # it was made of the tools
                 raise RequestError(f"tools: their {error}", "tools") from error
+            if str(error).startswith("the ") and str(error).count("shorten it"):
+                raise RequestError(str(error), field, code=too_long) from error
             raise
         tokens, prompts = len(first.prompt.ids), self.limits.prompt_tokens
         if prompts is not None and tokens > prompts:
-            raise RequestError(
-                f"the prompt has {tokens} tokens, this server takes at most {prompts}: shorten it",
-                "messages" if isinstance(request, ChatRequest) else "prompt",
-                code="context_length_exceeded",
-            )
+            line = f"the prompt has {tokens} tokens, this server takes at most {prompts}: shorten it"
+            raise RequestError(line, field, code=too_long)
         if tokens >= longest and first.count:
-            raise RequestError(
-                f"the prompt has {tokens} tokens, this server's memory holds {longest}: shorten it",
-                code="context_length_exceeded",
-            )
+            line = f"the prompt has {tokens} tokens, this server's memory holds {longest}: shorten it"
+            raise RequestError(line, field, code=too_long)
         allowed = min(first.count, longest - tokens, longest if limit is None else limit)
         first = dataclasses.replace(first, count=allowed, scope=hashlib.sha256(scope).digest() if scope else b"")
         requests = [first]

@@ -162,6 +162,17 @@ def test_known_beginnings_are_counted(client: OpenAI) -> None:
     assert second.prompt_tokens_details.cached_tokens >= second.prompt_tokens - 40
 
 
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJg"
+    "gg=="
+)
+"""An image of one pixel."""
+
+
+def image_message(url: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 3}, "temperature"),
     ({"top_p": -0.1}, "top_p"),
@@ -181,6 +192,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "cat", "content": "miaow"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0].type"),
+    ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
+    (image_message("http://example.org/a.png"), "messages[0].content[0].image_url"),
+    (image_message("data:image/png;base64,!"), "messages[0].content[0].image_url"),
+    (image_message(PIXEL), "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": "word " * 1100}]}, "messages"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"store": True}, "store"),
 ]
@@ -193,6 +209,29 @@ def test_a_field_that_is_not_heeded_is_refused_by_name(client: OpenAI, settings:
     assert caught.value.param == param
     assert caught.value.type == "invalid_request_error"
     assert len(caught.value.message) < 500
+
+
+REFUSED_ELSEWHERE: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": PIXEL}]}]}, "input"),
+    ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+    ("/v1/responses", {"input": "word " * 1100}, "input"),
+    ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_object"}}, "regex": "a"}, "regex"),
+    ("/v1/responses", {"input": "a", "tool_choice": "required"}, "tool_choice"),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
+    ("/v1/completions", {"prompt": [5, 99999]}, "prompt"),
+    ("/v1/completions", {"prompt": "word " * 1100}, "prompt"),
+    ("/v1/completions", {"prompt": "a", "echo": 1}, "echo"),
+    ("/tokenize", {"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
+    ("/detokenize", {"tokens": [99999]}, "tokens"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), REFUSED_ELSEWHERE)
+def test_other_paths_name_the_field_as_well(http: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
+    refused = http.post(path, json=body)
+    assert refused.status_code == 400
+    assert set(error := refused.json()["error"]) == {"message", "type", "param", "code"}
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
 
 
 def test_a_client_that_leaves_frees_its_row(serve: Callable[..., Any], gate: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from arriero.serving.conversation import has_images
+from arriero.serving.conversation import image_fields
 from arriero.serving.doors import OPEN
 from arriero.serving.errors import RequestError
 from arriero.serving.protocol.chat import ChatRequest
@@ -157,8 +157,8 @@ def test_the_document_is_one_of_openapi_and_describes_every_field() -> None:
     assert set(found["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/metrics"}
 
 
-def test_a_conversation_with_an_image_is_known_as_one_that_takes_long() -> None:
+def test_the_images_of_a_conversation_are_known_by_their_fields() -> None:
     text, image = {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:,a"}}
-    for content, expected in (("a", False), ([text], False), ([text, image], True)):
-        messages = [{"role": "user", "content": content}]
-        assert has_images(read(ChatRequest, {"messages": messages, "model": "m"}).messages) is expected
+    for content, expected in (("a", []), ([text], []), ([text, image], ["messages[1].content[1]"])):
+        messages = [{"role": "user", "content": each} for each in ("a", content)]
+        assert list(image_fields(read(ChatRequest, {"messages": messages, "model": "m"}).messages)) == expected
