@@ -28,8 +28,8 @@ MOST_STEP_SECONDS = 5.0
 """Seconds that the step under way has to end when the server ends."""
 
 WAIT_SHARE, LEAST_WAIT, MOST_WAIT = 0.2, 0.0005, 0.002
-"""Of a step's time, and in seconds, what the next step waits for first tokens to be on their way to clients: with all
-processors computing, they would leave late, and once a sequence that costs the others little."""
+"""The share of a step's time, and seconds, that a step waits for first tokens to be on their way to clients: with all
+processors computing they would leave late, and it costs the others little, once a sequence."""
 
 MOST_FAILURES = 3
 """Sequences that ended with no fault of their own, and no other between them, after which a new flight is tried."""
