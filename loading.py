@@ -19,7 +19,7 @@ from .files.trust import check_trusted
 from .files.unheeded import unheeded
 from .spec.built_engine import EngineSpec
 from .spec.folder import DraftPart, FolderSpec, VisionPart
-from .spec.stored_weights import Weight
+from .spec.stored_weights import Pages, Weight
 
 if TYPE_CHECKING:
     from .runtime.backends.interface import DecoderBackend, TowerBackend
@@ -49,6 +49,7 @@ def load(
     prefix_bytes: int = 0,
     trust: bool = False,
     patience: float = PATIENCE,
+    pages: Pages = "auto",
 ) -> "Session":
     """Loads a model or bundle folder. A model is lowered for the CPU in memory first, which needs onnx.
 
@@ -66,6 +67,9 @@ def load(
             its rest computed; 0 keeps none.
         trust: Whether an engine that this user has not built here is trusted, now and from now on: it is code.
         patience: Seconds that the ranks of a group wait for one that is alive and does not answer.
+        pages: Which of the decoder's weights a CPU reads from huge pages, a copy of this process's own, once the first
+            token is there: `auto` takes those of a bundle in its kernels' layout where the system has such pages at
+            hand, `huge` all that every token reads, `file` none, which processes that load the same folder share.
 
     Raises:
         ArrieroError: The folder is damaged or incomplete, its weights are missing, its engine is not trusted, a setting
@@ -84,6 +88,8 @@ def load(
     check_no_rank(path, spec)
     max_seq, max_batch, threads = _check_counts(max_seq, max_batch, threads, prefix_bytes)
     first, own = _check_ranks(path, spec, trust)
+    if pages != "auto" and (spec.kind == "group" or own.engine is not None):
+        raise SessionError(f"pages are chosen for one process on a CPU, {path} is for others: leave them out")
     if own.engine is not None:
         max_seq, max_batch = _engine_limits(own.engine, max_seq, max_batch)
     limits = Limits.of(spec.model, max_seq, max_batch)
@@ -91,8 +97,10 @@ def load(
     for line in unheeded(path):
         warnings.warn(line, ArrieroWarning, stacklevel=2)
     files, longest = find_files(first, own.weight_files, moved), limits.max_seq
-    is_group, among = spec.kind == "group", (threads, moved, patience, longest)
-    decoder = _open_group(path, spec, own, *among) if is_group else _open_decoder(path, spec, files, threads, longest)
+    if spec.kind == "group":
+        decoder: DecoderBackend = _open_group(path, spec, own, threads, moved, patience, longest)
+    else:
+        decoder = _open_decoder(path, spec, files, threads, longest, pages=pages)
     tower = None if own.vision is None else open_tower(first, own, own.vision, files, threads)
     draft = None if own.draft is None else open_draft(first, own, own.draft, files, threads)
     if text.tokenizer is not None and text.templates:
@@ -247,6 +255,7 @@ def _open_decoder(
     threads: int | None,
     max_seq: int,
     meeting: "Meeting | None" = None,
+    pages: Pages = "auto",
 ) -> "DecoderBackend":
     """Opens a folder's decoder on the back end that it was built for, its weights loaded."""
     if spec.engine is not None:
@@ -255,6 +264,7 @@ def _open_decoder(
         return load_decoder(path, spec, files, None if meeting is None else meeting.join)
     from .runtime.backends.mapped_weights import map_weights
     from .runtime.backends.onnxruntime_decoder import OnnxRuntimeDecoder
+    from .runtime.backends.pages import check_pages
     from .runtime.memory import session_memory
     from .runtime.room import check_fits
 
@@ -264,7 +274,8 @@ def _open_decoder(
     what = f"{path} with one sequence of {max_seq} tokens"
     check_fits(what, memory.total - memory.mapped - memory.process, "load it with a smaller max_seq (--max-seq)")
     shared = None if meeting is None else meeting.segment.bytes
-    mapped = map_weights(weights, files, of_rank=spec.ranks > 1)
+    check_pages(weights, pages)
+    mapped = map_weights(weights, files, of_rank=spec.ranks > 1, pages=pages)
     return OnnxRuntimeDecoder(graph, mapped, path, spec.rank_model, flags, threads, group=shared)
 
 

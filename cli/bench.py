@@ -25,6 +25,7 @@ def bench(
     decode_tokens: options.DecodeTokens = 32,
     runs: options.Runs = 3,
     threads: options.Threads = None,
+    pages: options.Pages = "auto",
     weights: options.Moved = None,
     force: options.ForceOutput = False,
     as_json: options.Json = False,
@@ -44,7 +45,8 @@ def bench(
             check_output(output, force=force)
         asked["prefill"], rows = parse_sizes(prefill, "--prefill"), parse_sizes(batch, "--batch")
         if folder is not None:
-            found = measure_folder(folder, batch=rows, threads=threads, weights=weights, progress=progress, **asked)
+            asked |= {"threads": threads, "weights": weights, "pages": pages}
+            found = measure_folder(folder, batch=rows, progress=progress, **asked)
         elif url is not None:
             asked |= {"clients": rows, "shared": shared}
             found = measure_server(url, endpoint, model, api_key_file, asked, progress)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ..spec import stored_weights
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no messages, only errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show more details, on stderr.")]
@@ -20,6 +22,13 @@ Trust = Annotated[
 ]
 Threads = Annotated[
     int | None, typer.Option(help="Threads, of all ranks of a group together.", show_default="the processors allowed")
+]
+Pages = Annotated[
+    stored_weights.Pages,
+    typer.Option(
+        help="Weights that lie in huge pages, a copy of this process's own: auto, huge (all that every token reads) or "
+        "file (none; processes share the file's)."
+    ),
 ]
 Samples = Annotated[int, typer.Option(help="Windows of text at most.")]
 CalibrationSamples = Annotated[

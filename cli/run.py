@@ -89,6 +89,7 @@ def run(
     top_logprobs: options.TopLogprobs = None,
     max_seq: options.MaxSeq = None,
     threads: options.Threads = None,
+    pages: options.Pages = "auto",
     weights: options.Moved = None,
     trust: options.Trust = False,
     force: options.ForceAnswers = False,
@@ -109,7 +110,7 @@ def run(
         settings |= {"grammar": read_option(grammar, "--grammar")}
         of_one = {"--prompt": prompt, "--image": image, "--chat": chat, "--system": system}
         check_prompts(prompts, output, of_one, prompt_lookup, top_logprobs)
-        loading = {"max_seq": max_seq, "threads": threads, "weights": weights, "trust": trust}
+        loading = {"max_seq": max_seq, "threads": threads, "weights": weights, "trust": trust, "pages": pages}
         if prompts is not None and output is not None:
             run_prompts(folder, prompts, output, settings, loading, terminal, force=force, as_json=as_json)
             return

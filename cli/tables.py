@@ -81,9 +81,10 @@ def describe_memory(memory: dict[str, int]) -> str:
         "draft": "the draft and its KV cache",
     }
     named = [f"{size(memory[part])} {what}" for part, what in parts.items() if memory[part]]
+    copied = f"; {size(memory['huge_pages'])} are copied with --pages huge" if memory["huge_pages"] else ""
     return (
         f"{size(memory['total'])} for {memory['batch']} × {memory['max_seq']} tokens: {', '.join(named)}, "
-        f"{size(memory['process'] + memory['graph'])} the process"
+        f"{size(memory['process'] + memory['graph'])} the process{copied}"
     )
 
 

@@ -23,6 +23,7 @@ from ..files.output import check_free, new_folder
 from ..loading import load
 from ..spec.folder import FolderSpec
 from ..spec.recipe_words import in_words
+from ..spec.stored_weights import Pages
 from ..spec.types import Progress
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def measure_folder(
     runs: int = 3,
     threads: int | None = None,
     weights: str | Path | None = None,
+    pages: Pages = "auto",
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Times a folder.
@@ -57,6 +59,7 @@ def measure_folder(
         runs: Timed runs of each case, after one that is not timed.
         threads: Threads of one operator on the CPU; None takes the processors that this process may use.
         weights: Folder of the weight files, where they have moved.
+        pages: Which weights lie in huge pages, as in `load`.
         progress: Called with the phase, the runs done and the runs in all.
 
     Returns:
@@ -75,7 +78,8 @@ def measure_folder(
     from .timing import Case
 
     started = time.perf_counter()
-    session = load(path, max_seq=max(lengths) + decode_tokens, max_batch=max(batches), threads=threads, weights=weights)
+    longest, most = max(lengths) + decode_tokens, max(batches)
+    session = load(path, max_seq=longest, max_batch=most, threads=threads, weights=weights, pages=pages)
     loading = time.perf_counter() - started
     cases = [Case(length=length, batch=rows) for length in lengths for rows in batches]
     threads = threads or processors()
@@ -92,6 +96,7 @@ def measure_folder(
         "ranks": spec.ranks,
         "decode_tokens": decode_tokens,
         "runs": runs,
+        "pages": pages,
         "load_seconds": loading,
         **measured,
     }

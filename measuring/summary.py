@@ -154,6 +154,7 @@ def _cache(spec: FolderSpec) -> dict[str, int]:
 
 def _memory(folder: Path, spec: FolderSpec, max_seq: int | None, batch: int) -> dict[str, int]:
     """Memory that a session on the CPU takes, part by part and in all."""
+    from ..runtime.backends.pages import in_huge_pages
     from ..runtime.memory import session_memory
     from ..runtime.state import Limits
 
@@ -162,7 +163,8 @@ def _memory(folder: Path, spec: FolderSpec, max_seq: int | None, batch: int) -> 
     tower_size = 0 if spec.vision is None or not spec.vision.graph else _size(folder / spec.vision.graph)
     draft_size = 0 if spec.draft is None else _size(folder / spec.draft.graph)
     memory = session_memory(spec, graph_size, tower_size, limits.max_seq, batch, draft_size)
-    return {"max_seq": limits.max_seq, "batch": batch, **asdict(memory), "total": memory.total}
+    own = sum(weight.given_size for weight in in_huge_pages(spec.weights, "huge"))
+    return {"max_seq": limits.max_seq, "batch": batch, **asdict(memory), "total": memory.total, "huge_pages": own}
 
 
 def _size(path: Path) -> int:

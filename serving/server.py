@@ -27,6 +27,7 @@ from ..files.machine_memory import find_room
 from ..loading import load
 from ..runtime import Session
 from ..runtime.room import usual_prefix_bytes
+from ..spec.stored_weights import Pages
 from .app import make_app
 from .doors import LOCAL, check_certificate, read_keys
 from .errors import stopped
@@ -67,6 +68,7 @@ class ServerSettings:
         hosts: Names that the server is called by, beside this machine's own.
         max_seq: Tokens that a sequence may hold.
         threads: Threads of one operator.
+        pages: Which weights lie in huge pages, as in `load`.
         weights: Folder of the weight files, where they have moved.
         trust: Whether an engine that this user has not built here is trusted from now on.
         slots: Sequences at once.
@@ -93,6 +95,7 @@ class ServerSettings:
     hosts: tuple[str, ...] = ()
     max_seq: int | None = None
     threads: int | None = None
+    pages: Pages = "auto"
     weights: Path | None = None
     trust: bool = False
     slots: int | None = None
@@ -296,6 +299,7 @@ def load_for(settings: ServerSettings) -> tuple[Session, FlightSettings]:
         settings.folder,
         max_seq=settings.max_seq,
         threads=settings.threads,
+        pages=settings.pages,
         weights=settings.weights,
         trust=settings.trust,
         prefix_bytes=usual_prefix_bytes(find_room()) if prefix_bytes is None else prefix_bytes,

@@ -9,6 +9,10 @@ from ..errors import shortened
 from .sizes import check_name, check_shape, check_sizes, is_absolute
 from .types import BITS, Stored
 
+Pages = Literal["auto", "huge", "file"]
+"""Weights of a session that lie in huge pages: of a bundle those in the kernels' layout, if the system has some at hand;
+all that every token reads; none."""
+
 EXPERT = re.compile(r"\.experts\.")
 """Part of the names of routed experts' weights, of one's or of all of them."""
 GROUP = 32
