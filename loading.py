@@ -63,13 +63,10 @@ def load(
         threads: Threads of one operator on the CPU, of all ranks of a group together; None takes the processors that
             this process may use.
         weights: Folder of the weight files, where they have moved.
-        prefix_bytes: Keys and values of earlier prompts that may be kept, so that a prompt that begins alike has only
-            its rest computed; 0 keeps none.
+        prefix_bytes: Keys and values of earlier prompts that are kept at most for those that begin alike; 0 keeps none.
         trust: Whether an engine that this user has not built here is trusted, now and from now on: it is code.
         patience: Seconds that the ranks of a group wait for one that is alive and does not answer.
-        pages: Which of the decoder's weights a CPU reads from huge pages, a copy of this process's own, once the first
-            token is there: `auto` takes those of a bundle in its kernels' layout where the system has such pages at
-            hand, `huge` all that every token reads, `file` none, which processes that load the same folder share.
+        pages: Weights that are copied into huge pages once the first token is there, as `Pages` says.
 
     Raises:
         ArrieroError: The folder is damaged or incomplete, its weights are missing, its engine is not trusted, a setting
@@ -87,9 +84,7 @@ def load(
     spec = read_spec(path)
     check_no_rank(path, spec)
     max_seq, max_batch, threads = _check_counts(max_seq, max_batch, threads, prefix_bytes)
-    first, own = _check_ranks(path, spec, trust)
-    if pages != "auto" and (spec.kind == "group" or own.engine is not None):
-        raise SessionError(f"pages are chosen for one process on a CPU, {path} is for others: leave them out")
+    first, own = _check_ranks(path, spec, trust, pages)
     if own.engine is not None:
         max_seq, max_batch = _engine_limits(own.engine, max_seq, max_batch)
     limits = Limits.of(spec.model, max_seq, max_batch)
@@ -97,10 +92,8 @@ def load(
     for line in unheeded(path):
         warnings.warn(line, ArrieroWarning, stacklevel=2)
     files, longest = find_files(first, own.weight_files, moved), limits.max_seq
-    if spec.kind == "group":
-        decoder: DecoderBackend = _open_group(path, spec, own, threads, moved, patience, longest)
-    else:
-        decoder = _open_decoder(path, spec, files, threads, longest, pages=pages)
+    among, alone = (own, threads, moved, patience, longest), (files, threads, longest, None, pages)
+    decoder = _open_group(path, spec, *among) if spec.kind == "group" else _open_decoder(path, spec, *alone)
     tower = None if own.vision is None else open_tower(first, own, own.vision, files, threads)
     draft = None if own.draft is None else open_draft(first, own, own.draft, files, threads)
     if text.tokenizer is not None and text.templates:
@@ -124,8 +117,10 @@ def _check_counts(
     return checked[0], checked[1], checked[2]
 
 
-def _check_ranks(path: Path, spec: FolderSpec, trust: bool) -> tuple[Path, FolderSpec]:
+def _check_ranks(path: Path, spec: FolderSpec, trust: bool, pages: Pages) -> tuple[Path, FolderSpec]:
     """Refuses engines that are not trusted. Returns the folder that this process opens, and its spec."""
+    if pages != "auto" and (spec.kind == "group" or spec.engine is not None):
+        raise SessionError(f"pages are chosen for one process on a CPU, {path} is for others: leave them out")
     if spec.kind != "group":
         check_trusted(path, spec, trust=trust)
         return path, spec

@@ -86,12 +86,7 @@ def measure_folder(
     measured = _time_cases(spec, session, cases, decode_tokens, runs, threads, progress)
     return {
         "schema": SCHEMA,
-        "folder": str(path),
-        "version": __version__,
-        **circumstances(),
-        "target": spec.target or "cpu",
-        "recipe": in_words(spec.recipe),
-        "contents": described(path),
+        **_described(path, spec),
         "threads": threads,
         "ranks": spec.ranks,
         "decode_tokens": decode_tokens,
@@ -99,6 +94,18 @@ def measure_folder(
         "pages": pages,
         "load_seconds": loading,
         **measured,
+    }
+
+
+def _described(path: Path, spec: FolderSpec) -> dict[str, Any]:
+    """The folder, and where and when it is timed."""
+    return {
+        "folder": str(path),
+        "version": __version__,
+        **circumstances(),
+        "target": spec.target or "cpu",
+        "recipe": in_words(spec.recipe),
+        "contents": described(path),
     }
 
 

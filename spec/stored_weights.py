@@ -10,7 +10,7 @@ from .sizes import check_name, check_shape, check_sizes, is_absolute
 from .types import BITS, Stored
 
 Pages = Literal["auto", "huge", "file"]
-"""Weights of a session that lie in huge pages: of a bundle those in the kernels' layout, if the system has some at hand;
+"""Weights of a session that lie in huge pages: of a bundle those in the kernels' layout, if the system has some;
 all that every token reads; none."""
 
 EXPERT = re.compile(r"\.experts\.")
