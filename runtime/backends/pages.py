@@ -57,7 +57,7 @@ def has_huge_pages() -> bool:
 
 
 def in_huge_pages(weights: Iterable[Weight], pages: Pages) -> list[Weight]:
-    """Those of a graph's weights that are to lie in huge pages.
+    """The weights of a graph that are to lie in huge pages.
 
     Experts never are, of which a token reads few; nor are embeddings, of which it reads a row, nor what is converted.
     """
