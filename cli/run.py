@@ -101,8 +101,7 @@ def run(
     """Run a model: stream the continuation of a prompt, say what is in an image, or chat."""
     given = locals()
     settings: dict[str, Any] = {name: given[name] for name in SETTINGS}
-    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "draft_tokens": draft_tokens}
-    settings |= {"stop_strings": stop_string}
+    settings |= {"prompt_lookup_num_tokens": prompt_lookup, "draft_tokens": draft_tokens, "stop_strings": stop_string}
     settings |= {"logprobs": top_logprobs is not None, "eos_token_id": [] if ignore_eos else eos_token_id}
     terminal = Terminal(extra="export", as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
     with terminal.errors_shown():
