@@ -3,7 +3,7 @@
 Enters: the tokens as they are chosen. Leaves: a mask of the next ones. Invariant: where masks take long, that of the
 next step is computed by another thread from the moment that a token is chosen, so that it lies ready when the model's
 step is done; whoever asks for it earlier waits. One that takes less than waking that thread is computed when it is
-asked for.
+asked for, and not at all where the likeliest token alone is asked for and may come.
 """
 
 import threading
@@ -65,7 +65,9 @@ class Guide:
         self._end_where_nothing_follows()
 
     def allows(self, token: int) -> bool:
-        """Whether a token may come next."""
+        """Whether a token may come next; one alone is asked for faster than all are found."""
+        if self.is_due and token not in self.ends:
+            return bool(self.matcher.validate_tokens([token]))
         self._wait()
         return self._has(token)
 
@@ -81,7 +83,7 @@ class Guide:
         Raises:
             SessionError: The grammar has become too large to follow.
         """
-        self._wait()
+        self._leave_due()
         matcher = self.matcher
         if self.ends.get(token) and not matcher.validate_tokens([token]):  # no text of the grammar's
             self.is_complete = True
@@ -99,7 +101,7 @@ class Guide:
 
     def fitting(self, draft: Sequence[int]) -> list[int]:
         """The first tokens of a draft, as far as the grammar takes them."""
-        self._wait()
+        self._leave_due()
         return list(draft[: self.matcher.validate_tokens(list(draft))])
 
     def fill(self) -> None:
@@ -118,6 +120,11 @@ class Guide:
         except Exception as error:  # of whatever kind: it belongs to this sequence, not to the worker
             self.fault = self.fault or f"{type(error).__name__}: {error}"
         self.seconds += WEIGHT * (time.perf_counter() - started - self.seconds)
+
+    def _leave_due(self) -> None:
+        """Waits until nobody is at the matcher; a mask that nobody has begun may not be needed."""
+        if not self.is_due:
+            self._wait()
 
     def _wait(self) -> None:
         """Waits until the mask is there, or computes it where nobody has begun to."""

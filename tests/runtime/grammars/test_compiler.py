@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -191,6 +192,32 @@ def test_one_of_disjoint_choices_is_taken(compiler: GrammarCompiler) -> None:
     kinds = [{"type": "object", "properties": {"k": {"const": each}}, "required": ["k"]} for each in "ab"]
     assert follows(compiler, "json_schema", {"oneOf": kinds}, '{"k": "b"}')
     assert not follows(compiler, "json_schema", {"oneOf": kinds}, '{"k": "c"}')
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("json_schema", {"type": "object", "properties": {"a": {"type": "string"}, "b": {"enum": [1, "é"]}}}),
+        ("regex", r"(a|be|\d{2,4} )+[^a-z]*"),
+        ("grammar", 'start: ("x" | "yes" start)+ /[a-c]/ <|eom|>?'),
+    ],
+)
+def test_one_token_is_allowed_where_the_mask_has_it(
+    compiler: GrammarCompiler, kind: str, source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arriero.runtime.grammars.guide.LONG", 1e9)  # seconds: no other thread computes masks
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        guide, steps = compiler.compile(kind, source).open([3]), 0
+        while not guide.is_complete and steps < 12:
+            if steps:
+                alone = [guide.allows(token) for token in range(2048) if token != 3]
+                assert guide.is_due  # no mask was computed for them
+            guide._wait()
+            mask = np.unpackbits(guide.bytes, bitorder="little")[:2048].astype(bool)
+            assert not steps or alone == np.delete(mask, 3).tolist()
+            guide.advance(int(rng.choice(np.flatnonzero(mask))))
+            steps += 1
 
 
 def test_the_last_grammars_are_kept(compiler: GrammarCompiler) -> None:
