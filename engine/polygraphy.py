@@ -21,10 +21,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ..errors import BuildError
-from ..files.folders import check_whole, read_spec
+from ..errors import BuildError, FolderError, shortened
+from ..files.folders import check_whole, find_files, read_spec
 from ..plugins.canonical_graph import read_graph
+from ..spec.folder import FolderSpec
 from .builder import configure, define
+from .model_agreement import check_model
 from .target import parse_target
 from .tensorrt_bundle import Options, Prepared, prepare
 
@@ -61,9 +63,10 @@ class Scripts:
 
         Raises:
             BuildError: The caches or the image features have a type that ONNX Runtime's CPU does not take from numpy.
+            FolderError: The folder is not as it must be, or its graph is not the one that its spec describes.
         """
-        folder = Path(self.model)
-        spec = read_spec(folder)
+        folder, spec = self._read()
+        check_model(folder, spec, find_files(folder, spec.weight_files, self.options.weights_from))
         graph = read_graph(folder / spec.graph).graph
         rng = np.random.default_rng(self.seed)
         chunk_slots = min(spec.model.chunk or SLOTS, SLOTS)
@@ -77,9 +80,7 @@ class Scripts:
                 "logit_positions": np.tile(np.arange(sequence), (BATCH, 1)),
             }
             for value in graph.inputs[len(inputs) :]:
-                assert value.shape is not None
-                shape = [size if isinstance(size, int) else sizes[f"{size.value}"] for size in value.shape]
-                inputs[f"{value.name}"] = _draw(value, shape, past, rng)
+                inputs[f"{value.name}"] = _draw(value, _shape(value, sizes, spec.model.hidden_size), past, rng)
             if spec.vision is not None:
                 inputs["input_ids"][:, 1::2] = spec.vision.spec.image_token
             yield inputs
@@ -113,10 +114,27 @@ class Scripts:
         if (os.environ.get(RTX, "0") != "0") != (target.flavour == "tensorrt-rtx"):
             value = int(target.flavour == "tensorrt-rtx")
             raise BuildError(f"Polygraphy uses another TensorRT than {target}: set {RTX}={value}")
+        folder, spec = self._read()
+        return prepare(folder, spec, target, self.options)
+
+    def _read(self) -> tuple[Path, FolderSpec]:
         folder = Path(self.model)
         spec = read_spec(folder)
         check_whole(folder, spec)
-        return prepare(folder, spec, target, self.options)
+        return folder, spec
+
+
+def _shape(value: ir.Value, sizes: dict[str, int], hidden: int) -> list[int]:
+    """The shape of caches, whose heads and sizes are known to be right, or of image features.
+
+    Raises:
+        FolderError: It is another than Arriero writes.
+    """
+    dims = [size if isinstance(size, int) else size.value for size in value.shape or ()]
+    found = [size if isinstance(size, int) else sizes.get(size or "") for size in dims]
+    if any(type(size) is not str for size in dims[::2]) or None in found or (len(dims) == 2 and dims[1] != hidden):
+        raise FolderError(f"{value.name} is {shortened(dims)}, no shape that Arriero writes: write the folder again")
+    return [size for size in found if size is not None]
 
 
 def _draw(value: ir.Value, shape: list[int], past: int, rng: np.random.Generator) -> NDArray[Any]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from arriero.calibration import calibrate_model
 from arriero.calibration.presets import parse_recipe
 from arriero.engine import Options, build_bundle
 from arriero.engine.polygraphy import RTX, Scripts
-from arriero.errors import BuildError
+from arriero.errors import BuildError, FolderError
 from arriero.export import export_checkpoint
 
 Loader = Callable[..., Any]
@@ -142,3 +144,23 @@ def test_polygraphy_is_told_which_tensorrt_to_use(tiny_model: Path, monkeypatch:
         Scripts(tiny_model, "cpu").load_network()
     with pytest.raises(BuildError, match=r"past\.0\.key is BFLOAT16, .*: export with --dtype float32"):
         next(Scripts(tiny_model).load_data())
+
+
+@pytest.mark.parametrize("size", ["rows", 1 << 40, 3, None])
+def test_inputs_are_made_only_of_a_graph_that_its_spec_describes(
+    model: Path, tmp_path: Path, size: str | int | None
+) -> None:
+    """A cache of unknown or endless rows, or of another rank, is nothing to make inputs of."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    graph = onnx.load(folder / "decoder.onnx", load_external_data=False)
+    shape = next(value for value in graph.graph.input if value.name == "past.3.value").type.tensor_type.shape
+    if size is None:
+        del shape.dim[0]
+    elif isinstance(size, str):
+        shape.dim[2].dim_param = size
+    else:
+        shape.dim[2].dim_value = size
+    onnx.save(graph, folder / "decoder.onnx")
+    said = "not the graph that spec.json describes (past.3.value of" if size is None else "past.3.value is ["
+    with pytest.raises(FolderError, match=re.escape(said)):
+        next(Scripts(folder).load_data())
