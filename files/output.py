@@ -76,6 +76,7 @@ def resumed_folder(
     check_free(out, force=force)
     work = resumable(out)
     model, scratch = work / "folder", work / "scratch"
+    _check_left(work)
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("w")
@@ -106,6 +107,20 @@ def resumed_folder(
                 shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_left(work: Path) -> None:
+    """Refuses what no run leaves in the folder that outlives it: links lead its writes elsewhere, pipes hold it up.
+
+    Raises:
+        FolderError: It is or holds something else than folders and files.
+    """
+    if not os.path.lexists(work):
+        return
+    for path in (work, *(Path(place) / name for place, *names in os.walk(work) for name in (*names[0], *names[1]))):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            kind = "a link" if path.is_symlink() else "a pipe, socket or device"
+            raise FolderError(f"{path} is {kind}, which no run leaves there: remove {work}, and run it again")
 
 
 def _job_in(work: Path) -> str:

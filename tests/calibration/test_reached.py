@@ -31,10 +31,23 @@ def test_progress_of_another_form_is_refused_in_a_line(text: str, said: str, tmp
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that are files")
-def test_work_whose_fingerprint_is_no_file_is_refused(tmp_path: Path) -> None:
-    work = resumable(tmp_path / "out")
-    (work / "folder").mkdir(parents=True)
-    (work / "folder" / "old").touch()
-    os.mkfifo(work / "job")
-    with pytest.raises(FolderError, match=r"job: cannot be read \(a pipe"), resumed_folder(tmp_path / "out", job="x"):
+@pytest.mark.parametrize("name", ["job", "lock", "folder/shard", "scratch/0.f32", "scratch", ""])
+@pytest.mark.parametrize("kind", ["a link", "a pipe, socket or device"])
+def test_links_and_pipes_in_what_a_run_left_are_refused(name: str, kind: str, tmp_path: Path) -> None:
+    """A link in the place of each file that is written would have a file elsewhere written over; a pipe waits."""
+    work, elsewhere = resumable(tmp_path / "out"), tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    path = work / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(elsewhere) if kind == "a link" else os.mkfifo(path)
+    said = f"{path} is {kind}, which no run leaves there: remove {work}, and run it again"
+    with pytest.raises(FolderError) as caught, resumed_folder(tmp_path / "out", job="x"):
+        pass
+    assert str(caught.value) == said
+    assert elsewhere.read_text() == "mine"
+
+
+def test_a_fingerprint_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    (resumable(tmp_path / "out") / "job").mkdir(parents=True)
+    with pytest.raises(FolderError, match=r"job: cannot be read \(a folder"), resumed_folder(tmp_path / "out", job="x"):
         pass
