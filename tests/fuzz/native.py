@@ -25,7 +25,7 @@ LOOKS = "-DARRIERO_LOOK=1000000"
 """Who waits for a rank that never comes looks a thousand times a second, not ten times."""
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-Wno-psabi", SLAB]
 SETS = ["avx512_bf16", "avx512", "avx2", "any"]
-"""Sets of instructions that libFuzzer's time goes to, and tests'; one that it has not the processor replaces by the next."""
+"""Sets of instructions that tests and libFuzzer's time go to; the processor takes the next where it has not one."""
 UNDEFINED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 TABLES = [
     "tests/plugins/cpu/test_kernels.py",
