@@ -4,7 +4,9 @@ Enters: reports of finished layers. Leaves: `progress.json`, which is replaced w
 """
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +21,13 @@ from .product import Record
 from .report import LayerReport
 
 PROGRESS = "progress.json"
-PARTS = {"tower": [dict], "layers": [dict], "head": ([dict], None), "data": str}
+PARTS = {
+    **{"tower": [dict], "layers": [dict], "head": ([dict], None), "data": str},
+    **{"shards": {str: str}, "output": ([str], None)},
+}
 """The fields of that file."""
+
+REMEDY = "remove the folder, and run it again"
 
 
 @dataclass(slots=True)
@@ -32,12 +39,16 @@ class Reached:
         layers: The decoder's.
         head: The LM head's records; None until all that lies around the layers is written.
         data: Fingerprint of the windows that are walked.
+        shards: Fingerprint of each finished step's shard, by its name; empty of one that is being written anew.
+        output: Name and fingerprint of the file that the last finished step has left for the next; None before.
     """
 
     tower: list[LayerReport] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     head: list[Record] | None = None
     data: str = ""
+    shards: dict[str, str] = field(default_factory=dict)
+    output: tuple[str, str] | None = None
 
 
 def read_progress(scratch: Path) -> Reached:
@@ -45,8 +56,7 @@ def read_progress(scratch: Path) -> Reached:
     path = scratch / PROGRESS
     if not path.exists():
         return Reached()
-    remedy = "remove the folder, and run it again"
-    fields: dict[str, Any] = read_json(path, remedy=remedy, folder=scratch)
+    fields: dict[str, Any] = read_json(path, remedy=REMEDY, folder=scratch)
     try:
         check_fields(fields, PARTS)
         return Reached(
@@ -54,9 +64,15 @@ def read_progress(scratch: Path) -> Reached:
             layers=[LayerReport.from_fields(each) for each in fields["layers"]],
             head=None if fields["head"] is None else [Record(**each) for each in fields["head"]],
             data=fields["data"],
+            shards=fields["shards"],
+            output=None if fields["output"] is None else _pair(*fields["output"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FolderError(f"{path} is damaged ({shortened_text(str(error), 100)}): {remedy}") from error
+        raise FolderError(f"{path} is damaged ({shortened_text(str(error), 100)}): {REMEDY}") from error
+
+
+def _pair(name: str, fingerprint: str) -> tuple[str, str]:
+    return name, fingerprint
 
 
 def write_progress(scratch: Path, reached: Reached) -> None:
@@ -64,6 +80,53 @@ def write_progress(scratch: Path, reached: Reached) -> None:
     temporary = scratch / f"{PROGRESS}.new"
     temporary.write_text(json.dumps(dataclasses.asdict(reached)), "utf-8")
     temporary.replace(scratch / PROGRESS)
+
+
+def fingerprint(path: Path) -> str:
+    """A cheap fingerprint of a file: SHA-256 over its length and 16 samples of it."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    digest.update(str(size).encode())
+    with path.open("rb") as file:
+        for part in range(16):
+            file.seek(size * part // 16)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def check_reached(reached: Reached, folder: Path, scratch: Path, spec: ModelSpec, vision: VisionSpec | None) -> None:
+    """Holds the progress against the model, and what it says is done against the files that hold it.
+
+    Raises:
+        FolderError: A step is said to be done that the model has not, or whose file is missing or another.
+    """
+    path, layers = scratch / PROGRESS, len(spec.layers)
+    of_layers, of_tower = _shards("layer", layers), []
+    if vision is not None:
+        of_tower = [*_shards("vision", vision.layers), "vision-rest.safetensors"]
+    counts = (len(reached.layers), layers), (len(reached.tower), len(of_tower))
+    if any(done > most for done, most in counts) or (reached.head is not None and len(reached.layers) < layers):
+        said = f"{len(reached.layers)} layers and {len(reached.tower)} parts of a vision tower"
+        raise FolderError(f"{path} is damaged ({said} are done, of {layers} and {len(of_tower)}): {REMEDY}")
+    head = ["rest.safetensors"]
+    done = (
+        of_layers[: len(reached.layers)] + of_tower[: len(reached.tower)] + (head if reached.head is not None else [])
+    )
+    known = {*of_layers, *of_tower, *head}
+    files = [(folder / name, reached.shards.get(name)) for name in done]
+    if reached.output is not None and reached.head is None:
+        files.append((scratch / os.path.basename(reached.output[0]), reached.output[1]))
+    for file, expected in files:
+        if not file.is_file() or (expected != "" and fingerprint(file) != expected):
+            raise FolderError(
+                f"{file} is not as the run that was interrupted left it: remove {scratch.parent}, and run it again"
+            )
+    for file in folder.glob("*.safetensors"):
+        if file.name not in known:
+            raise FolderError(f"{file} is no file of this run: remove {scratch.parent}, and run it again")
+
+
+def _shards(kind: str, count: int) -> list[str]:
+    return [f"{kind}-{index:05}.safetensors" for index in range(count)]
 
 
 def restarted(folder: Path, scratch: Path) -> Reached:

@@ -35,7 +35,7 @@ from .coverage import Coverage, check_coverage, to_measure_again
 from .decoder import LayerQuantiser
 from .linears import Linears
 from .product import ProductInput, Record
-from .reached import Reached, described, read_progress, restarted, write_progress
+from .reached import Reached, check_reached, described, fingerprint, read_progress, restarted, write_progress
 from .report import LayerReport, Report
 from .shard import CODES, write_shard
 from .statistics import Statistics
@@ -81,11 +81,13 @@ class Work:
 
         Raises:
             StarvedError: Experts saw too few tokens.
+            FolderError: What an earlier run left is damaged.
         """
         self.reached = read_progress(self.scratch)
         if self.reached.data not in ("", self.data) and self.reached.head is None:
             notice("The data is not that of the run before, which had not walked all layers: beginning anew.")
             self.reached = restarted(self.folder, self.scratch)
+        check_reached(self.reached, self.folder, self.scratch, self.spec, self.vision)
         was_other, self.reached.data = self.reached.data not in ("", self.data), self.data
         count, tokens, tower = len(self.spec.layers), self.windows.ids_WS.size, 0
         if self.windows.vision is not None:
@@ -210,9 +212,16 @@ class Work:
             raise CalibrationError(
                 f"{linears.title}: its output is NaN or infinite: its weights or the text are damaged"
             )
-        write_shard(self.folder / f"{name}.safetensors", linears.tensors)
+        shard = self.folder / f"{name}.safetensors"
+        if shard.name in self.reached.shards:
+            self.reached.shards[shard.name] = ""  # a kill may leave this shard before or behind its report
+            write_progress(self.scratch, self.reached)
+        write_shard(shard, linears.tensors)
         assert isinstance(output, np.memmap)
         output.flush()
+        left = Path(str(output.filename))
+        self.reached.shards[shard.name] = fingerprint(shard)
+        self.reached.output = left.name, fingerprint(left)
         report = LayerReport(
             records=tuple(linears.records),
             expert_tokens=tuple(quantiser.expert_tokens) if quantiser else (),
@@ -275,5 +284,7 @@ class Work:
                 source.statistics.update(rms_norm(rows_NH, norm, self.spec.norm_eps))
             linears.emit_linear("lm_head", self.weights.wide("lm_head.weight"), source)
         self._check_finite(linears)
-        write_shard(self.folder / "rest.safetensors", linears.tensors)
+        shard = self.folder / "rest.safetensors"
+        write_shard(shard, linears.tensors)
+        self.reached.shards[shard.name] = fingerprint(shard)
         return linears.records

@@ -9,7 +9,7 @@ from arriero.calibration.reached import PROGRESS, kept, read_progress
 from arriero.errors import FolderError
 from arriero.files.output import resumable, resumed_folder
 
-GOOD = '"tower": [], "head": null, "data": ""'
+GOOD = '"tower": [], "head": null, "data": "", "shards": {}'
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ GOOD = '"tower": [], "head": null, "data": ""'
         ("{}", "tower is missing"),
         (f'{{{GOOD}, "layers": [4]}}', r"layers\[0\] is 4, expected an object"),
         (f'{{{GOOD}, "layers": [{{}}]}}', "records"),
-        ('{"tower": [], "layers": [], "head": [{"a": 1}], "data": ""}', "unexpected keyword argument 'a'"),
+        ('{"tower": [], "layers": [], "head": [{"a": 1}], "data": "", "shards": {}}', "unexpected keyword argument 'a'"),
     ],
 )
 def test_progress_of_another_form_is_refused_in_a_line(text: str, said: str, tmp_path: Path) -> None:
