@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 LIBRARY_LACKS = "grammars, JSON schemas and regular expressions need llguidance: pip install 'arriero[grammar]'"
+LONGEST = 1000
+"""Bytes of a token at most: llguidance ends a thread over one whose bytes stand more than 1,023 deep in its tree."""
+
 END = b"<end of the grammar's text>"
 
 
@@ -29,13 +32,18 @@ class Vocabulary:
             come. The one behind the last stands for the end of the text, so that no token of the model's does.
 
     Raises:
-        SessionError: The tokenizer is not byte-level.
+        SessionError: The tokenizer is not byte-level, or has a token that is too long.
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         self.tokenizer, self.size = tokenizer, size
         self.added = frozenset(tokenizer.get_added_tokens_decoder())
         self.tokens: Sequence[bytes] = [*token_bytes(tokenizer, size), END]
+        if (longest := max(map(len, self.tokens))) > LONGEST:
+            raise SessionError(
+                f"grammars, JSON schemas and regular expressions need tokens of {LONGEST} bytes at most, and this "
+                f"model's longest has {longest}: leave them out"
+            )
         nameless = (token for token, text in enumerate(self.tokens) if not text)
         self.special_token_ids = sorted({*nameless, *(token for token in self.added if token < size), size})
         self.eos_token_id, self.bos_token_id = size, None

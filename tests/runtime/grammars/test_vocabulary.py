@@ -1,5 +1,6 @@
 """Tokens as the bytes that they write, of tokenizers as Llama 4's is."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,19 @@ def test_another_kind_of_tokenizer_is_refused() -> None:
             tokenizer.decoder = decoder
         with pytest.raises(SessionError, match="need a byte-level tokenizer"):
             GrammarCompiler(tokenizer, 2).compile("regex", "a")
+
+
+def test_tokens_that_are_too_long_for_the_library_are_refused(tiny: Path) -> None:
+    """The longest that is taken makes a grammar; llguidance panics over one of 1,100 bytes."""
+    written = json.loads((tiny / "tokenizer.json").read_text())
+    vocabulary = written["model"]["vocab"]
+    last = max(vocabulary, key=lambda token: vocabulary[token])
+    for length in (1000, 1100):
+        changed = {token: number for token, number in vocabulary.items() if token != last}
+        written["model"] |= {"vocab": changed | {"a" * length: vocabulary[last]}, "merges": []}
+        compiler = GrammarCompiler(Tokenizer.from_str(json.dumps(written)), 2054)
+        if length == 1000:
+            assert compiler.compile("regex", "a+").kind == "regex"
+            continue
+        with pytest.raises(SessionError, match="need tokens of 1000 bytes at most, and this model's longest has 1100"):
+            compiler.compile("regex", "a+")
