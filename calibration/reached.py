@@ -21,8 +21,13 @@ from .product import Record
 from .report import LayerReport
 
 PROGRESS = "progress.json"
+RECORD = {
+    **{"name": str, "format": str, "activations": str, "tokens": int, "largest": float, "clip": float},
+    **{"strength": (float, None), "weight_sqnr": float, "output_sqnr": (float, None), "measured": bool},
+}
+LAYER = {"records": [RECORD], "expert_tokens": [int], "unmeasured": [int], "all_experts": bool, "data": str}
 PARTS = {
-    **{"tower": [dict], "layers": [dict], "head": ([dict], None), "data": str},
+    **{"tower": [LAYER], "layers": [LAYER], "head": ([RECORD], None), "data": str},
     **{"shards": {str: str}, "output": ([str], None)},
 }
 """The fields of that file."""

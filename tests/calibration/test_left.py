@@ -71,6 +71,11 @@ def spoil(name: str) -> Callable[[Path], object]:
             said(lambda p: p.update(output=["../job", "x"])),
             "scratch/job is not as the run that was interrupted left it",
         ),
+        (
+            said(lambda p: p["layers"][1]["records"][0].update(clip={})),
+            "layers[1].records[0].clip is {}, expected a fin",
+        ),
+        (said(lambda p: p["layers"][0].update(unmeasured=["x"])), "unmeasured[0] is 'x', expected a whole number"),
         (lambda work: (work / "folder" / "layer-00001.safetensors").unlink(), "layer-00001.safetensors is not as"),
         (spoil("folder/layer-00000.safetensors"), "layer-00000.safetensors is not as the run that was interrupted"),
         (spoil("scratch/0.f32"), "0.f32 is not as the run that was interrupted left it"),
