@@ -23,7 +23,7 @@ from .chat.special_tokens import complete_tokenizer
 from .chat.templates import DEFAULT, ChatTemplate, choose_template, read_templates
 from .panics import damaged, may_panic, panics_refused, try_tokenizer
 from .tokenizer_bounds import check_text, growth_of
-from .tokenizing import encode
+from .tokenizing import encode, is_quick
 
 if TYPE_CHECKING:
     from .chat.control_tokens import ControlTokens
@@ -66,6 +66,11 @@ class Text:
                 self.tokenizer.no_padding()
                 self.may_panic = may_panic(self.tokenizer)
                 try_tokenizer(self.tokenizer)
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether texts take a time that their length bounds; so it is where only token ids are known."""
+        return self.tokenizer is None or is_quick(self.tokenizer)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with BOS where the tokenizer puts one.

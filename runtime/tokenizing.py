@@ -50,7 +50,7 @@ def encode(tokenizer: Tokenizer, text: str, *, special_tokens: bool) -> Encoding
     Raises:
         SessionError: The tokenizer's expressions take too long.
     """
-    if _is_quick(tokenizer):
+    if is_quick(tokenizer):
         return tokenizer.encode(text, add_special_tokens=special_tokens)
     batch = functools.partial(tokenizer.encode_batch, [text], add_special_tokens=special_tokens)
     return _within(batch)[0]
@@ -62,7 +62,7 @@ def encode_ordinary(tokenizer: Tokenizer, text: str) -> list[int]:
     Raises:
         SessionError: The tokenizer's expressions take too long.
     """
-    if not _is_quick(tokenizer):
+    if not is_quick(tokenizer):
         plain = Tokenizer(tokenizer.model)
         if tokenizer.normalizer is not None:
             plain.normalizer = tokenizer.normalizer
@@ -77,7 +77,8 @@ def encode_ordinary(tokenizer: Tokenizer, text: str) -> list[int]:
     return [token.id for word in words for token in tokenizer.model.tokenize(word)]
 
 
-def _is_quick(tokenizer: Tokenizer) -> bool:
+def is_quick(tokenizer: Tokenizer) -> bool:
+    """Whether its expressions are known to look at each character a few times."""
     return expressions_of(tokenizer) <= KNOWN
 
 

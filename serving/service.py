@@ -190,7 +190,7 @@ class Service:
 
     async def complete(self, request: CompletionRequest, caller: Caller, *, long: bool = False) -> Ride:
         """Lets prompts on board; long ones are made ready beside others, and brief ones at once."""
-        brief = all(len(prompt) <= BRIEF for prompt in request.prompts)
+        brief = self.session.text.is_quick and all(len(prompt) <= BRIEF for prompt in request.prompts)
         return await self._board(self._completion_parties, request, caller, long, brief=brief)
 
     def cancel(self, ride: Ride) -> None:

@@ -1,8 +1,10 @@
 """Requests are read as their schemas say: jsonschema is the oracle."""
 
+import asyncio
 import copy
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -16,6 +18,7 @@ from arriero.serving.protocol.completions import CompletionRequest
 from arriero.serving.protocol.openapi import document
 from arriero.serving.protocol.reading import read, schema
 from arriero.serving.protocol.responses import ResponseRequest
+from arriero.serving.service import Caller, Limits, Service
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,3 +165,19 @@ def test_the_images_of_a_conversation_are_known_by_their_fields() -> None:
     for content, expected in (("a", []), ([text], []), ([text, image], ["messages[1].content[1]"])):
         messages = [{"role": "user", "content": each} for each in ("a", content)]
         assert list(image_fields(read(ChatRequest, {"messages": messages, "model": "m"}).messages)) == expected
+
+
+@pytest.mark.parametrize(("length", "is_quick", "is_brief"), [(9, True, True), (9, False, False), (2000, True, False)])
+def test_a_brief_prompt_is_made_ready_at_once_where_its_tokenizer_cannot_take_long(
+    monkeypatch: pytest.MonkeyPatch, length: int, is_quick: bool, is_brief: bool
+) -> None:
+    seen = []
+
+    async def board(self: Service, *_: Any, brief: bool = False) -> None:
+        seen.append(brief)
+
+    monkeypatch.setattr(Service, "_board", board)
+    service = Service("tiny", Limits(), shares_prefixes=False, report=print)
+    monkeypatch.setattr(Service, "session", SimpleNamespace(text=SimpleNamespace(is_quick=is_quick)))
+    asyncio.run(service.complete(read(CompletionRequest, {"prompt": "a" * length}), Caller()))
+    assert seen == [is_brief]
