@@ -198,28 +198,32 @@ class Kernels:
 
     def launch(self, launch: Launch, stream: int) -> None:
         """Puts one launch into a stream. Its pointers are device addresses."""
-        Packed(self, [launch]).enqueue({}, stream)
+        Packed(self, [launch]).enqueue([], stream)
 
 
 class Packed:
-    """Launches whose arguments are packed once; what changes from call to call are addresses, given by name.
+    """Launches whose arguments are packed once; what changes from call to call is a table of addresses.
 
     Args:
         kernels: Loaded.
         launches: Pointers that are texts name addresses that `enqueue` is given; others stay as they are.
+        names: Names of these addresses, in their order.
 
     Raises:
         SessionError: A kernel is not among those loaded.
     """
 
-    def __init__(self, kernels: Kernels, launches: Sequence[Launch]) -> None:
-        self.driver = kernels.driver
-        self.places: list[tuple[Any, int, str]] = []
+    def __init__(self, kernels: Kernels, launches: Sequence[Launch], names: Sequence[str] = ()) -> None:
+        self.driver, self.stream = kernels.driver, ctypes.c_void_p()
+        self.table = (ctypes.c_uint64 * len(names))()
+        first = ctypes.addressof(self.table)
+        self.places = {name: first + 8 * index for index, name in enumerate(names)}
         self.slots: list[Any] = []  # kept: the driver is given their addresses
+        self.configs: list[LaunchConfig] = []
         self.calls = [self._pack(kernels, launch) for launch in launches]
 
     def _pack(self, kernels: Kernels, launch: Launch) -> tuple[Any, ...]:
-        """The configuration of a launch that may start early, or None; what is given to the driver before and after."""
+        """A launch as the driver takes it: its function's name, and that function's arguments."""
         binary = kernels.binaries.get(launch.kernel)
         if binary is None:
             raise SessionError(f"the bundle has no kernel {launch.kernel} for this GPU: build it again")
@@ -227,32 +231,32 @@ class Packed:
             raise SessionError(f"the bundle's kernel {launch.kernel} is another version's: build it again")
         slots = (ctypes.c_uint64 * (len(launch.arguments) + 2))()  # behind them Triton's scratch pointers, unused
         self.slots.append(slots)
+        first = ctypes.addressof(slots)
+        pointers = (ctypes.c_void_p * len(slots))(*range(first, first + 8 * len(slots), 8))
         for index, (kind, argument) in enumerate(zip(binary.parameters, launch.arguments, strict=True)):
             if isinstance(argument, str):
-                self.places.append((slots, index, argument))
+                pointers[index] = self.places[argument]
             else:
-                number = struct.pack(FORMATS.get(kind, "<Q"), argument)
-                slots[index] = int.from_bytes(number, "little")
-        first = ctypes.addressof(slots)
-        pointers = (ctypes.c_void_p * len(slots))(*(first + 8 * index for index in range(len(slots))))
+                slots[index] = int.from_bytes(struct.pack(FORMATS.get(kind, "<Q"), argument), "little")
         function, grid = kernels.functions[launch.kernel], launch.grid
-        if binary.dependent:
-            config = LaunchConfig(grid=grid, block=(binary.threads, 1, 1), shared=binary.shared, count=1)
-            config.attributes = ctypes.pointer(EARLY)
-            return config, (ctypes.byref(config), function), pointers
-        return None, (function, *grid, *(binary.threads, 1, 1), binary.shared), pointers
+        if not binary.dependent:
+            shape = (*grid, binary.threads, 1, 1, binary.shared)
+            return "cuLaunchKernel", function, *shape, self.stream, pointers, None
+        config = LaunchConfig(grid=grid, block=(binary.threads, 1, 1), shared=binary.shared, count=1)
+        config.attributes = ctypes.pointer(EARLY)
+        self.configs.append(config)
+        return "cuLaunchKernelEx", ctypes.byref(config), function, pointers, None
 
-    def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
+    def enqueue(self, addresses: Sequence[int], stream: int) -> None:
         """Puts the launches into a stream, in order; the driver has read their arguments when it returns."""
-        for slots, index, name in self.places:
-            slots[index] = addresses[name]
-        place, call = ctypes.c_void_p(stream), self.driver.call
-        for config, head, pointers in self.calls:
-            if config is None:
-                call("cuLaunchKernel", *head, place, pointers, None)
-            else:
+        self.table[:] = [*addresses]
+        if self.stream.value != stream:
+            self.stream.value = stream
+            for config in self.configs:
                 config.stream = stream
-                call("cuLaunchKernelEx", *head, pointers, None)
+        call = self.driver.call
+        for each in self.calls:
+            call(*each)
 
 
 def ceil_divide(count: int, size: int) -> int:

@@ -4,13 +4,14 @@ What an op has to say is small: which inputs its outputs look like, which of the
 kernels. This module turns that into shape rules, type rules, serialisation and launches. `trt` is the module
 `tensorrt` or `tensorrt_rtx`; nothing here imports either.
 
-Invariant: what `enqueue` launches depends on shapes only: it is planned once for all layers alike, and a session that
-captures a step into a CUDA graph has Python off the path from then on.
+Invariant: what `enqueue` launches depends on the sizes that vary: it is planned once for each, for all layers alike,
+and a session that captures a step into a CUDA graph has Python off the path from then on.
 """
 
 import ctypes
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,6 +71,8 @@ class PluginOp:
         accepts: Whether the op takes inputs of these types.
         call: Makes the plan.
         kernels: Full name of the module of the Triton functions; not imported here.
+        varying: For each of the first inputs, the dimensions that vary between calls; of the others none does. Launches
+            depend on those of the first input, and on what does not vary.
         width: The last dimension of the first output where it is not the input's; 0 where it is.
     """
 
@@ -81,39 +84,64 @@ class PluginOp:
     accepts: Callable[[Any, Sequence[str]], bool]
     call: Callable[[Any, Sequence[Tensor], int], Call]
     kernels: str
+    varying: tuple[tuple[int, ...], ...]
     width: Callable[[Any], int] = lambda settings: 0
 
 
 class ReadyCall:
-    """A call over tensors of fixed types and shapes, planned and packed. Layers that are alike share it.
+    """A call over tensors of fixed sizes, its launches packed.
 
     Args:
         op: The op.
-        settings: The node's.
+        call: Its plan.
         tensors: The inputs.
         kernels: Loaded.
     """
 
-    def __init__(self, op: PluginOp, settings: Any, tensors: Sequence[Tensor], kernels: Kernels) -> None:
-        call = op.call(settings, tensors, kernels.capability)
-        self.op, self.names = op, (*call.names, *op.outputs)
-        self.scratch = placed(call.workspace(tensors), 0)
-        names = {name: name for name in (*self.names, *self.scratch)} | {"counters": kernels.counters}
-        self.packed = Packed(kernels, call.launches(names, tensors))
+    def __init__(self, op: PluginOp, call: Call, tensors: Sequence[Tensor], kernels: Kernels) -> None:
+        self.op, self.in_place = op, [(output, source) for output, source in enumerate(op.in_place) if source >= 0]
+        scratch = placed(call.workspace(tensors), 0)
+        self.offsets = tuple(scratch.values())
+        names = (*call.names, *op.outputs, *scratch)
+        given = {name: name for name in names} | {"counters": kernels.counters}
+        self.packed = Packed(kernels, call.launches(given, tensors), names)
 
     def enqueue(self, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int) -> None:
         """Puts the call into a stream. Addresses are those of inputs, outputs and scratch memory."""
-        for output, source in zip(outputs, self.op.in_place, strict=True):
-            if source >= 0 and output != inputs[source]:
+        for output, source in self.in_place:
+            if outputs[output] != inputs[source]:
                 raise SessionError(f"TensorRT moved a tensor that {self.op.name} updates in place: build --gqa native")
-        addresses = dict(zip(self.names, (*inputs, *outputs), strict=True))
-        for name, offset in self.scratch.items():
-            addresses[name] = workspace + offset
-        self.packed.enqueue(addresses, stream)
+        self.packed.enqueue([*inputs, *outputs, *[workspace + offset for offset in self.offsets]], stream)
+
+
+class Alike:
+    """Nodes that differ in nothing that launches depend on, and their calls by the sizes that vary.
+
+    Args:
+        op: The op.
+        settings: The nodes'.
+        tensors: Their inputs, with -1 for what varies.
+        kernels: Loaded.
+    """
+
+    def __init__(self, op: PluginOp, settings: Any, tensors: Sequence[Tensor], kernels: Kernels) -> None:
+        self.op, self.tensors, self.kernels = op, tensors, kernels
+        self.call = op.call(settings, tensors, kernels.capability)
+        self.ready: dict[tuple[int, ...], ReadyCall] = {}
+
+    def prepare(self, sizes: tuple[int, ...]) -> ReadyCall:
+        """Makes the call for these sizes of the first input ready, and keeps it."""
+        if len(self.ready) >= MOST_READY:
+            self.ready.clear()
+        first, known = self.tensors[0], dict(zip(self.op.varying[0], sizes, strict=True))
+        shape = tuple(known.get(dim, size) for dim, size in enumerate(first.shape))
+        tensors = [Tensor(dtype=first.dtype, shape=shape), *self.tensors[1:]]
+        self.ready[sizes] = ReadyCall(self.op, self.call, tensors, self.kernels)
+        return self.ready[sizes]
 
 
 MOST_READY = 512
-"""Calls that a creator keeps ready; a session knows a few lengths and batches, so there are far fewer."""
+"""Calls that are kept ready for nodes that are alike; a session knows a few lengths and batches, so there are fewer."""
 
 
 def type_names(trt: Any) -> dict[Any, str]:
@@ -163,7 +191,7 @@ def _creator_class(trt: Any, op: PluginOp) -> Any:
             self.capabilities: tuple[int, ...] = ()
             self.needed: dict[tuple[str, int], Kernel] = {}
             self.kernels: Kernels | None = None
-            self.ready: dict[Any, ReadyCall] = {}
+            self.alike: dict[Any, Alike] = {}
             self.failure: Exception | None = None
 
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
@@ -177,13 +205,16 @@ def _creator_class(trt: Any, op: PluginOp) -> Any:
         def make(self, settings: Any) -> Any:
             return plugin_class(settings, self)
 
-        def prepare(self, settings: Any, tensors: Sequence[Tensor], kernels: Kernels) -> ReadyCall:
-            key = (kernels, settings, *tensors)
-            if key not in self.ready:
-                if len(self.ready) >= MOST_READY:
-                    self.ready.clear()
-                self.ready[key] = ReadyCall(op, settings, tensors, kernels)
-            return self.ready[key]
+        def find_alike(self, settings: Any, tensors: Sequence[Tensor], kernels: Kernels) -> Alike:
+            varying = itertools.chain(op.varying, itertools.repeat(()))
+            fixed = tuple(
+                replace(each, shape=tuple(-1 if dim in dims else size for dim, size in enumerate(each.shape)))
+                for each, dims in zip(tensors, varying, strict=False)
+            )
+            key = (kernels, settings, fixed)
+            if key not in self.alike:
+                self.alike[key] = Alike(op, settings, fixed, kernels)
+            return self.alike[key]
 
     return Creator
 
@@ -222,6 +253,7 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
             self.num_outputs = len(op.outputs)
             self.timing_cache_id = ""
             self.settings, self.creator, self.kernels = settings, creator, creator.kernels
+            self.alike: list[Alike] = []  # of a node one, which its copies in all contexts share
             self.call: ReadyCall | None = None
             # TensorRT's bindings free a plugin twice when TensorRT drops it last, so Python keeps each one for good.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
@@ -299,8 +331,13 @@ def _plugin_class(trt: Any, op: PluginOp) -> Any:
             pass
 
         def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            if self.kernels is not None:  # TensorRT asks and times at build too, where there is nothing to choose
-                self.call = self.creator.prepare(self.settings, tensors_of(inputs), self.kernels)
+            if self.kernels is None:  # TensorRT asks and times at build too, where there is nothing to choose
+                return
+            if not self.alike:
+                self.alike.append(self.creator.find_alike(self.settings, tensors_of(inputs), self.kernels))
+            (alike,), dims = self.alike, inputs[0].dims
+            sizes = tuple([dims[dim] for dim in op.varying[0]])
+            self.call = alike.ready.get(sizes) or alike.prepare(sizes)
 
         def enqueue(
             self,

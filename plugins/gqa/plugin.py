@@ -89,5 +89,6 @@ PLUGIN = PluginOp(
     accepts=accepts,
     call=Call,
     kernels=MODULE,
+    varying=((0, 1), (0, 1), (0, 1), (0,), (0,), (0,)),
     width=lambda settings: settings.width,
 )

@@ -88,7 +88,7 @@ class Plan:
 
     def workspace(self, tokens: int) -> dict[str, Buffer]:
         """Scratch memory for calls of up to that many tokens, by the names under which `launches` takes it."""
-        g = self.geometry
+        g, types = self.geometry, self.geometry.types
         pairs = tokens * g.attributes.top_k
         few = min(pairs, self.few)
         counts = {way: most_tiles(pairs, g.local, self.tiles[way].rows) for way in ("some", "many")}
@@ -107,7 +107,7 @@ class Plan:
             "down_parts": (self.parts["down"], few, g.hidden),
             "pair_outputs": (pairs, g.hidden),
         }
-        return {name: Buffer(dtype=g.types[name], shape=shape) for name, shape in shapes.items() if name in g.types}
+        return {name: Buffer(dtype=types[name], shape=shape) for name, shape in shapes.items() if name in types}
 
     def launches(self, pointers: Mapping[str, Any], tokens: int) -> list[Launch]:
         """The launches of a call, in order.

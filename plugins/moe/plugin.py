@@ -78,4 +78,5 @@ PLUGIN = PluginOp(
     accepts=accepts,
     call=Call,
     kernels=MODULE,
+    varying=((0,), (0,)),
 )

@@ -4,7 +4,7 @@ Enters: a deserialised engine. Leaves: the execution contexts of the decoder and
 engine needs is allocated here, once; while it runs TensorRT allocates nothing, so that a step can be captured.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,24 +70,28 @@ class Execution:
                 "--max-batch or --max-seq"
             )
 
-    def contexts(self, specialisations: Sequence[Specialisation], activations: DeviceMemory) -> "Contexts":
-        """Makes a context for each of the first profiles, its weights bound.
+    def contexts(
+        self, specialisations: Sequence[Specialisation], activations: DeviceMemory, communicator: Any = None
+    ) -> "Contexts":
+        """Tells how contexts of each of the first profiles are made, their weights bound.
 
         Args:
             specialisations: For each profile, how TensorRT-RTX specialises kernels to shapes.
             activations: The memory that they share.
+            communicator: The ranks' communicator, as TensorRT takes it; None of a whole model.
 
-        Raises:
-            SessionError: TensorRT makes none, or refuses a weight.
         """
         compiled = None
         if self.flavour == "tensorrt-rtx" and self.file is not None:
             compiled = CompiledCache(self.engine.create_runtime_config(), *self.file)
-        made = [
-            self._context(index, activations, specialisation, compiled)
-            for index, specialisation in enumerate(specialisations)
-        ]
-        return Contexts(activations=activations, made=made, compiled=compiled)
+
+        def make(profile: int) -> Any:
+            context = self._context(profile, activations, specialisations[profile], compiled)
+            if communicator is not None:  # each waits for all ranks
+                accept(context.set_communicator(communicator), f"the communicator of profile {profile}")
+            return context
+
+        return Contexts(activations=activations, make=make, compiled=compiled)
 
     def _context(
         self, profile: int, activations: DeviceMemory, specialisation: Specialisation, compiled: CompiledCache | None
@@ -125,12 +129,12 @@ class Contexts:
 
     Attributes:
         activations: That memory.
-        made: The contexts, in the order of their profiles.
+        make: Makes a context of a profile; raises a `SessionError` where TensorRT makes none, or refuses a weight.
         compiled: TensorRT-RTX's compiled kernels; None where they are not kept.
     """
 
     activations: DeviceMemory
-    made: Sequence[Any]
+    make: Callable[[int], Any]
     compiled: CompiledCache | None = None
 
     def save_compiled(self) -> None:

@@ -45,7 +45,7 @@ class Shortener:
             pointers = {"logits": self.exchange.logits.address, "sharpness": self.exchange.addresses["sharpness"]}
             pointers |= placed(buffers, self.scratch.address) | {"shortlist": self.memory.address}
             self.packed[rows] = Packed(self.kernels, self.plan.launches(pointers, rows))
-        self.packed[rows].enqueue({}, self.device.stream)
+        self.packed[rows].enqueue([], self.device.stream)
 
     def read(self, sharpness_B: NDArray[np.float32]) -> list[Shortlist]:
         """Waits for the step. Returns each row's shortlist.

@@ -2,13 +2,12 @@
 
 Enters: pieces of tokens. Leaves: their logits in float32, as `OnnxRuntimeDecoder` gives them. Invariants: an engine's
 caches are updated in place, past and present are one address; a step over single tokens whose caches and number of rows
-have been before is one launch of a captured graph, and allocates nothing.
+have been twice is one launch of a captured graph, and allocates nothing.
 """
 
 import threading
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,24 +25,29 @@ from ...plugins.tensorrt_plugin import register
 from ...spec.built_engine import EngineSpec
 from ...spec.folder import FolderSpec
 from ..shortlist import Row, Shortlist
-from .device import Device, DeviceGraph, DeviceMemory
+from .device import Device, DeviceMemory
 from .device_caches import CachePool, DeviceCaches
 from .engine_file import check_machine, deserialise, open_version, read_built
 from .exchange import Exchange
 from .execution import Execution, accept, load_kernels, upload_weights
 from .shortener import Shortener
+from .token_steps import TokenStep, TokenSteps
 
 DECODE, PIECES = 0, -1
 """The profiles of single tokens and of pieces."""
 
-MOST_GRAPHS = 128
-"""Captured steps that are kept; the one used longest ago goes first."""
+MOST_STEPS = 32
+"""Steps over single tokens that are kept with their contexts and graphs: a flight's numbers of rows, and more."""
+
+READY = 8
+"""Contexts for them that a load makes; the others are made when there are more steps."""
 
 
 class TensorRTDecoder:
     """A decoder's engine with its weights, ready to run.
 
-    One context serves each profile. They never run at once, and share the memory of their activations.
+    One context serves pieces, and one each step over single tokens. They never run at once, and share the memory of
+    their activations.
 
     Args:
         trt: The module `tensorrt_rtx` or `tensorrt`.
@@ -74,8 +78,9 @@ class TensorRTDecoder:
         self.execution = Execution(
             trt=trt, flavour=about.flavour, device=device, engine=engine, weights=weights, file=file
         )
-        self.graphs: OrderedDict[tuple[int, ...], DeviceGraph] = OrderedDict()
-        self.pool = CachePool(device, about.caches, most, clears=about.attention == "native", dropped=self.graphs.clear)
+        self.pool = CachePool(
+            device, about.caches, most, clears=about.attention == "native", dropped=lambda: self.steps.forget()
+        )
         feature_row = 0 if folder.vision is None else self.spec.hidden_size * NUMPY_DTYPES[self.spec.dtype].itemsize
         self.exchanges = [
             Exchange(device, about.profiles[index], self.spec.vocab_size, feature_row) for index in (DECODE, PIECES)
@@ -89,13 +94,16 @@ class TensorRTDecoder:
             self.pool.give(self.pool.take(most))  # the weights get what is left
             self.execution.stream_weights()
         pieces = len(about.profiles) - 1
-        self.contexts = self.execution.contexts(["EAGER", *["NONE"] * pieces], activations)  # type: ignore[list-item]
-        if communicator is not None:
-            for number, context in enumerate(self.contexts.made):  # each waits for all ranks
-                accept(context.set_communicator(communicator), f"the communicator of profile {number}")
-        self.bound: dict[int, tuple[int, ...]] = {}
-        self.shapes: dict[int, dict[str, tuple[int, ...]]] = {DECODE: {}, PIECES: {}}
+        specialisations = ["EAGER", *["NONE"] * pieces]
+        self.contexts = self.execution.contexts(specialisations, activations, communicator)  # type: ignore[arg-type]
         self.captures = not about.weight_streaming
+        self.steps = TokenSteps(
+            lambda: self.contexts.make(DECODE), MOST_STEPS if self.captures else 1, ready=min(most, READY)
+        )
+        self.pieces = self.contexts.make(pieces)
+        self.cache_names = [(each, f"past.{each.name}", f"present.{each.name}") for each in about.caches]
+        self.bound: tuple[int, ...] = ()
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.outstanding: list[weakref.ref[Shortlist]] = []
 
     @property
@@ -181,7 +189,7 @@ class TensorRTBinding:
             self._run_tokens(ids_BS, past_B)
             return decoder.exchanges[DECODE].fetch(shape)
         decoder.begin()
-        exchange, context = decoder.exchanges[PIECES], decoder.contexts.made[PIECES]
+        exchange, context = decoder.exchanges[PIECES], decoder.pieces
         length = self._bucket(ids_BS.shape[1], past_B)
         padded_BS = np.zeros((self.batch, length), np.int64)
         padded_BS[:, : ids_BS.shape[1]] = ids_BS
@@ -194,7 +202,7 @@ class TensorRTBinding:
             exchange.send_features(narrow(given_MH, decoder.spec.dtype))
             shapes["image_features"] = given_MH.shape
         exchange.reserve_logits(positions_BR.size)
-        self._bind(PIECES, shapes)
+        self._bind_pieces(shapes)
         accept(context.execute_async_v3(decoder.device.stream), "the step")
         return exchange.fetch(shape)
 
@@ -216,67 +224,77 @@ class TensorRTBinding:
         exchange = decoder.exchanges[DECODE]
         exchange.views["sharpness"][: self.batch] = self.caches.sharpness[self.rows]
         exchange.send(ids_B1, past_B, NO_POSITIONS)
-        graph = decoder.graphs.get(self.key)
-        if graph is not None:
-            decoder.graphs.move_to_end(self.key)
-            graph.launch()
+        known = decoder.steps.find(self.key)
+        step = known or decoder.steps.add(self.key, self._bind_tokens)
+        if known and step.graph is None and decoder.captures:
+            self._capture(step)
+        if step.graph is not None:
+            step.graph.launch()
             return
-        shapes = {
-            "input_ids": (self.batch, 1), "past_lengths": (self.batch,), "logit_positions": (self.batch, 1)
-        }  # fmt: skip
-        if exchange.features is not None:
-            shapes["image_features"] = (1, decoder.spec.hidden_size)
-        self._bind(DECODE, shapes)
-        self._enqueue_tokens()
-        self._capture()
+        try:
+            self._enqueue_tokens(step)
+        except BaseException:
+            decoder.steps.forget(self.key)  # a graph is captured of what has run
+            raise
 
-    def _enqueue_tokens(self) -> None:
+    def _enqueue_tokens(self, step: TokenStep) -> None:
         decoder = self.decoder
-        accept(decoder.contexts.made[DECODE].execute_async_v3(decoder.device.stream), "the step")
+        accept(step.context.execute_async_v3(decoder.device.stream), "the step")
         if decoder.shortener is not None:
             decoder.shortener.enqueue(self.batch)
 
-    def _capture(self) -> None:
-        """Captures the step that has just run, for the next one; TensorRT wants to have run these shapes before."""
-        decoder, context = self.decoder, self.decoder.contexts.made[DECODE]
-        if not decoder.captures:
-            return
+    def _capture(self, step: TokenStep) -> None:
+        """Captures a step that comes again; TensorRT wants to have run it before."""
+        decoder = self.decoder
         decoder.contexts.save_compiled()
         reason: object = "TensorRT says that the engine cannot be"
         try:
-            if decoder.about.flavour == "tensorrt" or context.is_stream_capturable(decoder.device.stream):
-                decoder.graphs[self.key] = decoder.device.capture(self._enqueue_tokens)
-                if len(decoder.graphs) > MOST_GRAPHS:
-                    decoder.graphs.popitem(last=False)
+            if decoder.about.flavour == "tensorrt" or step.context.is_stream_capturable(decoder.device.stream):
+                step.graph = decoder.device.capture(lambda: self._enqueue_tokens(step))
                 return
         except SessionError as error:
             reason = error
         decoder.captures = False  # a graph is faster, not necessary
         warnings.warn(f"steps are not captured into a CUDA graph, so they take longer: {reason}", ArrieroWarning, 2)
 
-    def _bind(self, profile: int, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Gives a context these rows of the caches and these shapes, where it has others."""
-        decoder, context = self.decoder, self.decoder.contexts.made[profile]
-        exchange, known = decoder.exchanges[profile], decoder.shapes[profile]
-        addresses = (*exchange.addresses.values(), exchange.logits.address)
-        if decoder.bound.get(profile) != (*self.key, *addresses):
-            decoder.bound.pop(profile, None)  # what is bound in part is not taken for bound
-            known.clear()
-            for name in (*INPUTS, *(["image_features"] if exchange.features is not None else [])):
-                accept(context.set_tensor_address(name, exchange.addresses[name]), name)
-            accept(context.set_tensor_address("logits", exchange.logits.address), "logits")
-            for each in decoder.about.caches:
-                first = self.caches.addresses[each.name] + self.rows.start * each.row_size
-                past, present = f"past.{each.name}", f"present.{each.name}"
-                accept(context.set_input_shape(past, (self.batch, *each.shape)), past)
-                accept(context.set_tensor_address(past, first), past)
-                accept(context.set_tensor_address(present, first), present)
-            decoder.bound[profile] = (*self.key, *addresses)
+    def _bind_tokens(self, context: Any) -> None:
+        """Gives a context these rows, a token of each."""
+        exchange = self.decoder.exchanges[DECODE]
+        self._bind(context, exchange)
+        shapes = {"input_ids": (self.batch, 1), "past_lengths": (self.batch,), "logit_positions": (self.batch, 1)}
+        if exchange.features is not None:
+            shapes["image_features"] = (1, self.decoder.spec.hidden_size)
         for name, shape in shapes.items():
-            if known.get(name) != shape:
-                known.pop(name, None)
-                accept(context.set_input_shape(name, shape), name)
-                known[name] = shape
+            accept(context.set_input_shape(name, shape), name)
+
+    def _bind_pieces(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Gives the context of pieces these rows and these shapes, where it has others."""
+        decoder, exchange = self.decoder, self.decoder.exchanges[PIECES]
+        wanted = (*self.key, *exchange.addresses.values(), exchange.logits.address)
+        if decoder.bound != wanted:
+            decoder.bound = ()  # what is bound in part is not taken for bound
+            decoder.shapes.clear()
+            self._bind(decoder.pieces, exchange)
+            decoder.bound = wanted
+        for name, shape in shapes.items():
+            if decoder.shapes.get(name) != shape:
+                decoder.shapes.pop(name, None)
+                accept(decoder.pieces.set_input_shape(name, shape), name)
+                decoder.shapes[name] = shape
+
+    def _bind(self, context: Any, exchange: Exchange) -> None:
+        """Gives a context the addresses of an exchange, and these rows of the caches."""
+        for name in (*INPUTS, *(["image_features"] if exchange.features is not None else [])):
+            accept(context.set_tensor_address(name, exchange.addresses[name]), name)
+        accept(context.set_tensor_address("logits", exchange.logits.address), "logits")
+        for each, past, present in self.decoder.cache_names:
+            first = self.caches.addresses[each.name] + self.rows.start * self.caches.row_sizes[each.name]
+            if not (
+                context.set_input_shape(past, (self.batch, *each.shape))
+                and context.set_tensor_address(past, first)
+                and context.set_tensor_address(present, first)
+            ):
+                accept(False, past)
 
     def _bucket(self, length: int, past_B: NDArray[np.int32]) -> int:
         """A piece's length with its pads: few lengths are planned for, where the caches have room for the pads."""

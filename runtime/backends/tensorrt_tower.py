@@ -33,11 +33,12 @@ class TensorRTTower:
     def __init__(self, execution: Execution, about: TowerEngine, vision: VisionSpec, size: int, dtype: str) -> None:
         self.execution, self.about, self.vision, self.size, self.dtype = execution, about, vision, size, dtype
         self.contexts = execution.contexts(["LAZY"], execution.activations(1))
+        self.context = self.contexts.make(0)
         pixels = about.max_tiles * 3 * vision.image_size**2 * np.dtype(np.float32).itemsize
         features = about.max_tiles * vision.features * size * NUMPY_DTYPES[dtype].itemsize
         self.pixels, self.features = (DeviceMemory(execution.device, each) for each in (pixels, features))
         for name, memory in (("pixels", self.pixels), ("image_features", self.features)):
-            accept(self.contexts.made[0].set_tensor_address(name, memory.address), name)
+            accept(self.context.set_tensor_address(name, memory.address), name)
 
     def encode(self, pixels_N3PP: NDArray[np.float32]) -> NDArray[np.float32]:
         """Computes the image features [M, H] of normalised tiles, at most the engine's `max_tiles` at a time."""
@@ -48,7 +49,7 @@ class TensorRTTower:
         )
 
     def _run(self, pixels_N3PP: NDArray[np.float32]) -> NDArray[np.float32]:
-        device, context = self.execution.device, self.contexts.made[0]
+        device, context = self.execution.device, self.context
         device.upload(self.pixels.address, pixels_N3PP)
         accept(context.set_input_shape("pixels", pixels_N3PP.shape), "pixels")
         accept(context.execute_async_v3(device.stream), "the tiles")

@@ -55,9 +55,9 @@ def load(folder: Path) -> tuple[Recorder, Kernels]:
 def test_a_dependent_kernel_may_start_while_the_one_before_it_runs(tmp_path: Path) -> None:
     recorder, kernels = load(tmp_path)
     launches = [Launch(kernel=name, grid=(3, 2, 1), arguments=("x", 7)) for name in ("first", "second")]
-    packed = Packed(kernels, launches)
+    packed = Packed(kernels, launches, ["x"])
     for stream, x in ((11, 4096), (13, 8192)):
-        packed.enqueue({"x": x}, stream)
+        packed.enqueue([x], stream)
         assert recorder.launched[-2:] == [
             (when, 3, 2, 1, 128, 1, 1, 512, stream, (x, 7)) for when in ("after", "early")
         ]

@@ -1,17 +1,21 @@
 """What the plugins tell TensorRT: types, shapes, scratch memory, and what they launch."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from idle_driver import IdleDriver
+from walked_engine import write_images
 
 from arriero.engine.tensorrt_library import open_library
 from arriero.errors import BuildError, SessionError
 from arriero.plugins.gqa.op import Attributes as GqaAttributes
 from arriero.plugins.gqa.plugin import PLUGIN as GQA
 from arriero.plugins.gqa.plugin import Settings
-from arriero.plugins.launch import Launch, placed, total_size
+from arriero.plugins.launch import Driver, Kernels, Launch, placed, total_size
 from arriero.plugins.moe.op import Attributes
 from arriero.plugins.moe.plugin import PLUGIN as MOE
 from arriero.plugins.tensorrt_plugin import NAMESPACE, VERSION, Tensor, register
@@ -30,6 +34,36 @@ def attention(batch: int, length: int, slots: int, cache: str = "bf16") -> list[
 def experts(tokens: int, top_k: int = 1) -> list[Tensor]:
     shapes = ((tokens, 5120), (tokens, 16), (16, 5120, 16384), (16, 8192, 5120))
     return [Tensor(dtype="bf16", shape=shape) for shape in shapes]
+
+
+def test_layers_that_are_alike_share_a_plan_and_each_sizes_launches(tmp_path: Path) -> None:
+    trt = open_library("tensorrt-rtx")
+    (creator,) = register(trt, (GQA,)).values()
+    binaries = write_images(GQA.call(SETTINGS, attention(1, 1, 64), 89).kernels, GQA.kernels, 89, tmp_path)
+    creator.kernels = Kernels(Driver(IdleDriver()), tmp_path, binaries)
+    types = {
+        name: getattr(trt.DataType, kind) for name, kind in (("bf16", "BF16"), ("i32", "INT32"), ("fp32", "FLOAT"))
+    }
+
+    def described(batch: int, length: int) -> list[Any]:
+        found = []
+        for each in attention(batch, length, 64):
+            found.append(trt.PluginTensorDesc())
+            found[-1].type, found[-1].dims = types[each.dtype], trt.Dims(each.shape)
+        return found
+
+    other = creator.make(dataclasses.replace(SETTINGS, chunk=0))
+    layers = [creator.make(SETTINGS), creator.make(SETTINGS), creator.make(SETTINGS).attach_to_context(None)]
+    calls = []
+    for batch, length in ((1, 1), (2, 1), (1, 5), (1, 1)):
+        for layer in (*layers, other):
+            layer.on_shape_change(described(batch, length), [])
+        assert all(layer.call is layers[0].call is not other.call for layer in layers)
+        calls.append(layers[0].call)
+    assert calls[0] is calls[3]  # as it was ready
+    assert len(set(map(id, calls))) == 3
+    assert all(layer.alike[0] is layers[0].alike[0] is not other.alike[0] for layer in layers)
+    creator.kernels = None
 
 
 @given(batch=st.integers(1, 9), length=st.integers(1, 300), less=st.floats(0, 1), shorter=st.floats(0, 1))

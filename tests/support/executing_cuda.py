@@ -212,12 +212,27 @@ class ExecutingCuda:
         else:
             found.waiting.append(op)
 
+    def watch(self, stream: Any, version: Callable[[], int]) -> None:
+        """Has what is captured refuse to run when its context has changed since: TensorRT leaves that undefined."""
+        if self._stream(stream).captured is not None:
+            before = version()
+
+            def check() -> None:
+                assert version() == before, "a graph runs whose context has been changed since it was captured"
+
+            self.put(stream, check)
+
     def drain(self) -> None:
         """Runs what waits."""
         for stream in self.streams.values():
             work, stream.waiting = stream.waiting, []
             for op in work:
                 op()
+
+    def forget(self) -> None:
+        """Drops what waits: in place of `drain` where nothing shall be computed."""
+        for stream in self.streams.values():
+            stream.waiting.clear()
 
     def _cuStreamCreate(self, pointer: Any, flags: int) -> None:
         if flags != 1:  # a blocking stream works on a card, until somebody uses the legacy stream

@@ -121,6 +121,7 @@ class FakeContext:
         self.profile: int | None = None
         self.runs: list[tuple[int, ...]] = []
         self.communicator: Any = None
+        self.version = 0
 
     def set_communicator(self, communicator: Any) -> bool:
         self.communicator = communicator
@@ -138,17 +139,18 @@ class FakeContext:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shapes[name] = tuple(shape)
+        self.shapes[name], self.version = tuple(shape), self.version + 1
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
+        self.addresses[name], self.version = address, self.version + 1
         return address % 256 == 0
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self.profile is not None
         bound = copy.copy(self)
         bound.addresses, bound.shapes = self.addresses.copy(), self.shapes.copy()
+        self.engine.driver.cuda.watch(stream, lambda: self.version)
         self.engine.driver.cuda.put(stream, lambda: self.engine.run(bound))
         return True
 

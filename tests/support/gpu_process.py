@@ -1,6 +1,7 @@
 """Sessions on a GPU that is not there, in a process of their own, whose Triton interprets.
 
-`Gpu.run` calls a function of `gpu_scenes` there, by its name; what enters and leaves is pickled.
+`Gpu.run` calls a function there, of `gpu_scenes` where its name has no other module; what enters and leaves is
+pickled.
 """
 
 import multiprocessing
@@ -34,4 +35,5 @@ def start() -> None:
 
 
 def play(scene: str, given: dict[str, Any]) -> Any:
-    return getattr(import_module("gpu_scenes"), scene)(**given)
+    module, _, name = scene.rpartition(".")
+    return getattr(import_module(module or "gpu_scenes"), name)(**given)

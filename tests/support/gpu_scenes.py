@@ -50,30 +50,37 @@ class Stage:
 STAGES: dict[tuple[Any, ...], Stage] = {}
 
 
-def stage(model: str, max_seq: int = 64, max_batch: int = 4, max_prefill: int = 12, graphs: bool = True) -> Stage:
+def stage(
+    model: str,
+    max_seq: int = 64,
+    max_batch: int = 4,
+    max_prefill: int = 12,
+    capability: int = CAPABILITY,
+    graphs: bool = True,
+) -> Stage:
     """Builds a model for the GPU that is not there and loads it, once."""
-    key = (model, max_seq, max_batch, max_prefill)
+    key = (model, max_seq, max_batch, max_prefill, capability)
     if key not in STAGES:
-        STAGES[key] = load(Path(model), max_seq, max_batch, max_prefill)
+        STAGES[key] = load(Path(model), max_seq, max_batch, max_prefill, capability)
     made = STAGES[key]
     made.decoder.captures = graphs
     if not graphs:
-        made.decoder.graphs.clear()
+        made.decoder.steps.forget()
     return made
 
 
-def load(model: Path, max_seq: int, max_batch: int, max_prefill: int) -> Stage:
+def load(model: Path, max_seq: int, max_batch: int, max_prefill: int, capability: int) -> Stage:
     spec, trt = read_spec(model), open_library("tensorrt-rtx")
     files, folder = find_files(model, spec.weight_files), Path(mkdtemp())
     network = lower_for_tensorrt(model, spec, Choices(gqa=None, placement="experts", max_seq=max_seq), files)
     assert set(network.ways.values()) == {"plugin"}
     profiles = decoder_profiles(network.caches, max_batch, max_prefill)
     shapes = [decoder_shapes(spec, profile, network.caches) for profile in profiles]
-    cuda = ExecutingCuda(CAPABILITY)
-    engine = WalkedEngine(trt, cuda, network.graph, files, shapes, CAPABILITY)
-    binaries = engine.plan(CAPABILITY, folder / "kernels", spec.model.vocab_size)
+    cuda = ExecutingCuda(capability)
+    engine = WalkedEngine(trt, cuda, network.graph, files, shapes, capability)
+    binaries = engine.plan(capability, folder / "kernels", spec.model.vocab_size)
     about = EngineSpec(
-        file="decoder.engine", flavour="tensorrt-rtx", version=trt.__version__, capabilities=(CAPABILITY,),
+        file="decoder.engine", flavour="tensorrt-rtx", version=trt.__version__, capabilities=(capability,),
         sha256="0" * 64,
         max_seq=max_seq, profiles=profiles, caches=network.caches, attention="plugin", experts="plugin",
         placement="experts", weight_streaming=False, weights=0, kernels=binaries,
@@ -160,57 +167,6 @@ def step_cost(model: str, batch: int, steps: int, **how: Any) -> Any:
     seconds = (time.thread_time() - started) / steps
     spent = {name: count / steps for name, count in (cuda.calls - calls).items()}
     return spent, cuda.device.allocations + cuda.host.allocations - allocated, seconds
-
-
-def shape_cost(model: str, batch: int, steps: int, **how: Any) -> Any:
-    """What one step costs with a graph and after a change of shape, kernels and TensorRT's own work left out.
-
-    Nothing is computed. Returns driver calls and seconds of Python of a step with a graph, the seconds of the first
-    step over one row fewer (the session's and the plugins', once to run and once to capture), its driver calls, and
-    allocations in all of the steps with a graph.
-    """
-    made = stage(model, max_batch=batch, **how)
-    session, cuda = made.session, made.cuda
-    cuda.drain = lambda: [stream.waiting.clear() for stream in cuda.streams.values()]  # type: ignore[method-assign]
-    spent = {"engine": 0.0, "plugins": 0.0, "driver": 0.0}
-
-    def timed(owner: Any, name: str, account: str) -> None:
-        real = getattr(owner, name)
-
-        def call(*arguments: Any) -> Any:
-            started, inside = time.thread_time(), spent["driver"]
-            found = real(*arguments)
-            spent[account] += time.thread_time() - started - (spent["driver"] - inside)
-            return found
-
-        setattr(owner, name, call)
-
-    for context in made.engine.contexts:
-        timed(context, "execute_async_v3", "engine")
-        for plugin in context.plugins.values():
-            timed(plugin, "on_shape_change", "plugins")
-            timed(plugin, "enqueue", "plugins")
-    state = session.start(batch, 60)
-    session.prefill(state, [[3 + row] * 2 for row in range(batch)])
-    for _ in range(2):
-        session.decode_rows(state, [5] * batch)
-    for name in list(vars(cuda)):  # what has been called before
-        if name.startswith("cu"):
-            timed(cuda, name, "driver")
-    calls, allocated = cuda.calls.copy(), cuda.device.allocations + cuda.host.allocations
-    spent["driver"], started = 0.0, time.thread_time()
-    for _ in range(steps):
-        session.decode_rows(state, [5] * batch)
-    seconds = (time.thread_time() - started - spent["driver"]) / steps
-    each = sum((cuda.calls - calls).values()) / steps
-    allocated = cuda.device.allocations + cuda.host.allocations - allocated
-    fewer = session.start(batch - 1, 60)
-    session.prefill(fewer, [[3 + row] * 2 for row in range(batch - 1)])
-    spent.update(engine=0.0, plugins=0.0, driver=0.0)
-    calls, started = cuda.calls.copy(), time.thread_time()
-    session.decode_rows(fewer, [5] * (batch - 1))
-    changed = time.thread_time() - started - spent["engine"] - spent["driver"] + spent["plugins"]
-    return each, seconds, changed, spent["plugins"], sum((cuda.calls - calls).values()), allocated
 
 
 def drawn(model: str, ids: Sequence[int], seeds: int, **how: Any) -> Any:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -112,7 +112,8 @@ class WalkedEngine:
             shapes = self.infer({name: largest for name, (_, _, largest) in profile.items()})
             for node in self.graph.node:
                 if node.op_type in PLUGINS:
-                    inputs = [self._described(name, shapes[name]) for name in node.input]
+                    described = [self._described(name, shapes[name]) for name in node.input]
+                    inputs = [SimpleNamespace(desc=each, max=each.dims) for each in described]
                     size = self.built[node.name].get_workspace_size(inputs, [])
                     assert size <= ACTIVATIONS // 2
         needed = [
@@ -126,8 +127,9 @@ class WalkedEngine:
 
     def _described(self, name: str, about: tuple[Sequence[int], Any]) -> Any:
         shape, dtype = about
-        desc = SimpleNamespace(type=getattr(self.trt.DataType, TRT[self.code(name, dtype)]), dims=tuple(shape))
-        return SimpleNamespace(desc=desc, max=tuple(shape), type=desc.type, dims=desc.dims)
+        found = self.trt.PluginTensorDesc()
+        found.type, found.dims = getattr(self.trt.DataType, TRT[self.code(name, dtype)]), self.trt.Dims(tuple(shape))
+        return found
 
     def code(self, name: str, dtype: Any) -> int:
         return self.inputs[name].elem_type if name in self.inputs else ONNX[np.dtype(dtype)]
@@ -211,6 +213,22 @@ class WalkedEngine:
         return self.contexts[-1]
 
 
+class Told(NamedTuple):
+    """A plugin of a context, and what it is told: its inputs and outputs, their addresses, and the scratch memory's."""
+
+    plugin: Any
+    inputs: list[Any]
+    outputs: list[Any]
+    input_addresses: list[int]
+    output_addresses: list[int]
+    workspace: int
+
+    def enqueue(self, stream: int) -> None:
+        self.plugin.enqueue(
+            self.inputs, self.outputs, self.input_addresses, self.output_addresses, self.workspace, stream
+        )
+
+
 class Context:
     """One context of the engine."""
 
@@ -223,7 +241,7 @@ class Context:
             creator = built.creator
             again = creator.create_plugin(name, built.get_fields_to_serialize(), engine.trt.TensorRTPhase.RUNTIME)
             self.plugins[name] = again.attach_to_context(None)
-        self.changed, self.memory, self.runs, self.profile = True, (0, 0), [], None
+        self.changed, self.memory, self.runs, self.profile, self.version = True, (0, 0), [], None, 0
         self.places: dict[str, tuple[int, tuple[int, ...], Any]] = {}
 
     def is_stream_capturable(self, stream: int) -> bool:
@@ -242,13 +260,13 @@ class Context:
         smallest, _, largest = self.engine.profiles[self.profile][name]
         if len(shape) != len(largest) or not all(a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True)):
             return False
-        self.shapes[name], self.changed = tuple(shape), True
+        self.shapes[name], self.changed, self.version = tuple(shape), True, self.version + 1
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         if address % 256 or not self.engine.cuda.device.holds(address, address + 1):
             return False
-        self.addresses[name], self.changed = address, True
+        self.addresses[name], self.changed, self.version = address, True, self.version + 1
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
@@ -256,17 +274,20 @@ class Context:
         if self.changed:
             if cuda.streams[stream].captured is not None:
                 return False  # TensorRT wants a run of these shapes before it is captured
-            self._place()
+            self.place()
+            for each in self.told.values():
+                each.plugin.on_shape_change(each.inputs, each.outputs)
+        cuda.watch(stream, lambda: self.version)
         self.runs.append(self.shapes["input_ids"])
         for node in self.engine.graph.node:
             if node.op_type in PLUGINS:
-                self._enqueue(node, stream)
+                self.told[node.name].enqueue(stream)
             elif node.op_type != "Constant":
                 cuda.put(stream, lambda node=node: self._run(node))
         return True
 
-    def _place(self) -> None:
-        """Finds shapes, gives values their places in the activations' memory, and tells plugins."""
+    def place(self) -> None:
+        """Finds shapes, gives values their places in the activations' memory, and notes what plugins are told."""
         engine = self.engine
         found = engine.infer(self.shapes)
         at_, end = self.memory[0], sum(self.memory)
@@ -293,19 +314,14 @@ class Context:
                 self.places |= {name: engine.place_constant(name) for name in node.input if name in engine.constants}
         self.workspace = at_
         assert at_ + ACTIVATIONS // 2 <= end
-        for node in engine.graph.node:
-            if node.op_type in PLUGINS:
-                self.plugins[node.name].on_shape_change(*self._descriptions(node))
+        self.told = {node.name: self._tell(node) for node in engine.graph.node if node.op_type in PLUGINS}
         self.changed = False
 
-    def _descriptions(self, node: Any) -> tuple[list[Any], list[Any]]:
-        describe = self.engine._described
-        inputs = [describe(name, self.places[name][1:]) for name in node.input]
-        return inputs, [describe(name, self.places[name][1:]) for name in node.output]
-
-    def _enqueue(self, node: Any, stream: int) -> None:
-        inputs, outputs = ([self.places[name][0] for name in names] for names in (node.input, node.output))
-        self.plugins[node.name].enqueue(*self._descriptions(node), inputs, outputs, self.workspace, stream)
+    def _tell(self, node: Any) -> "Told":
+        names = (node.input, node.output)
+        described = [[self.engine._described(name, self.places[name][1:]) for name in side] for side in names]
+        addresses = [[self.places[name][0] for name in side] for side in names]
+        return Told(self.plugins[node.name], described[0], described[1], addresses[0], addresses[1], self.workspace)
 
     def _run(self, node: Any) -> None:
         values = [self.constants[name] if name in self.constants else at(*self.places[name]) for name in node.input]

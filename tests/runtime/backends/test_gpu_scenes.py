@@ -65,6 +65,26 @@ def test_a_step_with_a_graph_is_a_few_calls_and_allocates_nothing(gpu: Gpu, mode
     assert allocated == 0
 
 
+def test_launches_that_begin_early_give_the_same_tokens(gpu: Gpu, models: Callable[[str], str]) -> None:
+    given = {"model": models("int8"), "prompts": [SHORT], "new": 3, "way": "alone"}
+    found, _, calls = gpu.run("texts", capability=90, **given)
+    expected, _, plain = gpu.run("texts", capability=89, **given)
+    assert found == expected
+    assert calls["cuLaunchKernelEx"] > 0
+    assert "cuLaunchKernelEx" not in plain
+
+
+def test_a_change_of_shape_runs_once_and_is_captured_when_it_comes_again(
+    gpu: Gpu, models: Callable[[str], str]
+) -> None:
+    cost = gpu.run("host_cost.shape_cost", model=models("bf16"), batch=5)
+    calls = {name: count for name, (_, count) in cost.items()}
+    launches = 2 * (1 + 2) + 2  # attention and experts of each layer, and the shortlist
+    assert calls["known"] == calls["back"] == 5
+    assert calls["new"] == calls["elsewhere"] == calls["known"] - 1 + launches
+    assert calls["new, again"] == calls["elsewhere, again"] == calls["new"] + 5  # begun, ended, made, freed; launched
+
+
 @pytest.mark.parametrize("form", ["one", "few"])
 def test_attention_finds_slots_beyond_32_bits(gpu: Gpu, form: str) -> None:
     near, far = gpu.run("far_slots", form=form)

@@ -66,9 +66,10 @@ def test_an_engines_session_gives_the_cpus_tokens(wide_model: Path, on_fake_gpu:
     prompt = "The list type has a method that returns the number of items. " * 4  # longer than a piece and a chunk
     settings: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0, "eos_token_id": []}
     assert session.generate(prompt, **settings) == arriero.load(wide_model, max_seq=500).generate(prompt, **settings)
-    decode, prefill = engine.contexts
-    assert (decode.profile, prefill.profile) == (0, 1)
+    *others, decode, prefill = engine.contexts
+    assert [context.profile for context in engine.contexts] == [0, 0, 0, 1]  # one for each number of rows up to 3
     assert set(decode.runs) == {(1, 1)}
+    assert not any(context.runs for context in others)
     assert max(prefill.runs) <= (1, 48)
     for context, specialisation in ((decode, "eager"), (prefill, "none")):
         assert context.config.cuda_graph_strategy == "disabled"  # the session captures whole steps
@@ -114,7 +115,9 @@ def test_sequences_join_and_leave_as_on_the_cpu(wide_model: Path, on_fake_gpu: t
     plain = arriero.load(wide_model, max_seq=500)
     for number, (prompt, asked) in enumerate(requests):
         assert joined(pieces[number]) == plain.generate(prompt, **asked)
-    assert {(1, 1), (2, 1), (3, 1)} == set(engine.contexts[0].runs)
+    decoding = [set(each.runs) for each in engine.contexts if each.profile == 0 and each.runs]
+    assert all(len(each) == 1 for each in decoding)  # a graph's context is not given other shapes
+    assert set.union(*decoding) == {(1, 1), (2, 1), (3, 1)}
 
 
 def test_guesses_are_verified_as_on_the_cpu(wide_model: Path, on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
@@ -175,11 +178,11 @@ def test_a_state_takes_over_the_memory_of_the_one_before(on_fake_gpu: tuple[Sess
 def test_memory_of_earlier_states_makes_room_for_another(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
     session, engine = on_fake_gpu
     session.generate([10, 11], max_new_tokens=3, eos_token_id=[])
-    assert session.decoder.graphs  # type: ignore[attr-defined]
+    assert session.decoder.steps.known  # type: ignore[attr-defined]
     cuda = engine.driver.cuda
     cuda.size = cuda.device.held + session.decoder.pool.row_size  # type: ignore[attr-defined]
     session.start(2)
-    assert not session.decoder.graphs  # type: ignore[attr-defined]  # of addresses that mean nothing any more
+    assert not session.decoder.steps.known  # type: ignore[attr-defined]  # of addresses that mean nothing any more
     cuda.size = 0
     with pytest.raises(SessionError, match="cuMemAlloc_v2 failed: out of memory"):
         session.start(3)
@@ -262,7 +265,7 @@ def test_compiled_kernels_are_kept_for_the_next_session(
         monkeypatch.undo() if place != folder else None
     assert (folder / "decoder.engine.compiled").read_bytes() == b"compiled"
     again, _ = session_of(wide_model, wide_bundle, path=folder)
-    assert again.decoder.contexts.made[0].config.cache.data == b"compiled"  # type: ignore[attr-defined]
+    assert again.decoder.pieces.config.cache.data == b"compiled"  # type: ignore[attr-defined]
 
 
 def _no_folder(path: Path, *arguments: Any, **named: Any) -> None:
@@ -281,8 +284,8 @@ def test_an_old_driver_is_named_before_anything_else(wide_bundle: Path, monkeypa
 
 
 def test_a_refusal_of_tensorrt_is_an_error(on_fake_gpu: tuple[Session, FakeDecoder], monkeypatch: Any) -> None:
-    session, engine = on_fake_gpu
-    monkeypatch.setattr(engine.contexts[1], "set_input_shape", lambda name, shape: name != "past.3.key")
+    session, _ = on_fake_gpu
+    monkeypatch.setattr(session.decoder.pieces, "set_input_shape", lambda name, shape: name != "past.3.key")
     for _ in range(2):  # the second time as well: what was half bound is not taken for bound
         with pytest.raises(SessionError, match=r"the engine refuses past\.3\.key"):
             session.logits([[10, 11]])

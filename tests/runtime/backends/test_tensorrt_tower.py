@@ -94,12 +94,13 @@ def test_a_session_on_both_engines_gives_the_cpus_tokens(model: Path, bundle: Pa
     session = load_on(FakeDriver(), model, read_spec(bundle))
     assert continue_both(session) == continue_both(arriero.load(model))
     decoder, tower = session.decoder, session.tower.backend  # type: ignore[union-attr]
-    decode, prefill = decoder.contexts.made  # type: ignore[attr-defined]
-    assert (2, 1) in decode.runs
-    assert {length for _, length in decode.runs} == {1}
+    *decoding, prefill = decoder.execution.engine.contexts  # type: ignore[attr-defined]
+    runs = {shape for decode in decoding for shape in decode.runs}
+    assert (2, 1) in runs
+    assert {length for _, length in runs} == {1}
     assert len(prefill.runs) > 5  # several pieces
-    assert decode.shapes["image_features"] == (1, 32)
-    assert [each[0] for each in tower.contexts.made[0].runs] == [3, 3, 1]  # type: ignore[attr-defined]
+    assert decoding[-1].shapes["image_features"] == (1, 32)
+    assert [each[0] for each in tower.context.runs] == [3, 3, 1]  # type: ignore[attr-defined]
 
 
 def test_a_single_image_token_is_a_piece_not_a_decoded_token(model: Path, bundle: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_single_image_token_is_a_piece_not_a_decoded_token(model: Path, bundle
         each.prefill(state, [[5, 6]])
         found.append(each.prefill(state, [[IMAGE]], [features[:1]]))
     assert np.abs(found[0] - found[1]).max() < 1e-5
-    decode, prefill = session.decoder.contexts.made  # type: ignore[attr-defined]
+    *_, decode, prefill = session.decoder.execution.engine.contexts  # type: ignore[attr-defined]
     assert (decode.runs, prefill.runs) == ([], [(1, 2), (1, 1)])
 
 

@@ -127,7 +127,7 @@ def test_ranks_on_gpus_give_the_models_logits_and_end_together(built: Built, lib
         open_local=lambda: open_rank(group, bundle, meeting, capsule),
         meeting=meeting,
     )
-    assert [context.communicator for context in decoder.local.execution.engine.contexts] == [capsule] * 2
+    assert [context.communicator for context in decoder.local.execution.engine.contexts] == [capsule] * 3
     plain = arriero.load(model, max_seq=64, threads=1)
     session = Session(decoder, plain.text, plain.defaults, Limits(64, 2))
     ids = np.random.default_rng(0).integers(3, 97, (2, 30))
