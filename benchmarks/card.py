@@ -14,6 +14,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -53,16 +54,17 @@ STEPS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """Result of a step: its tests' results by name, or a benchmark's figures; the error where there is one."""
+    """Result of a step: of its tests, or of a benchmark's rows, by name; a benchmark's figures; the error, if any."""
 
     step: str
     seconds: float
     results: dict[str, str]
+    figures: dict[str, Any]
     error: str = ""
 
     @property
     def failed(self) -> list[str]:
-        """Names of the tests that failed, and the step's own where it came to no end."""
+        """Names of the tests and rows that failed, and the step's own where it came to no end."""
         tests = [name for name, result in self.results.items() if result == "failed"]
         return tests + ([f"{self.step}: {self.error}"] if self.error else [])
 
@@ -73,7 +75,8 @@ def run(step: Step, out: Path) -> Outcome:
     report.unlink(missing_ok=True)
     if step.tests:
         pytest = ("-m", "pytest", "-n", "0", "-q", "-m", "gpu", f"--junitxml={report}")
-        command = [sys.executable, *pytest, *step.tests]
+        earlier = [f"--ignore={path}" for each in STEPS[: STEPS.index(step)] for path in each.tests]
+        command = [sys.executable, *pytest, *step.tests, *earlier]
     else:
         command = [sys.executable, f"benchmarks/{step.benchmark[0]}", *step.benchmark[1:], "--json", str(report)]
     started, error = time.perf_counter(), ""
@@ -83,8 +86,15 @@ def run(step: Step, out: Path) -> Outcome:
             error = f"ended with {code}"
     except subprocess.TimeoutExpired:
         error = f"took more than {step.minutes:g} minutes"
-    results = read_tests(report) if step.tests and report.exists() else {}
-    return Outcome(step=step.name, seconds=round(time.perf_counter() - started, 1), results=results, error=error)
+    results, figures = dict[str, str](), dict[str, Any]()
+    if report.exists() and step.tests:
+        results = read_tests(report)
+    elif report.exists():
+        figures = json.loads(report.read_text("utf-8"))
+        for row in figures["rows"]:
+            results[f"{row['op']}, {row['shape']}, {row['kind']}"] = "passed" if row["is_right"] else "failed"
+    seconds = round(time.perf_counter() - started, 1)
+    return Outcome(step=step.name, seconds=seconds, results=results, figures=figures, error=error)
 
 
 def read_tests(report: Path) -> dict[str, str]:
