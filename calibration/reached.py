@@ -116,8 +116,12 @@ def check_reached(reached: Reached, folder: Path, scratch: Path, spec: ModelSpec
     done = (
         of_layers[: len(reached.layers)] + of_tower[: len(reached.tower)] + (head if reached.head is not None else [])
     )
+    if reached.shards.keys() != set(done):
+        raise FolderError(
+            f"{path} is damaged ({len(done)} shards are done, {len(reached.shards)} are listed): {REMEDY}"
+        )
     known = {*of_layers, *of_tower, *head}
-    files = [(folder / name, reached.shards.get(name)) for name in done]
+    files = [(folder / name, reached.shards[name]) for name in done]
     if reached.output is not None and reached.head is None:
         files.append((scratch / os.path.basename(reached.output[0]), reached.output[1]))
     for file, expected in files:

@@ -63,10 +63,11 @@ def spoil(name: str) -> Callable[[Path], object]:
             said(lambda p: p["layers"].extend(p["layers"] * 6)),
             "is damaged (14 layers and 0 parts of a vision tower are",
         ),
-        (said(lambda p: p["layers"].extend(p["layers"])), "layer-00002.safetensors is not as the run"),
+        (said(lambda p: p["layers"].extend(p["layers"])), "is damaged (4 shards are done, 2 are listed)"),
+        (said(lambda p: p["layers"].pop()), "is damaged (1 shards are done, 2 are listed)"),
         (said(lambda p: p.update(head=[])), "is damaged (2 layers and 0 parts of a vision tower are done, of 8 and 0)"),
         (said(lambda p: p.update(tower=p["layers"])), "is damaged (2 layers and 2 parts of a vision tower are done"),
-        (said(lambda p: p["shards"].clear()), "layer-00000.safetensors is not as the run that was interrupted left it"),
+        (said(lambda p: p["shards"].clear()), "is damaged (2 shards are done, 0 are listed)"),
         (
             said(lambda p: p.update(output=["../job", "x"])),
             "scratch/job is not as the run that was interrupted left it",
