@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from arriero.engine import Options, build_bundle, tensorrt_bundle
+from arriero.engine import Options, build_bundle, builder, tensorrt_bundle
 from arriero.engine.target import Target, check_dtypes, parse_target
 from arriero.engine.tensorrt_library import make_log, open_library
 from arriero.engine.tensorrt_lowering import Choices, lower_for_tensorrt
@@ -256,6 +256,16 @@ def test_every_logged_error_is_a_failure() -> None:
     log.log(trt.ILogger.ERROR, "Error Code 3:\n causal and mask")
     with pytest.raises(BuildError, match="TensorRT failed to build it: Error Code 3: causal and mask"):
         log.check("to build it")
+
+
+def test_a_copy_of_caches_that_are_updated_in_place_fails_the_build() -> None:
+    trt = open_library("tensorrt-rtx")
+    log = make_log(trt)
+    log.log(trt.ILogger.WARNING, "the timing cache is empty")
+    builder._check_build(log, (), None, is_done=True)
+    log.log(trt.ILogger.WARNING, "layer attention: the aliased I/O tensor is copied, which costs time")
+    with pytest.raises(BuildError, match="would copy caches that are updated in place: layer attention"):
+        builder._check_build(log, (), None, is_done=True)
 
 
 def test_layers_are_read_from_the_log() -> None:

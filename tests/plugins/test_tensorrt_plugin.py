@@ -63,6 +63,12 @@ def test_layers_that_are_alike_share_a_plan_and_each_sizes_launches(tmp_path: Pa
     assert calls[0] is calls[3]  # as it was ready
     assert len(set(map(id, calls))) == 3
     assert all(layer.alike[0] is layers[0].alike[0] is not other.alike[0] for layer in layers)
+    early = creator.make(SETTINGS)  # TensorRT may run it before it says the sizes again
+    caches = [3 << 20, 4 << 20]
+    early.enqueue(described(2, 1), [], [1 << 20] * 3 + caches + [1 << 20] * 2, [1 << 20, *caches], 1 << 20, 7)
+    assert early.call is calls[1]
+    with pytest.raises(SessionError, match="TensorRT moved a tensor that GroupedQueryAttention updates in place"):
+        early.enqueue(described(2, 1), [], [1 << 20] * 3 + caches + [1 << 20] * 2, [1 << 20] * 3, 1 << 20, 7)
     creator.kernels = None
 
 

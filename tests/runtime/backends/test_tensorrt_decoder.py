@@ -291,6 +291,22 @@ def test_a_refusal_of_tensorrt_is_an_error(on_fake_gpu: tuple[Session, FakeDecod
             session.logits([[10, 11]])
 
 
+def test_few_lengths_of_pieces_are_planned_for(on_fake_gpu: tuple[Session, FakeDecoder]) -> None:
+    session, _ = on_fake_gpu
+    for length in (*range(1, 49), 100):
+        session.prefill(session.start(1), [[9] * length])
+    lengths = {length for _, length in session.decoder.pieces.runs}  # type: ignore[attr-defined]
+    assert lengths == {*range(2, 17), 32, 48}  # those of up to 16 as they are; a token alone is a decoded one
+
+
+def test_caches_whose_rows_are_not_aligned_are_refused(wide_bundle: Path, wide_model: Path) -> None:
+    about = read_spec(wide_bundle).engine
+    assert about is not None
+    odd = dataclasses.replace(about.caches[3], shape=(1, 3, 5))
+    with pytest.raises(SessionError, match=rf"rows of cache {odd.name} do not begin at multiples of 256: build again"):
+        session_of(wide_model, wide_bundle, caches=(*about.caches[:3], odd, *about.caches[4:]))
+
+
 def test_limits_beyond_the_engines_are_refused(wide_bundle: Path) -> None:
     with pytest.raises(SessionError, match="max_seq is 501, the engine was built for 500: build it for more"):
         arriero.load(wide_bundle, max_seq=501)
