@@ -1,8 +1,8 @@
 """The steps over single tokens that have been before: each has an execution context of its own, and a graph.
 
 Enters: the rows that a step is over, as a key. Leaves: a context that is bound to them, and from the second step on a
-captured graph. Invariant: a context is not changed as long as the graph that was captured from it lives: what such a
-graph computes is undefined in TensorRT's words, which recommend one context a graph, with shared activations.
+captured graph. Invariant: a context is not changed as long as the graph that was captured from it lives, which is tied
+to the state that the context had then: NVIDIA's guide to TensorRT-RTX recommends one context a captured graph.
 """
 
 from collections import OrderedDict

@@ -73,6 +73,7 @@ def sanitized_tests() -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": f"{package.parent}",
         "PYTHONMALLOC": "malloc",
+        "ARRIERO_TEST_SECONDS": "2400",
     }
     tests = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-x", "-k", CHOSEN]
     for instructions in SETS:

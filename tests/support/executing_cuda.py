@@ -213,7 +213,7 @@ class ExecutingCuda:
             found.waiting.append(op)
 
     def watch(self, stream: Any, version: Callable[[], int]) -> None:
-        """Has what is captured refuse to run when its context has changed since: TensorRT leaves that undefined."""
+        """Has what is captured refuse to run when its context has changed since."""
         if self._stream(stream).captured is not None:
             before = version()
 
