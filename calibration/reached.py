@@ -16,6 +16,7 @@ from ..errors import FolderError, shortened_text
 from ..files.fields import check_fields
 from ..files.output import resumable
 from ..files.reading import read_json
+from ..files.safetensors import samples
 from ..spec.geometry import ModelSpec, VisionSpec
 from .product import Record
 from .report import LayerReport
@@ -92,9 +93,8 @@ def fingerprint(path: Path) -> str:
     size, digest = path.stat().st_size, hashlib.sha256()
     digest.update(str(size).encode())
     with path.open("rb") as file:
-        for part in range(16):
-            file.seek(size * part // 16)
-            digest.update(file.read(4096))
+        for sample in samples(file, 0, size):
+            digest.update(sample)
     return digest.hexdigest()
 
 
