@@ -30,13 +30,13 @@ def test_a_billion_rows_are_refused_at_once(session: Session) -> None:
     said = (
         r"a batch of 1000000000 rows of 256 tokens takes [\d.]+ TB of memory, .* are free of the .* of .*: start fewer"
     )
-    started = time.process_time()
+    started = time.thread_time()
     for ask in (lambda: session.start(10**9), lambda: Flight(session, slots=10**9)):
         with pytest.raises(SessionError, match=said):
             ask()
     with pytest.raises(SessionError, match="a batch of 1000000000 rows of 1 tokens"):
         session.logits(np.broadcast_to(np.int64(5), (10**9, 1)))
-    assert time.process_time() - started < 5
+    assert time.thread_time() - started < 5
 
 
 @pytest.mark.parametrize("batch", [0, -1, 2.5, "3", None, True, 1e308, 10**400])
@@ -80,9 +80,9 @@ def test_figures_are_in_words() -> None:
 
 
 def test_a_prompt_that_must_be_too_long_is_not_tokenised(session: Session) -> None:
-    started = time.process_time()
+    started = time.thread_time()
     with pytest.raises(
         SessionError, match=r"the text has 60000000 characters, the session can hold \d+ at most: shorten"
     ):
         session.generate("ab" * 30_000_000)
-    assert time.process_time() - started < 1
+    assert time.thread_time() - started < 1

@@ -143,11 +143,9 @@ def test_an_expression_that_searches_without_end_is_given_up(
     changed(tiny, tmp_path, {"pre_tokenizer": THREE_STARS})
     text = Text(tmp_path)
     assert text.encode("hello")
-    started = time.process_time()
     for call in (text.encode, lambda said: tokenizing.encode_ordinary(text._tokenizer(), said)):
         with pytest.raises(SessionError, match=r"expressions of .* take longer than 0.5 s for"):
             call("hello world " * 22)
-    assert time.process_time() - started < 30
 
 
 def in_turns(tokenizer: Tokenizer) -> None:
@@ -185,6 +183,6 @@ def test_the_expression_of_llama_4_is_followed_at_once() -> None:
     )
     assert tokenizing.is_quick(tokenizer)
     for run in ("A" * 200_000, " " * 200_000, "'" * 200_000, "ʰ" * 100_000, "aA" * 100_000, "\n \n" * 60_000):
-        started = time.process_time()
+        started = time.thread_time()
         tokenizer.pre_tokenizer.pre_tokenize_str(run)
-        assert time.process_time() - started < 5
+        assert time.thread_time() - started < 5

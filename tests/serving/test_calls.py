@@ -84,9 +84,9 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_costs_little(text: str) -> None:
-    started = time.process_time()
+    started = time.thread_time()
     read_calls(text, NAMES)
-    assert time.process_time() - started < 4
+    assert time.thread_time() - started < 4
 
 
 def test_nothing_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,14 +85,14 @@ def test_a_schema_nested_without_end_is_refused(compiler: GrammarCompiler) -> No
 
 @pytest.mark.parametrize("pattern", ["((a{1,99}){1,99}){1,99}", "(a?){3000}a{3000}", "a*" * 2000 + "b", "(.*a){50}"])
 def test_a_costly_expression_is_taken_or_refused_in_time(compiler: GrammarCompiler, pattern: str) -> None:
-    started = time.process_time()
+    started = time.thread_time()
     with contextlib.suppress(SessionError):
         guide = compiler.compile("regex", pattern).open([3])
         a = compiler.tokenizer.token_to_id("a")
         for _ in range(20):
             if guide.allows(a):
                 guide.advance(a)
-    assert time.process_time() - started < 5
+    assert time.thread_time() - started < 5
 
 
 def chained(count: int) -> str:

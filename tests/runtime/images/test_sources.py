@@ -225,10 +225,10 @@ SLOW: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_an_image_that_takes_far_longer_than_others_is_refused(name: str) -> None:
     make, said = SLOW[name]
     data = make()
-    started = time.process_time()
+    started = time.thread_time()
     with pytest.raises(SessionError, match=said):
         read_image(data)
-    assert time.process_time() - started < 3
+    assert time.thread_time() - started < 3
 
 
 def test_large_images_are_decoded_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
