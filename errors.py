@@ -4,6 +4,8 @@ One class a stage, all under `ArrieroError`, which the command line prints witho
 error quotes of its input is `shortened`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from reprlib import Repr
 from typing import Any
 
@@ -120,3 +122,19 @@ def without_extra(error: ModuleNotFoundError, extra: str) -> ModuleNotFoundError
         return error
     extra = extra_of(error.name, extra)
     return MissingExtraError(f"{error}, which is needed here: pip install 'arriero[{extra}]'", name=error.name)
+
+
+@contextmanager
+def needing(extra: str) -> Iterator[None]:
+    """Imports that an extra of the package brings.
+
+    Args:
+        extra: Its name.
+
+    Raises:
+        MissingExtraError: A library is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise without_extra(error, extra) from error

@@ -1,11 +1,9 @@
 """From a model and text to a quantised model."""
 
-from ..errors import without_extra
+from ..errors import needing
 
-try:
+with needing("calibration"):
     from .presets import fp8, int4, int8
     from .quantised_model import calibrate_model
-except ModuleNotFoundError as error:
-    raise without_extra(error, "calibration") from error
 
 __all__ = ["calibrate_model", "fp8", "int4", "int8"]

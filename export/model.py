@@ -2,43 +2,32 @@
 
 The checkpoint is only read. Weights move when asked to (`copy_weights`) or when they must change type (`dtype`); then
 they are safetensors files of the same names beside the graph. Split over ranks (`tp`, `ep`), of a checkpoint or of a
-model folder, it is a group's folder; `split` says which part of the model a rank has.
+model folder, it is a group's folder; `split` says which part of the model a rank has. What cannot be exported is
+refused before PyTorch and ONNX are imported, which takes seconds.
 """
 
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import onnx_ir as ir
 
 from .. import __version__
-from ..errors import CheckpointError, ExportError
-from ..files.folders import OF_TOKENIZER, SPEC, carry_files
+from ..errors import CheckpointError, ExportError, needing
+from ..files.folders import SPEC
 from ..files.hub_cache import find_checkpoint
 from ..files.output import check_apart, check_free, new_folder
 from ..files.reading import read_bytes
-from ..files.safetensors import Region, identity
-from ..files.unheeded import generation_fields, unheeded
+from ..files.unheeded import unheeded
 from ..spec.folder import FolderSpec, VisionPart
 from ..spec.geometry import ModelSpec
-from ..spec.types import CODES, FLOATS, DType, Progress
-from .checkpoint import Checkpoint, expected_tensors, open_checkpoint
-from .decoder_graph import stitch_decoder
+from ..spec.types import FLOATS, DType, Progress
+from .checkpoint import Checkpoint, open_checkpoint
 from .draft_head import DraftHead, open_head
-from .draft_model import write_draft
-from .group import WholeModel, notice_copied, split_folder, write_ranks
-from .placement import PlacedWeights, place_quantised, place_whole
 from .prequantised.inventory import Prequantised
 from .prequantised.scheme import MODELOPT
-from .quantised_graph import quantise_graph
-from .rewriting import say_missing, say_rewritten, scratch_folder, with_stacks
-from .shards import read_json
+from .rewriting import say_missing, say_rewritten
 from .split import Split, split_model
-from .tower_graph import stitch_tower
 
 GRAPH = "decoder.onnx"
 
@@ -88,21 +77,28 @@ def export_checkpoint(
     target = Path(out).absolute()
     if (Path(checkpoint) / SPEC).exists():
         _refuse_exported(checkpoint, dtype, tokenizer, draft)
-        model, moved = Path(checkpoint).absolute(), None if weights is None else Path(weights)
-        return split_folder(model, target, tp, ep, copy_weights, moved, force=force, progress=progress, notice=notice)
+        return _split(checkpoint, target, tp, ep, copy_weights, weights, force=force, progress=progress, notice=notice)
     source = find_checkpoint(checkpoint).absolute()
     small = source if tokenizer is None else _tokenizer_folder(tokenizer)
     check_apart(source, target)
     check_free(target, force=force)
-    opened = open_checkpoint(source)
-    _check_quantised(opened, dtype, notice)
-    split = split_model(opened.spec, tp, ep)
-    spec = opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
+    opened, spec = _open(source, dtype, notice)
+    split = split_model(spec, tp, ep)
     head = _open_draft(draft, target, spec, split)
     _say(opened, small, spec.dtype, notice)
+    with needing("export"):
+        from .writing import write_checkpoint
+    record = _folder_spec(source, opened, spec)
     with new_folder(target, force=force) as folder:
-        _write(opened, small, head, folder, split, copy_weights, _folder_spec(source, opened, spec), progress, notice)
+        write_checkpoint(opened, small, head, folder, split, copy_weights, record, progress, notice)
     return target
+
+
+def _open(source: Path, dtype: DType | None, notice: Callable[[str], None]) -> tuple[Checkpoint, ModelSpec]:
+    """Opens a checkpoint that can be exported in a type. Returns it, and the geometry in that type."""
+    opened = open_checkpoint(source)
+    _check_quantised(opened, dtype, notice)
+    return opened, opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
 
 
 def _refuse_exported(checkpoint: str | Path, *asked: str | Path | None) -> None:
@@ -115,6 +111,25 @@ def _refuse_exported(checkpoint: str | Path, *asked: str | Path | None) -> None:
         raise ExportError(
             f"{checkpoint} is exported already: export its checkpoint with --dtype, --tokenizer or --draft instead"
         )
+
+
+def _split(
+    model: str | Path,
+    target: Path,
+    tp: int,
+    ep: int | None,
+    copy_weights: bool,
+    weights: str | Path | None,
+    *,
+    force: bool,
+    progress: Progress,
+    notice: Callable[[str], None],
+) -> Path:
+    """Splits a model folder. Returns the group's."""
+    with needing("export"):
+        from .group import split_folder
+    source, moved = Path(model).absolute(), None if weights is None else Path(weights)
+    return split_folder(source, target, tp, ep, copy_weights, moved, force=force, progress=progress, notice=notice)
 
 
 def _open_draft(draft: str | Path | None, target: Path, spec: ModelSpec, split: Split) -> DraftHead | None:
@@ -130,30 +145,6 @@ def _open_draft(draft: str | Path | None, target: Path, spec: ModelSpec, split: 
     folder = find_checkpoint(draft).absolute()
     check_apart(folder, target)
     return open_head(folder, spec)
-
-
-def _write(
-    checkpoint: Checkpoint,
-    small: Path,
-    head: DraftHead | None,
-    folder: Path,
-    split: Split,
-    copy_weights: bool,
-    record: FolderSpec,
-    progress: Progress,
-    notice: Callable[[str], None],
-) -> None:
-    """Writes the model folder, or the group's."""
-    if split.ranks == 1:
-        states = () if head is None else head.spec.states
-        placement, model = _make_whole(checkpoint, folder, record.model, copy_weights, progress, states)
-        if head is not None:
-            embedding = f"{checkpoint.prefix}model.embed_tokens.weight"
-            part = write_draft(head, record.model, embedding, placement, folder, copy_weights)
-            record = dataclasses.replace(record, draft=part)
-        _write_model((checkpoint.folder, small), folder, model, placement, record)
-        return
-    notice_copied(_write_group(checkpoint, small, folder, split, copy_weights, record, progress), notice)
 
 
 def _say(checkpoint: Checkpoint, small: Path, dtype: DType, notice: Callable[[str], None]) -> None:
@@ -215,108 +206,6 @@ def _notice_quantised(quantised: Prequantised, notice: Callable[[str], None]) ->
     notice(f"The checkpoint is quantised ({scheme.method}, {recipe.format}): its own scales are kept.")
     if scheme.kv_cache != recipe.kv_cache:
         notice(f"It asks for {scheme.kv_cache} caches but holds no scales of keys and values: they are not quantised.")
-
-
-def _make_whole(
-    checkpoint: Checkpoint,
-    folder: Path,
-    spec: ModelSpec,
-    copy_weights: bool,
-    progress: Progress,
-    states: Sequence[int] = (),
-) -> tuple[PlacedWeights, ir.Model]:
-    """Places the weights and builds the graph of a model that is not split."""
-    given: dict[str, Any] = {"vision": checkpoint.vision, "states": states}
-    quantised = checkpoint.quantised
-    if quantised is None:
-        placement = place_whole(checkpoint, folder, spec.dtype, copy_weights, progress)
-        place_of = placement.regions.__getitem__
-        return placement, stitch_decoder(spec, checkpoint.prefix, place_of, progress, **given)
-    placement = place_quantised(checkpoint, quantised, folder, copy_weights, progress)
-    shapes = expected_tensors(spec, checkpoint.prefix)
-
-    def place_later(name: str) -> tuple[str, Region]:
-        return "", Region(CODES[spec.dtype], shapes[name], 0, 0)  # until quantise_graph gives it its place
-
-    model = stitch_decoder(spec, checkpoint.prefix, place_later, progress, **given)
-    quantise_graph(model, spec, quantised.recipe, placement.regions, folder)
-    return placement, model
-
-
-def _write_group(
-    checkpoint: Checkpoint,
-    small: Path,
-    folder: Path,
-    split: Split,
-    copy_weights: bool,
-    record: FolderSpec,
-    progress: Progress,
-) -> int:
-    """Builds the whole graphs, writes the ranks' folders, and what goes with them. Returns the bytes of weights."""
-    with scratch_folder(folder) as scratch:
-        with_files = _make_whole if checkpoint.quantised is not None else _make_whole_in_place
-        placement, model = with_files(checkpoint, scratch, record.model, False, progress)
-        tower = None
-        if record.vision is not None:
-            text = record.model
-            tower = stitch_tower(record.vision.spec, text.hidden_size, text.dtype, placement.regions.__getitem__)
-        files = {file.name: (Path(file.path or scratch / file.name), bool(file.path)) for file in placement.files}
-        whole = WholeModel(decoder=model, tower=tower, files=files, record=record)
-        copied = write_ranks(whole, folder, split, copy_weights, progress)
-    _carry(checkpoint.folder, small, folder)
-    _write_generation_config(checkpoint.folder, folder)
-    return copied
-
-
-def _make_whole_in_place(
-    checkpoint: Checkpoint, folder: Path, spec: ModelSpec, copy_weights: bool, progress: Progress
-) -> tuple[PlacedWeights, ir.Model]:
-    """Builds the graph over weights as they are stored: what is converted is so when the ranks' parts are written."""
-    stacked = with_stacks(checkpoint, folder, spec.dtype, progress)
-    placement = PlacedWeights()
-    for shard in stacked.shards:
-        if regions := stacked.regions(shard):
-            placement.add(shard, regions, identity(shard.path), inside=shard.path.parent == folder)
-    place_of = placement.regions.__getitem__
-    return placement, stitch_decoder(spec, checkpoint.prefix, place_of, progress, vision=checkpoint.vision)
-
-
-def _write_model(
-    sources: tuple[Path, Path], folder: Path, model: ir.Model, placement: PlacedWeights, record: FolderSpec
-) -> None:
-    """Writes the decoder's graph, the vision tower's, and all that goes with them.
-
-    Args:
-        sources: The checkpoint, and the folder of its tokenizer.
-        folder: Where to.
-        model: The decoder's graph.
-        placement: The weights' places.
-        record: The folder's spec, but for the weight files.
-    """
-    source, small = sources
-    ir.save(model, folder / GRAPH)
-    if record.vision is not None:
-        text = record.model
-        tower = stitch_tower(record.vision.spec, text.hidden_size, text.dtype, placement.regions.__getitem__)
-        ir.save(tower, folder / record.vision.graph)
-    _carry(source, small, folder)
-    _write_generation_config(source, folder)
-    record = dataclasses.replace(record, weight_files=tuple(placement.files))
-    (folder / SPEC).write_text(record.to_json(), "utf-8")
-
-
-def _carry(source: Path, small: Path, folder: Path) -> None:
-    """Copies the small files, those of the tokenizer from a folder of their own where there is one."""
-    carry_files(source, folder)
-    if small != source:
-        carry_files(small, folder, OF_TOKENIZER)
-
-
-def _write_generation_config(source: Path, folder: Path) -> None:
-    """Where a checkpoint has no generation config, its `config.json` says what `transformers` takes from there."""
-    if not (folder / "generation_config.json").exists():
-        fields = generation_fields(read_json(source / "config.json"))
-        (folder / "generation_config.json").write_text(json.dumps(fields, indent=1) + "\n", "utf-8")
 
 
 def _hashes(source: Path) -> dict[str, str]:

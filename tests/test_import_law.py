@@ -161,5 +161,21 @@ def test_folders_are_inspected_without_onnx() -> None:
     assert not loaded_by("import arriero.measuring.contents", HEAVY)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    ["'/nowhere', 'out'", "TINY, 'out', dtype='int8'", "TINY, 'out', tp=4", "TINY, TINY", "TINY, 'out', tokenizer='/'"],
+)
+def test_an_export_is_refused_without_waiting_for_torch(asked: str, tiny: Path) -> None:
+    statement = (
+        "from arriero.errors import ArrieroError\n"
+        "from arriero.export import export_checkpoint\n"
+        f"TINY = {str(tiny)!r}\n"
+        f"try: export_checkpoint({asked})\n"
+        "except ArrieroError: pass\n"
+        "else: raise AssertionError('it is not refused')"
+    )
+    assert not loaded_by(statement, HEAVY - {"ml_dtypes"})
+
+
 def test_windows_of_text_and_images_are_read_without_torch() -> None:
     assert not loaded_by("import arriero.walk.windows", HEAVY)

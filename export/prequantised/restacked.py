@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError, ExportError
@@ -250,6 +249,8 @@ def checked(name: str, values: Array, dtype: str) -> Array:
 
 def transposed(values: Array) -> Array:
     """A matrix laid out anew; torch does it several times as fast as numpy."""
+    import torch  # here, since a checkpoint is refused without it
+
     laid_out: Array = torch.from_numpy(values).t().contiguous().numpy()
     return laid_out
 
