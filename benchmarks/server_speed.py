@@ -1,10 +1,11 @@
 """Cost of a server beside its flight: tokens a second, time to the first token, processor time.
 
-Streams through `arriero serve` by raw HTTP, and the same requests in a flight of this process, of one bundle in one
-run. Processor time a token is that of the thread that speaks with the clients; the other steps the flight. While a long
-prompt is being read, the gaps between the tokens of other streams are compared with those undisturbed. Streams bound by
-a JSON schema stand beside unbound ones, and the time until a server is ready beside that of `arriero run` to its first
-token. Rounds of both alternate, so that a busy machine weighs on both.
+Streams through `arriero serve` by raw HTTP, the same through the least server that there can be in Python
+(`support/bare_server.py`), and the same requests in a flight of this process, of one bundle in one run. Processor time
+a token is that of the thread that speaks with the clients; the other steps the flight. While a long prompt is being
+read, the gaps between the tokens of other streams are compared with those undisturbed. Streams bound by a JSON schema
+stand beside unbound ones, and the time until a server is ready beside that of `arriero run` to its first token. Rounds
+of all alternate, so that a busy machine weighs on all.
 
     python benchmarks/server_speed.py BUNDLE [--streams 8] [--tokens 128] [--threads 2] [--rounds 3]
     python benchmarks/server_speed.py BUNDLE --gaps-only --prompt-tokens 32000 --gap-seconds 60
@@ -26,7 +27,7 @@ from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
-from support.server import ServerProcess
+from support.server import BareServer, ServerProcess
 
 import arriero
 from arriero.runtime import Flight, Session
@@ -44,6 +45,9 @@ PROMPT_TOKENS = 3500
 
 LEAST_READ = 8
 """Tokens of a prompt that a step reads beside others at least."""
+
+SINGLES = 12
+"""Streams of two tokens in a round, each alone, of which the time to the first token is taken."""
 
 PROMPT = "The list type is a mutable sequence. It"
 
@@ -94,8 +98,8 @@ def body_of(bias: Bias, count: int, number: int, prompt: Any = None) -> dict[str
     }
 
 
-async def load(server: ServerProcess, bias: Bias, streams: int, count: int) -> Load:
-    """A round of streams through the server."""
+async def load(server: ServerProcess | BareServer, bias: Bias, streams: int, count: int) -> Load:
+    """A round of streams through a server."""
     host, port = server.url.removeprefix("http://").rsplit(":", 1)
     cpu, started = server.cpu_seconds(), time.perf_counter()
     asked = [stream(host, int(port), body_of(bias, count, number)) for number in range(streams)]
@@ -211,29 +215,38 @@ def measure_cost(server: ServerProcess, bias: Bias, size: tuple[int, int], asked
     session = arriero.load(asked.folder, threads=asked.threads)
     asyncio.run(chat_load(server, bias, 1, 2, bound=True))  # compiles the schema
     fly(session, bias, 1, 8)
-    pairs: list[tuple[Load, Load]] = []
-    singles: list[tuple[Load, Load]] = []
-    for _ in range(asked.rounds):
-        pairs.append((asyncio.run(load(server, bias, *size)), fly(session, bias, *size)))
-        singles += [(asyncio.run(load(server, bias, 1, 2)), fly(session, bias, 1, 2)) for _ in range(5)]
+    rounds: list[tuple[Load, ...]] = []
+    singles: list[tuple[Load, ...]] = []
+    with BareServer(asked.folder, "--threads", str(asked.threads), "--slots", str(asked.streams + 1)) as bare:
+        asyncio.run(load(bare, bias, 1, 8))
+        for _ in range(asked.rounds):
+            rounds.append(three_ways(server, bare, session, bias, size))
+            singles += [three_ways(server, bare, session, bias, (1, 2)) for _ in range(SINGLES)]
     shaped = [
         [asyncio.run(chat_load(server, bias, *size, bound=bound)).seconds for bound in (False, True)]
         for _ in range(asked.rounds)
     ]
     total = size[0] * size[1]
-    served, flown = (statistics.median(total / each[side].seconds for each in pairs) for side in (0, 1))
-    ratio = statistics.median(flight.seconds / server.seconds for server, flight in pairs)
-    added = statistics.median(server.firsts[0] - flight.firsts[0] for server, flight in singles)
-    cost = sum(server.cpu for server, _ in pairs) / (total * len(pairs))
+    served, _, flown = (statistics.median(total / each[way].seconds for each in rounds) for way in range(3))
+    ratios = [statistics.median(each[2].seconds / each[way].seconds for each in rounds) for way in (0, 1)]
+    added = [statistics.median(each[way].firsts[0] - each[2].firsts[0] for each in singles) for way in (0, 1)]
+    costs = [sum(each[way].cpu for each in rounds) / (total * len(rounds)) for way in (0, 1)]
     slower = statistics.median(bound / free - 1 for free, bound in shaped)
     return [
         ("tokens a second, served", f"{served:.0f}"),
         ("tokens a second, the same flight from Python", f"{flown:.0f}"),
-        ("their ratio, the median of rounds", f"{ratio:.1%}"),
-        ("added to the first token, ms", f"{added * 1e3:.2f}"),
-        ("processor time beside the step, µs a token", f"{cost * 1e6:.0f}"),
+        ("their ratio, the median of rounds; the least server's", " ; ".join(f"{each:.1%}" for each in ratios)),
+        ("added to the first token, ms; by the least server", " ; ".join(f"{each * 1e3:.2f}" for each in added)),
+        ("processor time beside the step, µs a token; its", " ; ".join(f"{each * 1e6:.0f}" for each in costs)),
         ("slower where a JSON schema binds the answers", f"{slower:.1%}"),
     ]
+
+
+def three_ways(
+    server: ServerProcess, bare: BareServer, session: Session, bias: Bias, size: tuple[int, int]
+) -> tuple[Load, Load, Load]:
+    """A round through the server, one through the least server, and one in a flight of this process."""
+    return asyncio.run(load(server, bias, *size)), asyncio.run(load(bare, bias, *size)), fly(session, bias, *size)
 
 
 def show(title: str, rows: list[tuple[str, str]]) -> None:

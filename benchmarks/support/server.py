@@ -48,6 +48,11 @@ class LoggedProcess:
         about: dict[str, Any] = json.loads(line)
         return about
 
+    def cpu_seconds(self) -> float:
+        """Processor time that its first thread has taken, which speaks with the clients."""
+        task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}")
+        return int((task / "schedstat").read_text().split()[0]) / 1e9  # `stat` counts in hundredths of a second
+
     def end(self, seconds: float = 60) -> int:
         """Sends SIGTERM. Returns the exit code."""
         if self.process.poll() is None:
@@ -89,11 +94,19 @@ class ServerProcess(LoggedProcess):
         """Requests that it has answered, or been left with."""
         return [line for line in self.log if line["event"] == "request"]
 
-    def cpu_seconds(self) -> float:
-        """Processor time that its first thread has taken, which speaks with the clients."""
-        task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}")
-        return int((task / "schedstat").read_text().split()[0]) / 1e9  # `stat` counts in hundredths of a second
-
     def resident(self) -> int:
         """Bytes of its resident set."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class BareServer(LoggedProcess):
+    """`bare_server.py`, until the block ends.
+
+    Args:
+        folder: Model or bundle folder.
+        *options: Its options.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        super().__init__(sys.executable, str(Path(__file__).with_name("bare_server.py")), str(folder), *options)
+        self.url = self.first_line()["address"]
