@@ -10,6 +10,7 @@ import argparse
 import itertools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,50 +24,62 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from gpu_process import Gpu
 
 WAYS = ("alone", "flight", "guesses", "prefixes")
+PLACEMENTS = {"experts": "experts", "inside": "nothing", "outside": "all weights"}
 
 
 def main() -> int:
-    from conftest import llama4  # here, since the GPU's process imports this file before its Triton interprets
-    from gpu_models import BOUNDS, VOCABULARY, make_model
+    from gpu_models import PRECISIONS  # here, since the GPU's process imports this file before its Triton interprets
 
     parser = argparse.ArgumentParser(description="Tokens over the executing driver beside the CPU's.")
-    parser.add_argument("--only", nargs="*", default=list(BOUNDS), choices=list(BOUNDS))
+    parser.add_argument("--only", nargs="*", default=PRECISIONS, choices=PRECISIONS, metavar="PRECISION")
     parser.add_argument(
         "--cost", type=int, metavar="LAYERS", help="the host's share of a step over 8 rows, and no scenes"
     )
     arguments = parser.parse_args()
-    if arguments.cost:
-        return tell_cost(arguments.cost)
-    wrong, gpu = 0, Gpu()
-    ids = np.random.default_rng(0).integers(3, VOCABULARY - 3, (3, 30)).tolist()
-    prompts = [[*ids[0][:7] * 3], ids[1], ids[2][:9], [*ids[0][:7] * 3]]
-    rows: list[tuple[str, ...]] = []
+    return tell_cost(arguments.cost) if arguments.cost else play(arguments.only)
 
-    def tell(*row: str) -> None:
-        rows.append(row)
+
+def play(precisions: Sequence[str]) -> int:
+    """Plays all scenes of some precisions. Returns 1 where anything is wrong."""
+    from conftest import llama4
+    from gpu_models import make_model
+    from sure_llama4 import sequences
+
+    gpu, started, wrong = Gpu(), time.perf_counter(), 0
+    ids = sequences(4, 3, 28)
+    prompts = [ids[0][:20], ids[1], ids[2][:9], ids[0][:20]]
+    scenes = Table("precision", "way", "graphs", "tokens", "clear", "equal of these")
+    logits = Table("precision", "outside the engine", "bound", "largest difference", "deviation")
+
+    def tell(table: Table, *row: str) -> None:
+        table.add_row(*row)
         print(*row, f"{time.perf_counter() - started:.0f} s", sep=", ", flush=True)
 
-    started = time.perf_counter()
     with TemporaryDirectory() as folder:
-        for name in arguments.only:
-            model = str(make_model(name, Path(folder) / name, llama4))
+        for name in precisions:
+            model, bound = make_model(name, Path(folder) / name, llama4)
+            for placement in PLACEMENTS:
+                given = {"ids": ids, "lengths": [28, 20, 9], "decoded": 4, "placement": placement}
+                found, expected = gpu.run("logits", model=model, **given)
+                apart = np.abs(found - expected)
+                wrong += apart.max() >= bound
+                sizes = (f"{size:.3f}" for size in (bound, apart.max(), np.sqrt(np.mean(apart**2))))
+                tell(logits, name, PLACEMENTS[placement], *sizes)
             for way, graphs in itertools.product(WAYS, (True, False)):
                 given = {"model": model, "graphs": graphs}
-                found, _, _ = gpu.run("texts", prompts=prompts, new=10, way=way, **given)
+                found, _, _ = gpu.run("texts", prompts=prompts, new=8, way=way, **given)
                 judged = gpu.run("judged", prompts=prompts, found=found, **given)
-                clear = [behind == 0 for apart, behind in judged if apart > 2 * BOUNDS[name]]
+                clear = [behind == 0 for apart, behind in judged if apart > 2 * bound]
                 wrong += len(clear) - sum(clear)
                 counts = (str(len(judged)), f"{len(clear) / len(judged):.1%}", f"{np.mean(clear):.1%}")
-                tell(name, way, "on" if graphs else "off", *counts)
+                tell(scenes, name, way, "on" if graphs else "off", *counts)
             shortened, whole = gpu.run("drawn", model=model, ids=ids[0][:5], seeds=20)
             wrong += shortened != whole
             same = np.mean([a == b for a, b in zip(shortened, whole, strict=True)])
-            tell(name, "drawn from shortlists", "on", str(len(whole)), "", f"{same:.1%}")
+            tell(scenes, name, "drawn from shortlists", "on", str(len(whole)), "", f"{same:.1%}")
     gpu.close()
-    shown = Table("precision", "way", "graphs", "tokens", "clear", "equal of these")
-    for row in rows:
-        shown.add_row(*row)
-    Console().print(shown)
+    for table in (logits, scenes):
+        Console().print(table)
     return int(wrong > 0)
 
 

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from executing_cuda import ExecutingCuda
 from walked_engine import WalkedEngine, write_images
 
 import arriero
+from arriero.engine import tensorrt_lowering
 from arriero.engine.profiles import decoder_profiles, decoder_shapes
 from arriero.engine.tensorrt_library import open_library
 from arriero.engine.tensorrt_lowering import Choices, lower_for_tensorrt
@@ -33,6 +35,8 @@ from arriero.runtime.state import Limits
 from arriero.spec.built_engine import EngineSpec
 
 CAPABILITY = 89
+SMALL = 1 << 9
+"""Bytes below which a weight stays inside the engine, here: small models have theirs outside as large ones have."""
 FREE: dict[str, Any] = {"temperature": 0, "eos_token_id": []}
 
 
@@ -57,11 +61,12 @@ def stage(
     max_prefill: int = 12,
     capability: int = CAPABILITY,
     graphs: bool = True,
+    placement: Any = "experts",
 ) -> Stage:
     """Builds a model for the GPU that is not there and loads it, once."""
-    key = (model, max_seq, max_batch, max_prefill, capability)
+    key = (model, max_seq, max_batch, max_prefill, capability, placement)
     if key not in STAGES:
-        STAGES[key] = load(Path(model), max_seq, max_batch, max_prefill, capability)
+        STAGES[key] = load(Path(model), *key[1:])
     made = STAGES[key]
     made.decoder.captures = graphs
     if not graphs:
@@ -69,11 +74,13 @@ def stage(
     return made
 
 
-def load(model: Path, max_seq: int, max_batch: int, max_prefill: int, capability: int) -> Stage:
+def load(model: Path, max_seq: int, max_batch: int, max_prefill: int, capability: int, placement: Any) -> Stage:
     spec, trt = read_spec(model), open_library("tensorrt-rtx")
     files, folder = find_files(model, spec.weight_files), Path(mkdtemp())
-    network = lower_for_tensorrt(model, spec, Choices(gqa=None, placement="experts", max_seq=max_seq), files)
+    with patch.object(tensorrt_lowering, "SMALL", SMALL):
+        network = lower_for_tensorrt(model, spec, Choices(gqa=None, placement=placement, max_seq=max_seq), files)
     assert set(network.ways.values()) == {"plugin"}
+    assert bool(network.weights) == (placement != "inside")
     profiles = decoder_profiles(network.caches, max_batch, max_prefill)
     shapes = [decoder_shapes(spec, profile, network.caches) for profile in profiles]
     cuda = ExecutingCuda(capability)
@@ -83,7 +90,7 @@ def load(model: Path, max_seq: int, max_batch: int, max_prefill: int, capability
         file="decoder.engine", flavour="tensorrt-rtx", version=trt.__version__, capabilities=(capability,),
         sha256="0" * 64,
         max_seq=max_seq, profiles=profiles, caches=network.caches, attention="plugin", experts="plugin",
-        placement="experts", weight_streaming=False, weights=0, kernels=binaries,
+        placement=placement, weight_streaming=False, weights=0, kernels=binaries,
     )  # fmt: skip
     device = Device(Driver(cuda))
     kernels = load_kernels(device, folder / "kernels", binaries)
@@ -175,8 +182,8 @@ def drawn(model: str, ids: Sequence[int], seeds: int, **how: Any) -> Any:
     session = made.session
     shortened, whole = [], []
     for temperature, others in (
-        (0.0, {}), (0.7, {}), (0.7, {"top_p": 0.8}), (1.0, {"top_k": 5}), (1.3, {"min_p": 0.1}),
-        (0.6, {"top_p": 0.9, "typical_p": 0.7}), (0.9, {"repetition_penalty": 1.3}), (5.0, {}), (50.0, {"top_k": 60}),
+        (0.0, {}), (0.7, {}), (3.0, {"top_p": 0.8}), (4.0, {"top_k": 5}), (5.0, {"min_p": 0.1}),
+        (3.0, {"top_p": 0.9, "typical_p": 0.7}), (4.0, {"repetition_penalty": 1.3}), (20.0, {}), (200.0, {"top_k": 60}),
     ):  # fmt: skip
         state = session.start(1, 40)
         session.prefill(state, [list(ids)])

@@ -5,7 +5,6 @@ in float32, rounded to the type that the graph says. Invariant: a run allocates 
 the memory that the session gave for activations, and what a node does is put into the session's stream.
 """
 
-import ctypes
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import onnx
+from engine_arrays import NUMPY, Array, at, dequantise, narrow, packed, quantise, read_data, to_numpy, unpacked
 from executed_kernels import write_image
 from executing_cuda import ExecutingCuda
 from onnx import helper
@@ -27,25 +27,12 @@ from arriero.plugins.shortlist import plan as shortlist
 from arriero.plugins.tensorrt_plugin import register
 from arriero.spec.built_engine import Binary
 
-Array = np.ndarray[Any, Any]
 T = onnx.TensorProto
-NUMPY: dict[int, Any] = {
-    T.FLOAT: np.float32, T.FLOAT16: np.float16, T.BFLOAT16: ml_dtypes.bfloat16, T.INT8: np.int8, T.INT32: np.int32,
-    T.INT64: np.int64, T.BOOL: np.bool_, T.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, T.INT4: ml_dtypes.int4,
-}  # fmt: skip
 TRT = {T.FLOAT: "FLOAT", T.FLOAT16: "HALF", T.BFLOAT16: "BF16", T.INT8: "INT8", T.INT32: "INT32", T.INT64: "INT64"}
 TRT |= {T.FLOAT8E4M3FN: "FP8", T.INT4: "INT4"}
 PLUGINS = {op.name: op for op in (GQA, MOE)}
 ACTIVATIONS = 8 << 20
 ONNX = {np.dtype(kind): code for code, kind in NUMPY.items()}
-
-
-def at(address: int, shape: Sequence[int], dtype: Any) -> Array:
-    """The array that lies at an address."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return (
-        np.frombuffer((ctypes.c_char * max(size, 1)).from_address(address), np.uint8)[:size].view(dtype).reshape(shape)
-    )
 
 
 class WalkedEngine:
@@ -183,9 +170,12 @@ class WalkedEngine:
         """Puts a constant into memory of its own, once: contexts share that of the activations."""
         if name not in self.places:
             each = np.ascontiguousarray(self.constants[name])
+            shape, dtype = each.shape, each.dtype
+            if dtype == ml_dtypes.int4:
+                each = packed(each)
             address = self.cuda.device.allocate(each.nbytes)
             at(address, each.shape, each.dtype)[...] = each
-            self.places[name] = address, each.shape, each.dtype
+            self.places[name] = address, shape, dtype
         return self.places[name]
 
     def create_runtime_config(self) -> Any:
@@ -324,9 +314,15 @@ class Context:
         return Told(self.plugins[node.name], described[0], described[1], addresses[0], addresses[1], self.workspace)
 
     def _run(self, node: Any) -> None:
-        values = [self.constants[name] if name in self.constants else at(*self.places[name]) for name in node.input]
+        values = [self.constants[name] if name in self.constants else self._read(name) for name in node.input]
         for name, made in zip(node.output, self.engine.compute(node, values), strict=True):
             at(*self.places[name])[...] = made
+
+    def _read(self, name: str) -> Array:
+        address, shape, dtype = self.places[name]
+        if dtype == ml_dtypes.int4:
+            return unpacked(at(address, (int(np.prod(shape)) // 2,), np.uint8), shape)
+        return at(address, shape, dtype)
 
 
 def write_images(kernels: Iterable[Kernel], module: str, capability: int, folder: Path) -> list[Binary]:
@@ -349,50 +345,3 @@ def write_images(kernels: Iterable[Kernel], module: str, capability: int, folder
         )
         found.append(binary)
     return found
-
-
-def narrow(dtype: Any) -> bool:
-    return np.dtype(dtype) in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
-
-
-def read_data(tensor: Any, files: Mapping[str, Path]) -> None:
-    """Reads a tensor that lies in a weight file into the tensor itself."""
-    if tensor.data_location != T.EXTERNAL:
-        return
-    where = {each.key: each.value for each in tensor.external_data}
-    with files[where["location"]].open("rb") as file:
-        file.seek(int(where.get("offset", 0)))
-        tensor.raw_data = file.read(int(where["length"]))
-    tensor.data_location = T.DEFAULT
-    del tensor.external_data[:]
-
-
-def to_numpy(tensor: Any) -> Array:
-    found: Array = onnx.numpy_helper.to_array(tensor)
-    return found.astype(NUMPY[tensor.data_type]) if found.dtype != NUMPY[tensor.data_type] else found
-
-
-def along(node: Any, scale: Array, shape: Sequence[int]) -> Array:
-    """A scale, or a zero point, as it meets a tensor of this shape."""
-    named = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-    axis, block = named.get("axis", 1), named.get("block_size", 0)
-    if scale.ndim == 0 or scale.size == 1:
-        return scale.reshape(())
-    if block:
-        return np.repeat(scale, block, axis=axis)[tuple(slice(size) for size in shape)]
-    return scale.reshape([-1 if index == axis % len(shape) else 1 for index in range(len(shape))])
-
-
-def quantise(node: Any, inputs: Sequence[Array]) -> Array:
-    x, scale = (each.astype(np.float32) for each in inputs[:2])
-    named = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-    dtype = inputs[2].dtype if len(inputs) > 2 else NUMPY[named["output_dtype"]]
-    divided = x / along(node, scale, x.shape)
-    if np.dtype(dtype) == np.dtype(ml_dtypes.float8_e4m3fn):
-        return np.clip(divided, -448, 448).astype(dtype)
-    return np.clip(np.rint(divided), -128, 127).astype(dtype)
-
-
-def dequantise(node: Any, inputs: Sequence[Array]) -> Array:
-    x, scale = (each.astype(np.float32) for each in inputs[:2])
-    return (x * along(node, scale, x.shape)).astype(inputs[1].dtype)
