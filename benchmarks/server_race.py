@@ -19,7 +19,7 @@ them: there, use another compiler, or put `asm volatile("" : : "r"(&tc) : "memor
     python benchmarks/server_race.py llama/bin --folder DIR [--bits 4,8] [--clients 1,8,32] [--threads 2] [--rounds 1]
 
 Loads of long prompts take llama-server minutes a case at 32 clients: `--long-clients 1,8` gives them numbers of their
-own. `--folder` keeps what was made, and may be that of `cpu_peers.py`.
+own, `--loads short` leaves them out. `--folder` keeps what was made, and may be that of `cpu_peers.py`.
 """
 
 import argparse
@@ -104,11 +104,11 @@ def race(bits: int, workshop: Workshop, asked: argparse.Namespace) -> list[dict[
     ):
         servers = {"arriero": Endpoint(server.url), "llama-server": Endpoint(url)}
         for number in range(asked.rounds):
-            for load, settings in LOADS.items():
+            for load in asked.loads:
                 clients = asked.clients if load == "short" else asked.long_clients or asked.clients
                 for name, endpoint in servers.items():
                     say(f"{bits} bits, round {number + 1}, {load}: {name}")
-                    for case in measure_url(endpoint, **settings, clients=clients, runs=1)["cases"]:
+                    for case in measure_url(endpoint, **LOADS[load], clients=clients, runs=1)["cases"]:
                         found.setdefault((load, case["batch"], name), []).append(case)
         assert server.end() == 0
     return [
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--bits", type=numbers, default=[4, 8])
     parser.add_argument("--clients", type=numbers, default=[1, 8, 32])
     parser.add_argument("--long-clients", type=numbers, help="Clients of the loads of long prompts.")
+    parser.add_argument("--loads", nargs="+", default=list(LOADS), choices=list(LOADS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max-seq", type=int, default=4096)

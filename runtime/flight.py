@@ -179,7 +179,7 @@ class Flight:
         if not self.rows:
             return self.session.decoder.longest
         coming = min(self.slots, self.riding + sum(len(party.members) for party in self.waiting)) - len(self.rows)
-        return self.prefill_budget or usual_budget(coming, len(self.rows), self.pace)
+        return self.prefill_budget or usual_budget(coming, sum(rider.has_begun for _, rider in self.rows), self.pace)
 
     def _guess(self, riders: list[Rider]) -> list[list[int]]:
         """Guesses the next tokens of each row; where that fails, none, which changes nothing but the time."""

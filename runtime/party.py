@@ -42,12 +42,12 @@ def usual_budget(coming: int, decoding: int, pace: Pace) -> int:
 
     Args:
         coming: Sequences that have rows, or get one, and have no token yet.
-        decoding: Those that decode, one at least.
+        decoding: Those that decode, but for those that have just begun, with the burst that still comes.
         pace: The time of steps, by which a step reads less where most decode.
     """
     if coming < decoding:
         return pace.piece(PREFILL_BUDGET)
-    return PREFILL_BUDGET * min(MOST_BUDGETS, coming // decoding)
+    return PREFILL_BUDGET * max(1, min(MOST_BUDGETS, coming // max(1, decoding)))
 
 
 def failed(error: Exception) -> Generated:

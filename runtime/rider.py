@@ -23,6 +23,9 @@ from .token_session import TokenSession
 NONE = Guessing()
 """No guesses."""
 
+BEGUN = 8
+"""New tokens from which on a sequence has begun: one with fewer came with those that still wait for their first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rider:
@@ -31,6 +34,11 @@ class Rider:
     continuation: Continuation
     trail: Trail
     guesses: Guesses
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has had a few tokens."""
+        return len(self.continuation.ids) - len(self.continuation.request.prompt.ids) >= BEGUN
 
     def take(self, state: State, row: int, logits_V: Row) -> Generated:
         """Chooses the next token from the logits after the last one in its row. Returns its piece."""

@@ -10,6 +10,7 @@ import arriero
 from arriero.runtime import Flight
 from arriero.runtime.pace import LEAST, SHARE, Pace
 from arriero.runtime.party import MOST_BUDGETS, PREFILL_BUDGET, usual_budget
+from arriero.runtime.rider import BEGUN
 
 FREE: dict[str, Any] = {"eos_token_id": [], "temperature": 0}
 
@@ -24,6 +25,25 @@ def test_a_burst_is_read_in_long_pieces_whatever_they_take() -> None:
     slow = Pace(step=0.001, token=0.001)
     assert [usual_budget(coming, 4, slow) for coming in (0, 1, 3)] == [LEAST] * 3
     assert [usual_budget(coming, 4, slow) // PREFILL_BUDGET for coming in (4, 7, 8, 40)] == [1, 1, 2, MOST_BUDGETS]
+    assert [usual_budget(coming, 0, slow) // PREFILL_BUDGET for coming in (0, 1, 3, 40)] == [1, 1, 3, MOST_BUDGETS]
+
+
+def test_those_of_a_burst_that_have_just_begun_do_not_slow_down_the_others(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "piece", lambda pace, usual: LEAST)
+    session = arriero.load(tiny_model, max_seq=200)
+    flight, steps = Flight(session, 9), 0
+    flight.join(session.request("The list type", 60, **FREE))
+    for _ in range(BEGUN):
+        flight.step()
+    for _ in range(8):
+        flight.join(session.request([7] * 64, 60, **FREE))
+    while flight.waiting or flight.boarding:
+        steps += 1
+        flight.step()
+    assert steps <= BEGUN
+    assert [rider.has_begun for _, rider in flight.rows] == [True] + [False] * 8
 
 
 def test_one_slow_step_among_many_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
