@@ -9,7 +9,7 @@ PROCESSORS := $(shell nproc 2>/dev/null || echo 2)
 WORKERS ?= $(shell echo $$(( $(PROCESSORS) > 1 ? 4 : 2 )))
 unexport PYTHONDONTWRITEBYTECODE # .venv comes without bytecode: the first process to import a module keeps it
 
-.PHONY: help demo test gpu gpu-scenes server check docs deploy format fuzz fuzz-files fuzz-ops sanitize lock wheels clean
+.PHONY: help demo test tables gpu gpu-scenes server check docs deploy format fuzz fuzz-files fuzz-ops sanitize lock wheels clean
 .PHONY: kernel-wheels dynamo ray
 
 help:  ## this list
@@ -20,6 +20,9 @@ demo: .venv/.demo .venv/.built  ## the tiny Llama 4, from its checkpoint to text
 
 test: .venv/.test .venv/.built  ## all tests
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+tables: .venv/.test .venv/.built  ## all tests, over the whole of the tables of which `make test` takes a sample
+	ARRIERO_WHOLE_TABLES=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 gpu: .venv/.test .venv/.built  ## on a machine with a card: all its tests and speeds, one JSON, one table
 	$(BIN)/python benchmarks/card.py

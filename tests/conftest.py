@@ -290,6 +290,14 @@ def tiny_model(once: MakeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_engine(tiny_model: Path, once: MakeOnce) -> Path:
+    """A TensorRT bundle of the tiny Llama 4, built once; for what is told or refused without a GPU."""
+    from arriero.engine import build_bundle
+
+    return once("tiny-engine", lambda out: build_bundle(tiny_model, out, target="tensorrt-rtx:sm89"))
+
+
+@pytest.fixture(scope="session")
 def texts(once: MakeOnce) -> tuple[Path, Path]:
     """The held-out text of the tiny Llama 4, and a part of the text that it was trained on, for calibration."""
     code = (

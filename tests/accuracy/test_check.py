@@ -97,12 +97,11 @@ def test_a_cpu_bundle_is_as_its_model(tiny_model: Path, golden: Path, tmp_path: 
 
 
 def test_an_engines_choice_of_experts_is_not_told(
-    tiny_model: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_engine: Path, tiny_model: Path, golden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine itself needs a GPU: the model's session stands in for its."""
-    engine = build_bundle(tiny_model, tmp_path / "engine", target="tensorrt-rtx:sm89")
     monkeypatch.setattr("arriero.accuracy.sides.folder_side.load", lambda path, **settings: arriero.load(tiny_model))
-    verdict = check(engine, golden, limits={"router_flips": 0.5})
+    verdict = check(tiny_engine, golden, limits={"router_flips": 0.5})
     assert "router_flips" not in verdict.metrics
     assert any("cannot be seen inside an engine" in note for note in verdict.notes)
     assert {each.metric: each.outcome for each in verdict.judgements}["router_flips"] == verdict.outcome == "undecided"

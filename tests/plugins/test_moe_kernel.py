@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from moe_calls import TYPES, WAYS, inputs_of, interpret, packed, plan_of, ways_of
+from tables import sampled
 from triton_interpreter import Interpreter
 
 from arriero.plugins import triton_compiler as kernels
@@ -158,15 +159,19 @@ def matrix_instruction(kind: str, capability: int) -> str:
     return rf"mma\.sync\S*\.{stored}\.{stored}\."
 
 
+EXPERTS_OF_GPUS = [
+    *itertools.product(["none", "int8"], [80, 90, 100]),
+    *itertools.product(["fp8"], [89, 90, 100, 120]),
+    *itertools.product(["int4"], [89, 90, 100]),
+]
+
+
 @pytest.mark.parametrize(
     ("kind", "capability"),
-    [
-        *itertools.product(["none", "int8"], [80, 90, 100]),
-        *itertools.product(["fp8"], [89, 90, 100, 120]),
-        *itertools.product(["int4"], [89, 90, 100]),
-    ],
+    sampled(EXPERTS_OF_GPUS, [("int8", 80), ("int4", 89), ("fp8", 90), ("int8", 90), ("none", 100), ("fp8", 120)]),
 )
 def test_prefill_uses_the_best_matrix_instructions_and_spills_nothing(kind: str, capability: int) -> None:
+    """Each type of expert and each kind of GPU; each of one with each of the other is `make tables`."""
     used = compiled_parts(Plan(llama4(kind), capability), capability, "gate_and_up_many", "down_many")
     for usage in used.values():
         assert len(usage.matrix_instructions) > 0

@@ -21,6 +21,7 @@ from planted_faults import (
     without_gelu,
     without_residual,
 )
+from tables import sampled
 
 from arriero.accuracy.locate.first_fault import locate
 from arriero.accuracy.locate.location import Location
@@ -260,10 +261,11 @@ def test_a_wrong_scale_is_named_in_a_bundle_too(
     assert float(why.removeprefix("it is ").partition(" times")[0]) == pytest.approx(4, rel=0.02)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(5), [0, 1, 2]))
 def test_clean_pairs_raise_no_alarm(
     make_multimodal: Callable[..., Any], draw_vision: Callable[[int], dict[str, Any]], tmp_path: Path, seed: int
 ) -> None:
+    """Geometries drawn at random, in each recipe and type."""
     dtype = (torch.float32, torch.bfloat16)[seed % 2]
     reference = make_multimodal(seed, dtype, draw_vision(seed), vocab_size=VOCABULARY, **TEXT)
     checkpoint = write_multimodal(reference, tmp_path / "checkpoint")
@@ -288,7 +290,6 @@ def test_the_towers_layers_are_in_what_is_reported(model: Path, checkpoint: Path
     assert len(plot_profile(location)) > 1000
 
 
-def test_an_engine_is_refused(model: Path, checkpoint: Path, windows: Windows, tmp_path: Path) -> None:
-    engine = build_bundle(model, tmp_path / "engine", target="tensorrt-rtx:sm89")
+def test_an_engine_is_refused(tiny_engine: Path, checkpoint: Path, windows: Windows) -> None:
     with pytest.raises(AccuracyError, match="whose layers are fused: give --locate the model"):
-        found(engine, checkpoint, windows)
+        found(tiny_engine, checkpoint, windows)
