@@ -46,8 +46,8 @@ def play(precisions: Sequence[str]) -> int:
     from sure_llama4 import sequences
 
     gpu, started, wrong = Gpu(), time.perf_counter(), 0
-    ids = sequences(4, 3, 28)
-    prompts = [ids[0][:20], ids[1], ids[2][:9], ids[0][:20]]
+    ids = sequences(4, 3, 20)
+    prompts = [ids[0], ids[1][:13], ids[2][:6], ids[0]]
     scenes = Table("precision", "way", "graphs", "tokens", "clear", "equal of these")
     logits = Table("precision", "outside the engine", "bound", "largest difference", "deviation")
 
@@ -59,7 +59,7 @@ def play(precisions: Sequence[str]) -> int:
         for name in precisions:
             model, bound = make_model(name, Path(folder) / name, llama4)
             for placement in PLACEMENTS:
-                given = {"ids": ids, "lengths": [28, 20, 9], "decoded": 4, "placement": placement}
+                given = {"ids": ids, "lengths": [20, 13, 6], "decoded": 3, "placement": placement}
                 found, expected = gpu.run("logits", model=model, **given)
                 apart = np.abs(found - expected)
                 wrong += apart.max() >= bound
@@ -67,7 +67,7 @@ def play(precisions: Sequence[str]) -> int:
                 tell(logits, name, PLACEMENTS[placement], *sizes)
             for way, graphs in itertools.product(WAYS, (True, False)):
                 given = {"model": model, "graphs": graphs}
-                found, _, _ = gpu.run("texts", prompts=prompts, new=8, way=way, **given)
+                found, _, _ = gpu.run("texts", prompts=prompts, new=5, way=way, **given)
                 judged = gpu.run("judged", prompts=prompts, found=found, **given)
                 clear = [behind == 0 for apart, behind in judged if apart > 2 * bound]
                 wrong += len(clear) - sum(clear)

@@ -129,9 +129,13 @@ class Driver:
         """Calls a function of the driver."""
         code = getattr(self.library, function)(*arguments)
         if code:
-            text = ctypes.c_char_p()
-            self.library.cuGetErrorString(code, ctypes.byref(text))
-            raise SessionError(f"{function} failed: {(text.value or b'unknown error').decode()} ({code})")
+            self.fail(function, code)
+
+    def fail(self, function: str, code: int) -> None:
+        """Raises what a function's code means, which is not 0."""
+        text = ctypes.c_char_p()
+        self.library.cuGetErrorString(code, ctypes.byref(text))
+        raise SessionError(f"{function} failed: {(text.value or b'unknown error').decode()} ({code})")
 
     def devices(self) -> int:
         """The number of GPUs."""
@@ -214,7 +218,8 @@ class Packed:
     """
 
     def __init__(self, kernels: Kernels, launches: Sequence[Launch], names: Sequence[str] = ()) -> None:
-        self.driver, self.stream = kernels.driver, ctypes.c_void_p()
+        self.driver, self.stream = kernels.driver, 0
+        self.launch = kernels.driver.library.cuLaunchKernelEx
         self.table = (ctypes.c_uint64 * len(names))()
         first = ctypes.addressof(self.table)
         self.places = {name: first + 8 * index for index, name in enumerate(names)}
@@ -223,7 +228,7 @@ class Packed:
         self.calls = [self._pack(kernels, launch) for launch in launches]
 
     def _pack(self, kernels: Kernels, launch: Launch) -> tuple[Any, ...]:
-        """A launch as the driver takes it: its function's name, and that function's arguments."""
+        """The arguments of `cuLaunchKernelEx` for a launch: four, where `cuLaunchKernel` has eleven to convert."""
         binary = kernels.binaries.get(launch.kernel)
         if binary is None:
             raise SessionError(f"the bundle has no kernel {launch.kernel} for this GPU: build it again")
@@ -238,25 +243,23 @@ class Packed:
                 pointers[index] = self.places[argument]
             else:
                 slots[index] = int.from_bytes(struct.pack(FORMATS.get(kind, "<Q"), argument), "little")
-        function, grid = kernels.functions[launch.kernel], launch.grid
-        if not binary.dependent:
-            shape = (*grid, binary.threads, 1, 1, binary.shared)
-            return "cuLaunchKernel", function, *shape, self.stream, pointers, None
-        config = LaunchConfig(grid=grid, block=(binary.threads, 1, 1), shared=binary.shared, count=1)
-        config.attributes = ctypes.pointer(EARLY)
+        config = LaunchConfig(grid=launch.grid, block=(binary.threads, 1, 1), shared=binary.shared)
+        if binary.dependent:
+            config.attributes, config.count = ctypes.pointer(EARLY), 1
         self.configs.append(config)
-        return "cuLaunchKernelEx", ctypes.byref(config), function, pointers, None
+        return ctypes.byref(config), kernels.functions[launch.kernel], pointers, None
 
     def enqueue(self, addresses: Sequence[int], stream: int) -> None:
         """Puts the launches into a stream, in order; the driver has read their arguments when it returns."""
         self.table[:] = [*addresses]
-        if self.stream.value != stream:
-            self.stream.value = stream
+        if self.stream != stream:
+            self.stream = stream
             for config in self.configs:
                 config.stream = stream
-        call = self.driver.call
+        launch = self.launch
         for each in self.calls:
-            call(*each)
+            if code := launch(*each):
+                self.driver.fail("cuLaunchKernelEx", code)
 
 
 def ceil_divide(count: int, size: int) -> int:

@@ -122,12 +122,15 @@ class Alike:
         settings: The nodes'.
         tensors: Their inputs, with -1 for what varies.
         kernels: Loaded.
+        rows: Rows of a step over single tokens for which calls are made ready at once, up to this number.
     """
 
-    def __init__(self, op: PluginOp, settings: Any, tensors: Sequence[Tensor], kernels: Kernels) -> None:
+    def __init__(self, op: PluginOp, settings: Any, tensors: Sequence[Tensor], kernels: Kernels, rows: int) -> None:
         self.op, self.tensors, self.kernels = op, tensors, kernels
         self.call = op.call(settings, tensors, kernels.capability)
         self.ready: dict[tuple[int, ...], ReadyCall] = {}
+        for count in range(1, rows + 1):
+            self.prepare((count, 1)[: len(op.varying[0])])
 
     def prepare(self, sizes: tuple[int, ...]) -> ReadyCall:
         """Makes the call for these sizes of the first input ready, and keeps it."""
@@ -139,6 +142,9 @@ class Alike:
         self.ready[sizes] = ReadyCall(self.op, self.call, tensors, self.kernels)
         return self.ready[sizes]
 
+
+MOST_AHEAD = 64
+"""Rows up to which calls over single tokens are made ready before they come: a tenth of a millisecond each."""
 
 MOST_READY = 512
 """Calls that are kept ready for nodes that are alike; a session knows a few lengths and batches, so there are fewer."""
@@ -163,8 +169,8 @@ def register(trt: Any, ops: Sequence[PluginOp]) -> dict[str, Any]:
 
     A creator's `capabilities` say for which GPUs scratch memory is computed, and its `needed` collects the kernels that
     plugins will launch there. Its `kernels` are what plugins made from an engine launch; there are none at build, and
-    an engine is not made into plugins without. Its `failure` is what a plugin raised at build: TensorRT would go on
-    without it.
+    an engine is not made into plugins without. Its `rows` are those of the largest step over single tokens. Its
+    `failure` is what a plugin raised at build: TensorRT would go on without it.
     """
     registry = trt.get_plugin_registry()
     for op in ops:
@@ -191,6 +197,7 @@ def _creator_class(trt: Any, op: PluginOp) -> Any:
             self.capabilities: tuple[int, ...] = ()
             self.needed: dict[tuple[str, int], Kernel] = {}
             self.kernels: Kernels | None = None
+            self.rows = 0
             self.alike: dict[Any, Alike] = {}
             self.failure: Exception | None = None
 
@@ -213,7 +220,7 @@ def _creator_class(trt: Any, op: PluginOp) -> Any:
             )
             key = (kernels, settings, fixed)
             if key not in self.alike:
-                self.alike[key] = Alike(op, settings, fixed, kernels)
+                self.alike[key] = Alike(op, settings, fixed, kernels, min(self.rows, MOST_AHEAD))
             return self.alike[key]
 
     return Creator

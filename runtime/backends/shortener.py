@@ -36,16 +36,17 @@ class Shortener:
         self.memory = DeviceMemory(device, most * WORDS * 4)
         self.host = PinnedMemory(device, most * WORDS * 4)
         self.words_BW: NDArray[np.int32] = self.host.bytes.view(np.int32).reshape(most, WORDS)
-        self.packed: dict[int, Packed] = {}
+        self.packed = [self.pack(rows) for rows in range(1, most + 1)]
+
+    def pack(self, rows: int) -> Packed:
+        """The kernels for that many rows, ready to be put into a stream."""
+        pointers = {"logits": self.exchange.logits.address, "sharpness": self.exchange.addresses["sharpness"]}
+        pointers |= placed(self.plan.workspace(rows), self.scratch.address) | {"shortlist": self.memory.address}
+        return Packed(self.kernels, self.plan.launches(pointers, rows))
 
     def enqueue(self, rows: int) -> None:
         """Puts the kernels for that many rows into the stream."""
-        if rows not in self.packed:
-            buffers = self.plan.workspace(rows)
-            pointers = {"logits": self.exchange.logits.address, "sharpness": self.exchange.addresses["sharpness"]}
-            pointers |= placed(buffers, self.scratch.address) | {"shortlist": self.memory.address}
-            self.packed[rows] = Packed(self.kernels, self.plan.launches(pointers, rows))
-        self.packed[rows].enqueue([], self.device.stream)
+        self.packed[rows - 1].enqueue([], self.device.stream)
 
     def read(self, sharpness_B: NDArray[np.float32]) -> list[Shortlist]:
         """Waits for the step. Returns each row's shortlist.

@@ -340,6 +340,7 @@ def load_decoder(
     kernels = load_kernels(device, folder / KERNELS, binaries) if binaries else None
     for creator in register(trt, (GQA, MOE)).values():
         creator.kernels, creator.capabilities = kernels, (capability,)
+        creator.rows = about.profiles[DECODE].max_batch
     engine = deserialise(trt, data, folder / about.file)
     weights = upload_weights(device, spec.weights, files, of_rank=spec.ranks > 1)
     communicator = None if join is None else join()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from arriero.errors import SessionError
-from arriero.plugins.launch import Driver, Kernels, Launch, Packed
+from arriero.plugins.launch import Attribute, Driver, Kernels, Launch, Packed
 from arriero.spec.built_engine import Binary
 
 
@@ -21,17 +21,14 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return lambda *_: 0
 
-    def cuLaunchKernel(self, function: Any, *rest: Any) -> int:
-        *shape, shared, stream, pointers, _ = rest
-        self.launched.append(("after", *shape, shared, stream.value, self.read(pointers)))
-        return 0
-
     def cuLaunchKernelEx(self, pointer: Any, function: Any, pointers: Any, _: Any) -> int:
         config = pointer._obj
         assert ctypes.sizeof(config) == 56
-        assert ctypes.sizeof(config.attributes[0]) == 72
-        assert [(each.id, each.value) for each in config.attributes[: config.count]] == [(6, 1)]
-        self.launched.append(("early", *config.grid, *config.block, config.shared, config.stream, self.read(pointers)))
+        assert ctypes.sizeof(Attribute) == 72
+        attributes = [(each.id, each.value) for each in config.attributes[: config.count]]
+        assert attributes in ([], [(6, 1)])
+        kind = "early" if attributes else "after"
+        self.launched.append((kind, *config.grid, *config.block, config.shared, config.stream, self.read(pointers)))
         return 0
 
     def read(self, pointers: Any) -> tuple[int, int]:

@@ -40,7 +40,7 @@ def test_layers_that_are_alike_share_a_plan_and_each_sizes_launches(tmp_path: Pa
     trt = open_library("tensorrt-rtx")
     (creator,) = register(trt, (GQA,)).values()
     binaries = write_images(GQA.call(SETTINGS, attention(1, 1, 64), 89).kernels, GQA.kernels, 89, tmp_path)
-    creator.kernels = Kernels(Driver(IdleDriver()), tmp_path, binaries)
+    creator.kernels, creator.rows = Kernels(Driver(IdleDriver()), tmp_path, binaries), 3
     types = {
         name: getattr(trt.DataType, kind) for name, kind in (("bf16", "BF16"), ("i32", "INT32"), ("fp32", "FLOAT"))
     }
@@ -55,6 +55,8 @@ def test_layers_that_are_alike_share_a_plan_and_each_sizes_launches(tmp_path: Pa
     other = creator.make(dataclasses.replace(SETTINGS, chunk=0))
     layers = [creator.make(SETTINGS), creator.make(SETTINGS), creator.make(SETTINGS).attach_to_context(None)]
     calls = []
+    layers[0].on_shape_change(described(1, 5), [])
+    assert {*layers[0].alike[0].ready} == {(1, 1), (2, 1), (3, 1), (1, 5)}  # steps over single tokens, before they come
     for batch, length in ((1, 1), (2, 1), (1, 5), (1, 1)):
         for layer in (*layers, other):
             layer.on_shape_change(described(batch, length), [])
@@ -69,7 +71,7 @@ def test_layers_that_are_alike_share_a_plan_and_each_sizes_launches(tmp_path: Pa
     assert early.call is calls[1]
     with pytest.raises(SessionError, match="TensorRT moved a tensor that GroupedQueryAttention updates in place"):
         early.enqueue(described(2, 1), [], [1 << 20] * 3 + caches + [1 << 20] * 2, [1 << 20] * 3, 1 << 20, 7)
-    creator.kernels = None
+    creator.kernels, creator.rows = None, 0
 
 
 @given(batch=st.integers(1, 9), length=st.integers(1, 300), less=st.floats(0, 1), shorter=st.floats(0, 1))

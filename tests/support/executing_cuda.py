@@ -311,14 +311,12 @@ class ExecutingCuda:
 
     def _cuLaunchKernelEx(self, pointer: Any, function: Any, pointers: Any, extra: Any) -> None:
         config = pointer._obj
-        (early,) = config.attributes[: config.count]
-        if (early.id, early.value) != (6, 1) or self.capability < 90 or not self.kernels[number(function)].dependent:
-            raise Refusal(INVALID_VALUE)
+        for attribute in config.attributes[: config.count]:
+            self.calls["early"] += 1
+            early = (attribute.id, attribute.value) == (6, 1) and self.kernels[number(function)].dependent
+            if not early or self.capability < 90:
+                raise Refusal(INVALID_VALUE)
         self._launch(function, (*config.grid, *config.block), config.stream, pointers, extra)
-
-    def _cuLaunchKernel(self, function: Any, *rest: Any) -> None:
-        *shape, _, stream, pointers, extra = rest
-        self._launch(function, shape, stream, pointers, extra)
 
     def _launch(self, function: Any, shape: Any, stream: Any, pointers: Any, extra: Any) -> None:
         *grid, threads, y, z = shape

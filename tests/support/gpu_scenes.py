@@ -95,7 +95,7 @@ def load(model: Path, max_seq: int, max_batch: int, max_prefill: int, capability
     device = Device(Driver(cuda))
     kernels = load_kernels(device, folder / "kernels", binaries)
     for creator in engine.creators.values():
-        creator.kernels = kernels
+        creator.kernels, creator.rows = kernels, max_batch
     record = dataclasses.replace(spec, engine=about, weights=network.weights)
     decoder = TensorRTDecoder(
         trt, device, engine, upload_weights(device, network.weights, files), record, None, kernels

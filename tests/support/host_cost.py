@@ -95,9 +95,12 @@ def shape_cost(model: str, batch: int) -> dict[str, tuple[float, int]]:
     execution = dataclasses.replace(decoder.execution, engine=engine)
     decoder.contexts = execution.contexts(["EAGER"], decoder.contexts.activations)
     decoder.steps = TokenSteps(lambda: decoder.contexts.make(DECODE), len(counts), ready=len(counts) - 1)
-    assert decoder.shortener is not None
-    decoder.shortener.packed.clear()
     decoder.device.driver.library = library
+    shortener = decoder.shortener
+    assert shortener is not None
+    shortener.packed = [shortener.pack(rows) for rows in range(1, batch + 1)]
+    for creator in made.engine.creators.values():
+        creator.alike.clear()
     found: dict[str, list[tuple[float, int]]] = {}
 
     def step(name: str, number: int) -> None:
