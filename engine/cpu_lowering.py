@@ -28,7 +28,7 @@ from ..plugins.nodes import Nodes, dims
 from ..spec.folder import DraftPart, FolderSpec, VisionPart
 from ..spec.stored_weights import Weight, slot_bytes
 from ..spec.types import BITS, Stored
-from .cpu_rules import INTEGERS, Rule, panel_type, rule_of_experts, rule_of_float, rule_of_quantised
+from .cpu_rules import INTEGERS, Rule, rule_of_experts, rule_of_quantised
 from .supply import DTYPES, FLOAT, Supply
 
 SESSION = {"session.disable_prepacking": "1"}
@@ -134,7 +134,7 @@ class _CpuLowering:
             case "", "Transpose" if sources[0].is_initializer():
                 pass  # the product that reads it takes the weight as it lies
             case "", "MatMul" if (weight := _transposed_weight(sources[1])) is not None:
-                self._lower_float(nodes, self._input(sources[0]), weight, outputs[0])
+                kernels.multiply_plain(nodes, self._input(sources[0]), self.supply.stored(weight), outputs[0])  # rule 5
             case "", "Gather" if sources[0].is_initializer():
                 rows = nodes.Gather(self.supply.stored(sources[0]), self._input(sources[1]), axis=0)
                 nodes.node("Cast", [rows], outputs=outputs, attributes={"to": FLOAT})
@@ -178,15 +178,6 @@ class _CpuLowering:
         if x_scale is not None:
             matrix = dataclasses.replace(matrix, input_scale=self._input(x_scale))
         kernels.multiply(nodes, self._input(source), matrix, dims(linear.weight)[0], self._value(output))
-
-    def _lower_float(self, nodes: Nodes, x: ir.Value, weight: ir.Value, output: ir.Value) -> None:
-        """A linear that is not quantised, by rules 5 and 6."""
-        if rule_of_float(has_panels=self.has_panels) is Rule.FLOAT_IN_PANELS:  # rule 5
-            dtype = panel_type(weight)
-            panels = Panels(weight=self.supply.panels(weight, convert=dtype), bits=BITS[dtype])
-            kernels.multiply(nodes, x, panels, dims(weight)[0], output)
-        else:  # rule 6
-            kernels.multiply_plain(nodes, x, self.supply.stored(weight), output)
 
     def _multiply_fp8(self, nodes: Nodes, linear: Linear, product: ir.Node) -> None:
         """The product of rule 4; of a token's own scale the kernel does the multiplication behind the product too."""
@@ -234,17 +225,17 @@ class _CpuLowering:
         )
 
     def _lower_experts(self, nodes: Nodes, sources: list[ir.Value], output: ir.Value, settings: moe.Attributes) -> None:
-        """A layer of experts, by rules 7 to 9."""
+        """A layer of experts, by rules 6 to 8."""
         tokens = self._input(sources[0]), self._input(sources[1])
         weights, scales, statics = sources[2:4], sources[4:6], sources[6:]
         kind = settings.quantisation
         rule = rule_of_experts(kind)
-        if rule is Rule.FLOAT_EXPERTS:  # rule 9
+        if rule is Rule.FLOAT_EXPERTS:  # rule 8
             gate_up, down = (self.supply.stored(weight) for weight in weights)
             kernels.dispatch_plain(nodes, *tokens, gate_up, down, output, settings)
             return
         count, _, width = dims(weights[1])
-        if rule is Rule.FP8_EXPERTS:  # rule 8
+        if rule is Rule.FP8_EXPERTS:  # rule 7
             pair = [
                 Fp8(
                     weight=self.supply.stored(weights[part]),
@@ -255,7 +246,7 @@ class _CpuLowering:
             ]
             kernels.dispatch_fp8(nodes, *tokens, pair[0], pair[1], output, settings)
             return
-        has_groups = kind == "int4" or dims(scales[0])[-1] > 1  # rule 7 from here on
+        has_groups = kind == "int4" or dims(scales[0])[-1] > 1  # rule 6 from here on
         chosen_in = sources[0].dtype if has_groups else None
         into, back = (
             dataclasses.replace(

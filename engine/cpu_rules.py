@@ -1,26 +1,21 @@
 """The rules by which a canonical graph's linears, experts among them, are lowered for ONNX Runtime's CPU.
 
-Enters: how a linear is quantised, and whether its graph's weights lie in panels. Leaves: its rule, which `cpu_lowering`
-carries out. Invariant: each linear has exactly one rule.
+Enters: how a linear is quantised. Leaves: its rule, which `cpu_lowering` carries out. Invariant: each has exactly one.
 
     rule  format of the weight   input's scale    lowered to                            weight lies in
     1     int8                   a token's own    kernel `Linear`, blocks of 32 inputs  panels, 8 bits
     2     int8                   static           kernel `Linear`, the static scale     panels, 8 bits
     3     int4                   none             kernel `Linear`, blocks of 32 inputs  panels, 4 bits
     4     fp8                    either           kernel `Fp8Linear`                    rows, as it is stored
-    5     a float, panels        none             kernel `Linear`                       panels, bfloat16 or float32
-    6     a float, no panels     none             kernel `PlainLinear`                  rows, as it is stored
-    7     experts, int8 or int4  any              kernel `MoeDispatch`                  panels, 8 or 4 bits
-    8     experts, fp8           either           kernel `Fp8MoeDispatch`               rows, as they are stored
-    9     experts, a float       none             kernel `PlainMoeDispatch`             rows, as they are stored
+    5     a float                none             kernel `PlainLinear`                  rows, as it is stored
+    6     experts, int8 or int4  any              kernel `MoeDispatch`                  panels, 8 or 4 bits
+    7     experts, fp8           either           kernel `Fp8MoeDispatch`               rows, as they are stored
+    8     experts, a float       none             kernel `PlainMoeDispatch`             rows, as they are stored
 
-A graph's weights lie in panels where any of them is int8 or int4 (rules 1 to 3 and 7): the bundle then has a file of
-its own for all weights, and its float linears (rule 5) are laid out in it for the same kernels.
+Where any of a graph's weights is int8 or int4 (rules 1 to 3 and 6) its bundle has a file of its own for all weights.
 """
 
 from enum import Enum
-
-import onnx_ir as ir
 
 from ..plugins.linear import Linear
 from ..spec.types import Stored
@@ -41,15 +36,13 @@ class Rule(Enum):
     """The kernel rounds activations to int8, each 32 inputs (or fewer, within a group) by their own scale."""
     FP8 = 4
     """The kernel rounds activations to E4M3 by the graph's static scale, or a token's own, whose nodes go."""
-    FLOAT_IN_PANELS = 5
-    """bfloat16 stays bfloat16 in panels, other floats become float32; activations are float32."""
-    FLOAT_IN_ROWS = 6
+    FLOAT = 5
     """The weight [N, K] is multiplied as it lies, in any type of floats: it is a view of the file."""
-    INTEGER_EXPERTS = 7
+    INTEGER_EXPERTS = 6
     """One node for all experts; activations are rounded as in rules 1 to 3."""
-    FP8_EXPERTS = 8
+    FP8_EXPERTS = 7
     """One node for all experts, stacked [E, N, K] as in the file; activations are rounded as in rule 4."""
-    FLOAT_EXPERTS = 9
+    FLOAT_EXPERTS = 8
     """One node for all experts, stacked [E, K, N] as in the file; those that no token chose are not read."""
 
 
@@ -64,18 +57,8 @@ def rule_of_quantised(linear: Linear) -> Rule:
             return Rule.FP8
 
 
-def rule_of_float(*, has_panels: bool) -> Rule:
-    """The rule of a linear that is not quantised: 5 where its graph has panels, else 6."""
-    return Rule.FLOAT_IN_PANELS if has_panels else Rule.FLOAT_IN_ROWS
-
-
 def rule_of_experts(quantisation: str) -> Rule:
-    """The rule of a layer of experts by the format of its weights: 7 to 9."""
+    """The rule of a layer of experts by the format of its weights: 6 to 8."""
     if quantisation in INTEGERS:
         return Rule.INTEGER_EXPERTS
     return Rule.FLOAT_EXPERTS if quantisation == "none" else Rule.FP8_EXPERTS
-
-
-def panel_type(weight: ir.Value) -> Stored:
-    """The type that a float weight has in panels, as rule 5 says."""
-    return "bfloat16" if weight.dtype == ir.DataType.BFLOAT16 else "float32"
