@@ -26,7 +26,7 @@ class Panels:
 
     Attributes:
         weight: Bytes [.., panels, bytes of one].
-        bits: Bits of a weight: 4, 8, 16 (bfloat16) or 32 (float32).
+        bits: Bits of a weight: 4 or 8; in bundles built before also 16 (bfloat16) and 32 (float32).
         scale: [.., panels, groups, 32]; None of floats.
         group: Inputs that share a scale; 0 where all of an output do.
         input_scale: Static scale of the inputs, float32, of experts [E]; None rounds each 32 inputs by their own.

@@ -1,4 +1,5 @@
-// The op `Linear`: x [..., K], weight, scale?, x_scale? -> [..., N].
+// The op `Linear`: x [..., K], weight, scale?, x_scale? -> [..., N]. Weights of 16 and 32 bits, floats without scales, are
+// in bundles that were built before floats were multiplied as they lie; none is made any more.
 
 #pragma once
 
