@@ -29,9 +29,9 @@ TOKENS_AN_EXPERT = 256
 OPERATIONS = 3e14
 """Operations of the walk that are spent without being asked for: an hour of two cores of 40 GFLOP/s each."""
 
-ROUNDING, CORRECTING = 600, 2000
-"""Operations that take the time of rounding a weight, and of GPTQ's steps over it beside products: what an expert of
-Scout's took on an EPYC with AVX2."""
+ROUNDING, CORRECTING = 800, 2600
+"""Operations of one core that take as long as all do to round a weight, and for GPTQ's steps over it beside products:
+what experts of Scout's took on two cores of an EPYC with AVX2. Most wait for memory, and gain little by more cores."""
 
 
 def default_windows(spec: ModelSpec, window: int) -> int:
@@ -55,11 +55,21 @@ def expected_seconds(spec: ModelSpec, recipe: Recipe, tokens: int, *, all_expert
     each: float = ROUNDING
     if recipe.rounding == "gptq":
         each += CORRECTING + min(FEW * rows, spec.hidden_size)
-    return (walk_operations(spec, all_experts=all_experts) * tokens + weights * each) / product_speed()
+    walk = walk_operations(spec, all_experts=all_experts) * tokens / product_speed()
+    return walk + weights * each / product_speed(threads=1)
 
 
-def product_speed() -> float:
-    """Operations a second of a product in float32, on as many threads as PyTorch has."""
+def product_speed(threads: int | None = None) -> float:
+    """Operations a second of a product in float32, on some threads, or as many as PyTorch has."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads or usual)
+    try:
+        return _product_speed()
+    finally:
+        torch.set_num_threads(usual)
+
+
+def _product_speed() -> float:
     x_NK, weight_KM = torch.randn(512, 1024), torch.randn(1024, 2048)
     seconds = []
     for _ in range(3):

@@ -35,11 +35,12 @@ def test_a_tokens_operations_are_those_of_its_active_weights() -> None:
 
 
 def test_a_long_run_is_foretold_by_tokens_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extent, "product_speed", lambda: 80e9)
+    monkeypatch.setattr(extent, "product_speed", lambda threads=2: 40e9 * threads)
     spec, ids = model_spec(SCOUT), np.zeros((2, 10240), np.int64)
     said = expected(spec, int8(), ids)
     assert said is not None
-    assert said.startswith("20,480 tokens in 2 windows: about 2.4 hours")
+    assert said.startswith("20,480 tokens in 2 windows: about 2.7 hours")
+    assert expected_seconds(spec, int8(), 0) == pytest.approx(48 * 2.2e9 * 800 / 40e9, rel=0.05)  # on one core
     assert expected_seconds(spec, fp8(), ids.size) > 1.5 * expected_seconds(spec, int8(), ids.size)
     assert expected_seconds(spec, int8(), 2 * ids.size) > 1.5 * expected_seconds(spec, int8(), ids.size)
     assert expected(model_spec(scout_like(1, 256)), int8(), ids) is None
