@@ -47,10 +47,10 @@ def test_a_quantised_model_has_its_draft_quantised(
     part = read_spec(bundle).draft
     assert part is not None
     assert part.format == recipe.format
-    stored = {weight.name: weight.convert for weight in part.weights if weight.layout == "panels"}
-    has_groups = recipe.format == "int4" or recipe.group_size == 32
-    apart = {"layers.0.mlp.down_proj.weight:panels"} if has_groups else set()  # groups do not divide its inputs
-    assert {name for name, kind in stored.items() if kind != f"u{recipe.format}"} == apart
+    layouts = {weight.name.partition(":")[0]: (weight.layout, weight.convert) for weight in part.weights}
+    assert {convert for layout, convert in layouts.values() if layout == "panels"} == {f"u{recipe.format}"}
+    has_groups = recipe.format == "int4" or recipe.group_size == 32  # which do not divide this one's inputs
+    assert layouts["layers.0.mlp.down_proj.weight"][0] == ("rows" if has_groups else "panels")
     session = arriero.load(bundle, max_seq=100)
     plain = session.generate_many(PROMPTS, 60, draft_tokens=0, **GREEDY)
     found = session.generate_many(PROMPTS, 60, draft_tokens=3, **GREEDY)
