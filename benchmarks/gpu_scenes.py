@@ -1,6 +1,6 @@
 """Every precision in every way over a GPU that is not there: the scenes of which the tests play a sample.
 
-    python benchmarks/gpu_scenes.py [--only bf16 …]
+    python benchmarks/gpu_scenes.py [--only bf16 …] [--once]
     python benchmarks/gpu_scenes.py --cost 48    # what a step of so many layers costs the host
 
 The cost is the processor's time of the session and the plugins: kernels, driver and TensorRT are left out.
@@ -35,12 +35,13 @@ def main() -> int:
     parser.add_argument(
         "--cost", type=int, metavar="LAYERS", help="the host's share of a step over 8 rows, and no scenes"
     )
+    parser.add_argument("--once", action="store_true", help="each way once, in turn with graphs and without")
     arguments = parser.parse_args()
-    return tell_cost(arguments.cost) if arguments.cost else play(arguments.only)
+    return tell_cost(arguments.cost) if arguments.cost else play(arguments.only, once=arguments.once)
 
 
-def play(precisions: Sequence[str]) -> int:
-    """Plays all scenes of some precisions. Returns 1 where anything is wrong."""
+def play(precisions: Sequence[str], *, once: bool) -> int:
+    """Plays the scenes of some precisions, all or each way once. Returns 1 where anything is wrong."""
     from conftest import llama4
     from gpu_models import make_model
     from sure_llama4 import sequences
@@ -58,14 +59,15 @@ def play(precisions: Sequence[str]) -> int:
     with TemporaryDirectory() as folder:
         for name in precisions:
             model, bound = make_model(name, Path(folder) / name, llama4)
-            for placement in PLACEMENTS:
+            for placement in list(PLACEMENTS)[: 1 if once else None]:
                 given = {"ids": ids, "lengths": [20, 13, 6], "decoded": 3, "placement": placement}
                 found, expected = gpu.run("logits", model=model, **given)
                 apart = np.abs(found - expected)
                 wrong += apart.max() >= bound
                 sizes = (f"{size:.3f}" for size in (bound, apart.max(), np.sqrt(np.mean(apart**2))))
                 tell(logits, name, PLACEMENTS[placement], *sizes)
-            for way, graphs in itertools.product(WAYS, (True, False)):
+            every = zip(WAYS, itertools.cycle((True, False)), strict=False)
+            for way, graphs in every if once else itertools.product(WAYS, (True, False)):
                 given = {"model": model, "graphs": graphs}
                 found, _, _ = gpu.run("texts", prompts=prompts, new=5, way=way, **given)
                 judged = gpu.run("judged", prompts=prompts, found=found, **given)
