@@ -14,6 +14,7 @@ from arriero.runtime import Flight, Generated, Session, State
 from arriero.runtime.backends.onnxruntime_decoder import OnnxRuntimeBinding
 from arriero.runtime.continuation import joined
 from arriero.runtime.prefix import total
+from arriero.runtime.rider import BEGUN
 
 GREEDY: dict[str, Any] = {"temperature": 0, "eos_token_id": []}
 POISON = 13
@@ -179,8 +180,9 @@ def test_more_of_the_prompts_is_read_where_more_wait_than_decode(
 
     monkeypatch.setattr(session, "prefill", counted)
     for _ in range(decoding):
-        flight.join(session.request("The", 9, **GREEDY))
-    flight.step()
+        flight.join(session.request("The", 60, **GREEDY))
+    for _ in range(BEGUN):
+        flight.step()
     assert len(flight.rows) == decoding
     prompt, read[-1] = [7] * 70, 0
     for _ in range(coming):
