@@ -8,7 +8,8 @@ import copy
 from typing import Any
 
 import torch
-from sure_llama4 import one_thread
+
+from arriero.accuracy.sides.folder_side import torch_at_rest
 
 UNITS = {"bf16": 2.0**-8, "fp16": 2.0**-11}
 """The largest relative error of rounding once."""
@@ -31,7 +32,7 @@ def bound_logits(model: Any, precision: str, ids: list[list[int]]) -> float:
     """
     shaken = copy.deepcopy(model).float()
     tokens = torch.tensor(ids)
-    with one_thread(), torch.no_grad():
+    with torch_at_rest(), torch.no_grad():
         expected = shaken(tokens).logits
         shake(shaken, precision, torch.Generator().manual_seed(0))
         return max(float((shaken(tokens).logits - expected).abs().max()) for _ in range(DRAWS))

@@ -7,12 +7,13 @@ see the token that matters: what follows there is not trained.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+
+from arriero.accuracy.sides.folder_side import torch_at_rest
 
 FIRST, SYMBOLS, CYCLE = 3, 24, 8
 
@@ -48,21 +49,10 @@ def sequences(seed: int, rows: int, length: int) -> list[list[int]]:
 @functools.cache
 def sure_llama4(llama4: Callable[..., Any]) -> Any:
     """A model that knows the task, trained in float32 and rounded to bfloat16; `llama4` is `conftest`'s."""
-    with one_thread():
+    with torch_at_rest():  # so little work gains nothing by threads, which wait for each other on a busy machine
         model = llama4(attention_chunk_size=CHUNK, **LAYERS, **SIZES, **EXPERTS).train()
         train(model)
     return model.eval().to(torch.bfloat16)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """PyTorch in one thread: so little work gains nothing by more, which wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def train(model: Any) -> None:
