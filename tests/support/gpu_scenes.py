@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 from executing_cuda import ExecutingCuda
-from walked_engine import WalkedEngine, write_images
+from walked_engine import WalkedEngine
 
 import arriero
 from arriero.engine import tensorrt_lowering
@@ -18,12 +18,9 @@ from arriero.engine.profiles import decoder_profiles, decoder_shapes
 from arriero.engine.tensorrt_library import open_library
 from arriero.engine.tensorrt_lowering import Choices, lower_for_tensorrt
 from arriero.files.folders import find_files, read_spec
-from arriero.plugins.gqa.op import Attributes
-from arriero.plugins.gqa.plan import MODULE as GQA_MODULE
-from arriero.plugins.gqa.plan import Geometry, Plan, Schedule
-from arriero.plugins.launch import Driver, placed, total_size
+from arriero.plugins.launch import Driver
 from arriero.runtime import Flight
-from arriero.runtime.backends.device import Device, DeviceMemory
+from arriero.runtime.backends.device import Device
 from arriero.runtime.backends.execution import load_kernels, upload_weights
 from arriero.runtime.backends.tensorrt_decoder import TensorRTDecoder
 from arriero.runtime.continuation import joined
@@ -194,46 +191,3 @@ def drawn(model: str, ids: Sequence[int], seeds: int, **how: Any) -> Any:
                 shortened.append(Sampler(sampling)(row, ids))
                 whole.append(Sampler(sampling)(row.whole(), ids))
     return shortened, whole
-
-
-def far_slots(form: Any) -> Any:
-    """The attention kernels over caches of 10 M positions, and over small ones: outputs and what was written."""
-    found = []
-    attributes = Attributes(heads=4, kv_heads=2, scale=0.1, qk_norm_eps=1e-5)
-    plan = Plan(Geometry(attributes=attributes, head_dim=128, rope=False, dtype="fp16", cache="int8"), CAPABILITY)
-    rng = np.random.default_rng(0)
-    batch, past = 3, np.array([3, 5, 7], np.int32)
-    query, key = (rng.standard_normal((batch, 1, heads * 128)).astype(np.float16) for heads in (4, 2))
-    for capacity in (64, 10_000_000):
-        cuda = ExecutingCuda(CAPABILITY)
-        device = Device(Driver(cuda))
-        folder = Path(mkdtemp())
-        kernels = load_kernels(device, folder, write_images(plan.kernels, GQA_MODULE, CAPABILITY, folder))
-        caches = [DeviceMemory(device, batch * 2 * capacity * 128) for _ in range(2)]
-        arrays: dict[str, Any] = {"query": query, "key": key, "value": key * 2, "past_lengths": past}
-        arrays |= dict.fromkeys(("key_scale", "value_scale"), np.full((2, 128), 0.02, np.float32))
-        arrays["output"] = np.zeros_like(query)
-        held = {name: DeviceMemory(device, each.nbytes) for name, each in arrays.items()}
-        for name, each in arrays.items():
-            device.upload(held[name].address, each)
-        early = np.arange(7 * 128, dtype=np.uint64).astype(np.int8).reshape(7, 128)
-        places = [(row * 2 + head) * capacity * 128 for row in range(batch) for head in range(2)]
-        for memory in caches:
-            for place in places:
-                device.upload(memory.address + place, early)
-        pointers = {name: memory.address for name, memory in held.items()}
-        pointers |= {"key_cache": caches[0].address, "value_cache": caches[1].address}
-        buffers = plan.workspace(batch, 1, capacity, Schedule(form=form, splits=2))
-        scratch = DeviceMemory(device, total_size(buffers))
-        pointers |= placed(buffers, scratch.address) | {"counters": kernels.counters}
-        for launch in plan.launches(pointers, batch, 1, capacity, Schedule(form=form, splits=2)):
-            kernels.launch(launch, device.stream)
-        output, slot = np.zeros_like(query), np.zeros((len(places), 2, 128), np.int8)
-        device.download(held["output"].address, output)
-        for index, place in enumerate(places):
-            for number, memory in enumerate(caches):
-                device.download(memory.address + place + int(past[index // 2]) * 128, slot[index, number])
-        found.append(np.concatenate([output.astype(np.float64).ravel(), slot.astype(np.float64).ravel()]))
-    assert np.isfinite(found[0]).all()
-    assert found[0].any()
-    return found

@@ -100,9 +100,3 @@ def test_a_change_of_shape_runs_once_and_is_captured_when_it_comes_again(
     assert calls["known"] == calls["back"] == 5
     assert calls["new"] == calls["elsewhere"] == calls["known"] - 1 + launches
     assert calls["new, again"] == calls["elsewhere, again"] == calls["new"] + 5  # begun, ended, made, freed; launched
-
-
-@pytest.mark.parametrize("form", ["one", "few"])
-def test_attention_finds_slots_beyond_32_bits(gpu: Gpu, form: str) -> None:
-    near, far = gpu.run("far_slots", form=form)
-    np.testing.assert_array_equal(near, far)
