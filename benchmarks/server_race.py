@@ -174,6 +174,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     config = peer("scout")
+    if asked.folder:
+        asked.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=asked.folder) as temporary:
         of_shape = f"scout-{config['num_hidden_layers']}-{config['num_local_experts']}"
         place = (asked.folder or Path(temporary)) / of_shape
