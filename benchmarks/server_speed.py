@@ -49,6 +49,10 @@ LEAST_READ = 8
 SINGLES = 12
 """Streams of two tokens in a round, each alone, of which the time to the first token is taken."""
 
+REST = 0.05
+"""Seconds before each way, in which threads of the one before come to rest: they look out for work a while longer, on
+the processors that the next needs."""
+
 PROMPT = "The list type is a mutable sequence. It"
 
 
@@ -215,13 +219,13 @@ def measure_cost(server: ServerProcess, bias: Bias, size: tuple[int, int], asked
     session = arriero.load(asked.folder, threads=asked.threads)
     asyncio.run(chat_load(server, bias, 1, 2, bound=True))  # compiles the schema
     fly(session, bias, 1, 8)
-    rounds: list[tuple[Load, ...]] = []
-    singles: list[tuple[Load, ...]] = []
+    rounds: list[list[Load]] = []
+    singles: list[list[Load]] = []
     with BareServer(asked.folder, "--threads", str(asked.threads), "--slots", str(asked.streams + 1)) as bare:
         asyncio.run(load(bare, bias, 1, 8))
-        for _ in range(asked.rounds):
-            rounds.append(three_ways(server, bare, session, bias, size))
-            singles += [three_ways(server, bare, session, bias, (1, 2)) for _ in range(SINGLES)]
+        for number in range(asked.rounds):
+            rounds.append(three_ways(server, bare, session, bias, size, number % 3))
+            singles += [three_ways(server, bare, session, bias, (1, 2), each % 3) for each in range(SINGLES)]
     shaped = [
         [asyncio.run(chat_load(server, bias, *size, bound=bound)).seconds for bound in (False, True)]
         for _ in range(asked.rounds)
@@ -243,10 +247,28 @@ def measure_cost(server: ServerProcess, bias: Bias, size: tuple[int, int], asked
 
 
 def three_ways(
-    server: ServerProcess, bare: BareServer, session: Session, bias: Bias, size: tuple[int, int]
-) -> tuple[Load, Load, Load]:
-    """A round through the server, one through the least server, and one in a flight of this process."""
-    return asyncio.run(load(server, bias, *size)), asyncio.run(load(bare, bias, *size)), fly(session, bias, *size)
+    server: ServerProcess, bare: BareServer, session: Session, bias: Bias, size: tuple[int, int], first: int = 0
+) -> list[Load]:
+    """A round through the server, one through the least server, and one in a flight of this process.
+
+    Args:
+        server: The server.
+        bare: The least server.
+        session: The flight's model.
+        bias: Numbers that are added to logits.
+        size: Streams, and tokens of each.
+        first: The way that comes first, from 0 to 2; the others follow in turn.
+    """
+    ways = (
+        lambda: asyncio.run(load(server, bias, *size)),
+        lambda: asyncio.run(load(bare, bias, *size)),
+        lambda: fly(session, bias, *size),
+    )
+    found: dict[int, Load] = {}
+    for way in (first, (first + 1) % 3, (first + 2) % 3):
+        time.sleep(REST)
+        found[way] = ways[way]()
+    return [found[way] for way in range(3)]
 
 
 def show(title: str, rows: list[tuple[str, str]]) -> None:
