@@ -5,8 +5,8 @@
 Four layers of the shapes of `cpu_peers.py`, three of them chunked, beside llama.cpp at as many bits. `context` reads
 one long prompt piece by piece and decodes at each length. `experts` has 16, 64 and 128 of them in every second layer;
 what a token uses is the same. `profile` is ONNX Runtime's own, a decode step with 512 tokens in the caches, with 8,000
-and with 32,000, beside the bytes that each part must read. Its caches are filled with noise, and its sum is above the time of a
-step that nobody looks at.
+and with 32,000, beside the bytes that each part must read. Its caches are filled with noise, and its sum is above the
+time of a step that nobody looks at.
 """
 
 import argparse
