@@ -8,6 +8,7 @@ import asyncio
 import json
 from typing import Any
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from .errors import RequestError
@@ -21,6 +22,9 @@ HEAD_SECONDS = 30.0
 
 LINGER_SECONDS = 2.0
 """Seconds that a refused client has to read why, while what it still sends is thrown away."""
+
+OF_UPGRADES = (b"upgrade", b"connection", b"http2-settings")
+"""Headers of an offer to speak another protocol."""
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -52,7 +56,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self.timer is None and (self.cycle is None or self.cycle.response_complete):
             self._await_head()
         parts = self.parts
-        super().data_received(data)
+        self._parse(data)
         self.unread = 0 if self.parts != parts else self.unread + len(data)  # of one header, which the parser holds
         if self.unread > HEAD_BYTES and not self.is_refused:
             self._refuse(_too_large())
@@ -77,14 +81,15 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Ends a head, and begins to answer; the application finds its `PromptWriter` under `writer` in its state."""
+        if self._offers_upgrade:  # the parser takes what follows for another protocol's
+            return
         self.is_head = self.has_begun = False
         self.parts += 1
         self._unset_timer()
         super().on_headers_complete()
-        if self.cycle is not None:  # none where the connection is to become another protocol's
-            self.cycle.scope["state"]["writer"] = PromptWriter(self.cycle)
-            if self.cycle.scope["http_version"] == "1.0":  # which knows no chunks: an answer ends with its connection
-                self.cycle.chunked_encoding, self.cycle.expected_content_length = False, _AnyLength()
+        self.cycle.scope["state"]["writer"] = PromptWriter(self.cycle)
+        if self.cycle.scope["http_version"] == "1.0":  # which knows no chunks: an answer ends with its connection
+            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, _AnyLength()
 
     def on_body(self, body: bytes) -> None:
         """Takes a part of the body."""
@@ -93,6 +98,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Ends a request; what comes next is another's head."""
+        if self._offers_upgrade:
+            return
         super().on_message_complete()
         self.is_head = True
         self.parts += 1
@@ -107,6 +114,31 @@ class BoundedConnection(HttpToolsProtocol):
         """Refuses what the parser does not take."""
         refused = self.refusal or RequestError("the request is no HTTP: send it as HTTP/1.1 has it")
         self._refuse(refused)
+
+    @property
+    def _offers_upgrade(self) -> bool:
+        """Whether the request that is read offers to speak another protocol, as Java's client does in each."""
+        return bool(self.parser.should_upgrade()) and any(name == b"upgrade" for name, _ in self.headers)
+
+    def _parse(self, data: bytes) -> None:
+        """Reads on. An offer of another protocol is passed over, with a parser that has not seen it (RFC 9110, 7.8)."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as upgrade:
+            if not self._offers_upgrade:  # the request is to be a tunnel
+                self.send_400_response("")
+                return
+            (behind,) = upgrade.args
+            head = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+            head += [b"%b: %b" % (name, value) for name, value in self.headers if name not in OF_UPGRADES]
+            if not self.parser.should_keep_alive():
+                head.append(b"connection: close")
+            self.parser = HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self._parse(b"\r\n".join([*head, b"", data[behind:]]))
+        except HttpParserError:
+            self.send_400_response("")
 
     def _count(self, size: int) -> None:
         self.parts += 1

@@ -149,3 +149,25 @@ def test_http_1_0_is_answered_without_chunks(answers: Any) -> None:
     assert body == (b"[1, 2]" if answers is app else b"onetwo")
     new = asyncio.run(say([HEAD + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}"], app=answers))
     assert (b"chunked" in new) == (answers is write_in_parts)
+
+
+@pytest.mark.parametrize("size", [1, 10_000])
+@pytest.mark.parametrize(
+    "coding", [b"Content-Length: 2\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"]
+)
+def test_an_offer_of_another_protocol_is_passed_over(coding: bytes, size: int) -> None:
+    """Java's own client makes one in every request without TLS."""
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    last = b"Connection: close, Upgrade\r\nUpgrade: websocket\r\n"
+    whole = HEAD + offer + coding + HEAD + coding + HEAD + last + coding
+    answers = asyncio.run(say([whole[start : start + size] for start in range(0, len(whole), size)]))
+    assert [part.partition(b"\r\n\r\n")[2] for part in answers.split(b"HTTP/1.1 200 OK")[1:]] == [
+        b"[2, 2]",
+        b"[2, 2]",
+        b"[3, 2]",
+    ]
+
+
+def test_a_tunnel_is_refused() -> None:
+    for offer in (b"", b"Upgrade: h2c\r\n", b"Connection: Upgrade\r\nUpgrade: h2c\r\n"):
+        assert status(asyncio.run(say([b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n" + offer + b"\r\n..."]))) == 400
