@@ -32,6 +32,7 @@ struct OfPairs {
                                                        reinterpret_cast<__m512bh>(weights)));
     }
     using Sums = OfPairs;
+    static constexpr int64_t BYTES = 64;  // as of `OfFloats`; these sums take longer
 };
 
 struct PairedE4m3 : OfPairs {

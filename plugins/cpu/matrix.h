@@ -87,8 +87,11 @@ struct StackedInput {
     }
 };
 
-constexpr int64_t OUTPUTS_AT_ONCE = 512;  // of such a matrix, in a thread's turn
-constexpr int64_t BLOCK_FLOATS = 1 << 15;  // widened weights, or sums, that are on their way at once
+constexpr int64_t DEEP = 256;  // inputs of such a matrix that are added up before others
+constexpr int64_t OUTPUTS_AT_ONCE = 512;  // that many rows meet in a thread's turn
+constexpr int64_t OUTPUTS_READ = 2048;  // that one row meets in a thread's turn: of two bytes they fill a page
+constexpr int64_t SUMS_NEAR = 4096;  // sums of few rows that the first cache holds beside what they meet
+constexpr int64_t BLOCK_FLOATS = 1 << 15;  // widened weights that are on their way at once
 
 // Rows of activations: int8 [rows, K], or in 16 bits where an instruction set asks for it, with a scale a block and,
 // about the matrix's middle, what its offset adds up to; or float32 [rows, K] for a matrix of floats.
@@ -192,6 +195,8 @@ struct Kernels {
     void (*multiply_plain)(const PlainMatrix&, const PlainInput&, int64_t first, int64_t last, float* to, float* space);
     void (*multiply_stacked)(const PlainMatrix&, const StackedInput&, int64_t first, int64_t last, float* to,
                              float* space);
+    void (*sum_stretch)(const PlainMatrix&, const StackedInput&, int64_t stretch, int64_t first, int64_t last,
+                        float* sums);
     void (*activate)(const float* from, int64_t width, float* to);
     float (*round_fp8)(const float* x, int64_t inputs, float factor, const Fp8Scale&, float* to);
     PairKernels pairs;

@@ -83,28 +83,85 @@ struct PlainMoeDispatch {
         if (!is_direct) routing.add_up(choices, out, tokens, size, to);
     }
 
+    // The rows that chose one expert; few of them have sums [stretches, outputs] in pieces, each [rows, outputs].
+    struct Chosen {
+        int64_t expert, first, last;
+        float* sums;
+
+        int64_t count() const { return last - first; }
+        // Outputs of a piece.
+        int64_t at_once() const { return sums ? std::min(OUTPUTS_READ, SUMS_NEAR / count()) : OUTPUTS_AT_ONCE; }
+        // The sums of a piece of a stretch, from the output `from` on.
+        float* piece(const PlainMatrix& matrix, int64_t stretch, int64_t from) const {
+            return sums + (stretch * matrix.outputs + from) * count();
+        }
+    };
+
+    // A part of what one expert's rows are multiplied with: outputs from `first` on, or of few rows those of a stretch.
+    struct Unit {
+        const Chosen* of;
+        int64_t stretch, first, last;
+    };
+
+    // Sums of stretches that are kept at once, in floats; one expert's may be more.
+    static constexpr int64_t SUMS_AT_ONCE = 1 << 22;
+
     // Multiplies the rows of each expert that was chosen with its matrix.
     static void multiply_chosen(const Call& call, const PlainMatrix& matrix, const std::vector<Choice>& choices,
                                 const StackedInput& x, float* to) {
-        struct Chosen {
-            int64_t expert, first, last;
-        };
         std::vector<Chosen> chosen;
         for (int64_t row = 0; row < x.count; row++) {
             if (row == 0 || choices[row].expert != chosen.back().expert)
-                chosen.push_back({choices[row].expert, row, row});
+                chosen.push_back({choices[row].expert, row, row, nullptr});
             chosen.back().last = row + 1;
         }
-        const int64_t slices = divided_up(matrix.outputs, OUTPUTS_AT_ONCE);
-        call.in_parallel(slices * static_cast<int64_t>(chosen.size()), [&](int64_t unit) {
-            const Chosen& of = chosen[unit / slices];
-            const int64_t first = unit % slices * OUTPUTS_AT_ONCE;
+        const int64_t stretches = divided_up(matrix.inputs, DEEP);
+        const auto needed = [&](const Chosen& of) {
+            return of.count() > kernels().few ? 0 : product({of.count(), stretches, matrix.outputs});
+        };
+        for (size_t first = 0, last = 0; first < chosen.size(); first = last) {
+            int64_t floats = 0;
+            for (; last < chosen.size() && (last == first || floats + needed(chosen[last]) <= SUMS_AT_ONCE); last++)
+                floats += needed(chosen[last]);
+            float* sums = buffers().sums.take<float>(floats);
+            for (size_t i = first; i < last; sums += needed(chosen[i++]))
+                if (needed(chosen[i])) chosen[i].sums = sums;
+            multiply_some(call, matrix, chosen.data() + first, chosen.data() + last, x, to);
+        }
+    }
+
+    static void multiply_some(const Call& call, const PlainMatrix& matrix, const Chosen* chosen, const Chosen* end,
+                              const StackedInput& x, float* to) {
+        const int64_t stretches = divided_up(matrix.inputs, DEEP);
+        std::vector<Unit> units, few;
+        const auto add = [&](std::vector<Unit>& some, const Chosen* of, int64_t stretch) {
+            for (int64_t first = 0; first < matrix.outputs; first += of->at_once())
+                some.push_back({of, stretch, first, std::min(matrix.outputs, first + of->at_once())});
+        };
+        for (const Chosen* of = chosen; of != end; of++) {
+            for (int64_t stretch = 0; of->sums && stretch < stretches; stretch++) add(units, of, stretch);
+            add(of->sums ? few : units, of, 0);
+        }
+        call.in_parallel(static_cast<int64_t>(units.size()), [&](int64_t index) {
+            const auto& [of, stretch, first, last] = units[index];
             PlainMatrix one = matrix;
-            one.weights += of.expert * matrix.size();
-            float* const place = x.places ? to : to + of.first * matrix.outputs;
-            kernels().multiply_stacked(one, x.part(of.first, of.last), first,
-                                       std::min(matrix.outputs, first + OUTPUTS_AT_ONCE), place,
-                                       buffers().strip.take<float>(BLOCK_FLOATS));
+            one.weights += of->expert * matrix.size();
+            const StackedInput rows = x.part(of->first, of->last);
+            if (of->sums)
+                return kernels().sum_stretch(one, rows, stretch, first, last, of->piece(matrix, stretch, first));
+            float* const place = x.places ? to : to + of->first * matrix.outputs;
+            kernels().multiply_stacked(one, rows, first, last, place, buffers().strip.take<float>(BLOCK_FLOATS));
+        });
+        if (few.empty()) return;
+        call.in_parallel(static_cast<int64_t>(few.size()), [&](int64_t index) {
+            const auto& [of, ignored, first, last] = few[index];
+            for (int64_t row = 0; row < of->count(); row++) {
+                float* const place = to + x.place(of->first + row) * matrix.outputs + first;
+                for (int64_t stretch = 0; stretch < stretches; stretch++) {
+                    const float* const some = of->piece(matrix, stretch, first) + row * (last - first);
+                    for (int64_t n = 0; n < last - first; n++) place[n] = stretch ? place[n] + some[n] : some[n];
+                }
+            }
         });
     }
 };

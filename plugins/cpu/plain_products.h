@@ -27,11 +27,15 @@ constexpr int64_t FEW = 8;  // rows for which weights are widened on the way, on
 // Outputs of a tile of so many rows.
 constexpr int across(int rows) { return ARRIERO_SET == 0 ? 2 : ARRIERO_SET == 2 || rows < 3 ? 4 : 3; }
 
+constexpr int64_t AHEAD_OF_ONE = 12288;  // bytes that are asked for ahead of what one row meets: three small pages
+constexpr int64_t MOST_STRETCHES = 16;   // of an output's inputs, whose sums wait for those of the outputs beside it
+
 // Sums of products of floats.
 struct OfFloats {
     static Wide everywhere(float value) { return value - Wide{}; }
     static Wide added(Wide sums, Wide x, Wide weights) { return sums + x * weights; }
     using Sums = OfFloats;
+    static constexpr int64_t BYTES = 32;  // of weights that one row meets at once, so that sums wait for no others
 };
 
 struct PlainFloat32 : OfFloats {
@@ -128,22 +132,20 @@ inline void plain_step(const PlainRows& of, int64_t k, const float* x, int64_t x
     }
 }
 
-// One tile of products.
+// The sums of a stretch, lane by lane.
 template <typename Stored, int ROWS, int ACROSS>
-__attribute__((noinline)) void plain_tile(const PlainRows& of, const float* x, int64_t x_row, const Stretch& stretch,
-                                          float* to, int64_t to_row) {
+inline void plain_sums(const PlainRows& of, const float* x, int64_t x_row, int64_t inputs, Wide (*sums)[ACROSS]) {
     constexpr int64_t LINE_INPUTS = 64 / Stored::SIZE;
-    Wide sums[ROWS][ACROSS];
     for (int row = 0; row < ROWS; row++)
         for (int n = 0; n < ACROSS; n++) sums[row][n] = Wide{};
     int64_t k = 0;
-    for (; k + LINE_INPUTS <= stretch.inputs; k += LINE_INPUTS) {
+    for (; k + LINE_INPUTS <= inputs; k += LINE_INPUTS) {
         for (int n = 0; n < ACROSS; n++) __builtin_prefetch(of.weights + n * of.row + k * Stored::SIZE + of.ahead, 0, NEAR);
 #pragma GCC unroll 4
         for (int64_t i = 0; i < LINE_INPUTS; i += WIDTH) plain_step<Stored, ROWS, ACROSS>(of, k + i, x, x_row, sums);
     }
-    for (; k + WIDTH <= stretch.inputs; k += WIDTH) plain_step<Stored, ROWS, ACROSS>(of, k, x, x_row, sums);
-    if (const int64_t left = stretch.inputs - k)
+    for (; k + WIDTH <= inputs; k += WIDTH) plain_step<Stored, ROWS, ACROSS>(of, k, x, x_row, sums);
+    if (const int64_t left = inputs - k)
         for (int n = 0; n < ACROSS; n++) {
             const Wide some = widened_some<Stored>(of.weights + n * of.row + k * Stored::SIZE, left);
             for (int row = 0; row < ROWS; row++) {
@@ -151,6 +153,14 @@ __attribute__((noinline)) void plain_tile(const PlainRows& of, const float* x, i
                 sums[row][n] = Stored::added(sums[row][n], widened_some<PlainFloat32>(from, left), some);
             }
         }
+}
+
+// One tile of products.
+template <typename Stored, int ROWS, int ACROSS>
+__attribute__((noinline)) void plain_tile(const PlainRows& of, const float* x, int64_t x_row, const Stretch& stretch,
+                                          float* to, int64_t to_row) {
+    Wide sums[ROWS][ACROSS];
+    plain_sums<Stored, ROWS, ACROSS>(of, x, x_row, stretch.inputs, sums);
     for (int row = 0; row < ROWS; row++) {
         const auto sum = [&](int n) { return sums[row][n < ACROSS ? n : 0]; };
         const Four folded = folded_four(sum(0), sum(1), sum(2), sum(3));
@@ -185,11 +195,38 @@ inline void plain_rows(int64_t rows, const PlainRows& of, int64_t outputs, const
     if constexpr (ROWS > 1) plain_rows<Stored, ROWS - 1>(rows, of, outputs, x, x_row, stretch, to, to_row);
 }
 
+// One row times four outputs, whose weights are read one output's behind the other's: memory is fastest so.
+template <typename Stored>
+__attribute__((noinline)) void plain_four(const uint8_t* weights, int64_t inputs, const float* x, float* to) {
+    constexpr int BESIDE = std::max<int64_t>(1, Stored::BYTES / (WIDTH * Stored::SIZE));
+    const int64_t row = inputs * Stored::SIZE;
+    Wide sums[MOST_STRETCHES][4];
+    for (int64_t start = 0; start < inputs; start += MOST_STRETCHES * STRETCH) {
+        const int64_t left = std::min(inputs - start, MOST_STRETCHES * STRETCH), stretches = divided_up(left, STRETCH);
+        for (int n = 0; n < 4; n += BESIDE)
+            for (int64_t i = 0; i < stretches; i++) {
+                const int64_t k = start + i * STRETCH;
+                const PlainRows of{weights + n * row + k * Stored::SIZE, row, AHEAD_OF_ONE};
+                Wide made[1][BESIDE];
+                plain_sums<Stored, 1, BESIDE>(of, x + k, 0, std::min(STRETCH, inputs - k), made);
+                for (int side = 0; side < BESIDE; side++) sums[i][n + side] = made[0][side];
+            }
+        Four all = start ? load<Four>(to) : Four{};
+        for (int64_t i = 0; i < stretches; i++) {
+            const Four sum = folded_four(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+            all = start + i ? all + sum : sum;
+        }
+        store(to, all);
+    }
+}
+
 // Few rows [rows, K] times the outputs from `first` to `last`.
 template <typename Stored>
 inline void multiply_few(const PlainMatrix& matrix, const float* x, int64_t rows, int64_t first, int64_t last,
                          float* to) {
     const int64_t inputs = matrix.inputs, row = inputs * Stored::SIZE;
+    if (rows == 1)
+        for (; first + 4 <= last; first += 4) plain_four<Stored>(matrix.weights + first * row, inputs, x, to + first);
     const int64_t strip = rows < 3 ? across(1) : across(1) * across(HIGH);
     for (; first < last; first += strip)
         for (int64_t k = 0; k < inputs; k += STRETCH) {

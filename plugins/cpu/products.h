@@ -52,7 +52,7 @@ struct RowBuffers {
 
 struct Buffers {
     RowBuffers inputs, activated;
-    Buffer activations, outputs, queries, states, turned, strip, rows, gates;
+    Buffer activations, outputs, queries, states, turned, strip, rows, gates, sums;
     AttentionSpace attention;
 };
 

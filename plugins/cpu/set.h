@@ -11,6 +11,6 @@
 #include "attention.h"
 
 constexpr Kernels KERNELS = {VALUE_SIZE,     FEW,       TALL,           turned_inputs,    quantise,
-                             multiply,       turn_rows, multiply_plain, multiply_stacked, activate,
-                             round_fp8,      {},        enter,          attend_span,      join_span,
-                             finish};
+                             multiply,       turn_rows, multiply_plain, multiply_stacked, sum_stretch,
+                             activate,       round_fp8, {},             enter,            attend_span,
+                             join_span,      finish};

@@ -4,9 +4,11 @@
 //
 // A vector holds outputs. An output is a sum over stretches of its inputs, and a stretch's sum one of an input after
 // another, whatever stands beside it: so a batch's rows, a prompt's pieces and single tokens agree bit by bit.
+//
+// Few rows are bound by the memory, which is fastest where a thread reads on and on: a stretch's weights with all
+// outputs, or with those that fill a page, so that the stretches' sums wait for each other until all are there.
 
 constexpr int INPUTS = 8;              // inputs whose weights meet few rows at once
-constexpr int64_t DEEP = 256;           // inputs of a stretch, whose weights are widened for many rows at once
 constexpr int64_t BROAD = 4 * COLUMNS;  // and outputs
 
 // The first lanes of a vector, as many as there are; the others are 0.
@@ -61,24 +63,27 @@ inline void add_inputs(const uint8_t* weights, int64_t weight_row, int64_t outpu
         add_vectors_of<Stored, COUNT, 1>(weights, weight_row, outputs, x, k, is_first, sums, n);
 }
 
-// Few rows times the outputs from `first` to `last`.
+// Few rows' products with a stretch of their inputs, for the outputs from `first` to `last`: sums [rows, last - first].
 template <typename Stored>
-inline void multiply_few_stacked(const PlainMatrix& matrix, const StackedInput& x, int64_t first, int64_t last,
-                                 float* to, float* sums) {
-    const int64_t inputs = matrix.inputs, row_size = matrix.outputs * Stored::SIZE, outputs = last - first;
-    for (int64_t start = 0; start < inputs; start += DEEP) {
-        const int64_t end = std::min(inputs, start + DEEP);
-        const uint8_t* weights = matrix.weights + start * row_size + first * Stored::SIZE;
-        int64_t k = start;
-        for (; k + INPUTS <= end; k += INPUTS, weights += INPUTS * row_size)
-            add_inputs<Stored, INPUTS>(weights, row_size, outputs, x, k, k == start, sums);
-        for (; k < end; k++, weights += row_size)
-            add_inputs<Stored, 1>(weights, row_size, outputs, x, k, k == start, sums);
-        for (int64_t row = 0; row < x.count; row++) {
-            float* const place = to + x.place(row) * matrix.outputs + first;
-            for (int64_t n = 0; n < outputs; n++)
-                place[n] = start ? place[n] + sums[row * outputs + n] : sums[row * outputs + n];
-        }
+inline void add_stretch(const PlainMatrix& matrix, const StackedInput& x, int64_t stretch, int64_t first, int64_t last,
+                        float* sums) {
+    const int64_t start = stretch * DEEP, end = std::min(matrix.inputs, start + DEEP);
+    const int64_t row_size = matrix.outputs * Stored::SIZE, outputs = last - first;
+    const uint8_t* weights = matrix.weights + start * row_size + first * Stored::SIZE;
+    int64_t k = start;
+    for (; k + INPUTS <= end; k += INPUTS, weights += INPUTS * row_size)
+        add_inputs<Stored, INPUTS>(weights, row_size, outputs, x, k, k == start, sums);
+    for (; k < end; k++, weights += row_size)
+        add_inputs<Stored, 1>(weights, row_size, outputs, x, k, k == start, sums);
+}
+
+inline void sum_stretch(const PlainMatrix& matrix, const StackedInput& x, int64_t stretch, int64_t first, int64_t last,
+                        float* sums) {
+    switch (matrix.type) {
+        case Plain::float32: return add_stretch<PlainFloat32>(matrix, x, stretch, first, last, sums);
+        case Plain::float16: return add_stretch<PlainFloat16>(matrix, x, stretch, first, last, sums);
+        case Plain::bfloat16: return add_stretch<PlainBfloat16>(matrix, x, stretch, first, last, sums);
+        default: return;  // no others lie so
     }
 }
 
@@ -127,7 +132,6 @@ template <typename Stored>
 inline void multiply_stack(const PlainMatrix& matrix, const StackedInput& x, int64_t first, int64_t last, float* to,
                            float* space) {
     const int64_t inputs = matrix.inputs, to_row = matrix.outputs, row = to_row * Stored::SIZE;
-    if (x.count <= FEW) return multiply_few_stacked<Stored>(matrix, x, first, last, to, space);
     const int64_t tiles = divided_up(x.count, TALL);
     for (int64_t n = first; n < last; n += BROAD)
         for (int64_t k = 0; k < inputs; k += DEEP) {
@@ -142,7 +146,7 @@ inline void multiply_stack(const PlainMatrix& matrix, const StackedInput& x, int
         }
 }
 
-// Rows times the outputs from `first` to `last`. `space` is for BLOCK_FLOATS floats.
+// Many rows times the outputs from `first` to `last`. `space` is for BLOCK_FLOATS floats.
 inline void multiply_stacked(const PlainMatrix& matrix, const StackedInput& x, int64_t first, int64_t last, float* to,
                              float* space) {
     switch (matrix.type) {
@@ -152,7 +156,7 @@ inline void multiply_stacked(const PlainMatrix& matrix, const StackedInput& x, i
         default: return;  // no others lie so
     }
 }
-static_assert(DEEP * BROAD <= BLOCK_FLOATS && FEW * OUTPUTS_AT_ONCE <= BLOCK_FLOATS, "what is on its way has its room");
+static_assert(DEEP * BROAD <= BLOCK_FLOATS, "what is on its way has its room");
 
 // A row of gates and then as many ups, as SiLU(gate) * up.
 inline void activate(const float* from, int64_t width, float* to) {
