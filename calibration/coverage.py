@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from ..errors import StarvedError
 from ..spec.choice import choose
 from ..spec.recipe import Recipe
+from .extent import FLOOR
 from .report import LayerReport
-
-FLOOR = 32
-"""Tokens that an expert must have seen, where nobody says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,45 +3,29 @@
 Peak memory is one expert, one layer's quantised weights, the images' tiles, and what the system keeps of the hidden
 states, which lie in mapped files; it does not grow with depth. A run that was killed goes on at the layer it had
 reached; one that ended because experts saw too few tokens goes on from all of its layers. Without images in the data
-nothing is known of a vision tower's activations, and it is left as it is.
+nothing is known of a vision tower's activations, and it is left as it is. What is refused is refused before PyTorch is
+imported, which `writing` does.
 """
 
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from .. import __version__
-from ..errors import CalibrationError, FolderError, StarvedError
-from ..export.quantised_graph import quantise_graph
-from ..files.folders import SPEC, carry_files, check_no_rank, find_files, read_spec
-from ..files.output import check_apart, check_free, resumed_folder
-from ..files.reading import read_bytes
-from ..files.safetensors import identity, open_shard
-from ..plugins.canonical_graph import LARGEST, read_graph
+from ..errors import CalibrationError, FolderError, needing
+from ..files.folders import check_no_rank, find_files, read_spec
+from ..files.output import check_apart, check_free
 from ..spec.choice import choose, units
-from ..spec.folder import SCHEMA, FolderSpec
+from ..spec.folder import FolderSpec
 from ..spec.geometry import VISION, VisionSpec
 from ..spec.recipe import Override, Recipe
-from ..spec.stored_weights import WeightFile
 from ..spec.types import Progress
-from ..walk.accelerator import HOST, find_device, memory_bounded
-from ..walk.numbers import Weights
 from ..walk.windows import Windows, read_windows, window_length
-from .coverage import FLOOR, Coverage
-from .draft import quantise_draft
-from .extent import default_windows, expected
+from .extent import FLOOR, default_windows
 from .presets import check_recipe, parse_recipe
-from .report import Report, Written, write_report
-from .work import Work
 
 FLOOR_ACTIONS = ("fail", "fallback")
 
@@ -89,7 +73,7 @@ def calibrate_model(
         DeviceError: There is no such device, or it has too little memory.
         FolderError: `model` is no model folder, or `out` exists or cannot be written.
     """
-    place, coverage = find_device(device), _demands(floor, floor_action, all_experts)
+    _check_demands(floor, floor_action)
     source, target = Path(model).absolute(), Path(out).absolute()
     spec = _read_unquantised(source)
     recipe = _read_recipe(recipe, spec)
@@ -98,13 +82,12 @@ def calibrate_model(
     files = find_files(source, spec.weight_files, None if weights is None else Path(weights))
     windows = _windows(source, spec, data, samples, window)
     recipe = recipe if windows.vision is not None else _without_tower(spec, recipe, notice)
-    if place == HOST and (line := expected(spec.model, recipe, windows.ids_WS, all_experts=all_experts)):
-        notice(line)
-    job = _job(spec, recipe)
-    with resumed_folder(target, job, force=force, kept=StarvedError) as (folder, scratch), memory_bounded(place):
-        stored, data_read = Weights(files, _places(source, spec), device=place), _fingerprint(windows)
-        work = Work(spec.model, _tower(spec), recipe, coverage, stored, windows, folder, scratch, data_read)
-        _finish(source, spec, recipe, folder, files, work.run(progress, notice), target.name)
+    with needing("calibration"):
+        from .coverage import Coverage
+        from .writing import Task, write_quantised
+    coverage = Coverage(floor=floor, all_experts=all_experts, falls_back=floor_action == "fallback")
+    task = Task(source, spec, recipe, files, windows, coverage)
+    write_quantised(task, target, device, force, progress, notice)
     return target
 
 
@@ -157,16 +140,6 @@ def _read_unquantised(source: Path) -> FolderSpec:
     return spec
 
 
-def _places(source: Path, spec: FolderSpec) -> dict[str, tuple[str, int]]:
-    """File name and first byte of each tensor that the graphs read."""
-    return {
-        str(value.name): (str(value.const_value.location), value.const_value.offset or 0)
-        for name in (spec.graph, *([spec.vision.graph] if spec.vision else []))
-        for value in read_graph(source / name).graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-
-
 def _without_tower(spec: FolderSpec, recipe: Recipe, notice: Callable[[str], None]) -> Recipe:
     """The recipe with a vision tower left as it is, because nothing is known of its activations."""
     if spec.vision is None:
@@ -182,8 +155,8 @@ def _without_tower(spec: FolderSpec, recipe: Recipe, notice: Callable[[str], Non
     return dataclasses.replace(recipe, overrides=(*recipe.overrides, *left))
 
 
-def _demands(floor: int, floor_action: str, all_experts: bool) -> Coverage:
-    """Puts together the demands on experts.
+def _check_demands(floor: int, floor_action: str) -> None:
+    """Checks the demands on experts.
 
     Raises:
         CalibrationError: One is out of range.
@@ -192,67 +165,3 @@ def _demands(floor: int, floor_action: str, all_experts: bool) -> Coverage:
         raise CalibrationError(f"floor is {floor}, expected a number of tokens from 0 up")
     if floor_action not in FLOOR_ACTIONS:
         raise CalibrationError(f"floor-action is {floor_action!r}, expected one of {', '.join(FLOOR_ACTIONS)}")
-    return Coverage(floor=floor, all_experts=all_experts, falls_back=floor_action == "fallback")
-
-
-def _job(spec: FolderSpec, recipe: Recipe) -> str:
-    """A fingerprint of the model and the recipe, on which every kept layer depends."""
-    files = [(file.name, file.identity) for file in spec.weight_files]
-    settings = dataclasses.asdict(recipe), files, __version__, SCHEMA
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-
-
-def _fingerprint(windows: Windows) -> str:
-    """A fingerprint of the data."""
-    shapes = windows.ids_WS.shape, windows.tiles_W.tolist()
-    digest = hashlib.sha256(json.dumps(shapes).encode() + windows.ids_WS.tobytes())
-    digest.update(np.ascontiguousarray(windows.pixels_N3PP).data)
-    return digest.hexdigest()
-
-
-def _finish(
-    source: Path,
-    spec: FolderSpec,
-    recipe: Recipe,
-    folder: Path,
-    files: Mapping[str, Path],
-    report: Report,
-    name: str,
-) -> None:
-    """Writes the graphs, the report, the tokenizer and, last, the spec."""
-    shards = [open_shard(path) for path in sorted(folder.glob("*.safetensors"))]
-    places = {name: (shard.path.name, region) for shard in shards for name, region in shard.tensors.items()}
-    graphs = [spec.graph, *([spec.vision.graph] if spec.vision else [])]
-    for each in graphs:
-        graph = ir.from_proto(onnx.load(source / each, load_external_data=False))
-        quantise_graph(graph, spec.model, recipe, places, folder)
-        ir.save(graph, folder / each)
-    carry_files(source, folder)
-    draft, drafts = quantise_draft(source, spec, recipe, folder, files, places)
-    written = Written(
-        name=name,
-        source=str(source),
-        bytes_before=sum(file.size for file in spec.weight_files),
-        bytes_after=sum(shard.size for shard in shards),
-    )
-    write_report(folder, report, written)
-    record = dataclasses.replace(
-        spec,
-        version=__version__,
-        source=str(source),
-        source_hashes={
-            each: hashlib.sha256(read_bytes(source / each, folder=source, most=LARGEST)).hexdigest() for each in graphs
-        },
-        weight_files=(
-            *(
-                WeightFile(name=shard.path.name, path="", size=shard.size, identity=identity(shard.path))
-                for shard in shards
-            ),
-            *drafts,
-        ),
-        draft=draft,
-        recipe=recipe,
-        unmeasured=report.unmeasured,
-        tools={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir")},
-    )
-    (folder / SPEC).write_text(record.to_json(), "utf-8")

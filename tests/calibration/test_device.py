@@ -12,7 +12,7 @@ from labelled_device import DEVICE, LabelledDevice
 from safetensors.torch import load_file
 
 from arriero.accuracy import check, record_golden
-from arriero.calibration import calibrate_model, fp8, int4, int8, quantised_model
+from arriero.calibration import calibrate_model, fp8, int4, int8, writing
 from arriero.errors import AccuracyError, DeviceError
 from arriero.export import export_checkpoint
 from arriero.files.folders import read_spec
@@ -50,7 +50,7 @@ def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> LabelledDevice:
     """The device, where `cuda` is asked for."""
-    for module in (quantised_model, accelerator):
+    for module in (writing, accelerator):
         monkeypatch.setattr(module, "find_device", {"cuda": DEVICE, "cpu": HOST}.__getitem__)
     return LabelledDevice()
 

@@ -8,8 +8,9 @@ import pytest
 from support.dense import peer, scout_like
 from support.sparse import MAVERICK, SCOUT
 
-from arriero.calibration import extent, fp8, int8
-from arriero.calibration.extent import default_windows, expected, expected_seconds, product_speed, walk_operations
+from arriero.calibration import duration, fp8, int8
+from arriero.calibration.duration import expected, expected_seconds, product_speed
+from arriero.calibration.extent import default_windows, walk_operations
 from arriero.export.config import model_spec
 from arriero.walk.windows import window_length
 
@@ -35,7 +36,7 @@ def test_a_tokens_operations_are_those_of_its_active_weights() -> None:
 
 
 def test_a_long_run_is_foretold_by_tokens_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extent, "product_speed", lambda threads=2: 40e9 * threads)
+    monkeypatch.setattr(duration, "product_speed", lambda threads=2: 40e9 * threads)
     spec, ids = model_spec(SCOUT), np.zeros((2, 10240), np.int64)
     said = expected(spec, int8(), ids)
     assert said is not None
