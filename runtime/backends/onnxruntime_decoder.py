@@ -82,8 +82,8 @@ class HostCaches:
         for name, buffer in self.buffers.items():
             _, heads, slots, size = buffer.shape
             used = min(tokens, slots) if name in self.memories else slots
-            length = used * size * buffer.itemsize
-            total += heads * (-(-length // PAGE) * PAGE + PAGE if used < slots else length)
+            length, whole = (count * size * buffer.itemsize for count in (used, slots))
+            total += heads * min(-(-length // PAGE) * PAGE + PAGE, whole)
         return total
 
     def release(self, row: int) -> None:

@@ -77,6 +77,17 @@ def test_a_request_of_more_memory_than_there_is_cannot_join(session: Session) ->
     assert not flight.waiting
 
 
+@pytest.mark.parametrize("positions", [16, 64, 1024])
+def test_the_memory_of_a_whole_row_holds_any_sequence_of_it(session: Session, positions: int) -> None:
+    caches = session.start(1, positions, sparse=True).caches
+    sizes = [caches.row_bytes(tokens) for tokens in range(1, positions + 1)]
+    assert sizes == sorted(sizes)
+    flight = Flight(session, 1, positions, cache_bytes=sizes[-1])
+    for count in (1, positions // 2, positions - 2):
+        number = flight.join(session.request([5], count, **GREEDY))
+        assert len(land(flight)[number].ids) == count
+
+
 @pytest.mark.parametrize("slots", [2, 5, 8])
 def test_requests_that_join_as_one_get_what_each_gets_alone(session: Session, slots: int) -> None:
     prompt = "A for statement is used to iterate over the elements of a sequence. " * 3
