@@ -106,6 +106,7 @@ class EventStream(Response):
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self.service, self.ride, self.writer, self.first = service, ride, writer, first
+        self.is_silent = True  # nothing was written since the last look
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the stream, until it ends or the client leaves."""
@@ -120,16 +121,10 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send, at_once: PartWriter | None) -> None:
         body, pieces, write = self.writer.begin(), list(self.first), self.writer.write
-        next_pieces, riding = self.ride.next, bool(pieces)
         try:
-            while not riding:
-                try:
-                    async with asyncio.timeout(PATIENCE):  # `wait_for` makes a task of it, which comes a turn later
-                        pieces = await next_pieces()
-                    break
-                except TimeoutError:
-                    await send({"type": "http.response.body", "body": body + KEEP_ALIVE, "more_body": True})
-                    body = b""
+            if not pieces:
+                await send({"type": "http.response.body", "body": body + KEEP_ALIVE, "more_body": True})
+                body, pieces = b"", await self._next(send)
             if at_once is not None:
                 self.ride.take_at_once = functools.partial(self._take, at_once)
             while pieces:
@@ -137,8 +132,8 @@ class EventStream(Response):
                     body += write(index, piece)
                 if body:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
-                    body = b""
-                pieces = await next_pieces()
+                    body, self.is_silent = b"", False
+                pieces = await self._next(send)
             body = self.writer.end()
         except RequestError as error:
             body += self.writer.fail(error)
@@ -150,12 +145,24 @@ class EventStream(Response):
             body += self.writer.fail(of_session(error))
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
+    async def _next(self, send: Send) -> list[tuple[int, Generated]]:
+        """Waits for pieces, a comment whenever nothing was written for a while, as while a call is not whole yet."""
+        while True:
+            try:
+                async with asyncio.timeout(PATIENCE):  # `wait_for` makes a task of it, which comes a turn later
+                    return await self.ride.next()
+            except TimeoutError:
+                if self.is_silent:
+                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                self.is_silent = True
+
     def _take(self, at_once: PartWriter, index: int, piece: Generated) -> bool:
         """Writes a piece that comes while none waits, which saves most of what it costs. Returns whether it could."""
         if not at_once.is_open:
             return False
         if body := self.writer.write(index, piece):
             at_once.write(body)
+            self.is_silent = False
         return True
 
 

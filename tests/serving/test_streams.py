@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from arriero.runtime import Generated
 from arriero.runtime.pace import Pace
-from arriero.serving import pilot
+from arriero.serving import pilot, streams
 from arriero.serving.connections import PromptWriter
 from arriero.serving.errors import RequestError
 from arriero.serving.metrics import Metrics
@@ -163,6 +163,26 @@ def test_a_piece_that_cannot_be_written_ends_its_stream_alone() -> None:
         await task
         assert connection.body() == "<afailed"
         assert [str(each) for each in connection.faults] == ["broken"]
+
+    asyncio.run(go())
+
+
+def test_a_stream_that_writes_nothing_for_a_while_says_that_more_will_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "PATIENCE", 0.3)
+
+    async def go() -> None:
+        held, busy = Connection(), Connection()
+        tasks = [await each.open() for each in (held, busy)]
+        for _ in range(20):
+            held.put("")  # as the text of a call that is not whole yet
+            busy.put("b")
+            await asyncio.sleep(0.05)
+        for each in (held, busy):
+            each.put("c", "stop")
+        await asyncio.gather(*tasks)
+        assert held.body().count(streams.KEEP_ALIVE.decode()) in (1, 2)
+        assert held.body().replace(streams.KEEP_ALIVE.decode(), "") == "<ac>"
+        assert busy.body() == f"<a{'b' * 20}c>"
 
     asyncio.run(go())
 
