@@ -126,6 +126,7 @@ class Request:
         top_logprobs: Likeliest tokens whose log-probabilities are returned beside the chosen one's; None returns none.
         scope: Requests of one scope share the beginnings that a session keeps, those of others do not.
         grammar: The grammar that the text follows; None is free.
+        shown: Texts of special tokens that belong to the text, by their ids; others have none.
     """
 
     prompt: Tokens
@@ -137,6 +138,7 @@ class Request:
     top_logprobs: int | None = None
     scope: bytes = b""
     grammar: Grammar | None = None
+    shown: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def positions(self) -> int:
@@ -186,7 +188,11 @@ class Continuation:
         self.ids.append(token)
         if self.guide is not None:
             self.guide.advance(token)
-        text, stopped = self.stop.take(self.read(token), self.special.get(token, ""))
+        read, shown = self.read(token), self.request.shown.get(token)
+        if shown is None:
+            text, stopped = self.stop.take(read, self.special.get(token, ""))
+        else:
+            text, stopped = self.stop.take(read + shown)
         finish: Finish | None = "stop" if stopped else "eos" if token in self.request.ends else None
         if finish is None and self.guide is not None and self.guide.is_complete:
             finish = "stop"

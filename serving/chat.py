@@ -27,7 +27,7 @@ def open_chat(service: Service, request: ChatRequest, ride: Ride) -> list[Choice
     """The choices of a conversation's continuations, which may hold calls."""
     demanded = request.tool_choice not in (None, "auto", "none")
     parallel = request.parallel_tool_calls is not False
-    return open_choices(ride, shown_tools(request), service.texts.marks, parallel=parallel, demanded=demanded)
+    return open_choices(ride, shown_tools(request), parallel=parallel, demanded=demanded)
 
 
 async def whole_chat(service: Service, request: ChatRequest, ride: Ride) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Enters: pieces of a ride. Leaves: what each adds. Invariant: a stream and a whole answer are made of the same additions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +40,10 @@ class Choice:
     Attributes:
         index: Its number.
         reader: Takes calls out of its text; None where there are no tools.
-        marks: Texts of the special tokens that stand around calls, by their ids.
     """
 
     index: int
     reader: ToolCallReader | None = None
-    marks: Mapping[int, str] = field(default_factory=dict)
     content: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -93,8 +91,7 @@ class Choice:
     def _read(self, piece: Generated) -> tuple[str, Any]:
         """The text and the calls that a piece completes."""
         assert self.reader is not None
-        marked = "".join(self.marks.get(token, "") for token in piece.ids)  # which have no text of their own
-        content, calls = self.reader.feed(marked + piece.text)
+        content, calls = self.reader.feed(piece.text)
         if piece.finish is not None:
             rest, more = self.reader.end()
             content, calls = content + rest, [*calls, *more]
@@ -111,7 +108,6 @@ class Choice:
 def open_choices(
     ride: Ride,
     tools: Sequence[Any] = (),
-    marks: Mapping[int, str] | None = None,
     *,
     parallel: bool = True,
     demanded: bool = False,
@@ -121,7 +117,6 @@ def open_choices(
     Args:
         ride: The ride.
         tools: Tools that the model may call, in OpenAI's form.
-        marks: Texts of the special tokens that stand around calls, by their ids.
         parallel: Whether there may be several calls.
         demanded: Whether the answer must be a call.
     """
@@ -129,7 +124,7 @@ def open_choices(
         ToolCallReader(tools, parallel=parallel, demanded=demanded) if tools else None
         for _ in range(len(ride.timelines))
     ]
-    return [Choice(index, reader, marks or {}) for index, reader in enumerate(readers)]
+    return [Choice(index, reader) for index, reader in enumerate(readers)]
 
 
 async def finish_all(ride: Ride, choices: Sequence[Choice]) -> None:

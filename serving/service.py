@@ -285,7 +285,8 @@ class Service:
             settings["grammar"] = grammar
         if described:
             settings["tools"] = described
-        return [self._party(session, turns, request.limit, settings, request, request.n or 1, scope)]
+        party = self._party(session, turns, request.limit, settings, request, request.n or 1, scope)
+        return [[dataclasses.replace(each, shown=self.texts.marks) for each in party] if tools else party]
 
     def _call_grammar(self, request: ChatRequest, tools: Sequence[Tool]) -> str | None:
         """The grammar of an answer that must be a call; None where it need not be one."""

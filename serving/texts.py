@@ -29,7 +29,9 @@ class TokenTexts:
         self.tokenizer = tokenizer
         self.added = {} if tokenizer is None else tokenizer.get_added_tokens_decoder()
         self.letters = byte_letters()
-        self.marks = {token: each.content for token, each in self.added.items() if each.content in MARKS}
+        self.marks = {
+            token: each.content for token, each in self.added.items() if each.special and each.content in MARKS
+        }
         self.bytes_of = lru_cache(maxsize=1 << 14)(self._bytes_of)
 
     def text_of(self, token: int) -> str:
@@ -68,9 +70,16 @@ class TokenTexts:
         return {
             "tokens": tokens,
             "token_logprobs": [each.logprob for each in logprobs],
-            "top_logprobs": [{self.text_of(token): value for token, value in each.top} for each in logprobs],
+            "top_logprobs": [self._columns(each) for each in logprobs],
             "text_offset": offsets[:-1],
         }
+
+    def _columns(self, place: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens in a place, and the chosen one; of equal texts the likeliest."""
+        found: dict[str, float] = {}
+        for token, value in (*place.top, (place.token, place.logprob)):
+            found.setdefault(self.text_of(token), value)
+        return found
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         found = self.bytes_of(token)

@@ -1,5 +1,6 @@
 """Calls in a stream of text, cut wherever it may be cut, and calls that are demanded."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -7,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 import arriero
 from arriero.errors import SessionError
+from arriero.runtime.continuation import Continuation
 from arriero.runtime.grammars.compiler import GrammarCompiler
+from arriero.serving.choices import Choice
 from arriero.serving.tools import ToolCallReader, tool_grammar
 
 PARAMETERS: dict[str, Any] = {
@@ -140,7 +144,7 @@ def test_demanded_calls_are_valid_and_given_while_they_are_written(tiny_model: P
         assert pieces[-1].finish in ("stop", "eos")
         content, calls = read([piece.text for piece in pieces], demanded=True)
         assert content == ""
-        assert len(calls) == 1 if not parallel else calls
+        assert len(calls) == 1 if choice is named or not parallel else calls
         for name, arguments in calls:
             assert name == "get-weather.now" or choice == "required"
             jsonschema.validate(arguments, schemas[name])
@@ -165,6 +169,9 @@ def test_pieces_of_demanded_calls_come_with_their_text() -> None:
 
 
 def test_a_grammar_is_made_where_calls_are_demanded(tiny: Path) -> None:
+    named = {"type": "function", "function": {"name": "f"}}
+    assert tool_grammar(TOOLS, named, True) == tool_grammar(TOOLS, named, False)  # a named function is called once
+    assert tool_grammar(TOOLS, "required", True) != tool_grammar(TOOLS, "required", False)
     assert tool_grammar(TOOLS, "auto") is None
     assert tool_grammar(TOOLS, "none") is None
     with pytest.raises(SessionError, match="tool_choice is 'x' and the tools are"):
@@ -183,3 +190,27 @@ def test_a_grammar_is_made_where_calls_are_demanded(tiny: Path) -> None:
         "parameters": {"$defs": {"a": {"enum": ['"\\\n}']}}, "properties": {"a": {"$ref": "#/$defs/a"}}},
     }
     assert compiler(tiny).compile("grammar", tool_grammar([nested], "required"))
+
+
+@pytest.mark.parametrize("stop", [None, "\n\n", "n\n<|", "<|python_start|>[x", "\n]"])
+def test_marks_stand_in_the_text_where_they_were_written(tiny_model: Path, stop: str | None) -> None:
+    """Text that may turn out to be a stop comes later than its tokens, and so does a mark behind it."""
+    session = arriero.load(tiny_model, max_seq=200)
+    written = "Seen\n<|header_start|>[fg()]\n<|header_end|>"  # special tokens of the tiny model
+    ids = session.text.encode(written, special_tokens=False)
+    tokens = {f"<|python_{end}|>": session.text.encode(f"<|header_{end}|>")[-1] for end in ("start", "end")}
+    request = session.request([5], 100, stop_strings=None if stop is None else [stop])
+    continuation = Continuation(dataclasses.replace(request, shown={token: mark for mark, token in tokens.items()}))
+    choice = Choice(0, ToolCallReader(TOOLS))
+    for token in [*ids, min(session.defaults.eos_token_ids)]:
+        logits_V = np.zeros(session.spec.vocab_size, np.float32)
+        logits_V[token] = 1
+        piece = continuation.take(logits_V)
+        choice.take(piece)
+        if piece.finish is not None:
+            break
+    if stop == "n\n<|":
+        assert (choice.text, choice.calls, choice.finish) == ("See", [], "stop")
+    else:
+        assert choice.text == "Seen\n"
+        assert [call["function"]["name"] for call in choice.calls] == ["fg"]
