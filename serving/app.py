@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from .bodies import SHORT, CommonBound, read_body
@@ -20,6 +20,7 @@ from .chat import ChatWriter, whole_chat
 from .completions import CompletionWriter, whole_completion
 from .doors import OPEN, Doors
 from .errors import RequestError
+from .json_answers import JsonAnswer
 from .logs import Log
 from .page import page
 from .protocol.answers import DetokenizeAnswer, Health, Model, ModelList, State, TokenizeAnswer
@@ -72,20 +73,19 @@ class Endpoints:
 
     async def models(self, request: HttpRequest) -> Response:
         """The one model."""
-        return JSONResponse(plain(ModelList(object="list", data=[self._model()])))
+        return JsonAnswer(plain(ModelList(object="list", data=[self._model()])))
 
     async def model(self, request: HttpRequest) -> Response:
         """The model of a name."""
         self.service.check_model(request.path_params["name"])
-        return JSONResponse(plain(self._model()))
+        return JsonAnswer(plain(self._model()))
 
     async def tokenize(self, request: HttpRequest) -> Response:
         """A text or a conversation as tokens."""
         asked = await self._read(request, TokenizeRequest)
         self.service.check_model(asked.model)
-        session = self.service.session
         ids = await self.service.work(self._tokens, asked, long=request.state.is_long)
-        return JSONResponse(plain(TokenizeAnswer(count=len(ids), max_model_len=session.max_seq, tokens=ids)))
+        return JsonAnswer(plain(TokenizeAnswer(count=len(ids), max_model_len=self.service.longest, tokens=ids)))
 
     async def detokenize(self, request: HttpRequest) -> Response:
         """Tokens as a text."""
@@ -100,7 +100,7 @@ class Endpoints:
                 self.service.check_ids(asked.tokens, "tokens")
             return self.service.texts.whole(asked.tokens, special=True)
 
-        return JSONResponse(plain(DetokenizeAnswer(prompt=await self.service.work(write, long=request.state.is_long))))
+        return JsonAnswer(plain(DetokenizeAnswer(prompt=await self.service.work(write, long=request.state.is_long))))
 
     async def health(self, request: HttpRequest) -> Response:
         """Whether the process is alive, and its model not lost."""
@@ -114,8 +114,8 @@ class Endpoints:
     def _state(self, status: State, code: int) -> Response:
         reason = self.service.fault
         if reason is None:
-            return JSONResponse(plain(Health(status=status)), code)
-        return JSONResponse(plain(Health(status="lost", reason=reason)), 503)
+            return JsonAnswer(plain(Health(status=status)), code)
+        return JsonAnswer(plain(Health(status="lost", reason=reason)), 503)
 
     async def metrics(self, request: HttpRequest) -> Response:
         """Counts, in Prometheus's text."""
@@ -123,7 +123,7 @@ class Endpoints:
 
     async def openapi(self, request: HttpRequest) -> Response:
         """The description of all this."""
-        return JSONResponse(document(self.service.name, self.opened))
+        return JsonAnswer(document(self.service.name, self.opened))
 
     async def page(self, request: HttpRequest) -> Response:
         """The chat page."""
@@ -136,7 +136,7 @@ class Endpoints:
             object="model",
             created=service.created,
             owned_by="arriero",
-            max_model_len=service.session.max_seq,
+            max_model_len=service.longest,
         )
 
     def _tokens(self, asked: TokenizeRequest) -> list[int]:
@@ -144,7 +144,7 @@ class Endpoints:
         if asked.messages is None:
             return session.text.encode(asked.prompt or "", special_tokens=asked.add_special_tokens is not False)
         turns, tools = self.service.conversation(asked.messages, asked.tools or ())
-        return session.read(turns, tools=tools, add_generation_prompt=asked.add_generation_prompt).ids
+        return session.read(turns, tools=tools, add_generation_prompt=asked.add_generation_prompt is not False).ids
 
     async def _answer(
         self,
@@ -162,7 +162,7 @@ class Endpoints:
         about["first_token_seconds"] = ride.first_token_seconds
         if asked.stream:
             return await stream(self.service, ride, writer(self.service, asked, ride))
-        return JSONResponse(await watched(self.service, request, ride, whole(self.service, asked, ride)))
+        return JsonAnswer(await watched(self.service, request, ride, whole(self.service, asked, ride)))
 
     async def _read(self, request: HttpRequest, cls: type[T]) -> T:
         """Reads a request's body.
@@ -238,14 +238,14 @@ def make_app(
             error = RequestError("the client has gone", status=499)
         assert isinstance(error, RequestError)
         request.state.about["error"] = error.message[:300]
-        return JSONResponse(error.body, error.status, error.headers)
+        return JsonAnswer(error.body, error.status, error.headers)
 
     middleware = [Middleware(Doors, keys=keys, hosts=hosts, log=log, opened=opened)]
     if origins:
         cors: dict[str, Any] = {
             "allow_methods": ["GET", "POST"],
             "allow_headers": ["*"],
-            "expose_headers": ["x-request-id"],
+            "expose_headers": ["x-request-id", "retry-after"],
         }
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(origins), **cors))
     middleware.append(Middleware(CommonBound, most=service.limits.all_bodies_bytes, metrics=service.metrics))

@@ -40,10 +40,11 @@ def _choice(service: Service, request: CompletionRequest, choice: Choice, echoed
 
 def echoes(service: Service, request: CompletionRequest, ride: Ride) -> list[str]:
     """The text that comes before each choice's own."""
+    if not request.echo:
+        return [""] * len(ride.timelines)
     found = []
-    for party in ride.parties:
-        text = service.texts.whole(party[0].prompt.ids, special=False) if request.echo else ""
-        found += [text] * len(party)
+    for prompt, party in zip(request.prompts, ride.parties, strict=True):
+        found += [prompt if isinstance(prompt, str) else service.texts.whole(prompt, special=False)] * len(party)
     return found
 
 

@@ -84,9 +84,10 @@ def _turn(message: Message, index: int, template: str, fetch: Fetch) -> dict[str
         content = "".join(part["text"] for part in parts) if texts_only else parts
     if isinstance(message, ToolMessage):
         role = "tool" if "tool_call" in template or "ipython" in template else "ipython"
-        return {"role": role, "content": content, **({"tool_call_id": message.tool_call_id} if role == "tool" else {})}
-    role = "system" if isinstance(message, Instruction) else message.role
-    return {"role": role, "content": content, **({} if message.name is None else {"name": message.name})}
+        answered = {"tool_call_id": message.tool_call_id} if role == "tool" else {}
+    else:
+        role, answered = "system" if isinstance(message, Instruction) else message.role, {}
+    return {"role": role, "content": content, **answered, **({} if message.name is None else {"name": message.name})}
 
 
 def _answer(message: AssistantMessage, template: str) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import SessionError
 from ..files.reading import read_bytes, read_text
 from .errors import RequestError, of_session, stopped
+from .json_answers import JsonAnswer
 from .logs import Log, new_number
 from .service import Caller
 
@@ -127,19 +127,19 @@ class Doors:
         try:
             scope["state"]["caller"] = self._caller(scope, headers)
         except RequestError as error:
-            answer = JSONResponse(error.body, error.status, error.headers)
+            answer = JsonAnswer(error.body, error.status, error.headers)
             await answer(scope, receive, send_on)
         else:
             try:
                 await self.app(scope, receive, send_on)
             except asyncio.CancelledError:  # the server ends at once
                 if not status:
-                    await JSONResponse(stopped().body, stopped().status)(scope, receive, send_on)
+                    await JsonAnswer(stopped().body, stopped().status)(scope, receive, send_on)
                 raise
             except Exception as error:  # of whatever kind: it ends this request alone
                 self.log.fault(error)
                 if not status:
-                    answer = JSONResponse(of_session(error).body, 500)
+                    answer = JsonAnswer(of_session(error).body, 500)
                     await answer(scope, receive, send_on)
         if scope["path"] not in ("/health", "/ready", "/metrics"):
             seconds = round(time.perf_counter() - started, 4)

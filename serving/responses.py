@@ -32,7 +32,7 @@ from .protocol.sampling import SAME
 from .rides import Ride
 from .service import Service
 
-FIELDS = {"response_format": "text.format", "max_tokens": "max_output_tokens", "messages": "input"}
+FIELDS = {"response_format": "text.format", "max_completion_tokens": "max_output_tokens", "messages": "input"}
 """Fields of this interface by those of a chat's."""
 
 
@@ -42,8 +42,10 @@ def own_fields() -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        own = FIELDS.get(re.split(r"[\[.]", error.param or "")[0], error.param)
-        raise RequestError(error.message, own, status=error.status, code=error.code, headers=error.headers) from error
+        own, line = FIELDS.get(re.split(r"[\[.]", error.param or "")[0], error.param), error.message
+        if error.param is not None and own is not None and line.startswith(f"{error.param} "):
+            line = own + line.removeprefix(error.param)
+        raise RequestError(line, own, status=error.status, code=error.code, headers=error.headers) from error
 
 
 def as_chat(request: ResponseRequest) -> chat.ChatRequest:
@@ -151,6 +153,7 @@ class ResponseWriter:
         self.id, self.message_id, self.created = new_id("resp"), new_id("msg"), int(time.time())
         self.call_ids: list[str] = []
         self.number = 0
+        self.logprobs: list[dict[str, Any]] = []  # of tokens whose text, if they have any, is still held back
         self.places: dict[str, int] = {}
 
     def begin(self) -> bytes:
@@ -161,13 +164,9 @@ class ResponseWriter:
     def write(self, index: int, piece: Generated) -> bytes:
         """The events of a piece."""
         added = self.choice.take(piece)
-        found = b""
-        logprobs = self.service.texts.chat(added.logprobs) if self.request.include else []
-        if added.content or logprobs:
-            found += self._open_message()
-            found += self._event(
-                "response.output_text.delta", **self._text_place(), delta=added.content, logprobs=logprobs
-            )
+        if self.request.include:
+            self.logprobs += self.service.texts.chat(added.logprobs)
+        found = self._open_message() + self._text(added.content) if added.content else b""
         for call in added.calls:
             found += self._call(call)
         return found
@@ -175,6 +174,8 @@ class ResponseWriter:
     def end(self) -> bytes:
         """The items' ends, and the whole answer."""
         found = b"" if self.choice.calls or self.places else self._open_message()
+        if self.logprobs and self.message_id in self.places:
+            found += self._text("")
         answer = self.whole()
         for place, item in enumerate(answer["output"]):
             found += self._close(place, item)
@@ -268,6 +269,11 @@ class ResponseWriter:
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         found = self._event("response.output_item.added", output_index=place, item=item)
         return found + self._event("response.content_part.added", **self._text_place(), part=part)
+
+    def _text(self, text: str) -> bytes:
+        """The event of a text, and of the tokens since the last."""
+        logprobs, self.logprobs = self.logprobs, []
+        return self._event("response.output_text.delta", **self._text_place(), delta=text, logprobs=logprobs)
 
     def _call(self, delta: dict[str, Any]) -> bytes:
         """The events of a piece of a call."""

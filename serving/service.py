@@ -139,6 +139,15 @@ class Service:
         return self._pilot
 
     @property
+    def longest(self) -> int:
+        """Tokens of a prompt and its continuation at most.
+
+        Raises:
+            RequestError: As `session` does.
+        """
+        return min(self.session.max_seq, self.pilot.longest)
+
+    @property
     def fault(self) -> str | None:
         """Why the model is lost for good, in one line for clients; None while it is not."""
         return None if self._pilot is None else self._pilot.fault
@@ -277,6 +286,7 @@ class Service:
         tools = request.tools if request.tools and request.tool_choice != "none" else []
         turns, described = self.conversation(request.messages, tools)
         settings = request.settings()
+        settings["add_generation_prompt"] = True  # after an earlier answer as well
         if request.logprobs:
             settings |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
         if request.json_schema is not None:
@@ -326,7 +336,8 @@ class Service:
         limit, longest = self.limits.new_tokens, self.pilot.longest
         field, too_long = "messages" if isinstance(request, ChatRequest) else "prompt", "context_length_exceeded"
         if limit is not None and most is not None and most > limit:
-            raise RequestError(f"max_tokens is {most}, this server gives at most {limit}", "max_tokens")
+            name = request.limit_field if isinstance(request, ChatRequest) else "max_tokens"
+            raise RequestError(f"{name} is {most}, this server gives at most {limit}", name)
         try:
             first = session.request(prompt, most, **(settings | request.seeded(0)))
         except SessionError as error:

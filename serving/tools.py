@@ -165,8 +165,8 @@ def tool_grammar(
 
     Args:
         tools: The tools, in OpenAI's form.
-        choice: OpenAI's `tool_choice`: "required" demands calls, an object those of the function that it names.
-        parallel: Whether there may be several.
+        choice: OpenAI's `tool_choice`: "required" demands calls, an object one call of the function that it names.
+        parallel: Whether there may be several where none is named.
 
     Returns:
         Lark, for `Session.request(grammar=…)`, which refuses schemas that it cannot enforce; None where the choice
@@ -183,7 +183,7 @@ def tool_grammar(
     if not chosen:
         among = shortened([function["name"] for function in functions], 200)
         raise SessionError(f"tool_choice is {shortened(choice)} and the tools are {among}: name one of them")
-    more = f" ({json.dumps(BETWEEN)} call){{0,{MOST_CALLS - 1}}}" if parallel else ""
+    more = f" ({json.dumps(BETWEEN)} call){{0,{MOST_CALLS - 1}}}" if parallel and name is None else ""
     lines = [f"start: call{more}", "call: " + " | ".join(f"tool_{number}" for number in range(len(chosen)))]
     for number, function in enumerate(chosen):
         schema = function.get("parameters") or {"properties": {}, "additionalProperties": False}

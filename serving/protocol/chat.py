@@ -106,6 +106,7 @@ class ToolMessage:
     role: Literal["tool"]
     content: str | Annotated[list[TextPart], Sized(least=1)]
     tool_call_id: Name
+    name: Name | None = None
 
 
 Message = Instruction | UserMessage | AssistantMessage | ToolMessage
@@ -201,6 +202,13 @@ class ChatRequest(Choosing):
         tool_choice: Whether it may (auto), may not (none) or must (required) call one, or the one that it must.
         parallel_tool_calls: Whether there may be several calls in an answer.
         modalities: Only text is written.
+        verbosity: Only the usual one is taken.
+        functions: Only null is taken: give `tools`.
+        function_call: Only null is taken: give `tool_choice`.
+        audio: Only null is taken.
+        prediction: Only null is taken.
+        reasoning_effort: Only null is taken.
+        web_search_options: Only null is taken.
     """
 
     messages: Annotated[list[Message], Sized(least=1, most=MOST_MESSAGES)]
@@ -216,6 +224,13 @@ class ChatRequest(Choosing):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Sized(most=1)] | None = None
+    verbosity: Literal["medium"] | None = None
+    functions: None = None
+    function_call: None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    web_search_options: None = None
 
     def __post_init__(self) -> None:
         if self.top_logprobs and not self.logprobs:
@@ -237,6 +252,11 @@ class ChatRequest(Choosing):
     def limit(self) -> int | None:
         """New tokens at most."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        """The field that names it."""
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
     @property
     def json_schema(self) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ class CompletionRequest(Choosing):
         best_of: As `n`; no more are made than are given.
         max_tokens: New tokens at most, 16 where nothing is said.
         echo: Whether the prompt's text comes before the new one.
-        logprobs: The likeliest tokens in each place whose log-probabilities are given.
+        logprobs: The likeliest tokens in each place whose log-probabilities are given, beside the chosen one's.
         stream_options: What a stream has beside its text.
         suffix: Text that follows; only an empty one is taken.
     """

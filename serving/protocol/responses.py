@@ -65,6 +65,9 @@ class CallOutputItem:
     output: str | Annotated[list[InputText], Sized(least=1)]
     id: Name | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
+    name: Name | None = None
+    namespace: None = None
+    caller: None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +130,11 @@ class ResponseRequest(Choosing):
         background: Only false is taken.
         previous_response_id: Nothing is stored: only null is taken, give the whole conversation.
         stream_options: What a stream has beside its text.
+        conversation: Nothing is stored: only null is taken.
+        prompt: Only null is taken: give `instructions` and `input`.
+        reasoning: Only null is taken.
+        max_tool_calls: Only null is taken: the server calls no tool.
+        context_management: Only null is taken.
     """
 
     input: str | Annotated[list[MessageItem | CallItem | CallOutputItem], Sized(least=1, most=4096)]
@@ -143,6 +151,11 @@ class ResponseRequest(Choosing):
     background: Literal[False] | None = None
     previous_response_id: None = None
     stream_options: "ResponseStreamOptions | None" = None
+    conversation: None = None
+    prompt: None = None
+    reasoning: None = None
+    max_tool_calls: None = None
+    context_management: None = None
 
     def __post_init__(self) -> None:
         if self.top_logprobs and not self.include:

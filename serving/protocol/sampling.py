@@ -27,6 +27,7 @@ class Stored:
         user: The person that asks: users take turns where requests wait.
         safety_identifier: The same, where there is no `user`.
         prompt_cache_key: Taken and not needed: known beginnings are found by their contents, whatever the key.
+        prompt_cache_retention: Known beginnings are held in memory, and for no time that is promised.
     """
 
     store: Literal[False] | None = None
@@ -35,6 +36,7 @@ class Stored:
     user: Name | None = None
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
+    prompt_cache_retention: Literal["in_memory"] | None = None
 
     @property
     def asker(self) -> str:

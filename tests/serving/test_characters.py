@@ -1,8 +1,10 @@
 """Texts whose characters are parts of tokens, or tokens parts of characters: deltas, stops and bytes are the text's."""
 
+import json
 import re
 from typing import Any
 
+import httpx
 import pytest
 from openai import OpenAI
 
@@ -38,6 +40,25 @@ def test_a_stop_of_any_characters_ends_the_text_before_it(client: OpenAI, text: 
         assert (found.message.content, found.finish_reason) == (expected, "stop"), stop
     chunks = [chunk.choices[0] for chunk in write(client, text, stop=text[-2:], stream=True)]
     assert "".join(chunk.delta.content or "" for chunk in chunks) == text[: text.index(text[-2:])]
+
+
+def test_half_characters_are_refused_or_given_back(http: httpx.Client) -> None:
+    half = {"description": "\ud800"}
+    for asked in (
+        {"metadata": {"a": "\ud800"}, "user": "\udfff"},
+        {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object"}, **half}}},
+        {"tools": [{"type": "function", "name": "f", "parameters": {"type": "object", **half}}], "tool_choice": "none"},
+    ):
+        body: Any = {"input": "a", "max_output_tokens": 2, **asked}
+        content = json.dumps(body).encode()
+        found = http.post("/v1/responses", content=content, headers={"content-type": "application/json"})
+        assert found.status_code == 200
+        assert "\\ud" in found.text
+    body = {"messages": [{"role": "user", "content": "\ud800"}]}
+    refused = http.post(
+        "/v1/chat/completions", content=json.dumps(body).encode(), headers={"content-type": "application/json"}
+    )
+    assert refused.status_code == 400
 
 
 @pytest.mark.parametrize("text", TEXTS)

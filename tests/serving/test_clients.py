@@ -34,6 +34,35 @@ def test_a_whole_answer_is_the_session_s(client: OpenAI, session: Session) -> No
     assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (23, 24, 47)
 
 
+def test_an_answer_follows_an_earlier_one(client: OpenAI, http: httpx.Client, session: Session) -> None:
+    messages = [*ASKED, {"role": "assistant", "content": "It appends."}]
+    ids = session.text.encode_chat(messages, add_generation_prompt=True)  # not as if it were to write its own header
+    assert chat(client, messages).choices[0].message.content == expected(session, ids, 24)
+    assert http.post("/tokenize", json={"messages": messages}).json()["tokens"] == ids
+
+
+NULLS = {
+    "/v1/chat/completions": (
+        {"messages": ASKED, "max_tokens": 1},
+        "functions function_call audio prediction reasoning_effort verbosity web_search_options prompt_cache_retention",
+    ),
+    "/v1/responses": (
+        {"input": "a", "max_output_tokens": 1},
+        "conversation prompt reasoning max_tool_calls context_management prompt_cache_retention",
+    ),
+}
+"""Fields of OpenAI's that are not heeded, which many clients write where they mean nothing."""
+
+
+@pytest.mark.parametrize("path", NULLS)
+def test_a_field_that_is_null_asks_for_nothing(http: httpx.Client, path: str) -> None:
+    body, names = NULLS[path]
+    assert http.post(path, json={**body, **dict.fromkeys(names.split())}).status_code == 200
+    for name in names.split():
+        refused = http.post(path, json={**body, name: {"a": 1}})
+        assert refused.json()["error"]["param"] == name
+
+
 def test_a_stream_is_the_whole_answer_in_pieces(client: OpenAI) -> None:
     whole = chat(client)
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
@@ -135,6 +164,19 @@ def test_completions_take_texts_ids_and_several(client: OpenAI, session: Session
     assert [each.text for each in several.choices] == [text] * 2 + [expected(session, "import", 12)] * 2
     echoed: Any = client.completions.create(prompt=prompt, echo=True, **GREEDY)
     assert echoed.choices[0].text == prompt + expected(session, prompt, 16)
+    special = f"<|header_start|>user<|header_end|>\n\n{prompt}"
+    echoed = client.completions.create(prompt=[special, prompt], n=2, max_tokens=1, echo=True, **GREEDY)
+    chunks: Any = client.completions.create(prompt=[special], max_tokens=1, echo=True, stream=True, **GREEDY)
+    for index, choice in enumerate(echoed.choices):
+        given = (special, prompt)[index // 2]
+        assert choice.text == given + expected(session, given, 1)
+    assert next(chunks).choices[0].text == special
+    drawn: Any = client.completions.create(
+        prompt=prompt, max_tokens=40, logprobs=0, model="tiny", temperature=2, seed=1, extra_body={"top_k": 0}
+    )
+    logprobs = drawn.choices[0].logprobs  # the chosen token is among them, however many are asked for
+    columns = zip(logprobs.tokens, logprobs.token_logprobs, strict=True)
+    assert logprobs.top_logprobs == [{token: value} for token, value in columns]
     streamed: Any = client.completions.create(prompt=prompt, max_tokens=12, stream=True, **GREEDY)
     assert "".join(chunk.choices[0].text for chunk in streamed) == text
 

@@ -1,6 +1,7 @@
 """Answers that must be calls, JSON or of a form, through OpenAI's client."""
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -72,6 +73,30 @@ def test_responses_demand_calls_too_and_take_their_results(client: OpenAI) -> No
     assert client.responses.create(input=items, max_output_tokens=5, **asked).usage
 
 
+@pytest.mark.parametrize("written", [None, "[time()]", "Hm. [time()]"])
+def test_the_events_of_calls_and_log_probabilities_are_those_of_the_answer(client: OpenAI, written: str | None) -> None:
+    tools: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    asked: dict[str, Any] = {"tools": tools, "include": ["message.output_text.logprobs"], "temperature": 0}
+    if written is None:
+        asked["tool_choice"] = "required"
+    else:
+        asked["extra_body"] = {"regex": re.escape(written)}
+    whole: Any = client.responses.create(model="tiny", input=ASKED, **asked)
+    with client.responses.stream(model="tiny", input=ASKED, **asked) as stream:
+        events: list[Any] = list(stream)
+    output = events[-1].response.output
+    assert [item.type for item in output] == [item.type for item in whole.output]
+    assert {item.type for item in output} == {"message" if written and written[0] == "H" else "function_call"}
+    for kind in ("added", "done"):
+        ends = [event for event in events if event.type == f"response.output_item.{kind}"]
+        assert [(event.output_index, event.item.id) for event in ends] == [
+            (n, item.id) for n, item in enumerate(output)
+        ]
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    tokens = [each.token for event in deltas for each in event.logprobs]
+    assert tokens == [each.token for item in output if item.type == "message" for each in item.content[0].logprobs]
+
+
 def test_a_conversation_with_calls_is_continued_as_the_session_does(client: OpenAI, session: Session) -> None:
     calls = [
         {
@@ -91,6 +116,9 @@ def test_a_conversation_with_calls_is_continued_as_the_session_does(client: Open
         {"role": "ipython", "content": "sunny"},
     ]
     assert found.choices[0].message.content == session.generate(written, 12, do_sample=False).text
+    named = {**result, "name": "weather"}  # as OpenAI's own examples have it
+    again = client.chat.completions.create(model="tiny", messages=[*ASKED, answer, named], max_tokens=12, temperature=0)
+    assert again.choices[0].message.content == found.choices[0].message.content
 
 
 def test_json_of_a_schema_and_json_of_none(client: OpenAI) -> None:

@@ -40,6 +40,11 @@ def test_keys_open_the_doors_and_tenants_share_no_beginnings(serve: Callable[...
         assert allowed.headers["access-control-allow-origin"] == origin
         other = http.options("/v1/chat/completions", headers={**asked, "Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
+        shown = http.get("/ready", headers={"Origin": origin}).headers["access-control-expose-headers"]
+        assert {name.strip() for name in shown.split(",")} >= {
+            "x-request-id",
+            "retry-after",
+        }  # for those that try again
     long: Any = [{"role": "user", "content": "The quick brown fox jumps over the lazy dog. " * 10}]
     cached = []
     for key in ("first-key", "second-key", "first-key"):
@@ -166,6 +171,13 @@ def test_large_bodies_and_long_prompts_are_refused(serve: Callable[..., Any]) ->
         assert (
             http.post("/v1/completions", json={"prompt": "a", "max_tokens": 9}).json()["error"]["param"] == "max_tokens"
         )
+        for path, field, asked in (
+            ("/v1/chat/completions", "max_completion_tokens", {**BODY, "max_tokens": None}),
+            ("/v1/responses", "max_output_tokens", {"input": "a"}),
+        ):
+            error = http.post(path, json={**asked, field: 9}).json()["error"]
+            assert error["param"] == field
+            assert error["message"].startswith(f"{field} is 9")
         none_named = http.post("/v1/chat/completions", json={**BODY, "max_tokens": None, "logit_bias": {"1": -100}})
         assert none_named.json()["usage"]["completion_tokens"] <= 8
     assert server.end() == 0
