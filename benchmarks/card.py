@@ -1,6 +1,8 @@
 """The day a card is there: all that needs a GPU, in an order that pays within minutes; one JSON, one table.
 
-Each step runs in a process of its own, so that an illegal access ends that step alone.
+First come the tests that failed by their own measure on an H100 and were mended; then plugins over the card's memory,
+captured into graphs, for which no engine is needed; then kernels beside the old ones and PyTorch's; then all else. Each
+step runs in a process of its own, so that an illegal access ends that step alone.
 
     python benchmarks/card.py [-o build/gpu] [--only NAME …]
 """
@@ -31,7 +33,7 @@ class Step:
 
     Attributes:
         name: The name that `--only` takes.
-        tests: Files of tests, or none.
+        tests: Files of tests, or names of single tests, or none.
         benchmark: A script of this folder and its arguments, or none.
         minutes: The longest that it may take.
     """
@@ -42,10 +44,23 @@ class Step:
     minutes: float = 10
 
 
+EXPERTS = "tests/plugins/test_moe_kernel.py"
+MENDED = (
+    *(
+        f"{EXPERTS}::test_the_kernels_equal_the_meaning_on_a_gpu[{case}-{dtype}]"
+        for case in ("one expert held of many", "every token goes elsewhere")  # all zeros, which have no size
+        for dtype in ("bf16", "fp16")
+    ),
+    f"{EXPERTS}::test_the_kernels_equal_the_meaning_at_full_width[fp8]",  # beyond what rounding in float64 keeps
+)
+"""The five tests that failed by their own measure on an H100, whose measure is another since."""
+
 STEPS = (
-    Step(name="expert kernels", tests=("tests/plugins/test_moe_kernel.py",)),
+    Step(name="mended tests", tests=MENDED, minutes=5),
+    Step(name="plugins in graphs", tests=("tests/plugins/test_captured_plugins.py",), minutes=5),
+    Step(name="kernels old and new", benchmark=("old_kernels.py", "--quick"), minutes=10),
+    Step(name="expert kernels", tests=(EXPERTS,)),
     Step(name="attention kernels", tests=("tests/plugins/test_gqa_kernel.py",)),
-    Step(name="speed, a glance", benchmark=("kernel_speed.py", "--quick"), minutes=5),
     Step(name="engines", tests=("tests/runtime/backends",), minutes=20),
     Step(name="other tests", tests=("tests",), minutes=30),
     Step(name="speed", benchmark=("kernel_speed.py",), minutes=30),
@@ -75,7 +90,8 @@ def run(step: Step, out: Path) -> Outcome:
     report.unlink(missing_ok=True)
     if step.tests:
         pytest = ("-m", "pytest", "-n", "0", "-q", "-m", "gpu", f"--junitxml={report}")
-        earlier = [f"--ignore={path}" for each in STEPS[: STEPS.index(step)] for path in each.tests]
+        past = [path for each in STEPS[: STEPS.index(step)] for path in each.tests]
+        earlier = [f"--{'deselect' if '::' in path else 'ignore'}={path}" for path in past]
         command = [sys.executable, *pytest, *step.tests, *earlier]
     else:
         command = [sys.executable, f"benchmarks/{step.benchmark[0]}", *step.benchmark[1:], "--json", str(report)]

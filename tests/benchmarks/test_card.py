@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +51,35 @@ def test_what_failed_is_said_last_and_all_is_kept(
     assert [each["step"] for each in kept["steps"]] == [step.name for step in card.STEPS]
     assert kept["steps"][2]["figures"]["rows"][0]["ours"] == 3.5
     said = capsys.readouterr().out.partition("failed:")[2]
-    assert said.count("tests.one.breaks") == 4
+    assert said.count("tests.one.breaks") == sum(bool(step.tests) for step in card.STEPS)
     assert "attention, decode, FP8" in said
     assert "speed: took more than 30 minutes" in said
     assert "holds" not in said
 
 
+def test_it_begins_with_what_pays_most(commands: list[list[str]], tmp_path: Path) -> None:
+    card.main(["-o", str(tmp_path)])
+    mended, plugins, kernels = commands[:3]
+    assert [each for each in mended if "::" in each] == list(card.MENDED)
+    assert "tests/plugins/test_captured_plugins.py" in plugins
+    assert "benchmarks/old_kernels.py" in kernels
+
+
+def test_the_mended_tests_are_five_that_there_are() -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-n", "0", "-m", "gpu", *card.MENDED]
+    found = subprocess.run(command, cwd=card.ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line for line in found.splitlines() if "::" in line] == list(card.MENDED)
+    assert len(card.MENDED) == 5
+
+
 def test_no_test_runs_twice(commands: list[list[str]], tmp_path: Path) -> None:
     card.main(["-o", str(tmp_path)])
-    others = commands[4]
-    assert {each.partition("=")[2] for each in others if each.startswith("--ignore")} == {
-        path for step in card.STEPS[:4] for path in step.tests
-    }
+    names = [step.name for step in card.STEPS]
+    others = commands[names.index("other tests")]
+    left_out = {each.partition("=")[2] for each in others if each.startswith(("--ignore", "--deselect"))}
+    assert left_out == {path for step in card.STEPS[: names.index("other tests")] for path in step.tests}
+    experts = commands[names.index("expert kernels")]
+    assert {each for each in experts if each.startswith("--deselect")} == {f"--deselect={each}" for each in card.MENDED}
 
 
 def test_without_a_card_a_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
