@@ -10,7 +10,7 @@ Invariant: each custom op's node records which way it was lowered: to a `plugin`
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,11 +34,11 @@ from ..spec.geometry import ModelSpec
 from ..spec.stored_weights import Weight
 from ..spec.types import BITS
 from .narrow_scales import narrow_scales, narrowed
+from .projections import PLUGIN_DTYPES, adds_attention, products_of, sizes_together, transposes_of
 from .supply import STORED
 
 Way = Literal["plugin", "native", "function"]
 Placement = Literal["inside", "experts", "outside"]
-PLUGIN_DTYPES = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 SMALL = 1 << 16
 """Bytes below which a weight stays inside the engine whatever the placement: norms, scales, frequencies."""
 
@@ -138,11 +138,12 @@ class _TensorrtLowering:
         """Lowers node by node, in order."""
         # What is inside TensorRT reads from the files, as it is stored.
         narrow = {} if self.choices.placement == "inside" else narrow_scales(self.source, self.files)
-        experts = self._expert_weights()
+        experts, sizes = self._expert_weights(), sizes_together(self.source)
         for value in self.source.inputs:
             self.inputs.append(self._value(value))
         for value in self.source.initializers.values():
-            self._place(value, is_expert=value in experts, dtype=narrow.get(value))
+            small = sizes.get(value, 0) < SMALL
+            self._place(value, is_small=small, is_expert=value in experts, dtype=narrow.get(value))
         written: list[ir.Node] = []
         for node in self.source:
             nodes = Nodes(f"{node.name}/")
@@ -162,13 +163,13 @@ class _TensorrtLowering:
         layers = (node for node in self.source if node.op_type == moe.NAME)
         return {value for node in layers for value in node.inputs[2:6] if value is not None and value.is_initializer()}
 
-    def _place(self, value: ir.Value, *, is_expert: bool, dtype: ir.DataType | None = None) -> None:
+    def _place(self, value: ir.Value, *, is_small: bool, is_expert: bool, dtype: ir.DataType | None = None) -> None:
         """Puts a weight into the engine or among the network's inputs, groups' scales turned to a 16-bit `dtype`."""
         tensor = value.const_value
         assert tensor is not None
         self.dtypes.add(tensor.dtype)
         outside = self.choices.placement == "outside" or (self.choices.placement == "experts" and is_expert)
-        if not outside or not isinstance(tensor, ir.ExternalTensor) or (tensor.length or 0) < SMALL:
+        if not outside or not isinstance(tensor, ir.ExternalTensor) or is_small:
             if dtype is not None:
                 tensor = narrowed(tensor, self.files, dtype)
             new = ir.Value(
@@ -201,7 +202,7 @@ class _TensorrtLowering:
         match node.domain, node.op_type:
             case "", "Attention":
                 self._lower_patches(nodes, node, outputs)
-            case "", "Add" if _adds_attention(node):
+            case "", "Add" if adds_attention(node):
                 wide = nodes.Add(*(nodes.Cast(value, to=ir.DataType.FLOAT) for value in _given(inputs)))
                 nodes.node("Cast", [wide], outputs=outputs, attributes={"to": _dtype(outputs[0])})
             case "", _:
@@ -263,7 +264,7 @@ class _TensorrtLowering:
         if way == "plugin":
             rope = len(inputs) > 6 and inputs[6] is not None
             given = _given(inputs)
-            if (projection := self._fused(nodes, given[:3])) is not None:
+            if (projection := self._fused(nodes, name, given[:3])) is not None:
                 given[:3] = [projection] * 3
             width = 0 if projection is None else attributes.heads * head_dim
             settings = _plugin_attributes(attributes, rope=int(rope), width=width)
@@ -271,20 +272,37 @@ class _TensorrtLowering:
         else:
             gqa_native.lower(nodes, _given(inputs), outputs, attributes, head_dim, dtype)
 
-    def _fused(self, nodes: Nodes, projected: list[ir.Value]) -> ir.Value | None:
+    def _fused(self, nodes: Nodes, name: str, projected: list[ir.Value]) -> ir.Value | None:
         """One product in place of the three that make query, key and value, so that no layer copies its parts.
 
-        None where their weights are not 16-bit ones inside the engine, which are joined when it is built.
+        Weights inside the engine are joined when it is built, those outside lie behind one another in one input. None
+        where they are not 16-bit ones, all inside or all outside.
         """
-        products = [node for value in projected if (node := value.producer()) is not None and node.op_type == "MatMul"]
-        turned = [node.inputs[1].producer() for node in products if node.inputs[1] is not None]
-        weights = [node.inputs[0] for node in turned if node is not None and node.op_type == "Transpose"]
-        inside = [value for value in weights if value is not None and f"{value.name}" in self.initializers]
-        if len(inside) < 3 or len({node.inputs[0] for node in products}) > 1:
+        products = products_of(projected)
+        transposes = transposes_of(products)
+        weights = [_present(node.inputs, 0) for node in transposes]
+        if len(weights) < 3 or len({node.inputs[0] for node in products}) > 1:
+            return None
+        names = [f"{value.name}" for value in weights]
+        if all(each in self.initializers for each in names):
+            joined = nodes.Concat(*(_present(node.inputs, 1) for node in products), axis=1)
+        elif all(each in self.weights for each in names) and len({_dtype(value) for value in weights}) == 1:
+            joined = nodes.Transpose(self._stacked(f"{name}/weight", weights), perm=[1, 0])
+            self.replaced.update(transposes)
+        else:
             return None
         self.replaced.update(products)
-        joined = nodes.Concat(*(_present(node.inputs, 1) for node in products), axis=1)
         return nodes.MatMul(_present(products[0].inputs, 0), joined)
+
+    def _stacked(self, name: str, weights: Sequence[ir.Value]) -> ir.Value:
+        """One input of the network in place of several matrices of equal width, whose rows lie behind one another."""
+        for value in weights:
+            self.inputs.remove(value)
+            weight = self.weights.pop(f"{value.name}")  # put behind: their order is that of the rows
+            self.weights[weight.name] = replace(weight, part_of=name)
+        shape = ir.Shape([sum(dims(value)[0] for value in weights), dims(weights[0])[1]])
+        self.inputs.append(ir.Value(name=name, shape=shape, type=ir.TensorType(_dtype(weights[0]))))
+        return self.inputs[-1]
 
     def _lower_experts(
         self,
@@ -331,21 +349,6 @@ class _TensorrtLowering:
             name = f"{value.name}".removeprefix("past.")
             self.caches.append(CacheInput(name=name, shape=shape, dtype=STORED[_dtype(value)]))
         return ir.Shape(["batch", *shape])
-
-
-def _adds_attention(node: ir.Node) -> bool:
-    """Whether a node adds attention's projection to the residual in 16 bits.
-
-    TensorRT-RTX would add within the product, into a copy of the residual. Added in float32, which gives the same 16
-    bits, the sum is a part of the norm that follows, and nothing is copied.
-    """
-    product = _present(node.inputs, 1).producer()
-    if product is None or product.op_type != "MatMul" or node.outputs[0].dtype not in PLUGIN_DTYPES:
-        return False
-    source: ir.Node | None = product
-    while source is not None and source.op_type != gqa.NAME and (source is product or source.op_type != "MatMul"):
-        source = source.inputs[0].producer() if source.inputs and source.inputs[0] is not None else None
-    return source is not None and source.op_type == gqa.NAME
 
 
 def _cache_of(value: ir.Value) -> int | None:

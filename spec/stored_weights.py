@@ -64,6 +64,8 @@ class Weight:
         stacked: Whether it is all experts' [E, N, K], a matrix for each; others in panels are [N, K].
         interleaved: Whether a panel is 16 of a matrix's first half of outputs, and the same 16 of the second.
         is_made: Whether the file holds it as the graph is given it; `dtype` and `shape` say what it was made from.
+        part_of: The graph's input that it is the next rows of, behind those of the weights listed before it; empty
+            where it is an input by itself.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Weight:
     stacked: bool = False
     interleaved: bool = False
     is_made: bool = False
+    part_of: str = ""
 
     def __post_init__(self) -> None:
         check_name(f"the file of weight {shortened(self.name)}", self.file)
@@ -85,6 +88,8 @@ class Weight:
         is_stacked = self.stacked or self.layout == "groups"
         if len(self.shape) < least or (is_stacked and not (self.stacked and len(self.shape) == 3)):
             raise ValueError(f"weight {shortened(self.name)} has the shape {list(self.shape)}, no {self.layout}")
+        if self.part_of and (self.layout != "rows" or len(self.shape) != 2):
+            raise ValueError(f"weight {shortened(self.name)} is a part of an input, and no matrix in rows")
 
     @property
     def size(self) -> int:

@@ -4,6 +4,7 @@ Enters: a deserialised engine. Leaves: the execution contexts of the decoder and
 engine needs is allocated here, once; while it runs TensorRT allocates nothing, so that a step can be captured.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,9 @@ class Contexts:
 def upload_weights(
     device: Device, weights: Iterable[Weight], files: Mapping[str, Path], *, of_rank: bool = False
 ) -> dict[str, DeviceMemory]:
-    """Sends the weights that an engine has as inputs to the GPU. Returns their memory by name.
+    """Sends the weights that an engine has as inputs to the GPU. Returns the inputs' memory by name.
+
+    The rows of weights that are parts of one input lie behind one another in its memory.
 
     Args:
         device: The GPU.
@@ -159,11 +162,16 @@ def upload_weights(
     """
     weights = list(weights)
     check_weights(weights, files, of_rank=of_rank)
-    found: dict[str, DeviceMemory] = {}
-    uploads = None
+    sizes, ends = Counter[str](), Counter[str]()
     for weight in weights:
-        uploads = uploads or Uploads(device)
-        found[weight.name] = _upload(device, uploads, weight, files[weight.file])
+        sizes[weight.part_of or weight.name] += weight.given_size
+    uploads = Uploads(device) if weights else None
+    found = {name: DeviceMemory(device, size) for name, size in sizes.items()}
+    for weight in weights:
+        assert uploads is not None
+        name = weight.part_of or weight.name
+        _upload(found[name].address + ends[name], uploads, weight, files[weight.file])
+        ends[name] += weight.given_size
     device.synchronise()
     return found
 
@@ -185,9 +193,8 @@ def accept(answer: bool, what: str) -> None:
         raise SessionError(f"the engine refuses {what}: see TensorRT's message above")
 
 
-def _upload(device: Device, uploads: Uploads, weight: Weight, path: Path) -> DeviceMemory:
+def _upload(address: int, uploads: Uploads, weight: Weight, path: Path) -> None:
     """Sends a weight to the GPU from its mapped file, in the layout wanted."""
-    memory = DeviceMemory(device, weight.given_size)
     with map_file(path) as mapped:
         if weight.offset + weight.size > len(mapped):
             raise FolderError(f"spec.json puts {weight.name!r} outside {path}: build the bundle again")
@@ -195,10 +202,9 @@ def _upload(device: Device, uploads: Uploads, weight: Weight, path: Path) -> Dev
         given = region
         if weight.layout != "rows" or weight.convert != weight.dtype:
             given = np.ascontiguousarray(lay_out(region, weight)).reshape(-1).view(np.uint8)
-        if len(given) != memory.size:
+        if len(given) != weight.given_size:
             raise FolderError(
                 f"spec.json wants {weight.name!r} in {weight.convert}, which no engine takes: build again"
             )
-        uploads.send(memory.address, given)
+        uploads.send(address, given)
         del region, given
-    return memory

@@ -112,12 +112,28 @@ def test_the_residual_takes_attentions_projection_in_float32_which_gives_the_sam
     assert (pairs.astype(np.float32).sum(axis=0).astype(ml_dtypes.bfloat16) == wide.astype(ml_dtypes.bfloat16)).all()
 
 
-def test_projections_stay_apart_where_their_weights_are_inputs(tiny_model: Path) -> None:
+def test_projections_outside_lie_behind_one_another_in_one_input(tiny_model: Path) -> None:
     choices = Choices(gqa=None, placement="outside", max_seq=512)
     network = lower_for_tensorrt(tiny_model, read_spec(tiny_model), choices)
-    attention = [node for node in onnx.load_from_string(network.graph).graph.node if "GroupedQuery" in node.op_type]
-    assert all(len(set(node.input[:3])) == 3 for node in attention)
-    assert {each.i for node in attention for each in node.attribute if each.name == "width"} == {0}
+    graph = onnx.load_from_string(network.graph).graph
+    shapes = {each.name: [dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in graph.input}
+    attention = [node for node in graph.node if "GroupedQuery" in node.op_type]
+    assert all(len(set(node.input[:3])) == 1 for node in attention)
+    assert {each.i for node in attention for each in node.attribute if each.name == "width"} == {192}
+    for layer in range(8):
+        name = f"layers.{layer}/GroupedQueryAttention/weight"
+        parts = [weight for weight in network.weights if weight.part_of == name]
+        assert [weight.name.split(".")[-2] for weight in parts] == ["q_proj", "k_proj", "v_proj"]
+        assert shapes[name] == [sum(weight.shape[0] for weight in parts), parts[0].shape[1]]
+        assert not {weight.name for weight in parts} & shapes.keys()
+
+
+def test_with_all_weights_outside_no_layer_copies_either(tiny_model: Path, tmp_path: Path) -> None:
+    options = Options(weights="outside", max_seq=512)
+    bundle = build_bundle(tiny_model, tmp_path / "bundle", target="tensorrt-rtx:sm89", options=options)
+    layers = layers_of(bundle)
+    assert len([layer for layer in layers if "GroupedQueryAttention/MatMul" in str(layer["nodes"])]) == 2 * 8
+    assert not [layer for layer in layers if str(layer["tactic"]).startswith("__myl_Resh_")]
 
 
 def test_a_bundle_holds_what_it_says(plugin_bundle: Path) -> None:
@@ -146,7 +162,7 @@ def test_weights_go_where_they_are_told(placement: str, inside: int, tiny_model:
     network = lower_for_tensorrt(tiny_model, read_spec(tiny_model), choices)
     graph = ir.from_proto(onnx.load_from_string(network.graph)).graph
     inputs = {value.name for value in graph.inputs}
-    assert {weight.name for weight in network.weights} <= inputs
+    assert {weight.part_of or weight.name for weight in network.weights} <= inputs
     assert len(network.weights) >= inside
     assert not inputs & set(graph.initializers)
     if placement == "inside":

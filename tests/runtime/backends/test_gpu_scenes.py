@@ -61,6 +61,7 @@ def test_tokens_are_the_cpus_wherever_rounding_cannot_change_them(
     ("precision", "placement"),
     [
         ("bf16", "inside"),
+        ("bf16", "outside"),
         ("fp16", "experts"),
         ("int8", "outside"),
         ("fp8", "experts"),
