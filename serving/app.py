@@ -161,7 +161,7 @@ class Endpoints:
         about["completion_tokens"] = lambda: sum(each.tokens for each in ride.timelines)
         about["first_token_seconds"] = ride.first_token_seconds
         if asked.stream:
-            return await stream(self.service, ride, writer(self.service, asked, ride))
+            return await stream(self.service, request, ride, writer(self.service, asked, ride))
         return JsonAnswer(await watched(self.service, request, ride, whole(self.service, asked, ride)))
 
     async def _read(self, request: HttpRequest, cls: type[T]) -> T:

@@ -166,12 +166,13 @@ class EventStream(Response):
         return True
 
 
-async def stream(service: Service, ride: Ride, writer: Writer) -> EventStream:
+async def stream(service: Service, request: HttpRequest, ride: Ride, writer: Writer) -> EventStream:
     """Opens a stream when its first pieces are there, or after a while.
 
     Raises:
-        RequestError: An error came first.
+        RequestError: An error came first, or the client has left.
     """
+    watcher = asyncio.create_task(_watch(service, request.receive, ride))
     try:
         async with asyncio.timeout(PATIENCE):
             first = await ride.next()
@@ -180,6 +181,10 @@ async def stream(service: Service, ride: Ride, writer: Writer) -> EventStream:
     except BaseException:
         service.cancel(ride)
         raise
+    finally:
+        watcher.cancel()
+    if not (first or ride.riding):
+        raise RequestError("the client has gone", status=499)
     if failed := next((piece.error for _, piece in first if piece.error is not None), None):
         service.cancel(ride)
         raise of_session(failed)

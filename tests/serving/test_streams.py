@@ -85,7 +85,8 @@ class Connection:
 
     async def stream(self) -> None:
         """Opens the stream when a first piece is there, and sends it."""
-        answer = await stream(self.service, self.ride, Writer())
+        request: Any = SimpleNamespace(receive=self.cycle.receive)
+        answer = await stream(self.service, request, self.ride, Writer())
         scope: Any = self.cycle.scope
         await answer(scope, self.cycle.receive, self.cycle.send)
 
@@ -150,6 +151,25 @@ def test_a_client_that_reads_slowly_gets_all_in_order(paused: tuple[int, int]) -
         connection.put("h", "stop")
         await task
         assert connection.body() == "<abcdefgh>"
+
+    asyncio.run(go())
+
+
+def test_a_client_that_leaves_before_its_stream_begins_gives_up_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "PATIENCE", 120.0)
+
+    async def go() -> None:
+        connection = Connection()
+        connection.service.cancel = lambda ride: ride.end(None)
+        task = asyncio.create_task(connection.stream())
+        await rest()
+        connection.cycle.disconnected = True
+        connection.cycle.message_event.set()
+        with pytest.raises(RequestError) as caught:
+            await asyncio.wait_for(task, 60)
+        assert caught.value.status == 499
+        assert not connection.ride.riding
+        assert not connection.transport.written
 
     asyncio.run(go())
 
