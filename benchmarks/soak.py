@@ -374,7 +374,9 @@ def main() -> None:
     print(f"{found.failed} ended by a step without memory, {found.refused} refused, {found.lost} lost")
     print(f"{found.accepted} of {found.drafted} guesses right")
     print(f"{found.reused} tokens of prompts reused, {found.ties} ties decided otherwise, {len(found.wrong)} wrong")
-    print(f"memory {found.memory[-1] / 1e6:.1f} MB, growth {found.growth / 1e6:+.2f} MB")
+    parts = (part for part in np.array_split(found.memory, 8) if len(part))
+    print(f"memory, MB, by eighths: {', '.join(f'{np.median(part) / 1e6:.1f}' for part in parts)}")
+    print(f"growth from the second quarter to the last {found.growth / 1e6:+.2f} MB")
     for line in found.wrong[:10]:
         print(line)
     sys.exit(bool(found.wrong) or found.lost != 0 or found.growth > GROWTH * found.memory[-1])
