@@ -54,14 +54,14 @@ struct PlainMatrix {
     int64_t size() const { return inputs * outputs * (type == Plain::float32 ? 4 : type == Plain::e4m3 ? 1 : 2); }
 };
 
-constexpr int64_t STRIP = 96;     // outputs of such a matrix that many rows are multiplied with at once
-constexpr int64_t STRETCH = 512;  // inputs that are added up before others
+constexpr int64_t STRIP = 64;  // outputs of such a matrix that many rows are multiplied with at once
+constexpr int64_t STRETCH = 1024;  // inputs that are added up before others
 
-// Rows of float32 [count, K] for such a matrix, as they lie or, if they are many, turned: in tiles of about as many rows,
-// of which some are taken.
+// Rows of float32 [count, K] for such a matrix: one as it lies, few laid side by side, and many turned, in tiles of about
+// as many rows, of which some are taken.
 struct PlainInput {
     const float* rows;
-    float* turned;  // null as they lie
+    float* turned;  // or laid side by side; null of one
     int64_t count, tiles, first, last;
 
     // The row that a tile begins with.
@@ -187,11 +187,12 @@ struct PairKernels {
 // The kernels that an instruction set has.
 struct Kernels {
     int64_t value_size;  // bytes of a rounded input that meets weights of 8 bits
-    int64_t few, tall;  // rows of float32 that meet floats as they lie, at most; and in a tile of turned ones
+    int64_t few, tall;  // rows of float32 that are not turned, at most; and in a tile of turned ones
     int64_t (*turned_inputs)(int64_t inputs);
     void (*quantise)(const float* x, const Matrix&, float factor, float fixed_scale, const Rows&, int64_t row);
     void (*multiply)(const Matrix&, const Rows&, int64_t first, int64_t last, int64_t panel, const Target&);
     void (*turn_rows)(const float* x, int64_t rows, int64_t inputs, float* to);
+    void (*lay_rows)(const float* x, int64_t rows, int64_t inputs, float* to);
     void (*multiply_plain)(const PlainMatrix&, const PlainInput&, int64_t first, int64_t last, float* to, float* space);
     void (*multiply_stacked)(const PlainMatrix&, const StackedInput&, int64_t first, int64_t last, float* to,
                              float* space);

@@ -21,13 +21,17 @@ using WideBytes = int8_t __attribute__((vector_size(sizeof(Wide) / 4)));
 using Four = float __attribute__((vector_size(16)));
 
 constexpr int64_t WIDTH = sizeof(Wide) / sizeof(float);
-constexpr int HIGH = ARRIERO_SET == 2 ? 6 : ARRIERO_SET ? 4 : 2;  // rows of a tile whose sums fit the registers
+constexpr int HIGH = ARRIERO_SET == 2 ? 8 : ARRIERO_SET ? 4 : 2;  // rows of a tile whose sums fit the registers
 constexpr int64_t FEW = 8;  // rows for which weights are widened on the way, once a tile of rows
 
 // Outputs of a tile of so many rows.
-constexpr int across(int rows) { return ARRIERO_SET == 0 ? 2 : ARRIERO_SET == 2 || rows < 3 ? 4 : 3; }
+constexpr int across(int rows) {
+    if (ARRIERO_SET == 0) return 2;
+    return rows < (ARRIERO_SET == 2 ? 7 : 3) ? 4 : 3;
+}
 
 constexpr int64_t AHEAD_OF_ONE = 12288;  // bytes that are asked for ahead of what one row meets: three small pages
+constexpr int64_t AHEAD_OF_TILE = 4096;  // and behind the outputs of the next tile
 constexpr int64_t MOST_STRETCHES = 16;   // of an output's inputs, whose sums wait for those of the outputs beside it
 
 // Sums of products of floats.
@@ -109,11 +113,15 @@ inline Four folded_four(Wide a, Wide b, Wide c, Wide d) {
     return sum;
 }
 
-// A stretch of inputs: onto the sums of those before it, or as the first of them.
-struct Stretch {
-    int64_t inputs;
-    bool is_first;
-};
+inline int64_t turned_inputs(int64_t inputs) { return divided_up(inputs, WIDTH) * WIDTH; }
+
+// The first lanes of a vector, as many as there are; the others are 0.
+inline Wide load_lanes(const float* from, int64_t count) {
+    if (count >= WIDTH) return load<Wide>(from);
+    Wide made{};
+    if (count > 0) std::memcpy(&made, from, count * sizeof(float));
+    return made;
+}
 
 // Weights of some outputs, a row for each, and how far behind each row's bytes lie those that are read next.
 struct PlainRows {
@@ -121,20 +129,28 @@ struct PlainRows {
     int64_t row, ahead;
 };
 
-// One step of a tile: as many inputs as a vector holds.
+// Keeps in a register what several products take: compilers load it for each, and a processor may load one a cycle.
+inline void hold([[maybe_unused]] Wide& value) {
+#if ARRIERO_SET == 2
+    asm("" : "+v"(value));
+#endif
+}
+
+// One step of a tile: as many inputs as a vector holds. A tile's rows lie side by side, a vector of each.
 template <typename Stored, int ROWS, int ACROSS>
-inline void plain_step(const PlainRows& of, int64_t k, const float* x, int64_t x_row, Wide (*sums)[ACROSS]) {
+inline void plain_step(const PlainRows& of, int64_t k, const float* x, Wide (*sums)[ACROSS]) {
     Wide weights[ACROSS];
     for (int n = 0; n < ACROSS; n++) weights[n] = Stored::widened(of.weights + n * of.row + k * Stored::SIZE);
     for (int row = 0; row < ROWS; row++) {
-        const Wide of_x = load<Wide>(x + row * x_row + k);
+        Wide of_x = load<Wide>(x + k * ROWS + row * WIDTH);
+        hold(of_x);
         for (int n = 0; n < ACROSS; n++) sums[row][n] = Stored::added(sums[row][n], of_x, weights[n]);
     }
 }
 
 // The sums of a stretch, lane by lane.
 template <typename Stored, int ROWS, int ACROSS>
-inline void plain_sums(const PlainRows& of, const float* x, int64_t x_row, int64_t inputs, Wide (*sums)[ACROSS]) {
+inline void plain_sums(const PlainRows& of, const float* x, int64_t inputs, Wide (*sums)[ACROSS]) {
     constexpr int64_t LINE_INPUTS = 64 / Stored::SIZE;
     for (int row = 0; row < ROWS; row++)
         for (int n = 0; n < ACROSS; n++) sums[row][n] = Wide{};
@@ -142,57 +158,55 @@ inline void plain_sums(const PlainRows& of, const float* x, int64_t x_row, int64
     for (; k + LINE_INPUTS <= inputs; k += LINE_INPUTS) {
         for (int n = 0; n < ACROSS; n++) __builtin_prefetch(of.weights + n * of.row + k * Stored::SIZE + of.ahead, 0, NEAR);
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < LINE_INPUTS; i += WIDTH) plain_step<Stored, ROWS, ACROSS>(of, k + i, x, x_row, sums);
+        for (int64_t i = 0; i < LINE_INPUTS; i += WIDTH) plain_step<Stored, ROWS, ACROSS>(of, k + i, x, sums);
     }
-    for (; k + WIDTH <= inputs; k += WIDTH) plain_step<Stored, ROWS, ACROSS>(of, k, x, x_row, sums);
+    for (; k + WIDTH <= inputs; k += WIDTH) plain_step<Stored, ROWS, ACROSS>(of, k, x, sums);
     if (const int64_t left = inputs - k)
         for (int n = 0; n < ACROSS; n++) {
             const Wide some = widened_some<Stored>(of.weights + n * of.row + k * Stored::SIZE, left);
             for (int row = 0; row < ROWS; row++) {
-                const auto* const from = reinterpret_cast<const uint8_t*>(x + row * x_row + k);
+                const auto* const from = reinterpret_cast<const uint8_t*>(x + k * ROWS + row * WIDTH);
                 sums[row][n] = Stored::added(sums[row][n], widened_some<PlainFloat32>(from, left), some);
             }
         }
 }
 
-// One tile of products.
+// One tile of products, stretch by stretch: memory is faster where rows of weights are read to their ends.
 template <typename Stored, int ROWS, int ACROSS>
-__attribute__((noinline)) void plain_tile(const PlainRows& of, const float* x, int64_t x_row, const Stretch& stretch,
-                                          float* to, int64_t to_row) {
-    Wide sums[ROWS][ACROSS];
-    plain_sums<Stored, ROWS, ACROSS>(of, x, x_row, stretch.inputs, sums);
-    for (int row = 0; row < ROWS; row++) {
-        const auto sum = [&](int n) { return sums[row][n < ACROSS ? n : 0]; };
-        const Four folded = folded_four(sum(0), sum(1), sum(2), sum(3));
-        float* const place = to + row * to_row;
-        for (int n = 0; n < ACROSS; n++) place[n] = stretch.is_first ? folded[n] : place[n] + folded[n];
+__attribute__((noinline)) void plain_tile(const PlainRows& of, const float* x, int64_t inputs, float* to, int64_t to_row) {
+    for (int64_t k = 0; k < inputs; k += STRETCH) {
+        Wide sums[ROWS][ACROSS];
+        const PlainRows some{of.weights + k * Stored::SIZE, of.row, of.ahead};
+        plain_sums<Stored, ROWS, ACROSS>(some, x + k * ROWS, std::min(STRETCH, inputs - k), sums);
+        for (int row = 0; row < ROWS; row++) {
+            const auto sum = [&](int n) { return sums[row][n < ACROSS ? n : 0]; };
+            const Four folded = folded_four(sum(0), sum(1), sum(2), sum(3));
+            float* const place = to + row * to_row;
+            for (int n = 0; n < ACROSS; n++) place[n] = k ? place[n] + folded[n] : folded[n];
+        }
     }
 }
 
-// Some rows' products with some outputs, tile by tile; on the way the rows behind them are asked for.
+// A tile's rows with some outputs.
 template <typename Stored, int ROWS>
-inline void plain_tiles(const PlainRows& of, int64_t outputs, const float* x, int64_t x_row, int64_t rows_behind,
-                        const Stretch& stretch, float* to, int64_t to_row) {
+inline void plain_tiles(const PlainRows& of, int64_t outputs, const float* x, int64_t inputs, float* to, int64_t to_row) {
     constexpr int ACROSS = across(ROWS);
-    const int64_t behind = std::min<int64_t>(rows_behind, ROWS), share = divided_up(stretch.inputs * ACROSS, outputs);
-    int64_t n = 0, k = 0;
+    int64_t n = 0;
     for (; n + ACROSS <= outputs; n += ACROSS) {
-        for (const int64_t end = std::min(stretch.inputs, k + share); k < end; k += LANES)
-            for (int64_t row = 0; row < behind; row++) __builtin_prefetch(x + (ROWS + row) * x_row + k);
-        const PlainRows some{of.weights + n * of.row, of.row, of.ahead * ACROSS};
-        plain_tile<Stored, ROWS, ACROSS>(some, x, x_row, stretch, to + n, to_row);
+        const PlainRows some{of.weights + n * of.row, of.row, of.row * ACROSS + AHEAD_OF_TILE};
+        plain_tile<Stored, ROWS, ACROSS>(some, x, inputs, to + n, to_row);
     }
     for (; n < outputs; n++)
-        plain_tile<Stored, ROWS, 1>({of.weights + n * of.row, of.row, 0}, x, x_row, stretch, to + n, to_row);
+        plain_tile<Stored, ROWS, 1>({of.weights + n * of.row, of.row, of.row}, x, inputs, to + n, to_row);
 }
 
-// Rows' products with some outputs.
+// Rows that have been laid side by side with some outputs.
 template <typename Stored, int ROWS = HIGH>
-inline void plain_rows(int64_t rows, const PlainRows& of, int64_t outputs, const float* x, int64_t x_row,
-                       const Stretch& stretch, float* to, int64_t to_row) {
-    for (; rows >= ROWS; rows -= ROWS, x += ROWS * x_row, to += ROWS * to_row)
-        plain_tiles<Stored, ROWS>(of, outputs, x, x_row, rows - ROWS, stretch, to, to_row);
-    if constexpr (ROWS > 1) plain_rows<Stored, ROWS - 1>(rows, of, outputs, x, x_row, stretch, to, to_row);
+inline void plain_rows(int64_t rows, const PlainRows& of, int64_t outputs, const float* x, int64_t inputs, float* to,
+                       int64_t to_row) {
+    for (; rows >= ROWS; rows -= ROWS, x += ROWS * turned_inputs(inputs), to += ROWS * to_row)
+        plain_tiles<Stored, ROWS>(of, outputs, x, inputs, to, to_row);
+    if constexpr (ROWS > 1) plain_rows<Stored, ROWS - 1>(rows, of, outputs, x, inputs, to, to_row);
 }
 
 // One row times four outputs, whose weights are read one output's behind the other's: memory is fastest so.
@@ -208,7 +222,7 @@ __attribute__((noinline)) void plain_four(const uint8_t* weights, int64_t inputs
                 const int64_t k = start + i * STRETCH;
                 const PlainRows of{weights + n * row + k * Stored::SIZE, row, AHEAD_OF_ONE};
                 Wide made[1][BESIDE];
-                plain_sums<Stored, 1, BESIDE>(of, x + k, 0, std::min(STRETCH, inputs - k), made);
+                plain_sums<Stored, 1, BESIDE>(of, x + k, std::min(STRETCH, inputs - k), made);
                 for (int side = 0; side < BESIDE; side++) sums[i][n + side] = made[0][side];
             }
         Four all = start ? load<Four>(to) : Four{};
@@ -220,18 +234,25 @@ __attribute__((noinline)) void plain_four(const uint8_t* weights, int64_t inputs
     }
 }
 
-// Few rows [rows, K] times the outputs from `first` to `last`.
+// Lays few rows [rows, K] side by side, tile by tile: of each step's inputs a vector of each row. Single ones stay.
+inline void lay_rows(const float* x, int64_t rows, int64_t inputs, float* to) {
+    for (int64_t tile; rows; rows -= tile, x += tile * inputs, to += tile * turned_inputs(inputs)) {
+        tile = std::min<int64_t>(rows, HIGH);
+        for (int64_t row = 0; row < tile; row++)
+            for (int64_t k = 0; k < inputs; k += WIDTH)
+                store(to + k * tile + row * WIDTH, load_lanes(x + row * inputs + k, inputs - k));
+    }
+}
+
+// Few rows, laid side by side, times the outputs from `first` to `last`.
 template <typename Stored>
 inline void multiply_few(const PlainMatrix& matrix, const float* x, int64_t rows, int64_t first, int64_t last,
                          float* to) {
     const int64_t inputs = matrix.inputs, row = inputs * Stored::SIZE;
     if (rows == 1)
         for (; first + 4 <= last; first += 4) plain_four<Stored>(matrix.weights + first * row, inputs, x, to + first);
-    const int64_t strip = rows < 3 ? across(1) : across(1) * across(HIGH);
+    const int64_t strip = across(1) * across(HIGH);
     for (; first < last; first += strip)
-        for (int64_t k = 0; k < inputs; k += STRETCH) {
-            const PlainRows of{matrix.weights + first * row + k * Stored::SIZE, row, row};
-            plain_rows<Stored>(rows, of, std::min(strip, last - first), x + k, inputs,
-                               {std::min(STRETCH, inputs - k), k == 0}, to + first, matrix.outputs);
-        }
+        plain_rows<Stored>(rows, {matrix.weights + first * row, row, 0}, std::min(strip, last - first), x, inputs,
+                           to + first, matrix.outputs);
 }

@@ -129,7 +129,7 @@ void multiply_plain(const Call& call, const std::vector<PlainProduct>& products,
     std::vector<Part> parts;
     float* space = nullptr;
     for (const PlainProduct& of : products)
-        if (of.last - of.first > kernels().few && !space)
+        if (of.last - of.first > 1 && !space)
             space = buffers().turned.take<float>(product({products.back().last, turned}));
     const int64_t strips = divided_up(shape.outputs, STRIP);
     for (const PlainProduct& of : products) {
@@ -137,12 +137,13 @@ void multiply_plain(const Call& call, const std::vector<PlainProduct>& products,
         const int64_t count = of.last - of.first;
         x.push_back({rows + of.first * inputs, nullptr, count, 1, 0, 1});
         PlainInput& own = x.back();
-        if (count > kernels().few) {
-            own.tiles = divided_up(count, kernels().tall);
+        const bool is_many = count > kernels().few;
+        if (is_many) own.tiles = divided_up(count, kernels().tall);
+        if (count > 1) {
             own.turned = space + of.first * turned;
             for (int64_t tile = 0; tile < own.tiles; tile++) turns.push_back({index, tile});
         }
-        const int64_t most = own.turned ? divided_up(count, LEAST_ROWS) : 1;
+        const int64_t most = is_many ? divided_up(count, LEAST_ROWS) : 1;
         const int64_t beside = std::clamp<int64_t>(LEAST_UNITS / strips, 1, std::min(most, own.tiles));
         const int64_t cost = shape.size() / beside * ((count + 3) / 4);
         const int64_t slices = std::clamp<int64_t>(cost / SLICE, 1, std::min(SLICES, strips));
@@ -157,13 +158,14 @@ void multiply_plain(const Call& call, const std::vector<PlainProduct>& products,
     const auto turn = [&](int64_t unit) {
         const PlainInput& own = x[turns[unit].product];
         const int64_t row = own.tile(turns[unit].tile), last = own.tile(turns[unit].tile + 1);
-        kernels().turn_rows(own.rows + row * inputs, last - row, inputs, own.turned + row * turned);
+        const auto prepare = own.count > kernels().few ? kernels().turn_rows : kernels().lay_rows;
+        prepare(own.rows + row * inputs, last - row, inputs, own.turned + row * turned);
     };
     if (!turns.empty()) call.in_parallel(static_cast<int64_t>(turns.size()), turn);
     call.in_parallel(static_cast<int64_t>(parts.size()), [&](int64_t unit) {
         const auto& [index, first, last, some] = parts[unit];
         const PlainProduct& of = products[index];
-        float* const strip = some.turned ? buffers().strip.take<float>(STRIP * (STRETCH + 16)) : nullptr;
+        float* const strip = some.count > kernels().few ? buffers().strip.take<float>(STRIP * (STRETCH + 16)) : nullptr;
         multiply(of.matrix, some, first, last, to + of.first * shape.outputs, strip);
         finish(of, of.first + some.tile(some.first), of.first + some.tile(some.last), first, last);
     });

@@ -10,7 +10,7 @@
 #include "attention_products.h"
 #include "attention.h"
 
-constexpr Kernels KERNELS = {VALUE_SIZE,     FEW,       TALL,           turned_inputs,    quantise,
-                             multiply,       turn_rows, multiply_plain, multiply_stacked, sum_stretch,
-                             activate,       round_fp8, {},             enter,            attend_span,
-                             join_span,      finish};
+constexpr Kernels KERNELS = {VALUE_SIZE,       FEW,         TALL,     turned_inputs,  quantise,   multiply,
+                             turn_rows,        lay_rows,    multiply_plain, multiply_stacked, sum_stretch,
+                             activate,         round_fp8,   {},       enter,          attend_span, join_span,
+                             finish};

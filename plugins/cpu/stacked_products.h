@@ -11,14 +11,6 @@
 constexpr int INPUTS = 8;              // inputs whose weights meet few rows at once
 constexpr int64_t BROAD = 4 * COLUMNS;  // and outputs
 
-// The first lanes of a vector, as many as there are; the others are 0.
-inline Wide load_lanes(const float* from, int64_t count) {
-    if (count >= WIDTH) return load<Wide>(from);
-    Wide made{};
-    if (count > 0) std::memcpy(&made, from, count * sizeof(float));
-    return made;
-}
-
 inline void store_lanes(float* to, Wide values, int64_t count) {
     if (count >= WIDTH) return store(to, values);
     if (count > 0) std::memcpy(to, &values, count * sizeof(float));

@@ -18,8 +18,6 @@ constexpr int64_t RUNS[4] = {0, 2, 1, 3};  // each four lanes in the order in wh
 // a power of two apart.
 constexpr int64_t run_size(int64_t steps) { return steps * COLUMNS + LANES; }
 
-inline int64_t turned_inputs(int64_t inputs) { return divided_up(inputs, WIDTH) * WIDTH; }
-
 // A tile's rows [rows, K], stretch by stretch: for each run its steps' inputs, the rows' side by side.
 inline void turn_rows(const float* x, int64_t rows, int64_t inputs, float* to) {
     for (int64_t k = 0; k < inputs; k += STRETCH, to += STRETCH * rows) {
@@ -82,6 +80,12 @@ inline void turn_weights(const uint8_t* weights, int64_t weight_row, int64_t out
                                   std::min<int64_t>(4, outputs - tile - n), std::min(STEPS * WIDTH, inputs - k), run,
                                   to + k / WIDTH * COLUMNS + n);
 }
+
+// A stretch of inputs: onto the sums of those before it, or as the first of them.
+struct Stretch {
+    int64_t inputs;
+    bool is_first;
+};
 
 // One run's sums.
 template <typename Sums, int64_t ROWS>
@@ -156,6 +160,6 @@ inline void multiply_turned(const PlainMatrix& matrix, const PlainInput& x, int6
 template <typename Stored>
 inline void multiply_stored(const PlainMatrix& matrix, const PlainInput& x, int64_t first, int64_t last, float* to,
                             float* space) {
-    if (x.turned) return multiply_turned<Stored>(matrix, x, first, last, to, space);
-    multiply_few<Stored>(matrix, x.rows, x.count, first, last, to);
+    if (x.count > FEW) return multiply_turned<Stored>(matrix, x, first, last, to, space);
+    multiply_few<Stored>(matrix, x.turned ? x.turned : x.rows, x.count, first, last, to);
 }
