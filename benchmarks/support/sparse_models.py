@@ -1,6 +1,7 @@
 """Full-size quantised model folders that take no disk: a whole graph over safetensors files whose data is one hole."""
 
 import dataclasses
+import struct
 from collections import defaultdict
 from pathlib import Path
 
@@ -23,6 +24,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 def write_sparse_fp8(model: Path, out: Path) -> Path:
     """Writes the model folder that `calibrate --recipe fp8 --activations dynamic` would, with zeros for weights.
 
+    The scales of all but the experts are ones, since TensorRT reads them and takes no zeros.
     The vision tower stays as it is, as in the published FP8 checkpoints.
     """
     spec = read_spec(model)
@@ -43,6 +45,10 @@ def write_sparse_fp8(model: Path, out: Path) -> Path:
         path.write_bytes(header)
         with path.open("r+b") as file:
             file.truncate(len(header) + size)
+            for name, region in open_shard(path).tensors.items():
+                if name.endswith("_scale") and len(region.shape) == 1:
+                    file.seek(region.offset)
+                    file.write(struct.pack("<f", 1.0) * region.shape[0])
         places |= {name: (path.name, region) for name, region in open_shard(path).tensors.items()}
         files.append(WeightFile(name=path.name, path="", size=len(header) + size, identity=identity(path)))
     for name, graph in graphs.items():

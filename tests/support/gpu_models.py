@@ -22,10 +22,14 @@ RECIPES = {
 
 
 class Judged(NamedTuple):
-    """A model's folder, and by how much its logits may differ where each op keeps within its table's errors."""
+    """A model's folder, and by how much its logits may differ where each op keeps within its table's errors.
+
+    One logit by the bound, all of them in root mean square by the deviation.
+    """
 
     folder: str
     bound: float
+    deviation: float
 
 
 def make_layers(count: int, folder: Path, llama4: Callable[..., Any]) -> Path:
@@ -39,7 +43,7 @@ def make_layers(count: int, folder: Path, llama4: Callable[..., Any]) -> Path:
 def make_model(name: str, folder: Path, llama4: Callable[..., Any]) -> Judged:
     """Exports a model that knows its task, and quantises it; `llama4` is `conftest`'s."""
     made = sure_llama4(llama4)
-    bound = bound_logits(made, name, sequences(1, 16, 40))
+    bounds = bound_logits(made, name, sequences(1, 16, 40))
     made.save_pretrained(folder / "checkpoint")
     model = export_checkpoint(
         folder / "checkpoint", folder / "model", dtype="float16" if name == "fp16" else "bfloat16"
@@ -47,4 +51,4 @@ def make_model(name: str, folder: Path, llama4: Callable[..., Any]) -> Judged:
     if name in RECIPES:
         ids = np.array(sequences(2, 8, 20))
         model = calibrate_model(model, folder / "quantised", recipe=RECIPES[name], data=ids, floor=0)
-    return Judged(str(model), bound)
+    return Judged(str(model), *bounds)
