@@ -65,7 +65,7 @@ def play(precisions: Sequence[str], *, once: bool) -> int:
                 apart = np.abs(found - expected)
                 apart_by = np.sqrt(np.mean(apart**2))
                 wrong += int(apart.max() >= bound or apart_by >= deviation)
-                sizes = (f"{size:.3f}" for size in (bound, apart.max(), deviation, apart_by))
+                sizes = (f"{size:.4f}" for size in (bound, apart.max(), deviation, apart_by))
                 tell(logits, name, PLACEMENTS[placement], *sizes)
             every = zip(WAYS, itertools.cycle((True, False)), strict=False)
             for way, graphs in every if once else itertools.product(WAYS, (True, False)):
