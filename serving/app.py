@@ -15,9 +15,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from ..errors import SessionError
 from .bodies import SHORT, CommonBound, read_body
 from .chat import ChatWriter, whole_chat
 from .completions import CompletionWriter, whole_completion
+from .conversation import of_prompt
 from .doors import OPEN, Doors
 from .errors import RequestError
 from .json_answers import JsonAnswer
@@ -141,10 +143,16 @@ class Endpoints:
 
     def _tokens(self, asked: TokenizeRequest) -> list[int]:
         session = self.service.session
-        if asked.messages is None:
-            return session.text.encode(asked.prompt or "", special_tokens=asked.add_special_tokens is not False)
-        turns, tools = self.service.conversation(asked.messages, asked.tools or ())
-        return session.read(turns, tools=tools, add_generation_prompt=asked.add_generation_prompt is not False).ids
+        try:
+            if asked.messages is None:
+                return session.text.encode(asked.prompt or "", special_tokens=asked.add_special_tokens is not False)
+            turns, tools = self.service.conversation(asked.messages, asked.tools or ())
+            asks = asked.add_generation_prompt is not False
+            return session.read(turns, tools=tools, add_generation_prompt=asks).ids
+        except SessionError as error:
+            if (refusal := of_prompt(error, asked.messages)) is not None:
+                raise refusal from error
+            raise
 
     async def _answer(
         self,

@@ -6,10 +6,11 @@ in words, so that each model can be asked with tools.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..errors import SessionError, shortened
+from ..errors import SessionError, shortened, shortened_text
 from ..runtime.images.data_urls import read_data_url
 from .errors import RequestError
 from .protocol.chat import AssistantMessage, ImagePart, Instruction, Message, TextPart, Tool, ToolMessage
@@ -56,6 +57,27 @@ TOOLS_IN_WORDS = (
     '[name(argument="value"), name(argument=1)]; their results come back to you. Functions, as JSON schemas:\n'
 )
 """Introduction of tools in the words of a system message."""
+
+
+OF_PROMPTS = ("the prompt ", "the text ", "the chat template ", "the conversation ")
+"""Beginnings of what a session says of a prompt."""
+
+
+def of_prompt(error: SessionError, messages: Sequence[Message] | None) -> RequestError | None:
+    """The refusal for an error that a session raised of a prompt, which names its field; None where it is of another.
+
+    Args:
+        error: The error.
+        messages: The turns; None of a text or token ids.
+    """
+    text = shortened_text(str(error), 1000)
+    images = [] if messages is None else list(image_fields(messages))
+    if (found := re.match(r"image (\d+)\b", text)) and 0 < int(found[1]) <= len(images):
+        return RequestError(text, f"{images[int(found[1]) - 1]}.image_url")
+    if not text.startswith(OF_PROMPTS):
+        return None
+    code = "context_length_exceeded" if "shorten it" in text else None
+    return RequestError(text, "prompt" if messages is None else "messages", code=code)
 
 
 def image_fields(messages: Sequence[Message]) -> Iterator[str]:

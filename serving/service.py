@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import ArrieroError, SessionError
 from ..runtime import Request, Session
 from ..runtime.grammars.compiler import prepare
-from .conversation import image_fields, template_messages
+from .conversation import image_fields, of_prompt, template_messages
 from .errors import RequestError, is_requests_own, lost_model, of_session
 from .metrics import Metrics
 from .pilot import FlightSettings, Pilot
@@ -343,8 +343,8 @@ class Service:
         except SessionError as error:
             if request.grammar is None and str(error).startswith("grammar "):  # it was made of the tools
                 raise RequestError(f"tools: their {error}", "tools") from error
-            if str(error).startswith("the ") and str(error).count("shorten it"):
-                raise RequestError(str(error), field, code=too_long) from error
+            if (refusal := of_prompt(error, getattr(request, "messages", None))) is not None:
+                raise refusal from error
             raise
         tokens, prompts = len(first.prompt.ids), self.limits.prompt_tokens
         if prompts is not None and tokens > prompts:

@@ -263,6 +263,11 @@ REFUSED_ELSEWHERE: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": [5, 99999]}, "prompt"),
     ("/v1/completions", {"prompt": "word " * 1100}, "prompt"),
     ("/v1/completions", {"prompt": "a", "echo": 1}, "echo"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+    ("/v1/completions", {"prompt": "a\ud800"}, "prompt"),
+    ("/v1/responses", {"input": "a\ud800"}, "input"),
+    ("/tokenize", {"prompt": "a\ud800"}, "prompt"),
+    ("/tokenize", {"messages": [{"role": "user", "content": "a\ud800"}]}, "messages"),
     ("/tokenize", {"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
     ("/detokenize", {"tokens": [99999]}, "tokens"),
 ]
@@ -270,7 +275,7 @@ REFUSED_ELSEWHERE: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("path", "body", "param"), REFUSED_ELSEWHERE)
 def test_other_paths_name_the_field_as_well(http: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
-    refused = http.post(path, json=body)
+    refused = http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
     assert refused.status_code == 400
     assert set(error := refused.json()["error"]) == {"message", "type", "param", "code"}
     assert (error["param"], error["type"]) == (param, "invalid_request_error")

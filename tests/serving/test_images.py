@@ -34,4 +34,15 @@ def test_images_are_answered_as_the_session_does(multimodal_model: Path, serve: 
     response = client.responses.create(model=server.about["model"], input=items, temperature=0, max_output_tokens=8)
     assert response.usage is not None
     assert response.usage.input_tokens == found[0].usage.prompt_tokens
+    good, bad = {"type": "image_url", "image_url": {"url": url}}, {"type": "image_url", "image_url": {"url": url[:60]}}
+    parts = [{"role": "user", "content": [good, text, bad]}]
+    with server.http() as http:
+        for path, body, param in (
+            ("/v1/chat/completions", {"messages": parts}, "messages[0].content[2].image_url"),
+            ("/tokenize", {"messages": parts}, "messages[0].content[2].image_url"),
+            ("/v1/completions", {"prompt": "<|image|>"}, "prompt"),
+        ):
+            refused = http.post(path, json=body)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == param
     assert server.end() == 0
