@@ -1,12 +1,13 @@
 """`arriero serve`: a model behind OpenAI's interface."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import SessionError
+from ..errors import SessionError, shortened
 from . import options
 from .streams import show_json
 from .terminal import Terminal
@@ -92,7 +93,7 @@ def settings_of(asked: SimpleNamespace) -> "ServerSettings":
         images=at_least("--max-images", asked.max_images, 0),
         first_token_seconds=at_least("--first-token-seconds", asked.first_token_seconds, 0),
         total_seconds=at_least("--total-seconds", asked.total_seconds, 0),
-        image_hosts=frozenset(each.lower().rstrip(".") for each in asked.allow_image_host or ()),
+        image_hosts=frozenset(each.rstrip(".") for each in named("--allow-image-host", asked.allow_image_host, HOST)),
     )
     return ServerSettings(
         folder=asked.folder,
@@ -104,8 +105,8 @@ def settings_of(asked: SimpleNamespace) -> "ServerSettings":
         opens_metrics=asked.open_metrics,
         tls_certificate=asked.tls_certificate,
         tls_key=asked.tls_key,
-        origins=tuple(asked.cors_origin or ()),
-        hosts=tuple(each.lower() for each in asked.allow_host or ()),
+        origins=named("--cors-origin", asked.cors_origin, ORIGIN),
+        hosts=named("--allow-host", asked.allow_host, HOST),
         max_seq=asked.max_seq,
         threads=asked.threads,
         pages=asked.pages,
@@ -152,6 +153,23 @@ def sized(name: str, value: str) -> int:
     if not (number.isascii() and number.isdigit() and len(number) < 16):
         raise SessionError(f"{name} is {value[:40]!r}, expected a number of bytes, as 1048576, 64M or 2G")
     return int(number) * UNITS[unit]
+
+
+HOST = re.compile(r"(?![^:]*:\d*$)[^/\s*]+"), "a host's name alone, as example.org"
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+"), "an origin as browsers send it, https://example.org, or *"
+
+
+def named(option: str, values: list[str] | None, form: tuple[re.Pattern[str], str]) -> tuple[str, ...]:
+    """Names in lower case, as they are compared.
+
+    Raises:
+        SessionError: One is of another form, so that no request would ever be of it.
+    """
+    found = tuple(each.lower() for each in values or ())
+    pattern, expected = form
+    if wrong := [each for each in found if not pattern.fullmatch(each)]:
+        raise SessionError(f"{option} is {shortened(wrong[0])}, expected {expected}")
+    return found
 
 
 def at_least(name: str, value: Any, least: int) -> Any:

@@ -174,6 +174,10 @@ def test_what_cannot_be_served_is_said_in_one_line(bundle: Path, tmp_path: Path)
             (["--max-seq", "9999999", "--port", "0"], "max_seq"),
             (["--cache-bytes", "10", "--port", "0"], "cache_bytes"),
             (["--tls-key", str(keys)], "--tls-certificate"),
+            (["--cors-origin", "example.org"], "an origin as browsers send it"),
+            (["--cors-origin", "https://example.org/"], "an origin as browsers send it"),
+            (["--allow-host", "example.org:8000"], "a host's name alone"),
+            (["--allow-image-host", "https://example.org"], "a host's name alone"),
         ):
             found = CliRunner().invoke(app, ["serve", str(bundle), "--quiet", *options])
             assert found.exit_code == 2, options
