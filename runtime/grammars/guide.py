@@ -65,9 +65,12 @@ class Guide:
         self._end_where_nothing_follows()
 
     def allows(self, token: int) -> bool:
-        """Whether a token may come next; one alone is asked for faster than all are found."""
+        """Whether a token may come next, as the mask has it; one alone is asked for faster than all are found."""
         if self.is_due and token not in self.ends:
-            return bool(self.matcher.validate_tokens([token]))
+            if not self.matcher.validate_tokens([token]):
+                return False
+            fixed = self.matcher.compute_ff_tokens()  # of text that has no choice: its first token alone may come
+            return not fixed or bool(fixed[0] == token)
         self._wait()
         return self._has(token)
 

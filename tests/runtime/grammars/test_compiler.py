@@ -200,6 +200,8 @@ def test_one_of_disjoint_choices_is_taken(compiler: GrammarCompiler) -> None:
         ("json_schema", {"type": "object", "properties": {"a": {"type": "string"}, "b": {"enum": [1, "é"]}}}),
         ("regex", r"(a|be|\d{2,4} )+[^a-z]*"),
         ("grammar", 'start: ("x" | "yes" start)+ /[a-c]/ <|eom|>?'),
+        ("regex", r"\[time\(\), weather\(city=\"a\"\)\]"),
+        ("json_schema", {"type": "object", "properties": {"k": {"enum": ["no change", "no"]}}, "required": ["k"]}),
     ],
 )
 def test_one_token_is_allowed_where_the_mask_has_it(
