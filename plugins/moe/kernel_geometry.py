@@ -57,6 +57,9 @@ class Geometry:
         group: Inputs of a weight that share a scale in `int4`, a power of two from 8 on; 0 is all of them.
         scale: Type of groups' scales: `fp32`, which lie [E, N, K / group], or the tokens', which lie [E, K / group, N].
         static: Whether the activation scales are given.
+
+    Raises:
+        BuildError: One expert's weight has 2^31 elements or more: within one, the kernels count in 32 bits.
     """
 
     hidden: int
@@ -77,6 +80,11 @@ class Geometry:
         assert self.rounded or not self.static
         if self.kind == "int4":
             assert self.hidden % 2 == self.expert_size % 2 == 0, "a byte's two weights are of one column"
+        if (largest := max(depth * width for depth, width in self.weight_sizes.values())) >= 1 << 31:
+            raise BuildError(
+                f"a weight of one expert has {largest} elements, the GPU kernels take fewer than {1 << 31}: "
+                "split the model over ranks"
+            )
         assert self.scale in ("fp32", self.dtype if self.group else "fp32")
         if self.group:
             assert self.kind == "int4"

@@ -18,6 +18,7 @@ from moe_calls import TYPES, WAYS, inputs_of, interpret, packed, plan_of, ways_o
 from tables import sampled
 from triton_interpreter import Interpreter
 
+from arriero.errors import BuildError
 from arriero.plugins import triton_compiler as kernels
 from arriero.plugins.launch import COUNTERS, Driver, Kernels
 from arriero.plugins.moe import kernel
@@ -236,6 +237,12 @@ def test_scratch_memory_for_more_tokens_serves_fewer() -> None:
             assert now.keys() == before.keys()
             assert all(now[name].size >= before[name].size for name in now)
             before = now
+
+
+def test_an_expert_that_32_bits_cannot_count_is_refused() -> None:
+    with pytest.raises(BuildError, match=r"one expert has 2147483648 elements, .* fewer than 2147483648: split"):
+        dataclasses.replace(llama4(), hidden=1 << 15, expert_size=1 << 15)
+    assert dataclasses.replace(llama4(), hidden=1 << 15, expert_size=(1 << 15) - 1).experts == 16
 
 
 def test_the_plan_needs_the_standard_library_only() -> None:
