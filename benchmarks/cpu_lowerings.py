@@ -51,11 +51,13 @@ class Form:
         op: Its name, with our domain in front where it is ours.
         stored: Type of the weights, or of the caches.
         group: Inputs that share a scale; 0 where all of an output do.
+        is_static: Whether ours rounds activations by one given scale, not a block by its own largest.
     """
 
     op: str
     stored: str
     group: int = 0
+    is_static: bool = False
 
     @property
     def bits(self) -> int:
@@ -72,7 +74,7 @@ class Form:
 
     def __str__(self) -> str:
         groups = f", {'groups' if self.is_ours else 'blocks'} of {self.group}" if self.group else ""
-        return f"`{self.op}` {self.stored}{groups}"
+        return f"`{self.op}` {self.stored}{groups}{', static' if self.is_static else ''}"
 
 
 PRODUCTS = (
@@ -81,6 +83,7 @@ PRODUCTS = (
     Form(op=f"{DOMAIN}.Linear", stored="int4", group=32),
     Form(op="MatMulNBits", stored="int8", group=128),
     Form(op=f"{DOMAIN}.Linear", stored="int8"),
+    Form(op=f"{DOMAIN}.Linear", stored="int8", is_static=True),
 )
 PLAIN_PRODUCTS = (
     Form(op="FusedMatMul", stored="fp32"),
@@ -91,6 +94,7 @@ EXPERTS = (
     Form(op=f"{DOMAIN}.MoeDispatch", stored="int4", group=32),
     Form(op="QMoE", stored="int8", group=128),
     Form(op=f"{DOMAIN}.MoeDispatch", stored="int8"),
+    Form(op=f"{DOMAIN}.MoeDispatch", stored="int8", is_static=True),
     Form(op=f"{DOMAIN}.PlainMoeDispatch", stored="bf16"),
 )
 ATTENTION = (
@@ -130,6 +134,7 @@ class Weights:
             scale=self.floats(*experts, panels, groups, PANEL, dtype=dtype),
             bits=form.bits,
             group=form.group,
+            input_scale=self.floats(*(experts or (1,))) if form.is_static else None,
         )
 
 

@@ -89,8 +89,8 @@ struct StackedInput {
 
 constexpr int64_t DEEP = 256;  // inputs of such a matrix that are added up before others
 constexpr int64_t OUTPUTS_AT_ONCE = 512;  // that many rows meet in a thread's turn
-constexpr int64_t OUTPUTS_READ = 2048;  // that one row meets in a thread's turn: of two bytes they fill a page
-constexpr int64_t SUMS_NEAR = 4096;  // sums of few rows that the first cache holds beside what they meet
+constexpr int64_t OUTPUTS_READ = 4096;  // that one row meets in a thread's turn: of two bytes they fill two small pages
+constexpr int64_t SUMS_NEAR = 8192;  // sums of few rows at once, which the second cache holds easily
 constexpr int64_t BLOCK_FLOATS = 1 << 15;  // widened weights that are on their way at once
 
 // Rows of activations: int8 [rows, K], or in 16 bits where an instruction set asks for it, with a scale a block and,

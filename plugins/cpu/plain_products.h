@@ -30,7 +30,7 @@ constexpr int across(int rows) {
     return rows < (ARRIERO_SET == 2 ? 7 : 3) ? 4 : 3;
 }
 
-constexpr int64_t AHEAD_OF_ONE = 12288;  // bytes that are asked for ahead of what one row meets: three small pages
+constexpr int64_t AHEAD_OF_ONE = 16384;  // bytes that are asked for ahead of what one row meets: four small pages
 constexpr int64_t AHEAD_OF_TILE = 4096;  // and behind the outputs of the next tile
 constexpr int64_t MOST_STRETCHES = 16;   // of an output's inputs, whose sums wait for those of the outputs beside it
 

@@ -6,7 +6,7 @@
 // another, whatever stands beside it: so a batch's rows, a prompt's pieces and single tokens agree bit by bit.
 //
 // Few rows are bound by the memory, which is fastest where a thread reads on and on: a stretch's weights with all
-// outputs, or with those that fill a page, so that the stretches' sums wait for each other until all are there.
+// outputs, or with those that fill some pages, so that the stretches' sums wait for each other until all are there.
 
 constexpr int INPUTS = 8;              // inputs whose weights meet few rows at once
 constexpr int64_t BROAD = 4 * COLUMNS;  // and outputs
