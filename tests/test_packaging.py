@@ -42,6 +42,11 @@ def test_the_package_list_is_the_tree() -> None:
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_in_tree()
 
 
+def test_the_kernels_are_compiled_anew_when_any_of_their_files_has_changed() -> None:
+    (module,) = PROJECT["tool"]["setuptools"]["ext-modules"]
+    assert module["depends"] == sorted(f"plugins/cpu/{path.name}" for path in (ROOT / "plugins" / "cpu").glob("*.h"))
+
+
 def test_the_lock_is_within_the_project_s_ranges() -> None:
     versions = locked(LOCK)
     ranges = [PROJECT["build-system"]["requires"], PROJECT["project"]["dependencies"]]

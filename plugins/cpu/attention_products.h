@@ -1,6 +1,6 @@
 // Products of attention: queries with a block of keys, and weights with the block's values, from caches as they lie.
 //
-// Included once for each instruction set, within its own namespace, behind `plain_products.h` and `caches.h`.
+// Included once for each instruction set, within its own namespace, behind `caches.h` and `transpose.h`.
 //
 // A score is one sum over a head's dims, in their order, and a weighed value one over slots. Few rows of queries meet
 // keys that are turned in registers, and values that are widened there; for many rows a block's keys and values are made
@@ -11,66 +11,6 @@
 
 constexpr int64_t SLOTS = 64;  // slots of a block
 constexpr int SCORED = ARRIERO_SET == 2 ? 6 : 3;  // rows that meet turned keys at once
-
-// As many vectors as each has lanes, as columns.
-inline void transpose(Wide* rows) {
-#if ARRIERO_SET == 2
-    for (Wide* four = rows; four < rows + WIDTH; four += 4) {
-        const Wide a = low(four[0], four[1]), b = high(four[0], four[1]), c = low(four[2], four[3]),
-                   d = high(four[2], four[3]);
-        four[0] = first_pairs(a, c), four[1] = last_pairs(a, c);
-        four[2] = first_pairs(b, d), four[3] = last_pairs(b, d);
-    }
-    Wide turned[WIDTH];
-    for (int i = 0; i < 4; i++) {
-        const auto front = [](Wide a, Wide b) {
-            return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        };
-        const auto back = [](Wide a, Wide b) {
-            return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-        };
-        const auto even = [](Wide a, Wide b) {
-            return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-        };
-        const auto odd = [](Wide a, Wide b) {
-            return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-        };
-        const Wide a = front(rows[i], rows[4 + i]), b = back(rows[i], rows[4 + i]),
-                   c = front(rows[8 + i], rows[12 + i]), d = back(rows[8 + i], rows[12 + i]);
-        turned[i] = even(a, c), turned[4 + i] = odd(a, c), turned[8 + i] = even(b, d), turned[12 + i] = odd(b, d);
-    }
-    for (int i = 0; i < WIDTH; i++) rows[i] = turned[i];
-#elif ARRIERO_SET == 1
-    Wide turned[WIDTH];
-    for (int half = 0; half < 2; half++) {
-        Wide *const four = rows + 4 * half, *const to = turned + 4 * half;
-        const Wide a = low(four[0], four[1]), b = high(four[0], four[1]), c = low(four[2], four[3]),
-                   d = high(four[2], four[3]);
-        to[0] = first_pairs(a, c), to[1] = last_pairs(a, c), to[2] = first_pairs(b, d), to[3] = last_pairs(b, d);
-    }
-    for (int i = 0; i < 4; i++) {
-        rows[i] = __builtin_shufflevector(turned[i], turned[4 + i], 0, 1, 2, 3, 8, 9, 10, 11);
-        rows[4 + i] = __builtin_shufflevector(turned[i], turned[4 + i], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-#else
-    Four from[WIDTH][2], to[WIDTH][2];
-    std::memcpy(from, rows, sizeof from);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            const Four a = from[4 * i][j], b = from[4 * i + 1][j], c = from[4 * i + 2][j], d = from[4 * i + 3][j];
-            const Four lows[2] = {__builtin_shufflevector(a, b, 0, 4, 1, 5), __builtin_shufflevector(c, d, 0, 4, 1, 5)};
-            const Four highs[2] = {__builtin_shufflevector(a, b, 2, 6, 3, 7),
-                                   __builtin_shufflevector(c, d, 2, 6, 3, 7)};
-            to[4 * j][i] = __builtin_shufflevector(lows[0], lows[1], 0, 1, 4, 5);
-            to[4 * j + 1][i] = __builtin_shufflevector(lows[0], lows[1], 2, 3, 6, 7);
-            to[4 * j + 2][i] = __builtin_shufflevector(highs[0], highs[1], 0, 1, 4, 5);
-            to[4 * j + 3][i] = __builtin_shufflevector(highs[0], highs[1], 2, 3, 6, 7);
-        }
-    std::memcpy(rows, to, sizeof to);
-#endif
-}
 
 // A block's slots in a cache: where they begin, and how many there are.
 struct Block {
@@ -95,11 +35,28 @@ struct Keys {
         for (int64_t at = 0; at < part; at += LINE) __builtin_prefetch(from + at, 0, NEAR);
     }
 
+    static Wide as_wide(WideInts values) { return __builtin_convertvector(values, Wide); }
+
     // Some dims of some slots, turned: a vector for each dim. What is beyond the block's slots is zero.
     void turned(int64_t first, int64_t d, Wide* to) const {
         ask(first, d);
         const uint8_t* at = keys + first * slot_size;
         if (first + WIDTH <= slots && d + WIDTH <= size) {
+#if ARRIERO_SET == 2
+            if constexpr (CACHE == Cached::float16) return turned_halves(at + 2 * d, slot_size, to);
+            if constexpr (CACHE == Cached::int8) return turned_bytes(at + d, slot_size, to, as_wide);
+            if constexpr (CACHE == Cached::groups8) {
+                const Wide scales = column_of(at + padded + d / GROUP * 2, slot_size);
+                return turned_bytes(at + d, slot_size, to, [&](WideInts values) { return as_wide(values) * scales; });
+            }
+            if constexpr (CACHE == Cached::groups4) {
+                const uint8_t* const of_group = at + padded / 2 + d / GROUP * 4;
+                const Wide scales = column_of(of_group, slot_size), bases = column_of(of_group + 2, slot_size);
+                const int shift = d % GROUP < LANES ? 0 : 4;
+                return turned_bytes(at + d / GROUP * LANES, slot_size, to,
+                                    [&](WideInts both) { return as_wide(both >> shift & 15) * scales + bases; });
+            }
+#endif
 #pragma GCC unroll 16
             for (int64_t i = 0; i < WIDTH; i++, at += slot_size) to[i] = load_cached<CACHE>(at, d, WIDTH, padded);
         } else {

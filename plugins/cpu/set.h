@@ -7,6 +7,7 @@
 #include "fp8_products.h"
 #include "stacked_products.h"
 #include "caches.h"
+#include "transpose.h"
 #include "attention_products.h"
 #include "attention.h"
 
