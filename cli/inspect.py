@@ -29,6 +29,11 @@ def inspect(
             found["files"] = weight_files(folder, read_spec(folder), weights)
         for file in found.get("files", ()):
             terminal.detail(f"{file['path']} ({size(file['bytes'])}, {file['state']})")
+        is_whole = "ranks" not in found
+        if is_whole and "memory" not in found and (max_seq is not None or batch != 1):
+            terminal.say(f"No memory is estimated: {folder} is no bundle for a CPU.")
+        if is_whole and layers and "every_layer" not in found:
+            terminal.say(f"No fused layers are listed: {folder} holds no engine.")
         if as_json:
             show_json(found)
         else:

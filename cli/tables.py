@@ -8,10 +8,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .ranks_table import describe_ranks, ranks_table
-from .words import files_text, layers_text, parameters_text, quantised_text, size, sizes_text
+from .words import files_text, layers_text, parameters_text, place, quantised_text, size, sizes_text
 
 
 def show_summary(found: dict[str, Any]) -> None:
@@ -19,8 +20,9 @@ def show_summary(found: dict[str, Any]) -> None:
     console = Console()
     model = found["model"]
     built_for = f" for {found['target']}" if found["target"] else ""
+    source = escape(place(found["source"]))
     console.print(
-        f"[bold]{found['kind'].capitalize()}{built_for}[/], from {found['source']}, by Arriero {found['version']}",
+        f"[bold]{found['kind'].capitalize()}{built_for}[/], from {source}, by Arriero {found['version']}",
         highlight=False,
     )
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -40,7 +42,7 @@ def show_summary(found: dict[str, Any]) -> None:
     if files["count"]:
         listed = found.get("files")
         text = files_text(listed) if listed else f"{files['count']}, {size(files['bytes'])}, read in place"
-        facts.add_row("weight files", text)
+        facts.add_row("weight files", escape(text))
     if not found["has_tokenizer"]:
         facts.add_row("tokenizer", "missing: export again with --tokenizer DIR")
     if (vision := found.get("vision")) is not None:
@@ -211,7 +213,7 @@ def show_quantised(records: list[dict[str, Any]], kept: dict[str, str], report: 
     if known:
         worst = min(known, key=lambda record: record["output_sqnr"])
         console.print(f"Worst output: {worst['name']}, {worst['output_sqnr']:.1f} dB", highlight=False, soft_wrap=True)
-    console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {report}", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_sizes(found: dict[str, Any]) -> None:
@@ -283,22 +285,19 @@ def show_verdict(found: dict[str, Any], report: Path | None) -> None:
         table.add_row(name.replace("_", " "), value, interval, bound, outcome)
     console.print(table)
     for note in found["notes"]:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, markup=False)
     if (location := found["location"]) is not None:
         console.print(location_text(location), highlight=False)
-    words = {
-        "pass": "passes",
-        "regressed": "has regressed",
-        "undecided": f"cannot be judged: {found.get('remedy') or 'give more --data'}",
-    }
-    outcome = found["outcome"]
+    words = {"pass": "passes", "regressed": "has regressed", "undecided": "cannot be judged"}
+    remedy = f": {found.get('remedy') or 'give more --data'}" if found["outcome"] == "undecided" else ""
+    outcome, candidate, reference = found["outcome"], *(escape(str(found[side])) for side in ("candidate", "reference"))
     console.print(
-        f"[bold {colour[outcome]}]{found['candidate']} {words[outcome]}[/], over {found['tokens']:,} tokens in "
-        f"{found['windows']} windows, against {found['reference']}.",
+        f"[bold {colour[outcome]}]{candidate} {words[outcome]}[/], over {found['tokens']:,} tokens in "
+        f"{found['windows']} windows, against {reference}{remedy}.",
         highlight=False,
     )
     if report is not None:
-        console.print(f"Report: {report / 'report.html'}", highlight=False)
+        console.print(f"Report: {report / 'report.html'}", highlight=False, markup=False)
 
 
 def interval_text(low: float | None, high: float | None) -> str:

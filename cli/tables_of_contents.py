@@ -4,19 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .tables import show_summary, show_verdict
-from .words import files_text, layers_text, parameters_text, size, sizes_text
+from .words import files_text, layers_text, parameters_text, place, size, sizes_text
 
 
 def show_contents(found: dict[str, Any]) -> None:
     """Prints what `contents.describe` found."""
     kind = found["kind"]
     if kind == "checkpoint":
-        _show(f"Checkpoint at {found['path']}", checkpoint_facts(found))
+        _show(f"Checkpoint at {place(found['path'])}", checkpoint_facts(found))
     elif kind == "golden":
-        _show(f"Golden file of {found['source']}", golden_facts(found))
+        _show(f"Golden file of {place(found['source'])}", golden_facts(found))
     elif kind == "verdict":
         show_verdict({**found, "location": found.get("location"), "notes": found.get("notes") or []}, None)
         _show_circumstances(found)
@@ -61,10 +62,10 @@ def golden_facts(found: dict[str, Any]) -> dict[str, str]:
 
 def _show(title: str, facts: dict[str, str]) -> None:
     console = Console()
-    console.print(f"[bold]{title}[/]", highlight=False)
+    console.print(title, style="bold", highlight=False, markup=False)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in facts.items():
-        table.add_row(name, text)
+        table.add_row(name, escape(text))
     console.print(table, highlight=False)
 
 

@@ -54,7 +54,7 @@ def show_measured(found: dict[str, Any], folder: Path | None) -> None:
         )
     if folder is not None:
         lines.append(f"Plot: {folder / PLOT}")
-    console.print("\n".join(lines), highlight=False)
+    console.print("\n".join(lines), highlight=False, markup=False)
 
 
 def show_load(found: dict[str, Any], folder: Path | None) -> None:

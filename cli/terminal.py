@@ -19,6 +19,7 @@ from ..errors import ArrieroError, ArrieroWarning, extra_of
 from ..files.disks import full_disk
 from ..spec.types import Progress
 from .streams import show_json
+from .words import place, size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,15 +132,13 @@ class Terminal:
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         sizes = {file: file.stat().st_size for file in files}
         if self.verbose:
-            from .words import size
-
             for file, count in sizes.items():
                 self.detail(f"{file} ({size(count)})")
         total = sum(sizes.values())
         if as_json:
             show_json({"folder": str(path), "bytes": total, "seconds": round(seconds, 3), **more})
         else:
-            self.say(f"Wrote {path} ({total / 1e6:.1f} MB) in {seconds:.1f} s")
+            self.say(f"Wrote {place(path)} ({total / 1e6:.1f} MB) in {seconds:.1f} s")
 
 
 class Speed:

@@ -44,10 +44,18 @@ def count(number: int) -> str:
     return str(number)
 
 
+def place(path: str | Path) -> str:
+    """A path for a person: from the working directory where it lies in there, as it is where it doesn't."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except (ValueError, OSError):  # the working directory may be gone
+        return str(path)
+
+
 def files_text(files: list[dict[str, Any]]) -> str:
     """Weight files in words: how many, how large, where, and which are not there."""
     places = sorted({str(Path(file["path"]).parent) for file in files})
-    where = places[0] if len(places) == 1 else f"{len(places)} folders"
+    where = place(places[0]) if len(places) == 1 else f"{len(places)} folders"
     lost = [f"{file['name']} is {file['state']}" for file in files if file["state"] != "there"]
     text = f"{len(files)}, {size(sum(file['bytes'] for file in files))}, in {where}"
     return f"{text}; {'; '.join(lost[:8])}{f' and {len(lost) - 8} more' if len(lost) > 8 else ''}" if lost else text

@@ -171,7 +171,8 @@ def _lead(bundles: Sequence[Compared]) -> str:
         return ""
     passed = [each.name for each in checked if each.verdict["outcome"] == "pass"]
     if not passed:
-        return "None of them keeps its limits."
+        is_open = any(each.verdict["outcome"] == "undecided" for each in checked)
+        return "None of them is seen to keep its limits." if is_open else "None of them keeps its limits."
     smallest = next(each for each in checked if each.name in passed)
     text = f"The smallest that keeps its limits: {smallest.name}"
     fast = [each for each in checked if each.name in passed and each.case]

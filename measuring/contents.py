@@ -116,20 +116,26 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     }
 
 
+def _way_out(path: Path) -> str:
+    """The remedy for a file that is not shown by itself: the folder that it is a part of, or all that is shown."""
+    is_part = any((path.parent / name).is_file() for name in (SPEC, "config.json"))
+    return f"give the folder that it is a part of, {path.parent}" if is_part else f"give {FORMS}"
+
+
 def _golden(path: Path) -> dict[str, Any]:
     """A golden file, from its header."""
     try:
         shard = open_shard(path)
         about = shard.metadata
         if "golden" not in about:
-            raise FolderError(f"{path} is no golden file: give {FORMS}")
+            raise FolderError(f"{path} is no golden file: {_way_out(path)}")
         windows, length = shard.tensors["ids_WS"].shape
         model = ModelSpec.from_fields(parse_json(about["model"]))
         source, written_by, form = about["source"], about["arriero"], about["format"]
     except (FolderError, PointerError):
         raise
     except (ArrieroError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FolderError(f"{path} is no golden file, or damaged ({str(error)[:100]}): give {FORMS}") from error
+        raise FolderError(f"{path} is no golden file, or damaged ({str(error)[:100]}): {_way_out(path)}") from error
     return {
         "kind": "golden",
         "path": str(path),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from arriero.cli.app import app
 
@@ -35,6 +36,17 @@ def test_python_runs_as_it_stands(page: str, tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout) > 100
+
+
+def test_the_folder_that_the_readme_inspects_is_shown_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, ["export", "examples/tiny-llama4", "-o", "tiny"]).stderr
+    assert said.startswith("Wrote tiny (")
+    CliRunner().invoke(app, ["build", "tiny", "-o", "tiny-cpu", "--target", "cpu"])
+    shown = CliRunner().invoke(app, ["inspect", "tiny-cpu"], env={"COLUMNS": "80"}).stdout
+    (block,) = re.findall(r"^\$ arriero inspect tiny-cpu\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert [line.rstrip() for line in shown.splitlines()] == block.splitlines()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from arriero.cli.tables import kind_of, show_quantised
+from arriero.cli.tables import kind_of, show_quantised, show_verdict
 
 REPORT = Path("/somewhere/report.html")
 
@@ -75,3 +75,22 @@ def test_every_weight_is_listed_whole_where_asked_for(capsys: pytest.CaptureFixt
 def test_a_model_with_nothing_quantised_has_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     show_quantised([], {"lm_head": "float32"}, REPORT, every_weight=False)
     assert "float32" in capsys.readouterr().err
+
+
+def test_brackets_in_a_folders_name_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    found: dict[str, Any] = {
+        "limits": [],
+        "metrics": {},
+        "notes": ["of [red] and [/]"],
+        "location": None,
+        "outcome": "pass",
+    }
+    found |= {"candidate": "[new]/a", "reference": "[/old]", "tokens": 5, "windows": 1}
+    show_verdict(found, Path("[out]"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith(
+        "of [red] and [/] [new]/a passes, over 5 tokens in 1 windows, against [/old]. Report: [out]/report.html"
+    )
+    show_verdict(found | {"outcome": "undecided", "remedy": "give more --samples than 3", "notes": []}, None)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith("in 1 windows, against [/old]: give more --samples than 3.")

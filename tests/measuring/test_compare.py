@@ -64,6 +64,13 @@ def test_results_of_one_bundle_are_one_row_wherever_it_lay(tmp_path: Path) -> No
     assert page.count("<h1") == 1
 
 
+def test_what_cannot_be_judged_is_not_said_to_break_its_limits(tmp_path: Path) -> None:
+    regressed = written(tmp_path, a=verdict("int4", 4, "regressed"))
+    assert "None of them keeps its limits." in compare_page(regressed)
+    undecided = written(tmp_path, b=verdict("int8", 8, "undecided"))
+    assert "None of them is seen to keep its limits." in compare_page([*regressed, *undecided])
+
+
 def test_names_stand_where_the_picture_has_room_for_them(tmp_path: Path) -> None:
     long = "llama-4-scout-int8-of-september"
     results = {

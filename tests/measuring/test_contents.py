@@ -113,8 +113,17 @@ def test_anything_else_says_what_can_be_given(tiny_model: Path, tmp_path: Path) 
     with pytest.raises(FolderError, match="is a packed bundle: unpack it with"):
         describe(packed)
     (tmp_path / "x").write_text("x")
-    with pytest.raises(FolderError, match="no golden file, or damaged"):
+    with pytest.raises(FolderError, match=r"no golden file, or damaged .*: give a checkpoint, a model"):
         describe(tmp_path / "x")
+    with pytest.raises(FolderError, match=f"give the folder that it is a part of, {tiny_model}$"):
+        describe(tiny_model / "decoder.onnx")
+
+
+def test_options_that_show_nothing_more_say_so(tiny_model: Path) -> None:
+    ran = CliRunner().invoke(app, ["inspect", str(tiny_model), "--layers", "--batch", "2"])
+    assert ran.exit_code == 0
+    assert "No memory is estimated" in ran.stderr
+    assert "No fused layers are listed" in ran.stderr
 
 
 VERDICT = {
