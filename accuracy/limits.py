@@ -85,6 +85,8 @@ def read_limits(path: str | Path) -> dict[str, dict[str, float]]:
 
 def _profile(path: Path, name: str, fields: Any) -> dict[str, float]:
     """One profile's limits."""
+    if name in METRICS and not isinstance(fields, dict):
+        raise AccuracyError(f"{path}: {name} stands in no table: put it under [{EVERY}] or a recipe's, as [int8]")
     if name not in (EVERY, *DEFAULTS):
         names = ", ".join(f"[{each}]" for each in (EVERY, *DEFAULTS))
         raise AccuracyError(f"{path}: profile [{shortened_text(name, 60)}] is unknown: choose from {names}")

@@ -28,6 +28,7 @@ WORST, CONTEXT = 12, 12
 """Tokens that are shown, and how many before each."""
 
 WORDS = {"pass": "passes", "regressed": "has regressed", "undecided": "cannot be judged: not enough data to tell"}
+INTERVALS = "Intervals hold 95 %, by drawing whole windows anew."
 ORIGINS = {"default": "by default", "file": "from the file", "given": "as given"}
 NAMES = {name: words for name, (_, words) in METRICS.items()} | {
     "reference_perplexity": "perplexity of the reference",
@@ -153,8 +154,10 @@ def _metrics(verdict: Verdict) -> Section:
     for name in [*verdict.metrics, *(name for name in judged if name not in verdict.metrics)]:
         value, interval = shown(name, verdict.metrics.get(name))
         rows.append([NAMES[name], Cell(text=value, small=interval), *_limit(judged.get(name))])
-    notes = " ".join(verdict.notes)
-    text = f"Intervals hold 95 %, by drawing whole windows anew. {notes}".strip()
+    has_intervals = any(np.isfinite(found.low) for found in verdict.metrics.values())
+    said = [INTERVALS if has_intervals else "There are too few windows for intervals."]
+    said += [f"To decide what is open, {verdict.remedy}."] if verdict.remedy else []
+    text = " ".join([*said, *verdict.notes])
     columns = [Column(name="metric", breaks=True), Column(name="found", numeric=True)]
     columns.append(Column(name="limit", numeric=True))
     return Section(title="What was found", text=text, body=table(columns, rows))

@@ -147,8 +147,8 @@ def write_report(folder: Path, report: Report, written: Written) -> None:
 
 
 def size(count: int) -> str:
-    """Bytes for a person."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+    """Bytes for a person; no line ends between number and unit."""
+    return f"{count / 1e9:,.1f}\N{NO-BREAK SPACE}GB" if count >= 1e9 else f"{count / 1e6:,.1f}\N{NO-BREAK SPACE}MB"
 
 
 def render_report(report: Report, written: Written) -> str:

@@ -18,7 +18,7 @@ import arriero
 from arriero.accuracy import check, record_golden
 from arriero.accuracy.golden import read_golden
 from arriero.accuracy.metrics import routing_matrix
-from arriero.accuracy.report import write_report
+from arriero.accuracy.report import page, write_report
 from arriero.calibration import fp8, int4, int8
 from arriero.cli.app import app
 from arriero.engine import build_bundle
@@ -190,6 +190,8 @@ def test_exit_codes_tell_the_verdict(
 def test_too_little_text_is_a_verdict(tiny: Path, tiny_model: Path, text: Path) -> None:
     verdict = check(tiny_model, tiny, data=[text], samples=2)
     assert verdict.outcome == "undecided"
+    said = "There are too few windows for intervals. To decide what is open, give more --samples than 2."
+    assert said in page(verdict)
 
 
 def test_bad_input_is_named(

@@ -23,7 +23,7 @@ def test_an_option_goes_before_the_profile_and_that_before_every_and_the_default
     [
         ("[int9]\nkl = 1", r"profile \[int9\] is unknown: choose from \[every\], \[none\], \[int8\]"),
         ("[int8]\nkld = 1", r"\[int8\]: limit 'kld' is unknown: choose from perplexity_ratio"),
-        ("kl = 0.1", r"profile \[kl\] is unknown"),
+        ("kl = 0.1", r"kl stands in no table: put it under \[every\] or a recipe's, as \[int8\]"),
         ("int8 = 3", r"int8 is 3, expected a table \[int8\]"),
         ("[int8]\ntop1 = 95", r"the limit of top1 is 95, expected a share from 0 to 1, as 0.95: 95 % is 0.95"),
         ("[int8]\nkl = true", "the limit of kl is True, expected nats"),
