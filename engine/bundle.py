@@ -277,11 +277,15 @@ def _packed_draft(
 def _place(file: WeightFile, source: Path, folder: Path, moved: Path | None, copies: bool) -> WeightFile:
     """Weights of a self-contained model go into the bundle, as hard links where the file system has them.
 
-    Copies share nothing with the model: who writes into its files changes no bundle that is to stand alone.
+    Copies share nothing with the model: who writes into its files changes no bundle that is to stand alone. Weights
+    that are read in place and have moved are looked for where they are said to be now.
     """
-    if (folder / file.name).exists() or (file.path and not copies):
+    is_elsewhere = file.path and not copies
+    if (folder / file.name).exists() or (is_elsewhere and moved is None):
         return file
     path = find_files(source, [file], moved, option="--weights-from")[file.name]
+    if is_elsewhere:
+        return dataclasses.replace(file, path=str(path.absolute()))
     if copies:
         copy_sparse(path, folder / file.name)
         return dataclasses.replace(file, path="")

@@ -80,7 +80,8 @@ class Options:
         for name, known in (("gqa", ("plugin", "native")), ("weights", ("inside", "experts", "outside"))):
             value = getattr(self, name)
             if value is not None and value not in known:
-                raise BuildError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+                elsewhere = "; a folder of weight files goes with --weights-from" if name == "weights" else ""
+                raise BuildError(f"{name} is {value!r}, expected one of {', '.join(known)}{elsewhere}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -137,6 +137,28 @@ FOLDERS = (
         follow=lambda place: runs(moved_export(place)[0], weights=moved_export(place)[1]),
     ),
     Remedy(
+        name="weights of a bundle that were moved",
+        provoke=lambda place: arriero.load(built(place, moved_export(place)[0])),
+        says="give its folder with --weights$",
+        follow=lambda place: runs(
+            built(place, moved_export(place)[0], options=Options(weights_from=moved_export(place)[1]))
+        ),
+    ),
+    Remedy(
+        name="a bundle that is to read weights where they are not",
+        provoke=lambda place: built(place, place.model, options=Options(weights_from=place.room)),
+        says="give its folder with --weights-from$",
+        follow=lambda place: runs(built(place, place.model)),
+    ),
+    Remedy(
+        name="the folder of moved weights as their placement",
+        provoke=lambda place: built(place, place.model, options=Options(weights=str(place.small))),  # type: ignore[arg-type]
+        says="a folder of weight files goes with --weights-from$",
+        follow=lambda place: runs(
+            built(place, moved_export(place)[0], options=Options(weights_from=moved_export(place)[1]))
+        ),
+    ),
+    Remedy(
         name="weights of a quantised model that were moved",
         provoke=lambda place: built(place, moved_int8(place)[0]),
         says="give its folder with --weights-from$",
