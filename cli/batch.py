@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 LARGEST = 1 << 32
 """Bytes of a file of answers at most."""
 
+FORM = 'write each in a line of JSON, {"prompt": TEXT} or {"messages": […]}'
+"""The way to a file of prompts."""
+
 AT_ONCE = 256
 """Prompts that are read and held at once; their images too."""
 
@@ -56,20 +59,20 @@ def read_prompts(path: Path) -> list[Asked]:
     from ..walk.rows import read_utf8
 
     found = []
-    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+    for number, line in enumerate(read_utf8(path, "give a file of prompts with --prompts").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise DataError(f"{where}: not JSON ({str(error)[:100]}): correct it") from error
+            raise DataError(f"{where}: not JSON ({str(error)[:100]}): {FORM}") from error
         given = [name for name in ("prompt", "messages") if isinstance(row, dict) and name in row]
         if len(given) != 1 or not isinstance(row[given[0]], str if given[0] == "prompt" else list):
-            raise DataError(f'{where}: expected {{"prompt": TEXT}} or {{"messages": […]}}: correct it')
+            raise DataError(f"{where}: no prompt: {FORM}")
         found.append(Asked(number=number, name=row.get("id"), prompt=_located(row[given[0]], path.parent)))
     if not found:
-        raise DataError(f'{path} holds no prompt: write a line {{"prompt": TEXT}} each')
+        raise DataError(f"{path} holds no prompt: {FORM}")
     return found
 
 
@@ -206,9 +209,15 @@ def _named(asked: Asked) -> dict[str, Any]:
 
 
 def check_prompts(
-    prompts: Path | None, output: Path | None, of_one: dict[str, Any], prompt_lookup: int, top_logprobs: int | None
+    prompts: Path | None,
+    output: Path | None,
+    of_one: dict[str, Any],
+    prompt_lookup: int,
+    top_logprobs: int | None,
+    *,
+    as_json: bool,
 ) -> None:
-    """Refuses options that do not go with a file of prompts.
+    """Refuses options that do not go with a file of prompts, or with none.
 
     Raises:
         SessionError: One is given, or the file for the answers is not.
@@ -216,6 +225,8 @@ def check_prompts(
     if prompts is None:
         if output is not None:
             raise SessionError("-o is the file of answers to --prompts FILE: add it, or leave -o out")
+        if top_logprobs is not None and not as_json:
+            raise SessionError("--top-logprobs are shown in the JSON result alone: add --json, or leave them out")
         return
     if output is None:
         raise SessionError("--prompts needs a file for the answers: add -o OUT.jsonl")

@@ -41,6 +41,9 @@ def bench(
 
         if (folder is None) == (url is None):
             raise SessionError("give a FOLDER to time, or --url and the address of a server, one of the two")
+        of_server = {"--model": model, "--endpoint": endpoint != "completions", "--api-key-file": api_key_file}
+        of_folder = {"--threads": threads, "--pages": pages != "auto", "--weights": weights}
+        check_given({**of_server, "--shared": shared} if url is None else of_folder, "a folder" if url is None else url)
         if output is not None:
             check_output(output, force=force)
         asked["prefill"], rows = parse_sizes(prefill, "--prefill"), parse_sizes(batch, "--batch")
@@ -61,6 +64,17 @@ def bench(
             from .tables_of_speed import show_load, show_measured
 
             (show_measured if url is None else show_load)(found, output)
+
+
+def check_given(others: dict[str, Any], measured: str) -> None:
+    """Refuses options that say nothing of what is measured.
+
+    Raises:
+        SessionError: One is given.
+    """
+    if given := next((option for option, value in others.items() if value), None):
+        kind = "a server, by --url" if measured == "a folder" else "a folder"
+        raise SessionError(f"{given} is for {kind}, and {measured} is measured: leave it out")
 
 
 def measure_server(

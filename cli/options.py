@@ -88,7 +88,7 @@ Activations = Annotated[
     str | None, typer.Option(help="static, or dynamic: a scale a token.", show_default="the recipe's")
 ]
 Clip = Annotated[str | None, typer.Option(help="absmax, percentile, entropy or mse.", show_default="the recipe's")]
-Percentile = Annotated[float | None, typer.Option(help="For --clip percentile, in percent.")]
+Percentile = Annotated[float | None, typer.Option(help="For --clip percentile, in percent.", show_default="99.99")]
 Smoothing = Annotated[str | None, typer.Option(help="none, smoothquant or awq.", show_default="the recipe's")]
 Strength = Annotated[float | None, typer.Option(help="Strength of the smoothing, 0 to 1.", show_default="searched")]
 Rounding = Annotated[str | None, typer.Option(help="nearest or gptq.", show_default="the recipe's")]

@@ -108,7 +108,7 @@ def run(
         settings |= {"json_schema": read_option(json_schema, "--json-schema")}
         settings |= {"grammar": read_option(grammar, "--grammar")}
         of_one = {"--prompt": prompt, "--image": image, "--chat": chat, "--system": system}
-        check_prompts(prompts, output, of_one, prompt_lookup, top_logprobs)
+        check_prompts(prompts, output, of_one, prompt_lookup, top_logprobs, as_json=as_json)
         loading = {"max_seq": max_seq, "threads": threads, "weights": weights, "trust": trust, "pages": pages}
         if prompts is not None and output is not None:
             run_prompts(folder, prompts, output, settings, loading, terminal, force=force, as_json=as_json)

@@ -66,6 +66,11 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
                 "config.json: text_config is given, but model_type is 'llama4_text': restore the file"
             )
         return config
+    if "speculators_model_type" in config or "eagle_config" in config or "Eagle" in str(config.get("architectures")):
+        raise CheckpointError(
+            "config.json is an EAGLE-3 head's, which only guesses for a model: export the model's checkpoint, and give "
+            "this folder with --draft"
+        )
     raise CheckpointError(
         f"config.json: model_type is {shortened(kind)}; Arriero takes 'llama4' and 'llama4_text' checkpoints"
     )

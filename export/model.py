@@ -78,7 +78,7 @@ def export_checkpoint(
     if (Path(checkpoint) / SPEC).exists():
         _refuse_exported(checkpoint, dtype, tokenizer, draft)
         return _split(checkpoint, target, tp, ep, copy_weights, weights, force=force, progress=progress, notice=notice)
-    source = find_checkpoint(checkpoint).absolute()
+    source = _checkpoint_folder(checkpoint, weights)
     small = source if tokenizer is None else _tokenizer_folder(tokenizer)
     check_apart(source, target)
     check_free(target, force=force)
@@ -99,6 +99,21 @@ def _open(source: Path, dtype: DType | None, notice: Callable[[str], None]) -> t
     opened = open_checkpoint(source)
     _check_quantised(opened, dtype, notice)
     return opened, opened.spec if dtype is None else dataclasses.replace(opened.spec, dtype=dtype)
+
+
+def _checkpoint_folder(given: str | Path, weights: str | Path | None) -> Path:
+    """The folder of a checkpoint, which has no weights elsewhere.
+
+    Raises:
+        ExportError: A folder of moved weights is given.
+    """
+    folder = find_checkpoint(given).absolute()
+    if weights is not None and folder.is_dir():
+        raise ExportError(
+            f"--weights is for a model folder that is split, and {folder} is none: a checkpoint's weights lie in its "
+            "own folder, leave --weights out"
+        )
+    return folder
 
 
 def _refuse_exported(checkpoint: str | Path, *asked: str | Path | None) -> None:

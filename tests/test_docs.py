@@ -25,6 +25,12 @@ def test_a_generated_page_is_what_the_code_says_now(name: str) -> None:
     assert (DOCS / name).read_text("utf-8") == pages()[name], f"{name} is stale: run `make docs`"
 
 
+def test_an_option_within_code_is_not_marked_again() -> None:
+    page = (DOCS / "command-line.md").read_text("utf-8")
+    assert "`arriero check --history`" in page
+    assert "``" not in re.sub("^```.*", "", page, flags=re.MULTILINE)
+
+
 def test_every_field_of_spec_json_is_described() -> None:
     assert not spec_json.undescribed()
 

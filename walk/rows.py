@@ -72,20 +72,24 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from _parquet(path) if path.suffix.lower() == PARQUET else _json(path)
 
 
-def read_utf8(path: Path) -> str:
+def read_utf8(path: Path, remedy: str = "give text files with --data") -> str:
     """A file's text.
+
+    Args:
+        path: The file.
+        remedy: For one that is not there, or is a folder.
 
     Raises:
         DataError: It cannot be read, or is none.
     """
     if path.is_dir():
-        raise DataError(f"{path} is a folder: give the files in it with --data, each by itself")
+        raise DataError(f"{path} is a folder: {remedy}")
     if why := REFUSED.get(path.suffix.lower()):
         raise DataError(f"{path} {why}")
     try:
-        content = read_bytes(path, DataError, "give text files with --data", most=LARGEST)
+        content = read_bytes(path, DataError, remedy, most=LARGEST)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: {error.strerror}: give text files with --data") from error
+        raise DataError(f"{path}: {error.strerror}: {remedy}") from error
     if content.startswith(POINTER):
         raise DataError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
     try:

@@ -145,5 +145,6 @@ def _verb(name: str, callback: Callable[..., Any]) -> str:
 
 
 def said(text: str) -> str:
-    """A help text as Markdown, the options that it names as code."""
-    return escape(OPTION.sub(r"`\1`", text))
+    """A help text as Markdown, the options that it names as code, but for those in code already."""
+    parts = text.split("`")
+    return escape("`".join(part if index % 2 else OPTION.sub(r"`\1`", part) for index, part in enumerate(parts)))

@@ -81,7 +81,9 @@ def test_prompts_are_answered_as_if_alone_and_one_that_fails_ends_no_other(
         (["--prompts", "p.jsonl"], "add -o OUT.jsonl"),
         (["--prompt", "x", "-o", "out"], "-o is the file of answers to --prompts FILE"),
         (["--prompts", "p.jsonl", "-o", "out", "--chat"], "--chat does not go with --prompts"),
-        (["--prompts", "none.jsonl", "-o", "out"], "No such file"),
+        (["--prompts", "none.jsonl", "-o", "out"], "No such file or directory: give a file of prompts with --prompts"),
+        (["--prompts", ".", "-o", "out"], "is a folder: give a file of prompts with --prompts"),
+        (["--prompt", "x", "--top-logprobs", "2"], "the JSON result alone: add --json"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: list[str], said: str) -> None:
@@ -105,3 +107,4 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     code, _, stderr = run("nowhere", "--prompts", tmp_path / "p.jsonl", "-o", tmp_path / "out")
     assert code == 2
     assert "p.jsonl, line 2" in stderr
+    assert 'write each in a line of JSON, {"prompt": TEXT} or' in stderr

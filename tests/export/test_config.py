@@ -57,6 +57,8 @@ def test_transformers_5_names_are_read() -> None:
     [
         ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
         ({"model_type": None}, "model_type is None"),
+        ({"model_type": None, "speculators_model_type": "eagle3"}, "give this folder with --draft"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"]}, "give this folder with --draft"),
         ({"hidden_size": 0}, "hidden_size is 0, expected a whole number from 1 up"),
         ({"hidden_size": "5120"}, "hidden_size is '5120'"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),

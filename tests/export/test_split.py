@@ -136,6 +136,11 @@ def test_a_model_folder_is_split_as_its_checkpoint_is(exported: Callable[..., Pa
             assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
+def test_weights_that_moved_are_a_models_alone(scout: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="a checkpoint's weights lie in its own folder, leave --weights out"):
+        export_checkpoint(scout, tmp_path / "out", weights=tmp_path)
+
+
 def test_a_model_is_not_exported_again_or_converted(exported: Callable[..., Path], tmp_path: Path) -> None:
     whole = exported("scout", 1, 1)
     with pytest.raises(ExportError, match="is exported already: give --tp or --ep"):

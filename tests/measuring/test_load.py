@@ -98,9 +98,17 @@ def test_what_is_no_server_is_refused_in_a_line(server: Answers) -> None:
 
 
 def test_a_folder_or_a_server_is_measured_and_not_both(server: Answers) -> None:
-    for asked in ([], ["x", "--url", server.url]):
+    for asked, said in (
+        ([], "one of the two"),
+        (["x", "--url", server.url], "one of the two"),
+        (["x", "--shared", "5"], "--shared is for a server, by --url, and a folder is measured: leave it out"),
+        (["x", "--endpoint", "chat"], "--endpoint is for a server"),
+        (["--url", server.url, "--threads", "2"], f"--threads is for a folder, and {server.url} is measured"),
+        (["--url", server.url, "--pages", "file"], "--pages is for a folder"),
+    ):
         ran = CliRunner().invoke(app, ["bench", *asked])
         assert ran.exit_code == 2
+        assert said in ran.stderr
 
 
 def test_failures_of_some_are_counted(server: Answers) -> None:
