@@ -40,6 +40,7 @@ class Choice:
     Attributes:
         index: Its number.
         reader: Takes calls out of its text; None where there are no tools.
+        calls_before: Calls that came before its first text.
     """
 
     index: int
@@ -50,6 +51,7 @@ class Choice:
     finish: str | None = None
     tokens: int = 0
     reused: int = 0
+    calls_before: int = 0
 
     @property
     def text(self) -> str:
@@ -82,6 +84,7 @@ class Choice:
             is_called = (self.calls or calls) and piece.finish != "length"  # one that is cut off may not be whole
             self.finish = "tool_calls" if is_called else FINISHES[piece.finish]
         if content:
+            self.calls_before = self.calls_before if self.content else len(self.calls)
             self.content.append(content)
         for call in calls:
             self._add_call(call)

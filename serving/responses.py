@@ -192,15 +192,14 @@ class ResponseWriter:
         is_cut = self.choice.finish == "length"
         status = "incomplete" if is_cut else "completed"
         logprobs = self.service.texts.chat(self.choice.logprobs) if self.request.include else []
-        items: list[tuple[int, dict[str, Any]]] = []
+        output = [
+            self._item(index, call["id"], call["function"]["name"], call["function"]["arguments"], status)
+            for index, call in enumerate(self.choice.calls)
+        ]
         if self.choice.text or not self.choice.calls:
             part = {"type": "output_text", "text": self.choice.text, "annotations": [], "logprobs": logprobs}
             message = {"type": "message", "id": self.message_id, "status": status, "role": "assistant"}
-            items.append((self.places.get(self.message_id, 0), {**message, "content": [part]}))
-        for index, call in enumerate(self.choice.calls):
-            item = self._item(index, call["id"], call["function"]["name"], call["function"]["arguments"], status)
-            items.append((self.places.get(self.call_ids[index], len(items)), item))
-        output = [item for _, item in sorted(items, key=lambda each: each[0])]
+            output.insert(self.choice.calls_before, {**message, "content": [part]})
         return self._answer(
             status, output, usage=self._usage(), cut={"reason": "max_output_tokens"} if is_cut else None
         )

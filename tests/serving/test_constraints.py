@@ -73,7 +73,10 @@ def test_responses_demand_calls_too_and_take_their_results(client: OpenAI) -> No
     assert client.responses.create(input=items, max_output_tokens=5, **asked).usage
 
 
-@pytest.mark.parametrize("written", [None, "[time()]", "Hm. [time()]"])
+MIXED = "<|python_start|>[time(), time()]<|python_end|>So."
+
+
+@pytest.mark.parametrize("written", [None, "[time()]", "Hm. [time()]", MIXED])
 def test_the_events_of_calls_and_log_probabilities_are_those_of_the_answer(client: OpenAI, written: str | None) -> None:
     tools: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
     asked: dict[str, Any] = {"tools": tools, "include": ["message.output_text.logprobs"], "temperature": 0}
@@ -86,7 +89,8 @@ def test_the_events_of_calls_and_log_probabilities_are_those_of_the_answer(clien
         events: list[Any] = list(stream)
     output = events[-1].response.output
     assert [item.type for item in output] == [item.type for item in whole.output]
-    assert {item.type for item in output} == {"message" if written and written[0] == "H" else "function_call"}
+    kinds = {"Hm. [time()]": ["message"], MIXED: ["function_call", "function_call", "message"]}
+    assert written is None or [item.type for item in output] == kinds.get(written, ["function_call"])
     for kind in ("added", "done"):
         ends = [event for event in events if event.type == f"response.output_item.{kind}"]
         assert [(event.output_index, event.item.id) for event in ends] == [
