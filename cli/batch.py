@@ -31,6 +31,9 @@ LARGEST = 1 << 32
 FORM = 'write each in a line of JSON, {"prompt": TEXT} or {"messages": […]}'
 """The way to a file of prompts."""
 
+FILE = "give a file of prompts with --prompts"
+"""The way to one."""
+
 AT_ONCE = 256
 """Prompts that are read and held at once; their images too."""
 
@@ -59,7 +62,7 @@ def read_prompts(path: Path) -> list[Asked]:
     from ..walk.rows import read_utf8
 
     found = []
-    for number, line in enumerate(read_utf8(path, "give a file of prompts with --prompts").split("\n"), start=1):
+    for number, line in enumerate(read_utf8(path, FILE, FILE).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

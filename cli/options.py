@@ -232,7 +232,7 @@ PromptLookup = Annotated[
     int,
     typer.Option(
         help="Tokens at most to guess from what followed the last ones before, and to verify at once. The text stays "
-        "the same: of int8 and int4 models bit for bit, of others but for ties within rounding."
+        "the same: on the CPU bit for bit, on a GPU but for ties within rounding."
     ),
 ]
 StopString = Annotated[list[str] | None, typer.Option(help="Text that ends it; may be repeated.")]

@@ -10,9 +10,9 @@ have one prompt, which is read once.
 
 Rows may share one budget of memory: each takes what its length needs, and a request waits while that is not there.
 
-On the CPU the kernels of int8 and int4 compute a row alike whatever stands beside it, and a prompt alike however it is
-cut: logits and texts equal those of the sequence alone, bit by bit. A float32 product over several rows adds up in
-another order than over one: there logits are equal within float32's rounding, and tokens but for ties within it.
+On the CPU the kernels compute a row alike whatever stands beside it, and a prompt alike however it is cut: logits and
+texts equal those of the sequence alone, bit by bit. On a GPU logits are equal within rounding, and tokens but for ties
+within it.
 
 An error ends the request that it comes from and no other: its last piece has the `finish` "error" and the error, a
 `StepError` where the step failed by no fault of the request. Where a step of several rows fails, each is tried alone.

@@ -72,18 +72,23 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from _parquet(path) if path.suffix.lower() == PARQUET else _json(path)
 
 
-def read_utf8(path: Path, remedy: str = "give text files with --data") -> str:
+def read_utf8(
+    path: Path,
+    remedy: str = "give text files with --data",
+    of_folder: str = "give the files in it with --data, each by itself",
+) -> str:
     """A file's text.
 
     Args:
         path: The file.
-        remedy: For one that is not there, or is a folder.
+        remedy: The way out where it cannot be read.
+        of_folder: The way out where it is a folder.
 
     Raises:
         DataError: It cannot be read, or is none.
     """
     if path.is_dir():
-        raise DataError(f"{path} is a folder: {remedy}")
+        raise DataError(f"{path} is a folder: {of_folder}")
     if why := REFUSED.get(path.suffix.lower()):
         raise DataError(f"{path} {why}")
     try:

@@ -9,11 +9,13 @@ import pytest
 
 import arriero
 from arriero.calibration import int4, int8
+from arriero.export import export_checkpoint
 from arriero.runtime import Session
 from arriero.spec.recipe import Recipe
 
 RECIPES: dict[str, Recipe | None] = {
     "bf16": None,
+    "float32": None,
     "int8": int8(),
     "int8 static": int8(activations="static"),
     "int8, int8 caches": int8(kv_cache="int8"),
@@ -26,8 +28,17 @@ PROMPTS = ["The list type", "A for statement is", "Return the number of items in
 
 
 @pytest.fixture(scope="module", params=RECIPES)
-def session(request: pytest.FixtureRequest, tiny_model: Path, quantised_tiny: Callable[[Recipe], Any]) -> Session:
+def session(
+    request: pytest.FixtureRequest,
+    tiny: Path,
+    tiny_model: Path,
+    quantised_tiny: Callable[[Recipe], Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Session:
     recipe = RECIPES[request.param]
+    if request.param == "float32":
+        folder = tmp_path_factory.mktemp("wide") / "model"
+        return arriero.load(export_checkpoint(tiny, folder, dtype="float32"), max_seq=400)
     return arriero.load(tiny_model if recipe is None else quantised_tiny(recipe), max_seq=400)
 
 
