@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import SessionError, shortened
+from ..runtime.grammars.json_schemas import enforceable
 from ..runtime.grammars.trial import OPTIONS
 from .calls import LONGEST, Brackets, Call, may_begin, read_calls
 
@@ -193,9 +194,18 @@ def tool_grammar(
                 "schema"
             )
         head = json.dumps(HEAD + json.dumps(function["name"]) + MIDDLE)
-        written = json.dumps({**schema, "type": "object", "x-guidance": OPTIONS})
+        written = json.dumps({**_enforceable(schema, function["name"]), "type": "object", "x-guidance": OPTIONS})
         lines += [f'tool_{number}: {head} arguments_{number} "}}"', f"arguments_{number}: %json {written}"]
     return "\n".join(lines)
+
+
+def _enforceable(schema: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A function's parameters in keywords that are enforced, where there are such."""
+    try:
+        found: Mapping[str, Any] = enforceable(schema)
+    except RecursionError as error:
+        raise SessionError(f"the parameters of {shortened(name)} are nested too deeply: flatten them") from error
+    return found
 
 
 def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from ...errors import SessionError, shortened, shortened_text
 from ..kept_process import ENDED, KeptProcess, Program, process_for
 from .guide import Guide, MaskWorker
+from .json_schemas import enforceable
 from .trial import MADE, STACK, make_matcher, on_stack
 from .vocabulary import Vocabulary
 
@@ -186,7 +187,7 @@ def _refused(kind: str, reason: str) -> SessionError:
 
 
 def _schema(value: Any) -> str:
-    """A JSON schema as JSON text, of a dictionary, True, or such a text.
+    """A JSON schema as JSON text in llguidance's keywords, of a dictionary, True, or JSON text of one.
 
     Raises:
         SessionError: It is none of these.
@@ -204,6 +205,6 @@ def _schema(value: Any) -> str:
     if not isinstance(value, Mapping):
         raise SessionError(f"json_schema is {shortened(value)}, expected {expected}")
     try:
-        return json.dumps(dict(value), allow_nan=False, ensure_ascii=False)
+        return json.dumps(enforceable(value), allow_nan=False, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise SessionError(f"json_schema is {shortened(value)}, which is no JSON ({error}): give plain data") from error

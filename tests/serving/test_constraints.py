@@ -140,6 +140,25 @@ def test_json_of_a_schema_and_json_of_none(client: OpenAI) -> None:
     assert free.choices[0].message.content.lstrip().startswith("{")
 
 
+def test_schemas_as_libraries_write_them_bind_answers_and_calls(client: OpenAI) -> None:
+    key = {"$defs": {"Key": {"enum": ["x", "y"], "title": "Key", "type": "string"}}}
+    schema = {
+        **key,
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "type": "object",
+        "propertyNames": {"$ref": "#/$defs/Key"},
+        "additionalProperties": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2, "uniqueItems": False},
+        "required": ["x"],
+    }
+    named: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+    for seed in range(2):
+        found = chat(client, response_format=named, temperature=1, seed=seed).choices[0].message
+        jsonschema.validate(json.loads(found.content), schema)
+        found = chat(client, tools=[tool], tool_choice="required", parallel_tool_calls=False, seed=seed)
+        jsonschema.validate(json.loads(found.choices[0].message.tool_calls[0].function.arguments), schema)
+
+
 def test_regular_expressions_and_grammars_are_heeded(client: OpenAI) -> None:
     found = chat(client, extra_body={"regex": "[0-9]{3}-(cat|dog)"}, temperature=1, seed=1)
     head, _, tail = found.choices[0].message.content.partition("-")
