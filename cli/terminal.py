@@ -60,7 +60,10 @@ class Terminal:
     @contextmanager
     def errors_shown(self) -> Iterator[None]:
         """Turns errors into one line and exit code 2; the traceback is shown where asked for."""
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders are removed
+        for name in ("SIGTERM", "SIGHUP"):  # so that temporary folders are removed
+            number = getattr(signal, name, None)
+            if number is not None and (name == "SIGTERM" or signal.getsignal(number) != signal.SIG_IGN):  # by nohup
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
         with warnings.catch_warnings():
             warnings.simplefilter("always", ArrieroWarning)
             if self.quiet:

@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import SessionError, shortened, shortened_text
-from ..runtime.images.data_urls import read_data_url
 from .errors import RequestError
-from .protocol.chat import AssistantMessage, ImagePart, Instruction, Message, TextPart, Tool, ToolMessage
+from .protocol.chat import AssistantMessage, ImageAddress, ImagePart, Instruction, Message, TextPart, Tool, ToolMessage
 
-Fetch = Callable[[str], bytes]
-"""Reads the image at an address that is no data URL, or refuses to."""
+ReadImage = Callable[[ImageAddress, str], Any]
+"""Reads an image, which stands in a field of this name, as its file's bytes or in pixels; or refuses to."""
 
 
 def template_messages(
-    messages: Sequence[Message], tools: Sequence[Tool], template: str, most_images: int, fetch: Fetch
+    messages: Sequence[Message], tools: Sequence[Tool], template: str, most_images: int, read: ReadImage
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Writes messages and tools for a chat template.
 
@@ -29,7 +28,7 @@ def template_messages(
         tools: Functions that the model is shown.
         template: The template's source, which is looked at for what it knows.
         most_images: Images at most.
-        fetch: Reads images that are not in the request.
+        read: Reads images.
 
     Returns:
         The turns, and the tools where the template takes them.
@@ -40,7 +39,7 @@ def template_messages(
     count = len(list(image_fields(messages)))
     if count > most_images:
         raise RequestError(f"messages has {count} images, this server takes at most {most_images}", "messages")
-    turns = [_turn(message, index, template, fetch) for index, message in enumerate(messages)]
+    turns = [_turn(message, index, template, read) for index, message in enumerate(messages)]
     described = [_described(tool) for tool in tools]
     if not described or "tools" in template:
         return turns, described or None
@@ -92,7 +91,7 @@ def _parts(message: Message) -> Sequence[Any]:
     return message.content if isinstance(message.content, list) else ()
 
 
-def _turn(message: Message, index: int, template: str, fetch: Fetch) -> dict[str, Any]:
+def _turn(message: Message, index: int, template: str, read: ReadImage) -> dict[str, Any]:
     """One message for a template."""
     where = f"messages[{index}].content"
     if isinstance(message, AssistantMessage):
@@ -101,7 +100,7 @@ def _turn(message: Message, index: int, template: str, fetch: Fetch) -> dict[str
         return _answer(message, template)
     content: Any = message.content
     if isinstance(content, list):
-        parts = [_part(part, f"{where}[{place}]", fetch) for place, part in enumerate(content)]
+        parts = [_part(part, f"{where}[{place}]", read) for place, part in enumerate(content)]
         texts_only = all(part["type"] == "text" for part in parts)
         content = "".join(part["text"] for part in parts) if texts_only else parts
     if isinstance(message, ToolMessage):
@@ -146,16 +145,14 @@ def written_calls(calls: Any) -> str:
     return f"[{', '.join(shown)}]"
 
 
-def _part(part: Any, where: str, fetch: Fetch) -> dict[str, Any]:
-    """One part for a template; an image as its file's bytes."""
+def _part(part: Any, where: str, read: ReadImage) -> dict[str, Any]:
+    """One part for a template."""
     if not isinstance(part, ImagePart):
         return {"type": "text", "text": part.text}
-    url = part.image_url.url
     try:
-        data = read_data_url(url, where) if url[:5].lower() == "data:" else fetch(url)
+        return {"type": "image", "image": read(part.image_url, where)}
     except (SessionError, RequestError) as error:
         raise RequestError(str(error), f"{where}.image_url") from error
-    return {"type": "image", "image": data}
 
 
 def _described(tool: Tool) -> dict[str, Any]:

@@ -70,6 +70,8 @@ def serve_dynamo(settings: ServerSettings, log: Log, on_ready: Callable[[dict[st
     )
     for number in (signal.SIGTERM, signal.SIGINT):  # Dynamo's handlers call those of before, which end at once
         signal.signal(number, signal.SIG_DFL)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     asyncio.run(dynamo.Worker(engine, config).run())
     if engine.failure is not None:
         raise engine.failure

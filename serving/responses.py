@@ -107,7 +107,7 @@ def _part(part: InputText | InputImage, role: str) -> chat.TextPart | chat.Image
         return chat.TextPart(type="text", text=part.text)
     if role != "user":
         raise RequestError(f"an image stands in a message of the role {role}: put it into a user's", "input")
-    return chat.ImagePart(type="image_url", image_url=chat.ImageAddress(url=part.image_url))
+    return chat.ImagePart(type="image_url", image_url=chat.ImageAddress(url=part.image_url, detail=part.detail))
 
 
 def _format(request: ResponseRequest) -> Any:
@@ -185,24 +185,30 @@ class ResponseWriter:
         """The error, and the answer that has failed."""
         about = {"code": "server_error" if error.status >= 500 else "invalid_prompt", "message": error.message}
         found = self._event("error", **about, param=error.param)
-        return found + self._event("response.failed", response=self._answer("failed", [], error=about))
+        output = self._output("incomplete", is_begun=bool(self.choice.text))
+        return found + self._event("response.failed", response=self._answer("failed", output, error=about))
 
     def whole(self) -> dict[str, Any]:
         """The answer."""
         is_cut = self.choice.finish == "length"
         status = "incomplete" if is_cut else "completed"
+        output = self._output(status, is_begun=bool(self.choice.text) or not self.choice.calls)
+        return self._answer(
+            status, output, usage=self._usage(), cut={"reason": "max_output_tokens"} if is_cut else None
+        )
+
+    def _output(self, status: str, *, is_begun: bool) -> list[dict[str, Any]]:
+        """The items until now, the message among them where it has begun."""
         logprobs = self.service.texts.chat(self.choice.logprobs) if self.request.include else []
         output = [
             self._item(index, call["id"], call["function"]["name"], call["function"]["arguments"], status)
             for index, call in enumerate(self.choice.calls)
         ]
-        if self.choice.text or not self.choice.calls:
+        if is_begun:
             part = {"type": "output_text", "text": self.choice.text, "annotations": [], "logprobs": logprobs}
             message = {"type": "message", "id": self.message_id, "status": status, "role": "assistant"}
             output.insert(self.choice.calls_before, {**message, "content": [part]})
-        return self._answer(
-            status, output, usage=self._usage(), cut={"reason": "max_output_tokens"} if is_cut else None
-        )
+        return output
 
     def _usage(self) -> ResponseUsage:
         found = usage_of(self.ride, [self.choice])

@@ -8,13 +8,13 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import socket
-import stat
 import sys
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,6 @@ from typing import Any
 
 import uvicorn
 
-from ..errors import SessionError, shortened
 from ..files.machine_memory import find_room
 from ..loading import load
 from ..runtime import Session
@@ -31,6 +30,7 @@ from ..spec.stored_weights import Pages
 from .app import make_app
 from .doors import LOCAL, check_certificate, read_keys
 from .errors import stopped
+from .listening import listen
 from .logs import Handler, Log
 from .pilot import FlightSettings
 from .service import Limits, Service
@@ -39,7 +39,6 @@ from .service_manager import ServiceManager
 DEFAULT_SLOTS = 16
 """Sequences at once where the user names no number; an engine's own limit if that is less."""
 
-BACKLOG = 2048
 POLL = 0.02
 """Seconds between two looks at whether all has landed."""
 
@@ -130,17 +129,18 @@ def serve(settings: ServerSettings, log: Log, on_ready: Callable[[dict[str, Any]
     hosts = (*LOCAL, *settings.hosts) if is_local and not keys and settings.unix_socket is None else ()
     opened = settings.opens_metrics
     app = make_app(service, log, keys=keys, hosts=hosts, origins=settings.origins, opens_metrics=opened)
-    listener = _listen(settings)
+    listeners = listen(settings.host, settings.port, settings.unix_socket)
     try:
-        address = _address(settings, listener)
+        address = _address(settings, listeners)
         if not is_local and not keys:
             message = "no API key is asked for: whoever reaches the address may use it; --api-key-file closes it"
             log.write("open", "warning", address=address, message=message)
         server = Server(settings, app, service, log)
         app.router.lifespan_context = server.lifespan(address, on_ready)
-        server.run(sockets=[listener])
+        server.run(sockets=listeners)
     finally:
-        listener.close()
+        for each in listeners:
+            each.close()
         if not service.close():
             server.leave("a step was still under way")
         if settings.unix_socket is not None:
@@ -183,6 +183,20 @@ class Server(uvicorn.Server):
         self.failure: BaseException | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.tasks: set[asyncio.Task[None]] = set()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Heeds a terminal's end as SIGTERM, unless it is ignored, as `nohup` has it."""
+        number = getattr(signal, "SIGHUP", None)
+        if number is None or signal.getsignal(number) == signal.SIG_IGN:
+            number = None
+        with super().capture_signals():
+            before = None if number is None else signal.signal(number, self.handle_exit)
+            try:
+                yield
+            finally:
+                if number is not None:
+                    signal.signal(number, before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drains at the first signal, and ends at once at the second."""
@@ -319,60 +333,12 @@ def load_for(settings: ServerSettings) -> tuple[Session, FlightSettings]:
     )
 
 
-def _listen(settings: ServerSettings) -> socket.socket:
-    """Opens the socket.
-
-    Raises:
-        SessionError: The address is taken, or none of this machine's.
-    """
-    if settings.unix_socket is not None:
-        return _listen_on_file(settings.unix_socket)
-    listener = None
-    try:
-        kinds = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = kinds[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except (OSError, UnicodeError, OverflowError) as error:
-        if listener is not None:
-            listener.close()
-        reason = getattr(error, "strerror", None) or error
-        raise SessionError(
-            f"cannot listen on {shortened(settings.host)} port {settings.port} ({reason}): give another --host or "
-            "--port"
-        ) from error
-    return listener
-
-
-def _listen_on_file(path: Path) -> socket.socket:
-    """Opens a socket in a file; one that nobody listens on any more is replaced."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                try:
-                    probe.connect(str(path))
-                except ConnectionRefusedError:
-                    path.unlink()
-        before = os.umask(0o117)  # the owner and the group may ask
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        reason = error.strerror or error
-        raise SessionError(f"cannot listen on {path} ({reason}): give another --unix-socket") from error
-    return listener
-
-
-def _address(settings: ServerSettings, listener: socket.socket) -> str:
-    """The address that clients ask."""
+def _address(settings: ServerSettings, listeners: Sequence[socket.socket]) -> str:
+    """The address that clients ask: a name where it has several."""
     if settings.unix_socket is not None:
         return f"unix:{settings.unix_socket}"
-    host, port = listener.getsockname()[:2]
+    host, port = listeners[0].getsockname()[:2]
+    if len(listeners) > 1:
+        host = settings.host
     scheme = "http" if settings.tls_certificate is None else "https"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

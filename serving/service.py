@@ -20,11 +20,11 @@ from ..runtime import Request, Session
 from ..runtime.grammars.compiler import prepare
 from .conversation import image_fields, of_prompt, template_messages
 from .errors import RequestError, is_requests_own, lost_model, of_session
+from .message_images import message_image
 from .metrics import Metrics
 from .pilot import FlightSettings, Pilot
-from .protocol.chat import ChatRequest, Message, NamedTool, Tool
+from .protocol.chat import ChatRequest, ImageAddress, Message, NamedTool, Tool
 from .protocol.completions import DEFAULT_TOKENS, CompletionRequest
-from .remote_images import fetch_image
 from .rides import Ride
 from .texts import TokenTexts
 
@@ -210,11 +210,14 @@ class Service:
         self, messages: Sequence[Message], tools: Sequence[Tool]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
         """A request's messages and tools for the chat template, images read."""
-        hosts = self.limits.image_hosts
-        found = template_messages(
-            messages, tools, self.template, self.limits.images, lambda url: fetch_image(url, hosts)
-        )
-        if self.session.tower is None and (field := next(image_fields(messages), None)) is not None:
+        tower, limits = self.session.tower, self.limits
+        side = 0 if tower is None else tower.spec.image_size
+
+        def read(address: ImageAddress, where: str) -> Any:
+            return message_image(address, where, limits.image_hosts, side)
+
+        found = template_messages(messages, tools, self.template, limits.images, read)
+        if tower is None and (field := next(image_fields(messages), None)) is not None:
             raise RequestError(f"{self.name}: the model takes text only, leave the images out", field)
         return found
 

@@ -1,12 +1,10 @@
 """JSON schemas in the keywords that llguidance enforces: the same meaning in other words, where there are such words.
 
-Enters: a schema as libraries write it. Leaves: one with the same valid documents, or fewer of them. Invariant: a keyword
-goes only where it allows every document, or where another that says the same takes its place; whatever else llguidance
-lacks stays, so that it is refused by its name.
+Enters: a schema as libraries write it. Leaves: one with the same valid documents, or fewer of them. Invariant: a
+keyword goes only where it allows every document, or where another that says the same takes its place; whatever else
+llguidance lacks stays, so that it is refused by its name.
 """
 
-import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,8 +59,10 @@ WITHOUT_LOOKING: dict[str, str] = {
 }
 """Expressions that look around, which llguidance does not take, and others that match the same or less."""
 
-ONE = ("additionalProperties", "additionalItems", "items", "contains", "not", "if", "then", "else")
-ONE = (*ONE, "propertyNames", "unevaluatedItems", "unevaluatedProperties")
+ONE = (
+    *("additionalProperties", "additionalItems", "items", "contains", "not", "if", "then", "else"),
+    *("propertyNames", "unevaluatedItems", "unevaluatedProperties"),
+)
 SEVERAL = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 APPLIED = ("allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if", "dependentSchemas", "not")

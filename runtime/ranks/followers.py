@@ -25,10 +25,11 @@ from ...errors import SessionError
 
 BOOT = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    "hasattr(signal, 'SIGHUP') and signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given.pop('path')\n"
     "from arriero.loading import follow; follow(**given)"
 )
-"""The program of a follower. An interrupt from the terminal is the leader's to answer."""
+"""The program of a follower. An interrupt from the terminal, and its end, are the leader's to answer."""
 
 LOOK = 500
 """Milliseconds after which the thread looks whether a step takes too long."""

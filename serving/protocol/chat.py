@@ -10,6 +10,7 @@ from .sampling import MOST_CHOICES, Choosing, Name, StreamOptions
 MOST_MESSAGES = 4096
 MOST_TOOLS = 128
 Text = Annotated[str, Sized()]
+Detail = Literal["auto", "low", "high"]
 FunctionName = Annotated[str, Sized(least=1, most=64, pattern="^[a-zA-Z0-9_.-]+$")]
 
 
@@ -35,11 +36,11 @@ class ImageAddress:
 
     Attributes:
         url: Its data, `data:image/png;base64,…`, or an address on a host that the server allows.
-        detail: Images are always seen whole and in tiles.
+        detail: Whether it is seen whole and in tiles, as its size says, or (low) made as small as one tile first.
     """
 
     url: Annotated[str, Sized(least=1)]
-    detail: Literal["auto", "high"] | None = None
+    detail: Detail | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

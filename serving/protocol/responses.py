@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from ..errors import RequestError
 from .answers import PromptDetails, TokenLogprob
-from .chat import MOST_TOOLS, Function, FunctionName
+from .chat import MOST_TOOLS, Detail, Function, FunctionName
 from .reading import Sized, Within
 from .sampling import Choosing, Name
 
@@ -26,7 +26,7 @@ class InputImage:
 
     type: Literal["input_image"]
     image_url: Annotated[str, Sized(least=1)]
-    detail: Literal["auto", "high"] | None = None
+    detail: Detail | None = None
     file_id: None = None
 
 

@@ -90,10 +90,10 @@ class Served:
     def http(self, **settings: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=SECONDS, **settings)
 
-    def end(self) -> int:
-        """Sends SIGTERM. Returns the exit code."""
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Sends a signal. Returns the exit code."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(number)
         code = self.process.wait(SECONDS)
         self.thread.join(SECONDS)
         return code

@@ -46,3 +46,32 @@ def test_images_are_answered_as_the_session_does(multimodal_model: Path, serve: 
             assert refused.status_code == 400
             assert refused.json()["error"]["param"] == param
     assert server.end() == 0
+
+
+def test_an_image_is_seen_in_the_detail_that_is_asked_for(multimodal_model: Path, serve: Callable[..., Any]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    session = arriero.load(multimodal_model, threads=1)
+    server = serve(folder=multimodal_model)
+    client: Any = server.client()
+    large = BytesIO()
+    Image.fromarray(np.tile(pixels, (10, 4, 1))).save(large, "PNG")
+    wide = "data:image/png;base64," + base64.b64encode(large.getvalue()).decode()
+    counts = {}
+    for detail in ("low", "high", "auto"):
+        part = {"type": "image_url", "image_url": {"url": wide, "detail": detail}}
+        item = {"type": "input_image", "image_url": wide, "detail": detail}
+        chatted = client.chat.completions.create(
+            model=server.about["model"], messages=[{"role": "user", "content": [part]}], **GREEDY
+        )
+        counts[detail] = chatted.usage.prompt_tokens
+        items = [{"role": "user", "content": [item]}]
+        answered = client.responses.create(model=server.about["model"], input=items, max_output_tokens=1)
+        assert answered.usage.input_tokens == counts[detail]
+    one = [{"role": "user", "content": [{"type": "image", "image": pixels[:20, :28]}]}]
+    assert len(session.read(one).ids) == counts["low"] < counts["high"] == counts["auto"]
+    refused = {"type": "image_url", "image_url": {"url": wide, "detail": "original"}}
+    with server.http() as http:
+        answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": [refused]}]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0].content[0].image_url.detail"
+    assert server.end() == 0

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,8 +20,11 @@ from endless import ENDLESS
 from typer.testing import CliRunner
 
 from arriero.cli.app import app
+from arriero.errors import SessionError
+from arriero.serving.listening import listen
 
 LONG: dict[str, Any] = {"max_tokens": 40, "stream": True, "extra_body": ENDLESS}
+ENDLESS_RESPONSE: dict[str, Any] = {"max_output_tokens": 40, "extra_body": ENDLESS}
 ASKED: list[Any] = [{"role": "user", "content": "The list type"}]
 
 
@@ -84,13 +88,14 @@ def test_a_signal_while_the_model_is_loaded_ends_with_zero(bundle: Path) -> None
     assert not {"library", "fault"} & set(said)
 
 
-def test_a_signal_lets_answers_end_and_takes_no_more(serve: Callable[..., Any], gate: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_lets_answers_end_and_takes_no_more(serve: Callable[..., Any], gate: Path, number: int) -> None:
     server = serve("--slots", "2", "--max-seq", "512", "--total-seconds", "60", gate=gate)
     stream = ask(server, **LONG)
     parts = iter(stream)
     next(parts)
     code: list[int] = []
-    ending = threading.Thread(target=lambda: code.append(server.end()))
+    ending = threading.Thread(target=lambda: code.append(server.end(number)))
     ending.start()
     with server.http() as http:
         while http.get("/ready").json()["status"] != "draining":
@@ -110,11 +115,78 @@ def test_what_has_not_ended_in_time_is_ended_with_an_error(serve: Callable[..., 
     server = serve("--slots", "2", "--max-seq", "512", "--drain-seconds", "0.2", gate=gate)
     parts = iter(ask(server, **LONG))
     next(parts)
-    threading.Thread(target=server.end).start()
-    with pytest.raises(openai.APIError, match="stopped"):
-        list(parts)
+    with server.client().responses.stream(
+        model=server.about["model"], input="The list type", **ENDLESS_RESPONSE
+    ) as events:
+        found: list[Any] = [next(events)]
+        while found[-1].type != "response.output_text.delta":
+            found.append(next(events))
+        threading.Thread(target=server.end).start()
+        with pytest.raises(openai.APIError, match="stopped"):
+            list(parts)
+        found += events
+    assert [event.type for event in found[-2:]] == ["error", "response.failed"]
+    failed = found[-1].response
+    text = "".join(event.delta for event in found if event.type == "response.output_text.delta")
+    assert failed.status == "failed"
+    assert [(item.status, item.content[0].text) for item in failed.output] == [("incomplete", text)]
+    assert failed.output[0].id == next(each for each in found if each.type == "response.output_item.added").item.id
     gate.unlink()
     assert server.end() == 0
+
+
+def test_a_hangup_that_is_ignored_stays_so(bundle: Path) -> None:
+    program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from arriero.cli.app import app; app()"
+    command = [sys.executable, "-c", program, "serve", str(bundle), "--threads", "1", "--port", "0", "--json"]
+    process = subprocess.Popen([*command, "--quiet"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    url = json.loads(process.stdout.readline())["address"]
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    assert httpx.get(f"{url}/ready").json()["status"] == "ready"
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+def test_a_name_is_listened_on_at_all_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = socket.SOCK_STREAM
+    two: list[Any] = [
+        (socket.AF_INET, kind, 6, "", ("127.0.0.1", 0)),
+        (socket.AF_INET, kind, 6, "", ("127.0.0.2", 0)),
+        (socket.AF_INET, kind, 6, "", ("127.0.0.1", 0)),
+        (socket.AF_INET6, kind, 6, "", ("2001:db8::1", 0, 0, 0)),  # none of this machine's
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: two)
+    opened = listen("here", 0)
+    assert [each.getsockname()[0] for each in opened] == ["127.0.0.1", "127.0.0.2"]
+    ports = {each.getsockname()[1] for each in opened}
+    assert len(ports) == 1
+    two[:3] = [
+        (socket.AF_INET, kind, 6, "", ("127.0.0.3", *ports)),
+        (socket.AF_INET, kind, 6, "", ("127.0.0.2", *ports)),
+    ]
+    with pytest.raises(SessionError, match=r"cannot listen on 'here' port \d+ \(Address already in use\)"):
+        listen("here", *ports)
+    for each in opened:
+        each.close()
+    two[:] = two[2:]
+    with pytest.raises(SessionError, match="cannot listen on 'here' port 0"):
+        listen("here", 0)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_the_two_addresses_of_localhost_answer_at_one_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = socket.SOCK_STREAM
+    both: list[Any] = [
+        (socket.AF_INET6, kind, 6, "", ("::1", 0, 0, 0)),
+        (socket.AF_INET, kind, 6, "", ("127.0.0.1", 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: both)
+    opened = listen("localhost", 0)
+    port = opened[0].getsockname()[1]
+    for each in opened:
+        assert each.getsockname()[1] == port
+        each.close()
 
 
 HANGING = """

@@ -181,7 +181,7 @@ def test_a_grammar_is_made_where_calls_are_demanded(tiny: Path) -> None:
     wrong = [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]
     with pytest.raises(SessionError, match="expected an object's JSON schema"):
         tool_grammar(wrong, "required")
-    refused: list[dict[str, Any]] = [{"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}]
+    refused: list[dict[str, Any]] = [{"name": "f", "parameters": {"properties": {"a": {"not": {"type": "null"}}}}}]
     grammar = tool_grammar(refused, "required")
     with pytest.raises(SessionError, match="Unimplemented keys"):
         compiler(tiny).compile("grammar", grammar)
