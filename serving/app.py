@@ -139,6 +139,8 @@ class Endpoints:
             created=service.created,
             owned_by="arriero",
             max_model_len=service.longest,
+            input_modalities=["text", "image"] if service.takes_images else ["text"],
+            output_modalities=["text"],
         )
 
     def _tokens(self, asked: TokenizeRequest) -> list[int]:

@@ -148,6 +148,15 @@ class Service:
         return min(self.session.max_seq, self.pilot.longest)
 
     @property
+    def takes_images(self) -> bool:
+        """Whether messages may have images.
+
+        Raises:
+            RequestError: As `session` does.
+        """
+        return self.session.tower is not None and self.limits.images > 0
+
+    @property
     def fault(self) -> str | None:
         """Why the model is lost for good, in one line for clients; None while it is not."""
         return None if self._pilot is None else self._pilot.fault

@@ -146,13 +146,21 @@ class CompletionAnswer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A model that is served."""
+    """A model that is served.
+
+    Attributes:
+        max_model_len: Tokens of a prompt and its continuation at most.
+        input_modalities: Kinds of contents that messages may have.
+        output_modalities: Kinds of contents that answers have.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    input_modalities: list[Literal["text", "image"]]
+    output_modalities: list[Literal["text"]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

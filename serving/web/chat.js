@@ -9,7 +9,7 @@ const ICONS = {
 };
 const EXAMPLES = ["Explain what a mixture of experts is, in a table.", "Write a function that merges two sorted lists.", "What is in this image?"];
 const LARGEST = 1344;  // pixels of an image's longer side that are sent
-let messages = [], pending = [], running = null, model = "";
+let messages = [], pending = [], running = null, model = "", takesImages = true;
 
 function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), path = document.createElementNS("http://www.w3.org/2000/svg", "path");
@@ -225,6 +225,7 @@ function summary(usage, pieces, started, first, last, reason) {
 // Images
 
 async function addFiles(files) {
+  if (!takesImages) return notice("This model takes text only.");
   for (const file of files) {
     if (!file.type.startsWith("image/")) continue;
     try {
@@ -292,8 +293,13 @@ function theme(choice) {
 async function readModel() {
   try {
     const response = await fetch("v1/models", { headers: headers() });
-    if (response.ok) model = (await response.json()).data?.[0]?.id ?? "";
+    if (response.ok) {
+      const about = (await response.json()).data?.[0];
+      model = about?.id ?? "";
+      takesImages = about?.input_modalities?.includes("image") ?? true;
+    }
   } catch { /* the first question says so */ }
+  for (const each of document.querySelectorAll(".of-images")) each.hidden = !takesImages;
   at("model").textContent = model.split("/").pop();
 }
 
@@ -323,11 +329,11 @@ at("attach").addEventListener("click", () => at("file").click());
 at("file").addEventListener("change", () => { addFiles([...at("file").files]); at("file").value = ""; });
 document.addEventListener("paste", (event) => {
   const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith("image/"));
-  if (files.length) { event.preventDefault(); addFiles(files); }
+  if (files.length && takesImages) { event.preventDefault(); addFiles(files); }
 });
 let over = 0;
 const hasFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
-document.addEventListener("dragenter", (event) => { if (hasFiles(event)) { over += 1; at("drop").hidden = false; } });
+document.addEventListener("dragenter", (event) => { if (hasFiles(event) && takesImages) { over += 1; at("drop").hidden = false; } });
 document.addEventListener("dragleave", () => { over = Math.max(0, over - 1); if (!over) at("drop").hidden = true; });
 document.addEventListener("dragover", (event) => { if (hasFiles(event)) event.preventDefault(); });
 document.addEventListener("drop", (event) => {
@@ -350,9 +356,9 @@ at("settings").addEventListener("close", () => {
 });
 
 for (const words of EXAMPLES) {
-  const button = make("button", { type: "button" }, words);
+  const isOfImages = /image/.test(words), button = make("button", { type: "button", ...(isOfImages ? { class: "of-images" } : {}) }, words);
   button.addEventListener("click", () => {
-    if (/image/.test(words)) { text.value = words; at("file").click(); } else { text.value = ""; ask(words, []); }
+    if (isOfImages) { text.value = words; at("file").click(); } else { text.value = ""; ask(words, []); }
     grow();
   });
   at("examples").append(button);

@@ -307,6 +307,8 @@ def test_tokens_and_texts_are_exchanged(http: httpx.Client, session: Session) ->
 
 def test_the_model_is_listed_and_another_not_found(client: OpenAI) -> None:
     assert [each.id for each in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").object == "model"
+    found: Any = client.models.retrieve("tiny")
+    assert found.object == "model"
+    assert (found.input_modalities, found.output_modalities) == (["text"], ["text"])
     with pytest.raises(openai.NotFoundError):
         chat(client, model="other")

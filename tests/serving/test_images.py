@@ -69,6 +69,8 @@ def test_an_image_is_seen_in_the_detail_that_is_asked_for(multimodal_model: Path
         assert answered.usage.input_tokens == counts[detail]
     one = [{"role": "user", "content": [{"type": "image", "image": pixels[:20, :28]}]}]
     assert len(session.read(one).ids) == counts["low"] < counts["high"] == counts["auto"]
+    with server.http() as http:
+        assert http.get("/v1/models").json()["data"][0]["input_modalities"] == ["text", "image"]
     refused = {"type": "image_url", "image_url": {"url": wide, "detail": "original"}}
     with server.http() as http:
         answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": [refused]}]})

@@ -175,6 +175,30 @@ def test_images_go_along(browser: Page, server: Answers) -> None:
     assert browser.run("document.querySelectorAll('.pictures img').length") == 1
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_model_of_texts_alone_is_offered_no_images(browser: Page, server: Answers, width: int) -> None:
+    browser.size(width, 760)
+    shown = "[...document.querySelectorAll('.of-images')].filter((each) => each.checkVisibility()).length"
+    assert browser.run(shown) == 3  # the button, an example, and what the page says
+    server.inputs = ["text"]
+    browser.run("readModel()")
+    assert browser.run(shown) == 0
+    assert browser.run("document.querySelector('#empty p').textContent") == (
+        "Ask, or drop an image. All stays between this page and its server."
+    )
+    assert browser.run("document.querySelector('#empty p').innerText").startswith("Ask. All stays")
+    picture = "data.items.add(new File(['x'], 'a.png', {type: 'image/png'}))"
+    for kind, event, name in (("drop", "DragEvent", "dataTransfer"), ("paste", "ClipboardEvent", "clipboardData")):
+        browser.run(
+            f"(() => {{ const data = new DataTransfer(); {picture}; "
+            f"document.dispatchEvent(new {event}('{kind}', {{{name}: data, cancelable: true}})) }})()"
+        )
+    assert browser.run("[pending.length, text.validationMessage]") == [0, "This model takes text only."]
+    server.inputs = ["text", "image"]
+    browser.run("readModel()")
+    assert browser.run(shown) == 3
+
+
 def test_an_answer_is_stopped_retried_and_its_question_edited(browser: Page, server: Answers) -> None:
     server.pieces, server.pause = ["word "] * 500, 0.02
     browser.run("text.focus()")

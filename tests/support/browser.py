@@ -150,6 +150,7 @@ class Answers(ThreadingHTTPServer):
         pieces: The texts of the next answer.
         pause: Seconds between two of them.
         status: The status of the next answer; others than 200 come with an error.
+        inputs: The kinds of contents that the model takes.
         asked: The bodies of the requests, and the paths of all.
     """
 
@@ -158,6 +159,7 @@ class Answers(ThreadingHTTPServer):
     def __init__(self, page: bytes) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.page, self.pieces, self.pause, self.status = page, ["Hello."], 0.0, 200
+        self.inputs = ["text", "image"]
         self.asked: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.is_cut = threading.Event()
@@ -181,7 +183,8 @@ class Handler(BaseHTTPRequestHandler):
         """The page, or the models."""
         self.server.paths.append(self.path)
         is_page = self.path == "/"
-        body = self.server.page if is_page else json.dumps({"data": [{"id": "tiny-llama4"}]}).encode()
+        model = {"id": "tiny-llama4", "input_modalities": self.server.inputs}
+        body = self.server.page if is_page else json.dumps({"data": [model]}).encode()
         self._head(200, "text/html; charset=utf-8" if is_page else "application/json", len(body))
         self.wfile.write(body)
 
