@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from ..runtime import Generated
+from .bound_calls import beginnings
 from .choices import Added, Choice, finish_all, new_id, open_choices, usage_of
 from .errors import RequestError
 from .protocol.answers import ChatAnswer, ChatChoice
@@ -27,7 +28,9 @@ def open_chat(service: Service, request: ChatRequest, ride: Ride) -> list[Choice
     """The choices of a conversation's continuations, which may hold calls."""
     demanded = request.tool_choice not in (None, "auto", "none")
     parallel = request.parallel_tool_calls is not False
-    return open_choices(ride, shown_tools(request), parallel=parallel, demanded=demanded)
+    tools = shown_tools(request)
+    begins = beginnings(tools) if request.binds_calls else None
+    return open_choices(ride, tools, parallel=parallel, demanded=demanded, begins=begins)
 
 
 async def whole_chat(service: Service, request: ChatRequest, ride: Ride) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Enters: pieces of a ride. Leaves: what each adds. Invariant: a stream and a whole answer are made of the same additions.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +115,7 @@ def open_choices(
     *,
     parallel: bool = True,
     demanded: bool = False,
+    begins: re.Pattern[str] | None = None,
 ) -> list[Choice]:
     """The choices of a ride.
 
@@ -122,9 +124,10 @@ def open_choices(
         tools: Tools that the model may call, in OpenAI's form.
         parallel: Whether there may be several calls.
         demanded: Whether the answer must be a call.
+        begins: The expression of beginnings from which on calls are bound; None where they are not.
     """
     readers = [
-        ToolCallReader(tools, parallel=parallel, demanded=demanded) if tools else None
+        ToolCallReader(tools, parallel=parallel, demanded=demanded, begins=begins) if tools else None
         for _ in range(len(ride.timelines))
     ]
     return [Choice(index, reader) for index, reader in enumerate(readers)]

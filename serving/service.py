@@ -203,7 +203,9 @@ class Service:
     async def chat(self, request: ChatRequest, caller: Caller, *, long: bool = False) -> Ride:
         """Lets a conversation on board; a long one is made ready beside others."""
         long = long or request.response_format is not None or request.tool_choice not in (None, "auto", "none")
-        long = long or any(image_fields(request.messages))  # a few bytes may be a picture of seconds
+        long = (
+            long or request.binds_calls or any(image_fields(request.messages))
+        )  # a few bytes may be a picture of seconds
         return await self._board(self._chat_parties, request, caller, long)
 
     async def complete(self, request: CompletionRequest, caller: Caller, *, long: bool = False) -> Ride:
@@ -303,6 +305,8 @@ class Service:
             settings |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
         if request.json_schema is not None:
             settings["json_schema"] = request.json_schema
+            if request.binds_calls:  # its own refusal, before it is a part of another grammar
+                session.grammars.compile("json_schema", settings.pop("json_schema"))
         if tools and (grammar := self._call_grammar(request, tools)) is not None:
             settings["grammar"] = grammar
         if described:
@@ -311,16 +315,20 @@ class Service:
         return [[dataclasses.replace(each, shown=self.texts.marks) for each in party] if tools else party]
 
     def _call_grammar(self, request: ChatRequest, tools: Sequence[Tool]) -> str | None:
-        """The grammar of an answer that must be a call; None where it need not be one."""
-        if request.tool_choice in (None, "auto"):
-            return None
-        from .tools import tool_grammar
+        """The grammar of an answer that must be a call, or whose calls are bound; None where it is free."""
+        from .bound_calls import bound_grammar
+        from .tools import END, START, tool_grammar
 
-        chosen = request.tool_choice
+        chosen, parallel = request.tool_choice, request.parallel_tool_calls is not False
+        given = [{"type": "function", "function": dataclasses.asdict(tool.function)} for tool in tools]
+        if chosen in (None, "auto"):
+            if not request.binds_calls:
+                return None
+            marked = {START, END} <= set(self.texts.marks.values())
+            return bound_grammar(given, parallel=parallel, marked=marked, answer=request.json_schema)
         name = chosen.function.name if isinstance(chosen, NamedTool) else "required"
         choice: Any = {"type": "function", "function": {"name": name}} if isinstance(chosen, NamedTool) else name
-        given = [{"type": "function", "function": dataclasses.asdict(tool.function)} for tool in tools]
-        return tool_grammar(given, choice, request.parallel_tool_calls is not False)
+        return tool_grammar(given, choice, parallel)
 
     def _completion_parties(self, session: Session, request: CompletionRequest, scope: bytes) -> list[list[Request]]:
         settings = request.settings()

@@ -40,9 +40,20 @@ class ToolCallReader:
         parallel: Whether there may be several calls; otherwise only the first is given.
         demanded: Whether the text follows `tool_grammar`: then calls are given while they are written, otherwise once
             they are whole and nothing but calls.
+        begins: The expression of beginnings that `bound_grammar` binds: calls of strict tools that begin otherwise are
+            content, since nothing has bound them.
     """
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]], *, parallel: bool = True, demanded: bool = False) -> None:
+    def __init__(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        parallel: bool = True,
+        demanded: bool = False,
+        begins: re.Pattern[str] | None = None,
+    ) -> None:
+        self.begins = begins
+        self.strict = {function_of(tool)["name"] for tool in tools if function_of(tool).get("strict")}
         self.names = [function_of(tool)["name"] for tool in tools]
         self.parallel, self.count = parallel, 0
         self.held, self.is_first = "", True  # nothing but white space has come yet, or since a mark
@@ -118,7 +129,10 @@ class ToolCallReader:
 
     def _calls(self, text: str) -> list[Call] | None:
         bare = text.strip().removeprefix(START).strip().removesuffix(END)
-        return read_calls(bare, self.names)
+        calls = read_calls(bare, self.names)
+        if calls is None or self.begins is None or self.begins.match(text.lstrip(" \t\r\n").removeprefix(START)):
+            return calls
+        return None if any(call.name in self.strict for call in calls) else calls
 
     def _deltas(self, calls: Sequence[Call]) -> Deltas:
         """Calls as OpenAI's streams have them, each in one piece."""
@@ -187,24 +201,29 @@ def tool_grammar(
     more = f" ({json.dumps(BETWEEN)} call){{0,{MOST_CALLS - 1}}}" if parallel and name is None else ""
     lines = [f"start: call{more}", "call: " + " | ".join(f"tool_{number}" for number in range(len(chosen)))]
     for number, function in enumerate(chosen):
-        schema = function.get("parameters") or {"properties": {}, "additionalProperties": False}
-        if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
-            raise SessionError(
-                f"the parameters of {shortened(function['name'])} are {shortened(schema)}, expected an object's JSON "
-                "schema"
-            )
         head = json.dumps(HEAD + json.dumps(function["name"]) + MIDDLE)
-        written = json.dumps({**_enforceable(schema, function["name"]), "type": "object", "x-guidance": OPTIONS})
+        written = json.dumps({**parameters_of(function), "type": "object", "x-guidance": OPTIONS})
         lines += [f'tool_{number}: {head} arguments_{number} "}}"', f"arguments_{number}: %json {written}"]
     return "\n".join(lines)
 
 
-def _enforceable(schema: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A function's parameters in keywords that are enforced, where there are such."""
+def parameters_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of a function's arguments, in keywords that are enforced, where there are such.
+
+    Raises:
+        SessionError: It is no object's schema, or too deep.
+    """
+    schema = function.get("parameters") or {"properties": {}, "additionalProperties": False}
+    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+        raise SessionError(
+            f"the parameters of {shortened(function['name'])} are {shortened(schema)}, expected an object's JSON schema"
+        )
     try:
         found: Mapping[str, Any] = enforceable(schema)
     except RecursionError as error:
-        raise SessionError(f"the parameters of {shortened(name)} are nested too deeply: flatten them") from error
+        raise SessionError(
+            f"the parameters of {shortened(function['name'])} are nested too deeply: flatten them"
+        ) from error
     return found
 
 

@@ -121,7 +121,8 @@ class Function:
         name: Its name.
         description: What it is for, for the model to read.
         parameters: The JSON schema of its arguments.
-        strict: Whether arguments must match the schema: those of required and named calls always do.
+        strict: Whether arguments must match the schema, where the model decides to call; those of required and named
+            calls always do.
     """
 
     name: FunctionName
@@ -260,6 +261,13 @@ class ChatRequest(Choosing):
         return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
     @property
+    def binds_calls(self) -> bool:
+        """Whether the model decides about calls, and they are bound: of strict functions, or beside a schema."""
+        if not self.tools or self.tool_choice not in (None, "auto"):
+            return False
+        return self.json_schema is not None or any(tool.function.strict for tool in self.tools)
+
+    @property
     def json_schema(self) -> dict[str, Any] | None:
         """The schema that the text is to match; None where there is none."""
         if isinstance(self.response_format, JsonFormat):
@@ -279,3 +287,6 @@ class ChatRequest(Choosing):
         }
         if len(names := [name for name, is_given in given.items() if is_given]) > 1:
             raise RequestError(f"{names[0]} and {names[1]} exclude each other: give one of them", names[1])
+        if self.binds_calls and (self.grammar is not None or self.regex is not None):
+            name = "regex" if self.grammar is None else "grammar"
+            raise RequestError(f"{name} and strict tools exclude each other: give one of them, or no strict", name)
