@@ -171,7 +171,12 @@ class Endpoints:
         about["completion_tokens"] = lambda: sum(each.tokens for each in ride.timelines)
         about["first_token_seconds"] = ride.first_token_seconds
         if asked.stream:
-            return await stream(self.service, request, ride, writer(self.service, asked, ride))
+            try:
+                writes = writer(self.service, asked, ride)
+            except BaseException:  # nobody would end it
+                self.service.cancel(ride)
+                raise
+            return await stream(self.service, request, ride, writes)
         return JsonAnswer(await watched(self.service, request, ride, whole(self.service, asked, ride)))
 
     async def _read(self, request: HttpRequest, cls: type[T]) -> T:

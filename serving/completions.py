@@ -25,15 +25,17 @@ async def whole_completion(service: Service, request: CompletionRequest, ride: R
         object="text_completion",
         created=int(time.time()),
         model=service.name,
-        choices=[_choice(service, request, choice, echoed[choice.index]) for choice in choices],
+        choices=[_choice(service, request, ride, choice, echoed[choice.index]) for choice in choices],
         usage=usage_of(ride, choices),
         system_fingerprint=service.fingerprint,
     )
     return plain(answer)
 
 
-def _choice(service: Service, request: CompletionRequest, choice: Choice, echoed: str) -> CompletionChoice:
-    logprobs: Any = None if request.logprobs is None else service.texts.completion(choice.logprobs, 0)
+def _choice(service: Service, request: CompletionRequest, ride: Ride, choice: Choice, echoed: str) -> CompletionChoice:
+    logprobs: Any = None if request.logprobs is None else service.texts.completion(choice.logprobs, len(echoed))
+    if logprobs is not None and (before := echoed_logprobs(service, ride, choice.index, echoed)) is not None:
+        logprobs = {name: before[name] + logprobs[name] for name in before}
     finish: Any = choice.finish
     return CompletionChoice(index=choice.index, text=echoed + choice.text, logprobs=logprobs, finish_reason=finish)
 
@@ -46,6 +48,15 @@ def echoes(service: Service, request: CompletionRequest, ride: Ride) -> list[str
     for prompt, party in zip(request.prompts, ride.parties, strict=True):
         found += [prompt if isinstance(prompt, str) else service.texts.whole(prompt, special=False)] * len(party)
     return found
+
+
+def echoed_logprobs(service: Service, ride: Ride, index: int, text: str) -> dict[str, Any] | None:
+    """The log-probabilities of the prompt before a choice's own text; None where they are not asked for."""
+    if not ride.prompt_logprobs:
+        return None
+    owners = [number for number, party in enumerate(ride.parties) for _ in party]
+    ids = ride.parties[owners[index]][0].prompt.ids
+    return service.texts.echoed(ids, ride.prompt_logprobs[owners[index]], text)
 
 
 class CompletionWriter:
@@ -76,7 +87,12 @@ class CompletionWriter:
     def begin(self) -> bytes:
         """A chunk a choice with its prompt where that is echoed."""
         echoed = echoes(self.service, self.request, self.ride)
-        return b"".join(self._chunk(index, text, None, None) for index, text in enumerate(echoed) if text)
+        found = b""
+        for index, text in enumerate(echoed):
+            self.offsets[index] = len(text)
+            logprobs = echoed_logprobs(self.service, self.ride, index, text)
+            found += self._chunk(index, text, logprobs, None) if text or logprobs else b""
+        return found
 
     def write(self, index: int, piece: Generated) -> bytes:
         """The chunk of a piece."""

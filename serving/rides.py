@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..runtime import Generated, Request
+from ..runtime.logprobs import TokenLogprobs
 from ..runtime.party import failed
 
 FINISHES = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -27,6 +28,7 @@ class Ride:
         user: The name by which users take turns.
 
     Attributes:
+        prompt_logprobs: Those of each party's prompt but its first token, where they are asked for.
         when_taken: Called once, when whoever awaits pieces has taken, and dealt with, those that are there.
         take_at_once: Called with a piece, not a sequence's last, while someone awaits pieces and none is there; where
             it returns True, it has taken the piece, and nobody is woken.
@@ -41,6 +43,7 @@ class Ride:
         self.prompts = {first: len(party[0].prompt.ids) for first, party in zip(firsts, parties, strict=False)}
         self.pieces: list[tuple[int, Generated]] = []
         self.timers: list[asyncio.TimerHandle] = []
+        self.prompt_logprobs: list[list[TokenLogprobs]] = []
         self.when_taken: Callable[[], None] | None = None
         self.take_at_once: Callable[[int, Generated], bool] | None = None
         self._waiter: asyncio.Future[None] | None = None

@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import ArrieroError, SessionError
 from ..runtime import Request, Session
 from ..runtime.grammars.compiler import prepare
+from ..runtime.prompt_logprobs import prompt_logprobs
 from .conversation import image_fields, of_prompt, template_messages
 from .errors import RequestError, is_requests_own, lost_model, of_session
 from .message_images import message_image
@@ -194,6 +195,8 @@ class Service:
         """Makes refusals of errors of sessions."""
         try:
             yield
+        except RecursionError as error:
+            raise RequestError("the request is nested too deeply: flatten it") from error
         except (ArrieroError, RequestError) as error:
             if not is_requests_own(error):
                 self.report(error)
@@ -202,16 +205,23 @@ class Service:
 
     async def chat(self, request: ChatRequest, caller: Caller, *, long: bool = False) -> Ride:
         """Lets a conversation on board; a long one is made ready beside others."""
-        long = long or request.response_format is not None or request.tool_choice not in (None, "auto", "none")
-        long = (
-            long or request.binds_calls or any(image_fields(request.messages))
-        )  # a few bytes may be a picture of seconds
+        long = long or request.response_format is not None or request.binds_calls
+        long = long or request.tool_choice not in (None, "auto", "none")
+        long = long or any(image_fields(request.messages))  # a few bytes may be a picture of seconds
         return await self._board(self._chat_parties, request, caller, long)
 
     async def complete(self, request: CompletionRequest, caller: Caller, *, long: bool = False) -> Ride:
         """Lets prompts on board; long ones are made ready beside others, and brief ones at once."""
         brief = self.session.text.is_quick and all(len(prompt) <= BRIEF for prompt in request.prompts)
-        return await self._board(self._completion_parties, request, caller, long, brief=brief)
+        ride = await self._board(self._completion_parties, request, caller, long, brief=brief)
+        if request.echo and request.logprobs is not None:
+            try:
+                prompts, top = [party[0].prompt.ids for party in ride.parties], request.logprobs
+                ride.prompt_logprobs = await self.work(prompt_logprobs, self.session, prompts, top, long=True)
+            except BaseException:
+                self.cancel(ride)
+                raise
+        return ride
 
     def cancel(self, ride: Ride) -> None:
         """Ends a ride that nobody waits for any more."""
@@ -222,13 +232,13 @@ class Service:
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
         """A request's messages and tools for the chat template, images read."""
         tower, limits = self.session.tower, self.limits
-        side = 0 if tower is None else tower.spec.image_size
+        side = tower.spec.image_size if tower else 0
 
         def read(address: ImageAddress, where: str) -> Any:
             return message_image(address, where, limits.image_hosts, side)
 
         found = template_messages(messages, tools, self.template, limits.images, read)
-        if tower is None and (field := next(image_fields(messages), None)) is not None:
+        if not side and (field := next(image_fields(messages), None)) is not None:
             raise RequestError(f"{self.name}: the model takes text only, leave the images out", field)
         return found
 
@@ -353,8 +363,8 @@ class Service:
         scope: bytes,
     ) -> list[Request]:
         """The requests of one prompt, checked."""
-        limit, longest = self.limits.new_tokens, self.pilot.longest
-        field, too_long = "messages" if isinstance(request, ChatRequest) else "prompt", "context_length_exceeded"
+        limit, longest, too_long = self.limits.new_tokens, self.pilot.longest, "context_length_exceeded"
+        field = "messages" if isinstance(request, ChatRequest) else "prompt"
         if limit is not None and most is not None and most > limit:
             name = request.limit_field if isinstance(request, ChatRequest) else "max_tokens"
             raise RequestError(f"{name} is {most}, this server gives at most {limit}", name)

@@ -74,6 +74,22 @@ class TokenTexts:
             "text_offset": offsets[:-1],
         }
 
+    def echoed(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs], text: str) -> dict[str, Any]:
+        """Log-probabilities of an echoed prompt as `/v1/completions` has them.
+
+        Args:
+            ids: Its tokens.
+            logprobs: Those of its tokens but the first.
+            text: The prompt as it is echoed, without tokens that the tokenizer has put before it.
+        """
+        found = self.completion([TokenLogprobs(ids[0], 0.0), *logprobs], 0)
+        found["token_logprobs"][0] = found["top_logprobs"][0] = None
+        end = 0
+        for place, token in enumerate(found["tokens"]):
+            found["text_offset"][place] = end
+            end += len(token) if text.startswith(token, end) or ids[place] not in self.added else 0
+        return found
+
     def _columns(self, place: TokenLogprobs) -> dict[str, float]:
         """The likeliest tokens in a place, and the chosen one; of equal texts the likeliest."""
         found: dict[str, float] = {}

@@ -113,11 +113,11 @@ class ChatAnswer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompletionLogprobs:
-    """Log-probabilities of new tokens, by columns."""
+    """Log-probabilities of tokens, by columns; an echoed prompt's first token has none."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -25,7 +25,7 @@ class CompletionRequest(Choosing):
         n: Continuations of each prompt.
         best_of: As `n`; no more are made than are given.
         max_tokens: New tokens at most, 16 where nothing is said.
-        echo: Whether the prompt's text comes before the new one.
+        echo: Whether the prompt's text comes before the new one, and its tokens' log-probabilities before theirs.
         logprobs: The likeliest tokens in each place whose log-probabilities are given, beside the chosen one's.
         stream_options: What a stream has beside its text.
         suffix: Text that follows; only an empty one is taken.
@@ -49,8 +49,6 @@ class CompletionRequest(Choosing):
     def __post_init__(self) -> None:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError(f"best_of is {self.best_of} and n {self.n or 1}: give both alike", "best_of")
-        if self.echo and self.logprobs is not None:
-            raise RequestError("logprobs of an echoed prompt are not computed: leave one of them out", "echo")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is given without stream: give stream true as well", "stream_options")
         if self.grammar is not None and self.regex is not None:

@@ -61,7 +61,7 @@ def read(cls: type[T], value: Any, where: str = "") -> T:
     known = _annotations(typing.cast(Any, cls))
     for name in value:
         if name not in known:
-            path = _join(where, shortened(name, 40).strip("'\""))
+            path = _join(where, _named(name))
             raise RequestError(f"{path} is not a field that this server knows: leave it out", path)
     given: dict[str, Any] = {}
     for name, is_needed in _fields(typing.cast(Any, cls)):
@@ -104,7 +104,7 @@ def take(annotation: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             refuse(where, value, "an object")
         _check_size(marks, value, where, "entries")
-        return {key: take(arguments[1], each, f"{where}.{shortened(key, 40)}") for key, each in value.items()}
+        return {key: take(arguments[1], each, _join(where, _named(key))) for key, each in value.items()}
     return _take_plain(annotation, marks, value, where)
 
 
@@ -358,6 +358,11 @@ def _descriptions(cls: Any) -> dict[str, str]:
         for name, line in re.findall(r"(?m)^        (\w+): ((?:.|\n {12})*)", text):
             found[name] = " ".join(line.split())
     return found
+
+
+def _named(name: str) -> str:
+    """A field's name as errors have it."""
+    return shortened(name, 40).strip("'\"")
 
 
 def _join(where: str, name: str) -> str:

@@ -1,6 +1,7 @@
 """OpenAI's own client against a server's process."""
 
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from endless import ENDLESS
 from openai import OpenAI
 
 from arriero.runtime import Session
+from arriero.runtime.logprobs import read_logprobs
 
 ASKED: list[Any] = [{"role": "user", "content": "Explain list.append."}]
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0}
@@ -303,6 +305,57 @@ def test_tokens_and_texts_are_exchanged(http: httpx.Client, session: Session) ->
     assert found["tokens"] == session.text.encode_chat(ASKED)
     assert found["count"] == len(found["tokens"])
     assert http.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_an_echoed_prompt_has_the_log_probabilities_of_its_tokens(
+    client: OpenAI, session: Session, stream: bool, most: int
+) -> None:
+    texts: Any = ["The list type", "A"]
+    ids = [session.text.encode(text) for text in texts]
+    for prompt in (texts, ids):
+        asked: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": most, "temperature": 0}
+        found: Any = client.completions.create(**asked, echo=True, logprobs=2, n=2, stream=stream)
+        choices: list[dict[str, Any]] = [{} for _ in range(4)]
+        for part in found if stream else [found]:
+            for choice in part.choices:
+                whole = choices[choice.index]
+                whole["text"] = whole.get("text", "") + choice.text
+                for name, values in choice.logprobs.model_dump().items():
+                    whole[name] = whole.get(name, []) + values
+        for index, whole in enumerate(choices):
+            read = ids[index // 2]
+            logits_SV = session.logits([read])[0]
+            new = client.completions.create(**{**asked, "prompt": prompt[index // 2]}, logprobs=2).choices[0]
+            fresh: Any = new.logprobs
+            assert whole["text"] == texts[index // 2] + new.text
+            assert whole["tokens"][len(read) :] == fresh.tokens
+            assert whole["token_logprobs"][len(read) :] == fresh.token_logprobs
+            assert whole["token_logprobs"][0] is whole["top_logprobs"][0] is None
+            for place, token in enumerate(read[1:], 1):
+                scored = read_logprobs(logits_SV[place - 1], token, 2)
+                assert whole["token_logprobs"][place] == scored.logprob
+                assert len(whole["top_logprobs"][place]) in (2, 3)
+            for token, at in list(zip(whole["tokens"], whole["text_offset"], strict=True))[1:]:
+                assert whole["text"].startswith(token, at) or new.finish_reason == "stop"
+            assert whole["text_offset"][:2] == [0, 0]  # the tokenizer's own stands before the text
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_nested_too_deeply_is_refused(http: httpx.Client, strict: bool) -> None:
+    nested: dict[str, Any] = {}
+    for _ in range(400):
+        nested = {"type": "object", "properties": {"a": nested}}
+    function = {"name": "f", "parameters": nested, "strict": strict}
+    for path, body in (
+        ("/v1/chat/completions", {"messages": ASKED, "tools": [{"type": "function", "function": function}]}),
+        ("/v1/responses", {"input": "a", "tools": [{"type": "function", **function}]}),
+        ("/tokenize", {"messages": ASKED, "tools": [{"type": "function", "function": function}]}),
+    ):
+        found = http.post(path, json=body)
+        assert found.status_code == 400
+        assert re.search("nested too deeply|shorten it", found.json()["error"]["message"])
 
 
 def test_the_model_is_listed_and_another_not_found(client: OpenAI) -> None:
